@@ -1,0 +1,1 @@
+"""headscope finds and explains what the attention layers of language models compute."""

@@ -1,0 +1,115 @@
+"""Files that are either whole or absent: atomic writes, hashes, and folders claimed for one run."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from headscope.errors import OutputError
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a binary file that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: the folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        with suppress(FileNotFoundError):
+            Path(name).unlink()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write strict JSON (no NaN) atomically."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False).encode())
+
+
+@contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty scratch folder that becomes `path` when the block ends well.
+
+    An existing run at `path` stays as it was until that moment, and stays for good if the block raises.
+
+    Raises:
+        OutputError: `path` already holds something and `overwrite` is false, or it cannot be written.
+    """
+    path = Path(path)
+    refuse_existing(path, overwrite=overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        _swap(scratch, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(scratch: Path, path: Path) -> None:
+    """Put `scratch` where `path` is; the old folder is removed only once the new one stands."""
+    if not path.exists():
+        scratch.replace(path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    path.replace(old / path.name)
+    scratch.replace(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Raise OutputError when `path` already holds something that `overwrite` does not give up."""
+    path = Path(path)
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() and not overwrite:
+        raise OutputError(
+            f"{path} already exists",
+            expected="a new or empty folder",
+            do="choose another folder, or pass --overwrite to replace it",
+        )
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write {path}: {error.strerror or error}",
+        expected="a folder that can be written, on a disk with room",
+        do="choose another folder or free some space; what stood there before is untouched",
+    )
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, as `sha256:<hex>`."""
+    with Path(path).open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; the errors are those of `open` and `json`."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,0 +1,57 @@
+"""Stream the activations of a site from a corpus: the one fast read path."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope.corpus import Corpus
+from headscope.errors import CorpusError
+from headscope.models.hf import Model
+from headscope.site import Site
+
+BATCH_TOKENS = 8192
+
+
+def check_corpus(model: Model, corpus: Corpus) -> None:
+    """Refuse a corpus that the model cannot read.
+
+    Raises:
+        CorpusError: blocks longer than the model's context, or token ids outside its vocabulary.
+    """
+    if corpus.block_size > model.spec.context:
+        raise CorpusError(
+            f"blocks of {corpus.block_size} tokens",
+            expected=f"at most {model.spec.context}, the context of {model.spec.name}",
+            do="lower --block-size",
+        )
+    largest = int(corpus.blocks.max())
+    if largest >= model.spec.d_vocab or corpus.blocks.min() < 0:
+        raise CorpusError(f"token id {largest}", expected=f"ids below {model.spec.d_vocab}, the model's vocabulary")
+
+
+def token_batches(
+    corpus: Corpus, device: torch.device, order: Int[np.ndarray, " n"] | None = None, *, batch_tokens: int = BATCH_TOKENS
+) -> Iterator[tuple[Int[np.ndarray, " n"], Int[Tensor, "n position"]]]:
+    """Yield (block numbers, their tokens) over all blocks, or over `order`."""
+    order = np.arange(len(corpus.blocks)) if order is None else order
+    rows = max(1, batch_tokens // corpus.block_size)
+    for start in range(0, len(order), rows):
+        chosen = order[start : start + rows]
+        yield chosen, torch.from_numpy(corpus.blocks[chosen].astype(np.int64)).to(device)
+
+
+def activations(
+    model: Model, corpus: Corpus, site: Site, order: Int[np.ndarray, " n"] | None = None
+) -> Iterator[tuple[Int[np.ndarray, " n"], Int[Tensor, "n position"], Float[Tensor, "n position d"]]]:
+    """Yield (block numbers, tokens, activations of the site) batch by batch.
+
+    Raises:
+        CorpusError: the model cannot read the corpus.
+        ModelError: the site's layer does not exist.
+    """
+    check_corpus(model, corpus)
+    for numbers, tokens in token_batches(corpus, model.device, order):
+        yield numbers, tokens, model.read(tokens, [site])[site]

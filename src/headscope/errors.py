@@ -1,0 +1,59 @@
+"""What can go wrong for a user, one class a cause.
+
+HeadscopeError
+ ├── ModelError       a model that is missing, truncated, of another family, or lacks what was asked of it
+ ├── SAEError         an SAE folder that is missing, truncated, or does not fit the model
+ ├── CorpusError      text that is missing, empty, too short, or not UTF-8
+ ├── OutputError      a folder that already holds a run, cannot be written, or a disk that is full
+ ├── TrainingError    training that cannot go on (not finite, no data)
+ ├── IndexFormatError an index that is incomplete, damaged, or of another version
+ ├── ServerError      a port that cannot be had
+ └── ExportError      a page that cannot be written as asked
+
+Every message says what was got, what was expected, and what to do.
+"""
+
+
+class HeadscopeError(Exception):
+    """The root of all errors that a user's input can cause."""
+
+    def __init__(self, got: str, *, expected: str | None = None, do: str | None = None) -> None:
+        """Join the three parts into one message: `got`, what was `expected`, what to `do`."""
+        parts = [got]
+        if expected is not None:
+            parts.append(f"expected: {expected}")
+        if do is not None:
+            parts.append(f"do: {do}")
+        super().__init__("\n  ".join(parts))
+
+
+class ModelError(HeadscopeError):
+    """A model that is missing, truncated, of another family, or lacks what was asked of it."""
+
+
+class SAEError(HeadscopeError):
+    """An SAE folder that is missing, truncated, or does not fit the model."""
+
+
+class CorpusError(HeadscopeError):
+    """Text that is missing, empty, too short, or not UTF-8."""
+
+
+class OutputError(HeadscopeError):
+    """A folder that already holds a run or cannot be written, or a disk that is full."""
+
+
+class TrainingError(HeadscopeError):
+    """Training that cannot go on."""
+
+
+class IndexFormatError(HeadscopeError):
+    """An index that is incomplete, damaged, or of another version."""
+
+
+class ServerError(HeadscopeError):
+    """A port that cannot be had."""
+
+
+class ExportError(HeadscopeError):
+    """A page that cannot be written as asked."""

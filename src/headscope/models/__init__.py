@@ -1,0 +1,1 @@
+"""Language models behind one small interface: read activations, edit a run, and know the weights."""

@@ -1,0 +1,126 @@
+"""One sparse autoencoder; the activation function is a part of it.
+
+    pre = (x - b_dec) @ W_enc + b_enc        (x @ W_enc + b_enc where apply_b_dec_to_input is false)
+    f = activation(pre)
+    x_hat = f @ W_dec + b_dec
+
+Names and layout are SAELens': `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]`.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headscope.errors import SAEError
+from headscope.site import Site
+
+
+@dataclass(frozen=True)
+class ReLU:
+    """f = max(pre, 0)."""
+
+    name = "standard"
+
+    def __call__(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """Apply."""
+        return pre.relu()
+
+
+@dataclass(frozen=True)
+class JumpReLU:
+    """f = pre where pre exceeds the latent's threshold, else 0; never negative."""
+
+    threshold: Float[Tensor, " d_sae"]
+    name = "jumprelu"
+
+    def __call__(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """Apply."""
+        return torch.where(pre > self.threshold, pre, 0.0).relu()
+
+
+@dataclass(frozen=True)
+class TopK:
+    """f = the k largest of pre in each row, the rest 0; never negative."""
+
+    k: int
+    name = "topk"
+
+    def __call__(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """Apply."""
+        values, latents = pre.topk(self.k, dim=-1)
+        return torch.zeros_like(pre).scatter_(-1, latents, values.relu())
+
+
+Activation = ReLU | JumpReLU | TopK
+
+
+@dataclass(frozen=True)
+class SAE:
+    """A sparse autoencoder of one site of one model."""
+
+    W_enc: Float[Tensor, "d_in d_sae"]
+    b_enc: Float[Tensor, " d_sae"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_dec: Float[Tensor, " d_in"]
+    activation: Activation
+    site: Site
+    model_name: str
+    """The model whose activations it was trained on."""
+    apply_b_dec_to_input: bool = True
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What else its files say: z convention, training run, corpus, context length, BOS handling."""
+
+    def __post_init__(self) -> None:
+        """Check that the sizes fit one another and that all numbers are finite."""
+        d_in, d_sae = self.W_enc.shape
+        shapes = {"b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+        for name, expected in shapes.items():
+            got = tuple(getattr(self, name).shape)
+            if got != expected:
+                raise SAEError(f"{name} of shape {got}", expected=f"{expected}, by W_enc {(d_in, d_sae)}")
+        for name in ("W_enc", *shapes):
+            if not getattr(self, name).isfinite().all():
+                raise SAEError(f"{name} holds NaN or infinity", expected="finite weights", do="train it again")
+
+    @property
+    def d_in(self) -> int:
+        """Components of an input vector."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        """Latents."""
+        return self.W_enc.shape[1]
+
+    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """What the activation function is applied to; linear in x."""
+        centred = x - self.b_dec if self.apply_b_dec_to_input else x
+        return centred @ self.W_enc + self.b_enc
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations, never negative."""
+        return self.activation(self.pre_activations(x))
+
+    def decode(self, f: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        """The reconstruction."""
+        return f @ self.W_dec + self.b_dec
+
+    def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """x_hat: encode, then decode."""
+        return self.decode(self.encode(x))
+
+    @property
+    def bias(self) -> Float[Tensor, " d_sae"]:
+        """The constant part of the pre-activation, `b_enc - b_dec @ W_enc`: `pre = x @ W_enc + bias`."""
+        return self.b_enc - self.b_dec @ self.W_enc if self.apply_b_dec_to_input else self.b_enc
+
+    def to(self, target: torch.device | torch.dtype | str) -> "SAE":
+        """The same SAE on another device or in another precision."""
+        weights = {name: getattr(self, name).to(target) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        activation = self.activation
+        if isinstance(activation, JumpReLU):
+            activation = JumpReLU(activation.threshold.to(target))
+        return replace(self, **weights, activation=activation)
