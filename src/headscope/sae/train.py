@@ -62,7 +62,7 @@ class ActivationStream:
             raise TrainingError(
                 f"a corpus of {available:,} activations",
                 expected=f"at least two batches of {config.batch}",
-                do="use a larger corpus or a smaller --config.batch",
+                do="use a larger corpus or a smaller --batch",
             )
         self._source = self._read()
         self._left = torch.empty(0, model.width(site), device=model.device)
@@ -304,7 +304,7 @@ class Trainer:
         loss = result.squared_error.mean().item()
         if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss at step {step} is {loss}", expected="a finite loss", do="lower --config.lr"
+                f"the loss at step {step} is {loss}", expected="a finite loss", do="lower --lr"
             )
         self._apply(step, result.tensors)
         self.fired[active.latent] = True

@@ -1,0 +1,246 @@
+"""The command line: one frozen dataclass a command, whose fields are its options, over the functions of `jobs`."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from headscope import demo, jobs
+from headscope.errors import HeadscopeError
+from headscope.sae.config import TrainConfig
+from headscope.sae.quality_table import quality_rows
+from headscope.site import Kind
+
+_Flat = tyro.conf.arg(name="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train an SAE on an attention layer's z (or another site) and write it as a SAELens folder."""
+
+    out: Path
+    """Folder to write; must be new or empty."""
+    model: str = "tiny"
+    """`tiny` (bundled), a Hugging Face folder, or a name on the hub."""
+    text: Annotated[jobs.CorpusChoice, _Flat] = field(default_factory=lambda: jobs.CorpusChoice(split="train"))
+    site: Kind = "z"
+    """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out or resid_pre."""
+    layer: int | None = None
+    """Layer of the site; the last one when not given."""
+    config: Annotated[TrainConfig, _Flat] = field(default_factory=TrainConfig)
+    overwrite: bool = False
+    """Replace what `out` holds."""
+
+    def run(self) -> None:
+        """Train with a progress bar."""
+        with Display() as display:
+            result = jobs.train(
+                self.out,
+                model=self.model,
+                text=self.text,
+                site=self.site,
+                layer=self.layer,
+                config=self.config,
+                overwrite=self.overwrite,
+                on_step=display.on_step,
+            )
+        if result.interrupted:
+            display.say(f"stopped early after {result.epochs:.2f} epochs; what was trained is saved")
+        display.say(f"SAE: {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure an SAE on held-out text: L0, loss recovered, explained variance, dead latents, each defined."""
+
+    sae: str
+    """An SAE folder, or a bundled one by name."""
+    model: str | None = None
+    """The model; the one the SAE names when not given."""
+    text: Annotated[jobs.CorpusChoice, _Flat] = field(default_factory=jobs.CorpusChoice)
+
+    def run(self) -> None:
+        """Measure and print."""
+        with Display() as display:
+            quality = jobs.eval(self.sae, model=self.model, text=self.text, on_progress=display.on_progress)
+        display.print_quality(quality.as_dict())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """Index every feature of a z SAE on a corpus: activations, statistics, examples with DFA by head and source."""
+
+    sae: str
+    """An SAE folder, or a bundled one by name."""
+    out: Path
+    """Folder to write; must be new or empty."""
+    model: str | None = None
+    """The model; the one the SAE names when not given."""
+    text: Annotated[jobs.CorpusChoice, _Flat] = field(default_factory=jobs.CorpusChoice)
+    overwrite: bool = False
+    """Replace what `out` holds."""
+
+    def run(self) -> None:
+        """Index with a progress bar."""
+        with Display() as display:
+            index = jobs.index(
+                self.sae,
+                self.out,
+                model=self.model,
+                text=self.text,
+                overwrite=self.overwrite,
+                on_progress=display.on_progress,
+            )
+        manifest = index.manifest
+        display.say(
+            f"index: {self.out}: {manifest['n_alive']:,} of {index.n_latents:,} features alive, "
+            f"{manifest['n_pairs']:,} activations on {manifest['corpus']['n_tokens']:,} tokens"
+        )
+        display.say(f"look at it: headscope serve --index {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Serve the explorer of an index on 127.0.0.1 until Ctrl-C."""
+
+    index: Path
+    """An index folder."""
+    port: int | None = None
+    """A free one when not given."""
+    open: bool = False
+    """Open the page in the default browser."""
+
+    def run(self) -> None:
+        """Serve."""
+        jobs.serve(self.index, port=self.port, open_browser=self.open)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write the explorer as one HTML file that opens without a server or a network."""
+
+    index: Path
+    """An index folder."""
+    out: Path
+    """The file to write."""
+    features: tuple[int, ...] = ()
+    """Latents to put in it; all alive ones when not given, at most the 2,000 most active."""
+    overwrite: bool = False
+    """Replace the file if it exists."""
+
+    def run(self) -> None:
+        """Write and say how large it is."""
+        path = jobs.export(self.index, self.out, features=self.features, overwrite=self.overwrite)
+        Display().say(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Train, measure, index and serve, on the bundled model and the Python standard library: no network."""
+
+    out: Path = Path("runs/demo")
+    """Folder for the SAE and the index; a finished demo there is served again at once."""
+    quick: bool = False
+    """A small run that shows that everything works; its figures mean little."""
+    serve: bool = True
+    """Serve the page at the end."""
+    port: int | None = None
+    """A free one when not given."""
+    overwrite: bool = False
+    """Run again, replacing a finished demo."""
+
+    def run(self) -> None:
+        """Run what is not there yet, print, and serve."""
+        with Display() as display:
+            result = demo.run(
+                self.out,
+                quick=self.quick,
+                overwrite=self.overwrite,
+                on_step=display.on_step,
+                on_progress=display.on_progress,
+                say=display.say,
+            )
+        if result.quality is not None:
+            display.print_quality(result.quality)
+        for line in result.lines():
+            display.say(line)
+        if self.serve:
+            jobs.serve(result.index, port=self.port)
+
+
+class Display:
+    """Progress bars and printed lines."""
+
+    def __init__(self) -> None:
+        """Nothing is shown until work is reported."""
+        self._console = Console(highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+        )
+        self._tasks: dict[str, tuple] = {}
+
+    def __enter__(self) -> "Display":
+        """Start drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the bars as they are."""
+        self._progress.stop()
+
+    def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Move the bar of a stage."""
+        task = self._tasks.get(stage)
+        if task is None:
+            task = self._tasks[stage] = (self._progress.add_task(stage, total=total, note=""),)
+        self._progress.update(task[0], completed=done, total=total, note=note)
+
+    def on_step(self, status: "jobs.Status") -> None:
+        """Move the training bar."""
+        if status.step % 10 == 0 or status.step == status.n_steps - 1:
+            note = f"L0 {status.l0:.1f}  explained {status.explained_variance:.1%}  silent {status.dead:.1%}"
+            self.on_progress("train", status.step + 1, status.n_steps, note)
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self._console.print(line, soft_wrap=True, markup=False)
+
+    def print_quality(self, quality: dict) -> None:
+        """Print the table of an SAE's quality, beside the post's figures."""
+        table = Table(title="quality on held-out text [95 % interval]", title_justify="left")
+        for heading in ("figure", "this SAE", "post*", "definition"):
+            table.add_column(heading, overflow="fold")
+        for row in quality_rows(quality):
+            table.add_row(row.name, row.value, row.post, row.definition)
+        self._console.print(table)
+        self.say("* Kissane et al. (2024): gelu-2l layer 1, d_sae 16,384, C4 and code; another model and corpus")
+
+
+Command = Demo | Train | Eval | Index | Serve | Export
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and run one command; errors of the user's input end with status 2."""
+    command = tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION)
+    try:
+        command.run()
+    except HeadscopeError as error:
+        sys.stderr.write(f"headscope: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("headscope: interrupted\n")
+        sys.exit(130)
+
+
+_DESCRIPTION = "Find and explain what the attention layers of language models compute."

@@ -1,0 +1,123 @@
+"""The whole job on the bundled model and the Python standard library: train, measure, index, and what to look at."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headscope import jobs
+from headscope.artefact import refuse_existing
+from headscope.errors import IndexFormatError
+from headscope.sae.config import TrainConfig
+
+if TYPE_CHECKING:
+    from headscope.index.store import FeatureIndex
+    from headscope.sae.train import Status
+
+_HEAD_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Copier:
+    """A feature of the kind "X is next by induction", by what is in the index."""
+
+    latent: int
+    token: str
+    """X: both the top logit and the source token with the largest share of its DFA."""
+    head: str
+    dfa_share: float
+    source_share: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Where the demo's files lie and what it found."""
+
+    sae: Path
+    index: Path
+    quality: dict[str, Any] | None
+    n_alive: int
+    copiers: tuple[Copier, ...]
+    """By the product of head share and source share, largest first."""
+
+    def lines(self) -> list[str]:
+        """What to print at the end."""
+        found = len(self.copiers)
+        lines = [
+            f"{found:,} of {self.n_alive:,} live features look like 'X is next by induction' (top logit X, most DFA "
+            f"from source tokens X, one head with at least {_HEAD_SHARE:.0%} of it):"
+        ]
+        for c in self.copiers[:8]:
+            lines.append(
+                f"  feature {c.latent:<5} {c.token!r:<14} head {c.head} {c.dfa_share:.0%} of squared DFA, "
+                f"{c.source_share:.0%} from its own source token   /f/{c.latent}"
+            )
+        return [*lines, f"SAE: {self.sae}   index: {self.index}"]
+
+
+def run(
+    out: Path,
+    *,
+    quick: bool = False,
+    overwrite: bool = False,
+    on_step: Callable[["Status"], None] | None = None,
+    on_progress: jobs.Progress | None = None,
+    say: Callable[[str], None] = lambda _line: None,
+) -> DemoResult:
+    """Train an SAE on z of the last layer of `tiny`, measure it, index it; what is finished is not done again.
+
+    Args:
+        out: gets `sae/` and `index/`.
+        quick: few tokens, to see that everything works.
+        overwrite: replace a finished demo.
+        on_step: called with the status of every training step.
+        on_progress: called as the other work goes on.
+        say: called with a line now and then.
+
+    Raises:
+        HeadscopeError: any of its kinds.
+    """
+    sae, index = out / "sae", out / "index"
+    if not overwrite:
+        finished = _finished(sae, index)
+        if finished is not None:
+            say(f"found a finished demo in {out} (--overwrite runs it again)")
+            return finished
+        refuse_existing(sae, overwrite=False)
+        refuse_existing(index, overwrite=False)
+    config = TrainConfig(tokens=400_000, d_sae=512, resample=1, buffer=65_536) if quick else TrainConfig()
+    held_out = jobs.CorpusChoice(max_tokens=100_000 if quick else None)
+    jobs.train(sae, config=config, overwrite=overwrite, on_step=on_step)
+    jobs.eval(sae, text=held_out, on_progress=on_progress)
+    jobs.index(sae, index, text=held_out, overwrite=overwrite, on_progress=on_progress)
+    return _result(sae, index)
+
+
+def _finished(sae: Path, index: Path) -> DemoResult | None:
+    try:
+        return _result(sae, index)
+    except IndexFormatError:
+        return None
+
+
+def _result(sae: Path, index: Path) -> DemoResult:
+    from headscope.index.store import FeatureIndex
+
+    opened = FeatureIndex.open(index)
+    return DemoResult(sae, index, opened.manifest["quality"], opened.manifest["n_alive"], copiers(opened))
+
+
+def copiers(index: "FeatureIndex") -> tuple[Copier, ...]:
+    """Live features whose top logit is the token that most of their DFA comes from, through mostly one head."""
+    f, (vocabulary, _) = index.features, index.vocabulary
+    found = []
+    for latent, shares in enumerate(f["dfa_share"]):
+        if shares is None or not f["source_tokens"][latent]:
+            continue
+        head = max(range(len(shares)), key=shares.__getitem__)
+        token, source_share = f["logit_top_tokens"][latent][0], f["source_shares"][latent][0]
+        if f["source_tokens"][latent][0] == token and shares[head] >= _HEAD_SHARE and source_share >= 0.5:
+            text = vocabulary[token].decode(errors="replace")
+            name = f"{index.manifest['layer']}.{head}"
+            found.append(Copier(latent, text, name, shares[head], source_share))
+    return tuple(sorted(found, key=lambda c: -c.dfa_share * c.source_share))

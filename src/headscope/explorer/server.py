@@ -1,0 +1,300 @@
+"""The explorer as a web page on this machine: a shell, its scripts, and JSON from a `CardSource`.
+
+It binds 127.0.0.1 only, reads and never writes, answers only requests addressed to this machine by name, and
+knows a source of cards, not a model: no torch behind it.
+"""
+
+import errno
+import hashlib
+import json
+import socket
+import sys
+import threading
+import webbrowser
+from collections.abc import Callable
+from functools import partial
+from importlib import resources
+from typing import Any, Protocol, runtime_checkable
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from headscope.errors import HeadscopeError, ServerError
+
+Json = dict[str, Any]
+
+_HOST = "127.0.0.1"
+_MEDIA = {".js": "text/javascript", ".css": "text/css", ".html": "text/html"}
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+)
+_SAFETY = {
+    b"content-security-policy": _POLICY.encode(),
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-resource-policy": b"same-origin",
+}
+
+DEFINITIONS = {
+    "alive": "Active on at least one token of the corpus.",
+    "L0": "Active latents on a token, on average.",
+    "density": "Share of tokens on which the feature is active (activation above 0).",
+    "density_upper95": "95 % upper bound on the density of a feature never seen active: 3/N (rule of three).",
+    "max": "Largest activation in the corpus.",
+    "mean": "Mean activation over the tokens on which the feature is active.",
+    "std": "Standard deviation of the activation over active tokens.",
+    "quantiles": "Quantile of the activation over active tokens.",
+    "top_head": "The head with the largest share of the feature's DFA.",
+    "histogram": "Activations above 0 in equal bins; by mass, a bin holds the sum of its activations.",
+    "heads": "How much of the feature each head computes.",
+    "dfa_share": "Share of the squared direct feature attribution (DFA) by head, summed over active tokens.",
+    "decoder_share": "Norm of the head's part of the decoder row, as a share of all heads.",
+    "encoder_share": "Norm of the head's part of the encoder column, as a share of all heads.",
+    "logits": "Direct effect on each token's logit: decoder row through W_O, final norm and unembedding.",
+    "sources": "Tokens at the source positions that carry the DFA of the examples shown, and their share.",
+    "top": "The largest activations in the corpus.",
+    "random": "Active tokens drawn at random.",
+    "quantile": "Examples from equal shares of the active tokens.",
+    "interval": "Examples from equal widths of activation, from 0 to the maximum; zeros excluded.",
+}
+"""What the page's words mean; a source can say more precisely what its own numbers are."""
+
+
+@runtime_checkable
+class CardSource(Protocol):
+    """All that the page shows, as JSON-able dictionaries (static/types.d.ts has their fields)."""
+
+    def about(self) -> Json:
+        """Model, SAE, corpus, quality numbers and one-line definitions."""
+        ...
+
+    def vocab(self) -> Json:
+        """The bytes of every token (as latin-1 text), and which ids are special."""
+        ...
+
+    def table(self) -> Json:
+        """One row a latent, by columns, and the token lists that a search looks through."""
+        ...
+
+    def feature(self, latent: int) -> Json:
+        """The card of one latent.
+
+        Raises:
+            IndexError: there is no such latent.
+        """
+        ...
+
+    def context(self, block: int) -> Json:
+        """All the tokens of one block of the corpus.
+
+        Raises:
+            IndexError: there is no such block.
+        """
+        ...
+
+
+def dump_json(content: Any) -> bytes:
+    """Encode as compact, strict JSON: a NaN is an error here, not in the reader's browser."""
+    return json.dumps(content, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def about_of(source: CardSource) -> Json:
+    """Return what `source` says of itself, with a definition for every word of the page."""
+    about = source.about()
+    return about | {"definitions": DEFINITIONS | about.get("definitions", {})}
+
+
+def static_files() -> dict[str, bytes]:
+    """Read the page's own files, by name."""
+    folder = resources.files("headscope.explorer") / "static"
+    return {item.name: item.read_bytes() for item in folder.iterdir() if _suffix(item.name) in _MEDIA}
+
+
+def _suffix(name: str) -> str:
+    return name[name.rfind(".") :]
+
+
+class _LocalOnly:
+    """Refuse requests addressed to another host name (DNS rebinding); add safety headers to all answers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *_SAFETY.items()]
+            await send(message)
+
+        port = (scope.get("server") or (_HOST, None))[1]
+        allowed = {f"{name}:{port}" for name in (_HOST, "localhost")} | (
+            {_HOST, "localhost"} if port == 80 else set()
+        )
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+        if host in allowed:
+            await self.app(scope, receive, send_safely)
+        else:
+            refusal = PlainTextResponse(f"this page answers only at http://{_HOST}:{port}\n", status_code=403)
+            await refusal(scope, receive, send_safely)
+
+
+class _Pages:
+    """The answers to each route. Calls of the source are made one at a time, off the event loop."""
+
+    def __init__(self, source: CardSource) -> None:
+        self.source = source
+        self.files = static_files()
+        self.lock = threading.Lock()
+        self.kept: dict[str, bytes] = {}
+
+    async def shell(self, request: Request) -> Response:
+        return _answer(request, self.files["index.html"], "text/html")
+
+    async def static(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self.files:
+            return _failure(404, f"no file {name}")
+        return _answer(request, self.files[name], _MEDIA[_suffix(name)])
+
+    async def whole(self, request: Request, *, name: str) -> Response:
+        """`/api/about`, `/api/vocab`, `/api/table`: made once, then kept."""
+        if name not in self.kept:
+            made = partial(about_of, self.source) if name == "about" else getattr(self.source, name)
+            try:
+                self.kept[name] = await run_in_threadpool(self._read, made)
+            except HeadscopeError as error:
+                return _failure(500, str(error))
+        return _answer(request, self.kept[name], "application/json")
+
+    async def one(self, request: Request, *, name: str) -> Response:
+        """`/api/feature/{number}` and `/api/context/{number}`."""
+        text = request.path_params["number"]
+        if not (text.isascii() and text.isdigit() and len(text) < 19):
+            return _failure(404, f"{text} is not the number of a {name}: expected 0, 1, 2, ...")
+        try:
+            body = await run_in_threadpool(self._read, getattr(self.source, name), int(text))
+        except IndexError as error:
+            return _failure(404, f"there is no {name} {text}: {error}")
+        except HeadscopeError as error:
+            return _failure(500, str(error))
+        return _answer(request, body, "application/json")
+
+    def _read(self, method: Callable[..., Json], *arguments: int) -> bytes:
+        with self.lock:
+            return dump_json(method(*arguments))
+
+
+def _answer(request: Request, body: bytes, media: str) -> Response:
+    """Return `body`, or 304 when the browser holds the same bytes already."""
+    tag = f'W/"{hashlib.sha256(body).hexdigest()[:20]}"'
+    headers = {"etag": tag, "cache-control": "no-cache"}
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type=media, headers=headers)
+
+
+def _failure(status: int, message: str) -> Response:
+    return Response(dump_json({"error": message}), status_code=status, media_type="application/json")
+
+
+def make_app(source: CardSource) -> Starlette:
+    """Make the web application: the page, its scripts, and the JSON of `source`."""
+    pages = _Pages(source)
+    wholes = [Route(f"/api/{name}", partial(pages.whole, name=name)) for name in ("about", "vocab", "table")]
+    ones = [
+        Route(f"/api/{name}/{{number}}", partial(pages.one, name=name)) for name in ("feature", "context")
+    ]
+    return Starlette(
+        routes=[
+            Route("/", pages.shell),
+            Route("/f/{number}", pages.shell),
+            Route("/static/{name}", pages.static),
+            *wholes,
+            *ones,
+        ],
+        middleware=[Middleware(_LocalOnly), Middleware(GZipMiddleware, minimum_size=1000)],
+    )
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server that says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.listening = listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.listening()
+
+
+def serve(
+    source: CardSource,
+    *,
+    port: int | None = None,
+    open_browser: bool = False,
+    ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve the explorer on 127.0.0.1 until Ctrl-C.
+
+    Args:
+        source: what to show.
+        port: where to listen; None takes a free port.
+        open_browser: open the page in the default browser.
+        ready: called with the URL once the page can be opened.
+
+    Raises:
+        ServerError: the port cannot be had.
+    """
+    listener = _listen(port)
+    url = f"http://{_HOST}:{listener.getsockname()[1]}/"
+
+    def listening() -> None:
+        sys.stdout.write(f"headscope explorer: {url}  (Ctrl-C ends it)\n")
+        sys.stdout.flush()
+        if open_browser:
+            webbrowser.open(url)
+        if ready is not None:
+            ready(url)
+
+    config = uvicorn.Config(
+        make_app(source),
+        log_level="warning",
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
+    try:
+        _Server(config, listening).run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass  # the way to end it
+    finally:
+        listener.close()
+
+
+def _listen(port: int | None) -> socket.socket:
+    """Bind 127.0.0.1 at `port`, or at a free one."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    if sys.platform != "win32":  # there, this would let two servers share a port
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((_HOST, port or 0))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        raise ServerError(
+            f"port {port} of {_HOST} is {'in use' if taken else f'not to be had: {error}'}",
+            expected="a free port between 1024 and 65535",
+            do="choose another port, or none at all to take a free one",
+        ) from error
+    return listener

@@ -1,0 +1,220 @@
+/** The page: routes between the table and the cards, keys, history. */
+import { Card, TAB_NAMES, WINDOW_NAMES } from "./card.js";
+import { openData } from "./data.js";
+import { button, el } from "./dom.js";
+import { int } from "./format.js";
+import { askLatent, bindKeys, helpDialog } from "./keys.js";
+import { FeatureList } from "./list.js";
+import { linkOf, readView } from "./state.js";
+import { TableView } from "./table.js";
+import { Tip } from "./tip.js";
+import { Vocab } from "./vocab.js";
+
+class App {
+  #turn = 0;
+  #table = null;
+  #card = null;
+  #list = null;
+  #timer = 0;
+
+  constructor(root, data) {
+    Object.assign(this, { data, tip: new Tip(document.body), view: readView(location, data.embedded) });
+    this.top = el("div", { class: "top" });
+    this.page = el("div", { class: "page" });
+    this.toast = el("output", { class: "toast", "data-toast": "", hidden: true });
+    this.help = helpDialog(this.#keys());
+    root.append(this.top, this.page, this.help, this.toast);
+    addEventListener("popstate", () => this.#arrive());
+    addEventListener("hashchange", () => this.#arrive());
+    document.addEventListener("click", (event) => this.#click(event));
+  }
+
+  async start() {
+    try {
+      const [about, vocab] = await Promise.all([this.data.about(), this.data.vocab()]);
+      Object.assign(this, { about, vocab: new Vocab(vocab) });
+    } catch (error) {
+      return this.#fail(error);
+    }
+    bindKeys(this.#keys());
+    this.#drawTop();
+    return this.#show();
+  }
+
+  #drawTop() {
+    const { model, sae, site, corpus, exported } = this.about;
+    const part = exported < sae.d_sae ? ` · ${int(exported)} of its features in this file` : "";
+    this.top.append(el("a", { class: "brand", href: this.#link({ latent: null }), "data-nav": "" }, "headscope"),
+      el("span", { class: "facts" }, el("b", {}, model.name), ` · ${site} · ${sae.architecture} SAE of ${int(sae.d_sae)}${part} · ${corpus.name}, ${int(corpus.n_tokens)} tokens`),
+      button({ class: "button", "data-action": "search", onclick: () => this.#search() }, "search ", el("kbd", {}, "/")),
+      button({ class: "button", "data-action": "help", onclick: () => this.help.showModal() }, "keys ", el("kbd", {}, "?")));
+  }
+
+  /** The features, and which of them the list holds. */
+  async #listed() {
+    this.#list ??= new FeatureList(await this.data.table(), this.vocab);
+    return { features: this.#list, latents: this.#list.rows.latent, order: this.#list.find(this.view.list).order };
+  }
+
+  #link(patch) {
+    return linkOf({ ...this.view, ...patch }, this.data.embedded);
+  }
+
+  /** Change the view. A new page is a step in the history; a change within a page is not. */
+  #go(patch, push = false) {
+    this.view = { ...this.view, ...patch };
+    history[push ? "pushState" : "replaceState"](null, "", this.#link({}));
+    return this.#show();
+  }
+
+  #open(latent) {
+    if (latent !== this.view.latent) return this.#go({ latent, ex: "", head: "" }, true);
+  }
+
+  /** The address changed: by back, forward, or by hand. */
+  #arrive() {
+    const view = readView(location, this.data.embedded);
+    if (!this.about || linkOf(view, this.data.embedded) === this.#link({})) return;
+    this.view = view;
+    this.#show();
+  }
+
+  async #show() {
+    const turn = ++this.#turn;
+    const late = () => turn !== this.#turn;
+    try {
+      await (this.view.latent === null ? this.#showTable(late) : this.#showCard(late));
+    } catch (error) {
+      if (!late()) this.#fail(error);
+    }
+  }
+
+  async #showTable(late) {
+    const { features } = await this.#listed();
+    if (late()) return;
+    this.#table ??= new TableView(features, this.about, {
+      change: (patch) => this.#go({ list: { ...this.view.list, ...patch } }), open: (latent) => this.#open(latent), link: (latent) => this.#link({ latent, ex: "", head: "" }),
+    });
+    this.#put(this.#table.element, this.about.title);
+    this.#table.update(this.view.list, this.#card?.feature.latent);
+    this.#card = null;
+  }
+
+  async #showCard(late) {
+    const { latent } = this.view;
+    if (this.#card?.feature.latent !== latent) {
+      const feature = await this.data.feature(latent);
+      if (late()) return;
+      const { about, vocab, tip, data: { context } } = this;
+      this.#card = new Card(feature, { about, vocab, tip, context }, (patch) => this.#go(patch));
+      this.#put(this.#card.element, `${latent} · ${about.title}`);
+      scrollTo(0, 0);
+    }
+    this.#card.update(this.view);
+    const [place, previous, next] = [await this.#listed(), await this.#near(-1), await this.#near(1)];
+    if (late()) return;
+    this.#card.setPlace({
+      position: place.order.indexOf(place.features.rowOf.get(latent)), total: place.order.length, previous, next,
+      copy: () => this.#copy(), link: (other) => this.#link({ latent: other, ex: "", head: "" }),
+    });
+    if (next !== null) this.data.feature(next).catch(() => {});
+  }
+
+  #put(element, title) {
+    if (element.isConnected) return;
+    this.tip.hide();
+    this.page.replaceChildren(element);
+    document.title = title;
+  }
+
+  #fail(error) {
+    this.#card = null;
+    this.#put(el("div", { class: "failure", role: "alert", "data-error": "" }, el("p", {}, error.message), el("p", {}, el("a", { href: this.#link({ latent: null }), "data-nav": "" }, "All features"))), "headscope");
+  }
+
+  /** The neighbour of the card in the list, or null; a card outside the list neighbours its ends. */
+  async #near(step) {
+    const { features, latents, order } = await this.#listed();
+    const at = order.indexOf(features.rowOf.get(this.view.latent));
+    return latents[order[at >= 0 ? at + step : step > 0 ? 0 : order.length - 1]] ?? null;
+  }
+
+  async #step(step) {
+    if (this.view.latent === null) return this.#table?.move(step);
+    const latent = await this.#near(step);
+    if (latent !== null) this.#open(latent);
+  }
+
+  /** The next latent by number, among those the page has. */
+  async #stepById(step) {
+    const { latents } = await this.#listed();
+    const beyond = latents.filter((latent) => (latent - this.view.latent) * step > 0);
+    if (this.view.latent !== null && beyond.length > 0) this.#open(step * Math.min(...beyond.map((latent) => latent * step)));
+  }
+
+  async #random() {
+    const { features: { rows }, latents, order } = await this.#listed();
+    const alive = (order.length > 0 ? order : [...latents.keys()]).filter((row) => rows.alive[row]);
+    if (alive.length > 0) this.#open(latents[alive[Math.floor(Math.random() * alive.length)]]);
+  }
+
+  async #search() {
+    if (this.view.latent !== null) await this.#go({ latent: null }, true);
+    this.page.querySelector("[data-search]")?.select();
+  }
+
+  async #copy() {
+    const copied = await navigator.clipboard?.writeText(location.href).then(() => true, () => false);
+    this.toast.replaceChildren(copied ? "Link copied: " : "Copy this link: ", el("b", {}, location.href));
+    this.toast.hidden = false;
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => { this.toast.hidden = true; }, copied ? 2500 : 12000);
+  }
+
+  /** Follow links inside the page without loading it anew. */
+  #click(event) {
+    if (!this.tip.contains(event.target)) this.tip.hide();
+    const nav = event.target.closest("[data-nav]")?.dataset.nav;
+    if (nav === undefined || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
+    event.preventDefault();
+    this.#open(nav === "" ? null : Number(nav));
+  }
+
+  #escape({ target }) {
+    if (this.tip.hide()) return;
+    if (target.matches("[data-search]") && target.value) this.#go({ list: { ...this.view.list, q: "" } });
+    else if (target.matches("input, select")) target.blur();
+    else if (this.view.head) this.#go({ head: "" });
+  }
+
+  /** Arrow keys move in the table and scroll a card. */
+  #arrow(step) {
+    if (this.view.latent === null) this.#table?.move(step);
+    else scrollBy(0, 60 * step);
+  }
+
+  #keys() {
+    const onCard = (patch) => (event) => this.#card?.feature.alive && this.#go(patch(event));
+    return [
+      { keys: ["j"], help: "next in the list", run: () => this.#step(1) },
+      { keys: ["k"], help: "previous in the list", run: () => this.#step(-1) },
+      { keys: ["J"], help: "next by number", run: () => this.#stepById(1) },
+      { keys: ["K"], help: "previous by number", run: () => this.#stepById(-1) },
+      { keys: ["ArrowDown"], label: "↓", help: "next row", run: () => this.#arrow(1) },
+      { keys: ["ArrowUp"], label: "↑", help: "previous row", run: () => this.#arrow(-1) },
+      { keys: ["Enter"], help: "open the row", run: () => this.view.latent === null && this.#table?.openCursor() },
+      { keys: ["/"], help: "search and list", run: () => this.#search() },
+      { keys: ["g"], help: "go to a number", run: () => askLatent(this.about.sae.d_sae, (latent) => this.#open(latent)) },
+      { keys: ["r"], help: "a random live feature of the list", run: () => this.#random() },
+      { keys: ["1", "2", "3"], help: "top and random, quantiles, intervals", run: onCard(({ key }) => ({ tab: TAB_NAMES[key - 1], ex: "" })) },
+      { keys: ["w"], help: "window: short, medium, full", run: onCard(() => ({ w: WINDOW_NAMES[(WINDOW_NAMES.indexOf(this.view.w) + 1) % 3] })) },
+      { keys: ["h"], help: "sources of one head, the largest first", run: onCard(() => ({ head: this.#card.nextHead() })) },
+      { keys: ["l"], help: "histogram: linear, log", run: onCard(() => ({ log: this.view.log ? "" : "1" })) },
+      { keys: ["y"], help: "copy the link of this view", run: () => this.#copy() },
+      { keys: ["?"], help: "these keys", run: () => this.help.showModal() },
+      { keys: ["Escape"], label: "Esc", help: "close, unpin, clear", run: (event) => this.#escape(event) },
+    ];
+  }
+}
+
+new App(document.getElementById("app"), openData()).start();

@@ -1,0 +1,218 @@
+/** The card of one feature, drawn from its JSON alone: when it fires, what it writes, which heads and sources compute it. */
+import { button, choice, el, term } from "./dom.js";
+import { int, num, pct, sci } from "./format.js";
+import { drawHeads, largest, pressHead } from "./heads.js";
+import { drawHistogram } from "./histogram.js";
+import { drawLogits, drawSources } from "./logits.js";
+import { ExampleRow } from "./tokens.js";
+
+const TABS = { top: ["Top and random", ["top", "random"]], quantile: ["Quantiles", ["quantile"]], interval: ["Intervals", ["interval"]] };
+const WINDOWS = [["5", "short", "5 tokens around the destination"], ["16", "medium", "16 tokens around the destination"], ["full", "full", "the whole block, or all of it that is stored"]];
+
+/** Names of the tabs and of the windows, in order. */
+export const TAB_NAMES = Object.keys(TABS);
+export const WINDOW_NAMES = WINDOWS.map(([name]) => name);
+
+export class Card {
+  #rows = [];
+  #view = {};
+  #hovered = null;
+  #mark = () => {};
+  #watcher = null;
+
+  /**
+   * @param {import("./types").Feature} feature
+   * @param {{about: import("./types").About, vocab: import("./vocab.js").Vocab, tip: import("./tip.js").Tip, context: ((block: number) => Promise<any>)|null}} needs
+   * @param {(patch: object) => void} change asks for another view
+   */
+  constructor(feature, needs, change) {
+    Object.assign(this, { feature, ...needs, change, names: feature.heads.names });
+    this.place = el("nav", { class: "place", "aria-label": "features" });
+    this.element = el("article", { class: "card", "data-card": feature.latent, "data-alive": String(feature.alive) }, this.#header(),
+      feature.alive ? el("div", { class: "body" }, this.#side(), this.#main()) : this.#deadPage());
+  }
+
+  /** A label with its definition, and the n behind its numbers. */
+  #term(text, name, { n, tag } = {}) {
+    const definition = this.about.definitions[name] ?? "";
+    return term(text, n === undefined ? definition : `${definition} n = ${int(n)}`, tag);
+  }
+
+  #header() {
+    const { stats, heads, alive, latent } = this.feature;
+    const item = (name, label, value, note) => el("div", { "data-stat": name }, el("dt", {}, this.#term(label, name, { n: stats.n_active })), el("dd", {}, el("b", {}, value), note));
+    const top = alive && largest(heads.dfa);
+    return el("header", { class: "card-head" }, el("h1", {}, el("small", {}, "feature"), String(latent)),
+      alive ? el("dl", {}, item("density", "density", pct(stats.density), ` ${int(stats.n_active)} of ${int(stats.n_tokens)} tokens`),
+        item("max", "max", num(stats.max)), item("mean", "mean", num(stats.mean)),
+        item("top_head", "top head", this.names[top], ` ${pct(heads.dfa[top])} of DFA`)) : el("span", { class: "chip" }, "dead"), this.place);
+  }
+
+  #section(title, name, extra, ...body) {
+    return el("section", {}, el("header", {}, this.#term(title, name, { tag: "h2" }), extra), ...body);
+  }
+
+  #side() {
+    const { heads, stats, logits, sources } = this.feature;
+    this.histogram = el("div");
+    this.scales = el("span", { class: "choices" });
+    this.heads = drawHeads(heads, {
+      tip: this.tip,
+      hover: (head) => { this.#hovered = head; this.#paint(); },
+      press: (head) => this.change({ head: this.#view.head === this.names[head] ? "" : this.names[head] }),
+    });
+    const [byDfa, byDecoder] = [largest(heads.dfa), largest(heads.decoder)];
+    const spread = [[0.5, "median"], [0.9, "p90"], [0.99, "p99"]].map(([p, label]) => [label, stats.quantiles.find(([at]) => at === p)?.[1], "quantiles"]);
+    const key = (name) => [el("i", { class: name }), this.#term(name === "dfa" ? "DFA" : name, `${name}_share`)];
+    return el("div", { class: "side" },
+      this.#section("Activations", "histogram", this.scales, this.histogram, el("p", { class: "spread" }, [...spread, ["std", stats.std, "std"]].map(([label, value, name]) =>
+        value !== undefined && el("span", {}, this.#term(label, name, { n: stats.n_active }), el("b", {}, num(value, 2)))))),
+      this.#section("Heads", "heads", el("span", { class: "legend" }, key("dfa"), key("decoder"), key("encoder")), this.heads,
+        byDfa !== byDecoder && el("p", { class: "flag", "data-flag": "heads" }, `⚑ the decoder's top head is ${this.names[byDecoder]}, the DFA's is ${this.names[byDfa]}`)),
+      this.#section("Logits", "logits", null, drawLogits(logits, this.vocab)),
+      sources.length > 0 && this.#section("Source tokens", "sources", null, drawSources(sources, this.vocab)));
+  }
+
+  #main() {
+    const { groups, stats } = this.feature;
+    const count = (kinds) => groups.reduce((n, { kind, examples }) => n + (kinds.includes(kind) ? examples.length : 0), 0);
+    this.tabs = el("div", { class: "tabs", role: "tablist" }, Object.entries(TABS).map(([name, [label, kinds]]) =>
+      button({ role: "tab", "data-tab": name, onclick: () => this.change({ tab: name, ex: "" }) }, label, el("small", {}, int(count(kinds))))));
+    this.windows = el("span");
+    this.filter = button({ class: "filter", "data-head-filter": "", onclick: () => this.change({ head: "" }) });
+    const hover = (event) => this.#hover(event.target);
+    this.groups = el("div", { class: "groups", "data-groups": "", onpointerover: hover, onfocusin: hover, onpointerleave: () => this.#hover(null), onclick: (event) => this.#click(event) });
+    const key = (kind, label) => el("span", {}, el("i", { class: kind }), label);
+    return el("div", { class: "main" }, el("header", { class: "bar" }, this.tabs, this.filter, this.windows),
+      el("p", { class: "legend key" }, key("ramp", `activation, 0 to ${num(stats.max, 2)}`), key("src", "DFA of a source"), key("src minus", "negative DFA"),
+        key("dst", "destination"), el("span", {}, el("b", {}, "next"), " token"), el("span", {}, "…9… tokens left out")), this.groups);
+  }
+
+  #deadPage() {
+    const { stats, logits } = this.feature;
+    return el("div", { class: "dead-page", "data-dead": "" },
+      el("p", {}, "Never active on ", el("b", {}, int(stats.n_tokens)), " tokens. ", this.#term("95 % upper bound on its density", "density_upper95"), `: 3/N = ${sci(stats.density_upper95, 1)}.`),
+      el("p", { class: "hint" }, "It has no examples, histogram or attribution, because there is nothing to show."),
+      logits && this.#section("Logits", "logits", el("span", { class: "hint" }, "what its weights would write"), drawLogits(logits, this.vocab)));
+  }
+
+  /** Show a view of the card; only what changed is drawn again. @param {import("./types").View} view */
+  update(view) {
+    if (!this.feature.alive) return;
+    const changed = (...keys) => keys.some((key) => this.#view[key] !== view[key]);
+    const [histogram, groups, paint, ex] = [changed("log", "mass"), changed("tab", "w"), changed("tab", "w", "head"), view.ex && changed("ex")];
+    const first = this.#view.w === undefined;
+    this.#view = view;
+    if (histogram) this.#drawHistogram(view);
+    if (groups) this.#drawGroups(view);
+    if (paint) this.#paint();
+    for (const row of this.#rows) row.element.classList.toggle("current", row.key === view.ex);
+    if (ex && first) requestAnimationFrame(() => this.groups.querySelector(".current")?.scrollIntoView({ block: "center" }));
+  }
+
+  #drawHistogram({ log, mass }) {
+    const { chart, mark } = drawHistogram(this.feature.histogram, { log: log === "1", byMass: mass === "1", tip: this.tip });
+    this.#mark = mark;
+    this.histogram.replaceChildren(chart);
+    this.scales.replaceChildren(choice("weight", [["", "counts"], ["1", "mass"]], mass, (value) => this.change({ mass: value })),
+      choice("scale", [["", "linear"], ["1", "log"]], log, (value) => this.change({ log: value })));
+  }
+
+  #drawGroups({ tab, w }) {
+    const name = tab in TABS ? tab : "top";
+    const groups = this.feature.groups.filter(({ kind }) => TABS[name][1].includes(kind));
+    if (name !== "top") groups.sort((a, b) => b.hi - a.hi);
+    this.tip.hide();
+    this.#watcher?.disconnect();
+    this.#rows = [];
+    this.groups.replaceChildren(...groups.map((group) => this.#drawGroup(group)));
+    for (const one of this.tabs.children) one.setAttribute("aria-selected", String(one.dataset.tab === name));
+    this.windows.replaceChildren(choice("window", WINDOWS, w, (value) => this.change({ w: value })));
+    const blocks = w === "full" && this.context !== null;
+    this.groups.classList.toggle("blocks", blocks);
+    if (blocks) this.#watchBlocks();
+    else for (const row of this.#rows) row.draw(w, null);
+    if (w === "full" && !blocks) this.groups.prepend(el("p", { class: "hint", "data-partial": "" }, "This file keeps the tokens around the destination and its sources, not whole blocks: all that it has is shown."));
+  }
+
+  /** Whole blocks are long: only those near the screen are in the page. */
+  #watchBlocks() {
+    const rows = new Map(this.#rows.map((row) => [row.element, row]));
+    this.#watcher = new IntersectionObserver((entries) => {
+      for (const { target, isIntersecting } of entries) {
+        const row = rows.get(target);
+        if (isIntersecting) row.drawBlock(() => this.#head()).catch(() => row.draw("full", this.#head()));
+        else row.clear();
+      }
+    }, { rootMargin: "100px 0px" });
+    for (const element of rows.keys()) this.#watcher.observe(element);
+  }
+
+  #drawGroup({ kind, index, label, lo, hi, n, share_active: active, share_mass: mass, examples }) {
+    const key = kind === "top" || kind === "random" ? kind : `${kind}-${index}`;
+    const rows = examples.map((example, i) => new ExampleRow(example, `${key}.${i}`, this));
+    this.#rows.push(...rows);
+    return el("section", { class: "group", "data-group": key }, el("header", {}, this.#term(label, kind, { n, tag: "h3" }),
+      lo !== null && hi !== null && el("span", { "data-range": "" }, `${num(lo, 2)} to ${num(hi, 2)}`),
+      active !== null && el("span", { "data-shares": "" }, el("b", {}, pct(active)), " of active tokens · ", el("b", {}, pct(mass)), " of activation mass")),
+    el("ol", {}, rows.map(({ element }) => element)));
+  }
+
+  /** The head that sources are filtered to, by index: the hovered one, else that of the link ("1.6", or its index). */
+  #head() {
+    const { head } = this.#view;
+    if (this.#hovered !== null || !head) return this.#hovered;
+    const at = this.names.indexOf(head);
+    return at >= 0 ? at : head in this.names ? Number(head) : null;
+  }
+
+  #paint() {
+    const head = this.#head();
+    const name = this.names[head] ?? "";
+    for (const row of this.#rows) row.paint(head);
+    pressHead(this.heads, name);
+    this.filter.hidden = head === null;
+    this.filter.replaceChildren("sources of head ", el("b", {}, name), " only ×");
+    this.element.dataset.head = name;
+  }
+
+  /** After no head, the heads from the largest DFA share to the smallest. */
+  nextHead() {
+    const { dfa } = this.feature.heads;
+    const order = [...dfa.keys()].sort((a, b) => dfa[b] - dfa[a]);
+    return this.names[order[order.indexOf(this.#head()) + 1]] ?? "";
+  }
+
+  /** What the pointer is on: where a tooltip goes, what it says, its row and its activation. */
+  #find(target) {
+    const at = target?.closest(".tok, .act, .strip");
+    if (!at) return null;
+    const row = this.#rows.find(({ element }) => element.contains(at));
+    if (!at.matches(".tok")) return { at, row, act: row.example.activation, facts: row.checkFacts() };
+    return { at, row, act: Number(at.dataset.act ?? 0), facts: row.tokenFacts(Number(at.dataset.pos)) };
+  }
+
+  #hover(target) {
+    const found = this.#find(target);
+    if (found) this.tip.show(found.at, found.facts);
+    else this.tip.leave();
+    this.#mark(found?.act || null);
+  }
+
+  #click(event) {
+    const found = this.#find(event.target);
+    if (!found) return;
+    event.stopPropagation();
+    this.tip.show(found.at, found.facts, true);
+    this.change({ ex: found.row.key });
+  }
+
+  /** Say where the card stands in the list. */
+  setPlace({ position, total, previous, next, link, copy }) {
+    const step = (latent, sign, name) => (latent === null ? el("span", { class: "button off", "data-step": name }, sign)
+      : el("a", { class: "button", href: link(latent), "data-nav": latent, "data-step": name, title: `${name} in the list` }, sign));
+    this.place.replaceChildren(step(previous, "‹", "previous"),
+      el("span", { class: "position", "data-position": "" }, position < 0 ? `not among the ${int(total)} listed` : `${int(position + 1)} of ${int(total)}`),
+      step(next, "›", "next"), button({ class: "button", "data-copy": "", onclick: copy }, "copy link"));
+  }
+}

@@ -1,0 +1,1 @@
+"""All that is known of every feature of an SAE on a corpus: built in one job, read without torch."""

@@ -1,0 +1,196 @@
+"""The commands as functions: names and paths in, files out. `headscope.cli` is a thin layer over them.
+
+Each job checks where it will write before it computes anything, and what it writes is whole or absent. Heavy
+imports are inside the functions: `headscope --help` is quick, and a served page loads no torch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headscope.artefact import read_json, refuse_existing, write_json
+from headscope.corpus import Corpus, Split, load_corpus
+from headscope.errors import ExportError
+from headscope.sae.config import TrainConfig
+from headscope.site import Kind, Site
+
+if TYPE_CHECKING:
+    from headscope.explorer.cards import IndexCards
+    from headscope.index.store import FeatureIndex
+    from headscope.models.hf import Model
+    from headscope.sae.quality import Quality
+    from headscope.sae.train import Status, TrainResult
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, the work done and the work in all."""
+
+
+@dataclass(frozen=True)
+class CorpusChoice:
+    """Which text is read, and how it is cut."""
+
+    corpus: str = "python"
+    """`python` (the standard library of this interpreter), a UTF-8 text file, or a folder of them."""
+    split: Split = "heldout"
+    """Documents to read: those for training (60 %), those held out (40 %, by hash of their name), or all."""
+    block_size: int = 256
+    """Tokens in a block, BOS included."""
+    max_tokens: int | None = None
+    """Read at most this many tokens."""
+
+    def load(self, model: "Model") -> Corpus:
+        """Read, tokenise and pack."""
+        return load_corpus(
+            self.corpus,
+            model.tokenizer,
+            bos=model.bos,
+            split=self.split,
+            block_size=min(self.block_size, model.spec.context),
+            max_tokens=self.max_tokens,
+        )
+
+
+def train(
+    out: Path,
+    *,
+    model: str = "tiny",
+    text: CorpusChoice | None = None,
+    site: Kind = "z",
+    layer: int | None = None,
+    config: TrainConfig | None = None,
+    overwrite: bool = False,
+    on_step: Callable[["Status"], None] | None = None,
+) -> "TrainResult":
+    """Train an SAE and write it to `out`, a SAELens folder; `layer` None is the last.
+
+    After Ctrl-C what was trained is still written, and the result says `interrupted`.
+
+    Raises:
+        HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
+    """
+    from headscope.models.load import load_model
+    from headscope.sae.formats import save_sae
+    from headscope.sae.train import train_sae
+
+    refuse_existing(out, overwrite=overwrite)
+    loaded = load_model(model)
+    chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
+    loaded.check_layer(chosen.layer)
+    corpus = (text or CorpusChoice(split="train")).load(loaded)
+    result = train_sae(loaded, corpus, chosen, config or TrainConfig(), on_step)
+    save_sae(result.sae, out, overwrite=overwrite)
+    return result
+
+
+def eval(  # noqa: A001 - the command's name
+    sae: str | Path, *, model: str | None = None, text: CorpusChoice | None = None, on_progress: Progress | None = None
+) -> "Quality":
+    """Measure an SAE on held-out text; a folder of the user's own also gets `quality.json`.
+
+    Raises:
+        HeadscopeError: any of its kinds.
+    """
+    from headscope.models.load import load_model
+    from headscope.sae.formats import load_sae, sae_hash
+    from headscope.sae.quality import evaluate
+
+    loaded_sae = load_sae(sae)
+    loaded = load_model(model or loaded_sae.model_name)
+    corpus = (text or CorpusChoice()).load(loaded)
+    on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
+    quality = evaluate(loaded, loaded_sae, corpus, on_tokens)
+    record = {"sae_hash": sae_hash(sae), "corpus": corpus.fingerprint(), "quality": quality.as_dict()}
+    if Path(sae).is_dir():
+        write_json(Path(sae) / "quality.json", record)
+    return quality
+
+
+def index(
+    sae: str | Path,
+    out: Path,
+    *,
+    model: str | None = None,
+    text: CorpusChoice | None = None,
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+) -> "FeatureIndex":
+    """Index every feature of a z SAE on held-out text, and open the index.
+
+    Raises:
+        HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
+    """
+    from headscope.index.build import build_index
+    from headscope.index.store import FeatureIndex
+    from headscope.models.load import load_model
+    from headscope.sae.formats import load_sae, sae_hash
+
+    refuse_existing(out, overwrite=overwrite)
+    loaded_sae = load_sae(sae)
+    loaded = load_model(model or loaded_sae.model_name)
+    corpus = (text or CorpusChoice()).load(loaded)
+    folder = build_index(
+        loaded,
+        loaded_sae,
+        corpus,
+        out,
+        sae_name=str(sae),
+        sae_hash=sae_hash(sae),
+        quality=_measured_quality(sae),
+        overwrite=overwrite,
+        on_progress=on_progress,
+    )
+    return FeatureIndex.open(folder)
+
+
+def _measured_quality(sae: str | Path) -> dict[str, Any] | None:
+    """What `eval` found for exactly these weights, if it was run."""
+    from headscope.sae.formats import sae_folder, sae_hash
+
+    path = sae_folder(str(sae)) / "quality.json"
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    return record["quality"] if record["sae_hash"] == sae_hash(sae) else None
+
+
+def serve(index: str | Path, *, port: int | None = None, open_browser: bool = False) -> None:
+    """Serve the explorer of an index on 127.0.0.1 until Ctrl-C.
+
+    Raises:
+        IndexFormatError, ServerError: no index, or no such port.
+    """
+    from headscope.explorer.cards import IndexCards
+    from headscope.explorer.server import serve as serve_cards
+    from headscope.index.store import FeatureIndex
+
+    serve_cards(IndexCards(FeatureIndex.open(index)), port=port, open_browser=open_browser)
+
+
+def export(
+    index: str | Path, out: Path, *, features: Sequence[int] | None = None, overwrite: bool = False
+) -> Path:
+    """Write the explorer as one HTML file; without `features`, the alive ones, at most the 2,000 most active.
+
+    Raises:
+        IndexFormatError, ExportError, OutputError: no index, no such feature, or no place to write.
+    """
+    from headscope.explorer.cards import IndexCards
+    from headscope.explorer.export import export_html
+    from headscope.index.store import FeatureIndex
+
+    refuse_existing(out, overwrite=overwrite)
+    source = IndexCards(FeatureIndex.open(index))
+    chosen = list(features) if features else _most_active(source)
+    return export_html(source, out, chosen)
+
+
+def _most_active(source: "IndexCards") -> list[int]:
+    from headscope.explorer.export import MAX_FEATURES
+
+    table = source.table()["rows"]
+    alive = [i for i, n in zip(table["latent"], table["n_active"], strict=True) if n > 0]
+    if not alive:
+        raise ExportError("no feature is alive on this corpus", expected="at least one", do="index more text")
+    alive.sort(key=lambda i: -table["n_active"][i])
+    return sorted(alive[:MAX_FEATURES])

@@ -1,0 +1,234 @@
+"""How good an SAE is, on text it was not trained on: the post's measures and SAELens', side by side.
+
+Two conventions are kept apart, because they differ by several points on the same SAE:
+
+* the post's `loss_recovered`: z is replaced at every position, BOS included, by the SAE's reconstruction or by the
+  constant c = b_V + b_ln1 @ W_V (the zero of TransformerLens-processed z), and losses are averaged over all positions;
+* SAELens' `ce_loss_score`: raw zero, special tokens are neither replaced nor counted.
+
+Intervals are 95 % bootstrap intervals over blocks (Wilson for counts).
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope.capture import activations, token_batches
+from headscope.corpus import Corpus
+from headscope.interventions import constant, reconstruction
+from headscope.models.hf import Model
+from headscope.sae.model import SAE
+from headscope.sae.train import check_fits
+from headscope.site import Site
+from headscope.stats import Estimate, bootstrap_ratio, wilson
+
+DENSITY_EDGES = np.linspace(-7, 0, 43)
+"""log10 of the share of tokens on which a latent is active."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The quality of one SAE on one corpus; each figure's definition is in `rows`."""
+
+    n_tokens: int
+    """Tokens read, BOS excluded."""
+    n_blocks: int
+    l0: Estimate
+    l0_with_bos: float
+    loss_recovered: Estimate
+    ce_loss_score: Estimate
+    loss_recovered_mean_ablation: Estimate
+    loss_recovered_by_mean: Estimate
+    ce: dict[str, float]
+    """Mean next-token loss in nats, by condition, with BOS positions (`*_bos`) and without."""
+    explained_variance: Estimate
+    mse: float
+    cosine: float
+    relative_reconstruction_bias: Estimate
+    dead: Estimate
+    n_below: dict[str, int]
+    """Latents active on less than this share of the tokens."""
+    density_histogram: list[int]
+    """Alive latents by log10 density, edges DENSITY_EDGES."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a file."""
+        return asdict(self)
+
+
+@dataclass
+class _Reconstruction:
+    """Sums over the tokens of each block."""
+
+    n: Int[np.ndarray, " block"]
+    l0: Float[np.ndarray, " block"]
+    l0_bos: float
+    total: Float[np.ndarray, "block d"]
+    """Sum of x."""
+    square: Float[np.ndarray, " block"]
+    error: Float[np.ndarray, " block"]
+    hat_square: Float[np.ndarray, " block"]
+    inner: Float[np.ndarray, " block"]
+    cosine: float
+    fired: Int[np.ndarray, " d_sae"]
+
+
+def evaluate(
+    model: Model, sae: SAE, corpus: Corpus, on_tokens: Callable[[int, int], None] | None = None
+) -> Quality:
+    """Measure an SAE on a corpus: two passes, one over its activations and one over the model's losses.
+
+    Args:
+        model: the model it was trained on.
+        sae: the SAE.
+        corpus: documents it was not trained on.
+        on_tokens: called with (tokens done, tokens in all) over both passes.
+
+    Raises:
+        CorpusError, ModelError, SAEError: the three do not fit one another.
+    """
+    check_fits(sae, model)
+    sae = sae.to(model.device)
+    done, total = 0, 2 * corpus.n_tokens
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        if on_tokens is not None:
+            on_tokens(done, total)
+
+    r = _measure_reconstruction(model, sae, corpus, advance)
+    mean = torch.from_numpy((r.total.sum(0) / r.n.sum()).astype(np.float32)).to(model.device)
+    losses = _measure_losses(model, sae, corpus, mean, advance)
+    return _summary(corpus, sae, r, losses)
+
+
+def _measure_reconstruction(
+    model: Model, sae: SAE, corpus: Corpus, advance: Callable[[int], None]
+) -> _Reconstruction:
+    n_blocks = len(corpus.blocks)
+    sums = {k: np.zeros(n_blocks) for k in ("n", "l0", "square", "error", "hat_square", "inner")}
+    total, fired = np.zeros((n_blocks, sae.d_in)), torch.zeros(sae.d_sae, dtype=torch.long, device=model.device)
+    l0_bos = cosine = 0.0
+    for numbers, tokens, x in activations(model, corpus, sae.site):
+        f = sae.encode(x)
+        x_hat, counted = sae.decode(f), tokens != model.bos
+        active = (f > 0).sum(-1)
+        l0_bos += active.sum().item()
+        fired += (f[counted] > 0).sum(0)
+        per_token = {
+            "n": torch.ones_like(x[..., 0]),
+            "l0": active.float(),
+            "square": x.square().sum(-1),
+            "error": (x - x_hat).square().sum(-1),
+            "hat_square": x_hat.square().sum(-1),
+            "inner": (x * x_hat).sum(-1),
+        }
+        for name, values in per_token.items():
+            sums[name][numbers] = (values.double() * counted).sum(1).cpu().numpy()
+        total[numbers] = (x.double() * counted[..., None]).sum(1).cpu().numpy()
+        cosine += (torch.cosine_similarity(x, x_hat, dim=-1) * counted).sum().item()
+        advance(tokens.numel())
+    return _Reconstruction(
+        l0_bos=l0_bos / corpus.n_tokens,
+        total=total,
+        cosine=cosine / sums["n"].sum(),
+        fired=fired.cpu().numpy(),
+        **sums,
+    )
+
+
+def _measure_losses(
+    model: Model, sae: SAE, corpus: Corpus, mean: Float[Tensor, " d"], advance: Callable[[int], None]
+) -> dict[str, Float[np.ndarray, " block"]]:
+    """Summed loss of each block by condition; `n` and `n_bos` are the numbers of positions summed."""
+    offset = model.value_offset(sae.site.layer) if sae.site.kind == "z" else torch.zeros_like(mean)
+    sums: dict[str, np.ndarray] = {}
+
+    def add(name: str, numbers: np.ndarray, values: Tensor) -> None:
+        sums.setdefault(name, np.zeros(len(corpus.blocks)))[numbers] = values.double().sum(1).cpu().numpy()
+
+    for numbers, tokens in token_batches(corpus, model.device):
+        special = tokens == model.bos
+        counted = ~special[:, :-1]
+        add("n", numbers, counted)
+        add("n_bos", numbers, torch.ones_like(counted))
+        for name, (everywhere, kept) in _conditions(model, sae, tokens, special, mean, offset).items():
+            add(f"{name}_bos", numbers, everywhere)
+            add(name, numbers, kept * counted)
+        advance(tokens.numel())
+    return sums
+
+
+def _conditions(
+    model: Model,
+    sae: SAE,
+    tokens: Int[Tensor, "batch position"],
+    special: Bool[Tensor, "batch position"],
+    mean: Float[Tensor, " d"],
+    offset: Float[Tensor, " d"],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Losses [batch, predicting] by condition: edited everywhere, and with the special positions left as they are.
+
+    After the last attention layer positions no longer mix, so there the two are equal at all that is counted.
+    """
+    local = sae.site.layer == model.spec.n_layers - 1 and sae.site.kind != "resid_pre"
+
+    def losses(site: Site, make: Callable[[Tensor | None], Any]) -> tuple[Tensor, Tensor]:
+        with model.edit({site: make(None)}):
+            everywhere = model.losses(tokens)
+        if local:
+            return everywhere, everywhere
+        with model.edit({site: make(special)}):
+            return everywhere, model.losses(tokens)
+
+    clean = model.losses(tokens)
+    zero = torch.zeros_like(mean)
+    return {
+        "clean": (clean, clean),
+        "sae": losses(sae.site, lambda keep: reconstruction(sae, keep)),
+        "mean": losses(sae.site, lambda keep: constant(mean, keep)),
+        "c": (c := losses(sae.site, lambda keep: constant(offset, keep))),
+        "zero": c if torch.equal(offset, zero) else losses(sae.site, lambda keep: constant(zero, keep)),
+    }
+
+
+def _summary(
+    corpus: Corpus, sae: SAE, r: _Reconstruction, losses: dict[str, Float[np.ndarray, " block"]]
+) -> Quality:
+    def recovered(ablated: str, repaired: str) -> Estimate:
+        return bootstrap_ratio(losses[ablated] - losses[repaired], losses[ablated] - losses[clean_of(ablated)])
+
+    def clean_of(name: str) -> str:
+        return "clean_bos" if name.endswith("_bos") else "clean"
+
+    n = r.n.sum()
+    mean = r.total.sum(0) / n
+    variance = r.square - 2 * r.total @ mean + r.n * (mean @ mean)
+    unexplained = bootstrap_ratio(r.error, variance)
+    density = r.fired / n
+    alive = density[density > 0]
+    ce = {k: float(v.sum() / losses["n_bos" if k.endswith("_bos") else "n"].sum()) for k, v in losses.items()}
+    return Quality(
+        n_tokens=int(n),
+        n_blocks=len(corpus.blocks),
+        l0=bootstrap_ratio(r.l0, r.n),
+        l0_with_bos=r.l0_bos,
+        loss_recovered=recovered("c_bos", "sae_bos"),
+        ce_loss_score=recovered("zero", "sae"),
+        loss_recovered_mean_ablation=recovered("mean_bos", "sae_bos"),
+        loss_recovered_by_mean=recovered("c_bos", "mean_bos"),
+        ce={k: v for k, v in ce.items() if not k.startswith("n")},
+        explained_variance=Estimate(1 - unexplained.value, 1 - unexplained.high, 1 - unexplained.low),
+        mse=float(r.error.sum() / n),
+        cosine=float(r.cosine),
+        relative_reconstruction_bias=bootstrap_ratio(r.hat_square, r.inner),
+        dead=wilson(int((r.fired == 0).sum()), sae.d_sae),
+        n_below={f"{t:g}": int((density < t).sum()) for t in (1e-6, 1e-5, 1e-4)},
+        density_histogram=np.histogram(np.log10(alive), DENSITY_EDGES)[0].tolist(),
+    )

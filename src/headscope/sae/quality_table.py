@@ -1,0 +1,76 @@
+"""The quality of an SAE as a table of printed figures, each with its definition; no torch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One printed figure: ours, the post's, and what it means."""
+
+    name: str
+    value: str
+    post: str
+    definition: str
+
+
+def quality_rows(q: dict[str, Any]) -> list[Row]:
+    """The rows of `Quality.as_dict()`, beside the post's figures for gelu-2l layer 1 (Kissane et al., 2024)."""
+    n, ce = f"{q['n_tokens']:,} tokens", q["ce"]
+    return [
+        Row("L0", _plain(q["l0"]), "12", f"active latents per token, {n} without BOS"),
+        Row("L0 with BOS", f"{q['l0_with_bos']:.2f}", "", "the same, BOS positions counted"),
+        Row(
+            "loss_recovered",
+            _percent(q["loss_recovered"]),
+            "87 %",
+            "(CE_c - CE_sae) / (CE_c - CE_clean); z set to the constant c, BOS included (the post's)",
+        ),
+        Row(
+            "ce_loss_score",
+            _percent(q["ce_loss_score"]),
+            "",
+            "(CE_zero - CE_sae) / (CE_zero - CE_clean); raw zero, special tokens skipped (SAELens')",
+        ),
+        Row(
+            "loss_recovered, mean ablation",
+            _percent(q["loss_recovered_mean_ablation"]),
+            "",
+            "(CE_mean - CE_sae) / (CE_mean - CE_clean); z set to its mean over the corpus",
+        ),
+        Row(
+            "null: the mean alone",
+            _percent(q["loss_recovered_by_mean"]),
+            "",
+            "(CE_c - CE_mean) / (CE_c - CE_clean): what one constant recovers without any SAE",
+        ),
+        Row("CE clean / SAE", f"{ce['clean']:.4f} / {ce['sae']:.4f}", "", "nats a token, without BOS positions"),
+        Row("CE zero / mean / c", f"{ce['zero']:.4f} / {ce['mean']:.4f} / {ce['c']:.4f}", "", "the same, z ablated"),
+        Row(
+            "CE with BOS: clean / SAE / c",
+            f"{ce['clean_bos']:.4f} / {ce['sae_bos']:.4f} / {ce['c_bos']:.4f}",
+            "",
+            "nats a token over all positions, edits at all positions",
+        ),
+        Row(
+            "explained variance",
+            _percent(q["explained_variance"]),
+            "",
+            "1 - sum ||x - x_hat||^2 / sum ||x - mean||^2, without BOS",
+        ),
+        Row(
+            "reconstruction bias",
+            _plain(q["relative_reconstruction_bias"]),
+            "",
+            "mean ||x_hat||^2 / mean x . x_hat; below 1 is shrinkage",
+        ),
+        Row("dead", _percent(q["dead"]), "24 %", f"latents that never fire on {n}"),
+    ]
+
+
+def _plain(e: dict[str, float]) -> str:
+    return f"{e['value']:.3g} [{e['low']:.3g}, {e['high']:.3g}]"
+
+
+def _percent(e: dict[str, float]) -> str:
+    return f"{100 * e['value']:.1f} % [{100 * e['low']:.1f}, {100 * e['high']:.1f}]"

@@ -1,0 +1,88 @@
+"""Intervals and streaming moments; numpy only."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """`0.912 [0.908, 0.916]`."""
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def wilson(successes: int, n: int) -> Estimate:
+    """A proportion with its Wilson 95 % interval (Wilson 1927); n = 0 gives the whole range."""
+    if n == 0:
+        return Estimate(float("nan"), 0.0, 1.0)
+    z = 1.959963984540054
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Estimate(p, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+
+
+def bootstrap_ratio(
+    numerator: Float[np.ndarray, " block"],
+    denominator: Float[np.ndarray, " block"],
+    *,
+    n_samples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """sum(numerator) / sum(denominator) with a 95 % percentile interval, resampling whole blocks."""
+    rng = np.random.default_rng(seed)
+    n = len(numerator)
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=n_samples).astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = (weights @ numerator) / (weights @ denominator)
+        value = float(numerator.sum() / denominator.sum())
+    low, high = np.nanpercentile(ratios, [2.5, 97.5]) if np.isfinite(ratios).any() else (np.nan, np.nan)
+    return Estimate(value, float(low), float(high))
+
+
+@dataclass
+class Moments:
+    """Counts, means and centred second moments of many streams at once, merged chunk by chunk (Chan et al. 1983)."""
+
+    n: Int[np.ndarray, " stream"]
+    mean: Float[np.ndarray, " stream"]
+    m2: Float[np.ndarray, " stream"]
+    """Sum of squared deviations from the mean."""
+
+    @classmethod
+    def zeros(cls, n_streams: int) -> "Moments":
+        """Nothing seen yet."""
+        return cls(np.zeros(n_streams, dtype=np.int64), np.zeros(n_streams), np.zeros(n_streams))
+
+    def merge(self, other: "Moments") -> None:
+        """Add what another has seen."""
+        n = self.n + other.n
+        share = np.divide(other.n, n, out=np.zeros_like(self.mean), where=n > 0)
+        delta = other.mean - self.mean
+        self.m2 += other.m2 + delta**2 * self.n * share
+        self.mean += delta * share
+        self.n = n
+
+    @classmethod
+    def of_groups(
+        cls, group: Int[np.ndarray, " value"], value: Float[np.ndarray, " value"], n_streams: int
+    ) -> "Moments":
+        """Moments of values by group."""
+        n = np.bincount(group, minlength=n_streams)
+        total = np.bincount(group, weights=value, minlength=n_streams)
+        mean = np.divide(total, n, out=np.zeros(n_streams), where=n > 0)
+        m2 = np.bincount(group, weights=(value - mean[group]) ** 2, minlength=n_streams)
+        return cls(n, mean, m2)
+
+    @property
+    def variance(self) -> Float[np.ndarray, " stream"]:
+        """Population variance; 0 where nothing was seen."""
+        return np.divide(self.m2, self.n, out=np.zeros_like(self.m2), where=self.n > 0)

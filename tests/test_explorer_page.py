@@ -1,0 +1,617 @@
+"""The explorer in a browser: table, cards, keys, links, hostile tokens, the single file without a network."""
+
+import json
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+
+from explorer_source import DEAD_LATENT, EMOJI, HOSTILE, LONE, N_BLOCKS, TWIN_LATENT, FakeSource
+from headscope.explorer.export import export_html
+from headscope.explorer.server import make_app, static_files
+
+SOURCE = FakeSource()
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+MINUS = "\u2212"
+SCRIPT_BUDGET = 60_000  # bytes of JavaScript, comments not counted
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
+
+
+@contextmanager
+def serving(source: FakeSource) -> Iterator[str]:
+    """Serve a source from a thread; yields its address."""
+    server = uvicorn.Server(uvicorn.Config(make_app(source), port=0, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        thread.join(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with serving(SOURCE) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page on which any script error, dialog or request elsewhere fails the test."""
+    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(8000)
+    expect.set_options(timeout=8000)
+    troubles: list[str] = []
+    page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
+    page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+    page.on("dialog", lambda dialog: troubles.append(f"dialog: {dialog.message}"))
+    page.on("request", lambda request: troubles.append(request.url) if is_foreign(request.url) else None)
+    yield page
+    context.close()
+    assert [trouble for trouble in troubles if "404" not in trouble] == []
+
+
+def is_foreign(url: str) -> bool:
+    return re.match(r"(http://127\.0\.0\.1:\d+/|file:|data:|blob:|about:)", url) is None
+
+
+def card(page: Page, latent: int) -> None:
+    """Wait for a card, and for its place in the list."""
+    expect(page.locator(f"[data-card='{latent}'] [data-position]")).to_be_visible()
+
+
+def shown_ids(page: Page, n: int = 5) -> list[int]:
+    return [
+        int(str(row.get_attribute("data-latent"))) for row in page.locator("[data-table] a.row").all()[:n]
+    ]
+
+
+def count(page: Page) -> int:
+    return int(str(page.locator("[data-count] b").get_attribute("data-n")))
+
+
+# --- the table
+
+
+def test_the_table_lists_live_features_and_the_quality_of_the_sae(page: Page, address: str) -> None:
+    page.goto(address)
+    expect(page.locator("[data-count] b")).to_have_text("192")
+    expect(page.locator("[data-count]")).to_contain_text("8 dead hidden")
+    assert shown_ids(page, 8) == [0, 1, 2, 3, 4, 5, 6, 8]
+    quality = page.locator("[data-quality] tr").all_inner_texts()
+    assert quality[0].split() == ["here", "post"]
+    assert quality[2].split() == ["loss_recovered", "0.910", "0.870"]
+    assert (
+        page.locator("[data-quality] .term").nth(1).get_attribute("title")
+        == "Active latents on a token, on average."
+    )
+
+
+def test_only_rows_in_sight_are_in_the_page(page: Page, address: str) -> None:
+    page.goto(address)
+    expect(page.locator("[data-table] a.row").first).to_be_visible()
+    assert page.locator("[data-table] a.row").count() < 60
+    page.locator("[data-table]").evaluate("view => { view.scrollTop = view.scrollHeight; }")
+    expect(page.locator("[data-table] a.row[data-latent='199']")).to_be_visible()
+
+
+def test_a_column_sorts_both_ways_and_blanks_come_last(page: Page, address: str) -> None:
+    page.goto(f"{address}/#dead=1")
+    page.click("[data-sort=max]")
+    expect(page.locator("[role=columnheader][aria-sort=descending]")).to_have_text("max")
+    best = max(range(200), key=lambda latent: (SOURCE.table()["rows"]["max"][latent] or 0, -latent))
+    assert shown_ids(page, 1) == [best]
+    page.click("[data-sort=max]")
+    expect(page.locator("[role=columnheader][aria-sort=ascending]")).to_have_text("max")
+    first = shown_ids(page, 1)[0]
+    assert first % 25 != DEAD_LATENT, "dead latents have no maximum and come last"
+    assert "sort=max" in page.url
+
+
+def test_filters_narrow_the_table_and_clear(page: Page, address: str) -> None:
+    rows = SOURCE.table()["rows"]
+    page.goto(address)
+    page.select_option("[data-filter=in]", "1.6")
+    page.fill("[data-filter=share]", "70")
+    expected = [i for i in range(200) if rows["top_head"][i] == "1.6" and rows["top_head_share"][i] >= 0.7]
+    expect(page.locator("[data-count] b")).to_have_text(str(len(expected)))
+    assert shown_ids(page, 3) == expected[:3]
+    page.click("[data-reset]")
+    expect(page.locator("[data-count] b")).to_have_text("192")
+    page.check("[data-filter=dead]")
+    expect(page.locator("[data-count] b")).to_have_text("200")
+    page.fill("[data-filter=dmin]", "5")
+    n = sum(density >= 0.05 for density in rows["density"])
+    expect(page.locator("[data-count] b")).to_have_text(str(n))
+
+
+def test_search_finds_tokens_and_numbers(page: Page, address: str) -> None:
+    page.goto(address)
+    expect(page.locator("[data-table] a.row").first).to_be_visible()
+    page.keyboard.press("/")
+    page.keyboard.type("onerror")
+    expect(page.locator("[data-count]")).to_contain_text("by logit")
+    rows = SOURCE.table()["rows"]
+    hits = [
+        i
+        for i in range(200)
+        if HOSTILE in rows["logit_tokens"][i] + rows["example_tokens"][i] or rows["top_source"][i] == HOSTILE
+    ]
+    assert count(page) == len(hits)
+    page.fill("[data-search]", "example:onerror")
+    expect(page.locator("[data-count]")).not_to_contain_text("by logit")
+    assert shown_ids(page) == [i for i in range(200) if HOSTILE in rows["example_tokens"][i]][:5]
+    page.fill("[data-search]", "id:42")
+    expect(page.locator("[data-count] b")).to_have_text("1")
+    page.keyboard.press("Enter")
+    card(page, 42)
+
+
+def test_search_for_an_exact_token(page: Page, address: str) -> None:
+    page.goto(address)
+    page.fill("[data-search]", 'source:" in"')
+    expect(page.locator("[data-table] a.row").first).to_be_visible()
+    expect(page.locator("[data-count]")).to_contain_text("by source")
+    assert set(page.locator("[data-table] a.row [data-col=top_source]").all_inner_texts()) == {"·in"}
+    page.fill("[data-search]", '"no such token"')
+    expect(page.locator("[data-empty]")).to_be_visible()
+
+
+def test_the_cursor_moves_and_opens(page: Page, address: str) -> None:
+    page.goto(address)
+    expect(page.locator("a.row.cursor[data-latent='0']")).to_be_visible()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("j")
+    page.keyboard.press("k")
+    expect(page.locator("a.row.cursor[data-latent='1']")).to_be_visible()
+    page.keyboard.press("Enter")
+    card(page, 1)
+
+
+# --- the card
+
+
+def test_the_first_screen_of_a_card(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/18")
+    card(page, 18)
+    stats = SOURCE.feature(18)["stats"]
+    expect(page.locator("[data-stat=max] b")).to_have_text(f"{stats['max']:.3f}")
+    expect(page.locator("[data-stat=density]")).to_contain_text(f"{stats['n_active']} of 16,384 tokens")
+    expect(page.locator("[data-stat=top_head] b")).to_have_text("1.2")
+    expect(page.locator(".head")).to_have_count(8)
+    expect(page.locator("[data-logits=positive] li:visible")).to_have_count(10)
+    page.click("[data-more=logits]")
+    expect(page.locator("[data-logits=positive] li:visible")).to_have_count(20)
+    expect(page.locator("[data-group=top] .example")).to_have_count(20)
+    expect(page.locator("[data-group=random] .example")).to_have_count(10)
+    expect(page.locator("[data-group=top] [data-shares]")).to_contain_text("of activation mass")
+    assert page.locator(".example .tok.dst").count() == 30, "every example shows its destination"
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    side = page.locator(".side").bounding_box()
+    assert side is not None
+    assert side["y"] + side["height"] < 1000
+
+
+def test_every_statistic_has_a_definition(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/18")
+    card(page, 18)
+    assert [term.inner_text() for term in page.locator(".term:not([title])").all()] == []
+    title = page.locator("[data-stat=mean] .term").get_attribute("title")
+    assert title is not None
+    assert "n = 498" in title
+
+
+def test_a_card_is_light(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/18?tab=quantile&w=16")
+    card(page, 18)
+    assert page.evaluate("document.querySelectorAll('*').length") <= 4000
+
+
+def test_scripts_stay_in_their_budget() -> None:
+    scripts = [body.decode() for name, body in static_files().items() if name.endswith(".js")]
+    code = [
+        re.sub(r"^\s*//.*\n|/\*\*.*?\*/\n?", "", text, flags=re.DOTALL | re.MULTILINE) for text in scripts
+    ]
+    assert sum(len(text.encode()) for text in code) <= SCRIPT_BUDGET
+
+
+def test_activation_colour_is_relative_to_the_features_maximum(page: Page, address: str) -> None:
+    for latent in (18, 50):  # maxima 7.16 and 9.0
+        page.goto(f"{address}/f/{latent}?tab=interval")
+        card(page, latent)
+        example = SOURCE.feature(latent)["groups"][11 + 5]["examples"][0]
+        share = example["activation"] / SOURCE.feature(latent)["stats"]["max"]
+        token = page.locator("[data-ex='interval-4.0'] .tok.dst")
+        shown = float(token.evaluate("token => token.style.getPropertyValue('--a')"))
+        assert shown == pytest.approx(share, abs=1e-3)
+
+
+def test_the_dfa_check_is_shown_and_right(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/18")
+    card(page, 18)
+    example = SOURCE.feature(18)["groups"][0]["examples"][3]
+    page.hover("[data-check='top.3']")
+    text = page.locator("[data-tip] [data-equation=holds]").inner_text()
+    dfa, bias, total, pre = (float(x.replace(MINUS, "-")) for x in re.findall(rf"{MINUS}?\d+\.\d+", text)[:4])
+    assert dfa == pytest.approx(sum(example["heads"]), abs=5e-4)
+    assert bias == pytest.approx(example["bias"])
+    assert total == pytest.approx(dfa + bias, abs=1.1e-3)
+    assert pre == pytest.approx(example["pre"], abs=5e-4)
+    by_head = page.locator("[data-tip] [data-head-value]").all_inner_texts()
+    assert len(by_head) == 8
+
+
+def test_a_dfa_that_does_not_add_up_is_said(page: Page) -> None:
+    class Wrong(FakeSource):
+        def feature(self, latent: int) -> dict[str, Any]:
+            text = json.dumps(super().feature(latent))
+            return json.loads(re.sub(r'"bias": -0.21, "residual"', '"bias": -0.5, "residual"', text))
+
+    with serving(Wrong()) as address:
+        page.goto(f"{address}/f/18")
+        card(page, 18)
+        page.hover("[data-check='top.0']")
+        expect(page.locator("[data-tip] [data-equation=fails]")).to_contain_text("≠ pre-activation")
+
+
+def test_token_tooltip_pins_and_marks_the_example(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/18")
+    card(page, 18)
+    example = SOURCE.feature(18)["groups"][0]["examples"][3]
+    page.hover("[data-ex='top.3'] .tok.dst")
+    expect(page.locator("[data-tip]")).to_contain_text(f"{example['dst']}, destination")
+    expect(page.locator(".histogram .marker")).to_have_attribute("visibility", "visible")
+    page.click("[data-ex='top.3'] .tok.dst")
+    page.hover("h1")
+    expect(page.locator("[data-tip]")).to_contain_text("pinned")
+    expect(page.locator("[data-ex='top.3'].current")).to_be_visible()
+    assert "ex=top.3" in page.url
+    page.keyboard.press("Escape")
+    expect(page.locator("[data-tip]")).to_be_hidden()
+
+
+def test_negative_dfa_is_visible_and_unlike_positive(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/18")
+    card(page, 18)
+    for token in page.locator("[data-group=top] .tok.src").all()[:40]:
+        negative = float(str(token.get_attribute("data-dfa"))) < 0
+        image = token.evaluate("token => getComputedStyle(token).backgroundImage")
+        assert image.startswith("repeating-linear-gradient" if negative else "linear-gradient")
+    assert page.locator("[data-group=top] .tok.src.minus").count() > 0
+    assert page.locator("[data-group=top] .tok.src:not(.minus)").count() > 0
+
+
+def test_the_next_token_is_bold_and_only_it(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/18")
+    card(page, 18)
+    weights = page.locator("[data-ex='top.0'] .tok").evaluate_all(
+        "tokens => tokens.map(token => [token.matches('.next'), getComputedStyle(token).fontWeight])"
+    )
+    assert {weight for is_next, weight in weights if is_next} == {"700"}
+    assert {weight for is_next, weight in weights if not is_next} == {"400"}
+
+
+def test_the_last_position_of_a_block_can_be_a_destination(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/18")
+    card(page, 18)
+    expect(page.locator("[data-ex='top.2'] .tok.dst")).to_have_attribute("data-pos", "255")
+    expect(page.locator("[data-ex='top.2'] .tok.next")).to_have_count(0)
+
+
+def test_two_windows_with_the_same_tokens_in_another_order_are_both_shown(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/{TWIN_LATENT}?w=16")
+    card(page, TWIN_LATENT)
+    near = "tokens => tokens.slice(0, -1).map(token => token.dataset.pos + token.textContent)"
+    first, second = (page.locator(f"[data-ex='top.{i}'] .tok").evaluate_all(near)[-30:] for i in range(2))
+    assert first != second
+    assert sorted(t.lstrip("0123456789") for t in first) == sorted(t.lstrip("0123456789") for t in second)
+
+
+def test_a_head_filters_the_sources(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/18")
+    card(page, 18)
+    example = SOURCE.feature(18)["groups"][0]["examples"][0]
+    token = page.locator(f"[data-ex='top.0'] .tok[data-pos='{example['sources'][0]['pos']}']")
+    assert float(str(token.get_attribute("data-dfa"))) == pytest.approx(sum(example["sources"][0]["heads"]))
+    page.hover(".head[data-head='1.5']")
+    assert float(str(token.get_attribute("data-dfa"))) == pytest.approx(example["sources"][0]["heads"][5])
+    page.hover("h1")
+    assert float(str(token.get_attribute("data-dfa"))) == pytest.approx(sum(example["sources"][0]["heads"]))
+    page.click(".head[data-head='1.5']")
+    page.hover("h1")
+    expect(page.locator("[data-head-filter]")).to_contain_text("1.5")
+    assert float(str(token.get_attribute("data-dfa"))) == pytest.approx(example["sources"][0]["heads"][5])
+    assert "head=1.5" in page.url
+    page.click("[data-head-filter]")
+    expect(page.locator("[data-head-filter]")).to_be_hidden()
+
+
+def test_disagreeing_heads_are_flagged(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/15")
+    card(page, 15)
+    expect(page.locator("[data-flag=heads]")).to_contain_text("1.0")
+    page.goto(f"{address}/f/18")
+    card(page, 18)
+    expect(page.locator("[data-flag=heads]")).to_have_count(0)
+
+
+def test_histogram_scales_and_weights(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/18")
+    card(page, 18)
+    assert page.locator(".histogram .bar").count() == 50
+    page.click("[data-choice='weight:1']")
+    expect(page.locator(".histogram")).to_have_attribute("data-weight", "mass")
+    page.click("[data-choice='scale:1']")
+    expect(page.locator(".histogram")).to_have_attribute("data-scale", "log")
+    heights = page.locator(".histogram .bar").evaluate_all(
+        "bars => bars.map(bar => Number(bar.getAttribute('height')))"
+    )
+    assert all(0 < height <= 90 for height in heights)
+
+
+def test_windows_and_gaps(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/18")
+    card(page, 18)
+    example = SOURCE.feature(18)["groups"][0]["examples"][0]
+    positions = "tokens => tokens.map(token => Number(token.dataset.pos))"
+    row = page.locator("[data-ex='top.0']")
+    short = row.locator(".tok").evaluate_all(positions)
+    assert max(short) == example["dst"] + 5
+    page.keyboard.press("w")
+    expect(row).to_have_attribute("data-window", "16")
+    medium = row.locator(".tok").evaluate_all(positions)
+    stored = [p for start, ids in example["segments"] for p in range(start, start + len(ids))]
+    assert set(short) < set(medium) <= set(stored)
+    gaps = row.locator("[data-gap]").all_inner_texts()
+    assert sum(int(re.findall(r"\d+", gap)[0]) for gap in gaps) == max(medium) - min(medium) + 1 - len(medium)
+    page.keyboard.press("w")
+    expect(row.locator(".tok")).to_have_count(256)
+    row.locator(".tok.unstored").first.hover()
+    expect(page.locator("[data-tip]")).to_contain_text("not stored here")
+
+
+def test_a_dead_feature_is_honest(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/{DEAD_LATENT}")
+    card(page, DEAD_LATENT)
+    expect(page.locator("[data-dead]")).to_contain_text("Never active on 16,384 tokens")
+    expect(page.locator("[data-dead]")).to_contain_text("3/N = 1.8e-4")
+    expect(page.locator(".example")).to_have_count(0)
+    page.keyboard.press("w")
+    page.keyboard.press("h")
+    page.keyboard.press("l")
+    expect(page.locator("[data-dead]")).to_be_visible()
+
+
+def test_a_feature_that_does_not_exist_is_said(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/200")
+    expect(page.locator("[data-error]")).to_contain_text("latents go from 0 to 199")
+
+
+# --- keys and links
+
+
+def test_j_and_k_follow_the_list_and_capitals_the_numbers(page: Page, address: str) -> None:
+    page.goto(f"{address}/#in=1.6&sort=-max")
+    rows = SOURCE.table()["rows"]
+    listed = [i for i in range(200) if rows["top_head"][i] == "1.6"]
+    listed.sort(key=lambda i: (-rows["max"][i], i))
+    page.click(f"a.row[data-latent='{listed[0]}']")
+    card(page, listed[0])
+    expect(page.locator("[data-position]")).to_have_text(f"1 of {len(listed)}")
+    page.keyboard.press("j")
+    card(page, listed[1])
+    page.keyboard.press("j")
+    card(page, listed[2])
+    page.keyboard.press("k")
+    card(page, listed[1])
+    page.keyboard.press("J")
+    card(page, listed[1] + 1)
+    expect(page.locator("[data-position]")).to_contain_text("not among")
+    page.keyboard.press("K")
+    card(page, listed[1])
+    page.go_back()
+    card(page, listed[1] + 1)
+    page.go_forward()
+    card(page, listed[1])
+
+
+def test_the_other_keys(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/18")
+    card(page, 18)
+    page.keyboard.press("h")
+    expect(page.locator("[data-card]")).to_have_attribute("data-head", "1.2")
+    page.keyboard.press("Escape")
+    expect(page.locator("[data-card]")).to_have_attribute("data-head", "")
+    page.keyboard.press("l")
+    expect(page.locator(".histogram")).to_have_attribute("data-scale", "log")
+    page.keyboard.press("2")
+    expect(page.locator("[data-tab=quantile]")).to_have_attribute("aria-selected", "true")
+    page.keyboard.press("?")
+    expect(page.locator("[data-help]")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("[data-help]")).to_be_hidden()
+    page.keyboard.press("y")
+    expect(page.locator("[data-toast]")).to_contain_text("/f/18?")
+    page.keyboard.press("g")
+    page.fill("[data-goto]", "999")
+    page.keyboard.press("Enter")
+    expect(page.locator("[data-goto]")).to_have_attribute("aria-invalid", "true")
+    page.fill("[data-goto]", "61")
+    page.keyboard.press("Enter")
+    card(page, 61)
+    page.keyboard.press("r")
+    expect(page.locator("[data-card='61']")).to_have_count(0)
+    expect(page.locator("[data-card]")).to_have_attribute("data-alive", "true")
+    page.keyboard.press("/")
+    expect(page.locator("[data-search]")).to_be_focused()
+
+
+def test_a_link_brings_the_view_back(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/18?tab=quantile&ex=quantile-4.2&w=16&head=1.6&log=1#in=1.2&q=def")
+    card(page, 18)
+    expect(page.locator("[data-ex='quantile-4.2'].current")).to_be_in_viewport()
+    expect(page.locator("[data-ex='quantile-4.2']")).to_have_attribute("data-window", "16")
+    expect(page.locator("[data-card]")).to_have_attribute("data-head", "1.6")
+    expect(page.locator(".histogram")).to_have_attribute("data-scale", "log")
+    page.click("[data-nav='']")
+    expect(page.locator("[data-search]")).to_have_value("def")
+    expect(page.locator("[data-filter=in]")).to_have_value("1.2")
+    page.go_back()
+    card(page, 18)
+    expect(page.locator("[data-ex='quantile-4.2'].current")).to_be_visible()
+
+
+# --- tokens
+
+
+def test_hostile_tokens_stay_text(page: Page, address: str) -> None:
+    page.goto(f"{address}/f/{HOSTILE}?w=16")
+    card(page, HOSTILE)
+    expect(page.locator("[data-ex='top.0'] .tok.dst")).to_have_text("</script><img src=x onerror=alert(1)>")
+    expect(page.locator("[data-logits=positive] li").first).to_contain_text("<img src=x onerror=alert(1)>")
+    page.hover("[data-ex='top.0'] .tok.dst")
+    expect(page.locator("[data-tip]")).to_contain_text("onerror")
+    page.goto(address)
+    page.fill("[data-search]", "<img")
+    expect(page.locator("[data-count]")).to_contain_text("by logit")
+    assert page.locator("img").count() == 0
+    assert page.evaluate("window.__xss") is None
+
+
+def test_bytes_become_characters_once(page: Page, address: str) -> None:
+    page.goto(address)
+    expect(page.locator("[data-table] a.row").first).to_be_visible()
+    shown = page.evaluate(
+        """async (runs) => {
+          const { Vocab } = await import("/static/vocab.js");
+          const vocab = new Vocab(await (await fetch("/api/vocab")).json());
+          return runs.map((ids) => vocab.decode(ids).map((piece) =>
+            [piece.kind, piece.bits.map((bit) => bit.text ?? bit.mark ?? bit.byte).join("|")]));
+        }""",
+        [
+            list(EMOJI),
+            list(EMOJI[:2]),
+            list(LONE),
+            [EMOJI[0], 0, EMOJI[1]],
+            [7, 8, 9],
+            [14, 15],
+            [10, 11, 12, 13],
+            [6, 5, 15],
+        ],
+    )
+    assert shown[0] == [["text", "🦊"], ["part", ""], ["part", ""]]
+    assert shown[1] == [["text", r"\xF0|\x9F"], ["text", r"\xA6"]]
+    assert shown[2] == [["text", r"\xFF"], ["text", r"\xC3"]]
+    assert shown[3] == [["text", r"\xF0|\x9F"], ["special", "<|bos|>"], ["text", r"\xA6"]]
+    assert shown[4] == [["text", "↵"], ["text", "⇥"], ["text", "↵|↵"]]
+    assert shown[5] == [["text", "U+202E"], ["text", "…"]]
+    assert [text for _, text in shown[6]] == [" שלום", " مرحبا", "漢字", " 東京"]
+    assert shown[7] == [["text", r"\xC3"], ["text", r"\xFF"], ["text", "…"]]
+
+
+# --- the single file
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
+    features = [*range(70), 150]
+    return export_html(SOURCE, tmp_path_factory.mktemp("export") / "a page.html", features).as_uri()
+
+
+def test_the_file_opens_with_the_network_refused(page: Page, exported: str) -> None:
+    asked: list[str] = []
+
+    def refuse(route: Route) -> None:
+        asked.append(route.request.url)
+        if route.request.url.startswith("file:"):
+            route.continue_()
+        else:
+            route.abort()
+
+    page.route("**/*", refuse)
+    page.goto(exported)
+    expect(page.locator("[data-count] b")).to_have_text("68")
+    expect(page.locator(".facts")).to_contain_text("71 of its features in this file")
+    page.click("a.row[data-latent='18']")
+    card(page, 18)
+    expect(page.locator("[data-group=top] .example")).to_have_count(20)
+    assert page.url.endswith("#/f/18")
+    page.keyboard.press("j")
+    card(page, 19)
+    page.keyboard.press("w")
+    page.keyboard.press("w")
+    expect(page.locator("[data-partial]")).to_be_visible()
+    page.go_back()
+    card(page, 18)
+    assert [url for url in asked if not re.match(r"file:|data:|blob:", url)] == []
+    assert len([url for url in asked if url.startswith("file:")]) == 1
+
+
+def test_links_work_on_the_file(page: Page, exported: str) -> None:
+    page.goto(f"{exported}#/f/18?ex=top.3&w=16&head=6&sort=-max")
+    card(page, 18)
+    expect(page.locator("[data-ex='top.3'].current")).to_have_attribute("data-window", "16")
+    expect(page.locator("[data-card]")).to_have_attribute("data-head", "1.6")
+    page.hover("[data-check='top.3']")
+    expect(page.locator("[data-tip] [data-equation=holds]")).to_be_visible()
+    page.evaluate("location.hash = '#/f/150'")
+    card(page, 150)
+    page.evaluate("location.hash = '#/f/100'")
+    expect(page.locator("[data-error]")).to_contain_text("71 of 200 features")
+
+
+def test_hostile_tokens_stay_text_in_the_file(page: Page, exported: str) -> None:
+    page.goto(f"{exported}#/f/{HOSTILE}")
+    card(page, HOSTILE)
+    expect(page.locator("[data-ex='top.0'] .tok.dst")).to_have_text("</script><img src=x onerror=alert(1)>")
+    assert page.locator("img").count() == 0
+
+
+def test_a_large_dictionary_stays_smooth(page: Page) -> None:
+    class Large(FakeSource):
+        def table(self) -> dict[str, Any]:
+            table, times = super().table(), 24_576 // N_BLOCKS
+            rows = {name: (values[:N_BLOCKS] * times) for name, values in table["rows"].items()}
+            rows["latent"] = list(range(N_BLOCKS * times))
+            return table | {"rows": rows}
+
+    with serving(Large()) as address:
+        page.goto(address)
+        expect(page.locator("[data-count]")).to_contain_text("of 24,576")
+        spent = page.evaluate(
+            """async () => {
+              const input = document.querySelector("[data-search]");
+              const start = performance.now();
+              input.value = "def";
+              input.dispatchEvent(new Event("input"));
+              const count = document.querySelector("[data-count]");
+              while (!count.textContent.includes("by")) await new Promise(requestAnimationFrame);
+              return performance.now() - start;
+            }"""
+        )
+        assert spent < 2000, "milliseconds; some 200 on an idle laptop, 120 of which wait for the next letter"
