@@ -244,7 +244,7 @@ class Batches:
         return stream[start + torch.arange(length, device=self.device)]
 
     def _copies(self, rows: int, length: int) -> torch.Tensor:
-        """k tokens drawn at random positions of the text, 8 <= k <= length/2, repeated to fill the row."""
+        """K tokens drawn at random positions of the text, 8 <= k <= length/2, repeated to fill the row."""
         halves = [
             s[self._integers(0, len(s), (n, length))]
             for s, n in zip(self.streams, (rows // 2, rows - rows // 2), strict=True)

@@ -229,9 +229,7 @@ class FakeSource:
 
     def _card(self, latent: int) -> dict[str, Any]:
         alive = self.alive(latent)
-        stats = (
-            self._stats(latent) if alive else {"n_tokens": N_BLOCKS * BLOCK, "n_active": 0, "density": 0.0}
-        )
+        stats = self._stats(latent) if alive else {"n_tokens": N_BLOCKS * BLOCK, "n_active": 0, "density": 0.0}
         return {
             "latent": latent,
             "alive": alive,
@@ -262,9 +260,7 @@ class FakeSource:
 
     def _histogram(self, latent: int) -> dict[str, Any]:
         edges = np.linspace(0, self._maximum(latent), 51)
-        counts = np.floor(
-            400 * np.exp(-np.arange(50) / 9) + 6 * np.exp(-(((np.arange(50) - 33) / 5) ** 2))
-        ).astype(int)
+        counts = np.floor(400 * np.exp(-np.arange(50) / 9) + 6 * np.exp(-(((np.arange(50) - 33) / 5) ** 2))).astype(int)
         mass = counts * (edges[:-1] + edges[1:]) / 2
         return {"edges": edges.tolist(), "counts": counts.tolist(), "mass": mass.tolist()}
 
@@ -273,8 +269,7 @@ class FakeSource:
         names = [f"1.{head}" for head in range(N_HEADS)]
         boost = np.eye(N_HEADS)[latent % N_HEADS]
         rows = {
-            key: rng.dirichlet(np.ones(N_HEADS) + 20 * boost)
-            for key in ("encoder", "decoder_out", "dfa", "dfa_cov")
+            key: rng.dirichlet(np.ones(N_HEADS) + 20 * boost) for key in ("encoder", "decoder_out", "dfa", "dfa_cov")
         }
         agree = boost if latent % 5 else np.roll(boost, 1)
         rows["decoder"] = rng.dirichlet(np.ones(N_HEADS) + 12 * agree)
@@ -306,14 +301,10 @@ class FakeSource:
                 }
         return groups
 
-    def _group(
-        self, latent: int, kind: str, index: int, label: str, high: float, low: float, n: int
-    ) -> dict[str, Any]:
+    def _group(self, latent: int, kind: str, index: int, label: str, high: float, low: float, n: int) -> dict[str, Any]:
         salt = {"top": 0, "random": 20, "quantile": 30, "interval": 45}[kind] + (index if n == 5 else 0)
         levels = np.linspace(high, low, n + 1)[:n] * self._maximum(latent)
-        examples = [
-            self._example(latent, (salt + i) % N_BLOCKS, float(level)) for i, level in enumerate(levels)
-        ]
+        examples = [self._example(latent, (salt + i) % N_BLOCKS, float(level)) for i, level in enumerate(levels)]
         return {"kind": kind, "index": index, "label": label, "lo": None, "hi": None, "n": n} | {
             "share_active": n / 300,
             "share_mass": 0.1,

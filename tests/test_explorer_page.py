@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
-from explorer_source import DEAD_LATENT, EMOJI, HOSTILE, LONE, N_BLOCKS, TWIN_LATENT, FakeSource
+from explorer_source import DEAD_LATENT, EMOJI, HOSTILE, LONE, N_BLOCKS, NEWLINE, TWIN_LATENT, FakeSource
 from headscope.explorer.export import export_html
 from headscope.explorer.server import make_app, static_files
 
@@ -86,9 +87,7 @@ def card(page: Page, latent: int) -> None:
 
 
 def shown_ids(page: Page, n: int = 5) -> list[int]:
-    return [
-        int(str(row.get_attribute("data-latent"))) for row in page.locator("[data-table] a.row").all()[:n]
-    ]
+    return [int(str(row.get_attribute("data-latent"))) for row in page.locator("[data-table] a.row").all()[:n]]
 
 
 def count(page: Page) -> int:
@@ -107,8 +106,7 @@ def test_the_table_lists_live_features_and_the_quality_of_the_sae(page: Page, ad
     assert quality[0].split() == ["here", "post"]
     assert quality[2].split() == ["loss_recovered", "0.910", "0.870"]
     assert (
-        page.locator("[data-quality] .term").nth(1).get_attribute("title")
-        == "Active latents on a token, on average."
+        page.locator("[data-quality] .term").nth(1).get_attribute("title") == "Active latents on a token, on average."
     )
 
 
@@ -234,9 +232,7 @@ def test_a_card_is_light(page: Page, address: str) -> None:
 
 def test_scripts_stay_in_their_budget() -> None:
     scripts = [body.decode() for name, body in static_files().items() if name.endswith(".js")]
-    code = [
-        re.sub(r"^\s*//.*\n|/\*\*.*?\*/\n?", "", text, flags=re.DOTALL | re.MULTILINE) for text in scripts
-    ]
+    code = [re.sub(r"^\s*//.*\n|/\*\*.*?\*/\n?", "", text, flags=re.DOTALL | re.MULTILINE) for text in scripts]
     assert sum(len(text.encode()) for text in code) <= SCRIPT_BUDGET
 
 
@@ -391,6 +387,8 @@ def test_windows_and_gaps(page: Page, address: str) -> None:
     assert sum(int(re.findall(r"\d+", gap)[0]) for gap in gaps) == max(medium) - min(medium) + 1 - len(medium)
     page.keyboard.press("w")
     expect(row.locator(".tok")).to_have_count(256)
+    newline = row.locator(".tok").nth(int(np.flatnonzero(SOURCE.blocks[example["block"]] == NEWLINE)[0]))
+    assert newline.evaluate("token => token.textContent") == "↵\n"
     row.locator(".tok.unstored").first.hover()
     expect(page.locator("[data-tip]")).to_contain_text("not stored here")
 

@@ -35,9 +35,7 @@ def test_json_routes(client: TestClient) -> None:
     source = FakeSource()
     about = client.get("/api/about").json()
     assert about["sae"]["d_sae"] == D_SAE
-    assert about["definitions"]["density"] == source.about()["definitions"]["density"], (
-        "the source's own words win"
-    )
+    assert about["definitions"]["density"] == source.about()["definitions"]["density"], "the source's own words win"
     assert about["definitions"]["dfa_share"], "a word that the source leaves open has a definition too"
     assert client.get("/api/vocab").json() == source.vocab()
     assert client.get("/api/table").json() == source.table()
@@ -179,9 +177,7 @@ def test_it_prints_one_line_and_ends_quietly_on_ctrl_c() -> None:
 def test_no_torch_behind_the_server() -> None:
     code = "import sys, headscope.explorer.server, headscope.explorer.export; print('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "False"
 
 

@@ -3,16 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from planted import BOS, D_HEAD, V, induction_sequences, planted_model, planted_sae
 from torch.testing import assert_close
 
 from headscope.attribution import HeadWeights, dfa_by_head, dfa_by_source, direct_logit_effects
 from headscope.corpus import Corpus
 from headscope.index.build import build_index
 from headscope.index.store import FeatureIndex
+from headscope.index.tables import SAERecord
 from headscope.interventions import constant
 from headscope.site import Site
 from headscope.studies.heads import head_scores
+from planted import BOS, D_HEAD, V, induction_sequences, planted_model, planted_sae
 
 N = 64
 
@@ -115,7 +116,7 @@ def test_the_index_says_all_this_of_every_feature(model, sae, data, tmp_path):
         offset=np.zeros_like(blocks),
         bos=BOS,
     )
-    build_index(model, sae, corpus, tmp_path / "index", sae_name="planted", sae_hash="none")
+    build_index(model, sae, corpus, tmp_path / "index", SAERecord("planted", "none"))
     index = FeatureIndex.open(tmp_path / "index")
     counts = torch.bincount(second, minlength=V)
     for b in range(1, V):

@@ -23,7 +23,7 @@ _HOME = {
     "train_sae": "headscope.sae.train",
 }
 
-__all__ = sorted([*_HOME, "jobs"])  # noqa: PLE0604 - computed from the table above
+__all__ = sorted([*_HOME, "jobs"])
 
 
 def __getattr__(name: str) -> Any:

@@ -33,7 +33,11 @@ def check_corpus(model: Model, corpus: Corpus) -> None:
 
 
 def token_batches(
-    corpus: Corpus, device: torch.device, order: Int[np.ndarray, " n"] | None = None, *, batch_tokens: int = BATCH_TOKENS
+    corpus: Corpus,
+    device: torch.device,
+    order: Int[np.ndarray, " n"] | None = None,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Iterator[tuple[Int[np.ndarray, " n"], Int[Tensor, "n position"]]]:
     """Yield (block numbers, their tokens) over all blocks, or over `order`."""
     order = np.arange(len(corpus.blocks)) if order is None else order

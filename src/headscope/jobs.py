@@ -83,7 +83,7 @@ def train(
     return result
 
 
-def eval(  # noqa: A001 - the command's name
+def eval(
     sae: str | Path, *, model: str | None = None, text: CorpusChoice | None = None, on_progress: Progress | None = None
 ) -> "Quality":
     """Measure an SAE on held-out text; a folder of the user's own also gets `quality.json`.
@@ -122,6 +122,7 @@ def index(
     """
     from headscope.index.build import build_index
     from headscope.index.store import FeatureIndex
+    from headscope.index.tables import SAERecord
     from headscope.models.load import load_model
     from headscope.sae.formats import load_sae, sae_hash
 
@@ -134,9 +135,7 @@ def index(
         loaded_sae,
         corpus,
         out,
-        sae_name=str(sae),
-        sae_hash=sae_hash(sae),
-        quality=_measured_quality(sae),
+        SAERecord(str(sae), sae_hash(sae), _measured_quality(sae)),
         overwrite=overwrite,
         on_progress=on_progress,
     )
@@ -167,9 +166,7 @@ def serve(index: str | Path, *, port: int | None = None, open_browser: bool = Fa
     serve_cards(IndexCards(FeatureIndex.open(index)), port=port, open_browser=open_browser)
 
 
-def export(
-    index: str | Path, out: Path, *, features: Sequence[int] | None = None, overwrite: bool = False
-) -> Path:
+def export(index: str | Path, out: Path, *, features: Sequence[int] | None = None, overwrite: bool = False) -> Path:
     """Write the explorer as one HTML file; without `features`, the alive ones, at most the 2,000 most active.
 
     Raises:

@@ -166,11 +166,7 @@ class IndexCards:
         tokens = self._index.tokens[block]
         segments = _segments(destination, [s.position for s in example.sources], len(tokens))
         shown = np.concatenate([np.arange(start, end) for start, end in segments])
-        acts = [
-            [int(p), float(v)]
-            for p, v in zip(example.active_at, example.active_value, strict=True)
-            if p in shown
-        ]
+        acts = [[int(p), float(v)] for p, v in zip(example.active_at, example.active_value, strict=True) if p in shown]
         return {
             "position": example.position,
             "block": block,

@@ -48,9 +48,7 @@ def export_html(source: CardSource, path: Path, features: Sequence[int] | None =
         file.write(pieces[0])
         file.write(_data_block("data-core", core))
         for number, pack in enumerate(packs):
-            file.write(
-                _data_block(f"data-pack-{number}", {str(latent): source.feature(latent) for latent in pack})
-            )
+            file.write(_data_block(f"data-pack-{number}", {str(latent): source.feature(latent) for latent in pack}))
         file.write(pieces[1])
     return Path(path)
 

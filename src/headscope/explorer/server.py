@@ -135,9 +135,7 @@ class _LocalOnly:
             await send(message)
 
         port = (scope.get("server") or (_HOST, None))[1]
-        allowed = {f"{name}:{port}" for name in (_HOST, "localhost")} | (
-            {_HOST, "localhost"} if port == 80 else set()
-        )
+        allowed = {f"{name}:{port}" for name in (_HOST, "localhost")} | ({_HOST, "localhost"} if port == 80 else set())
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
         if host in allowed:
             await self.app(scope, receive, send_safely)
@@ -209,9 +207,7 @@ def make_app(source: CardSource) -> Starlette:
     """Make the web application: the page, its scripts, and the JSON of `source`."""
     pages = _Pages(source)
     wholes = [Route(f"/api/{name}", partial(pages.whole, name=name)) for name in ("about", "vocab", "table")]
-    ones = [
-        Route(f"/api/{name}/{{number}}", partial(pages.one, name=name)) for name in ("feature", "context")
-    ]
+    ones = [Route(f"/api/{name}/{{number}}", partial(pages.one, name=name)) for name in ("feature", "context")]
     return Starlette(
         routes=[
             Route("/", pages.shell),

@@ -120,7 +120,7 @@ class FeatureIndex:
 
     def _create_view(self, name: str, path: Path) -> None:
         quoted = str(path).replace("'", "''")
-        self._connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet('{quoted}')")  # noqa: S608
+        self._connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet('{quoted}')")
 
     def sql(self, query: str, parameters: list[Any] | None = None) -> pa.Table:
         """Run a query over the views tokens, documents, features, groups, examples, vocabulary and activations."""

@@ -123,9 +123,7 @@ def _with_bounds(group: Group, low: float, high: float) -> Group:
     return Group(**{**vars(group), "low": float(low), "high": float(high)})
 
 
-def _top(
-    activation: np.ndarray, position: np.ndarray, tokens: np.ndarray, order: np.ndarray, n: int
-) -> Group:
+def _top(activation: np.ndarray, position: np.ndarray, tokens: np.ndarray, order: np.ndarray, n: int) -> Group:
     """The strongest active tokens, each text once."""
     before, after = _CONTEXT
     chosen: dict[bytes, int] = {}

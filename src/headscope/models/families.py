@@ -27,9 +27,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family("transformer.h", "ln_1", "attn", "c_proj", "mlp", "transformer.ln_f", transposed=True),
-    "gpt_neox": Family(
-        "gpt_neox.layers", "input_layernorm", "attention", "dense", "mlp", "gpt_neox.final_layer_norm"
-    ),
+    "gpt_neox": Family("gpt_neox.layers", "input_layernorm", "attention", "dense", "mlp", "gpt_neox.final_layer_norm"),
     "llama": Family("model.layers", "input_layernorm", "self_attn", "o_proj", "mlp", "model.norm"),
 }
 """By the `model_type` of a model's config.json."""

@@ -6,7 +6,7 @@ attention function for one that computes pattern and z step by step, so that the
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -127,11 +127,8 @@ class Model:
 
             return record
 
-        with self._hooked({site: keep(site) for site in sites}):
-            try:
-                self._body(tokens)
-            except _Stop:
-                pass
+        with self._hooked({site: keep(site) for site in sites}), suppress(_Stop):
+            self._body(tokens)
         return found
 
     @torch.no_grad()

@@ -13,7 +13,8 @@ class TrainConfig:
     """What decides the training of an SAE, beside the activations it is trained on."""
 
     variant: Variant = "batchtopk"
-    """batchtopk: the k * batch largest pre-activations of a batch are active (saved as JumpReLU). relu: the post's ReLU with an L1 penalty."""
+    """batchtopk: the k * batch largest pre-activations of a batch are active (saved as JumpReLU). relu: the post's
+    ReLU with an L1 penalty."""
     d_sae: int = 2048
     """Latents."""
     target_l0: float = 12.0

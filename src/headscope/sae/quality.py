@@ -78,9 +78,7 @@ class _Reconstruction:
     fired: Int[np.ndarray, " d_sae"]
 
 
-def evaluate(
-    model: Model, sae: SAE, corpus: Corpus, on_tokens: Callable[[int, int], None] | None = None
-) -> Quality:
+def evaluate(model: Model, sae: SAE, corpus: Corpus, on_tokens: Callable[[int, int], None] | None = None) -> Quality:
     """Measure an SAE on a corpus: two passes, one over its activations and one over the model's losses.
 
     Args:
@@ -108,9 +106,7 @@ def evaluate(
     return _summary(corpus, sae, r, losses)
 
 
-def _measure_reconstruction(
-    model: Model, sae: SAE, corpus: Corpus, advance: Callable[[int], None]
-) -> _Reconstruction:
+def _measure_reconstruction(model: Model, sae: SAE, corpus: Corpus, advance: Callable[[int], None]) -> _Reconstruction:
     n_blocks = len(corpus.blocks)
     sums = {k: np.zeros(n_blocks) for k in ("n", "l0", "square", "error", "hat_square", "inner")}
     total, fired = np.zeros((n_blocks, sae.d_in)), torch.zeros(sae.d_sae, dtype=torch.long, device=model.device)
@@ -198,9 +194,7 @@ def _conditions(
     }
 
 
-def _summary(
-    corpus: Corpus, sae: SAE, r: _Reconstruction, losses: dict[str, Float[np.ndarray, " block"]]
-) -> Quality:
+def _summary(corpus: Corpus, sae: SAE, r: _Reconstruction, losses: dict[str, Float[np.ndarray, " block"]]) -> Quality:
     def recovered(ablated: str, repaired: str) -> Estimate:
         return bootstrap_ratio(losses[ablated] - losses[repaired], losses[ablated] - losses[clean_of(ablated)])
 

@@ -303,9 +303,7 @@ class Trainer:
         result = gradients(self.p, x, active, self.l1)
         loss = result.squared_error.mean().item()
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss at step {step} is {loss}", expected="a finite loss", do="lower --lr"
-            )
+            raise TrainingError(f"the loss at step {step} is {loss}", expected="a finite loss", do="lower --lr")
         self._apply(step, result.tensors)
         self.fired[active.latent] = True
         l0 = len(active.value) / len(x)

@@ -18,7 +18,7 @@ function drawAbout(about) {
     fact("SAE", el("b", {}, sae.name), ` ${sae.architecture}, ${int(sae.d_in)} → ${int(sae.d_sae)} latents`),
     fact("alive", `${int(about.n_alive)} of ${int(about.n_alive + about.n_dead)} (${int(about.n_dead)} dead)`), fact("L0", num(about.l0, 2)),
     fact("corpus", el("b", {}, corpus.name), ` ${corpus.split}: ${int(corpus.n_tokens)} tokens of ${int(corpus.n_documents)} documents, in blocks of ${int(corpus.block_size)}`)),
-  el("h2", {}, "How good it is"), el("table", { class: "quality", "data-quality": "" },
+  about.quality.length > 0 && el("h2", {}, "How good it is"), about.quality.length > 0 && el("table", { class: "quality", "data-quality": "" },
     el("tr", {}, el("th"), el("th", {}, "here"), el("th", {}, term("post", "The number in the post (Kissane et al., 2024), for another model and corpus."))),
     about.quality.map(({ name, value, seed, definition }) => el("tr", {}, el("th", { scope: "row" }, term(name, definition)), el("td", {}, quality(value)), el("td", {}, quality(seed))))),
   el("p", { class: "hint" }, `headscope ${about.version} · ${String(about.created).slice(0, 10)}`, el("br"), String(sae.hash ?? "").slice(0, 19)));

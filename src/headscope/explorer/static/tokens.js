@@ -39,7 +39,7 @@ export class ExampleRow {
     this.vocab.decode(ids).forEach((piece, i) => this.#pieces.set(start + i, piece));
   }
 
-  /** Fill in the tokens of a window: "5", "16" or "full". */
+  /** Fill in the tokens of a window: "5" (with the few largest sources), "16" (with all stored) or "full". */
   draw(w, head) {
     const nodes = [];
     let last = null;
@@ -71,7 +71,7 @@ export class ExampleRow {
     const { dst, sources } = this.example;
     const all = [...this.#pieces.keys()].sort((a, b) => a - b);
     if (w === "full") return all;
-    const near = [[dst, Number(w)], ...sources.map(({ pos, heads }, i) => [pos, i === 0 ? 5 : w === "16" ? 1 : Math.abs(sum(heads)) < 0.1 * this.largest ? -1 : 0])];
+    const near = [[dst, Number(w)], ...sources.map(({ pos, heads }, i) => [pos, i === 0 ? 5 : w === "16" ? 1 : i < 4 && Math.abs(sum(heads)) >= 0.1 * this.largest ? 0 : -1])];
     return all.filter((pos) => near.some(([centre, reach]) => Math.abs(pos - centre) <= reach));
   }
 
@@ -79,13 +79,12 @@ export class ExampleRow {
     const { dst } = this.example;
     const piece = this.#pieces.get(pos);
     const act = this.acts.get(pos);
-    const body = show(piece, w !== "full");
+    const body = show(piece, w === "full");
     const alone = body.length === 1 && body[0].className; // one mark or chip: the token's element is it
     const marks = [piece.kind, alone, act > 0 && "on", pos === dst && "dst", pos === dst + 1 && "next", !this.stored.has(pos) && "unstored"];
-    const breaks = w === "full" && piece.bits.filter(({ mark }) => mark === "↵").length;
     return el("span", {
       class: `tok ${marks.filter(Boolean).join(" ")}`, "data-pos": pos, "data-act": act, vars: act > 0 ? { "--a": unit(act / this.max) } : {},
-    }, alone ? body[0].textContent : body, breaks > 0 && "\n".repeat(breaks));
+    }, alone ? body[0].textContent : body);
   }
 
   /** Show the DFA of the sources: of all heads, or of one. @param {number|null} head */
@@ -124,7 +123,7 @@ export class ExampleRow {
     const { sources, n_rest: others, activation, residual, heads } = this.example;
     const { shown, dfa } = checkDfa(this.example);
     return [el("div", { class: "tip-title" }, "Does the DFA add up?"), this.#equation(), facts([
-      [`${sources.length} sources shown`, signed(shown)], [`${int(others)} other sources`, signed(dfa - shown)],
+      [`${sources.length} largest sources`, signed(shown)], [`${int(others)} other sources`, signed(dfa - shown)],
       ["activation", num(activation)], ["residual when stored", sci(residual)],
     ]), headGrid(this.names, heads), el("div", { class: "hint" }, this.where.textContent)];
   }

@@ -54,11 +54,11 @@ export class Vocab {
     return Array.from(this.tokens[id] ?? "", (char) => char.charCodeAt(0));
   }
 
-  /** A token alone, for a table: spaces at its ends as faint dots. */
+  /** A token alone, for a table: spaces at its ends as faint marks. */
   label(id) {
     if (id === null || id === undefined) return el("span", { class: "none" }, "–");
     const [piece] = this.decode([id]);
-    if (piece.kind === "text") piece.bits = piece.bits.flatMap((bit) => marked(bit, /(^ +| +$)/, (spaces) => "·".repeat(spaces.length)));
+    if (piece.kind === "text") piece.bits = piece.bits.flatMap((bit) => marked(bit, /(^ +| +$)/, ({ length }) => (length > 3 ? `␣${raised(length)}` : "·".repeat(length))));
     return el("span", { class: `label ${piece.kind}`, "data-token": id }, show(piece));
   }
 
@@ -75,11 +75,12 @@ export class Vocab {
   }
 }
 
-/** The nodes of a piece; `compact` shortens long runs of spaces. */
-export function show(piece, compact = false) {
+/** The nodes of a piece: of one line with long runs of spaces shortened, or whole, with the line breaks of the text. */
+export function show(piece, whole = false) {
   if (piece.kind === "part") return [el("span", { class: "part", title: "the rest of a character" }, "·")];
-  const bits = compact ? piece.bits.flatMap((bit) => marked(bit, /( {3,})/, (spaces) => `␣${raised(spaces.length)}`)) : piece.bits;
-  return bits.map((bit) => bit.text ?? el("span", { class: bit.mark ? "mark" : "byte" }, bit.mark ?? bit.byte));
+  const bits = whole ? piece.bits : piece.bits.flatMap((bit) => marked(bit, /( {3,})/, ({ length }) => `␣${raised(length)}`));
+  const nodes = bits.flatMap(({ text, mark, byte }) => text ?? [el("span", { class: mark ? "mark" : "byte" }, mark ?? byte), whole && mark === "↵" && "\n"]);
+  return nodes.filter(Boolean);
 }
 
 const raised = (n) => String(n).replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]);

@@ -1,0 +1,49 @@
+# make demo   train, measure, index and serve on the bundled model      make test   all tests that need no GPU or network
+# make check  lint, format, types, import layers                        make help   the other targets
+#
+# Everything is installed into .venv at the versions of constraints.txt; nothing else on the machine is changed, except
+# that `make test` installs Debian's chromium where there is no browser for the tests of the page.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: help demo test check format benchmark clean
+help:
+	@sed -n '1,2s/^# //p' Makefile
+	@echo "make format     apply the formatter"
+	@echo "make benchmark  print timings side by side"
+	@echo "make clean      remove .venv, caches and runs"
+
+demo: .venv/installed
+	$(BIN)/headscope demo $(ARGS)
+
+test: .venv/installed-dev
+	@sh scripts/ensure_chromium.sh
+	$(BIN)/python -m pytest -m "not gpu and not network" $(ARGS)
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: .venv/installed-dev
+	$(BIN)/ruff format .
+
+benchmark: .venv/installed-dev
+	$(BIN)/python benchmarks/read.py $(ARGS)
+
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

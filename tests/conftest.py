@@ -1,0 +1,185 @@
+"""Small random models, corpora and SAEs: seeded, offline, made in milliseconds."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that wants the network fails at once
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from headscope.corpus import Corpus
+from headscope.models.hf import Model
+from headscope.sae.model import SAE, JumpReLU, ReLU, TopK
+from headscope.site import Site
+
+settings.register_profile("headscope", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("headscope")
+
+FAMILIES = ("gpt_neox", "gpt2", "llama")
+BOS_TOKEN = "<|bos|>"
+
+_SHARED = {"vocab_size": 98, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "use_cache": False}
+_WIDTHS = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64}
+
+
+def _untrained(family: str, n_layers: int, changes: dict[str, Any]) -> PreTrainedModel:
+    match family:
+        case "gpt_neox":
+            config = GPTNeoXConfig(
+                **(_SHARED | _WIDTHS | changes),
+                num_hidden_layers=n_layers,
+                use_parallel_residual=False,
+                tie_word_embeddings=False,
+                rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
+            )
+            return GPTNeoXForCausalLM(config)
+        case "gpt2":
+            sizes = {"n_embd": 32, "n_head": 4, "n_inner": 48, "n_positions": 64}
+            dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+            return GPT2LMHeadModel(GPT2Config(**(_SHARED | sizes | dropout | changes), n_layer=n_layers))
+        case "llama":
+            grouped = {"num_key_value_heads": 2, "head_dim": 12, "attention_bias": True, "mlp_bias": True}
+            return LlamaForCausalLM(
+                LlamaConfig(**(_SHARED | _WIDTHS | grouped | changes), num_hidden_layers=n_layers)
+            )
+        case other:
+            raise ValueError(other)
+
+
+def _randomise(module: PreTrainedModel, generator: torch.Generator) -> None:
+    """Weights large enough that attention is not flat, biases that are not zero, norms that are not one."""
+    for name, p in module.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        if p.ndim == 2:
+            p.data = noise if "emb" in name or "wte" in name else noise * 1.3 / p.shape[1] ** 0.5
+        elif name.endswith("bias"):
+            p.data = noise * 0.3
+        else:
+            p.data = 1 + 0.2 * noise
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """One token a printable ASCII character, space, tab and newline; BOS 0, unknown bytes 1."""
+    alphabet = [chr(c) for c in range(33, 127)] + ["Ġ", "Ċ"]
+    vocab = {token: i for i, token in enumerate([BOS_TOKEN, "<unk>", *alphabet])}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([BOS_TOKEN])
+    return made
+
+
+@pytest.fixture(scope="session")
+def random_model(tokenizer: Tokenizer) -> Callable[..., Model]:
+    """`random_model(family, dtype=, n_layers=, seed=, **changes of the config)`: a new model at each call."""
+
+    def make(
+        family: str = "gpt_neox",
+        *,
+        dtype: torch.dtype = torch.float32,
+        n_layers: int = 2,
+        seed: int = 0,
+        **changes: Any,
+    ) -> Model:
+        module = _untrained(family, n_layers, changes)
+        _randomise(module, torch.Generator().manual_seed(seed))
+        return Model(module.to(dtype), tokenizer, 0, f"random {family}")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_model(tokenizer: Tokenizer) -> Callable[[Model, Path], Path]:
+    """`save_model(model, folder)`: write it as a Hugging Face folder with its tokenizer."""
+
+    def save(model: Model, folder: Path) -> Path:
+        model.module.save_pretrained(folder)
+        copied = Tokenizer.from_str(tokenizer.to_str())
+        fast = PreTrainedTokenizerFast(tokenizer_object=copied, bos_token=BOS_TOKEN, unk_token="<unk>")
+        fast.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def random_corpus() -> Callable[..., Corpus]:
+    """`random_corpus(model, n_blocks=, block_size=, seed=)`: random tokens, documents that begin inside blocks."""
+
+    def make(model: Model, n_blocks: int = 6, block_size: int = 16, *, seed: int = 0) -> Corpus:
+        rng = np.random.default_rng(seed)
+        size = n_blocks * (block_size - 1)
+        stream = rng.integers(1, model.spec.d_vocab, size, dtype=np.int32)
+        starts = np.sort(rng.choice(np.arange(1, size), max(1, size // 25), replace=False))
+        stream[[0, *starts]] = model.bos
+        document = (np.cumsum(stream == model.bos) - 1).astype(np.int32)
+        offset = (np.arange(size) - np.array([0, *starts])[document]).astype(np.int32)
+
+        def cut(values: np.ndarray, first: np.ndarray) -> np.ndarray:
+            rows = values.reshape(n_blocks, block_size - 1)
+            return np.concatenate([first[:, None].astype(np.int32), rows], axis=1)
+
+        return Corpus(
+            name="random",
+            split="all",
+            blocks=cut(stream, np.full(n_blocks, model.bos)),
+            documents=tuple(f"document {i}" for i in range(len(starts) + 1)),
+            document=cut(document, document[:: block_size - 1]),
+            offset=cut(offset, np.full(n_blocks, -1)),
+            bos=model.bos,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_sae() -> Callable[..., SAE]:
+    """`random_sae(model, d_sae, activation, site=, dtype=, seed=)`; activation: `relu`, `jumprelu` or `topk`."""
+
+    def make(
+        model: Model,
+        d_sae: int = 48,
+        activation: str = "relu",
+        *,
+        site: Site | None = None,
+        apply_b_dec_to_input: bool = True,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> SAE:
+        g = torch.Generator().manual_seed(seed)
+        site = site or Site("z", model.spec.n_layers - 1)
+        d_in = model.width(site)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype or model.module.dtype)
+
+        kind = {"relu": ReLU(), "jumprelu": JumpReLU(normal(d_sae).abs() * 0.3), "topk": TopK(5)}[activation]
+        return SAE(
+            W_enc=normal(d_in, d_sae) / d_in**0.5,
+            b_enc=normal(d_sae) * 0.3 - 0.3,
+            W_dec=normal(d_sae, d_in) / d_in**0.5,
+            b_dec=normal(d_in) * 0.2,
+            activation=kind,
+            site=site,
+            model_name=model.spec.name,
+            apply_b_dec_to_input=apply_b_dec_to_input,
+        )
+
+    return make
