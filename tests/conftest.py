@@ -1,12 +1,13 @@
 """Small random models, corpora and SAEs: seeded, offline, made in milliseconds."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that wants the network fails at once
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -72,6 +73,14 @@ def _randomise(module: PreTrainedModel, generator: torch.Generator) -> None:
             p.data = noise * 0.3
         else:
             p.data = 1 + 0.2 * noise
+
+
+@pytest.fixture
+def no_type_checks() -> Iterator[None]:
+    """Run as an installation does: annotations are not executed, so that an error of our own is what is raised."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,18 @@
 """The explorer's server: what it answers, what it refuses, and how it starts and ends."""
 
+import base64
+import gzip
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
@@ -206,8 +211,26 @@ def test_export_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [page]
 
 
+def unpacked(page: Path, block: str) -> dict[str, Any]:
+    packed = re.findall(rf'<script type="application/octet-stream" id="{block}">([^<]*)</script>', page.read_text())
+    return json.loads(gzip.decompress(base64.b64decode(packed[0])))
+
+
 def test_export_is_deterministic_and_small(tmp_path: Path) -> None:
     pages = [export_html(FakeSource(), tmp_path / f"{i}.html", range(10)).read_bytes() for i in range(2)]
     assert pages[0] == pages[1]
-    assert len(json.dumps(FakeSource().feature(3))) > 100_000, "one card is large as text"
-    assert len(pages[0]) < 1_500_000
+    card = len(json.dumps(FakeSource().feature(3)))
+    assert len(pages[0]) < 10 * card / 5, "bytes; cards are rounded and compressed"
+
+
+def test_what_an_export_rounds_still_adds_up(tmp_path: Path) -> None:
+    page = export_html(FakeSource(), tmp_path / "page.html", [3])
+    card, whole = unpacked(page, "data-pack-0")["3"], FakeSource().feature(3)
+    for group, exact_group in zip(card["groups"], whole["groups"], strict=True):
+        for example, exact in zip(group["examples"], exact_group["examples"], strict=True):
+            scale = abs(exact["pre"])
+            parts = np.array([source["heads"] for source in example["sources"]])
+            np.testing.assert_allclose(parts.sum(0) + example["rest"], example["heads"], atol=1e-5 * scale)
+            assert sum(example["heads"]) + example["bias"] == pytest.approx(example["pre"], abs=1e-5 * scale)
+            np.testing.assert_allclose(example["heads"], exact["heads"], atol=1e-5 * scale)
+            np.testing.assert_allclose(parts, [s["heads"] for s in exact["sources"]], atol=1e-3 * scale)

@@ -39,7 +39,7 @@ def test_patterns_are_causal_and_sum_to_one(model, tokens, layer):
     assert_close(pattern.sum(-1), torch.ones_like(pattern[..., 0]), atol=1e-12, rtol=0)
     assert (pattern.triu(1) == 0).all()
     reference = eager_patterns(model, tokens)[layer]
-    assert_close(pattern, reference, atol=1e-10, rtol=1e-10)
+    assert_close(pattern, reference, atol=1e-6, rtol=1e-5)  # its softmax is always float32
 
 
 def eager_patterns(model, tokens):

@@ -4,7 +4,22 @@ Names are imported when they are first used: `import headscope` loads no torch.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headscope import jobs
+    from headscope.corpus import Corpus, load_corpus
+    from headscope.errors import HeadscopeError
+    from headscope.index.build import build_index
+    from headscope.index.store import FeatureIndex
+    from headscope.models.hf import Model
+    from headscope.models.load import load_model
+    from headscope.sae.config import TrainConfig
+    from headscope.sae.formats import load_sae, save_sae
+    from headscope.sae.model import SAE
+    from headscope.sae.quality import evaluate
+    from headscope.sae.train import train_sae
+    from headscope.site import Site
 
 _HOME = {
     "Corpus": "headscope.corpus",
@@ -23,7 +38,23 @@ _HOME = {
     "train_sae": "headscope.sae.train",
 }
 
-__all__ = sorted([*_HOME, "jobs"])
+__all__ = [  # noqa: RUF022 - the order of the work
+    "load_model",
+    "load_corpus",
+    "load_sae",
+    "save_sae",
+    "train_sae",
+    "TrainConfig",
+    "evaluate",
+    "build_index",
+    "FeatureIndex",
+    "jobs",
+    "Corpus",
+    "HeadscopeError",
+    "Model",
+    "SAE",
+    "Site",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from headscope.models.hf import Model
 from headscope.site import Site
 
 BATCH_TOKENS = 8192
+"""Tokens in one run of the model."""
 
 
 def check_corpus(model: Model, corpus: Corpus) -> None:
@@ -37,11 +38,11 @@ def token_batches(
     device: torch.device,
     order: Int[np.ndarray, " n"] | None = None,
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> Iterator[tuple[Int[np.ndarray, " n"], Int[Tensor, "n position"]]]:
     """Yield (block numbers, their tokens) over all blocks, or over `order`."""
     order = np.arange(len(corpus.blocks)) if order is None else order
-    rows = max(1, batch_tokens // corpus.block_size)
+    rows = max(1, (batch_tokens or BATCH_TOKENS) // corpus.block_size)
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
         yield chosen, torch.from_numpy(corpus.blocks[chosen].astype(np.int64)).to(device)

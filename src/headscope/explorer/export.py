@@ -9,6 +9,7 @@ import base64
 import gzip
 import hashlib
 import html
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,8 @@ def export_html(source: CardSource, path: Path, features: Sequence[int] | None =
         file.write(pieces[0])
         file.write(_data_block("data-core", core))
         for number, pack in enumerate(packs):
-            file.write(_data_block(f"data-pack-{number}", {str(latent): source.feature(latent) for latent in pack}))
+            cards = {str(latent): _lean(source.feature(latent)) for latent in pack}
+            file.write(_data_block(f"data-pack-{number}", cards))
         file.write(pieces[1])
     return Path(path)
 
@@ -74,6 +76,34 @@ def _rows_of(table: Json, chosen: Sequence[int]) -> Json:
     wanted = set(chosen)
     keep = [row for row, latent in enumerate(table["rows"]["latent"]) if latent in wanted]
     return table | {"rows": {name: [values[row] for row in keep] for name, values in table["rows"].items()}}
+
+
+def _lean(card: Json) -> Json:
+    """Round a card's examples to what the page shows, which makes the file four times smaller.
+
+    What rounding takes from a source is given to `rest`, so that each head's parts still add up to it.
+    """
+    groups = [
+        group | {"examples": [_lean_example(example) for example in group["examples"]]} for group in card["groups"]
+    ]
+    return card | {"groups": groups}
+
+
+def _lean_example(example: Json) -> Json:
+    shown = 3 - math.floor(math.log10(max(abs(example["pre"]), 1e-9)))  # decimals: 3 where pre is 1 to 10
+    sources = [source | {"heads": [round(dfa, shown) for dfa in source["heads"]]} for source in example["sources"]]
+    heads = [round(dfa, shown + 3) for dfa in example["heads"]]
+    parts = [sum(source["heads"][h] for source in sources) for h in range(len(heads))]
+    return example | {
+        "sources": sources,
+        "heads": heads,
+        "rest": [round(dfa - part, shown + 3) for dfa, part in zip(heads, parts, strict=True)],
+        "acts": [[position, round(value, shown + 1)] for position, value in example["acts"]],
+        "activation": round(example["activation"], shown + 3),
+        "pre": round(example["pre"], shown + 3),
+        "bias": round(example["bias"], shown + 3),
+        "residual": float(f"{example['residual']:.0e}"),
+    }
 
 
 def _data_block(name: str, content: Json) -> bytes:

@@ -125,7 +125,7 @@ class FeatureIndex:
     def sql(self, query: str, parameters: list[Any] | None = None) -> pa.Table:
         """Run a query over the views tokens, documents, features, groups, examples, vocabulary and activations."""
         with self._lock:
-            return self._connection.execute(query, parameters).to_arrow_table()
+            return self._connection.sql(query, params=parameters).to_arrow_table()
 
     # -------------------------------------------------------------------------------------------------------- features
     @property

@@ -1,6 +1,6 @@
 """From the sorted activations of one feature to its statistics and the examples worth showing; numpy only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -109,18 +109,14 @@ def choose_examples(
     for number, members in enumerate(np.array_split(order, plan.quantiles)):
         if len(members):
             groups.append(group("quantile", number, members, plan.per_quantile))
-    width = activation.max() / plan.intervals
+    width = float(activation.max()) / plan.intervals
     interval = np.clip((activation / width).astype(int), 0, plan.intervals - 1)
     for number in range(plan.intervals - 1, -1, -1):
         members = np.flatnonzero(interval == number)
         if len(members):
-            low, high = number * width, (number + 1) * width
-            groups.append(_with_bounds(group("interval", number, members, plan.per_interval), low, high))
+            bounds = {"low": number * width, "high": (number + 1) * width}
+            groups.append(replace(group("interval", number, members, plan.per_interval), **bounds))
     return groups
-
-
-def _with_bounds(group: Group, low: float, high: float) -> Group:
-    return Group(**{**vars(group), "low": float(low), "high": float(high)})
 
 
 def _top(activation: np.ndarray, position: np.ndarray, tokens: np.ndarray, order: np.ndarray, n: int) -> Group:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
@@ -172,10 +171,11 @@ def _source_tokens(corpus: Corpus, examples: pa.Table, d_sae: int, k: int = 10) 
     if len(examples) == 0:
         empty = pa.array([[] for _ in range(d_sae)], pa.list_(pa.float64()))
         return {"source_tokens": empty, "source_shares": empty, "source_counts": empty}
-    lengths = pc.list_value_length(examples["source"]).to_numpy()
+    sources = examples["source"].combine_chunks()
+    lengths = np.diff(sources.offsets.to_numpy())
     n_heads = len(examples["heads"][0])
     start = examples["position"].to_numpy() // corpus.block_size * corpus.block_size
-    source = examples["source"].combine_chunks().flatten().to_numpy() + np.repeat(start, lengths)
+    source = sources.flatten().to_numpy() + np.repeat(start, lengths)
     value = examples["source_heads"].combine_chunks().flatten().to_numpy().reshape(-1, n_heads).sum(1) ** 2
     latent = np.repeat(examples["latent"].to_numpy(), lengths)
     key = latent.astype(np.int64) * (int(corpus.blocks.max()) + 1) + corpus.blocks.reshape(-1)[source]

@@ -67,13 +67,17 @@ class Model:
         """Wrap a loaded model; use `headscope.load_model` to load one.
 
         Raises:
-            ModelError: the family is not known.
+            ModelError: the family is not known, or there is no unembedding.
         """
         config = module.config
         self.family = family_of(config.model_type)
         self.module, self.tokenizer, self.bos = module.eval(), tokenizer, bos
         self.module.requires_grad_(False)
         self.module.set_attn_implementation("sdpa")
+        unembedding = module.get_output_embeddings()
+        if not isinstance(unembedding, nn.Linear):
+            raise ModelError(f"{name} has no linear unembedding", expected="a causal language model")
+        self._unembedding = unembedding
         heads = config.num_attention_heads
         self.spec = ModelSpec(
             name=name,
@@ -83,7 +87,7 @@ class Model:
             n_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             d_head=getattr(config, "head_dim", None) or config.hidden_size // heads,
             d_model=config.hidden_size,
-            d_vocab=module.get_output_embeddings().weight.shape[0],
+            d_vocab=unembedding.out_features,
             context=config.max_position_embeddings,
         )
         self._blocks = operator.attrgetter(self.family.blocks)(module)
@@ -172,9 +176,8 @@ class Model:
         """Cross-entropy in nats of predicting token t+1 at t, for all positions but the last."""
         hidden = self._body(tokens)[:, :-1].flatten(0, 1)
         targets = tokens[:, 1:].flatten()
-        unembed = self.module.get_output_embeddings()
         chunks = [
-            nn.functional.cross_entropy(unembed(h), t, reduction="none")
+            nn.functional.cross_entropy(self._unembedding(h), t, reduction="none")
             for h, t in zip(hidden.split(_LOSS_ROWS), targets.split(_LOSS_ROWS), strict=True)
         ]
         return torch.cat(chunks).view(tokens.shape[0], -1)
@@ -186,7 +189,7 @@ class Model:
     # ------------------------------------------------------------------------------------------------------- weights
     def W_O(self, layer: int) -> Float[Tensor, "z d_model"]:  # noqa: N802 - the field's name
         """Output projection of a layer: `attn_out = z @ W_O + b_O`."""
-        weight = self._output_projection(layer).weight
+        weight: Tensor = self._output_projection(layer).weight  # pyright: ignore[reportAssignmentType]
         return weight if self.family.transposed else weight.T
 
     @cached_property
@@ -197,7 +200,7 @@ class Model:
         centred over the vocabulary, to which softmax is blind. So TransformerLens' processed `W_U`.
         """
         norm = operator.attrgetter(self.family.final_norm)(self.module)
-        folded = norm.weight[:, None] * self.module.get_output_embeddings().weight.T
+        folded = norm.weight[:, None] * self._unembedding.weight.T
         if isinstance(norm, nn.LayerNorm):
             folded = folded - folded.mean(0)
         return folded - folded.mean(1, keepdim=True)
@@ -282,7 +285,8 @@ def _recording_attention(
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask[:, :, :, : key.shape[2]]
-    pattern = scores.float().softmax(-1).to(query.dtype)
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    pattern = scores.softmax(-1, dtype=precise).to(query.dtype)
     record["pattern"], record["value"] = pattern, value.transpose(1, 2)
     return (pattern @ value).transpose(1, 2).contiguous(), pattern
 

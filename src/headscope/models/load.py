@@ -33,7 +33,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
     try:
         config = AutoConfig.from_pretrained(source, **local)
         family_of(config.model_type)
-        module, info = AutoModelForCausalLM.from_pretrained(
+        module, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             source, dtype=dtype, output_loading_info=True, attn_implementation="sdpa", **local
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **local)

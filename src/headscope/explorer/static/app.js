@@ -46,8 +46,8 @@ class App {
     const part = exported < sae.d_sae ? ` · ${int(exported)} of its features in this file` : "";
     this.top.append(el("a", { class: "brand", href: this.#link({ latent: null }), "data-nav": "" }, "headscope"),
       el("span", { class: "facts" }, el("b", {}, model.name), ` · ${site} · ${sae.architecture} SAE of ${int(sae.d_sae)}${part} · ${corpus.name}, ${int(corpus.n_tokens)} tokens`),
-      button({ class: "button", "data-action": "search", onclick: () => this.#search() }, "search ", el("kbd", {}, "/")),
-      button({ class: "button", "data-action": "help", onclick: () => this.help.showModal() }, "keys ", el("kbd", {}, "?")));
+      button({ class: "button", onclick: () => this.#search() }, "search ", el("kbd", {}, "/")),
+      button({ class: "button", onclick: () => this.help.showModal() }, "keys ", el("kbd", {}, "?")));
   }
 
   /** The features, and which of them the list holds. */
@@ -168,7 +168,7 @@ class App {
     this.toast.replaceChildren(copied ? "Link copied: " : "Copy this link: ", el("b", {}, location.href));
     this.toast.hidden = false;
     clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => { this.toast.hidden = true; }, copied ? 2500 : 12000);
+    this.#timer = setTimeout(() => { this.toast.hidden = true; }, 3000);
   }
 
   /** Follow links inside the page without loading it anew. */

@@ -7,7 +7,7 @@ import { drawLogits, drawSources } from "./logits.js";
 import { ExampleRow } from "./tokens.js";
 
 const TABS = { top: ["Top and random", ["top", "random"]], quantile: ["Quantiles", ["quantile"]], interval: ["Intervals", ["interval"]] };
-const WINDOWS = [["5", "short", "5 tokens around the destination"], ["16", "medium", "16 tokens around the destination"], ["full", "full", "the whole block, or all of it that is stored"]];
+const WINDOWS = [["5", "short", "5 tokens on each side"], ["16", "medium", "16 tokens on each side"], ["full", "full", "the whole block"]];
 
 /** Names of the tabs and of the windows, in order. */
 export const TAB_NAMES = Object.keys(TABS);
@@ -92,7 +92,7 @@ export class Card {
     const { stats, logits } = this.feature;
     return el("div", { class: "dead-page", "data-dead": "" },
       el("p", {}, "Never active on ", el("b", {}, int(stats.n_tokens)), " tokens. ", this.#term("95 % upper bound on its density", "density_upper95"), `: 3/N = ${sci(stats.density_upper95, 1)}.`),
-      el("p", { class: "hint" }, "It has no examples, histogram or attribution, because there is nothing to show."),
+      el("p", { class: "hint" }, "So there are no examples, histogram or attribution."),
       logits && this.#section("Logits", "logits", el("span", { class: "hint" }, "what its weights would write"), drawLogits(logits, this.vocab)));
   }
 
@@ -132,7 +132,7 @@ export class Card {
     this.groups.classList.toggle("blocks", blocks);
     if (blocks) this.#watchBlocks();
     else for (const row of this.#rows) row.draw(w, null);
-    if (w === "full" && !blocks) this.groups.prepend(el("p", { class: "hint", "data-partial": "" }, "This file keeps the tokens around the destination and its sources, not whole blocks: all that it has is shown."));
+    if (w === "full" && !blocks) this.groups.prepend(el("p", { class: "hint", "data-partial": "" }, "Whole blocks are not in this file: all tokens that it has are shown."));
   }
 
   /** Whole blocks are long: only those near the screen are in the page. */

@@ -18,16 +18,16 @@ class ServerData {
     this.#kept.delete(path);
     this.#kept.set(path, answer);
     answer.catch(() => this.#kept.delete(path));
-    if (this.#kept.size > KEPT) this.#kept.delete([...this.#kept.keys()].find((key) => /\d$/.test(key)));
+    if (this.#kept.size > KEPT) this.#kept.delete(this.#kept.keys().next().value);
     return answer;
   }
 }
 
 async function fetchJson(path) {
   const answer = await fetch(path).catch(() => {
-    throw new Error("The server does not answer. Start it again, then reload this page.");
+    throw new Error("The server does not answer. Start it again and reload.");
   });
-  const body = await answer.json().catch(() => ({ error: `The server failed on ${path}; its terminal says why.` }));
+  const body = await answer.json().catch(() => ({ error: "The server failed; its terminal says why." }));
   if (!answer.ok) throw new Error(body.error);
   return body;
 }

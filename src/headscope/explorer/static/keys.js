@@ -20,7 +20,7 @@ export function helpDialog(bindings) {
   const dialog = el("dialog", { class: "help", "data-help": "", onclick: ({ target }) => target === dialog && dialog.close() }, el("h2", {}, "Keys"),
     el("dl", {}, bindings.flatMap(({ keys, label, help }) => [
       el("dt", {}, (label ?? keys.join(" ")).split(" ").map((key) => el("kbd", {}, key))), el("dd", {}, help)])),
-    el("p", { class: "hint" }, "Hover shows exact numbers; a click pins them. Every view has its own link."));
+    el("p", { class: "hint" }, "Hover shows exact numbers; a click pins them."));
   return dialog;
 }
 

@@ -24,6 +24,6 @@ export function drawLogits({ top, bottom }, vocab) {
 /** Source tokens that carry the DFA of the shown examples. @param {import("./types").Feature["sources"]} sources */
 export function drawSources(sources, vocab) {
   return el("ol", { class: "bars columns", "data-sources": "" }, sources.slice(0, 8).map(([id, share, n]) => el("li", {
-    title: `${pct(share)} of the DFA; a source in ${int(n)} of the examples shown`, vars: { "--r": unit(share) },
+    title: `a source in ${int(n)} of the examples shown`, vars: { "--r": unit(share) },
   }, vocab.label(id), el("span", { class: "value" }, pct(share)))));
 }

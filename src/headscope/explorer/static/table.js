@@ -6,7 +6,7 @@ import { NO_FILTER } from "./state.js";
 const ROW = 27;
 const WIDTHS = { int: "minmax(52px, .8fr)", float: "minmax(52px, .8fr)", percent: "minmax(76px, 1fr)", token: "minmax(92px, 1.5fr)", head: "minmax(56px, .7fr)", text: "minmax(110px, 2fr)", bool: "52px" };
 const WRITE = { int, percent: pct, float: num, bool: (flag) => (flag ? "yes" : "no"), head: String, text: String };
-const HINT = 'Finds text in the tokens of top logits, top source and examples. "def" in quotes: exactly that token. id:, logit:, source: or example: before it searches there only.';
+const HINT = 'Searches the tokens of top logits, top source and examples. "def": exactly that token. id:, logit:, source: or example: in front: only there.';
 
 /** Facts and quality numbers. @param {import("./types").About} about */
 function drawAbout(about) {
@@ -18,9 +18,9 @@ function drawAbout(about) {
     fact("SAE", el("b", {}, sae.name), ` ${sae.architecture}, ${int(sae.d_in)} → ${int(sae.d_sae)} latents`),
     fact("alive", `${int(about.n_alive)} of ${int(about.n_alive + about.n_dead)} (${int(about.n_dead)} dead)`), fact("L0", num(about.l0, 2)),
     fact("corpus", el("b", {}, corpus.name), ` ${corpus.split}: ${int(corpus.n_tokens)} tokens of ${int(corpus.n_documents)} documents, in blocks of ${int(corpus.block_size)}`)),
-  about.quality.length > 0 && el("h2", {}, "How good it is"), about.quality.length > 0 && el("table", { class: "quality", "data-quality": "" },
+  about.quality.length > 0 && [el("h2", {}, "How good it is"), el("table", { class: "quality", "data-quality": "" },
     el("tr", {}, el("th"), el("th", {}, "here"), el("th", {}, term("post", "The number in the post (Kissane et al., 2024), for another model and corpus."))),
-    about.quality.map(({ name, value, seed, definition }) => el("tr", {}, el("th", { scope: "row" }, term(name, definition)), el("td", {}, quality(value)), el("td", {}, quality(seed))))),
+    about.quality.map(({ name, value, seed, definition }) => el("tr", {}, el("th", { scope: "row" }, term(name, definition)), el("td", {}, quality(value)), el("td", {}, quality(seed)))))],
   el("p", { class: "hint" }, `headscope ${about.version} · ${String(about.created).slice(0, 10)}`, el("br"), String(sae.hash ?? "").slice(0, 19)));
 }
 
@@ -109,7 +109,7 @@ export class TableView {
     const first = Math.max(0, Math.floor(this.view.scrollTop / ROW) - 8);
     const last = Math.ceil((this.view.scrollTop + this.view.clientHeight) / ROW) + 8;
     const rows = this.#order.slice(first, last).map((row, i) => this.#drawRow(row, first + i));
-    this.space.replaceChildren(...(this.#order.length ? rows : [el("p", { class: "empty", "data-empty": "" }, "No feature matches. Clear a filter, or show dead ones too.")]));
+    this.space.replaceChildren(...(this.#order.length ? rows : [el("p", { class: "empty", "data-empty": "" }, "No feature matches.")]));
   }
 
   #drawRow(row, i) {
