@@ -9,11 +9,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help demo test check format benchmark clean
+.PHONY: help demo test check format clean
 help:
 	@sed -n '1,2s/^# //p' Makefile
 	@echo "make format     apply the formatter"
-	@echo "make benchmark  print timings side by side"
 	@echo "make clean      remove .venv, caches and runs"
 
 demo: .venv/installed
@@ -31,9 +30,6 @@ check: .venv/installed-dev
 
 format: .venv/installed-dev
 	$(BIN)/ruff format .
-
-benchmark: .venv/installed-dev
-	$(BIN)/python benchmarks/read.py $(ARGS)
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }

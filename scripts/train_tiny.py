@@ -15,7 +15,6 @@ the row); afterwards the context is full, and a few copy rows stay to the end, s
 import argparse
 import importlib.metadata
 import json
-import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from headscope.corpus import SEPARATOR, Document, encode, is_held_out, python_documents
+from tiny_card import write_card
 
 BOS = "<|bos|>"
 VOCAB = 4096
@@ -135,6 +135,8 @@ def write_text(prose_folder: Path, held_out_prose: Path | None, work: Path) -> N
     for name, documents in streams.items():
         tokens = tokenise(tokenizer, documents)
         np.savez_compressed(work / f"{name}.npz", tokens=tokens)
+        (work / "text").mkdir(exist_ok=True)
+        (work / "text" / f"{name}.txt").write_text(SEPARATOR.join(d.text for d in documents), encoding="utf-8")
         n_bytes = sum(len(d.text.encode()) for d in documents)
         sources["streams"][name] = {"documents": len(documents), "bytes": n_bytes, "tokens": len(tokens)}
         print(name, sources["streams"][name], flush=True)
@@ -216,6 +218,7 @@ class Batches:
     """Rows of text (half prose, half Python, at random offsets) and of copied random tokens."""
 
     def __init__(self, streams: list[torch.Tensor], bos: int, recipe: Recipe, device: str) -> None:
+        """Rows are drawn from `streams` (prose, Python) with the recipe's seed."""
         self.streams = [s.to(device) for s in streams]
         self.bos, self.recipe, self.device = bos, recipe, device
         self.generator = torch.Generator(device).manual_seed(recipe.seed)
@@ -292,65 +295,8 @@ def train(model: torch.nn.Module, batches: Batches, recipe: Recipe, device: str)
     return curve
 
 
-# ------------------------------------------------------------------------------------------------------------- measure
-@torch.no_grad()
-def text_loss(model: torch.nn.Module, tokens: np.ndarray, token_bytes: np.ndarray, bos: int, device: str) -> dict:
-    """Loss on held-out text in blocks of BOS + 255 tokens: nats a token and bits a byte, document marks left out."""
-    rows = len(tokens) // (CONTEXT - 1)
-    blocks = torch.from_numpy(tokens[: rows * (CONTEXT - 1)].astype(np.int64)).reshape(rows, CONTEXT - 1)
-    blocks = torch.cat([torch.full((rows, 1), bos), blocks], dim=1)
-    n_bytes = torch.from_numpy(token_bytes)
-    nats, n_tokens, total_bytes = 0.0, 0, 0
-    for chunk in blocks.split(64):
-        rows_on_device = chunk.to(device)
-        logits = model(rows_on_device).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), rows_on_device[:, 1:].flatten(), reduction="none"
-        )
-        keep = (chunk[:, 1:] != bos).flatten()
-        nats += losses.cpu()[keep].double().sum().item()
-        n_tokens += int(keep.sum())
-        total_bytes += int(n_bytes[chunk[:, 1:].flatten()][keep].sum())
-    return {
-        "n_tokens": n_tokens,
-        "nats_per_token": round(nats / n_tokens, 4),
-        "bits_per_byte": round(nats / math.log(2) / total_bytes, 4),
-    }
-
-
-@torch.no_grad()
-def head_scores(model: GPTNeoXForCausalLM, bos: int, device: str, n: int = 100, rows: int = 64) -> dict:
-    """Mean attention on `[BOS, r(n), r(n)]`, r drawn uniformly from the vocabulary without the BOS.
-
-    previous_token: to d-1, over d >= 2. induction: from the second copy to d-n+1, the token after the first copy.
-    copy_loss: nats a token on the second copy, from its second token on.
-    """
-    generator = torch.Generator().manual_seed(1)
-    half = torch.randint(bos + 1, VOCAB, (rows, n), generator=generator)
-    tokens = torch.cat([torch.full((rows, 1), bos), half, half], dim=1).to(device)
-    model.set_attn_implementation("eager")
-    output = model(tokens, output_attentions=True)
-    model.set_attn_implementation("sdpa")
-    destination = torch.arange(n + 1, 2 * n + 1)
-    scores = {"previous_token": [], "induction": []}
-    for pattern in output.attentions:
-        pattern = pattern.float().cpu().mean(0)
-        scores["previous_token"].append([round(v, 3) for v in pattern[:, 2:].diagonal(1, 1, 2).mean(-1).tolist()])
-        scores["induction"].append(
-            [round(v, 3) for v in pattern[:, destination, destination - n + 1].mean(-1).tolist()]
-        )
-    logits = output.logits[:, n + 1 : -1].float().flatten(0, 1)
-    copy_loss = torch.nn.functional.cross_entropy(logits, tokens[:, n + 2 :].flatten())
-    return scores | {"copy_loss": round(copy_loss.item(), 4)}
-
-
-def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of each token; 0 for the BOS. In byte-level BPE each character of a piece is one byte."""
-    return np.array([0 if i == 0 else len(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())])
-
-
 def write_model(recipe: Recipe, work: Path, out: Path, *, half_precision: bool) -> None:
-    """Train, measure and save as an ordinary Hugging Face folder with a record of the run."""
+    """Train and save as an ordinary Hugging Face folder with a record of the run and a model card."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(recipe.seed)
     torch.set_float32_matmul_precision("high")
@@ -360,29 +306,19 @@ def write_model(recipe: Recipe, work: Path, out: Path, *, half_precision: bool) 
     model = build_model(recipe.size, bos).to(device)
     start = time.perf_counter()
     curve = train(model, Batches(streams, bos, recipe, device), recipe, device)
-    seconds = time.perf_counter() - start
-    if half_precision:
-        model = model.to(torch.bfloat16)
-    model.save_pretrained(out)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, model_max_length=CONTEXT).save_pretrained(out)
-    model = model.float()
-    lengths = token_byte_lengths(tokenizer)
-    measured = head_scores(model, bos, device)
-    for name in ("heldout_prose", "heldout_python"):
-        if (work / f"{name}.npz").exists():
-            measured[name] = text_loss(model, np.load(work / f"{name}.npz")["tokens"], lengths, bos, device)
     record = {
         "recipe": vars(recipe) | {"n_steps": recipe.n_steps},
         "n_parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "torch": torch.__version__,
-        "seconds": round(seconds),
-        "measured": measured,
+        "seconds": round(time.perf_counter() - start),
         "sources": json.loads((work / "sources.json").read_text()),
         "curve": curve,
     }
+    (model.to(torch.bfloat16) if half_precision else model).save_pretrained(out)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, model_max_length=CONTEXT).save_pretrained(out)
     (out / "training.json").write_text(json.dumps(record, indent=1))
-    print(json.dumps(measured, indent=1))
+    write_card(work, out)
 
 
 def main() -> None:

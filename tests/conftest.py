@@ -56,9 +56,7 @@ def _untrained(family: str, n_layers: int, changes: dict[str, Any]) -> PreTraine
             return GPT2LMHeadModel(GPT2Config(**(_SHARED | sizes | dropout | changes), n_layer=n_layers))
         case "llama":
             grouped = {"num_key_value_heads": 2, "head_dim": 12, "attention_bias": True, "mlp_bias": True}
-            return LlamaForCausalLM(
-                LlamaConfig(**(_SHARED | _WIDTHS | grouped | changes), num_hidden_layers=n_layers)
-            )
+            return LlamaForCausalLM(LlamaConfig(**(_SHARED | _WIDTHS | grouped | changes), num_hidden_layers=n_layers))
         case other:
             raise ValueError(other)
 

@@ -146,20 +146,20 @@ class FakeSource:
             "quality": [
                 {
                     "name": "L0",
-                    "value": 12.1,
-                    "seed": 12,
+                    "value": "12.1 [12.0, 12.2]",
+                    "post": "12",
                     "definition": "Active latents on a token, on average.",
                 },
                 {
                     "name": "loss_recovered",
-                    "value": 0.91,
-                    "seed": 0.87,
+                    "value": "91.0 % [90.5, 91.4]",
+                    "post": "87 %",
                     "definition": "Share of the loss won back.",
                 },
                 {
                     "name": "explained_variance",
-                    "value": 0.82,
-                    "seed": None,
+                    "value": "82.0 %",
+                    "post": "",
                     "definition": "1 - residual variance.",
                 },
             ],

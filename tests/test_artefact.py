@@ -67,9 +67,7 @@ def test_atomic_write_replaces_the_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
-def test_a_full_disk_is_an_output_error_and_the_old_file_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_an_output_error_and_the_old_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"old")
     monkeypatch.setattr("headscope.artefact.os.fsync", fail_with(DISK_FULL))
     with pytest.raises(OutputError, match=r"(?s)No space left on device.*expected: .*do: "):  # noqa: SIM117

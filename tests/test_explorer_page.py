@@ -104,7 +104,7 @@ def test_the_table_lists_live_features_and_the_quality_of_the_sae(page: Page, ad
     assert shown_ids(page, 8) == [0, 1, 2, 3, 4, 5, 6, 8]
     quality = page.locator("[data-quality] tr").all_inner_texts()
     assert quality[0].split() == ["here", "post"]
-    assert quality[2].split() == ["loss_recovered", "0.910", "0.870"]
+    assert quality[2].split() == ["loss_recovered", "91.0", "%", "[90.5,", "91.4]", "87", "%"]
     assert (
         page.locator("[data-quality] .term").nth(1).get_attribute("title") == "Active latents on a token, on average."
     )

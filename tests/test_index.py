@@ -251,8 +251,11 @@ def test_the_files_read_without_headscope(built):
 def test_the_same_text_is_one_top_example():
     rng = np.random.default_rng(0)
     phrase = rng.integers(1, 50, 20)
-    tokens = np.concatenate([phrase] * 5 + [rng.permutation(phrase)]  # the same bag of words is another text
-        + [rng.integers(1, 50, 20)]).astype(np.int32)
+    tokens = np.concatenate(
+        [phrase] * 5
+        + [rng.permutation(phrase)]  # the same bag of words is another text
+        + [rng.integers(1, 50, 20)]
+    ).astype(np.int32)
     position = np.array([14, 34, 54, 74, 114, 134])
     activation = np.array([3.0, 3.0, 3.0, 2.9, 2.8, 1.0])
     top = choose_examples(activation, position, tokens, ExamplePlan(), np.random.default_rng(0))[0]

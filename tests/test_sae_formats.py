@@ -218,9 +218,7 @@ def test_an_sae_of_no_known_site_is_refused(saved: Path, metadata: dict[str, Any
         load_sae(saved)
 
 
-def test_an_existing_folder_is_not_overwritten_unless_asked(
-    model: Model, random_sae: RandomSAE, saved: Path
-) -> None:
+def test_an_existing_folder_is_not_overwritten_unless_asked(model: Model, random_sae: RandomSAE, saved: Path) -> None:
     before = (saved / WEIGHTS).read_bytes()
     with pytest.raises(OutputError, match="already exists"):
         save_sae(random_sae(model, seed=1), saved)

@@ -42,9 +42,7 @@ def naive_activation(sae: SAE, pre: list[float]) -> list[float]:
 def test_encode_and_decode_equal_a_naive_loop(
     model: Model, random_sae: RandomSAE, activation: str, apply_b_dec_to_input: bool
 ) -> None:
-    sae = random_sae(
-        model, 20, activation, apply_b_dec_to_input=apply_b_dec_to_input, dtype=torch.float64
-    )
+    sae = random_sae(model, 20, activation, apply_b_dec_to_input=apply_b_dec_to_input, dtype=torch.float64)
     x = inputs(sae, 5)
     for row, vector in enumerate(x):
         centred = vector - sae.b_dec if apply_b_dec_to_input else vector
@@ -83,9 +81,7 @@ def test_leading_axes_do_not_matter(model: Model, random_sae: RandomSAE, activat
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_are_never_negative_and_some_are_zero(
-    model: Model, random_sae: RandomSAE, activation: str
-) -> None:
+def test_activations_are_never_negative_and_some_are_zero(model: Model, random_sae: RandomSAE, activation: str) -> None:
     sae = random_sae(model, activation=activation)
     f = sae.encode(inputs(sae, 50))
     assert (f >= 0).all()
@@ -118,9 +114,7 @@ def test_sizes_that_do_not_fit_are_refused(model: Model, random_sae: RandomSAE, 
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_weights_that_are_not_finite_are_refused(
-    model: Model, random_sae: RandomSAE, name: str, value: float
-) -> None:
+def test_weights_that_are_not_finite_are_refused(model: Model, random_sae: RandomSAE, name: str, value: float) -> None:
     weights = weights_of(random_sae(model))
     weights[name].view(-1)[3] = value
     with pytest.raises(SAEError, match=rf"(?s){name} holds NaN or infinity.*expected: .*do: "):
@@ -128,9 +122,7 @@ def test_weights_that_are_not_finite_are_refused(
 
 
 @pytest.mark.parametrize("threshold", [torch.zeros(47), torch.full((48,), torch.nan)])
-def test_a_threshold_that_does_not_fit_is_refused(
-    model: Model, random_sae: RandomSAE, threshold: torch.Tensor
-) -> None:
+def test_a_threshold_that_does_not_fit_is_refused(model: Model, random_sae: RandomSAE, threshold: torch.Tensor) -> None:
     with pytest.raises(SAEError, match="threshold"):
         build(weights_of(random_sae(model)), JumpReLU(threshold))
 
@@ -150,9 +142,7 @@ def build(weights: dict[str, torch.Tensor], activation: ReLU | JumpReLU | TopK |
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_to_converts_all_numbers_and_leaves_the_original(
-    model: Model, random_sae: RandomSAE, activation: str
-) -> None:
+def test_to_converts_all_numbers_and_leaves_the_original(model: Model, random_sae: RandomSAE, activation: str) -> None:
     sae = random_sae(model, activation=activation)
     double = sae.to(torch.float64)
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):

@@ -17,8 +17,8 @@ from headscope.sae.config import TrainConfig
 from headscope.sae.model import SAE, JumpReLU, ReLU
 from headscope.sae.train import (
     DENSE_ABOVE,
-    Active,
     ActivationStream,
+    Active,
     Gradients,
     Parameters,
     Status,
@@ -79,7 +79,9 @@ SELECTIONS: dict[str, Callable[[Tensor], Active]] = {
     "one pair": lambda pre: select_batch_topk(pre, 1),
     "nothing": lambda pre: select_batch_topk(pre, 0),
     "rows without": lambda pre: select_relu(torch.where(torch.arange(len(pre))[:, None] % 3 > 0, pre, -1.0)),
-    "only the last row": lambda pre: select_relu(torch.where(torch.arange(len(pre))[:, None] + 1 == len(pre), pre, -1.0)),
+    "only the last row": lambda pre: select_relu(
+        torch.where(torch.arange(len(pre))[:, None] + 1 == len(pre), pre, -1.0)
+    ),
 }
 
 
@@ -497,9 +499,7 @@ def test_a_stream_yields_each_activation_about_once_an_epoch(
     model: Model, corpus: Corpus, everything: Tensor, exclude_bos: bool, buffer: int
 ) -> None:
     stream = ActivationStream(model, corpus, Z1, config(batch=32, buffer=buffer, exclude_bos=exclude_bos))
-    wanted = {
-        b * 17 + p for b in range(40) for p in range(1 if exclude_bos else 0, 17)
-    }
+    wanted = {b * 17 + p for b in range(40) for p in range(1 if exclude_bos else 0, 17)}
     held, epochs, counts = len(stream.buffer), 8, np.zeros(everything.shape[0] * 17, dtype=int)
     n_batches = epochs * len(wanted) // 32
     for _, batch in zip(range(n_batches), stream, strict=False):

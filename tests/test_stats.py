@@ -52,9 +52,7 @@ def test_the_bootstrap_resamples_whole_blocks() -> None:
     rng = np.random.default_rng(1)
     numerator, denominator = rng.normal(size=25), rng.uniform(1, 2, 25)
     draws = np.random.default_rng(3).multinomial(25, np.full(25, 1 / 25), size=200)
-    ratios = [
-        np.repeat(numerator, counts).sum() / np.repeat(denominator, counts).sum() for counts in draws
-    ]
+    ratios = [np.repeat(numerator, counts).sum() / np.repeat(denominator, counts).sum() for counts in draws]
     low, high = np.percentile(ratios, [2.5, 97.5])
     estimate = bootstrap_ratio(numerator, denominator, n_samples=200, seed=3)
     assert_allclose([estimate.low, estimate.high], [low, high], rtol=1e-10)

@@ -143,8 +143,8 @@ class Export:
 class Demo:
     """Train, measure, index and serve, on the bundled model and the Python standard library: no network."""
 
-    out: Path = Path("runs/demo")
-    """Folder for the SAE and the index; a finished demo there is served again at once."""
+    out: Path | None = None
+    """Folder for the SAE and the index; `runs/demo`, or `runs/demo-quick`, when not given. What is there is kept."""
     quick: bool = False
     """A small run that shows that everything works; its figures mean little."""
     serve: bool = True
@@ -152,13 +152,13 @@ class Demo:
     port: int | None = None
     """A free one when not given."""
     overwrite: bool = False
-    """Run again, replacing a finished demo."""
+    """Start again, replacing what an earlier run left."""
 
     def run(self) -> None:
         """Run what is not there yet, print, and serve."""
         with Display() as display:
             result = demo.run(
-                self.out,
+                self.out or Path("runs", "demo-quick" if self.quick else "demo"),
                 quick=self.quick,
                 overwrite=self.overwrite,
                 on_step=display.on_step,

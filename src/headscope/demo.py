@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headscope import jobs
-from headscope.artefact import refuse_existing
-from headscope.errors import IndexFormatError
 from headscope.sae.config import TrainConfig
 
 if TYPE_CHECKING:
     from headscope.index.store import FeatureIndex
     from headscope.sae.train import Status
 
+HELD_OUT_TOKENS = 1_100_000
+"""Tokens that the SAE is measured and indexed on."""
 _HEAD_SHARE = 0.6
 
 
@@ -69,35 +69,28 @@ def run(
     Args:
         out: gets `sae/` and `index/`.
         quick: few tokens, to see that everything works.
-        overwrite: replace a finished demo.
+        overwrite: start again, replacing what an earlier run left.
         on_step: called with the status of every training step.
         on_progress: called as the other work goes on.
         say: called with a line now and then.
 
     Raises:
         HeadscopeError: any of its kinds.
+        KeyboardInterrupt: Ctrl-C; what was trained is kept.
     """
     sae, index = out / "sae", out / "index"
-    if not overwrite:
-        finished = _finished(sae, index)
-        if finished is not None:
-            say(f"found a finished demo in {out} (--overwrite runs it again)")
-            return finished
-        refuse_existing(sae, overwrite=False)
-        refuse_existing(index, overwrite=False)
     config = TrainConfig(tokens=400_000, d_sae=512, resample=1, buffer=65_536) if quick else TrainConfig()
-    held_out = jobs.CorpusChoice(max_tokens=100_000 if quick else None)
-    jobs.train(sae, config=config, overwrite=overwrite, on_step=on_step)
-    jobs.eval(sae, text=held_out, on_progress=on_progress)
-    jobs.index(sae, index, text=held_out, overwrite=overwrite, on_progress=on_progress)
+    held_out = jobs.CorpusChoice(max_tokens=100_000 if quick else HELD_OUT_TOKENS)
+    if not overwrite and (sae / "cfg.json").is_file():
+        say(f"found a trained SAE in {sae} (--overwrite starts again)")
+    elif jobs.train(sae, config=config, overwrite=overwrite, on_step=on_step).interrupted:
+        say(f"what was trained is in {sae}; the same command goes on with it, --overwrite starts again")
+        raise KeyboardInterrupt
+    if overwrite or not (index / "manifest.json").is_file():
+        if not (sae / "quality.json").is_file():
+            jobs.eval(sae, text=held_out, on_progress=on_progress)
+        jobs.index(sae, index, text=held_out, overwrite=overwrite, on_progress=on_progress)
     return _result(sae, index)
-
-
-def _finished(sae: Path, index: Path) -> DemoResult | None:
-    try:
-        return _result(sae, index)
-    except IndexFormatError:
-        return None
 
 
 def _result(sae: Path, index: Path) -> DemoResult:

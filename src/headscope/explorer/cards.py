@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from headscope.errors import IndexFormatError
 from headscope.explorer.server import Json
@@ -112,7 +113,7 @@ class IndexCards:
                 "decoder": row["decoder_share"],
                 "encoder": row["encoder_share"],
                 "decoder_out": row["decoder_out_share"],
-                "dfa": _finite(row["dfa_share"]),
+                "dfa": _finite(row["dfa_share"]) or [0.0] * len(self._heads),
                 "dfa_cov": _finite(row["dfa_covariance"]),
             },
             "logits": {
@@ -156,8 +157,8 @@ class IndexCards:
             "lo": group.low,
             "hi": group.high,
             "n": group.n,
-            "share_active": group.share_active,
-            "share_mass": group.share_mass,
+            "share_active": None if group.kind == "random" else group.share_active,
+            "share_mass": None if group.kind == "random" else group.share_mass,
             "examples": [self._example(example) for example in group.examples],
         }
 
@@ -179,12 +180,17 @@ class IndexCards:
             "next": int(tokens[destination + 1]) if destination + 1 < len(tokens) else None,
             "segments": [[start, tokens[start:end].tolist()] for start, end in segments],
             "acts": acts,
-            "heads": example.heads.tolist(),
-            "sources": [{"pos": s.position, "heads": s.heads.tolist()} for s in example.sources],
-            "rest": example.rest.tolist(),
+            "heads": _short(example.heads),
+            "sources": [{"pos": s.position, "heads": _short(s.heads)} for s in example.sources],
+            "rest": _short(example.rest),
             "n_rest": destination + 1 - len(example.sources),
             "duplicates": example.duplicates,
         }
+
+
+def _short(values: Float[np.ndarray, " n"]) -> list[float]:
+    """To six digits, all that float32 sums hold: half the bytes of a card."""
+    return [float(f"{value:.6g}") for value in values.tolist()]
 
 
 def _best(shares: list[float] | None) -> tuple[int | None, float | None]:

@@ -12,7 +12,6 @@ const HINT = 'Searches the tokens of top logits, top source and examples. "def":
 function drawAbout(about) {
   const { model, sae, corpus, definitions } = about;
   const fact = (name, ...value) => [el("dt", {}, term(name, definitions[name])), el("dd", {}, value)];
-  const quality = (value) => (typeof value === "number" ? (Number.isInteger(value) ? int(value) : num(value, Math.abs(value) >= 10 ? 2 : 3)) : "");
   return el("aside", { class: "about", "data-about": "" }, el("h2", {}, "What is shown"), el("dl", {},
     fact("model", el("b", {}, model.name), ` ${model.n_layers} layers, ${model.n_heads} heads, d_model ${int(model.d_model)}`), fact("site", about.site),
     fact("SAE", el("b", {}, sae.name), ` ${sae.architecture}, ${int(sae.d_in)} → ${int(sae.d_sae)} latents`),
@@ -20,7 +19,7 @@ function drawAbout(about) {
     fact("corpus", el("b", {}, corpus.name), ` ${corpus.split}: ${int(corpus.n_tokens)} tokens of ${int(corpus.n_documents)} documents, in blocks of ${int(corpus.block_size)}`)),
   about.quality.length > 0 && [el("h2", {}, "How good it is"), el("table", { class: "quality", "data-quality": "" },
     el("tr", {}, el("th"), el("th", {}, "here"), el("th", {}, term("post", "The number in the post (Kissane et al., 2024), for another model and corpus."))),
-    about.quality.map(({ name, value, seed, definition }) => el("tr", {}, el("th", { scope: "row" }, term(name, definition)), el("td", {}, quality(value)), el("td", {}, quality(seed)))))],
+    about.quality.map(({ name, value, post, definition }) => el("tr", {}, el("th", { scope: "row" }, term(name, definition)), el("td", {}, value), el("td", {}, post))))],
   el("p", { class: "hint" }, `headscope ${about.version} · ${String(about.created).slice(0, 10)}`, el("br"), String(sae.hash ?? "").slice(0, 19)));
 }
 

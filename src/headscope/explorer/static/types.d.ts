@@ -6,7 +6,8 @@ export interface About {
   sae: { name: string; architecture: string; d_sae: number; d_in: number; hash: string };
   corpus: { name: string; n_tokens: number; n_blocks: number; block_size: number; n_documents: number; split: string };
   n_alive: number; n_dead: number; l0: number;
-  quality: { name: string; value: number; seed: number | null; definition: string }[];
+  /** As printed, with intervals. */
+  quality: { name: string; value: string; post: string; definition: string }[];
   definitions: Record<string, string>;
   /** How many features an exported file holds. */
   exported?: number;
