@@ -477,7 +477,11 @@ def model(random_model: Callable[..., Model]) -> Model:
 
 @pytest.fixture(scope="module")
 def corpus(model: Model, random_corpus: Callable[..., Corpus]) -> Corpus:
-    return random_corpus(model, n_blocks=40, block_size=17)
+    """No two positions after the first have the same z: each block goes on from its BOS with another token."""
+    made = random_corpus(model, n_blocks=40, block_size=17)
+    blocks = made.blocks.copy()
+    blocks[:, 1] = np.random.default_rng(0).permutation(np.arange(1, model.spec.d_vocab))[:40]
+    return dataclasses.replace(made, blocks=blocks)
 
 
 @pytest.fixture(scope="module")
@@ -587,7 +591,7 @@ def test_training_states_how_it_went(model: Model, corpus: Corpus, kind: Any) ->
 def test_batchtopk_ends_with_a_mean_l0_near_k(model: Model, corpus: Corpus, everything: Tensor) -> None:
     sae = train_sae(model, corpus, Z1, small(buffer=100_000)).sae
     l0 = (sae.encode(everything[:, 1:]) > 0).sum(-1).float().mean().item()
-    assert l0 == pytest.approx(3.0, abs=0.05)
+    assert l0 == pytest.approx(3.0, rel=0.1)  # exact on the buffer, of which half was refilled
 
 
 @pytest.mark.slow
@@ -665,7 +669,7 @@ def test_an_sae_that_does_not_fit_is_refused(
     "changes",
     [
         {"d_sae": 0},
-        {"target_l0": 0},
+        {"target_l0": 0.0},
         {"target_l0": float("nan")},
         {"target_l0": 24.0},
         {"tokens": 0},

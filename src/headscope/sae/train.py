@@ -36,7 +36,7 @@ _WARMUP_STEPS = 200
 _DECAY_SHARE = 0.3  # of the steps, at the end, over which the learning rate falls to zero
 _RESAMPLE_UNTIL = 0.6
 _L1_GAIN = 0.004  # change of log lambda per step and unit of log(L0 / target)
-_CALIBRATION = 131_072  # activations on which the BatchTopK threshold is set
+_CALIBRATION = 65_536  # activations on which the BatchTopK threshold is set
 _CURVE_POINTS = 100
 
 
@@ -359,7 +359,7 @@ class Trainer:
         return SAE(
             W_enc=p.encoder.detach().T.contiguous(),
             b_enc=p.b_enc.detach() / scale,
-            W_dec=p.decoder.detach().clone(),
+            W_dec=_unit(p.decoder.detach()),  # Ctrl-C may have come between a step and its renormalisation
             b_dec=p.b_dec.detach() / scale,
             activation=activation,
             site=site,

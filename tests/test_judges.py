@@ -1,0 +1,181 @@
+"""Our numbers against those of other people's programs; those that patch transformers run in a process of their own."""
+
+import copy
+import importlib.util
+import operator
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import headscope.models
+from headscope.models.hf import Model
+from headscope.models.load import load_model
+from headscope.sae.formats import load_sae, save_sae
+from headscope.sae.model import SAE
+from headscope.site import Site
+
+FAMILIES = ("gpt_neox", "gpt2", "llama")
+JUDGES = Path(__file__).parent / "judges"
+TINY = Path(headscope.models.__file__).parent / "tiny"
+MODELS = ["random", *(["tiny"] if (TINY / "config.json").is_file() else [])]
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+def run_judge(name: str, *arguments: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(JUDGES / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def assert_same_scale(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Equal within a share of the largest magnitude."""
+    assert_close(got, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
+def random_tokens(model: Model, shape: tuple[int, int]) -> Tensor:
+    tokens = torch.randint(1, model.spec.d_vocab, shape, generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = model.bos
+    return tokens
+
+
+# ------------------------------------------------------------------------------------------------- TransformerLens 3.9
+@pytest.fixture(params=MODELS)
+def model_folder(
+    request: pytest.FixtureRequest,
+    random_model: Callable[..., Model],
+    save_model: Callable[[Model, Path], Path],
+    tmp_path: Path,
+) -> Path:
+    return TINY if request.param == "tiny" else save_model(random_model("gpt_neox"), tmp_path / "model")
+
+
+@pytest.mark.slow
+@needs("transformer_lens")
+def test_z_pattern_value_and_logits_are_those_of_transformerlens(model_folder: Path, tmp_path: Path) -> None:
+    model = load_model(str(model_folder))
+    tokens = random_tokens(model, (3, 48))
+    np.savez(tmp_path / "tokens.npz", tokens=tokens.numpy())
+    run_judge("transformer_lens_bridge.py", model_folder, tmp_path / "tokens.npz", tmp_path / "judged.npz")
+    judged = {name: torch.from_numpy(value) for name, value in np.load(tmp_path / "judged.npz").items()}
+    for layer in range(model.spec.n_layers):
+        site = Site("z", layer)
+        attention = model.attention(tokens, layer)
+        assert_same_scale(model.read(tokens, [site])[site], judged[f"z{layer}"], 1e-5)
+        assert_same_scale(attention.z, judged[f"z{layer}"], 1e-5)
+        assert_same_scale(attention.pattern, judged[f"pattern{layer}"], 1e-5)
+        assert_same_scale(attention.value, judged[f"v{layer}"], 1e-5)
+    assert_same_scale(model.logits(tokens), judged["logits"], 1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- SAELens 6.54
+@pytest.fixture(scope="module")
+def judged_saes(
+    random_model: Callable[..., Model], random_sae: Callable[..., SAE], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder of our SAEs and theirs, each with what SAELens encodes and decodes."""
+    root = tmp_path_factory.mktemp("saes")
+    model = random_model("gpt_neox")
+    x = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
+    np.savez(root / "x.npz", x=x.numpy())
+    for activation in ("relu", "jumprelu", "topk"):
+        for centred in (True, False):
+            sae = random_sae(model, activation=activation, apply_b_dec_to_input=centred)
+            save_sae(sae, root / "ours" / f"{activation}-{'centred' if centred else 'uncentred'}")
+    save_sae(random_sae(model, activation="jumprelu"), root / "ours" / "jumprelu-bfloat16", dtype=torch.bfloat16)
+    save_sae(random_sae(model, site=Site("mlp_out", 0)), root / "ours" / "mlp_out")
+    run_judge("sae_lens_files.py", root)
+    return root
+
+
+def assert_judged(root: Path, kind: str, name: str) -> None:
+    x = torch.from_numpy(np.load(root / "x.npz")["x"])
+    judged = np.load(root / kind / f"{name}.npz")
+    sae = load_sae(root / kind / name)
+    f = sae.encode(x)
+    assert 0 < int((f > 0).sum()) < f.numel()
+    assert_same_scale(f, torch.from_numpy(judged["f"]), 1e-6)
+    assert_same_scale(sae.decode(f), torch.from_numpy(judged["x_hat"]), 1e-6)
+
+
+OURS = [f"{a}-{c}" for a in ("relu", "jumprelu", "topk") for c in ("centred", "uncentred")]
+
+
+@pytest.mark.slow
+@needs("sae_lens")
+@pytest.mark.parametrize("name", [*OURS, "jumprelu-bfloat16", "mlp_out"])
+def test_saelens_opens_what_is_saved_here(judged_saes: Path, name: str) -> None:
+    assert_judged(judged_saes, "ours", name)
+
+
+@pytest.mark.slow
+@needs("sae_lens")
+@pytest.mark.parametrize("name", ["standard", "standard-flat-uncentred", "jumprelu", "topk", "topk-rescaled"])
+def test_what_saelens_saves_opens_here(judged_saes: Path, name: str) -> None:
+    assert_judged(judged_saes, "theirs", name)
+
+
+# ------------------------------------------------------------------------------------------------- plain transformers
+def eager(model: Model, tokens: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """z and pattern of every layer, and the logits, of a copy of the model with eager attention and torch's hooks."""
+    module = copy.deepcopy(model.module)
+    module.set_attn_implementation("eager")
+    zs: list[Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple) -> None:
+        zs.append(args[0])
+
+    path = {
+        "gpt_neox": ("gpt_neox.layers", "attention.dense"),
+        "gpt2": ("transformer.h", "attn.c_proj"),
+        "llama": ("model.layers", "self_attn.o_proj"),
+    }[model.spec.family]
+    for block in operator.attrgetter(path[0])(module):
+        operator.attrgetter(path[1])(block).register_forward_pre_hook(keep)
+    with torch.no_grad():
+        out = module(input_ids=tokens, output_attentions=True)
+    return zs, list(out.attentions), out.logits
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 64)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_z_pattern_and_logits_are_those_of_plain_transformers(
+    random_model: Callable[..., Model], family: str, shape: tuple[int, int]
+) -> None:
+    model = random_model(family)
+    tokens = random_tokens(model, shape)
+    zs, patterns, logits = eager(model, tokens)
+    for layer in range(model.spec.n_layers):
+        attention = model.attention(tokens, layer)
+        assert_same_scale(attention.pattern, patterns[layer], 1e-5)
+        assert_same_scale(attention.z, zs[layer], 1e-5)
+        assert_same_scale(model.read(tokens, [Site("z", layer)])[Site("z", layer)], zs[layer], 1e-5)
+    assert_same_scale(model.logits(tokens), logits, 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pattern_is_of_the_models_own_precision(random_model: Callable[..., Model], family: str) -> None:
+    model = random_model(family, dtype=torch.float64)
+    tokens = random_tokens(model, (2, 20))
+    for layer in range(model.spec.n_layers):
+        attention = model.attention(tokens, layer)
+        fast = model.read(tokens, [Site("z", layer)])[Site("z", layer)]
+        assert_close(attention.pattern.sum(-1), torch.ones(2, 4, 20, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+        mixed = torch.einsum("bhqs,bshd->bqhd", attention.pattern, attention.value).flatten(2)
+        assert_close(mixed, fast, rtol=1e-10, atol=1e-10)
