@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from headscope.artefact import atomic_write, file_hash, new_folder, read_json, refuse_existing, write_json
+from headscope.artefact import atomic_write, check_output, file_hash, new_folder, read_json, write_json
 from headscope.errors import OutputError
 
 DISK_FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -186,15 +186,15 @@ def test_a_disk_that_fills_inside_new_folder_is_an_output_error(tmp_path: Path) 
     assert listing(tmp_path) == []
 
 
-def test_refuse_existing_lets_pass_what_is_new_empty_or_given_up(tmp_path: Path) -> None:
-    refuse_existing(tmp_path / "new", overwrite=False)
-    refuse_existing(tmp_path, overwrite=False)
+def test_check_output_lets_pass_what_is_new_empty_or_given_up(tmp_path: Path) -> None:
+    check_output(tmp_path / "new", overwrite=False)
+    check_output(tmp_path, overwrite=False)
     (tmp_path / "file").write_text("x")
-    refuse_existing(tmp_path, overwrite=True)
+    check_output(tmp_path, overwrite=True)
     with pytest.raises(OutputError):
-        refuse_existing(tmp_path, overwrite=False)
+        check_output(tmp_path, overwrite=False)
     with pytest.raises(OutputError):
-        refuse_existing(tmp_path / "file", overwrite=False)
+        check_output(tmp_path / "file", overwrite=False)
 
 
 # ---------------------------------------------------------------------------------------------------------- JSON, hash

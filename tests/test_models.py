@@ -69,6 +69,16 @@ def test_losses_are_the_cross_entropy_of_the_logits(model, tokens):
     assert_close(model.losses(tokens).flatten(), expected, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_restarted_run_is_the_whole_run(model, tokens, layer):
+    with model.restartable(layer) as restart:
+        clean = model.losses(tokens)
+    assert torch.equal(model.losses(tokens, restart), clean)
+    with model.edit({Site("z", layer): lambda z: 2 * z}):
+        assert torch.equal(model.losses(tokens, restart), model.losses(tokens))
+    assert torch.equal(model.losses(tokens, restart), clean)
+
+
 @pytest.mark.parametrize("kind", ["z", "attn_out", "mlp_out", "resid_pre"])
 def test_an_edit_with_its_own_value_changes_nothing_and_another_does(model, tokens, kind):
     clean, site = model.logits(tokens), Site(kind, 0)

@@ -38,22 +38,22 @@ _HOME = {
     "train_sae": "headscope.sae.train",
 }
 
-__all__ = [  # noqa: RUF022 - the order of the work
-    "load_model",
+__all__ = [
+    "SAE",
+    "Corpus",
+    "FeatureIndex",
+    "HeadscopeError",
+    "Model",
+    "Site",
+    "TrainConfig",
+    "build_index",
+    "evaluate",
+    "jobs",
     "load_corpus",
+    "load_model",
     "load_sae",
     "save_sae",
     "train_sae",
-    "TrainConfig",
-    "evaluate",
-    "build_index",
-    "FeatureIndex",
-    "jobs",
-    "Corpus",
-    "HeadscopeError",
-    "Model",
-    "SAE",
-    "Site",
 ]
 
 

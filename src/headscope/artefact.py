@@ -56,7 +56,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputError: `path` already holds something and `overwrite` is false, or it cannot be written.
     """
     path = Path(path)
-    refuse_existing(path, overwrite=overwrite)
+    check_output(path, overwrite=overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -78,22 +78,38 @@ def _swap(scratch: Path, path: Path) -> None:
         scratch.replace(path)
         return
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-    path.replace(old / path.name)
-    scratch.replace(path)
-    shutil.rmtree(old, ignore_errors=True)
+    kept = old / path.name
+    try:
+        path.replace(kept)
+        try:
+            scratch.replace(path)
+        except OSError:
+            kept.replace(path)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raise OutputError when `path` already holds something that `overwrite` does not give up."""
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Make sure, before any work, that `path` can be written when it is done.
+
+    Raises:
+        OutputError: `path` already holds something that `overwrite` does not give up, or cannot be written.
+    """
     path = Path(path)
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists() and not overwrite:
+    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken and not overwrite:
         raise OutputError(
             f"{path} already exists",
             expected="a new or empty folder",
             do="choose another folder, or pass --overwrite to replace it",
         )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:

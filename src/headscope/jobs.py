@@ -4,14 +4,16 @@ Each job checks where it will write before it computes anything, and what it wri
 imports are inside the functions: `headscope --help` is quick, and a served page loads no torch.
 """
 
+import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headscope.artefact import read_json, refuse_existing, write_json
+from headscope.artefact import check_output, read_json, write_json
 from headscope.corpus import Corpus, Split, load_corpus
-from headscope.errors import ExportError
+from headscope.errors import ExportError, OutputError
 from headscope.sae.config import TrainConfig
 from headscope.site import Kind, Site
 
@@ -73,13 +75,17 @@ def train(
     from headscope.sae.formats import save_sae
     from headscope.sae.train import train_sae
 
-    refuse_existing(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite)
     loaded = load_model(model)
     chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
     loaded.check_layer(chosen.layer)
     corpus = (text or CorpusChoice(split="train")).load(loaded)
     result = train_sae(loaded, corpus, chosen, config or TrainConfig(), on_step)
-    save_sae(result.sae, out, overwrite=overwrite)
+    try:
+        save_sae(result.sae, out, overwrite=overwrite)
+    except OutputError as error:
+        rescue = save_sae(result.sae, Path(tempfile.mkdtemp(prefix="headscope-"), out.name))
+        raise OutputError(f"{error}\n  what was trained is saved in {rescue}") from error
     return result
 
 
@@ -102,7 +108,10 @@ def eval(
     quality = evaluate(loaded, loaded_sae, corpus, on_tokens)
     record = {"sae_hash": sae_hash(sae), "corpus": corpus.fingerprint(), "quality": quality.as_dict()}
     if Path(sae).is_dir():
-        write_json(Path(sae) / "quality.json", record)
+        try:
+            write_json(Path(sae) / "quality.json", record)
+        except OutputError as error:
+            warnings.warn(f"the figures are not kept beside the SAE: {error}", stacklevel=2)
     return quality
 
 
@@ -126,7 +135,7 @@ def index(
     from headscope.models.load import load_model
     from headscope.sae.formats import load_sae, sae_hash
 
-    refuse_existing(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite)
     loaded_sae = load_sae(sae)
     loaded = load_model(model or loaded_sae.model_name)
     corpus = (text or CorpusChoice()).load(loaded)
@@ -176,7 +185,7 @@ def export(index: str | Path, out: Path, *, features: Sequence[int] | None = Non
     from headscope.explorer.export import export_html
     from headscope.index.store import FeatureIndex
 
-    refuse_existing(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite)
     source = IndexCards(FeatureIndex.open(index))
     chosen = list(features) if features else _most_active(source)
     return export_html(source, out, chosen)

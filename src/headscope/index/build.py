@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from headscope import attribution
-from headscope.artefact import new_folder, refuse_existing, write_json
+from headscope.artefact import check_output, new_folder, write_json
 from headscope.capture import activations, token_batches
 from headscope.corpus import Corpus
 from headscope.errors import IndexFormatError, SAEError
@@ -61,7 +61,7 @@ def build_index(
     check_fits(sae, model)
     if sae.site.kind != "z":
         raise SAEError(f"an SAE of {sae.site.hook_name}", expected="an SAE of z, whose features are made by heads")
-    refuse_existing(folder, overwrite=overwrite)
+    check_output(folder, overwrite=overwrite)
     report = on_progress or (lambda _stage, _done, _total: None)
     sae = sae.to(model.device)
     weights = attribution.HeadWeights.of(sae, model)

@@ -56,6 +56,14 @@ class Attention:
     """Heads concatenated head-major: the input of the output projection."""
 
 
+@dataclass(frozen=True)
+class Restart:
+    """A run that can be continued from a layer on, again and again: what each block from there was called with."""
+
+    layer: int
+    calls: list[tuple[tuple, dict[str, Any]]]
+
+
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
     """Raised by the hook of the deepest site asked for: nothing after it is computed."""
 
@@ -91,6 +99,7 @@ class Model:
             context=config.max_position_embeddings,
         )
         self._blocks = operator.attrgetter(self.family.blocks)(module)
+        self._final_norm = operator.attrgetter(self.family.final_norm)(module)
 
     @property
     def device(self) -> torch.device:
@@ -172,15 +181,48 @@ class Model:
         return self.module(input_ids=tokens, use_cache=False).logits
 
     @torch.no_grad()
-    def losses(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "batch predicting"]:
-        """Cross-entropy in nats of predicting token t+1 at t, for all positions but the last."""
-        hidden = self._body(tokens)[:, :-1].flatten(0, 1)
+    def losses(
+        self, tokens: Int[Tensor, "batch position"], restart: Restart | None = None
+    ) -> Float[Tensor, "batch predicting"]:
+        """Cross-entropy in nats of predicting token t+1 at t, for all positions but the last.
+
+        With `restart`, from a run on the same tokens, only its layer and later ones are computed again.
+        """
+        hidden = (self._body(tokens) if restart is None else self._continue(restart))[:, :-1].flatten(0, 1)
         targets = tokens[:, 1:].flatten()
         chunks = [
             nn.functional.cross_entropy(self._unembedding(h), t, reduction="none")
             for h, t in zip(hidden.split(_LOSS_ROWS), targets.split(_LOSS_ROWS), strict=True)
         ]
         return torch.cat(chunks).view(tokens.shape[0], -1)
+
+    @contextmanager
+    def restartable(self, layer: int) -> Iterator[Restart]:
+        """The one run made within the block can be continued from a layer on afterwards.
+
+        Raises:
+            ModelError: a layer that does not exist.
+        """
+        self.check_layer(layer)
+        restart = Restart(layer, [])
+
+        def keep(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            restart.calls.append((args, kwargs))
+
+        handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in self._blocks[layer:]]
+        try:
+            yield restart
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _continue(self, restart: Restart) -> Tensor:
+        """As `_body`, from the input of a block on."""
+        hidden = restart.calls[0][0][0]
+        for block, (args, kwargs) in zip(self._blocks[restart.layer :], restart.calls, strict=True):
+            output = block(hidden, *args[1:], **kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+        return self._final_norm(hidden)
 
     def _body(self, tokens: Tensor) -> Tensor:
         """Everything but the unembedding: the normed final residual stream."""
@@ -199,7 +241,7 @@ class Model:
         The final norm's gain and (for LayerNorm) centring are folded in, its scale is left out, and the result is
         centred over the vocabulary, to which softmax is blind. So TransformerLens' processed `W_U`.
         """
-        norm = operator.attrgetter(self.family.final_norm)(self.module)
+        norm = self._final_norm
         folded = norm.weight[:, None] * self._unembedding.weight.T
         if isinstance(norm, nn.LayerNorm):
             folded = folded - folded.mean(0)

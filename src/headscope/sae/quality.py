@@ -177,13 +177,14 @@ def _conditions(
 
     def losses(site: Site, make: Callable[[Tensor | None], Any]) -> tuple[Tensor, Tensor]:
         with model.edit({site: make(None)}):
-            everywhere = model.losses(tokens)
+            everywhere = model.losses(tokens, restart)
         if local:
             return everywhere, everywhere
         with model.edit({site: make(special)}):
-            return everywhere, model.losses(tokens)
+            return everywhere, model.losses(tokens, restart)
 
-    clean = model.losses(tokens)
+    with model.restartable(sae.site.layer) as restart:
+        clean = model.losses(tokens)
     zero = torch.zeros_like(mean)
     return {
         "clean": (clean, clean),
