@@ -30,7 +30,11 @@ def check_corpus(model: Model, corpus: Corpus) -> None:
         )
     largest = int(corpus.blocks.max())
     if largest >= model.spec.d_vocab or corpus.blocks.min() < 0:
-        raise CorpusError(f"token id {largest}", expected=f"ids below {model.spec.d_vocab}, the model's vocabulary")
+        raise CorpusError(
+            f"token id {largest}",
+            expected=f"ids below {model.spec.d_vocab}, the model's vocabulary",
+            do="tokenise the text with this model's own tokenizer",
+        )
 
 
 def token_batches(

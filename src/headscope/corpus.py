@@ -146,11 +146,11 @@ def _pack(
     n_blocks = len(stream) // body
     if max_tokens is not None:
         n_blocks = min(n_blocks, max_tokens // block_size)
-    if n_blocks == 0:
+    if n_blocks <= 0:
         raise CorpusError(
             f"{len(stream)} tokens in {source!r} (split {split!r})",
             expected=f"at least one block of {block_size} tokens",
-            do="add text, or lower --block-size",
+            do="add text, lower --block-size, or raise --max-tokens",
         )
 
     def cut(values: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -253,7 +253,9 @@ def _read_utf8(path: Path) -> str:
             do="convert it, or leave it out of the folder",
         ) from error
     except OSError as error:
-        raise CorpusError(f"cannot read {path}: {error.strerror}", expected="a readable text file") from error
+        raise CorpusError(
+            f"cannot read {path}: {error.strerror}", expected="a readable text file", do="check its permissions"
+        ) from error
 
 
 def python_documents() -> Iterator[Document]:

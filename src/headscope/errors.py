@@ -17,14 +17,9 @@ Every message says what was got, what was expected, and what to do.
 class HeadscopeError(Exception):
     """The root of all errors that a user's input can cause."""
 
-    def __init__(self, got: str, *, expected: str | None = None, do: str | None = None) -> None:
-        """Join the three parts into one message: `got`, what was `expected`, what to `do`."""
-        parts = [got]
-        if expected is not None:
-            parts.append(f"expected: {expected}")
-        if do is not None:
-            parts.append(f"do: {do}")
-        super().__init__("\n  ".join(parts))
+    def __init__(self, got: str, *, expected: str, do: str) -> None:
+        """Join the three parts into one message: what was `got`, what was `expected`, what to `do`."""
+        super().__init__(f"{got}\n  expected: {expected}\n  do: {do}")
 
 
 class ModelError(HeadscopeError):

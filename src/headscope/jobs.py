@@ -85,7 +85,11 @@ def train(
         save_sae(result.sae, out, overwrite=overwrite)
     except OutputError as error:
         rescue = save_sae(result.sae, Path(tempfile.mkdtemp(prefix="headscope-"), out.name))
-        raise OutputError(f"{error}\n  what was trained is saved in {rescue}") from error
+        raise OutputError(
+            f"{out} could not be written ({error.__cause__})",
+            expected="the folder to stay writable, on a disk with room",
+            do=f"move what was trained from {rescue}",
+        ) from error
     return result
 
 

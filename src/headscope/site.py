@@ -30,7 +30,9 @@ class Site:
     def __post_init__(self) -> None:
         """Refuse a kind that no model here can read."""
         if self.kind not in get_args(Kind):
-            raise HeadscopeError(f"site {self.kind!r}", expected=f"one of {', '.join(get_args(Kind))}")
+            raise HeadscopeError(
+                f"site {self.kind!r}", expected=f"one of {', '.join(get_args(Kind))}", do="pass another --site"
+            )
 
     @property
     def hook_name(self) -> str:

@@ -60,7 +60,11 @@ def build_index(
     """
     check_fits(sae, model)
     if sae.site.kind != "z":
-        raise SAEError(f"an SAE of {sae.site.hook_name}", expected="an SAE of z, whose features are made by heads")
+        raise SAEError(
+            f"an SAE of {sae.site.hook_name}",
+            expected="an SAE of z, whose features are made by heads",
+            do="pass another --sae",
+        )
     check_output(folder, overwrite=overwrite)
     report = on_progress or (lambda _stage, _done, _total: None)
     sae = sae.to(model.device)

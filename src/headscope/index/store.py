@@ -112,11 +112,15 @@ class FeatureIndex:
             raise IndexFormatError(f"index format {found}", expected=f"{FORMAT_VERSION}", do="build the index again")
         missing = [f"{n}.parquet" for n in _TABLES if not (folder / f"{n}.parquet").is_file()]
         if missing:
-            raise IndexFormatError(f"{folder} lacks {', '.join(missing)}", do="build the index again")
+            raise IndexFormatError(
+                f"{folder} lacks {', '.join(missing)}", expected="all of its tables", do="build the index again"
+            )
         try:
             return cls(folder, manifest)
         except duckdb.Error as error:
-            raise IndexFormatError(f"{folder} is damaged: {error}", do="build the index again") from error
+            raise IndexFormatError(
+                f"{folder} is damaged: {error}", expected="Parquet files", do="build the index again"
+            ) from error
 
     def _create_view(self, name: str, path: Path) -> None:
         quoted = str(path).replace("'", "''")
@@ -149,7 +153,9 @@ class FeatureIndex:
 
     def _check_latent(self, latent: int) -> None:
         if not 0 <= latent < self.n_latents:
-            raise IndexFormatError(f"latent {latent}", expected=f"0 to {self.n_latents - 1}")
+            raise IndexFormatError(
+                f"latent {latent}", expected=f"0 to {self.n_latents - 1}", do="choose one of the SAE's latents"
+            )
 
     def activations(self, latent: int) -> Activations:
         """Every active token of a feature.

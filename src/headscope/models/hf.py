@@ -84,7 +84,9 @@ class Model:
         self.module.set_attn_implementation("sdpa")
         unembedding = module.get_output_embeddings()
         if not isinstance(unembedding, nn.Linear):
-            raise ModelError(f"{name} has no linear unembedding", expected="a causal language model")
+            raise ModelError(
+                f"{name} has no linear unembedding", expected="a causal language model", do="pass another --model"
+            )
         self._unembedding = unembedding
         heads = config.num_attention_heads
         self.spec = ModelSpec(

@@ -51,7 +51,11 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
         )
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if bos is None or not hasattr(tokenizer, "backend_tokenizer"):
-        raise ModelError(f"the tokenizer of {name!r}", expected="a fast tokenizer with a BOS (or EOS) token")
+        raise ModelError(
+            f"the tokenizer of {name!r}",
+            expected="a fast tokenizer (tokenizer.json) with a BOS or EOS token",
+            do="save the model with such a tokenizer",
+        )
     return Model(module.to(device), tokenizer.backend_tokenizer, bos, name)
 
 

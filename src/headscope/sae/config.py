@@ -39,11 +39,17 @@ class TrainConfig:
         positive = {n: getattr(self, n) for n in ("d_sae", "target_l0", "tokens", "batch", "lr", "buffer")}
         for name, value in positive.items():
             if not value > 0:
-                raise TrainingError(f"{name} = {value}", expected="more than 0")
+                raise TrainingError(f"{name} = {value}", expected="more than 0", do=f"raise --{name.replace('_', '-')}")
         if self.target_l0 >= self.d_sae:
-            raise TrainingError(f"target_l0 = {self.target_l0}", expected=f"less than d_sae = {self.d_sae}")
+            raise TrainingError(
+                f"target_l0 = {self.target_l0}", expected=f"less than d_sae = {self.d_sae}", do="lower --target-l0"
+            )
         if self.buffer < 2 * self.batch:
-            raise TrainingError(f"buffer = {self.buffer}", expected=f"at least two batches, {2 * self.batch}")
+            raise TrainingError(
+                f"buffer = {self.buffer}",
+                expected=f"at least two batches, {2 * self.batch}",
+                do="raise --buffer or lower --batch",
+            )
 
     @property
     def n_steps(self) -> int:

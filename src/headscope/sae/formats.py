@@ -128,7 +128,11 @@ def _activation(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Act
         case "topk":
             return TopK(int(config["k"]))
         case other:
-            raise SAEError(f"an SAE of architecture {other!r}", expected="standard, jumprelu or topk")
+            raise SAEError(
+                f"an SAE of architecture {other!r}",
+                expected="standard, jumprelu or topk",
+                do="save it for inference first (SAELens: save_inference_model)",
+            )
 
 
 def _check(sae: SAE, config: dict[str, Any], folder: Path) -> None:

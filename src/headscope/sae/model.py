@@ -80,7 +80,11 @@ class SAE:
         for name, expected in shapes.items():
             got = tuple(getattr(self, name).shape)
             if got != expected:
-                raise SAEError(f"{name} of shape {got}", expected=f"{expected}, by W_enc {(d_in, d_sae)}")
+                raise SAEError(
+                    f"{name} of shape {got}",
+                    expected=f"{expected}, by W_enc {(d_in, d_sae)}",
+                    do="check that all weights come from one SAE",
+                )
         for name in ("W_enc", *shapes):
             if not getattr(self, name).isfinite().all():
                 raise SAEError(f"{name} holds NaN or infinity", expected="finite weights", do="train it again")

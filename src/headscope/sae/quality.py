@@ -65,7 +65,8 @@ class Quality:
 class _Reconstruction:
     """Sums over the tokens of each block."""
 
-    n: Int[np.ndarray, " block"]
+    n: Float[np.ndarray, " block"]
+    """Tokens."""
     l0: Float[np.ndarray, " block"]
     l0_bos: float
     total: Float[np.ndarray, "block d"]

@@ -254,7 +254,7 @@ class TrainResult:
     """A trained SAE and how it went."""
 
     sae: SAE
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, int | float]] = field(default_factory=list)
     epochs: float = 0.0
     """Activations trained on, over activations in the corpus."""
     interrupted: bool = False
@@ -402,7 +402,7 @@ def train_sae(
     model.check_layer(site.layer)
     stream = ActivationStream(model, corpus, site, config)
     trainer = Trainer(stream.buffer, config)
-    curve: list[dict[str, float]] = []
+    curve: list[dict[str, int | float]] = []
     interrupted, done = False, 0
     try:
         for step, x in zip(range(config.n_steps), stream, strict=False):
@@ -421,7 +421,7 @@ def train_sae(
     return result
 
 
-def _point(status: Status) -> dict[str, float]:
+def _point(status: Status) -> dict[str, int | float]:
     return {
         "tokens": status.tokens,
         "squared_error": round(status.squared_error, 4),

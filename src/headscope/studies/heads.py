@@ -50,7 +50,9 @@ def head_scores(model: Model, *, n: int = 100, n_sequences: int = 32, seed: int 
         ModelError: 2n + 1 tokens do not fit the model's context.
     """
     if 2 * n + 1 > model.spec.context:
-        raise ModelError(f"two copies of {n} tokens", expected=f"at most {model.spec.context} positions in all")
+        raise ModelError(
+            f"two copies of {n} tokens", expected=f"at most {model.spec.context} positions in all", do="lower n"
+        )
     tokens = repeated_tokens(model, n, n_sequences, seed)
     second = torch.arange(n + 1, 2 * n + 1, device=model.device)
     previous, induction = [], []
