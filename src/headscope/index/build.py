@@ -9,18 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
+from jaxtyping import Int
 
 from headscope import attribution
 from headscope.artefact import check_output, new_folder, write_json
 from headscope.capture import activations, token_batches
 from headscope.corpus import Corpus
 from headscope.errors import IndexFormatError, SAEError
-from headscope.index.config import N_SOURCES, ExamplePlan
+from headscope.index.config import ExamplePlan
 from headscope.index.summary import FeatureSummary, Group, choose_examples, summarise
-from headscope.index.tables import Findings, Pairs, SAERecord, active_lists, fixed_lists, lists, manifest, write_tables
-from headscope.models.hf import Model
+from headscope.index.tables import Examples, Findings, Pairs, SAERecord, manifest, write_tables
+from headscope.models.hf import Attention, Model
 from headscope.sae.model import SAE
 from headscope.sae.train import check_fits
 
@@ -71,7 +71,9 @@ def build_index(
     weights = attribution.HeadWeights.of(sae, model)
     pairs = _active_pairs(model, sae, weights, corpus, report)
     summaries, groups = _summaries(pairs, corpus, sae.d_sae, plan or ExamplePlan(), report)
-    examples = _example_table(model, sae, weights, corpus, pairs, groups, report)
+    shown = [pairs.of(j).start + np.unique(np.concatenate([g.chosen for g in own])) for j, own in groups.items()]
+    index = np.concatenate(shown) if shown else np.empty(0, dtype=np.int64)
+    examples = _attribute_examples(model, sae, weights, corpus, pairs, index, report)
     found = Findings(pairs, summaries, groups, examples, weights, attribution.direct_logit_effects(sae, model))
     report("write", 0, 1)
     with new_folder(folder, overwrite=overwrite) as scratch:
@@ -90,7 +92,7 @@ def _active_pairs(model: Model, sae: SAE, weights: attribution.HeadWeights, corp
         pre = sae.pre_activations(flat)
         f = sae.activation(pre)
         f[(tokens == model.bos).flatten()] = 0
-        row, latent = f.nonzero(as_tuple=True)
+        row, latent = (f > 0).nonzero(as_tuple=True)
         own_pre = pre[row, latent]
         heads = attribution.dfa_by_head(weights, flat[row], latent)
         _check_sum(own_pre - heads.sum(1) - weights.bias[latent], heads)
@@ -136,78 +138,56 @@ def _summaries(
     return summaries, groups
 
 
-def _example_table(
+def _attribute_examples(
     model: Model,
     sae: SAE,
     weights: attribution.HeadWeights,
     corpus: Corpus,
     pairs: Pairs,
-    groups: dict[int, list[Group]],
+    index: Int[np.ndarray, " example"],
     report: Progress,
-) -> pa.Table:
-    """DFA by head and source of every example, sorted by latent, then position."""
-    rows = [pairs.of(latent).start + np.unique(np.concatenate([g.chosen for g in gs])) for latent, gs in groups.items()]
-    index = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
-    block, query = np.divmod(pairs.position[index], corpus.block_size)
-    by_block = np.argsort(block, kind="stable")
-    tables, done = [], 0
-    order = np.unique(block)
-    for numbers, tokens in token_batches(corpus, model.device, order, batch_tokens=_EXAMPLE_TOKENS):
-        low = np.searchsorted(block[by_block], numbers[0])
-        high = np.searchsorted(block[by_block], numbers[-1], side="right")
-        chosen = by_block[low:high]
-        row = np.searchsorted(numbers, block[chosen])
-        tables.append(_sources_of(model, sae, weights, tokens, row, query[chosen], pairs, index[chosen]))
+) -> Examples:
+    """DFA by head and source of the pairs of some indices, block by block."""
+    examples = Examples.empty(index, pairs, corpus.block_size, model.spec.n_heads)
+    by_block = np.argsort(examples.block, kind="stable")
+    blocks, done = np.unique(examples.block), 0
+    for numbers, tokens in token_batches(corpus, model.device, blocks, batch_tokens=_EXAMPLE_TOKENS):
+        low = np.searchsorted(examples.block[by_block], numbers[0])
+        high = np.searchsorted(examples.block[by_block], numbers[-1], side="right")
+        _fill(examples, by_block[low:high], numbers, model.attention(tokens, sae.site.layer), sae, weights)
         done += len(numbers)
-        report("sources", done, len(order))
-    if not tables:
-        return pa.table({"latent": pa.array([], pa.int32()), "position": pa.array([], pa.int64())})
-    return pa.concat_tables(tables).sort_by([("latent", "ascending"), ("position", "ascending")])
+        report("sources", done, len(blocks))
+    return examples
 
 
-def _sources_of(
-    model: Model,
+def _fill(
+    examples: Examples,
+    chosen: Int[np.ndarray, " pair"],
+    numbers: Int[np.ndarray, " block"],
+    attention: Attention,
     sae: SAE,
     weights: attribution.HeadWeights,
-    tokens: torch.Tensor,
-    row: np.ndarray,
-    query: np.ndarray,
-    pairs: Pairs,
-    index: np.ndarray,
-) -> pa.Table:
-    """The examples of one batch of blocks; `row` is the block in the batch and is sorted."""
-    attention = model.attention(tokens, sae.site.layer)
-    latent = torch.from_numpy(pairs.latent[index].astype(np.int64)).to(tokens.device)
-    where = torch.from_numpy(row).to(tokens.device), torch.from_numpy(query).to(tokens.device)
-    dfa = attribution.dfa_by_source(weights, attention, *where, latent)  # [pair, head, source]
-    z = attention.z[where]
-    pre = (z * weights.encoder[latent].flatten(1)).sum(1) + sae.bias[latent]
+) -> None:
+    """Write the DFA of the chosen examples, all in the blocks of these numbers and sorted by block."""
+    device = attention.z.device
+    row = torch.from_numpy(np.searchsorted(numbers, examples.block[chosen])).to(device)
+    query = torch.from_numpy(examples.query[chosen]).to(device)
+    latent = torch.from_numpy(examples.latent[chosen].astype(np.int64)).to(device)
+    dfa = attribution.dfa_by_source(weights, attention, row, query, latent)  # [pair, head, source]
+    pre = (attention.z[row, query] * weights.encoder[latent].flatten(1)).sum(1) + sae.bias[latent]
     heads = dfa.sum(-1)
     residual = pre - heads.sum(1) - weights.bias[latent]
     _check_sum(residual, dfa)
-    k = min(N_SOURCES, dfa.shape[-1])
-    top = dfa.abs().sum(1).topk(k).indices  # [pair, k]
+    top = dfa.abs().sum(1).topk(examples.source.shape[1]).indices  # [pair, k]
     of_top = dfa.gather(2, top[:, None].expand(-1, dfa.shape[1], -1)).transpose(1, 2)  # [pair, k, head]
-    rest = heads - of_top.sum(1)
-    n_sources = torch.from_numpy(query + 1).to(tokens.device).clamp(max=k)  # later positions contribute exactly 0
-    lengths = n_sources.cpu().numpy()
-    kept = (torch.arange(k, device=tokens.device) < n_sources[:, None]).cpu().numpy()
-    f_in_block = sae.activation(sae.pre_activations(attention.z))[where[0], :, latent]  # [pair, position]
-    f_in_block[(tokens == model.bos)[where[0]]] = 0
-    active_at, active_value = active_lists(f_in_block.cpu().numpy())
-    return pa.table(
-        {
-            "latent": pa.array(pairs.latent[index], pa.int32()),
-            "position": pa.array(pairs.position[index], pa.int64()),
-            "activation": pa.array(pairs.activation[index], pa.float32()),
-            "pre": pa.array(pre.cpu().numpy(), pa.float32()),
-            "bias": pa.array(weights.bias[latent].cpu().numpy(), pa.float32()),
-            "residual": pa.array(residual.cpu().numpy(), pa.float32()),
-            "heads": fixed_lists(heads.cpu().numpy()),
-            "source": lists(top.cpu().numpy()[kept], lengths, pa.int32()),
-            "source_heads": lists(of_top.cpu().numpy()[kept].reshape(-1), lengths * dfa.shape[1], pa.float32()),
-            "rest": fixed_lists(rest.cpu().numpy()),
-            "active_at": active_at,
-            "active_value": active_value,
-        }
-    )
+    found = {
+        "pre": pre,
+        "bias": weights.bias[latent],
+        "residual": residual,
+        "heads": heads,
+        "source": top,
+        "source_heads": of_top,
+        "rest": heads - of_top.sum(1),
+    }
+    for name, values in found.items():
+        getattr(examples, name)[chosen] = values.cpu().numpy()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from headscope import attribution
 from headscope.corpus import Corpus
-from headscope.index.config import DEFINITIONS, FORMAT_VERSION
+from headscope.index.config import DEFINITIONS, FORMAT_VERSION, N_SOURCES
 from headscope.index.summary import FeatureSummary, Group
 from headscope.models.hf import Model
 from headscope.sae.model import SAE
@@ -35,10 +36,71 @@ class Pairs:
     heads: Float[np.ndarray, "pair head"]
     """DFA of each head."""
 
+    @cached_property
+    def _starts(self) -> Int[np.ndarray, " latent_and_end"]:
+        n_latents = int(self.latent[-1]) + 1 if len(self.latent) else 0
+        return np.concatenate([[0], np.cumsum(np.bincount(self.latent, minlength=n_latents))])
+
     def of(self, latent: int) -> slice:
         """The pairs of one latent."""
-        low, high = np.searchsorted(self.latent, [latent, latent + 1])
+        low, high = self._starts.take([latent, latent + 1], mode="clip")
         return slice(int(low), int(high))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The stored examples, sorted by latent, then position; the arrays below the first four are filled by block."""
+
+    latent: Int[np.ndarray, " example"]
+    position: Int[np.ndarray, " example"]
+    activation: Float[np.ndarray, " example"]
+    block_size: int
+    pre: Float[np.ndarray, " example"]
+    bias: Float[np.ndarray, " example"]
+    residual: Float[np.ndarray, " example"]
+    heads: Float[np.ndarray, "example head"]
+    source: Int[np.ndarray, "example k"]
+    """Positions in the block of the largest sources, by |DFA| summed over heads; only the first `n_sources` count."""
+    source_heads: Float[np.ndarray, "example k head"]
+    rest: Float[np.ndarray, "example head"]
+
+    @classmethod
+    def empty(cls, index: Int[np.ndarray, " example"], pairs: Pairs, block_size: int, n_heads: int) -> "Examples":
+        """Room for the pairs of these indices."""
+        n, k = len(index), min(N_SOURCES, block_size)
+        return cls(
+            latent=pairs.latent[index],
+            position=pairs.position[index],
+            activation=pairs.activation[index],
+            block_size=block_size,
+            pre=np.zeros(n, np.float32),
+            bias=np.zeros(n, np.float32),
+            residual=np.zeros(n, np.float32),
+            heads=np.zeros((n, n_heads), np.float32),
+            source=np.zeros((n, k), np.int32),
+            source_heads=np.zeros((n, k, n_heads), np.float32),
+            rest=np.zeros((n, n_heads), np.float32),
+        )
+
+    @cached_property
+    def block(self) -> Int[np.ndarray, " example"]:
+        """Block number of each."""
+        return self.position // self.block_size
+
+    @cached_property
+    def query(self) -> Int[np.ndarray, " example"]:
+        """Position in the block of each."""
+        return self.position % self.block_size
+
+    @cached_property
+    def n_sources(self) -> Int[np.ndarray, " example"]:
+        """Sources that are kept: later positions contribute exactly 0."""
+        return np.minimum(self.query + 1, self.source.shape[1])
+
+    @cached_property
+    def kept(self) -> Bool[np.ndarray, "example k"]:
+        """Which of the sources count."""
+        return np.arange(self.source.shape[1]) < self.n_sources[:, None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +112,7 @@ class Findings:
     """By latent; alive ones only."""
     groups: dict[int, list[Group]]
     """By latent; alive ones only."""
-    examples: pa.Table
+    examples: Examples
     weights: attribution.HeadWeights
     effects: attribution.LogitEffects
 
@@ -71,7 +133,7 @@ def write_tables(folder: Path, model: Model, sae: SAE, corpus: Corpus, found: Fi
     _write(folder / "tokens.parquet", _token_table(corpus))
     _write(folder / "documents.parquet", pa.table({"document": list(corpus.documents)}))
     _write_activations(folder / "activations" / "part-0.parquet", found.pairs)
-    _write(folder / "examples.parquet", found.examples, _SMALL_ROW_GROUP)
+    _write(folder / "examples.parquet", _example_table(found.examples, found.pairs), _SMALL_ROW_GROUP)
     _write(folder / "groups.parquet", _group_table(found.groups, found.pairs))
     _write(folder / "features.parquet", _feature_table(model, sae, corpus, found))
     _write(folder / "vocabulary.parquet", _vocabulary_table(model))
@@ -144,7 +206,7 @@ def _feature_table(model: Model, sae: SAE, corpus: Corpus, found: Findings) -> p
         "decoder_out_share": attribution.decoder_share_through_output(sae, model),
         "encoder_share": attribution.encoder_share(found.weights),
     }
-    columns |= {name: fixed_lists(share.cpu().numpy()) for name, share in shares.items()}
+    columns |= {name: _fixed_lists(share.cpu().numpy()) for name, share in shares.items()}
     columns["bias"] = pa.array(found.weights.bias.cpu().numpy(), pa.float32())
     for name in ("top_tokens", "top_values", "bottom_tokens", "bottom_values", "mean", "std"):
         column = f"logit_{name}"
@@ -166,31 +228,58 @@ def _plain(value: float | np.ndarray) -> float | list:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def _source_tokens(corpus: Corpus, examples: pa.Table, d_sae: int, k: int = 10) -> dict[str, pa.Array]:
+def _source_tokens(corpus: Corpus, examples: Examples, d_sae: int, k: int = 10) -> dict[str, pa.Array]:
     """For each latent the source tokens with the largest share of squared DFA over its examples' stored sources."""
-    if len(examples) == 0:
-        empty = pa.array([[] for _ in range(d_sae)], pa.list_(pa.float64()))
-        return {"source_tokens": empty, "source_shares": empty, "source_counts": empty}
-    sources = examples["source"].combine_chunks()
-    lengths = np.diff(sources.offsets.to_numpy())
-    n_heads = len(examples["heads"][0])
-    start = examples["position"].to_numpy() // corpus.block_size * corpus.block_size
-    source = sources.flatten().to_numpy() + np.repeat(start, lengths)
-    value = examples["source_heads"].combine_chunks().flatten().to_numpy().reshape(-1, n_heads).sum(1) ** 2
-    latent = np.repeat(examples["latent"].to_numpy(), lengths)
-    key = latent.astype(np.int64) * (int(corpus.blocks.max()) + 1) + corpus.blocks.reshape(-1)[source]
-    kinds, which, count = np.unique(key, return_inverse=True, return_counts=True)
-    mass = np.bincount(which, weights=value)
-    owner, token = np.divmod(kinds, int(corpus.blocks.max()) + 1)
+    start = np.repeat(examples.block * examples.block_size, examples.n_sources)
+    token = corpus.blocks.reshape(-1)[start + examples.source[examples.kept]]
+    latent = np.repeat(examples.latent.astype(np.int64), examples.n_sources)
+    n_tokens = int(corpus.blocks.max()) + 1
+    kinds, which, count = np.unique(latent * n_tokens + token, return_inverse=True, return_counts=True)
+    mass = np.bincount(which, weights=examples.source_heads.sum(-1)[examples.kept] ** 2, minlength=len(kinds))
+    owner, token = np.divmod(kinds, n_tokens)
     total = np.bincount(owner, weights=mass, minlength=d_sae)
     columns: dict[str, list] = {"source_tokens": [], "source_shares": [], "source_counts": []}
-    bounds = np.searchsorted(owner, np.arange(d_sae + 1))
-    for i, (low, high) in enumerate(pairwise(bounds)):
+    for i, (low, high) in enumerate(pairwise(np.searchsorted(owner, np.arange(d_sae + 1)))):
         best = low + np.argsort(-mass[low:high], kind="stable")[:k]
         columns["source_tokens"].append(token[best].tolist())
         columns["source_shares"].append((mass[best] / max(total[i], 1e-300)).tolist())
         columns["source_counts"].append(count[best].tolist())
     return {name: pa.array(values) for name, values in columns.items()}
+
+
+def _example_table(examples: Examples, pairs: Pairs) -> pa.Table:
+    active_at, active_value = _active_in_block(examples, pairs)
+    n_heads = examples.heads.shape[1]
+    return pa.table(
+        {
+            "latent": pa.array(examples.latent, pa.int32()),
+            "position": pa.array(examples.position, pa.int64()),
+            "activation": pa.array(examples.activation, pa.float32()),
+            "pre": examples.pre,
+            "bias": examples.bias,
+            "residual": examples.residual,
+            "heads": _fixed_lists(examples.heads),
+            "source": _lists(examples.source[examples.kept], examples.n_sources, pa.int32()),
+            "source_heads": _lists(
+                examples.source_heads[examples.kept].reshape(-1), examples.n_sources * n_heads, pa.float32()
+            ),
+            "rest": _fixed_lists(examples.rest),
+            "active_at": active_at,
+            "active_value": active_value,
+        }
+    )
+
+
+def _active_in_block(examples: Examples, pairs: Pairs) -> tuple[pa.Array, pa.Array]:
+    """Positions in the block, and values, of all activations of each example's feature in its block."""
+    span = int(pairs.position.max(initial=0)) + examples.block_size + 1
+    key = pairs.latent.astype(np.int64) * span + pairs.position  # sorted
+    start = examples.latent.astype(np.int64) * span + examples.block * examples.block_size
+    low, high = np.searchsorted(key, start), np.searchsorted(key, start + examples.block_size)
+    lengths = high - low
+    index = np.repeat(low - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+    at = pairs.position[index] % examples.block_size
+    return _lists(at, lengths, pa.int32()), _lists(pairs.activation[index], lengths, pa.float32())
 
 
 def _write(path: Path, table: pa.Table, row_group: int = _ROW_GROUP) -> None:
@@ -270,19 +359,12 @@ def manifest(model: Model, sae: SAE, corpus: Corpus, found: Findings, record: SA
     }
 
 
-def active_lists(f: np.ndarray) -> tuple[pa.Array, pa.Array]:
-    """Positions and values of the non-zero entries of each row."""
-    row, position = f.nonzero()
-    lengths = np.bincount(row, minlength=len(f))
-    return lists(position, lengths, pa.int32()), lists(f[row, position], lengths, pa.float32())
-
-
-def lists(values: np.ndarray, lengths: np.ndarray, kind: pa.DataType) -> pa.Array:
+def _lists(values: np.ndarray, lengths: np.ndarray, kind: pa.DataType) -> pa.Array:
     """Consecutive runs of values as lists."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, kind))
 
 
-def fixed_lists(values: np.ndarray) -> pa.Array:
+def _fixed_lists(values: np.ndarray) -> pa.Array:
     """Rows of a matrix as lists of float32."""
-    return lists(values.reshape(-1), np.full(len(values), values.shape[1]), pa.float32())
+    return _lists(values.reshape(-1), np.full(len(values), values.shape[1]), pa.float32())
