@@ -32,7 +32,6 @@ from headscope.site import Site
 settings.register_profile("headscope", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("headscope")
 
-FAMILIES = ("gpt_neox", "gpt2", "llama")
 BOS_TOKEN = "<|bos|>"
 
 _SHARED = {"vocab_size": 98, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "use_cache": False}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from headscope.index.store import FeatureIndex
     from headscope.sae.train import Status
 
-HELD_OUT_TOKENS = 1_100_000
+HELD_OUT_TOKENS = 1_010_000
 """Tokens that the SAE is measured and indexed on."""
 _HEAD_SHARE = 0.6
 

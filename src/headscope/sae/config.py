@@ -19,7 +19,7 @@ class TrainConfig:
     """Latents."""
     target_l0: float = 12.0
     """Mean number of active latents per token: k for batchtopk; for relu the L1 coefficient is steered towards it."""
-    tokens: int = 5_000_000
+    tokens: int = 4_500_000
     """Activations to train on in all; the corpus is read as often as that takes."""
     batch: int = 2048
     """Activations in a step."""
