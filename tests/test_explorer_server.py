@@ -131,7 +131,7 @@ def test_a_number_that_is_not_finite_is_an_error_not_bad_json() -> None:
 def test_a_damaged_index_is_said_to_the_page() -> None:
     class Damaged(FakeSource):
         def feature(self, latent: int) -> dict[str, object]:
-            raise IndexFormatError("examples.parquet is truncated", do="build the index again")
+            raise IndexFormatError("examples.parquet is truncated", expected="whole tables", do="build the index again")
 
     answer = TestClient(make_app(Damaged()), base_url=BASE).get("/api/feature/3")
     assert answer.status_code == 500

@@ -232,9 +232,8 @@ Command = Demo | Train | Eval | Index | Serve | Export
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run one command; errors of the user's input end with status 2."""
-    command = tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION)
     try:
-        command.run()
+        tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION).run()
     except HeadscopeError as error:
         sys.stderr.write(f"headscope: {error}\n")
         sys.exit(2)

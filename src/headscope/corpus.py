@@ -93,7 +93,7 @@ def load_corpus(
 
     Args:
         source: `python` (the standard library of the running interpreter), or a UTF-8 text file, or a folder of them.
-        tokenizer: its special tokens are never produced from text: `<|bos|>` in a document is eight characters.
+        tokenizer: its special tokens are never produced from text: `<|bos|>` in a document is seven characters.
         bos: token id of the BOS.
         split: documents to take: those for training, those held out, or all.
         block_size: positions in a block, BOS included.

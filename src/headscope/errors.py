@@ -20,6 +20,7 @@ class HeadscopeError(Exception):
     def __init__(self, got: str, *, expected: str, do: str) -> None:
         """Join the three parts into one message: what was `got`, what was `expected`, what to `do`."""
         super().__init__(f"{got}\n  expected: {expected}\n  do: {do}")
+        self.got, self.expected, self.do = got, expected, do
 
 
 class ModelError(HeadscopeError):

@@ -102,7 +102,7 @@ def eval(
         HeadscopeError: any of its kinds.
     """
     from headscope.models.load import load_model
-    from headscope.sae.formats import load_sae, sae_hash
+    from headscope.sae.formats import load_sae, sae_folder, sae_hash
     from headscope.sae.quality import evaluate
 
     loaded_sae = load_sae(sae)
@@ -111,7 +111,7 @@ def eval(
     on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
     quality = evaluate(loaded, loaded_sae, corpus, on_tokens)
     record = {"sae_hash": sae_hash(sae), "corpus": corpus.fingerprint(), "quality": quality.as_dict()}
-    if Path(sae).is_dir():
+    if sae_folder(str(sae)) == Path(sae):
         try:
             write_json(Path(sae) / "quality.json", record)
         except OutputError as error:
@@ -162,8 +162,12 @@ def _measured_quality(sae: str | Path) -> dict[str, Any] | None:
     path = sae_folder(str(sae)) / "quality.json"
     if not path.is_file():
         return None
-    record = read_json(path)
-    return record["quality"] if record["sae_hash"] == sae_hash(sae) else None
+    try:
+        record = read_json(path)
+        return record["quality"] if record["sae_hash"] == sae_hash(sae) else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{path} cannot be read and is left out: {error!r}", stacklevel=2)
+        return None
 
 
 def serve(index: str | Path, *, port: int | None = None, open_browser: bool = False) -> None:

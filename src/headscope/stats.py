@@ -77,9 +77,9 @@ class Moments:
     ) -> "Moments":
         """Moments of values by group."""
         n = np.bincount(group, minlength=n_streams)
-        total = np.bincount(group, weights=value, minlength=n_streams)
+        total = np.bincount(group, weights=value, minlength=n_streams).astype(np.float64)  # int64 for no values
         mean = np.divide(total, n, out=np.zeros(n_streams), where=n > 0)
-        m2 = np.bincount(group, weights=(value - mean[group]) ** 2, minlength=n_streams)
+        m2 = np.bincount(group, weights=(value - mean[group]) ** 2, minlength=n_streams).astype(np.float64)
         return cls(n, mean, m2)
 
     @property

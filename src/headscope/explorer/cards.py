@@ -204,7 +204,7 @@ def _finite(shares: list[float] | None) -> list[float] | None:
     return shares if shares is not None and np.isfinite(shares).all() else None
 
 
-def _pairs(tokens: list[int], values: list[float]) -> list[list[float]]:
+def _pairs(tokens: list[int], values: list[float]) -> list[list[int | float]]:
     return [list(pair) for pair in zip(tokens, values, strict=True)]
 
 

@@ -50,7 +50,8 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
             do="fetch or save the model again",
         )
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if bos is None or not hasattr(tokenizer, "backend_tokenizer"):
+    made_up = folder is not None and not (folder / "tokenizer.json").is_file()  # transformers invents an empty one
+    if bos is None or made_up or not hasattr(tokenizer, "backend_tokenizer"):
         raise ModelError(
             f"the tokenizer of {name!r}",
             expected="a fast tokenizer (tokenizer.json) with a BOS or EOS token",

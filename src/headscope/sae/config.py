@@ -1,5 +1,6 @@
 """How an SAE is trained; plain values, no torch."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -38,8 +39,13 @@ class TrainConfig:
         """Refuse values that cannot train anything."""
         positive = {n: getattr(self, n) for n in ("d_sae", "target_l0", "tokens", "batch", "lr", "buffer")}
         for name, value in positive.items():
-            if not value > 0:
-                raise TrainingError(f"{name} = {value}", expected="more than 0", do=f"raise --{name.replace('_', '-')}")
+            if not 0 < value < math.inf:
+                raise TrainingError(
+                    f"{name} = {value}", expected="a finite number above 0", do=f"change --{name.replace('_', '-')}"
+                )
+        for name in ("resample", "seed"):
+            if getattr(self, name) < 0:
+                raise TrainingError(f"{name} = {getattr(self, name)}", expected="0 or more", do=f"raise --{name}")
         if self.target_l0 >= self.d_sae:
             raise TrainingError(
                 f"target_l0 = {self.target_l0}", expected=f"less than d_sae = {self.d_sae}", do="lower --target-l0"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from headscope.artefact import atomic_write, file_hash, new_folder, read_json, write_json
-from headscope.errors import SAEError
+from headscope.errors import HeadscopeError, SAEError
 from headscope.sae.model import SAE, Activation, JumpReLU, ReLU, TopK
 from headscope.site import Site
 
@@ -104,12 +104,12 @@ def load_sae(name: str | Path) -> SAE:
             W_dec=tensors["W_dec"],
             b_dec=tensors["b_dec"],
             activation=_activation(config, tensors),
-            site=Site.from_hook_name(metadata["hook_name"]),
+            site=_site(metadata["hook_name"], folder),
             model_name=metadata.get("model_name") or "unknown",
             apply_b_dec_to_input=config["apply_b_dec_to_input"],
             metadata=metadata,
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise SAEError(
             f"cannot read the SAE in {folder}: {type(error).__name__} {error}",
             expected=f"cfg.json and {WEIGHTS} as SAELens 6 writes them",
@@ -117,6 +117,13 @@ def load_sae(name: str | Path) -> SAE:
         ) from error
     _check(sae, config, folder)
     return _unscaled(sae, config)
+
+
+def _site(hook_name: str, folder: Path) -> Site:
+    try:
+        return Site.from_hook_name(hook_name)
+    except HeadscopeError as error:
+        raise SAEError(f"{folder}: {error.got}", expected=error.expected, do=error.do) from error
 
 
 def _activation(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Activation:

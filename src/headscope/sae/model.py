@@ -76,17 +76,21 @@ class SAE:
     def __post_init__(self) -> None:
         """Check that the sizes fit one another and that all numbers are finite."""
         d_in, d_sae = self.W_enc.shape
-        shapes = {"b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-        for name, expected in shapes.items():
-            got = tuple(getattr(self, name).shape)
+        tensors = {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        shapes = {"b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,), "threshold": (d_sae,)}
+        if isinstance(self.activation, JumpReLU):
+            tensors["threshold"] = self.activation.threshold
+        if isinstance(self.activation, TopK) and not 1 <= self.activation.k <= d_sae:
+            raise SAEError(f"k = {self.activation.k}", expected=f"1 to {d_sae}, the latents", do="check cfg.json")
+        for name, tensor in tensors.items():
+            got, expected = tuple(tensor.shape), shapes.get(name, (d_in, d_sae))
             if got != expected:
                 raise SAEError(
                     f"{name} of shape {got}",
                     expected=f"{expected}, by W_enc {(d_in, d_sae)}",
                     do="check that all weights come from one SAE",
                 )
-        for name in ("W_enc", *shapes):
-            if not getattr(self, name).isfinite().all():
+            if not tensor.isfinite().all():
                 raise SAEError(f"{name} holds NaN or infinity", expected="finite weights", do="train it again")
 
     @property

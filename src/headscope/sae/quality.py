@@ -9,6 +9,7 @@ Two conventions are kept apart, because they differ by several points on the sam
 Intervals are 95 % bootstrap intervals over blocks (Wilson for counts).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -57,8 +58,14 @@ class Quality:
     """Alive latents by log10 density, edges DENSITY_EDGES."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For a file."""
-        return asdict(self)
+        """For a file; what is not a number (a ratio of nothing) is None."""
+        return _without_nan(asdict(self))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(v) for name, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass

@@ -176,6 +176,8 @@ def _lower_bound(flat: Float[Tensor, " n_all"], n: int) -> float:
     sample = flat[::step]
     share = min(1.0, 1.2 * n / len(flat) + 4 * math.sqrt(n / len(flat) / len(sample)))
     bound = max(0.0, sample.kthvalue(max(1, round((1 - share) * len(sample)))).values.item())
+    if not math.isfinite(bound):
+        return 0.0  # pre-activations that overflowed: the loss will say so
     while bound > 0 and int((flat > bound).sum()) < n:
         bound = bound * 0.8 if bound > 1e-6 else 0.0
     return bound
