@@ -68,13 +68,13 @@ def quality_rows(q: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _plain(e: dict[str, float | None]) -> str:
+def _plain(e: dict[str, Any]) -> str:
     if None in e.values():
         return "not defined"
     return f"{e['value']:.3g} [{e['low']:.3g}, {e['high']:.3g}]"
 
 
-def _percent(e: dict[str, float | None]) -> str:
+def _percent(e: dict[str, Any]) -> str:
     if None in e.values():
         return "not defined"
     return f"{100 * e['value']:.1f} % [{100 * e['low']:.1f}, {100 * e['high']:.1f}]"
