@@ -434,9 +434,14 @@ def test_an_occupied_folder_is_refused_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("x")
-    missing = tmp_path / "missing"
-    fails(capsys, "already exists", "train", "--out", tmp_path, "--model", missing)
-    fails(capsys, "already exists", "index", "--out", tmp_path, "--sae", missing)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("x")
+    missing, taken = tmp_path / "missing", tmp_path / "taken"
+    fails(capsys, "already exists", "train", "--out", taken, "--model", missing)
+    fails(capsys, "already exists", "index", "--out", taken, "--sae", missing)
+    fails(capsys, "something else", "train", "--out", taken, "--model", missing, "--overwrite")
+    fails(capsys, "what is to be read", "index", "--out", tmp_path, "--sae", missing, "--overwrite")
+    assert (taken / "mine.txt").read_text() == "x"
     fails(capsys, "already exists", "export", "--out", tmp_path / "file", "--index", missing)
 
 

@@ -258,7 +258,7 @@ def test_the_same_text_is_one_top_example():
     ).astype(np.int32)
     position = np.array([14, 34, 54, 74, 114, 134])
     activation = np.array([3.0, 3.0, 3.0, 2.9, 2.8, 1.0])
-    top = choose_examples(activation, position, tokens, ExamplePlan(), np.random.default_rng(0))[0]
+    top = choose_examples(activation, position, tokens[None], ExamplePlan(), np.random.default_rng(0))[0]
     assert position[top.chosen].tolist() == [14, 114, 134]
     assert top.duplicates.tolist() == [3, 0, 0]
 

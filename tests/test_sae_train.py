@@ -27,6 +27,7 @@ from headscope.sae.train import (
     check_fits,
     dense_gradients,
     gradients,
+    n_activations,
     select_batch_topk,
     select_relu,
     sparse_gradients,
@@ -522,7 +523,8 @@ def test_a_stream_yields_each_activation_about_once_an_epoch(
     model: Model, corpus: Corpus, everything: Tensor, exclude_bos: bool, buffer: int
 ) -> None:
     stream = ActivationStream(model, corpus, Z1, config(batch=32, buffer=buffer, exclude_bos=exclude_bos))
-    wanted = {b * 17 + p for b in range(40) for p in range(1 if exclude_bos else 0, 17)}
+    special = np.flatnonzero(corpus.blocks.reshape(-1) == corpus.bos)
+    wanted = set(range(corpus.n_tokens)) - (set(special.tolist()) if exclude_bos else set())
     held, epochs, counts = len(stream.buffer), 8, np.zeros(everything.shape[0] * 17, dtype=int)
     n_batches = epochs * len(wanted) // 32
     for _, batch in zip(range(n_batches), stream, strict=False):
@@ -534,7 +536,7 @@ def test_a_stream_yields_each_activation_about_once_an_epoch(
         counts, wanted = np.delete(counts, first), {w for w in wanted if w % 17}
         numbers = range(counts.size)
     else:
-        assert not counts[np.arange(0, counts.size, 17)].any()
+        assert not counts[special].any()
         numbers = sorted(wanted)
     got = counts[list(numbers)]
     waiting = 1 + -(-held // len(wanted))  # what is still in the buffer was read but not yet handed out
@@ -553,7 +555,7 @@ def test_an_activation_is_handed_out_once_for_each_time_it_is_read(
         if stream.epochs > 1:
             break
         seen += numbers_of(batch, everything)
-    assert len(seen) == len(set(seen)) >= 40 * 16 - 128 - 64
+    assert len(seen) == len(set(seen)) >= 40 * 16 - 128 - 128
 
 
 def test_a_batch_mixes_blocks(model: Model, corpus: Corpus, everything: Tensor) -> None:
@@ -572,9 +574,10 @@ def test_a_stream_is_decided_by_its_seed(model: Model, corpus: Corpus) -> None:
 
 
 def test_a_corpus_of_less_than_two_batches_is_refused(model: Model, corpus: Corpus) -> None:
-    with pytest.raises(TrainingError, match=r"(?s)a corpus of 640 activations.*expected: .*do: "):
-        ActivationStream(model, corpus, Z1, config(batch=321, buffer=642))
-    ActivationStream(model, corpus, Z1, config(batch=320, buffer=640))
+    half = n_activations(corpus, config()) // 2
+    with pytest.raises(TrainingError, match=r"(?s)a corpus of \d+ activations.*expected: .*do: "):
+        ActivationStream(model, corpus, Z1, config(batch=half + 1, buffer=2 * half + 2))
+    ActivationStream(model, corpus, Z1, config(batch=half, buffer=2 * half))
 
 
 # ----------------------------------------------------------------------------------------------------------- train_sae
@@ -597,7 +600,7 @@ def test_training_states_how_it_went(model: Model, corpus: Corpus, kind: Any) ->
     seen: list[Status] = []
     result = train_sae(model, corpus, Site(kind, 0), small(), seen.append)
     assert [s.step for s in seen] == list(range(40))
-    assert result.epochs == 128 * 40 / (40 * 16)
+    assert result.epochs == 128 * 40 / n_activations(corpus, small())
     assert not result.interrupted
     assert result.curve[-1]["tokens"] == 128 * 40
     metadata = result.sae.metadata
@@ -631,7 +634,7 @@ def test_ctrl_c_returns_what_was_trained_and_says_so(model: Model, corpus: Corpu
     result = train_sae(model, corpus, Z1, small(), press)
     assert result.interrupted
     assert result.sae.metadata["training"]["interrupted"] is True
-    assert result.epochs == (at + 1) * 128 / (40 * 16)
+    assert result.epochs == (at + 1) * 128 / n_activations(corpus, small())
     assert result.sae.encode(torch.zeros(3, 32)).shape == (3, 24)
 
 

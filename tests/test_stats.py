@@ -1,12 +1,11 @@
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose
 from scipy.stats import binomtest
 
-from headscope.stats import Estimate, Moments, bootstrap_ratio, wilson
+from headscope.stats import Estimate, bootstrap_ratio, wilson
 
 
 # -------------------------------------------------------------------------------------------------------------- wilson
@@ -71,46 +70,3 @@ def test_a_ratio_over_nothing_is_nan_without_a_warning() -> None:
 
 def test_an_estimate_prints_its_interval() -> None:
     assert str(Estimate(0.91234, 0.9081, 0.9163)) == "0.9123 [0.9081, 0.9163]"
-
-
-# ------------------------------------------------------------------------------------------------------------- moments
-VALUES = hnp.arrays(np.float64, st.integers(0, 200), elements=st.floats(-1e3, 1e3, allow_subnormal=False))
-
-
-@given(VALUES, st.lists(st.integers(0, 200), max_size=6), st.integers(0, 2**32 - 1), st.floats(-1e4, 1e4))
-def test_moments_merged_over_any_chunks_equal_numpy_on_the_whole(
-    values: np.ndarray, cuts: list[int], seed: int, shift: float
-) -> None:
-    values = values + shift
-    n_streams = 5
-    group = np.random.default_rng(seed).integers(0, n_streams, len(values))
-    merged = Moments.zeros(n_streams)
-    for part_group, part in zip(np.split(group, sorted(cuts)), np.split(values, sorted(cuts)), strict=True):
-        merged.merge(Moments.of_groups(part_group, part, n_streams))
-    scale = max(1.0, float(np.abs(values).max(initial=0)))
-    for stream in range(n_streams):
-        own = values[group == stream]
-        assert merged.n[stream] == len(own)
-        if len(own):
-            assert_allclose(merged.mean[stream], own.mean(), atol=1e-12 * scale)
-            assert_allclose(merged.variance[stream], own.var(), rtol=1e-8, atol=1e-12 * scale**2)
-        else:
-            assert merged.mean[stream] == merged.m2[stream] == merged.variance[stream] == 0
-
-
-def test_merging_does_not_change_what_is_merged() -> None:
-    a = Moments.of_groups(np.array([0, 0]), np.array([1.0, 2.0]), 1)
-    b = Moments.of_groups(np.array([0]), np.array([5.0]), 1)
-    a.merge(b)
-    a.merge(b)
-    assert (b.n[0], b.mean[0], b.m2[0]) == (1, 5.0, 0.0)
-    assert a.n[0] == 4
-
-
-@pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_the_variance_survives_a_large_mean(offset: float) -> None:
-    values = np.random.default_rng(0).normal(size=10_000) + offset
-    merged = Moments.zeros(1)
-    for part in np.array_split(values, 37):
-        merged.merge(Moments.of_groups(np.zeros(len(part), dtype=np.int64), part, 1))
-    assert_allclose(merged.variance, [values.var()], rtol=1e-9)

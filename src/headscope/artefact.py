@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -90,13 +90,43 @@ def _swap(scratch: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def check_run_folder(path: Path, *, overwrite: bool, inputs: Iterable[str | Path]) -> None:
+    """As `check_output`, and keep `overwrite` from giving up anything but an earlier run.
+
+    Raises:
+        OutputError: as `check_output`; or `path` holds one of the `inputs`; or it holds neither cfg.json nor
+            manifest.json, and so is no earlier run.
+    """
+    path = Path(path)
+    if any(Path(i).resolve().is_relative_to(path.resolve()) for i in inputs):
+        raise OutputError(
+            f"{path} holds what is to be read", expected="a folder of its own", do="choose another folder"
+        )
+    check_output(path, overwrite=overwrite)
+    holds = {child.name for child in path.iterdir()} if path.is_dir() else set()
+    if holds and not holds & {"cfg.json", "manifest.json"}:
+        raise OutputError(
+            f"{path} holds something else than an earlier run",
+            expected="an SAE or index folder to overwrite",
+            do="choose another folder",
+        )
+
+
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Make sure, before any work, that `path` can be written when it is done.
 
     Raises:
-        OutputError: `path` already holds something that `overwrite` does not give up, or cannot be written.
+        OutputError: `path` already holds something that `overwrite` does not give up, is the current folder or a
+            mount point, or cannot be written.
     """
     path = Path(path)
+    whole = path.resolve()
+    if whole == Path.cwd() or whole.is_mount():
+        raise OutputError(
+            f"{path} is the current folder or a mount point",
+            expected="a folder that can be replaced as a whole",
+            do="name a new folder in it",
+        )
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
         raise OutputError(

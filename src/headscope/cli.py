@@ -68,7 +68,7 @@ class Eval:
         """Measure and print."""
         with Display() as display:
             quality = jobs.eval(self.sae, model=self.model, text=self.text, on_progress=display.on_progress)
-        display.print_quality(quality.as_dict())
+        display.print_quality(quality.as_dict(), self.text.split)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,7 @@ class Demo:
                 say=display.say,
             )
         if result.quality is not None:
-            display.print_quality(result.quality)
+            display.print_quality(result.quality, "heldout")
         for line in result.lines():
             display.say(line)
         if self.serve:
@@ -216,9 +216,9 @@ class Display:
         """Print a line."""
         self._console.print(line, soft_wrap=True, markup=False)
 
-    def print_quality(self, quality: dict) -> None:
+    def print_quality(self, quality: dict, split: str) -> None:
         """Print the table of an SAE's quality, beside the post's figures."""
-        table = Table(title="quality on held-out text [95 % interval]", title_justify="left")
+        table = Table(title=f"quality on {split} text [95 % interval]", title_justify="left")
         for heading in ("figure", "this SAE", "post*", "definition"):
             table.add_column(heading, overflow="fold")
         for row in quality_rows(quality):

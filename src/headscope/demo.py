@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headscope import jobs
+from headscope.artefact import read_json
+from headscope.errors import OutputError
 from headscope.sae.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ def run(
     config = TrainConfig(tokens=400_000, d_sae=512, resample=1, buffer=65_536) if quick else TrainConfig()
     held_out = jobs.CorpusChoice(max_tokens=100_000 if quick else HELD_OUT_TOKENS)
     if not overwrite and (sae / "cfg.json").is_file():
+        _check_recipe(sae, config)
         say(f"found a trained SAE in {sae} (--overwrite starts again)")
     elif jobs.train(sae, config=config, overwrite=overwrite, on_step=on_step).interrupted:
         say(f"what was trained is in {sae}; the same command goes on with it, --overwrite starts again")
@@ -91,6 +94,17 @@ def run(
             jobs.eval(sae, text=held_out, on_progress=on_progress)
         jobs.index(sae, index, text=held_out, overwrite=overwrite, on_progress=on_progress)
     return _result(sae, index)
+
+
+def _check_recipe(sae: Path, config: TrainConfig) -> None:
+    """Refuse to go on with an SAE that this demo would not have trained."""
+    metadata = read_json(sae / "cfg.json").get("metadata", {})
+    if metadata.get("training", {}).get("config") != config.as_dict():
+        raise OutputError(
+            f"{sae} holds an SAE of another recipe",
+            expected="none, or the demo's own",
+            do="choose another --out, or pass --overwrite to train again",
+        )
 
 
 def _result(sae: Path, index: Path) -> DemoResult:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headscope.artefact import check_output, read_json, write_json
+from headscope.artefact import check_output, check_run_folder, read_json, write_json
 from headscope.corpus import Corpus, Split, load_corpus
 from headscope.errors import ExportError, OutputError
 from headscope.sae.config import TrainConfig
@@ -36,8 +36,8 @@ class CorpusChoice:
     """`python` (the standard library of this interpreter), a UTF-8 text file, or a folder of them."""
     split: Split = "heldout"
     """Documents to read: those for training (60 %), those held out (40 %, by hash of their name), or all."""
-    block_size: int = 256
-    """Tokens in a block, BOS included."""
+    block_size: int | None = None
+    """Tokens in a block, BOS included; 256, or the model's context if that is shorter, when not given."""
     max_tokens: int | None = None
     """Read at most this many tokens."""
 
@@ -48,7 +48,7 @@ class CorpusChoice:
             model.tokenizer,
             bos=model.bos,
             split=self.split,
-            block_size=min(self.block_size, model.spec.context),
+            block_size=min(256, model.spec.context) if self.block_size is None else self.block_size,
             max_tokens=self.max_tokens,
         )
 
@@ -75,11 +75,12 @@ def train(
     from headscope.sae.formats import save_sae
     from headscope.sae.train import train_sae
 
-    check_output(out, overwrite=overwrite)
+    text = text or CorpusChoice(split="train")
+    check_run_folder(out, overwrite=overwrite, inputs=[model, text.corpus])
     loaded = load_model(model)
     chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
     loaded.check_layer(chosen.layer)
-    corpus = (text or CorpusChoice(split="train")).load(loaded)
+    corpus = text.load(loaded)
     result = train_sae(loaded, corpus, chosen, config or TrainConfig(), on_step)
     try:
         save_sae(result.sae, out, overwrite=overwrite)
@@ -139,24 +140,25 @@ def index(
     from headscope.models.load import load_model
     from headscope.sae.formats import load_sae, sae_hash
 
-    check_output(out, overwrite=overwrite)
+    text = text or CorpusChoice()
+    check_run_folder(out, overwrite=overwrite, inputs=[sae, text.corpus, *([model] if model else [])])
     loaded_sae = load_sae(sae)
     loaded = load_model(model or loaded_sae.model_name)
-    corpus = (text or CorpusChoice()).load(loaded)
+    corpus = text.load(loaded)
     folder = build_index(
         loaded,
         loaded_sae,
         corpus,
         out,
-        SAERecord(str(sae), sae_hash(sae), _measured_quality(sae)),
+        SAERecord(str(sae), sae_hash(sae), _measured_quality(sae, corpus)),
         overwrite=overwrite,
         on_progress=on_progress,
     )
     return FeatureIndex.open(folder)
 
 
-def _measured_quality(sae: str | Path) -> dict[str, Any] | None:
-    """What `eval` found for exactly these weights, if it was run."""
+def _measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
+    """What `eval` found for exactly these weights on exactly this text, if it was run."""
     from headscope.sae.formats import sae_folder, sae_hash
 
     path = sae_folder(str(sae)) / "quality.json"
@@ -164,7 +166,8 @@ def _measured_quality(sae: str | Path) -> dict[str, Any] | None:
         return None
     try:
         record = read_json(path)
-        return record["quality"] if record["sae_hash"] == sae_hash(sae) else None
+        same = record["sae_hash"] == sae_hash(sae) and record["corpus"] == corpus.fingerprint()
+        return record["quality"] if same else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"{path} cannot be read and is left out: {error!r}", stacklevel=2)
         return None

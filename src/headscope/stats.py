@@ -1,9 +1,9 @@
-"""Intervals and streaming moments; numpy only."""
+"""Estimates with intervals; numpy only."""
 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 
 @dataclass(frozen=True)
@@ -46,43 +46,3 @@ def bootstrap_ratio(
         value = float(numerator.sum() / denominator.sum())
     low, high = np.nanpercentile(ratios, [2.5, 97.5]) if np.isfinite(ratios).any() else (np.nan, np.nan)
     return Estimate(value, float(low), float(high))
-
-
-@dataclass
-class Moments:
-    """Counts, means and centred second moments of many streams at once, merged chunk by chunk (Chan et al. 1983)."""
-
-    n: Int[np.ndarray, " stream"]
-    mean: Float[np.ndarray, " stream"]
-    m2: Float[np.ndarray, " stream"]
-    """Sum of squared deviations from the mean."""
-
-    @classmethod
-    def zeros(cls, n_streams: int) -> "Moments":
-        """Nothing seen yet."""
-        return cls(np.zeros(n_streams, dtype=np.int64), np.zeros(n_streams), np.zeros(n_streams))
-
-    def merge(self, other: "Moments") -> None:
-        """Add what another has seen."""
-        n = self.n + other.n
-        share = np.divide(other.n, n, out=np.zeros_like(self.mean), where=n > 0)
-        delta = other.mean - self.mean
-        self.m2 += other.m2 + delta**2 * self.n * share
-        self.mean += delta * share
-        self.n = n
-
-    @classmethod
-    def of_groups(
-        cls, group: Int[np.ndarray, " value"], value: Float[np.ndarray, " value"], n_streams: int
-    ) -> "Moments":
-        """Moments of values by group."""
-        n = np.bincount(group, minlength=n_streams)
-        total = np.bincount(group, weights=value, minlength=n_streams).astype(np.float64)  # int64 for no values
-        mean = np.divide(total, n, out=np.zeros(n_streams), where=n > 0)
-        m2 = np.bincount(group, weights=(value - mean[group]) ** 2, minlength=n_streams).astype(np.float64)
-        return cls(n, mean, m2)
-
-    @property
-    def variance(self) -> Float[np.ndarray, " stream"]:
-        """Population variance; 0 where nothing was seen."""
-        return np.divide(self.m2, self.n, out=np.zeros_like(self.m2), where=self.n > 0)

@@ -18,8 +18,8 @@ _AROUND_SOURCE = 1
 _GROUP_LABELS = {
     "top": "strongest, each text once",
     "random": "drawn at random from all active tokens",
-    "quantile": "quantile {number} of 5 of active tokens, strongest first",
-    "interval": "interval {number} of 10 of equal width",
+    "quantile": "quantile {number} of active tokens, strongest first",
+    "interval": "interval {number} of equal width",
 }
 
 

@@ -124,14 +124,13 @@ def _summaries(
     pairs: Pairs, corpus: Corpus, d_sae: int, plan: ExamplePlan, report: Progress
 ) -> tuple[dict[int, FeatureSummary], dict[int, list[Group]]]:
     summaries, groups = {}, {}
-    tokens = np.ascontiguousarray(corpus.blocks.reshape(-1))
     for latent in range(d_sae):
         own = pairs.of(latent)
         if own.start == own.stop:
             continue
         activation, position = pairs.activation[own], pairs.position[own]
         summaries[latent] = summarise(activation, pairs.pre[own], pairs.heads[own])
-        groups[latent] = choose_examples(activation, position, tokens, plan, np.random.default_rng(latent))
+        groups[latent] = choose_examples(activation, position, corpus.blocks, plan, np.random.default_rng(latent))
         if latent % 64 == 0:
             report("features", latent, d_sae)
     report("features", d_sae, d_sae)

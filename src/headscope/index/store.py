@@ -1,5 +1,6 @@
 """Read an index: records for Python, SQL for everything else. No torch, no model."""
 
+import glob
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,8 +89,8 @@ class FeatureIndex:
         self._connection = duckdb.connect()
         self._lock = Lock()
         for name in _TABLES:
-            self._create_view(name, folder / f"{name}.parquet")
-        self._create_view("activations", folder / "activations" / "*.parquet")
+            self._create_view(name, f"{glob.escape(str(folder))}/{name}.parquet")
+        self._create_view("activations", f"{glob.escape(str(folder))}/activations/*.parquet")
 
     @classmethod
     def open(cls, folder: str | Path) -> "FeatureIndex":
@@ -122,8 +123,8 @@ class FeatureIndex:
                 f"{folder} is damaged: {error}", expected="Parquet files", do="build the index again"
             ) from error
 
-    def _create_view(self, name: str, path: Path) -> None:
-        quoted = str(path).replace("'", "''")
+    def _create_view(self, name: str, pattern: str) -> None:
+        quoted = pattern.replace("'", "''")
         self._connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet('{quoted}')")
 
     def sql(self, query: str, parameters: list[Any] | None = None) -> pa.Table:

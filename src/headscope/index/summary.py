@@ -81,7 +81,7 @@ class Group:
 def choose_examples(
     activation: Float[np.ndarray, " n"],
     position: Int[np.ndarray, " n"],
-    tokens: Int[np.ndarray, " corpus"],
+    blocks: Int[np.ndarray, "block token"],
     plan: ExamplePlan,
     rng: np.random.Generator,
 ) -> list[Group]:
@@ -105,7 +105,7 @@ def choose_examples(
             duplicates=np.zeros(len(chosen), dtype=np.int64),
         )
 
-    groups = [_top(activation, position, tokens, order, plan.top), group("random", 0, order, plan.random)]
+    groups = [_top(activation, position, blocks, order, plan.top), group("random", 0, order, plan.random)]
     for number, members in enumerate(np.array_split(order, plan.quantiles)):
         if len(members):
             groups.append(group("quantile", number, members, plan.per_quantile))
@@ -119,14 +119,14 @@ def choose_examples(
     return groups
 
 
-def _top(activation: np.ndarray, position: np.ndarray, tokens: np.ndarray, order: np.ndarray, n: int) -> Group:
+def _top(activation: np.ndarray, position: np.ndarray, blocks: np.ndarray, order: np.ndarray, n: int) -> Group:
     """The strongest active tokens, each text once."""
     before, after = _CONTEXT
     chosen: dict[bytes, int] = {}
     duplicates: dict[bytes, int] = {}
     for index in order[: _CANDIDATES * n]:
-        start = max(0, position[index] - before)
-        text = tokens[start : position[index] + after + 1].tobytes()
+        block, query = divmod(int(position[index]), blocks.shape[1])
+        text = blocks[block, max(0, query - before) : query + after + 1].tobytes()
         if text in chosen:
             duplicates[text] += 1
         elif len(chosen) < n:

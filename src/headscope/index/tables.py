@@ -324,7 +324,7 @@ def manifest(model: Model, sae: SAE, corpus: Corpus, found: Findings, record: SA
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "site": sae.site.hook_name,
         "layer": sae.site.layer,
-        "z_convention": "raw",
+        "z_convention": sae.metadata.get("z_convention", "not stated; read as raw"),
         "special_tokens": "left out of all statistics",
         "model": {
             "name": model.spec.name,

@@ -29,7 +29,7 @@ class TrainConfig:
     resample: int = 3
     """How often, spread over the first 60 % of training, dead latents are set on badly reconstructed inputs."""
     exclude_bos: bool = True
-    """Leave the BOS position out of training: its z is one constant vector."""
+    """Leave BOS positions out of training."""
     buffer: int = 262_144
     """Activations held at a time to be mixed."""
     seed: int = 0
@@ -46,6 +46,12 @@ class TrainConfig:
         for name in ("resample", "seed"):
             if getattr(self, name) < 0:
                 raise TrainingError(f"{name} = {getattr(self, name)}", expected="0 or more", do=f"raise --{name}")
+        if self.batch < 2 or round(self.target_l0 * self.batch) < 1:
+            raise TrainingError(
+                f"batch = {self.batch} at target_l0 = {self.target_l0}",
+                expected="2 or more, with at least one active latent in a batch",
+                do="raise --batch or --target-l0",
+            )
         if self.target_l0 >= self.d_sae:
             raise TrainingError(
                 f"target_l0 = {self.target_l0}", expected=f"less than d_sae = {self.d_sae}", do="lower --target-l0"

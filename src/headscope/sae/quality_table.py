@@ -64,8 +64,20 @@ def quality_rows(q: dict[str, Any]) -> list[Row]:
             "",
             "mean ||x_hat||^2 / mean x . x_hat; below 1 is shrinkage",
         ),
+        Row(
+            "log10 density, -7 to 0",
+            _sparkline(q["density_histogram"]),
+            "",
+            f"latents by the share of tokens on which they fire; {q['n_below']['1e-05']:,} fire on less than 1e-5",
+        ),
         Row("dead", _percent(q["dead"]), "24 %", f"latents that never fire on {n}"),
     ]
+
+
+def _sparkline(counts: list[int]) -> str:
+    """Three bins a character, a bar's height relative to the highest: [1, 0, 0, 4, 0, 0] -> ▂█."""
+    sums = [sum(counts[i : i + 3]) for i in range(0, len(counts), 3)]
+    return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * n // max(*sums, 1))] for n in sums)
 
 
 def _plain(e: dict[str, Any]) -> str:

@@ -56,7 +56,7 @@ class ActivationStream:
         self._rng = np.random.default_rng(config.seed)
         self.epochs = 0
         """Passes over the corpus that were started."""
-        available = corpus.n_tokens - (len(corpus.blocks) if config.exclude_bos else 0)
+        available = n_activations(corpus, config)
         capacity = min(config.buffer, available)
         if capacity < 2 * config.batch:
             raise TrainingError(
@@ -69,12 +69,11 @@ class ActivationStream:
         self.buffer = self._take(capacity)
 
     def _read(self) -> Iterator[Tensor]:
-        first = 1 if self._config.exclude_bos else 0
         while True:
             self.epochs += 1
             order = self._rng.permutation(len(self._corpus.blocks))
-            for _, _, x in activations(self._model, self._corpus, self._site, order):
-                rows = x[:, first:].reshape(-1, x.shape[-1])
+            for _, tokens, x in activations(self._model, self._corpus, self._site, order):
+                rows = x[tokens != self._model.bos] if self._config.exclude_bos else x.flatten(0, 1)
                 if not rows.isfinite().all():
                     raise TrainingError(
                         f"NaN or infinity in {self._site.hook_name} of {self._model.spec.name}",
@@ -101,6 +100,11 @@ class ActivationStream:
             for start in range(0, n_out, batch):
                 yield self.buffer[order[start : start + batch]]
             self.buffer[order[:n_out]] = self._take(n_out)
+
+
+def n_activations(corpus: Corpus, config: TrainConfig) -> int:
+    """Activations that one pass over the corpus gives."""
+    return int((corpus.blocks != corpus.bos).sum()) if config.exclude_bos else corpus.n_tokens
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters
@@ -317,7 +321,7 @@ class Trainer:
             self.fired.zero_()
         variance = (x - x.mean(0)).square().sum(1).mean().item()
         tokens = (step + 1) * len(x)
-        return Status(step, self.config.n_steps, tokens, loss, l0, 1 - loss / variance, dead, self.l1)
+        return Status(step, self.config.n_steps, tokens, loss, l0, 1 - loss / max(variance, 1e-30), dead, self.l1)
 
     def _apply(self, step: int, grads: list[Tensor]) -> None:
         """Adam on all weights; decoder rows keep unit norm."""
@@ -417,8 +421,7 @@ def train_sae(
     except KeyboardInterrupt:
         interrupted = True
     sae = trainer.finish(stream.buffer[:_CALIBRATION], site, model.spec.name)
-    per_epoch = corpus.n_tokens - (len(corpus.blocks) if config.exclude_bos else 0)
-    result = TrainResult(sae, curve, done / per_epoch, interrupted)
+    result = TrainResult(sae, curve, done / n_activations(corpus, config), interrupted)
     sae.metadata.update(_provenance(model, corpus, config, result))
     return result
 

@@ -1,0 +1,50 @@
+"""Train the SAEs that are bundled with `tiny`, on all of its Python and a quarter of its prose.
+
+    python scripts/train_bundled_saes.py --text build/tiny/text --out build/tiny
+
+`--text` is the folder of texts that `scripts/train_tiny.py text` wrote. Copy the results to `src/headscope/sae`.
+"""
+
+import argparse
+from pathlib import Path
+
+from headscope import jobs
+from headscope.corpus import SEPARATOR
+from headscope.sae.config import TrainConfig
+from headscope.site import Kind
+from train_tiny import hash_fraction, prose_documents
+
+SAES: dict[str, tuple[Kind, int, int]] = {"tiny-z1": ("z", 1, 24_000_000), "tiny-mlp0": ("mlp_out", 0, 10_000_000)}
+PROSE_SHARE = 0.25
+
+
+def write_mixture(text: Path, mixture: Path) -> None:
+    """All of python.txt and the documents of prose.txt whose name's hash lies below PROSE_SHARE."""
+    mixture.mkdir(parents=True, exist_ok=True)
+    (mixture / "python.txt").write_text((text / "python.txt").read_text(encoding="utf-8"), encoding="utf-8")
+    prose = [d for d in prose_documents(text) if d.name.startswith("prose") and hash_fraction(d.name) < PROSE_SHARE]
+    (mixture / "prose.txt").write_text(SEPARATOR.join(d.text for d in prose), encoding="utf-8")
+
+
+def main() -> None:
+    """Train each and write it as a SAELens folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    mixture = args.out / "sae_text"
+    write_mixture(args.text, mixture)
+    for name, (site, layer, tokens) in SAES.items():
+        jobs.train(
+            args.out / name,
+            model="tiny",
+            text=jobs.CorpusChoice(corpus=str(mixture), split="all"),
+            site=site,
+            layer=layer,
+            config=TrainConfig(tokens=tokens),
+            on_step=lambda s, name=name: s.step % 500 or print(name, s.step, s.n_steps, s.l0, s.explained_variance),
+        )
+
+
+if __name__ == "__main__":
+    main()
