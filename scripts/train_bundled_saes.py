@@ -9,10 +9,10 @@ import argparse
 from pathlib import Path
 
 from headscope import jobs
-from headscope.corpus import SEPARATOR
+from headscope.corpus import SEPARATOR, name_fraction
 from headscope.sae.config import TrainConfig
 from headscope.site import Kind
-from train_tiny import hash_fraction, prose_documents
+from train_tiny import prose_documents
 
 SAES: dict[str, tuple[Kind, int, int]] = {"tiny-z1": ("z", 1, 24_000_000), "tiny-mlp0": ("mlp_out", 0, 10_000_000)}
 PROSE_SHARE = 0.25
@@ -22,7 +22,7 @@ def write_mixture(text: Path, mixture: Path) -> None:
     """All of python.txt and the documents of prose.txt whose name's hash lies below PROSE_SHARE."""
     mixture.mkdir(parents=True, exist_ok=True)
     (mixture / "python.txt").write_text((text / "python.txt").read_text(encoding="utf-8"), encoding="utf-8")
-    prose = [d for d in prose_documents(text) if d.name.startswith("prose") and hash_fraction(d.name) < PROSE_SHARE]
+    prose = [d for d in prose_documents(text) if d.name.startswith("prose") and name_fraction(d.name) < PROSE_SHARE]
     (mixture / "prose.txt").write_text(SEPARATOR.join(d.text for d in prose), encoding="utf-8")
 
 

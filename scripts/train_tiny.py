@@ -26,7 +26,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from headscope.corpus import SEPARATOR, Document, encode, is_held_out, python_documents
+from headscope.corpus import SEPARATOR, Document, encode, is_held_out, name_fraction, python_documents
 from tiny_card import write_card
 
 BOS = "<|bos|>"
@@ -56,7 +56,7 @@ def package_documents() -> Iterator[tuple[str, Document]]:
     for distribution in sorted(importlib.metadata.distributions(), key=lambda d: d.metadata["Name"].lower()):
         name = distribution.metadata["Name"]
         files = [f for f in distribution.files or [] if f.suffix == ".py" and "site-packages" not in f.parts]
-        for file in sorted(files, key=lambda f: (hash_fraction(str(f)), str(f))):
+        for file in sorted(files, key=lambda f: (name_fraction(str(f)), str(f))):
             path = Path(str(file.locate()))
             if not path.is_file() or not 400 < path.stat().st_size < FILE_CAP or spent[name] > PACKAGE_CAP:
                 continue
@@ -65,13 +65,6 @@ def package_documents() -> Iterator[tuple[str, Document]]:
                 continue
             spent[name] += len(text)
             yield name, Document(str(file), text)
-
-
-def hash_fraction(name: str) -> float:
-    """A fixed pseudo-random number in [0, 1) for a name: the order in which a package's files are taken."""
-    import hashlib
-
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def _is_table(text: str) -> bool:
@@ -104,7 +97,7 @@ def train_tokenizer(prose: list[Document], python: list[Document]) -> Tokenizer:
 
 def _sample(documents: list[Document], n_bytes: int) -> Iterator[Document]:
     taken = 0
-    for document in sorted(documents, key=lambda d: hash_fraction(d.name)):
+    for document in sorted(documents, key=lambda d: name_fraction(d.name)):
         if taken > n_bytes:
             return
         taken += len(document.text)

@@ -69,6 +69,11 @@ class Corpus:
         return self.blocks.size
 
     @property
+    def n_text_tokens(self) -> int:
+        """Positions that are not a BOS."""
+        return int((self.blocks != self.bos).sum())
+
+    @property
     def block_size(self) -> int:
         """Positions in a block, BOS included."""
         return self.blocks.shape[1]
@@ -169,10 +174,14 @@ def _pack(
     )
 
 
+def name_fraction(name: str) -> float:
+    """A fixed number in [0, 1) for a name: the first 64 bits of its SHA-256 as a fraction of 2^64."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
 def is_held_out(name: str) -> bool:
-    """Whether training never sees the document of this name: SHA-256(name) as a fraction of 2^256 < 0.4."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
+    """Whether training never sees the document of this name: `name_fraction` below 0.4."""
+    return name_fraction(name) < HELD_OUT
 
 
 def _in_split(documents: Iterable[Document], split: Split) -> Iterator[Document]:

@@ -192,7 +192,7 @@ def _group_table(groups: dict[int, list[Group]], pairs: Pairs) -> pa.Table:
 def _feature_table(model: Model, sae: SAE, corpus: Corpus, found: Findings) -> pa.Table:
     """One row a latent; what only an alive latent has is null for a dead one."""
     latents, summaries = range(sae.d_sae), found.summaries
-    n_tokens = int((corpus.blocks != corpus.bos).sum())
+    n_tokens = corpus.n_text_tokens
     columns: dict[str, Any] = {
         "latent": pa.array(latents, pa.int32()),
         "n_active": [summaries[i].n_active if i in summaries else 0 for i in latents],
@@ -317,7 +317,7 @@ def _rounded(values: Float[np.ndarray, " n"], bits: int = 10) -> Float[np.ndarra
 
 def manifest(model: Model, sae: SAE, corpus: Corpus, found: Findings, record: SAERecord) -> dict[str, Any]:
     """What an index says of itself."""
-    n_tokens = int((corpus.blocks != corpus.bos).sum())
+    n_tokens = corpus.n_text_tokens
     return {
         "format_version": FORMAT_VERSION,
         "headscope": version("headscope"),

@@ -104,7 +104,7 @@ class ActivationStream:
 
 def n_activations(corpus: Corpus, config: TrainConfig) -> int:
     """Activations that one pass over the corpus gives."""
-    return int((corpus.blocks != corpus.bos).sum()) if config.exclude_bos else corpus.n_tokens
+    return corpus.n_text_tokens if config.exclude_bos else corpus.n_tokens
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters
