@@ -1,0 +1,354 @@
+"""What is read of the model: for every active (position, latent) its DFA by head and source, for a run of blocks.
+
+One run of the model serves all SAEs of all its layers. Nothing here grows with the corpus: what is found in a run of
+blocks is returned as arrays (a part), sorted by latent, to be brought together later.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope import attribution
+from headscope.capture import token_batches
+from headscope.corpus import Corpus
+from headscope.errors import IndexFormatError
+from headscope.index.config import IndexPlan
+from headscope.index.nulls import NullDirections
+from headscope.index.sources import SourceSums
+from headscope.models.hf import Attention, Model
+from headscope.sae.model import SAE
+
+BATCH_TOKENS = 2048
+"""Tokens whose attention patterns are held at a time."""
+_ROWS = 256  # rows of pre-activations held at a time: they stay in the cache
+_PAIRS = 512  # pairs whose [head, pair, source] contributions are held at a time, likewise
+_KEPT_TOKENS = 128  # source tokens of a latent and threshold that a part is sure to keep
+_CALIBRATION_TOKENS = 1 << 15
+_TOLERANCE = 1e-4  # of the summed |contributions|: float32 sums of a few hundred terms close better than this
+
+MOMENTS = ("n", "f", "f2", "f3", "f4", "p", "p2")
+"""Sums over the active tokens of a latent; then, for each head, C_h, C_h^2 and C_h p."""
+SOURCE_TOTALS = ("n", "d2", "d", "kept", "bos")
+"""Sums over the active tokens of a latent and threshold; then, for each head, C^2 over all sources."""
+SOURCE_COLUMNS = ("n", "d2", "d")
+"""Sums over the kept sources of a latent, threshold and token; then, for each head, C^2 and the attention."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One SAE with what is computed from it once."""
+
+    sae: SAE
+    weights: attribution.HeadWeights
+    nulls: NullDirections
+
+    @property
+    def layer(self) -> int:
+        """Of its z."""
+        return self.sae.site.layer
+
+
+def subjects_of(model: Model, saes: Sequence[SAE], corpus: Corpus) -> list[Subject]:
+    """Cut each SAE into heads, and set its null directions on the first blocks of the corpus."""
+    blocks = np.arange(min(len(corpus.blocks), max(1, _CALIBRATION_TOKENS // corpus.block_size)))
+    z: dict[int, list[Tensor]] = {sae.site.layer: [] for sae in saes}
+    for _, tokens in token_batches(corpus, model.device, blocks, batch_tokens=BATCH_TOKENS):
+        text = ~_special(model, tokens)
+        found = model.read(tokens, list({sae.site: None for sae in saes}))
+        for site, value in found.items():
+            z[site.layer].append(value[text])
+    made = []
+    for sae in saes:
+        weights = attribution.HeadWeights.of(sae, model)
+        sample = torch.cat(z[sae.site.layer])
+        active = torch.zeros(sae.d_sae, dtype=torch.int64, device=sample.device)
+        for rows in sample.split(_ROWS):
+            active += (sae.encode(rows) > 0).sum(0)
+        made.append(Subject(sae, weights, NullDirections.matched(weights, sample, active / max(1, len(sample)))))
+    return made
+
+
+def _special(model: Model, tokens: Int[Tensor, "row position"]) -> Bool[Tensor, "row position"]:
+    return tokens == model.bos
+
+
+# ---------------------------------------------------------------------------------------------------------------- part
+def read_part(
+    model: Model, subjects: Sequence[Subject], corpus: Corpus, blocks: Int[np.ndarray, " block"], plan: IndexPlan
+) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Read some blocks: for each subject the arrays of its part, and what is the same for all.
+
+    A subject's arrays: `counts` [d_sae] and, sorted by latent, then position, the columns `position`, `activation`,
+    `heads` of its pairs; `moments`, `maximum`, `source_totals`, `source_keys`, `source_sums`, `null_moments`,
+    `attention` (from any token to each token type, by head). What all share: `n_tokens`, `token_counts` and `source_pairs` by
+    token type, and `losses` where the plan asks for them.
+
+    Raises:
+        IndexFormatError: activations are not finite, or DFA does not sum to the pre-activation.
+    """
+    tallies = [_Tally(model, subject, plan) for subject in subjects]
+    attention_to = {s.layer: torch.zeros(model.spec.d_vocab, model.spec.n_heads).double() for s in subjects}
+    n_tokens, losses = 0, []
+    source_pairs = torch.zeros(model.spec.d_vocab, dtype=torch.int64)
+    for numbers, tokens in token_batches(corpus, model.device, blocks, batch_tokens=BATCH_TOKENS):
+        text = ~_special(model, tokens)
+        n_tokens += int(text.sum())
+        later = text.flip(1).cumsum(1).flip(1)  # text tokens from each position on: destinations that can see it
+        source_pairs.index_add_(0, tokens.flatten().cpu(), later.flatten().cpu())
+        if plan.losses:
+            losses.append(torch.nn.functional.pad(model.losses(tokens), (0, 1), value=float("nan")).cpu().numpy())
+        for layer, attention in model.attentions(tokens, list(attention_to)).items():
+            _check_finite(attention.z)
+            received = torch.einsum("bhqs,bq->bsh", attention.pattern, text.to(attention.pattern))
+            attention_to[layer].index_add_(0, tokens.flatten().cpu(), received.flatten(0, 1).double().cpu())
+            for tally in tallies:
+                if tally.subject.layer == layer:
+                    tally.add(numbers, tokens, text, attention)
+    parts = [t.result() | {"attention": attention_to[t.subject.layer].numpy()} for t in tallies]
+    shared = {
+        "n_tokens": np.array([n_tokens]),
+        "token_counts": np.bincount(corpus.blocks[blocks].reshape(-1), minlength=model.spec.d_vocab),
+        "source_pairs": source_pairs.numpy(),
+    }
+    if losses:
+        shared["losses"] = np.concatenate(losses).astype(np.float32)
+    return parts, shared
+
+
+def _check_finite(z: Tensor) -> None:
+    if not z.sum().isfinite():
+        raise IndexFormatError(
+            "activations that are NaN or infinite", expected="finite ones", do="check the model's weights and dtype"
+        )
+
+
+class _Tally:
+    """What is found of one subject over a part."""
+
+    def __init__(self, model: Model, subject: Subject, plan: IndexPlan) -> None:
+        self.subject, self._plan, self._bos = subject, plan, model.bos
+        self._d_vocab, self._levels = model.spec.d_vocab, len(plan.thresholds)
+        heads, device = model.spec.n_heads, model.device
+
+        def sums(rows: int, columns: int) -> Tensor:
+            return torch.zeros(rows, columns, dtype=torch.float64, device=device)
+
+        self._moments = sums(subject.sae.d_sae, len(MOMENTS) + 3 * heads)
+        self._totals = sums(subject.sae.d_sae * self._levels, len(SOURCE_TOTALS) + heads)
+        self._nulls = sums(len(subject.nulls.kind), 3 + 3 * heads)
+        kept = None if plan.n_sources is None else _KEPT_TOKENS
+        self._sources = SourceSums(self._d_vocab, SOURCE_COLUMNS.index("d2"), kept)
+        self._pairs: list[tuple[Tensor, ...]] = []
+        self._n_active = 0  # counted apart from the pairs, to check them
+        self._thresholds = torch.tensor(plan.thresholds[1:], device=device, dtype=subject.sae.W_enc.dtype)
+
+    def add(self, numbers: Int[np.ndarray, " row"], tokens: Tensor, text: Tensor, attention: Attention) -> None:
+        """Add a batch."""
+        nulls, offset = self.subject.nulls, self.subject.weights.offset
+        null, p, heads = nulls.active(attention.z[text], offset)
+        self._nulls.index_add_(0, null, _moment_rows(p, heads, powers=2))
+        found = [self._sequence(tokens[i], text[i], attention, i) for i in range(len(tokens))]
+        query, latent, f, pre, heads, source_key, source_values = (torch.cat(column) for column in zip(*found, strict=True))
+        n_of = torch.tensor([len(columns[0]) for columns in found], device=query.device)
+        block = torch.repeat_interleave(torch.from_numpy(numbers).to(query.device), n_of)
+        self._moments.index_add_(0, latent, torch.cat([_moment_rows(f, None, powers=4), _moment_rows(pre, heads, powers=2)[:, 1:]], 1))
+        self._sources.add(source_key, source_values)
+        self._pairs.append((latent, block * tokens.shape[1] + query, f, heads))
+
+    def _sequence(self, tokens: Tensor, text: Tensor, attention: Attention, i: int) -> tuple[Tensor, ...]:
+        """Pairs of one sequence, by query: columns of the pairs, then keys and values of their kept sources."""
+        sae, weights = self.subject.sae, self.subject.weights
+        query, latent, f, pre, n_active = _active(sae, attention.z[i], text)
+        self._n_active += n_active
+        keep = text[query]
+        query, latent, f, pre = query[keep], latent[keep], f[keep], pre[keep]
+        heads, keys, values = [], [], []
+        for part in torch.arange(len(query), device=query.device).split(_PAIRS):
+            q, j = query[part], latent[part]
+            n = int(q[-1]) + 1  # later sources contribute 0
+            pattern = attention.pattern[i, :, :, :n]
+            dfa = attribution.dfa_of_sequence(weights, attention.value[i, :n], pattern, q, j)
+            heads.append(dfa.sum(-1).T)
+            level = torch.searchsorted(self._thresholds, f[part]) if self._levels > 1 else torch.zeros_like(j)
+            owner = j * self._levels + level
+            key, value = self._kept_sources(dfa, pattern, tokens, q, owner)
+            keys.append(key)
+            values.append(value)
+        if not heads:
+            n_heads = len(weights.offset)
+            empty = f.new_empty(0, len(SOURCE_COLUMNS) + 2 * n_heads)
+            return query, latent, f, pre, f.new_empty(0, n_heads), query, empty
+        by_head = torch.cat(heads)
+        check_sum(pre - by_head.sum(1) - weights.bias[latent], by_head)
+        return query, latent, f, pre, by_head, torch.cat(keys), torch.cat(values)
+
+    def _kept_sources(self, dfa: Tensor, pattern: Tensor, tokens: Tensor, query: Tensor, owner: Tensor) -> tuple:
+        """Keys and values of the kept sources of some pairs; their totals are added on the way."""
+        summed = dfa.sum(0)  # [pair, source]
+        top = largest_sources(summed, self._plan.n_sources)  # [pair, k]
+        own = summed.gather(1, top)
+        by_head = dfa.gather(2, top[None].expand(len(dfa), -1, -1))
+        attention = pattern[:, query[:, None], top]
+        token, exists = tokens[top], top <= query[:, None]
+        squares = own.square()
+        of_heads = torch.linalg.vector_norm(dfa, dim=-1).square().T
+        totals = [
+            torch.ones_like(squares[:, 0]),
+            summed.square().sum(1),
+            summed.sum(1),
+            squares.sum(1),
+            (squares * (token == self._bos)).sum(1),
+        ]
+        self._totals.index_add_(0, owner, torch.cat([torch.stack(totals, 1), of_heads], 1).double())
+        key = (owner[:, None] * self._d_vocab + token)[exists]
+        value = torch.cat([torch.ones_like(own)[None], squares[None], own[None], by_head.square(), attention])
+        return key, value.permute(1, 2, 0)[exists]
+
+    def result(self) -> dict[str, np.ndarray]:
+        """The arrays of the part."""
+        latent, position, f, heads = (torch.cat(column) for column in zip(*self._pairs, strict=True))
+        latent, order = latent.sort(stable=True)
+        d_sae = self.subject.sae.d_sae
+        maximum = torch.zeros(d_sae, dtype=f.dtype, device=f.device).scatter_reduce_(0, latent, f[order], "amax")
+        key, values = self._sources.result()
+        arrays = {
+            "n_active_tokens": torch.tensor([self._n_active]),
+            "counts": torch.bincount(latent, minlength=d_sae),
+            "position": position[order],
+            "activation": f[order].float(),
+            "heads": heads[order].float(),
+            "maximum": maximum,
+            "moments": self._moments,
+            "source_totals": self._totals,
+            "source_keys": key,
+            "source_sums": values,
+            "null_moments": self._nulls,
+        }
+        return {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+
+
+def _active(
+    sae: SAE, z: Float[Tensor, "query d_in"], text: Bool[Tensor, " query"]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """(query, latent, activation, pre-activation) of the active latents of a sequence by query, and their number."""
+    found, n_active = [], 0
+    for start, rows in zip(range(0, len(z), _ROWS), z.split(_ROWS), strict=True):
+        pre = sae.pre_activations(rows)
+        f = sae.activation(pre)
+        active = f > 0
+        query, latent = active.nonzero(as_tuple=True)
+        n_active += int(active.sum(1)[text[start : start + _ROWS]].sum())
+        found.append((query + start, latent, f[query, latent], pre[query, latent]))
+    query, latent, f, pre = (torch.cat(column) for column in zip(*found, strict=True))
+    return query, latent, f, pre, n_active
+
+
+def _moment_rows(
+    value: Float[Tensor, " pair"], heads: Float[Tensor, "pair head"] | None, powers: int
+) -> Float[Tensor, "pair column"]:
+    """1, value, value^2, ... and, for each head, C, C^2, C value."""
+    value = value.double()
+    columns = [torch.stack([value**k for k in range(powers + 1)], 1)]
+    if heads is not None:
+        heads = heads.double()
+        columns += [heads, heads.square(), heads * value[:, None]]
+    return torch.cat(columns, 1)
+
+
+def largest_sources(summed: Float[Tensor, "pair source"], k: int | None) -> Int[Tensor, "pair k"]:
+    """The k sources of largest |DFA|, in no order, all when k is None; |DFA| counts to about four digits.
+
+    The source's index takes the place of the last bits of the number, so that selecting numbers selects indices.
+    """
+    n = summed.shape[1]
+    if k is None or k >= n:
+        return torch.arange(n, device=summed.device).expand_as(summed)
+    mask = (1 << (n - 1).bit_length()) - 1
+    packed = (summed.abs().float().view(torch.int32) & ~mask) | torch.arange(n, dtype=torch.int32, device=summed.device)
+    if packed.device.type == "cpu":  # numpy selects eight times as fast as torch here
+        chosen = torch.from_numpy(np.partition(packed.numpy(), n - k, axis=1)[:, n - k :])
+    else:
+        chosen = packed.topk(k, sorted=False).values
+    return (chosen & mask).long()
+
+
+def check_sum(residual: Float[Tensor, " pair"], parts: Float[Tensor, "pair *parts"]) -> None:
+    """Parts must sum to the whole; if they do not, the numbers are wrong and nothing is written.
+
+    Raises:
+        IndexFormatError: they do not.
+    """
+    if len(residual) == 0:
+        return
+    scale = 1 + parts.abs().flatten(1).sum(1)
+    worst = (residual.abs() / scale).max().item()
+    if not worst < _TOLERANCE:
+        raise IndexFormatError(
+            f"DFA + bias misses the pre-activation by {worst:.1e} of its parts",
+            expected=f"less than {_TOLERANCE:g}",
+            do="use float32 weights; if they are, please report it",
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ examples
+def read_examples(
+    model: Model,
+    subject: Subject,
+    corpus: Corpus,
+    latent: Int[np.ndarray, " example"],
+    position: Int[np.ndarray, " example"],
+    plan: IndexPlan,
+) -> dict[str, np.ndarray]:
+    """DFA by head and source, and attention, of some (latent, position), sorted by position: columns sorted by latent.
+
+    Raises:
+        IndexFormatError: DFA does not sum to the pre-activation.
+    """
+    block, query = np.divmod(position, corpus.block_size)
+    columns = []
+    for numbers, tokens in token_batches(corpus, model.device, np.unique(block), batch_tokens=BATCH_TOKENS):
+        low, high = np.searchsorted(block, numbers[0]), np.searchsorted(block, numbers[-1], side="right")
+        row = torch.from_numpy(np.searchsorted(numbers, block[low:high])).to(model.device)
+        attention = model.attentions(tokens, [subject.layer])[subject.layer]
+        where = (row, torch.from_numpy(query[low:high]).to(model.device))
+        chosen = torch.from_numpy(latent[low:high].astype(np.int64)).to(model.device)
+        columns.append(_examples(subject, attention, where, chosen, plan.n_sources or 8))
+    joined = {name: torch.cat([c[name] for c in columns]).cpu().numpy() for name in columns[0]} if columns else {}
+    order = np.lexsort((position, latent))
+    return {
+        "counts": np.bincount(latent, minlength=subject.sae.d_sae),
+        "position": position[order],
+        **{name: column[order] for name, column in joined.items()},
+    }
+
+
+def _examples(
+    subject: Subject, attention: Attention, where: tuple[Tensor, Tensor], latent: Int[Tensor, " pair"], k: int
+) -> dict[str, Tensor]:
+    (row, query), weights = where, subject.weights
+    dfa = attribution.dfa_by_source(weights, attention, row, query, latent)  # [pair, head, source]
+    z = attention.z[row, query].view(len(row), *weights.offset.shape)
+    pre = (z * weights.encoder[:, latent].transpose(0, 1)).flatten(1).sum(1) + subject.sae.bias[latent]
+    heads = dfa.sum(-1)
+    residual = pre - heads.sum(1) - weights.bias[latent]
+    check_sum(residual, dfa)
+    summed = dfa.sum(1)
+    top = largest_sources(summed, k)
+    top = top.gather(1, summed.gather(1, top).abs().sort(dim=1, descending=True, stable=True).indices)  # largest first
+    at = top[:, None].expand(-1, dfa.shape[1], -1)
+    of_top = dfa.gather(2, at).transpose(1, 2)  # [pair, k, head]
+    pattern = attention.pattern[row, :, query].gather(2, at).transpose(1, 2)
+    return {
+        "pre": pre.float(),
+        "bias": weights.bias[latent].float(),
+        "residual": residual.float(),
+        "heads": heads.float(),
+        "source": top.int(),
+        "source_heads": of_top.float(),
+        "source_pattern": pattern.float(),
+        "rest": (heads - of_top.sum(1)).float(),
+    }
