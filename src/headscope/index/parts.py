@@ -6,6 +6,7 @@ parts that stand. No torch here.
 
 import fcntl
 import hashlib
+import os
 import re
 import time
 import warnings
@@ -34,6 +35,11 @@ class Workers:
 
     rank: int = 0
     world: int = 1
+
+    @classmethod
+    def of_environment(cls) -> "Workers":
+        """As `torchrun` says; alone without it."""
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
     def own(self, n_parts: int) -> range:
         """The parts that this process makes."""

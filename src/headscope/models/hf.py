@@ -4,6 +4,7 @@ The fast path is SDPA and hooks: z is the *input* of the output projection. Only
 scores or pattern are read or edited has its attention function exchanged (`attention.py`).
 """
 
+import hashlib
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -110,6 +111,15 @@ class Model:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.module.device
+
+    def fingerprint(self) -> str:
+        """`sha256:<hex>` of all weights and buffers, by name."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(raw.numpy())
+        return f"sha256:{digest.hexdigest()}"
 
     # ------------------------------------------------------------------------------------------------------- reading
     def check_layer(self, layer: int) -> None:
