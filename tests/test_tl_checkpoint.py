@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from headscope.errors import ModelError
 from headscope.models import tl_checkpoint
 from headscope.models.load import load_model
 from headscope.site import Site
+from test_judges import assert_same_scale, needs, run_judge
 
 SIZES = {"n_layers": 2, "d_model": 16, "n_heads": 4, "d_head": 4, "d_mlp": 24, "n_ctx": 20, "d_vocab": 98}
 KINDS: dict[str, dict[str, Any]] = {
@@ -174,7 +176,7 @@ def test_every_kind_of_file_is_the_same_model(save: Callable[..., Path], suffix:
 
 
 def test_the_published_models_own_files_are_read(save: Callable[..., Path]) -> None:
-    """Their configurations are those of their training; there are masks, no b_U, and earlier weights beside the last."""
+    """Their configurations are those of training; there are masks, no b_U, and earlier weights beside the last."""
     config = SIZES | {"act_fn": "gelu", "attn_only": False, "normalization": "LN", "shortformer_pos": False}
     config |= {"ln_eps": 1e-5, "lr_hidden": 2e-3, "weight_decay": 0.05, "neuron_scale": 1.0, "neuron_temp": 1.0}
     state = random_state(configuration())
@@ -194,6 +196,40 @@ def test_processed_weights_are_read_under_the_raw_models_configuration(save: Cal
     state = random_state(folded)
     model = load_model(str(save(state, configuration("solu_ln", "LN"))), dtype=torch.float64)
     assert_close(model.logits(TOKENS), reference(state, folded, TOKENS)["logits"], rtol=1e-10, atol=1e-10)
+
+
+# ------------------------------------------------------------------------------------------------- TransformerLens 3.9
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of checkpoints that TransformerLens made, each with what it computes."""
+    root = tmp_path_factory.mktemp("judged")
+    tokens = torch.randint(1, 98, (3, 40), generator=torch.Generator().manual_seed(0))
+    np.savez(root / "tokens.npz", tokens=tokens.numpy())
+    run_judge("transformer_lens_checkpoints.py", root / "tokens.npz", root)
+    return root
+
+
+@pytest.mark.slow
+@needs("transformer_lens")
+@pytest.mark.parametrize("processed", ["", "-processed"])
+@pytest.mark.parametrize("kind", ["gelu", "gelu_new", "solu_ln", "attn_only"])
+def test_it_computes_what_transformerlens_computes(
+    judged: Path, tokenizer: Tokenizer, kind: str, processed: str
+) -> None:
+    folder, tokens = judged / f"{kind}{processed}", torch.from_numpy(np.load(judged / "tokens.npz")["tokens"])
+    copied = Tokenizer.from_str(tokenizer.to_str())
+    PreTrainedTokenizerFast(tokenizer_object=copied, bos_token="<|bos|>").save_pretrained(folder)
+    model = load_model(str(folder))
+    expected = {name: torch.from_numpy(value) for name, value in np.load(folder / "judged.npz").items()}
+    assert_same_scale(model.logits(tokens), expected["logits"], 1e-5)
+    for layer in range(3):
+        attention = model.attention(tokens, layer)
+        assert_same_scale(attention.pattern, expected[f"pattern{layer}"], 1e-5)
+        assert_same_scale(attention.z, expected[f"z{layer}"], 1e-5)
+        parts = model.read(tokens, [Site(at, layer) for at in ("resid_pre", "attn_out", "mlp_out")])
+        assert_same_scale(sum(parts.values(), torch.zeros(())), expected[f"resid_post{layer}"], 1e-5)
+        offset = model.value_offset(layer)
+        assert (offset.abs().max() < 1e-6) == (bool(processed) and not kind.startswith("gelu"))
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused

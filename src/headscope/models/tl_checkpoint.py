@@ -352,7 +352,8 @@ def _empty_model(config: _Config) -> GPT2LMHeadModel:
         module.lm_head = nn.Linear(config.d_model, config.d_vocab, bias=True)
         for block in module.transformer.h:
             if config.attn_only:
-                block.ln_2, block.mlp = nn.Identity(), NoMLP()
+                block.ln_2 = nn.LayerNorm(config.d_model, config.eps, elementwise_affine=False)
+                block.mlp = NoMLP()
             elif config.act_fn == "solu_ln":
                 block.set_submodule("mlp.act", SoLU(config.d_mlp, eps=config.eps))
     return module
