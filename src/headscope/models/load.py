@@ -56,7 +56,7 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         raise ModelError(
             f"cannot load the model {name!r}: {str(error).strip().splitlines()[0] if str(error) else type(error)}",
-            expected="`tiny`, a folder with config.json, *.safetensors and tokenizer.json, or a name on the hub",
+            expected="`tiny`, a folder with config.json (or tl_config.json), weights and tokenizer.json, or a hub name",
             do="check the name, and for a hub name the network",
         ) from error
     if info["missing_keys"] or info["mismatched_keys"]:

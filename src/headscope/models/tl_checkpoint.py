@@ -22,7 +22,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from headscope.artefact import read_json
 from headscope.errors import ModelError
@@ -186,7 +186,7 @@ def _download(repository: str) -> tuple[Path, Path]:
         config, weights = (Path(hf_hub_download(repository, file)) for file in ("config.json", _FINAL))
     except (OSError, EntryNotFoundError, ValueError) as error:
         raise ModelError(
-            f"cannot fetch {repository} from the Hugging Face hub: {str(error).strip().splitlines()[0]}",
+            f"cannot fetch {repository} from the Hugging Face hub: {_first_line(error)}",
             expected=f"config.json and {_FINAL} on the hub, or in its cache",
             do="check the network, or pass a folder with these two files and tokenizer.json",
         ) from error
@@ -229,7 +229,7 @@ def _read_config(file: Path) -> _Config:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise ModelError(
-            f"cannot read {file}: {type(error).__name__} {error}",
+            f"cannot read {file}: {_first_line(error)}",
             expected=f"a TransformerLens configuration with {', '.join(_SIZES)}",
             do="write it from the model's HookedTransformerConfig",
         ) from error
@@ -268,7 +268,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         return weights
     except Exception as error:  # a damaged pickle can fail anywhere in its reader
         raise ModelError(
-            f"cannot read the weights in {file}: {type(error).__name__} {str(error).strip().splitlines()[:1]}",
+            f"cannot read the weights in {file}: {_first_line(error)}",
             expected="a state dict, saved with torch.save or safetensors",
             do="fetch or save it again; a pickle of anything but tensors is not opened",
         ) from error
@@ -385,22 +385,26 @@ def _converted(state: Mapping[str, Tensor], config: _Config) -> dict[str, Tensor
 
 
 def _tokenizer(folder: Path, config: _Config) -> Any:
-    local = (folder / "tokenizer.json").is_file()
+    """The tokenizer as its tokenizer.json has it; a class of `transformers` would split numbers in its own way."""
+    local = (folder / "tokenizer.json").is_file() or not config.tokenizer_name
+    source = str(folder if local else config.tokenizer_name)
     try:
-        if local:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name, trust_remote_code=False)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source, local_files_only=local)
+        ids = [tokenizer.bos_token_id or 0, *tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()]
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise ModelError(
-            f"no tokenizer from {folder if local else config.tokenizer_name}: {str(error).strip().splitlines()[:1]}",
+            f"no tokenizer from {source}: {_first_line(error)}",
             expected=f"tokenizer.json and tokenizer_config.json in {folder}, or a tokenizer_name that is on the hub",
             do="save the model's tokenizer there, or check the network",
         ) from error
-    if len(tokenizer) > config.d_vocab:
+    if max(ids) >= config.d_vocab:
         raise ModelError(
-            f"a tokenizer of {len(tokenizer)} tokens in {folder}",
-            expected=f"at most d_vocab, {config.d_vocab}",
-            do="pass the model's own tokenizer",
+            f"a tokenizer with the token {max(ids)}, from {source}",
+            expected=f"tokens below d_vocab, {config.d_vocab}",
+            do="save the model's own tokenizer there",
         )
     return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__} {error}".strip().splitlines()[0]
