@@ -162,11 +162,13 @@ def find_checkpoint(name: str) -> tuple[Path, Path] | None:
 
 def _is_ours(config: Path) -> bool:
     """Whether a configuration is in TransformerLens' names, not in those of `transformers`."""
+    if config.name == "tl_config.json":
+        return True
     try:
         raw = read_json(config)
     except (OSError, ValueError, RecursionError):
-        return config.name == _CONFIGS[0]
-    return config.name == _CONFIGS[0] or (isinstance(raw, dict) and "d_model" in raw and "model_type" not in raw)
+        return False
+    return isinstance(raw, dict) and "d_model" in raw and "model_type" not in raw
 
 
 def _only_weights(folder: Path) -> Path:
@@ -246,7 +248,7 @@ def _check_config(raw: Mapping[str, Any], sizes: Mapping[str, Any], act_fn: Any,
         require(type(size) is int and size > 0, name, size, "a whole number from 1")
     width = sizes["n_heads"] * sizes["d_head"]
     require(width == sizes["d_model"], "n_heads * d_head", width, f"d_model, {sizes['d_model']}")
-    for name in _READ.keys() & raw.keys():
+    for name in [n for n in _READ if n in raw]:
         require(raw[name] in _READ[name], name, raw[name], " or ".join(map(repr, _READ[name])))
     scale, root = raw.get("attn_scale", -1), sizes["d_head"] ** 0.5
     require(scale == -1 or math.isclose(scale, root, rel_tol=1e-6), "attn_scale", scale, f"sqrt(d_head), {root}")
