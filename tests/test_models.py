@@ -442,6 +442,26 @@ def test_the_model_is_bit_identical_after_edits_that_raise(model, tokens, kind):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
 
 
+def test_a_run_that_failed_leaves_nothing_for_the_next(random_model):
+    model = random_model("gpt2", dtype=torch.float64)
+    tokens, runs = some_tokens(model), []
+    clean = model.logits(tokens)
+
+    def only_at_first(value):
+        runs.append(None)
+        return 2 * value if len(runs) == 1 else value
+
+    def fail_at_first(value):
+        if len(runs) == 1:
+            raise RuntimeError
+        return value
+
+    with model.edit({Site("resid_mid", 0): only_at_first, Site("ln2_scale", 0): fail_at_first}):
+        with pytest.raises(RuntimeError):
+            model.logits(tokens)
+        assert torch.equal(model.logits(tokens), clean)
+
+
 # ------------------------------------------------------------------------------------------------------------- weights
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_offset_is_the_part_of_z_that_no_text_changes(model, tokens, layer):

@@ -19,7 +19,7 @@ def merge_by_key(
 
 def keep_largest(
     key: Int[Tensor, " key"], values: Float[Tensor, "key column"], owner: Int[Tensor, " key"], weight: int, n: int
-) -> tuple[Int[Tensor, " key"], Float[Tensor, "key column"]]:
+) -> tuple[Int[Tensor, " kept"], Float[Tensor, "kept column"]]:
     """Of each owner (sorted) the n keys with the largest value in the column `weight`."""
     by_weight = values[:, weight].sort(descending=True, stable=True).indices
     by_owner = by_weight[owner[by_weight].sort(stable=True).indices]  # owner by owner, largest first
