@@ -29,9 +29,8 @@ from headscope.capture import check_corpus
 from headscope.corpus import Corpus
 from headscope.errors import IndexFormatError, OutputError, SAEError
 from headscope.index import tables
-from headscope.index.config import DEFINITIONS, FORMAT_VERSION, IndexPlan
+from headscope.index.config import DEFINITIONS, FORMAT_VERSION, N_CORRELATED, IndexPlan
 from headscope.index.correlations import most_correlated
-from headscope.index.config import N_CORRELATED
 from headscope.index.parts import Parts, SortedParts, Workers, locked
 from headscope.index.passes import Subject, read_examples, read_part, subjects_of
 from headscope.index.sweep import Distributions, Groups, sweep
@@ -254,15 +253,15 @@ class _Build:
         return Distributions(**plain), Groups(**groups)
 
     def _read_examples(self, subjects: Sequence[Subject], report: Progress) -> None:
-        size = self.corpus.block_size
         for number, subject in enumerate(subjects):
             latent, position = _chosen(self._swept(number)[1])
 
-            def make(part: int) -> dict[str, np.ndarray]:
+            def make(part: int, subject: Subject = subject, latent=latent, position=position) -> dict[str, np.ndarray]:
                 report("sources", part, self.n_parts)
                 blocks = self._blocks(part)
-                low, high = np.searchsorted(position, [blocks[0] * size, (blocks[-1] + 1) * size])
-                return read_examples(self.model, subject, self.corpus, latent[low:high], position[low:high], self.plan)
+                bounds = np.array([blocks[0], blocks[-1] + 1]) * self.corpus.block_size
+                own = slice(*np.searchsorted(position, bounds))
+                return read_examples(self.model, subject, self.corpus, latent[own], position[own], self.plan)
 
             stage = self._parts(number, "examples")
             stage.make(self.workers, make)
@@ -299,7 +298,7 @@ class _Build:
         write_json(folder / "manifest.json", manifest)
 
     def _total(self, name: str) -> np.ndarray:
-        return sum(self._shared.read(part, [name])[name] for part in range(self.n_parts))
+        return np.sum([self._shared.read(part, [name])[name] for part in range(self.n_parts)], axis=0)
 
     def _losses(self, start: int, stop: int) -> np.ndarray:
         """Losses of blocks start to stop - 1."""

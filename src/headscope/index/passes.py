@@ -28,7 +28,7 @@ BATCH_TOKENS = 2048
 _ROWS = 256  # rows of pre-activations held at a time: they stay in the cache
 _PAIRS = 512  # pairs whose [head, pair, source] contributions are held at a time, likewise
 _KEPT_TOKENS = 128  # source tokens of a latent and threshold that a part is sure to keep
-_CALIBRATION_TOKENS = 1 << 15
+_CALIBRATION_TOKENS = 1 << 13
 _TOLERANCE = 1e-4  # of the summed |contributions|: float32 sums of a few hundred terms close better than this
 
 MOMENTS = ("n", "f", "f2", "f3", "f4", "p", "p2")
@@ -85,8 +85,8 @@ def read_part(
 
     A subject's arrays: `counts` [d_sae] and, sorted by latent, then position, the columns `position`, `activation`,
     `heads` of its pairs; `moments`, `maximum`, `source_totals`, `source_keys`, `source_sums`, `null_moments`,
-    `attention` (from any token to each token type, by head). What all share: `n_tokens`, `token_counts` and `source_pairs` by
-    token type, and `losses` where the plan asks for them.
+    `attention` (from any token to each token type, by head). What all share: `n_tokens`, `token_counts` and
+    `source_pairs` by token type, and `losses` where the plan asks for them.
 
     Raises:
         IndexFormatError: activations are not finite, or DFA does not sum to the pre-activation.

@@ -73,9 +73,7 @@ def sweep(
         report: called with the number of latents done.
     """
     n = len(maximum)
-    found = Distributions(
-        np.zeros((n, len(QUANTILES))), np.zeros((n, N_BINS), dtype=np.int64), np.zeros((n, N_BINS))
-    )
+    found = Distributions(np.zeros((n, len(QUANTILES))), np.zeros((n, N_BINS), dtype=np.int64), np.zeros((n, N_BINS)))
     groups: list[Groups] = []
     for first, last in pairs.ranges(plan.range_rows):
         kept, strongest = [], []
@@ -177,7 +175,9 @@ def choose_groups(
         _top(top, blocks, plan.top),
         _groups("random", rows, none, drawn, plan.random, scale),
         _groups("quantile", rows, quantile, drawn, plan.per_quantile, scale),
-        _intervals(_groups("interval", rows, plan.intervals - 1 - interval, drawn, plan.per_interval, scale), width, plan),
+        _intervals(
+            _groups("interval", rows, plan.intervals - 1 - interval, drawn, plan.per_interval, scale), width, plan
+        ),
         _groups("threshold", rows, none, n - 1 - rank, plan.near_threshold, scale, only_chosen=True),
     ]
     return [_by_latent(_concatenated(chosen))]
@@ -321,5 +321,9 @@ def _by_latent(groups: Groups) -> Groups:
     start = np.cumsum(groups.n_chosen) - groups.n_chosen
     lengths = groups.n_chosen[order]
     chosen = np.repeat(start[order] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-    fields = {name: getattr(groups, name)[order] for name in Groups.__dataclass_fields__ if name not in ("position", "duplicates")}
+    fields = {
+        name: getattr(groups, name)[order]
+        for name in Groups.__dataclass_fields__
+        if name not in ("position", "duplicates")
+    }
     return Groups(**fields, position=groups.position[chosen], duplicates=groups.duplicates[chosen])

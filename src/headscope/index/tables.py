@@ -408,7 +408,12 @@ def write_examples(folder: Path, examples: SortedParts, block_size: int, range_r
         if len(rows["latent"]) == 0:
             continue
         table = _example_table(rows, block_size, n_heads)
-        connection.register("chosen", pa.table({"latent": rows["latent"], "position": rows["position"], "number": np.arange(len(rows["latent"]))}))
+        connection.register(
+            "chosen",
+            pa.table(
+                {"latent": rows["latent"], "position": rows["position"], "number": np.arange(len(rows["latent"]))}
+            ),
+        )
         active = connection.sql(
             f"""SELECT c.number, a.position % {block_size} AS at, a.activation, a.position = c.position AS own
             FROM read_parquet('{activations}') a JOIN chosen c
@@ -466,13 +471,11 @@ def _nullable(values: Float[np.ndarray, " row"], missing: np.ndarray) -> pa.Arra
     return pa.array(values, pa.float64(), mask=missing | ~np.isfinite(values))
 
 
-def _nullable_lists(
-    values: np.ndarray, missing: np.ndarray | None = None, kind: pa.DataType | None = None
-) -> pa.Array:
+def _nullable_lists(values: np.ndarray, missing: np.ndarray | None = None, kind: pa.DataType | None = None) -> pa.Array:
     """Rows as lists; null where a row is missing or not finite."""
-    missing = ~np.isfinite(values).all(1) if missing is None else missing
-    kind = kind or pa.from_numpy_dtype(values.dtype)
-    return pa.array([None if m else row for row, m in zip(values, missing, strict=True)], pa.list_(kind))
+    present = np.isfinite(values).all(axis=1) if missing is None else ~missing
+    rows = [values[i] if present[i] else None for i in range(len(values))]
+    return pa.array(rows, pa.list_(kind or pa.from_numpy_dtype(values.dtype)))
 
 
 def _lists(values: np.ndarray, lengths: Sequence[int] | np.ndarray, kind: pa.DataType) -> pa.Array:
