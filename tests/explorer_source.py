@@ -301,17 +301,18 @@ class FakeIndex:
 
     def _group(self, latent: int, kind: str, number: int, high: float, low: float, share: float) -> ExampleGroup:
         n, top = PLAN[kind], self.maximum(latent)
-        salt = {"top": 0, "random": 12, "quantile": 20, "interval": 40, "threshold": 60}[kind] + n * number
+        salt = {"top": 0, "random": 12, "quantile": 20, "interval": 40, "threshold": 80}[kind] + n * number
         levels = (np.linspace(high, low, n + 1)[:n] * top).tolist()
-        examples = tuple(self._example(latent, (salt + i) % N_BLOCKS, level) for i, level in enumerate(levels))
+        examples = tuple(self._example(latent, salt + i, level) for i, level in enumerate(levels))
         if kind == "quantile" and number == 0:  # what is strongest is in several groups
             examples = (self._example(latent, 0, top), *examples[1:])
         return ExampleGroup(kind, number, low * top, high * top, n, share, share, examples)
 
-    def _example(self, latent: int, block: int, activation: float) -> Example:
-        rng = np.random.default_rng([latent, block])
+    def _example(self, latent: int, number: int, activation: float) -> Example:
+        turn, block = divmod(number, N_BLOCKS)
+        rng = np.random.default_rng([latent, number])
         twin = latent == TWIN_LATENT and block == 1
-        dst = 255 if block == 2 else latent % PERIOD + 30 + PERIOD * (0 if twin else block % 5)
+        dst = 255 if number == 2 else latent % PERIOD + 30 + PERIOD * (0 if twin else (block + turn) % 5)
         positions = sorted({0, dst, dst - 3, max(dst - 38, 1), *rng.integers(1, dst, 4).tolist()})
         parts = rng.normal(0, 0.04, (len(positions), N_HEADS)) * activation
         parts[-3, latent % N_HEADS] += 0.7 * activation
