@@ -250,9 +250,7 @@ class FakeIndex:
             logit_kurtosis=3.3,
             copy_top=tuple(zip(copy[:10].tolist(), np.linspace(2.5, 1.0, 10).tolist(), strict=True)),
             copy_rank=(0.0 if latent % 3 == 0 else 0.25) if alive else None,
-            correlated=tuple(
-                Correlated((latent + 64 * i + 7) % self.n_latents, 0.8 / i, 0.5 / i) for i in range(1, 6)
-            )
+            correlated=tuple(Correlated((latent + 64 * i + 7) % self.n_latents, 0.8 / i, 0.5 / i) for i in range(1, 6))
             if alive
             else (),
         )

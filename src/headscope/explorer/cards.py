@@ -281,6 +281,8 @@ _COLUMNS = [
     _column("top_logit_value", "logit", "float", "that logit, per unit of activation; final norm's scale left out"),
     _column("top_source", "top source", "token", "source token with the largest share of squared DFA"),
     _column("top_source_share", "src share", "percent", "that token's share"),
-    _column("copy_rank", "copy rank", "percent", "share of tokens that the top head would copy more than the top logit"),
+    _column(
+        "copy_rank", "copy rank", "percent", "share of tokens that the top head would copy more than the top logit"
+    ),
     _column("bias", "bias", "float", "part of the pre-activation that no head makes", listed=False),
 ]

@@ -1,14 +1,15 @@
 """Numbers for JSON, rounded in bulk: a card holds thousands, and has milliseconds to be made in."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+
 
 _EXACT = 22  # powers of ten up to this one are exact in float64
 
 
-def significant(values: ArrayLike, digits: int = 4) -> list[Any]:
+def significant(values: Sequence[Any] | np.ndarray, digits: int = 4) -> list[Any]:
     """Round numbers of any shape to some significant digits, as nested lists; what is not finite becomes None."""
     array = np.asarray(values, dtype=np.float64)
     finite = np.isfinite(array)
