@@ -234,9 +234,11 @@ class _Build:
         pairs = SortedParts(self._parts(number, "pairs"))
         writer = tables.ActivationWriter(folder, self.model.spec.n_heads)
         d_sae = self.saes[number].d_sae
+        totals = self._totals(pairs)
         distributions, groups = sweep(
             pairs,
-            pairs.maxima("maximum").astype(np.float64),
+            totals.maximum,
+            totals.mean,
             self.corpus.blocks,
             self.plan,
             writer,
@@ -274,9 +276,9 @@ class _Build:
         """Write one index but for its activations, which the sweep wrote."""
         model, corpus, n_heads = self.model, self.corpus, self.model.spec.n_heads
         folder = self.final / self.names[number]
-        shared = {name: self._total(name) for name in ("n_tokens", "token_counts", "source_pairs")}
+        shared = {name: self._total(name) for name in ("token_counts", "source_pairs")}
         pairs = SortedParts(self._parts(number, "pairs"))
-        totals = tables.Totals.of(pairs, n_heads, int(shared["n_tokens"][0]))
+        totals = self._totals(pairs)
         distributions, groups = self._swept(number)
         correlated = most_correlated(
             pairs, *totals.over_all_tokens(), totals.n_tokens, corpus.blocks.size, N_CORRELATED
@@ -296,6 +298,9 @@ class _Build:
         model.tokenizer.save(str(folder / "tokenizer.json"))
         manifest = self._manifest(number, subject, totals) | {"files": _hashes(folder)}
         write_json(folder / "manifest.json", manifest)
+
+    def _totals(self, pairs: SortedParts) -> tables.Totals:
+        return tables.Totals.of(pairs, self.model.spec.n_heads, int(self._total("n_tokens")[0]))
 
     def _total(self, name: str) -> np.ndarray:
         return np.sum([self._shared.read(part, [name])[name] for part in range(self.n_parts)], axis=0)

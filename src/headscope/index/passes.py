@@ -32,7 +32,7 @@ _KEPT_TOKENS = 64  # but no fewer than this of each
 _CALIBRATION_TOKENS = 1 << 13
 _TOLERANCE = 1e-4  # of the summed |contributions|: float32 sums of a few hundred terms close better than this
 
-MOMENTS = ("n", "f", "f2", "f3", "f4", "p", "p2")
+MOMENTS = ("n", "f", "f2", "p", "p2")
 """Sums over the active tokens of a latent; then, for each head, C_h, C_h^2 and C_h p."""
 SOURCE_TOTALS = ("n", "d2", "d", "kept", "bos")
 """Sums over the active tokens of a latent and threshold; then, for each head, C^2 over all sources."""
@@ -166,7 +166,7 @@ class _Tally:
         bias = self.subject.weights.bias[latent]
         check_sum(pre - found.heads.sum(1) - bias, found.heads)
         self._add_sources(found, tokens[row[:, None], found.source], query, latent, f)
-        moments = [_moment_rows(f, None, powers=4), _moment_rows(pre, found.heads, powers=2)[:, 1:]]
+        moments = [_moment_rows(f, None, powers=2), _moment_rows(pre, found.heads, powers=2)[:, 1:]]
         self._moments.index_add_(0, latent, torch.cat(moments, 1))
         block = torch.from_numpy(numbers).to(row.device)[row]
         self._pairs.append((latent, block * tokens.shape[1] + query, f, found.heads))

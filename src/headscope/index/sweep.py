@@ -52,11 +52,14 @@ class Distributions:
     quantiles: Float[np.ndarray, "latent q"]
     histogram: Int[np.ndarray, "latent bin"]
     mass: Float[np.ndarray, "latent bin"]
+    central: Float[np.ndarray, "latent power"]
+    """Sums of `(f - mean)^k` for k of 1 to 4: from sums of `f^k` little is left of them where the mean is large."""
 
 
 def sweep(
     pairs: SortedParts,
     maximum: Float[np.ndarray, " latent"],
+    mean: Float[np.ndarray, " latent"],
     blocks: Blocks,
     plan: IndexPlan,
     write: Callable[[Rows], None],
@@ -67,20 +70,26 @@ def sweep(
     Args:
         pairs: with the columns position, activation and heads.
         maximum: largest activation of each latent.
+        mean: activation of each, over its active tokens.
         blocks: tokens of the corpus.
         plan: how many examples, and how many rows to hold.
         write: called with consecutive rows, sorted by latent, then position.
         report: called with the number of latents done.
     """
     n = len(maximum)
-    found = Distributions(np.zeros((n, len(QUANTILES))), np.zeros((n, N_BINS), dtype=np.int64), np.zeros((n, N_BINS)))
+    found = Distributions(
+        quantiles=np.zeros((n, len(QUANTILES))),
+        histogram=np.zeros((n, N_BINS), dtype=np.int64),
+        mass=np.zeros((n, N_BINS)),
+        central=np.zeros((n, 4)),
+    )
     groups: list[Groups] = []
     for first, last in pairs.ranges(plan.range_rows):
         kept, strongest = [], []
         rate = min(1.0, plan.range_rows / max(1, pairs.counts[first:last].sum()))
         for rows in _read(pairs, first, last, rate):
             write(rows)
-            _count(found, rows, maximum)
+            _count(found, rows, maximum, mean)
             narrow = {name: rows[name] for name in ("latent", "position", "activation")}
             kept.append(_sample(narrow, rate))
             strongest.append(_strongest(narrow, plan.top * _CANDIDATES) if rate < 1 else narrow)
@@ -124,8 +133,8 @@ def _strongest(rows: Rows, n: int) -> Rows:
     return {name: column[order] for name, column in rows.items()}
 
 
-def _count(found: Distributions, rows: Rows, maximum: np.ndarray) -> None:
-    """Add rows to the histograms."""
+def _count(found: Distributions, rows: Rows, maximum: np.ndarray, mean: np.ndarray) -> None:
+    """Add rows to the histograms and the central moments."""
     latent, f = rows["latent"], rows["activation"].astype(np.float64)
     if not len(latent):
         return
@@ -135,6 +144,9 @@ def _count(found: Distributions, rows: Rows, maximum: np.ndarray) -> None:
     span = slice(first, first + n)
     found.histogram[span] += np.bincount(which, minlength=n * N_BINS).reshape(n, N_BINS)
     found.mass[span] += np.bincount(which, weights=f, minlength=n * N_BINS).reshape(n, N_BINS)
+    centred = f - mean[latent]
+    for column, power in enumerate((centred, centred**2, centred**3, centred**4)):
+        found.central[span, column] += np.bincount(latent - first, weights=power, minlength=n)
 
 
 def _quantiles(quantiles: np.ndarray, rows: Rows) -> None:

@@ -159,20 +159,25 @@ class Totals:
         """Active tokens."""
         return self._sum("n").astype(np.int64)
 
+    @property
+    def mean(self) -> Float[np.ndarray, " latent"]:
+        """Of the activation over active tokens; 0 for a dead latent."""
+        return self._sum("f") / np.maximum(self._sum("n"), 1)
+
     def over_all_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the activation, zeros included."""
         mean = self._sum("f") / self.n_tokens
         return mean, np.sqrt(np.maximum(self._sum("f2") / self.n_tokens - mean**2, 0))
 
-    def columns(self) -> dict[str, Any]:
-        """Moments and DFA shares of each latent; null where they do not exist."""
+    def columns(self, central: Float[np.ndarray, "latent power"]) -> dict[str, Any]:
+        """Moments and DFA shares of each latent; null where they do not exist. `central`: as `Distributions` has it."""
         n = self._sum("n")
         dead = n == 0
         with np.errstate(divide="ignore", invalid="ignore"):
-            raw = [self._sum(name) / n for name in ("f", "f2", "f3", "f4")]
-            mean, variance, skew, kurtosis = _central(*raw)
+            mean = self._sum("f") / n
+            variance, skew, kurtosis = _central(*(central / n[:, None]).T)
             share, covariance, means = head_shares(n, self._sum("p"), self._sum("p2"), self.heads)
-        constant = dead | (variance <= 1e-12 * raw[1])
+        constant = dead | (variance <= 1e-12 * mean**2)
         return {
             "n_active": pa.array(self.n_active),
             "density": n / self.n_tokens,
@@ -188,11 +193,11 @@ class Totals:
 
 
 def _central(m1: np.ndarray, m2: np.ndarray, m3: np.ndarray, m4: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Mean, variance, skew and kurtosis from raw moments."""
+    """Variance, skew and kurtosis from moments about a point near the mean."""
     variance = m2 - m1**2
     third = m3 - 3 * m1 * m2 + 2 * m1**3
     fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
-    return m1, variance, third / variance**1.5, fourth / variance**2
+    return variance, third / variance**1.5, fourth / variance**2
 
 
 def head_shares(
@@ -219,7 +224,7 @@ def feature_table(
 ) -> pa.Table:
     """One row a latent; what only a live latent has is null for a dead one."""
     sae, weights, n_heads = subject.sae, subject.weights, model.spec.n_heads
-    columns: dict[str, Any] = {"latent": pa.array(range(sae.d_sae), pa.int32()), **totals.columns()}
+    columns: dict[str, Any] = {"latent": pa.array(range(sae.d_sae), pa.int32()), **totals.columns(distributions.central)}
     dead = totals.n_active == 0
     for name in ("quantiles", "histogram", "mass"):
         columns[name] = _nullable_lists(getattr(distributions, name), dead)
