@@ -412,6 +412,17 @@ def test_an_edit_may_itself_run_the_model(model, tokens):
         assert_close(model.logits(tokens), expected, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
+def test_an_edit_may_run_the_model_between_two_others(random_model, family):
+    model = random_model(family, dtype=torch.float64)
+    tokens, offset = some_tokens(model), model.value_offset(1)
+    mid, mlp_in = Site("resid_mid", 0), Site("mlp_in", 0)
+    with model.edit({mid: EDITS["resid_mid"], mlp_in: lambda value: value + offset}):
+        expected = model.logits(tokens)
+    with model.edit({mid: EDITS["resid_mid"], mlp_in: lambda value: value + model.value_offset(1)}):
+        assert_close(model.logits(tokens), expected, atol=1e-12, rtol=1e-12)
+
+
 # -------------------------------------------------------------------------------------------------- leaving no trace
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_model_is_bit_identical_after_edits_that_raise(model, tokens, kind):
