@@ -96,6 +96,10 @@ def test_reading_one_site_is_reading_all(model, length):
         assert_close(model.read(tokens, [site])[site], together[site], **EXACT)
 
 
+def test_reading_nothing_is_nothing(model, tokens):
+    assert model.read(tokens, []) == {} == model.attentions(tokens, [])
+
+
 def test_shapes_are_those_that_site_states(model, tokens):
     spec, (batch, n) = model.spec, tokens.shape
     stream, square = (batch, n, spec.d_model), (batch, spec.n_heads, n, n)
