@@ -23,7 +23,7 @@ from headscope.site import Site
 FeatureEdit = Callable[[Float[Tensor, "batch position d_sae"]], Float[Tensor, "batch position d_sae"]]
 """A function of feature activations."""
 
-Choice = int | Sequence[int] | Int[Tensor, " batch"] | Bool[Tensor, "batch n"]
+Choice = int | Sequence[int] | Int[Tensor, " batch"] | Bool[Tensor, "batch _"]
 """Which of n positions or heads: some (an int, or several in a sequence), the same in every row; one for each row (a
 tensor of ints); or any for each row (a mask). Negative numbers count from the end."""
 
@@ -184,7 +184,7 @@ def _chosen(choice: Choice, batch: int, n: int, name: str, device: torch.device)
     if isinstance(choice, Tensor) and choice.shape != (batch,):
         raise _misfit(name, choice, f"one for each row, shape ({batch},), or a list of those of every row")
     if isinstance(choice, Tensor):
-        numbers = choice.to(device)[:, None]  # [batch, 1]
+        numbers = choice.to(device, torch.long)[:, None]  # [batch, 1]
     else:
         numbers = torch.tensor([[choice] if isinstance(choice, int) else list(choice)], dtype=torch.long, device=device)
     if ((numbers >= n) | (numbers < -n)).any():

@@ -6,6 +6,7 @@ blocks is returned as arrays (a part), sorted by latent, to be brought together 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -94,7 +95,8 @@ def read_part(
     attention_to = {s.layer: torch.zeros(model.spec.d_vocab, model.spec.n_heads).double() for s in subjects}
     n_tokens, losses = 0, []
     source_pairs = torch.zeros(model.spec.d_vocab, dtype=torch.int64)
-    for numbers, tokens in token_batches(corpus, model.device, blocks, batch_tokens=BATCH_TOKENS):
+    batch_tokens = BATCH_TOKENS if plan.n_sources else BATCH_TOKENS // 16  # all sources take much room
+    for numbers, tokens in token_batches(corpus, model.device, blocks, batch_tokens=batch_tokens):
         text = ~_special(model, tokens)
         n_tokens += int(text.sum())
         later = text.flip(1).cumsum(1).flip(1)  # text tokens from each position on: destinations that can see it
@@ -103,8 +105,9 @@ def read_part(
             losses.append(torch.nn.functional.pad(model.losses(tokens), (0, 1), value=float("nan")).cpu().numpy())
         for layer, attention in model.attentions(tokens, list(attention_to)).items():
             _check_finite(attention.z)
-            received = torch.einsum("bhqs,bq->bsh", attention.pattern, text.to(attention.pattern))
-            attention_to[layer].index_add_(0, tokens.flatten().cpu(), received.flatten(0, 1).double().cpu())
+            received = (text[:, None, None].to(attention.pattern) @ attention.pattern)[:, :, 0]  # [row, head, source]
+            by_source = received.transpose(1, 2).flatten(0, 1).double().cpu()
+            attention_to[layer].index_add_(0, tokens.flatten().cpu(), by_source)
             for tally in tallies:
                 if tally.subject.layer == layer:
                     tally.add(numbers, tokens, text, attention)
@@ -151,62 +154,50 @@ class _Tally:
         nulls, offset = self.subject.nulls, self.subject.weights.offset
         null, p, heads = nulls.active(attention.z[text], offset)
         self._nulls.index_add_(0, null, _moment_rows(p, heads, powers=2))
-        found = [self._sequence(tokens[i], text[i], attention, i) for i in range(len(tokens))]
-        query, latent, f, pre, heads, source_key, source_values = (torch.cat(column) for column in zip(*found, strict=True))
-        n_of = torch.tensor([len(columns[0]) for columns in found], device=query.device)
-        block = torch.repeat_interleave(torch.from_numpy(numbers).to(query.device), n_of)
-        self._moments.index_add_(0, latent, torch.cat([_moment_rows(f, None, powers=4), _moment_rows(pre, heads, powers=2)[:, 1:]], 1))
-        self._sources.add(source_key, source_values)
-        self._pairs.append((latent, block * tokens.shape[1] + query, f, heads))
-
-    def _sequence(self, tokens: Tensor, text: Tensor, attention: Attention, i: int) -> tuple[Tensor, ...]:
-        """Pairs of one sequence, by query: columns of the pairs, then keys and values of their kept sources."""
-        sae, weights = self.subject.sae, self.subject.weights
-        query, latent, f, pre, n_active = _active(sae, attention.z[i], text)
+        row, query, latent, f, pre, n_active = _active(self.subject.sae, attention.z, text)
         self._n_active += n_active
-        keep = text[query]
-        query, latent, f, pre = query[keep], latent[keep], f[keep], pre[keep]
-        heads, keys, values = [], [], []
-        for part in torch.arange(len(query), device=query.device).split(_PAIRS):
-            q, j = query[part], latent[part]
-            n = int(q[-1]) + 1  # later sources contribute 0
-            pattern = attention.pattern[i, :, :, :n]
-            dfa = attribution.dfa_of_sequence(weights, attention.value[i, :n], pattern, q, j)
-            heads.append(dfa.sum(-1).T)
-            level = torch.searchsorted(self._thresholds, f[part]) if self._levels > 1 else torch.zeros_like(j)
-            owner = j * self._levels + level
-            key, value = self._kept_sources(dfa, pattern, tokens, q, owner)
-            keys.append(key)
-            values.append(value)
-        if not heads:
-            n_heads = len(weights.offset)
-            empty = f.new_empty(0, len(SOURCE_COLUMNS) + 2 * n_heads)
-            return query, latent, f, pre, f.new_empty(0, n_heads), query, empty
-        by_head = torch.cat(heads)
-        check_sum(pre - by_head.sum(1) - weights.bias[latent], by_head)
-        return query, latent, f, pre, by_head, torch.cat(keys), torch.cat(values)
+        found = self._contributions(attention, row, query, latent)
+        bias = self.subject.weights.bias[latent]
+        check_sum(pre - found.heads.sum(1) - bias, found.heads)
+        self._add_sources(found, tokens[row[:, None], found.source], query, latent, f)
+        moments = [_moment_rows(f, None, powers=4), _moment_rows(pre, found.heads, powers=2)[:, 1:]]
+        self._moments.index_add_(0, latent, torch.cat(moments, 1))
+        block = torch.from_numpy(numbers).to(row.device)[row]
+        self._pairs.append((latent, block * tokens.shape[1] + query, f, found.heads))
 
-    def _kept_sources(self, dfa: Tensor, pattern: Tensor, tokens: Tensor, query: Tensor, owner: Tensor) -> tuple:
-        """Keys and values of the kept sources of some pairs; their totals are added on the way."""
-        summed = dfa.sum(0)  # [pair, source]
-        top = largest_sources(summed, self._plan.n_sources)  # [pair, k]
-        own = summed.gather(1, top)
-        by_head = dfa.gather(2, top[None].expand(len(dfa), -1, -1))
-        attention = pattern[:, query[:, None], top]
-        token, exists = tokens[top], top <= query[:, None]
-        squares = own.square()
-        of_heads = torch.linalg.vector_norm(dfa, dim=-1).square().T
-        totals = [
-            torch.ones_like(squares[:, 0]),
-            summed.square().sum(1),
-            summed.sum(1),
-            squares.sum(1),
-            (squares * (token == self._bos)).sum(1),
-        ]
-        self._totals.index_add_(0, owner, torch.cat([torch.stack(totals, 1), of_heads], 1).double())
-        key = (owner[:, None] * self._d_vocab + token)[exists]
-        value = torch.cat([torch.ones_like(own)[None], squares[None], own[None], by_head.square(), attention])
-        return key, value.permute(1, 2, 0)[exists]
+    def _contributions(self, attention: Attention, row: Tensor, query: Tensor, latent: Tensor) -> "_Contributions":
+        """DFA of the pairs of a batch: some pairs at a time, so that [head, pair, source] stays in the cache."""
+        weights, columns = self.subject.weights, []
+        k = min(self._plan.n_sources or attention.pattern.shape[-1], attention.pattern.shape[-1])
+        n_pairs = torch.bincount(row, minlength=len(attention.z)).tolist()
+        for i, (queries, latents) in enumerate(zip(query.split(n_pairs), latent.split(n_pairs), strict=True)):
+            if len(queries) == 0:
+                continue
+            value = attention.value[i].transpose(0, 1).contiguous().transpose(0, 1)  # each head's values lie together
+            for q, j in zip(queries.split(_PAIRS), latents.split(_PAIRS), strict=True):
+                n = int(q[-1]) + 1  # later sources contribute 0
+                pattern = attention.pattern[i, :, :, :n]
+                dfa = attribution.dfa_of_sequence(weights, value[:n], pattern, q, j)
+                columns.append(_contributions_of(dfa, pattern, q, k))
+        if not columns:
+            return _Contributions.none(attention, len(weights.offset))
+        return _Contributions(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+    def _add_sources(self, found: "_Contributions", token: Tensor, query: Tensor, latent: Tensor, f: Tensor) -> None:
+        """Add the kept sources of the pairs of a batch, and their totals, by latent, threshold and token."""
+        level = torch.searchsorted(self._thresholds, f) if self._levels > 1 else 0
+        owner = latent * self._levels + level
+        exists = found.source <= query[:, None]  # all else is 0 where they do not: the padding of early queries
+        token = torch.where(exists, token, self._bos)
+        squares = found.summed.square()
+        at_bos = (squares * (token == self._bos)).sum(1)
+        one = torch.ones_like(at_bos)
+        totals = [one, found.total_square, found.heads.sum(1), squares.sum(1), at_bos]
+        self._totals.index_add_(0, owner, torch.cat([torch.stack(totals, 1), found.head_square], 1).double())
+        values = torch.cat(
+            [torch.stack([exists.to(squares), squares, found.summed], 2), found.by_head.square(), found.attention], 2
+        )
+        self._sources.add((owner[:, None] * self._d_vocab + token).flatten(), values.flatten(0, 1))
 
     def result(self) -> dict[str, np.ndarray]:
         """The arrays of the part."""
@@ -231,20 +222,64 @@ class _Tally:
         return {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
 
 
+class _Contributions(NamedTuple):
+    """DFA of some pairs: sums over all sources, and the kept ones."""
+
+    heads: Float[Tensor, "pair head"]
+    """C_h."""
+    head_square: Float[Tensor, "pair head"]
+    """Sum over sources of C[h, s]^2."""
+    total_square: Float[Tensor, " pair"]
+    """Sum over sources of (sum_h C[h, s])^2."""
+    source: Int[Tensor, "pair k"]
+    """Position of each kept source."""
+    summed: Float[Tensor, "pair k"]
+    """Its DFA, heads summed."""
+    by_head: Float[Tensor, "pair k head"]
+    attention: Float[Tensor, "pair k head"]
+
+    @classmethod
+    def none(cls, like: Attention, n_heads: int) -> "_Contributions":
+        """Of no pairs."""
+        empty = like.z.new_empty
+        columns = (empty(0, n_heads), empty(0, n_heads), empty(0), empty(0, 1, dtype=torch.int64), empty(0, 1))
+        return cls(*columns, empty(0, 1, n_heads), empty(0, 1, n_heads))
+
+
+def _contributions_of(
+    dfa: Float[Tensor, "head pair source"],
+    pattern: Float[Tensor, "head query source"],
+    query: Int[Tensor, " pair"],
+    k: int,
+) -> _Contributions:
+    summed, missing = dfa.sum(0), max(0, k - dfa.shape[2])
+    if missing:  # early queries have fewer sources than are kept: later ones, which contribute 0, fill up
+        summed, dfa, pattern = (torch.nn.functional.pad(t, (0, missing)) for t in (summed, dfa, pattern))
+    top = largest_sources(summed, k)
+    kept = (
+        top,
+        summed.gather(1, top),
+        dfa.gather(2, top[None].expand(len(dfa), -1, -1)).permute(1, 2, 0),
+        pattern[:, query[:, None], top].permute(1, 2, 0),
+    )
+    squares = torch.linalg.vector_norm(dfa, dim=-1).square().T
+    return _Contributions(dfa.sum(-1).T, squares, summed.square().sum(1), *kept)
+
+
 def _active(
-    sae: SAE, z: Float[Tensor, "query d_in"], text: Bool[Tensor, " query"]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """(query, latent, activation, pre-activation) of the active latents of a sequence by query, and their number."""
-    found, n_active = [], 0
-    for start, rows in zip(range(0, len(z), _ROWS), z.split(_ROWS), strict=True):
-        pre = sae.pre_activations(rows)
+    sae: SAE, z: Float[Tensor, "row query d_in"], text: Bool[Tensor, "row query"]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """(row, query, latent, activation, pre-activation) of the active latents of text tokens in order; their number."""
+    flat, is_text, found, n_active = z.flatten(0, 1), text.flatten(), [], 0
+    for start in range(0, len(flat), _ROWS):
+        pre = sae.pre_activations(flat[start : start + _ROWS])
         f = sae.activation(pre)
-        active = f > 0
-        query, latent = active.nonzero(as_tuple=True)
-        n_active += int(active.sum(1)[text[start : start + _ROWS]].sum())
-        found.append((query + start, latent, f[query, latent], pre[query, latent]))
-    query, latent, f, pre = (torch.cat(column) for column in zip(*found, strict=True))
-    return query, latent, f, pre, n_active
+        active = (f > 0) & is_text[start : start + _ROWS, None]
+        n_active += int(active.sum())
+        token, latent = active.nonzero(as_tuple=True)
+        found.append((token + start, latent, f[token, latent], pre[token, latent]))
+    token, latent, f, pre = (torch.cat(column) for column in zip(*found, strict=True))
+    return token // z.shape[1], token % z.shape[1], latent, f, pre, n_active
 
 
 def _moment_rows(
@@ -259,13 +294,13 @@ def _moment_rows(
     return torch.cat(columns, 1)
 
 
-def largest_sources(summed: Float[Tensor, "pair source"], k: int | None) -> Int[Tensor, "pair k"]:
-    """The k sources of largest |DFA|, in no order, all when k is None; |DFA| counts to about four digits.
+def largest_sources(summed: Float[Tensor, "pair source"], k: int) -> Int[Tensor, "pair k"]:
+    """The k sources of largest |DFA|, in no order; |DFA| counts to about four digits.
 
     The source's index takes the place of the last bits of the number, so that selecting numbers selects indices.
     """
     n = summed.shape[1]
-    if k is None or k >= n:
+    if k >= n:
         return torch.arange(n, device=summed.device).expand_as(summed)
     mask = (1 << (n - 1).bit_length()) - 1
     packed = (summed.abs().float().view(torch.int32) & ~mask) | torch.arange(n, dtype=torch.int32, device=summed.device)
@@ -316,7 +351,7 @@ def read_examples(
         attention = model.attentions(tokens, [subject.layer])[subject.layer]
         where = (row, torch.from_numpy(query[low:high]).to(model.device))
         chosen = torch.from_numpy(latent[low:high].astype(np.int64)).to(model.device)
-        columns.append(_examples(subject, attention, where, chosen, plan.n_sources or 8))
+        columns.append(_examples(subject, attention, where, chosen, min(plan.n_sources or 8, corpus.block_size)))
     joined = {name: torch.cat([c[name] for c in columns]).cpu().numpy() for name in columns[0]} if columns else {}
     order = np.lexsort((position, latent))
     return {

@@ -14,6 +14,7 @@ from headscope.index.config import N_BINS, QUANTILES, IndexPlan
 from headscope.index.parts import SortedParts
 
 _CONTEXT = (10, 4)  # tokens before and after that decide whether two top examples are the same text
+_WEAKEST = (1 << 32) - 1  # less the bits of an activation: the strongest first
 _CANDIDATES = 20  # times the number of top examples: how many are searched for distinct ones
 
 Rows = dict[str, np.ndarray]
@@ -140,7 +141,7 @@ def _count(found: Distributions, rows: Rows, maximum: np.ndarray) -> None:
 
 def _quantiles(quantiles: np.ndarray, rows: Rows) -> None:
     """Of each latent, with linear interpolation between order statistics."""
-    order = np.lexsort((rows["activation"], rows["latent"]))
+    order = _sorted(rows["latent"], _bits(rows["activation"]))
     latent, f = rows["latent"][order], rows["activation"][order].astype(np.float64)
     present, start, n = np.unique(latent, return_index=True, return_counts=True)
     at = np.asarray(QUANTILES) * (n[:, None] - 1)
@@ -164,8 +165,8 @@ def choose_groups(
         blocks: tokens of the corpus.
         plan: how many of each.
     """
-    drawn = priority(rows["position"])
-    rank, n = _rank(rows, -rows["activation"])
+    drawn = (priority(rows["position"]) * 2**32).astype(np.int64)
+    rank, n = _rank(rows["latent"], _WEAKEST - _bits(rows["activation"]))
     interval = (rows["activation"] / (maximum[rows["latent"]] / plan.intervals)).astype(np.int64)
     interval = np.clip(interval, 0, plan.intervals - 1)
     quantile = _split(rank, n, plan.quantiles)
@@ -177,17 +178,26 @@ def choose_groups(
         _groups("random", rows, none, drawn, plan.random, scale),
         _groups("quantile", rows, quantile, drawn, plan.per_quantile, scale),
         _intervals(_groups("interval", rows, plan.intervals - 1 - interval, drawn, plan.per_interval, scale), width, plan),
-        _groups("threshold", rows, none, -rank.astype(float), plan.near_threshold, scale, only_chosen=True),
+        _groups("threshold", rows, none, n - 1 - rank, plan.near_threshold, scale, only_chosen=True),
     ]
     return [_by_latent(_concatenated(chosen))]
 
 
-def _rank(rows: Rows, by: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rank of each row among those of its latent (0 is the smallest; ties by order), and how many these are."""
-    order = np.lexsort((by, rows["latent"]))
-    latent = rows["latent"][order]
-    starts = np.flatnonzero(np.diff(latent, prepend=-1))
-    lengths = np.diff(np.append(starts, len(latent)))
+def _bits(f: Float[np.ndarray, " n"]) -> np.ndarray:
+    """Whole numbers below 2^32 in the order of non-negative float32."""
+    return np.ascontiguousarray(f, dtype=np.float32).view(np.uint32).astype(np.int64)
+
+
+def _sorted(group: Int[np.ndarray, " n"], by: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """The order by group, then by a number below 2^32, then as they came; one key sorts faster than two."""
+    return np.argsort((group.astype(np.int64) << 32) | by, kind="stable")
+
+
+def _rank(latent: Int[np.ndarray, " n"], by: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+    """Rank of each row among those of its latent (0 is the smallest; ties as they came), and how many these are."""
+    order = _sorted(latent, by)
+    starts = np.flatnonzero(np.diff(latent[order], prepend=-1))
+    lengths = np.diff(np.append(starts, len(order)))
     rank, n = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order)) - np.repeat(starts, lengths)
     n[order] = np.repeat(lengths, lengths)
@@ -216,8 +226,9 @@ def _groups(
 
     `only_chosen`: the group is those rows alone.
     """
-    order = np.lexsort((order_by, number, rows["latent"]))
-    key = rows["latent"][order] * (number.max(initial=0) + 1) + number[order]
+    group = rows["latent"] * (number.max(initial=0) + 1) + number
+    order = _sorted(group, order_by)
+    key = group[order]
     start = np.flatnonzero(np.diff(key, prepend=-1))
     length = np.diff(np.append(start, len(key)))
     chosen = np.arange(len(key)) - np.repeat(start, length) < n
@@ -255,16 +266,16 @@ def _intervals(groups: Groups, width: np.ndarray, plan: IndexPlan) -> Groups:
 
 def _top(rows: Rows, blocks: Blocks, n: int) -> Groups:
     """The strongest active tokens, each text once."""
-    rank, _ = _rank(rows, -rows["activation"])
+    rank, _ = _rank(rows["latent"], _WEAKEST - _bits(rows["activation"]))
     candidates = np.flatnonzero(rank < n * _CANDIDATES)
-    candidates = candidates[np.lexsort((rank[candidates], rows["latent"][candidates]))]  # latent by latent, strongest first
+    candidates = candidates[_sorted(rows["latent"][candidates], rank[candidates])]  # latent by latent, strongest first
     latent, position = rows["latent"][candidates], rows["position"][candidates]
     key = _text_hash(latent, position, blocks)
     _, first, which, copies = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
     distinct = np.zeros(len(candidates), dtype=bool)
     distinct[first] = True
     at = np.flatnonzero(distinct)
-    distinct_rank, _ = _rank({"latent": latent[at]}, at)
+    distinct_rank, _ = _rank(latent[at], at)
     at = at[distinct_rank < n]
     f = rows["activation"][candidates][at].astype(np.float64)
     start = np.flatnonzero(np.diff(latent[at], prepend=-1))
