@@ -97,9 +97,7 @@ def _write_corpus(folder: Path, shape: Shape, rng: np.random.Generator) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- pairs and examples
-def _write_pairs(
-    folder: Path, shape: Shape, counts: np.ndarray, maximum: np.ndarray, rng: np.random.Generator
-) -> None:
+def _write_pairs(folder: Path, shape: Shape, counts: np.ndarray, maximum: np.ndarray, rng: np.random.Generator) -> None:
     """Activations, groups and examples, a range of latents at a time."""
     pool = rng.standard_normal((_POOL_ROWS, shape.heads), dtype=np.float32) * 0.3
     write = ActivationWriter(folder / "activations", shape.heads)

@@ -198,7 +198,9 @@ def test_the_seven_shares_by_head(case):
             assert shares.dfa_covariance.sum() == pytest.approx(1, abs=1e-3 if case.name == "float32" else 1e-9)
         assert shares.top_head == int(np.argmax(dfa))
         assert shares.participation == pytest.approx(1 / sum(dfa**2), rel=1e-4)
-        assert shares.disagreement == pytest.approx(np.abs(dfa - np.array(norms["decoder"]) / np.sum(norms["decoder"])).sum() / 2, abs=1e-5)
+        assert shares.disagreement == pytest.approx(
+            np.abs(dfa - np.array(norms["decoder"]) / np.sum(norms["decoder"])).sum() / 2, abs=1e-5
+        )
 
 
 def test_bias_and_logit_effects(case):
@@ -267,7 +269,9 @@ def test_source_tokens(case, k, threshold):
             continue
         assert found.threshold == threshold
         assert found.n_active == totals["n"]
-        near([found.kept, found.bos_share], [totals["kept"] / totals["d2"], totals["bos"] / totals["d2"]], case.tolerance)
+        near(
+            [found.kept, found.bos_share], [totals["kept"] / totals["d2"], totals["bos"] / totals["d2"]], case.tolerance
+        )
         if k is None:
             assert found.kept == pytest.approx(1, abs=1e-12)
         assert [t.share for t in found.tokens] == sorted((t.share for t in found.tokens), reverse=True)
@@ -419,7 +423,9 @@ def test_null_directions_are_what_they_say(case):
         near(null.dfa, share, case.stored)
         assert (null.dfa_covariance is None) == (null.n_active == 1)
         if null.n_active > 1:
-            near(null.dfa_covariance, covariance, {"rtol": 1e-3, "atol": 1e-3} if case.name == "float32" else case.stored)
+            near(
+                null.dfa_covariance, covariance, {"rtol": 1e-3, "atol": 1e-3} if case.name == "float32" else case.stored
+            )
         if null.kind == "permuted":
             own = naive.encoder[:, :, null.latent]
             shifts = [s for s in range(n_heads) if np.allclose(np.roll(own, -s, axis=0), direction)]

@@ -11,6 +11,8 @@ PUBLIC = [
     "Corpus",
     "FeatureIndex",
     "HeadscopeError",
+    "IndexPlan",
+    "LiveIndex",
     "Model",
     "SAE",
     "Site",

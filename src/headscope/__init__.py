@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from headscope.corpus import Corpus, load_corpus
     from headscope.errors import HeadscopeError
     from headscope.index.build import build_index
+    from headscope.index.config import IndexPlan
+    from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
     from headscope.models.hf import Model
     from headscope.models.load import load_model
@@ -25,6 +27,8 @@ _HOME = {
     "Corpus": "headscope.corpus",
     "FeatureIndex": "headscope.index.store",
     "HeadscopeError": "headscope.errors",
+    "IndexPlan": "headscope.index.config",
+    "LiveIndex": "headscope.index.live",
     "Model": "headscope.models.hf",
     "SAE": "headscope.sae.model",
     "Site": "headscope.site",
@@ -43,6 +47,8 @@ __all__ = [
     "Corpus",
     "FeatureIndex",
     "HeadscopeError",
+    "IndexPlan",
+    "LiveIndex",
     "Model",
     "Site",
     "TrainConfig",

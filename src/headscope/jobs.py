@@ -20,6 +20,7 @@ from headscope.site import Kind, Site
 
 if TYPE_CHECKING:
     from headscope.explorer.cards import IndexCards
+    from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
     from headscope.models.hf import Model
     from headscope.sae.quality import Quality
@@ -164,6 +165,23 @@ def index(
         on_progress=on_progress,
     )
     return tuple(FeatureIndex.open(folder) for folder in folders) if workers.rank == 0 else ()
+
+
+def live(index: str | Path, *, model: str | None = None, sae: str | Path | None = None) -> "LiveIndex":
+    """Open an index with the model and the SAE that its manifest names, or with others of the same weights.
+
+    Raises:
+        HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
+    """
+    from headscope.index.live import LiveIndex
+    from headscope.index.store import FeatureIndex
+    from headscope.models.load import load_model
+    from headscope.sae.formats import load_sae, sae_hash
+
+    opened = FeatureIndex.open(index)
+    name = sae or opened.manifest["sae"]["name"]
+    opened.check_same(sae_hash=sae_hash(name))
+    return LiveIndex(opened, load_model(model or opened.manifest["model"]["name"]), load_sae(name))
 
 
 def _measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:

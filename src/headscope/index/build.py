@@ -280,9 +280,7 @@ class _Build:
         pairs = SortedParts(self._parts(number, "pairs"))
         totals = self._totals(pairs)
         distributions, groups = self._swept(number)
-        correlated = most_correlated(
-            pairs, *totals.over_all_tokens(), totals.n_tokens, corpus.blocks.size, N_CORRELATED
-        )
+        correlated = most_correlated(pairs, *totals.over_all_tokens(), totals.n_tokens, N_CORRELATED)
         example_tokens = _top_tokens(groups, corpus, subject.sae.d_sae)
         features = tables.feature_table(model, subject, totals, distributions, correlated, example_tokens)
         sources, source_totals = tables.source_tables(model, pairs, shared, self.plan)

@@ -165,7 +165,9 @@ class FeatureIndex:
         """Blocks of the corpus."""
         return int(self.manifest["corpus"]["n_blocks"])
 
-    def _check_latent(self, latent: int) -> None:
+    def check_latent(self, latent: int) -> None:
+        """Raise IndexFormatError when the SAE has no such latent."""
+        """Raise IndexFormatError when the SAE has no such latent."""
         if not 0 <= latent < self.n_latents:
             raise IndexFormatError(
                 f"latent {latent}", expected=f"0 to {self.n_latents - 1}", do="choose one of the SAE's latents"
@@ -177,7 +179,7 @@ class FeatureIndex:
         Raises:
             IndexFormatError: no such latent.
         """
-        self._check_latent(latent)
+        self.check_latent(latent)
         row = {name: self._features[name][latent].as_py() for name in self._features.column_names}
         density = wilson(row["n_active"], int(self.manifest["corpus"]["n_tokens"]))
         plain = ("n_active", "density", "mean", "std", "skew", "kurtosis", "maximum", "bias", "copy_rank")
@@ -220,7 +222,7 @@ class FeatureIndex:
         Raises:
             IndexFormatError: no such latent, or the index was built without this threshold.
         """
-        self._check_latent(latent)
+        self.check_latent(latent)
         thresholds = self.manifest["thresholds"]
         chosen = float(thresholds[0] if threshold is None else threshold)
         if chosen not in thresholds:
@@ -247,7 +249,7 @@ class FeatureIndex:
         Raises:
             IndexFormatError: no such latent.
         """
-        self._check_latent(latent)
+        self.check_latent(latent)
         table = self.sql("SELECT * EXCLUDE (latent) FROM activations WHERE latent = ? ORDER BY position", [latent])
         heads = [table[f"head_{h}"].to_numpy() for h in range(self.manifest["model"]["n_heads"])]
         return Activations(table["position"].to_numpy(), table["activation"].to_numpy(), np.stack(heads, axis=1))
@@ -258,7 +260,7 @@ class FeatureIndex:
         Raises:
             IndexFormatError: no such latent.
         """
-        self._check_latent(latent)
+        self.check_latent(latent)
         by_position = {example.position: example for example in _examples(self._examples.of(latent))}
         plain = ("kind", "number", "low", "high", "n", "share_active", "share_mass")
         return tuple(

@@ -224,7 +224,10 @@ def feature_table(
 ) -> pa.Table:
     """One row a latent; what only a live latent has is null for a dead one."""
     sae, weights, n_heads = subject.sae, subject.weights, model.spec.n_heads
-    columns: dict[str, Any] = {"latent": pa.array(range(sae.d_sae), pa.int32()), **totals.columns(distributions.central)}
+    columns: dict[str, Any] = {
+        "latent": pa.array(range(sae.d_sae), pa.int32()),
+        **totals.columns(distributions.central),
+    }
     dead = totals.n_active == 0
     for name in ("quantiles", "histogram", "mass"):
         columns[name] = _nullable_lists(getattr(distributions, name), dead)
