@@ -37,8 +37,8 @@ from headscope.site import Site
 
 CONFIGS = {
     "tiny": "bundled tiny (d_model 128, 8 heads), tiny-z1 (2,048 latents), held-out Python, blocks of 256",
-    "gelu-2l": "random GPT-2-like (2 layers, d_model 512, 8 heads, vocabulary 48,262), random SAE (16,384 latents, L0 12), "
-    "Zipf tokens, blocks of 256",
+    "gelu-2l": "random GPT-2-like (2 layers, d_model 512, 8 heads, vocabulary 48,262), random SAE (16,384 latents, "
+    "L0 12), Zipf tokens, blocks of 256",
 }
 TOKENS = {"tiny": 1_000_000, "gelu-2l": 500_000}
 QUICK_TOKENS = {"tiny": 200_000, "gelu-2l": 30_000}

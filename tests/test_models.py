@@ -96,6 +96,10 @@ def test_reading_one_site_is_reading_all(model, length):
         assert_close(model.read(tokens, [site])[site], together[site], **EXACT)
 
 
+def test_reading_nothing_is_nothing(model, tokens):
+    assert model.read(tokens, []) == {} == model.attentions(tokens, [])
+
+
 def test_shapes_are_those_that_site_states(model, tokens):
     spec, (batch, n) = model.spec, tokens.shape
     stream, square = (batch, n, spec.d_model), (batch, spec.n_heads, n, n)
@@ -412,6 +416,17 @@ def test_an_edit_may_itself_run_the_model(model, tokens):
         assert_close(model.logits(tokens), expected, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
+def test_an_edit_may_run_the_model_between_two_others(random_model, family):
+    model = random_model(family, dtype=torch.float64)
+    tokens, offset = some_tokens(model), model.value_offset(1)
+    mid, mlp_in = Site("resid_mid", 0), Site("mlp_in", 0)
+    with model.edit({mid: EDITS["resid_mid"], mlp_in: lambda value: value + offset}):
+        expected = model.logits(tokens)
+    with model.edit({mid: EDITS["resid_mid"], mlp_in: lambda value: value + model.value_offset(1)}):
+        assert_close(model.logits(tokens), expected, atol=1e-12, rtol=1e-12)
+
+
 # -------------------------------------------------------------------------------------------------- leaving no trace
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_model_is_bit_identical_after_edits_that_raise(model, tokens, kind):
@@ -440,6 +455,26 @@ def test_the_model_is_bit_identical_after_edits_that_raise(model, tokens, kind):
     assert model.module.config._attn_implementation == implementation == "sdpa"
     assert not attention_function._watched
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
+
+
+def test_a_run_that_failed_leaves_nothing_for_the_next(random_model):
+    model = random_model("gpt2", dtype=torch.float64)
+    tokens, runs = some_tokens(model), []
+    clean = model.logits(tokens)
+
+    def only_at_first(value):
+        runs.append(None)
+        return 2 * value if len(runs) == 1 else value
+
+    def fail_at_first(value):
+        if len(runs) == 1:
+            raise RuntimeError
+        return value
+
+    with model.edit({Site("resid_mid", 0): only_at_first, Site("ln2_scale", 0): fail_at_first}):
+        with pytest.raises(RuntimeError):
+            model.logits(tokens)
+        assert torch.equal(model.logits(tokens), clean)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

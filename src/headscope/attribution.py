@@ -85,7 +85,7 @@ def dfa_by_source(
 def source_table(
     weights: HeadWeights, values: Float[Tensor, "vocab head d_head"], head: int, latent: Int[Tensor, " pair"]
 ) -> Float[Tensor, "pair vocab"]:
-    """The static table of what each token would contribute through one head if it alone were attended to, with weight 1.
+    """The static table of what each token would contribute through a head if it alone were attended to, with weight 1.
 
     `S[j, t] = (v_t[h] - c_h) . W_enc[h, :, j]` with v_t the value of token t read alone (`Model.token_values`): no text
     is needed. For an induction feature the largest entry is the token it predicts.
@@ -100,7 +100,7 @@ def encoder_share(weights: HeadWeights) -> Float[Tensor, "d_sae head"]:
 
 
 def encoder_share_through_value(weights: HeadWeights, model: Model, layer: int) -> Float[Tensor, "d_sae head"]:
-    """`||W_V[h] W_enc[h, :, j]|| / sum over heads`: what the encoder reads of the residual stream, free of z's basis."""
+    """`||W_V[h] W_enc[h, :, j]|| / sum over heads`: what it reads of the residual stream, free of z's basis."""
     value = model.W_V(layer)  # [head, d_model, d_head]
     return _share(_norm_through(weights.encoder, value.transpose(1, 2)))
 
@@ -148,7 +148,7 @@ class LogitEffects:
     """Of a normal distribution: 3."""
 
 
-def direct_logit_effects(sae: SAE, model: Model, k: int = 20, rows: int = 1024) -> LogitEffects:
+def direct_logit_effects(sae: SAE, model: Model, k: int = 20, rows: int = 128) -> LogitEffects:
     """The tokens each latent raises and lowers most by the direct path, `W_dec @ W_O @ W_U`.
 
     The final norm's gain and centring are folded into W_U, its scale is left out (`Model.logit_directions`).

@@ -117,9 +117,7 @@ def _result(sae: Path, index: Path) -> DemoResult:
 def copiers(index: "FeatureIndex") -> tuple[Copier, ...]:
     """Live features whose top logit is the token that most of their DFA comes from, through mostly one head."""
     vocabulary, _ = index.vocabulary
-    rows = index.table().select(
-        ["latent", "top_logit", "top_source", "top_source_share", "top_head", "top_head_share"]
-    )
+    rows = index.table().select(["latent", "top_logit", "top_source", "top_source_share", "top_head", "top_head_share"])
     found = []
     for row in rows.to_pylist():
         own = row["top_source"] is not None and row["top_source"] == row["top_logit"]

@@ -29,9 +29,8 @@ from headscope.capture import check_corpus
 from headscope.corpus import Corpus
 from headscope.errors import IndexFormatError, OutputError, SAEError
 from headscope.index import tables
-from headscope.index.config import DEFINITIONS, FORMAT_VERSION, IndexPlan
+from headscope.index.config import DEFINITIONS, FORMAT_VERSION, N_CORRELATED, IndexPlan
 from headscope.index.correlations import most_correlated
-from headscope.index.config import N_CORRELATED
 from headscope.index.parts import Parts, SortedParts, Workers, locked
 from headscope.index.passes import Subject, read_examples, read_part, subjects_of
 from headscope.index.sweep import Distributions, Groups, sweep
@@ -235,9 +234,11 @@ class _Build:
         pairs = SortedParts(self._parts(number, "pairs"))
         writer = tables.ActivationWriter(folder, self.model.spec.n_heads)
         d_sae = self.saes[number].d_sae
+        totals = self._totals(pairs)
         distributions, groups = sweep(
             pairs,
-            pairs.maxima("maximum").astype(np.float64),
+            totals.maximum,
+            totals.mean,
             self.corpus.blocks,
             self.plan,
             writer,
@@ -254,15 +255,15 @@ class _Build:
         return Distributions(**plain), Groups(**groups)
 
     def _read_examples(self, subjects: Sequence[Subject], report: Progress) -> None:
-        size = self.corpus.block_size
         for number, subject in enumerate(subjects):
             latent, position = _chosen(self._swept(number)[1])
 
-            def make(part: int) -> dict[str, np.ndarray]:
+            def make(part: int, subject: Subject = subject, latent=latent, position=position) -> dict[str, np.ndarray]:
                 report("sources", part, self.n_parts)
                 blocks = self._blocks(part)
-                low, high = np.searchsorted(position, [blocks[0] * size, (blocks[-1] + 1) * size])
-                return read_examples(self.model, subject, self.corpus, latent[low:high], position[low:high], self.plan)
+                bounds = np.array([blocks[0], blocks[-1] + 1]) * self.corpus.block_size
+                own = slice(*np.searchsorted(position, bounds))
+                return read_examples(self.model, subject, self.corpus, latent[own], position[own], self.plan)
 
             stage = self._parts(number, "examples")
             stage.make(self.workers, make)
@@ -275,9 +276,9 @@ class _Build:
         """Write one index but for its activations, which the sweep wrote."""
         model, corpus, n_heads = self.model, self.corpus, self.model.spec.n_heads
         folder = self.final / self.names[number]
-        shared = {name: self._total(name) for name in ("n_tokens", "token_counts", "source_pairs")}
+        shared = {name: self._total(name) for name in ("token_counts", "source_pairs")}
         pairs = SortedParts(self._parts(number, "pairs"))
-        totals = tables.Totals.of(pairs, n_heads, int(shared["n_tokens"][0]))
+        totals = self._totals(pairs)
         distributions, groups = self._swept(number)
         correlated = most_correlated(
             pairs, *totals.over_all_tokens(), totals.n_tokens, corpus.blocks.size, N_CORRELATED
@@ -298,8 +299,11 @@ class _Build:
         manifest = self._manifest(number, subject, totals) | {"files": _hashes(folder)}
         write_json(folder / "manifest.json", manifest)
 
+    def _totals(self, pairs: SortedParts) -> tables.Totals:
+        return tables.Totals.of(pairs, self.model.spec.n_heads, int(self._total("n_tokens")[0]))
+
     def _total(self, name: str) -> np.ndarray:
-        return sum(self._shared.read(part, [name])[name] for part in range(self.n_parts))
+        return np.sum([self._shared.read(part, [name])[name] for part in range(self.n_parts)], axis=0)
 
     def _losses(self, start: int, stop: int) -> np.ndarray:
         """Losses of blocks start to stop - 1."""

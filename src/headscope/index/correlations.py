@@ -43,7 +43,9 @@ def most_correlated(
             low = part["position"].min(initial=n_positions)
             width = part["position"].max(initial=0) - low + 1
             if starts[-1]:
-                f = sparse.csr_array((part["activation"].astype(np.float64), part["position"] - low, starts), (d_sae, width))
+                f = sparse.csr_array(
+                    (part["activation"].astype(np.float64), part["position"] - low, starts), (d_sae, width)
+                )
                 products += (f[first:last] @ f.T).toarray()
         own = np.arange(first, last)
         with np.errstate(divide="ignore", invalid="ignore"):

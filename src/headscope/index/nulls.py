@@ -48,7 +48,8 @@ class NullDirections:
         p = (z - weights.offset.flatten()) @ directions.flatten(1).T  # [token, null]
         n_active = (density[latent] * len(z)).round().long().clamp(1, max(1, len(z) - 1))
         ranked = p.sort(dim=0, descending=True).values
-        threshold = ranked.gather(0, n_active.clamp(max=len(z) - 1)[None])[0]
+        around = ranked.gather(0, torch.stack([n_active - 1, n_active.clamp(max=len(z) - 1)]))
+        threshold = around.mean(0)  # between two tokens: rounding moves neither across
         kind = torch.arange(2, device=directions.device).repeat_interleave(len(latent) // 2)
         return cls(kind, latent, directions, threshold)
 

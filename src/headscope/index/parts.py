@@ -1,7 +1,7 @@
 """Work in parts on disk: each part is whole or absent, found by its checksum, and made once by whichever rank owns it.
 
-A part is one safetensors file `<number>-<sha256, 16 digits>.safetensors`. Killed at any moment, a build goes on with the
-parts that stand. No torch here.
+A part is one safetensors file `<number>-<sha256, 16 digits>.safetensors`. Killed at any moment, a build goes on with
+the parts that stand. No torch here.
 """
 
 import fcntl
@@ -191,7 +191,9 @@ class SortedParts:
         if not pieces:
             return {"latent": np.empty(0, np.int64), **{name: np.empty(0) for name in names}}
         joined = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-        order = np.argsort((joined["latent"] - first).astype(np.uint16 if last - first <= 1 << 16 else np.int64), kind="stable")
+        order = np.argsort(
+            (joined["latent"] - first).astype(np.uint16 if last - first <= 1 << 16 else np.int64), kind="stable"
+        )
         return {name: column[order] for name, column in joined.items()}
 
     def slices(self, latent: int, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
@@ -216,7 +218,9 @@ class SortedParts:
             yield read_arrays(path, [*names, "counts"])
 
 
-def read_arrays(path: Path, names: Sequence[str] | None = None, low: int | None = None, high: int | None = None) -> dict:
+def read_arrays(
+    path: Path, names: Sequence[str] | None = None, low: int | None = None, high: int | None = None
+) -> dict:
     """Arrays of a safetensors file, or their rows low to high - 1.
 
     Raises:

@@ -16,7 +16,6 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
@@ -97,7 +96,9 @@ class FeatureIndex:
         Raises:
             IndexFormatError: some differ; they are named.
         """
-        damaged = [name for name, (_, digest) in self.manifest["files"].items() if file_hash(self.folder / name) != digest]
+        damaged = [
+            name for name, (_, digest) in self.manifest["files"].items() if file_hash(self.folder / name) != digest
+        ]
         if damaged:
             raise IndexFormatError(
                 f"{self.folder}: {', '.join(damaged)} changed after being written",
@@ -135,9 +136,11 @@ class FeatureIndex:
                 m["corpus"]["n_blocks"] * m["corpus"]["block_size"],
             ),
             "vocabulary": (pq.read_metadata(self.folder / "vocabulary.parquet").num_rows, m["model"]["d_vocab"]),
-            "activations": (pc.sum(self._features["n_active"]).as_py(), m["n_pairs"]),
+            "activations": (int(self._features["n_active"].to_numpy().sum()), m["n_pairs"]),
         }
-        wrong = [f"{in_table} {name} in the tables, {said}" for name, (in_table, said) in found.items() if in_table != said]
+        wrong = [
+            f"{in_table} {name} in the tables, {said}" for name, (in_table, said) in found.items() if in_table != said
+        ]
         if wrong:
             raise IndexFormatError(
                 f"{self.folder}: {'; '.join(wrong)} in the manifest", expected="the same", do="build the index again"
@@ -221,27 +224,23 @@ class FeatureIndex:
         """
         self._check_latent(latent)
         thresholds = self.manifest["thresholds"]
-        threshold = thresholds[0] if threshold is None else threshold
-        if threshold not in thresholds:
+        chosen = float(thresholds[0] if threshold is None else threshold)
+        if chosen not in thresholds:
             raise IndexFormatError(
-                f"threshold {threshold}",
+                f"threshold {chosen:g}",
                 expected=f"one of {', '.join(map(str, thresholds))}",
                 do="build the index with it: headscope index --thresholds",
             )
-        total = next(t for t in self._source_totals.of(latent).to_pylist() if t["threshold"] == threshold)
+        total = next(t for t in self._source_totals.of(latent).to_pylist() if t["threshold"] == chosen)
         if not total["n_active"]:
             return None
-        rows = (row for row in self._sources.of(latent).to_pylist() if row["threshold"] == threshold)
-        arrays = ("share_by_head", "attention", "attention_elsewhere")
-        plain = ("token", "n", "share", "share_linear", "frequency")
+        rows = (row for row in self._sources.of(latent).to_pylist() if row["threshold"] == chosen)
         return Sources(
-            threshold=threshold,
+            threshold=chosen,
             n_active=total["n_active"],
             kept=total["kept"],
             bos_share=total["bos_share"],
-            tokens=tuple(
-                SourceToken(**{n: row[n] for n in plain}, **{n: np.asarray(row[n]) for n in arrays}) for row in rows
-            ),
+            tokens=tuple(_source_token(row) for row in rows),
         )
 
     def activations(self, latent: int) -> Activations:
@@ -279,8 +278,9 @@ class FeatureIndex:
         """Directions that mean nothing, active as often as real features: the control of `Shares`."""
         rows = _read(self.folder / "nulls.parquet").to_pylist()
         return tuple(
-            Null(r["kind"], r["latent"], r["n_active"], _array(r["dfa_share"]), _array(r["dfa_covariance"]))
+            Null(r["kind"], r["latent"], r["n_active"], np.asarray(r["dfa_share"]), np.asarray(r["dfa_covariance"]))
             for r in rows
+            if r["dfa_share"] is not None and r["dfa_covariance"] is not None
         )
 
     # ----------------------------------------------------------------------------------------------------------- table
@@ -290,7 +290,7 @@ class FeatureIndex:
         dfa, decoder = _matrix(f["dfa_share"]), _matrix(f["decoder_share"])
         live = ~np.isnan(dfa).any(1)
         head, own = np.argmax(np.nan_to_num(dfa), axis=1), np.argmax(decoder, axis=1)
-        rows = np.arange(len(dfa))
+        rows, logits = np.arange(len(dfa)), _matrix(f["logit_top_tokens"])
         with np.errstate(invalid="ignore"):
             participation, disagreement = 1 / (dfa**2).sum(1), np.abs(dfa - decoder).sum(1) / 2
         sources = self.sql(
@@ -311,11 +311,11 @@ class FeatureIndex:
                 "disagreement": pa.array(disagreement, mask=~live),
                 "decoder_head": pa.array(own, pa.int32()),
                 "decoder_share": decoder[rows, own],
-                "top_logit": pc.list_element(f["logit_top_tokens"], 0),
-                "top_logit_value": pc.list_element(f["logit_top_values"], 0),
+                "top_logit": pa.array(logits[:, 0].astype(np.int32)),
+                "top_logit_value": _matrix(f["logit_top_values"])[:, 0],
                 "top_source": pa.array(source, pa.int32(), mask=source < 0),
                 "top_source_share": pa.array(share, mask=source < 0),
-                "logit_tokens": pc.list_slice(f["logit_top_tokens"], 0, 10),
+                "logit_tokens": pa.array(list(logits[:, :10].astype(np.int32))),
                 "example_tokens": f["example_tokens"],
             }
         )
@@ -364,9 +364,9 @@ class FeatureIndex:
         found = np.zeros(self.n_latents, dtype=bool)
         found[sources] = True
         for name in ("logit_tokens", "example_tokens"):
-            lists = self._table[name].combine_chunks()
-            owner = pc.list_parent_indices(lists).to_numpy()
-            found[owner[pc.list_flatten(lists).to_numpy() == token]] = True
+            values, offsets = _flat(self._table[name])
+            owner = np.repeat(np.arange(self.n_latents), np.diff(offsets))
+            found[owner[values == token]] = True
         return found
 
     # ---------------------------------------------------------------------------------------------------------- corpus
@@ -551,7 +551,9 @@ class _Blocks:
             if len(self._held) * self._blocks * self._size > _CACHED_TOKENS:
                 self._held.popitem(last=False)
         self._held.move_to_end(group)
-        return {name: values[number * self._size : (number + 1) * self._size] for name, values in self._held[group].items()}
+        return {
+            name: values[number * self._size : (number + 1) * self._size] for name, values in self._held[group].items()
+        }
 
 
 # ------------------------------------------------------------------------------------------------------------- records
@@ -559,18 +561,32 @@ def _array(values: list | None) -> np.ndarray | None:
     return None if values is None else np.asarray(values)
 
 
+def _flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a column of lists, and where each list begins and ends among them."""
+    array = lists.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    return array.values.to_numpy(), array.offsets.to_numpy()
+
+
 def _matrix(lists: pa.ChunkedArray) -> np.ndarray:
     """Lists of one length as rows; NaN where a list is null."""
-    lists = lists.combine_chunks()
-    present = lists.is_valid().to_numpy(zero_copy_only=False)
-    values = pc.list_flatten(lists).to_numpy()
-    matrix = np.full((len(lists), len(values) // max(1, present.sum())), np.nan)
-    matrix[present] = values.reshape(present.sum(), -1)
+    values, offsets = _flat(lists)
+    lengths = np.diff(offsets)
+    present = lengths > 0
+    matrix = np.full((len(lengths), lengths.max(initial=0)), np.nan)
+    matrix[present] = values[offsets[0] : offsets[-1]].reshape(present.sum(), -1)
     return matrix
 
 
 def _pairs(tokens: list[int] | None, values: list[float] | None) -> tuple[tuple[int, float], ...]:
     return () if tokens is None or values is None else tuple(zip(tokens, values, strict=True))
+
+
+def _source_token(row: dict[str, Any]) -> SourceToken:
+    values: dict[str, Any] = {name: row[name] for name in ("token", "n", "share", "share_linear", "frequency")}
+    for name in ("share_by_head", "attention", "attention_elsewhere"):
+        values[name] = np.asarray(row[name])
+    return SourceToken(**values)
 
 
 def _examples(table: pa.Table) -> list[Example]:
@@ -601,8 +617,5 @@ def _examples(table: pa.Table) -> list[Example]:
 
 def _cutter(lists: pa.ChunkedArray) -> Callable[[int], np.ndarray]:
     """The i-th list of a column as an array."""
-    array = lists.combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-    offsets = array.offsets.to_numpy()
-    values = array.values.to_numpy()
+    values, offsets = _flat(lists)
     return lambda i: values[offsets[i] : offsets[i + 1]]

@@ -52,11 +52,14 @@ class Distributions:
     quantiles: Float[np.ndarray, "latent q"]
     histogram: Int[np.ndarray, "latent bin"]
     mass: Float[np.ndarray, "latent bin"]
+    central: Float[np.ndarray, "latent power"]
+    """Sums of `(f - mean)^k` for k of 1 to 4: from sums of `f^k` little is left of them where the mean is large."""
 
 
 def sweep(
     pairs: SortedParts,
     maximum: Float[np.ndarray, " latent"],
+    mean: Float[np.ndarray, " latent"],
     blocks: Blocks,
     plan: IndexPlan,
     write: Callable[[Rows], None],
@@ -67,6 +70,7 @@ def sweep(
     Args:
         pairs: with the columns position, activation and heads.
         maximum: largest activation of each latent.
+        mean: activation of each, over its active tokens.
         blocks: tokens of the corpus.
         plan: how many examples, and how many rows to hold.
         write: called with consecutive rows, sorted by latent, then position.
@@ -74,7 +78,10 @@ def sweep(
     """
     n = len(maximum)
     found = Distributions(
-        np.zeros((n, len(QUANTILES))), np.zeros((n, N_BINS), dtype=np.int64), np.zeros((n, N_BINS))
+        quantiles=np.zeros((n, len(QUANTILES))),
+        histogram=np.zeros((n, N_BINS), dtype=np.int64),
+        mass=np.zeros((n, N_BINS)),
+        central=np.zeros((n, 4)),
     )
     groups: list[Groups] = []
     for first, last in pairs.ranges(plan.range_rows):
@@ -82,7 +89,7 @@ def sweep(
         rate = min(1.0, plan.range_rows / max(1, pairs.counts[first:last].sum()))
         for rows in _read(pairs, first, last, rate):
             write(rows)
-            _count(found, rows, maximum)
+            _count(found, rows, maximum, mean)
             narrow = {name: rows[name] for name in ("latent", "position", "activation")}
             kept.append(_sample(narrow, rate))
             strongest.append(_strongest(narrow, plan.top * _CANDIDATES) if rate < 1 else narrow)
@@ -126,8 +133,8 @@ def _strongest(rows: Rows, n: int) -> Rows:
     return {name: column[order] for name, column in rows.items()}
 
 
-def _count(found: Distributions, rows: Rows, maximum: np.ndarray) -> None:
-    """Add rows to the histograms."""
+def _count(found: Distributions, rows: Rows, maximum: np.ndarray, mean: np.ndarray) -> None:
+    """Add rows to the histograms and the central moments."""
     latent, f = rows["latent"], rows["activation"].astype(np.float64)
     if not len(latent):
         return
@@ -137,6 +144,9 @@ def _count(found: Distributions, rows: Rows, maximum: np.ndarray) -> None:
     span = slice(first, first + n)
     found.histogram[span] += np.bincount(which, minlength=n * N_BINS).reshape(n, N_BINS)
     found.mass[span] += np.bincount(which, weights=f, minlength=n * N_BINS).reshape(n, N_BINS)
+    centred = f - mean[latent]
+    for column, power in enumerate((centred, centred**2, centred**3, centred**4)):
+        found.central[span, column] += np.bincount(latent - first, weights=power, minlength=n)
 
 
 def _quantiles(quantiles: np.ndarray, rows: Rows) -> None:
@@ -177,7 +187,9 @@ def choose_groups(
         _top(top, blocks, plan.top),
         _groups("random", rows, none, drawn, plan.random, scale),
         _groups("quantile", rows, quantile, drawn, plan.per_quantile, scale),
-        _intervals(_groups("interval", rows, plan.intervals - 1 - interval, drawn, plan.per_interval, scale), width, plan),
+        _intervals(
+            _groups("interval", rows, plan.intervals - 1 - interval, drawn, plan.per_interval, scale), width, plan
+        ),
         _groups("threshold", rows, none, n - 1 - rank, plan.near_threshold, scale, only_chosen=True),
     ]
     return [_by_latent(_concatenated(chosen))]
@@ -321,5 +333,9 @@ def _by_latent(groups: Groups) -> Groups:
     start = np.cumsum(groups.n_chosen) - groups.n_chosen
     lengths = groups.n_chosen[order]
     chosen = np.repeat(start[order] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-    fields = {name: getattr(groups, name)[order] for name in Groups.__dataclass_fields__ if name not in ("position", "duplicates")}
+    fields = {
+        name: getattr(groups, name)[order]
+        for name in Groups.__dataclass_fields__
+        if name not in ("position", "duplicates")
+    }
     return Groups(**fields, position=groups.position[chosen], duplicates=groups.duplicates[chosen])

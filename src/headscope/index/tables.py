@@ -17,8 +17,8 @@ from headscope.corpus import Corpus
 from headscope.index.config import N_COPY, N_LOGITS, N_SOURCE_TOKENS, IndexPlan
 from headscope.index.nulls import KINDS as NULL_KINDS
 from headscope.index.parts import SortedParts
-from headscope.index.passes import MOMENTS, SOURCE_COLUMNS, SOURCE_TOTALS, Subject
-from headscope.index.sources import SourceSums, merge_by_key
+from headscope.index.passes import MOMENTS, SOURCE_COLUMNS, SOURCE_TOTALS, Subject, source_sums
+from headscope.index.sources import merge_by_key
 from headscope.index.sweep import KINDS, Distributions, Groups, Rows
 from headscope.models.hf import Model
 
@@ -159,20 +159,25 @@ class Totals:
         """Active tokens."""
         return self._sum("n").astype(np.int64)
 
+    @property
+    def mean(self) -> Float[np.ndarray, " latent"]:
+        """Of the activation over active tokens; 0 for a dead latent."""
+        return self._sum("f") / np.maximum(self._sum("n"), 1)
+
     def over_all_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the activation, zeros included."""
         mean = self._sum("f") / self.n_tokens
         return mean, np.sqrt(np.maximum(self._sum("f2") / self.n_tokens - mean**2, 0))
 
-    def columns(self) -> dict[str, Any]:
-        """Moments and DFA shares of each latent; null where they do not exist."""
+    def columns(self, central: Float[np.ndarray, "latent power"]) -> dict[str, Any]:
+        """Moments and DFA shares of each latent; null where they do not exist. `central`: as `Distributions` has it."""
         n = self._sum("n")
         dead = n == 0
         with np.errstate(divide="ignore", invalid="ignore"):
-            raw = [self._sum(name) / n for name in ("f", "f2", "f3", "f4")]
-            mean, variance, skew, kurtosis = _central(*raw)
+            mean = self._sum("f") / n
+            variance, skew, kurtosis = _central(*(central / n[:, None]).T)
             share, covariance, means = head_shares(n, self._sum("p"), self._sum("p2"), self.heads)
-        constant = dead | (variance <= 1e-12 * raw[1])
+        constant = dead | (variance <= 1e-12 * mean**2)
         return {
             "n_active": pa.array(self.n_active),
             "density": n / self.n_tokens,
@@ -188,11 +193,11 @@ class Totals:
 
 
 def _central(m1: np.ndarray, m2: np.ndarray, m3: np.ndarray, m4: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Mean, variance, skew and kurtosis from raw moments."""
+    """Variance, skew and kurtosis from moments about a point near the mean."""
     variance = m2 - m1**2
     third = m3 - 3 * m1 * m2 + 2 * m1**3
     fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
-    return m1, variance, third / variance**1.5, fourth / variance**2
+    return variance, third / variance**1.5, fourth / variance**2
 
 
 def head_shares(
@@ -219,7 +224,7 @@ def feature_table(
 ) -> pa.Table:
     """One row a latent; what only a live latent has is null for a dead one."""
     sae, weights, n_heads = subject.sae, subject.weights, model.spec.n_heads
-    columns: dict[str, Any] = {"latent": pa.array(range(sae.d_sae), pa.int32()), **totals.columns()}
+    columns: dict[str, Any] = {"latent": pa.array(range(sae.d_sae), pa.int32()), **totals.columns(distributions.central)}
     dead = totals.n_active == 0
     for name in ("quantiles", "histogram", "mass"):
         columns[name] = _nullable_lists(getattr(distributions, name), dead)
@@ -276,11 +281,11 @@ def source_tables(
 ) -> tuple[pa.Table, pa.Table]:
     """The largest source tokens of each latent above each threshold, and the totals they are shares of."""
     n_levels, n_heads, d_vocab = len(plan.thresholds), model.spec.n_heads, model.spec.d_vocab
-    sums = SourceSums(d_vocab, SOURCE_COLUMNS.index("d2"), None if plan.n_sources is None else 4 * N_SOURCE_TOKENS)
+    totals = pairs.totals("source_totals").reshape(-1, n_levels, len(SOURCE_TOTALS) + n_heads)
+    sums = source_sums(d_vocab, len(totals) * n_levels, plan)
     for part in pairs.each(["source_keys", "source_sums"]):
         sums.add(torch.from_numpy(part["source_keys"]), torch.from_numpy(part["source_sums"]))
     key, values = sums.result()
-    totals = pairs.totals("source_totals").reshape(-1, n_levels, len(SOURCE_TOTALS) + n_heads)
     totals = totals[:, ::-1].cumsum(1)[:, ::-1]  # those above a threshold are above all smaller ones
     attention = pairs.totals("attention")
     tables, of_totals = [], []
@@ -408,7 +413,12 @@ def write_examples(folder: Path, examples: SortedParts, block_size: int, range_r
         if len(rows["latent"]) == 0:
             continue
         table = _example_table(rows, block_size, n_heads)
-        connection.register("chosen", pa.table({"latent": rows["latent"], "position": rows["position"], "number": np.arange(len(rows["latent"]))}))
+        connection.register(
+            "chosen",
+            pa.table(
+                {"latent": rows["latent"], "position": rows["position"], "number": np.arange(len(rows["latent"]))}
+            ),
+        )
         active = connection.sql(
             f"""SELECT c.number, a.position % {block_size} AS at, a.activation, a.position = c.position AS own
             FROM read_parquet('{activations}') a JOIN chosen c
@@ -466,13 +476,11 @@ def _nullable(values: Float[np.ndarray, " row"], missing: np.ndarray) -> pa.Arra
     return pa.array(values, pa.float64(), mask=missing | ~np.isfinite(values))
 
 
-def _nullable_lists(
-    values: np.ndarray, missing: np.ndarray | None = None, kind: pa.DataType | None = None
-) -> pa.Array:
+def _nullable_lists(values: np.ndarray, missing: np.ndarray | None = None, kind: pa.DataType | None = None) -> pa.Array:
     """Rows as lists; null where a row is missing or not finite."""
-    missing = ~np.isfinite(values).all(1) if missing is None else missing
-    kind = kind or pa.from_numpy_dtype(values.dtype)
-    return pa.array([None if m else row for row, m in zip(values, missing, strict=True)], pa.list_(kind))
+    present = np.asarray(np.isfinite(values).all(axis=1) if missing is None else ~missing)
+    rows = [values[i] if present[i] else None for i in range(len(values))]
+    return pa.array(rows, pa.list_(kind or pa.from_numpy_dtype(values.dtype)))
 
 
 def _lists(values: np.ndarray, lengths: Sequence[int] | np.ndarray, kind: pa.DataType) -> pa.Array:
