@@ -47,7 +47,7 @@ TABLES = (
     "groups",
     "examples",
 )
-_CACHED = 64  # row groups of tokens held at a time
+_CACHED_TOKENS = 1 << 25  # tokens held at a time, 8 bytes each: a card shows text from all over the corpus
 
 
 class FeatureIndex:
@@ -57,17 +57,19 @@ class FeatureIndex:
         """Use `FeatureIndex.open`."""
         self.folder, self.manifest = folder, manifest
         self._connection = duckdb.connect()
+        self._connection.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
         self._lock = RLock()
         for name in TABLES:
             self._create_view(name, f"{glob.escape(str(folder))}/{name}.parquet")
         self._create_view("activations", f"{glob.escape(str(folder))}/activations/*.parquet")
         self._features = _read(folder / "features.parquet")
         self._check_sizes()
+        self._activations = _Activations(folder / "activations", self._features["n_active"].to_numpy())
         self._tokens = _Blocks(folder / "tokens.parquet", self.block_size)
-        self._examples = _Rows(folder / "examples.parquet", self.n_latents)
-        self._groups = _Rows(folder / "groups.parquet", self.n_latents)
-        self._sources = _Rows(folder / "sources.parquet", self.n_latents)
-        self._source_totals = _Rows(folder / "source_totals.parquet", self.n_latents)
+        self._examples = _Rows(folder / "examples.parquet")
+        self._groups = _Rows(folder / "groups.parquet")
+        self._sources = _Rows(folder / "sources.parquet")
+        self._source_totals = _Rows(folder / "source_totals.parquet")
 
     @classmethod
     def open(cls, folder: str | Path) -> "FeatureIndex":
@@ -250,7 +252,7 @@ class FeatureIndex:
             IndexFormatError: no such latent.
         """
         self.check_latent(latent)
-        table = self.sql("SELECT * EXCLUDE (latent) FROM activations WHERE latent = ? ORDER BY position", [latent])
+        table = self._activations.of(latent)
         heads = [table[f"head_{h}"].to_numpy() for h in range(self.manifest["model"]["n_heads"])]
         return Activations(table["position"].to_numpy(), table["activation"].to_numpy(), np.stack(heads, axis=1))
 
@@ -267,7 +269,7 @@ class FeatureIndex:
             ExampleGroup(
                 **{name: group[name] for name in plain},
                 examples=tuple(
-                    replace(by_position[p], duplicates=d)
+                    replace(by_position[p], duplicates=d) if d else by_position[p]
                     for p, d in zip(group["positions"], group["duplicates"], strict=True)
                 ),
             )
@@ -471,34 +473,62 @@ def _read(path: Path) -> pa.Table:
 
 
 class _Rows:
-    """A table sorted by latent, of which a few rows are read at a time."""
+    """A table sorted by latent, of which a few rows are read at a time: row groups are found by their statistics."""
 
-    def __init__(self, path: Path, n_latents: int) -> None:
+    def __init__(self, path: Path) -> None:
         self._file = pq.ParquetFile(path, page_checksum_verification=True)
-        self._n_latents = n_latents
         self._lock = RLock()
-        self._held: tuple[tuple[int, int], pa.Table] | None = None
-
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        latent = self._file.read(["latent"])["latent"].to_numpy()
-        return np.searchsorted(latent, np.arange(self._n_latents + 1))
-
-    @cached_property
-    def _group_starts(self) -> np.ndarray:
+        self._held: tuple[range, pa.Table] | None = None
         metadata = self._file.metadata
-        return np.cumsum([0] + [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        latent = [group.column(0).statistics for group in groups if group.num_rows]
+        if self._file.schema_arrow.names[0] != "latent" or not all(s is not None and s.has_min_max for s in latent):
+            raise ValueError(f"{path.name} lacks statistics of its latents")
+        self._first, self._last = np.array([s.min for s in latent]), np.array([s.max for s in latent])
 
     def of(self, latent: int) -> pa.Table:
         """The rows of one latent."""
+        first, last = np.searchsorted(self._last, latent), np.searchsorted(self._first, latent, side="right")
+        groups = range(int(first), int(last))
+        if not groups:
+            return self._file.schema_arrow.empty_table()
         with self._lock:
-            low, high = int(self._starts[latent]), int(self._starts[latent + 1])
-            first = int(np.searchsorted(self._group_starts, low, side="right")) - 1
-            last = max(first + 1, int(np.searchsorted(self._group_starts, high)))
-            last = min(last, self._file.metadata.num_row_groups)
-            if self._held is None or self._held[0] != (first, last):
-                self._held = (first, last), self._file.read_row_groups(list(range(min(first, last), last)))
-            return self._held[1].slice(low - int(self._group_starts[min(first, last)]), high - low).combine_chunks()
+            if self._held is None or self._held[0] != groups:
+                self._held = groups, self._file.read_row_groups(groups, use_threads=False)
+            table = self._held[1]
+        low, high = np.searchsorted(table["latent"].to_numpy(), [latent, latent + 1])
+        return table.slice(low, high - low).combine_chunks()
+
+
+class _Activations:
+    """All active pairs: the rows of a latent begin where those of all earlier ones end."""
+
+    def __init__(self, folder: Path, counts: Int[np.ndarray, " latent"]) -> None:
+        files = [pq.ParquetFile(path, page_checksum_verification=True) for path in sorted(folder.glob("*.parquet"))]
+        self._groups = [(file, i) for file in files for i in range(file.metadata.num_row_groups)]
+        rows = [file.metadata.row_group(i).num_rows for file, i in self._groups]
+        self._group_starts = np.cumsum([0, *rows])
+        self._starts = np.cumsum([0, *counts])
+        self._lock = RLock()
+        if self._group_starts[-1] != self._starts[-1]:
+            raise ValueError(f"{self._group_starts[-1]} rows in {folder.name}, {self._starts[-1]} in features.parquet")
+
+    def of(self, latent: int) -> pa.Table:
+        """The rows of one latent."""
+        low, high = self._starts[latent], self._starts[latent + 1]
+        first = int(np.searchsorted(self._group_starts, low, side="right")) - 1
+        last = max(first, int(np.searchsorted(self._group_starts, high)))
+        first = min(first, len(self._groups) - 1)
+        with self._lock:
+            read = [file.read_row_group(i, use_threads=False) for file, i in self._groups[first : max(last, first + 1)]]
+        table = pa.concat_tables(read).slice(low - self._group_starts[first], high - low)
+        if not (table["latent"].to_numpy() == latent).all():
+            raise IndexFormatError(
+                f"activations of latent {latent} are not where features.parquet says",
+                expected="activations sorted by latent, as many as it counts",
+                do="build the index again",
+            )
+        return table
 
 
 class _Blocks:
@@ -518,9 +548,9 @@ class _Blocks:
         """Columns of one block."""
         group, number = divmod(block, self._blocks)
         if group not in self._held:
-            table = self._file.read_row_group(group, columns=["token", "document"])
+            table = self._file.read_row_group(group, columns=["token", "document"], use_threads=False)
             self._held[group] = {name: table[name].to_numpy() for name in ("token", "document")}
-            if len(self._held) > _CACHED:
+            if len(self._held) * self._blocks * self._size > _CACHED_TOKENS:
                 self._held.popitem(last=False)
         self._held.move_to_end(group)
         return {
