@@ -182,9 +182,7 @@ def naive_index(model: Model, sae: SAE, corpus: Corpus) -> Naive:
                         for h in range(n_heads)
                     ]
                 )
-                pairs[int(j)].append(
-                    Pair(b * size + q, f[j], pre[j], dfa, pattern[:, q, : q + 1], block[: q + 1])
-                )
+                pairs[int(j)].append(Pair(b * size + q, f[j], pre[j], dfa, pattern[:, q, : q + 1], block[: q + 1]))
     bias = own_bias + c.reshape(-1) @ w_enc
     return Naive(
         model, sae, corpus, c, encoder, bias, pairs, np.array(dense), np.array(rows), attention, source_pairs, losses
