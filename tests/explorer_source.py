@@ -1,8 +1,25 @@
-"""A made-up, deterministic source of cards, with every kind of token that has ever broken such a page."""
+"""A made-up, deterministic index, with every kind of token that has ever broken such a page, and its cards."""
 
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+
+from headscope.errors import IndexFormatError
+from headscope.explorer.cards import IndexCards
+from headscope.index.config import QUANTILES
+from headscope.index.records import (
+    Correlated,
+    Example,
+    ExampleGroup,
+    Feature,
+    Null,
+    Shares,
+    Source,
+    SourceToken,
+    Sources,
+)
 
 D_SAE, N_HEADS, N_BLOCKS, BLOCK = 200, 8, 64, 256
 BOS, HOSTILE, EMOJI, LONE, NEWLINE, TAB = 0, 1, (2, 3, 4), (5, 6), 7, 8
@@ -93,272 +110,290 @@ VOCAB = (
     + [text.encode() for text in _PLAIN]
 )[:96]
 
-_COLUMNS = [
-    ("latent", "latent", "int"),
-    ("alive", "alive", "bool"),
-    ("density", "density", "percent"),
-    ("n_active", "n active", "int"),
-    ("max", "max", "float"),
-    ("mean", "mean", "float"),
-    ("top_head", "top head", "head"),
-    ("top_head_share", "DFA share", "percent"),
-    ("decoder_head", "decoder head", "head"),
-    ("decoder_share", "decoder share", "percent"),
-    ("top_logit", "top logit", "token"),
-    ("top_logit_value", "logit", "float"),
-    ("top_source", "top source", "token"),
-    ("top_source_share", "source share", "percent"),
-]
+
+N_TOKENS = N_BLOCKS * BLOCK
+BIAS = -0.21
+PLAN = {"top": 12, "random": 8, "quantile": 4, "interval": 4, "threshold": 4}
 
 
-class FakeSource:
-    """Cards of a dictionary that never was; every identity that a real card keeps, these keep."""
+class FakeIndex:
+    """An index of a dictionary that never was; every identity that a real one keeps, it keeps."""
 
     def __init__(self, d_sae: int = D_SAE) -> None:
-        self.d_sae = d_sae
+        self.n_latents = d_sae
         self.blocks = _blocks()
-        self.kept: dict[int, dict[str, Any]] = {}
-
-    def about(self) -> dict[str, Any]:
-        return {
-            "format": 1,
-            "title": "made-up attention SAE",
+        self.documents = [f"package/file{i}.py" for i in range(2 * N_BLOCKS)]
+        self.vocabulary = (list(VOCAB), [BOS])
+        self.n_blocks = N_BLOCKS
+        n_alive = sum(self.alive(latent) for latent in range(d_sae))
+        self.manifest: dict[str, Any] = {
+            "format_version": 2,
+            "headscope": "0.1.0",
+            "created": "2026-01-01T00:00:00Z",
             "site": "blocks.1.attn.hook_z",
-            "model": {"name": "made-up", "n_layers": 2, "n_heads": N_HEADS, "d_model": 128},
+            "layer": 1,
+            "model": {
+                "name": "made-up",
+                "n_layers": 2,
+                "n_heads": N_HEADS,
+                "d_head": 16,
+                "d_model": 128,
+                "hash": "sha256:1",
+            },
             "sae": {
                 "name": "made-up-z",
                 "architecture": "batchtopk",
-                "d_sae": self.d_sae,
+                "d_sae": d_sae,
                 "d_in": 128,
                 "hash": "sha256:0",
             },
             "corpus": {
                 "name": "nonsense",
-                "n_tokens": N_BLOCKS * BLOCK,
+                "n_tokens": N_TOKENS,
                 "n_blocks": N_BLOCKS,
                 "block_size": BLOCK,
                 "n_documents": 2 * N_BLOCKS,
                 "split": "held out",
             },
-            "n_alive": sum(self.alive(latent) for latent in range(self.d_sae)),
-            "n_dead": sum(not self.alive(latent) for latent in range(self.d_sae)),
+            "n_alive": n_alive,
             "l0": 12.1,
-            "quality": [
-                {
-                    "name": "L0",
-                    "value": "12.1 [12.0, 12.2]",
-                    "post": "12",
-                    "definition": "Active latents on a token, on average.",
-                },
-                {
-                    "name": "loss_recovered",
-                    "value": "91.0 % [90.5, 91.4]",
-                    "post": "87 %",
-                    "definition": "Share of the loss won back.",
-                },
-                {
-                    "name": "explained_variance",
-                    "value": "82.0 %",
-                    "post": "",
-                    "definition": "1 - residual variance.",
-                },
-            ],
-            "definitions": {"density": "Share of tokens on which the feature is active."},
-            "created": "2026-01-01T00:00:00Z",
-            "version": "0.1.0",
+            "quality": None,
+            "thresholds": [0.0, 1.5],
+            "definitions": {"density": "Share of tokens, as the index has it."},
         }
 
-    def vocab(self) -> dict[str, Any]:
-        return {"tokens": [token.decode("latin-1") for token in VOCAB], "special": [BOS]}
-
-    def alive(self, latent: int) -> bool:
+    @staticmethod
+    def alive(latent: int) -> bool:
         return latent % 25 != DEAD_LATENT
 
-    def table(self) -> dict[str, Any]:
-        names = [name for name, _, _ in _COLUMNS] + ["logit_tokens", "example_tokens"]
-        rows: dict[str, list[Any]] = {name: [] for name in names}
-        for latent in range(self.d_sae):
-            row = self._row(latent)
-            for name in names:
-                rows[name].append(row[name])
-        columns = [
-            {"name": name, "label": label, "kind": kind, "definition": f"What {label} is."}
-            for name, label, kind in _COLUMNS
-        ]
-        return {"columns": columns, "rows": rows}
-
-    def _row(self, latent: int) -> dict[str, Any]:
-        if not self.alive(latent):
-            empty: dict[str, Any] = {name: None for name, _, _ in _COLUMNS}
-            return (
-                empty
-                | {"latent": latent, "alive": False, "density": 0.0, "n_active": 0}
-                | {
-                    "logit_tokens": [],
-                    "example_tokens": [],
-                }
-            )
-        stats, heads, logits = self._stats(latent), self._heads(latent), self._logits(latent)
-        top, decoder = int(np.argmax(heads["dfa"])), int(np.argmax(heads["decoder"]))
-        return {
-            "latent": latent,
-            "alive": True,
-            **{name: stats[name] for name in ("density", "n_active", "max", "mean")},
-            "top_head": heads["names"][top],
-            "top_head_share": heads["dfa"][top],
-            "decoder_head": heads["names"][decoder],
-            "decoder_share": heads["decoder"][decoder],
-            "top_logit": logits["top"][0][0],
-            "top_logit_value": logits["top"][0][1],
-            "top_source": self.trigger(latent),
-            "top_source_share": 0.5,
-            "logit_tokens": [token for token, _ in logits["top"]],
-            "example_tokens": [self.trigger(latent)],
-        }
-
-    def trigger(self, latent: int) -> int:
+    @staticmethod
+    def trigger(latent: int) -> int:
         """The token on which a latent fires; latent 1 has the hostile one."""
         return latent % len(VOCAB) or 20
 
-    def feature(self, latent: int) -> dict[str, Any]:
-        if not 0 <= latent < self.d_sae:
-            raise IndexError(f"latents go from 0 to {self.d_sae - 1}")
-        if latent not in self.kept:
-            self.kept[latent] = self._card(latent)
-        return self.kept[latent]
-
-    def _card(self, latent: int) -> dict[str, Any]:
-        alive = self.alive(latent)
-        stats = self._stats(latent) if alive else {"n_tokens": N_BLOCKS * BLOCK, "n_active": 0, "density": 0.0}
-        return {
-            "latent": latent,
-            "alive": alive,
-            "stats": stats | {"density_upper95": 3 / (N_BLOCKS * BLOCK)},
-            "histogram": self._histogram(latent) if alive else None,
-            "heads": self._heads(latent),
-            "logits": self._logits(latent),
-            "sources": [[self.trigger(latent), 0.5, 20], [BOS, 0.3, 12], [30, 0.1, 4]] if alive else [],
-            "bias": -0.21,
-            "groups": self._groups(latent) if alive else [],
-        }
-
-    def context(self, block: int) -> dict[str, Any]:
-        if not 0 <= block < N_BLOCKS:
-            raise IndexError(f"blocks go from 0 to {N_BLOCKS - 1}")
-        names = [[1, f"package/file{2 * block}.py"], [128, f"package/file{2 * block + 1}.py"]]
-        return {"block": block, "document_at": names, "ids": self.blocks[block].tolist()}
-
-    def _maximum(self, latent: int) -> float:
+    @staticmethod
+    def maximum(latent: int) -> float:
         return round(0.5 + (latent * 37 % 100) / 10, 3)
 
-    def _stats(self, latent: int) -> dict[str, Any]:
-        n_tokens, n_active = N_BLOCKS * BLOCK, 300 + latent * 11 % 977
-        top = self._maximum(latent)
-        quantiles = [[p, round(top * p**2, 4)] for p in (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)]
-        stats = {"n_tokens": n_tokens, "n_active": n_active, "density": n_active / n_tokens, "max": top}
-        return stats | {"mean": top / 3, "std": top / 5, "quantiles": quantiles}
+    def tokens_of(self, block: int) -> np.ndarray:
+        return self.blocks[block]
 
-    def _histogram(self, latent: int) -> dict[str, Any]:
-        edges = np.linspace(0, self._maximum(latent), 51)
-        counts = np.floor(400 * np.exp(-np.arange(50) / 9) + 6 * np.exp(-(((np.arange(50) - 33) / 5) ** 2))).astype(int)
-        mass = counts * (edges[:-1] + edges[1:]) / 2
-        return {"edges": edges.tolist(), "counts": counts.tolist(), "mass": mass.tolist()}
+    def documents_of(self, block: int) -> np.ndarray:
+        return 2 * block + (np.arange(BLOCK) >= BLOCK // 2).astype(np.int64)
 
-    def _heads(self, latent: int) -> dict[str, Any]:
-        rng = np.random.default_rng(latent)
-        names = [f"1.{head}" for head in range(N_HEADS)]
-        boost = np.eye(N_HEADS)[latent % N_HEADS]
-        rows = {
-            key: rng.dirichlet(np.ones(N_HEADS) + 20 * boost) for key in ("encoder", "decoder_out", "dfa", "dfa_cov")
+    def nulls(self) -> tuple[Null, ...]:
+        rng = np.random.default_rng(9)
+        kinds = {"random": 8.0, "permuted": 2.0}
+        return tuple(
+            Null(kind, latent, 300, shares, shares)
+            for kind, even in kinds.items()
+            for latent, shares in enumerate(rng.dirichlet(np.full(N_HEADS, even), 50))
+        )
+
+    def table(self) -> pa.Table:
+        rows = [self._row(latent) for latent in range(self.n_latents)]
+        return pa.table({name: [row[name] for row in rows] for name in rows[0]})
+
+    def _row(self, latent: int) -> dict[str, Any]:
+        f, sources = self.feature(latent), self.sources(latent)
+        top = f.shares.top_head
+        decoder = int(np.argmax(f.shares.decoder))
+        return {
+            "latent": latent,
+            **{name: getattr(f, name) for name in ("n_active", "density", "mean", "std", "maximum")},
+            **{name: getattr(f, name) for name in ("skew", "kurtosis", "copy_rank", "bias")},
+            "top_head": top,
+            "top_head_share": None if f.shares.dfa is None else float(f.shares.dfa.max()),
+            "participation": f.shares.participation,
+            "disagreement": f.shares.disagreement,
+            "decoder_head": decoder,
+            "decoder_share": float(f.shares.decoder[decoder]),
+            "top_logit": f.logit_top[0][0],
+            "top_logit_value": f.logit_top[0][1],
+            "top_source": sources.tokens[0].token if sources else None,
+            "top_source_share": sources.tokens[0].share if sources else None,
+            "logit_tokens": [token for token, _ in f.logit_top[:10]],
+            "example_tokens": [self.trigger(latent)] if f.alive else [],
         }
-        agree = boost if latent % 5 else np.roll(boost, 1)
-        rows["decoder"] = rng.dirichlet(np.ones(N_HEADS) + 12 * agree)
-        return {"names": names} | {key: row.tolist() for key, row in rows.items()}
 
-    def _logits(self, latent: int) -> dict[str, Any]:
+    def feature(self, latent: int) -> Feature:
+        if not 0 <= latent < self.n_latents:
+            raise IndexFormatError(f"latent {latent}", expected=f"0 to {self.n_latents - 1}", do="choose another")
+        alive, top = self.alive(latent), self.maximum(latent)
+        histogram, mass = _histogram(latent, top)
+        n_active = int(histogram.sum()) if alive else 0
         order = np.random.default_rng(1000 + latent).permutation(len(VOCAB))
         if latent == HOSTILE:
             order = np.roll(order, -int(np.flatnonzero(order == HOSTILE)[0]))
-        values = np.linspace(3.2, 0.9, 20)
-        top = [[int(token), float(value)] for token, value in zip(order[:20], values, strict=True)]
-        bottom = [[int(token), -float(value)] for token, value in zip(order[::-1][:20], values, strict=True)]
-        return {"top": top, "bottom": bottom, "mean": 0.0, "std": 0.7}
+        values = np.linspace(3.2, 0.9, 20).tolist()
+        copy = np.roll(order, 1 if latent % 3 else 0)
+        return Feature(
+            latent=latent,
+            n_active=n_active,
+            density=n_active / N_TOKENS,
+            density_interval=(n_active / N_TOKENS * 0.9, n_active / N_TOKENS * 1.1),
+            mean=top / 3 if alive else None,
+            std=top / 5 if alive else None,
+            skew=1.25 if alive else None,
+            kurtosis=4.5 if alive else None,
+            maximum=top if alive else None,
+            quantiles=np.array([top * p**2 for p in QUANTILES]) if alive else None,
+            histogram=histogram if alive else None,
+            mass=mass if alive else None,
+            shares=_shares(latent, alive),
+            bias=BIAS,
+            logit_top=tuple(zip(order[:20].tolist(), values, strict=True)),
+            logit_bottom=tuple((token, -value) for token, value in zip(order[::-1][:20].tolist(), values, strict=True)),
+            logit_mean=0.0,
+            logit_std=0.7,
+            logit_skew=0.4,
+            logit_kurtosis=3.3,
+            copy_top=tuple(zip(copy[:10].tolist(), np.linspace(2.5, 1.0, 10).tolist(), strict=True)),
+            copy_rank=(0.0 if latent % 3 == 0 else 0.25) if alive else None,
+            correlated=tuple(Correlated((latent + 64 * i + 7) % self.n_latents, 0.8 / i, 0.5 / i) for i in range(1, 6))
+            if alive
+            else (),
+        )
 
-    def _groups(self, latent: int) -> list[dict[str, Any]]:
-        top = self._maximum(latent)
-        groups = [self._group(latent, "top", 0, "Top activations", 1.0, 0.6, 20)]
-        groups += [self._group(latent, "random", 0, "Random active tokens", 0.9, 0.05, 10)]
-        for kind, label in (("quantile", "Quantile"), ("interval", "Interval")):
-            for index in range(10):
-                lo, hi = index / 10, (index + 1) / 10
-                name = f"{label} {lo:.1f} to {hi:.1f}"
-                groups.append(self._group(latent, kind, index, name, hi, lo, 5))
-                groups[-1] |= {
-                    "lo": lo * top,
-                    "hi": hi * top,
-                    "share_active": 0.1,
-                    "share_mass": (2 * index + 1) / 100,
-                }
-        return groups
+    def sources(self, latent: int, threshold: float | None = None) -> Sources | None:
+        if not self.alive(latent):
+            return None
+        rng = np.random.default_rng([latent, 5])
+        boost = np.eye(N_HEADS)[latent % N_HEADS]
+        tokens = [self.trigger(latent), *(30 + np.arange(9)).tolist()]
+        shares = [0.5, 0.1, *np.linspace(0.05, 0.01, 8).tolist()]
+        return Sources(
+            threshold=threshold or 0.0,
+            n_active=200 if threshold else 400,
+            kept=0.93,
+            bos_share=0.12,
+            tokens=tuple(
+                SourceToken(
+                    token=token,
+                    n=40 - rank,
+                    share=share,
+                    share_by_head=share * rng.dirichlet(0.2 + 5 * boost),
+                    share_linear=share * 1.2,
+                    attention=0.05 + 0.6 * boost,
+                    attention_elsewhere=0.01 + 0.03 * boost,
+                    frequency=0.002 * (rank + 1),
+                )
+                for rank, (token, share) in enumerate(zip(tokens, shares, strict=True))
+            ),
+        )
 
-    def _group(self, latent: int, kind: str, index: int, label: str, high: float, low: float, n: int) -> dict[str, Any]:
-        salt = {"top": 0, "random": 20, "quantile": 30, "interval": 45}[kind] + (index if n == 5 else 0)
-        levels = np.linspace(high, low, n + 1)[:n] * self._maximum(latent)
-        examples = [self._example(latent, (salt + i) % N_BLOCKS, float(level)) for i, level in enumerate(levels)]
-        return {"kind": kind, "index": index, "label": label, "lo": None, "hi": None, "n": n} | {
-            "share_active": n / 300,
-            "share_mass": 0.1,
-            "examples": examples,
-        }
+    def examples(self, latent: int) -> tuple[ExampleGroup, ...]:
+        if not self.alive(latent):
+            return ()
+        feature, top = self.feature(latent), self.maximum(latent)
+        assert feature.histogram is not None
+        assert feature.mass is not None
+        made = [self._group(latent, "top", 0, 1.0, 0.6, 0.1), self._group(latent, "random", 0, 0.9, 0.05, 1.0)]
+        made += [self._group(latent, "quantile", i, 1 - i / 5, 0.8 - i / 5, 0.2) for i in range(5)]
+        for i in range(9, -1, -1):
+            bins = slice(5 * i, 5 * i + 5)
+            group = self._group(latent, "interval", i, (i + 1) / 10, i / 10, 0.0)
+            shares = (feature.histogram[bins].sum() / feature.n_active, feature.mass[bins].sum() / feature.mass.sum())
+            made.append(_with(group, low=i / 10 * top, high=(i + 1) / 10 * top, shares=shares))
+        return (*made, self._group(latent, "threshold", 0, 0.04, 0.01, 0.01))
 
-    def _example(self, latent: int, block: int, activation: float) -> dict[str, Any]:
-        rng = np.random.default_rng([latent, block])
-        ids = self._block_with(latent, block)
+    def _group(self, latent: int, kind: str, number: int, high: float, low: float, share: float) -> ExampleGroup:
+        n, top = PLAN[kind], self.maximum(latent)
+        salt = {"top": 0, "random": 12, "quantile": 20, "interval": 40, "threshold": 80}[kind] + n * number
+        levels = (np.linspace(high, low, n + 1)[:n] * top).tolist()
+        examples = tuple(self._example(latent, salt + i, level) for i, level in enumerate(levels))
+        if kind == "quantile" and number == 0:  # what is strongest is in several groups
+            examples = (self._example(latent, 0, top), *examples[1:])
+        return ExampleGroup(kind, number, low * top, high * top, n, share, share, examples)
+
+    def _example(self, latent: int, number: int, activation: float) -> Example:
+        turn, block = divmod(number, N_BLOCKS)
+        rng = np.random.default_rng([latent, number])
         twin = latent == TWIN_LATENT and block == 1
-        dst = 255 if block == 2 else latent % PERIOD + 30 + PERIOD * (0 if twin else block % 5)
-        sources = sorted({0, dst, dst - 3, max(dst - 38, 1), *rng.integers(1, dst, 4).tolist()})
-        parts = rng.normal(0, 0.04, (len(sources), N_HEADS)) * activation
+        dst = 255 if number == 2 else latent % PERIOD + 30 + PERIOD * (0 if twin else (block + turn) % 5)
+        positions = sorted({0, dst, dst - 3, max(dst - 38, 1), *rng.integers(1, dst, 4).tolist()})
+        parts = rng.normal(0, 0.04, (len(positions), N_HEADS)) * activation
         parts[-3, latent % N_HEADS] += 0.7 * activation
         parts[1, (latent + 1) % N_HEADS] -= 0.3 * activation
-        rest, bias = rng.normal(0, 0.01, N_HEADS), -0.21
-        rest[0] += activation - bias - parts.sum() - rest.sum()
+        rest = rng.normal(0, 0.01, N_HEADS) * activation
+        rest[0] += activation - BIAS - parts.sum() - rest.sum()
         heads = parts.sum(0) + rest
+        pattern = rng.dirichlet(np.ones(len(positions) + 1) * 0.4, N_HEADS).T
         order = np.argsort(-np.abs(parts.sum(1)), kind="stable")
-        segments = _segments(dst, sources, int(sources[int(order[0])]), ids)
-        seen = [pos for start, run in segments for pos in range(start, start + len(run))]
-        acts = {pos: activation * 0.4 for pos in seen if ids[pos] == self.trigger(latent)} | {dst: activation}
-        return {
-            "position": block * BLOCK + dst,
-            "block": block,
-            "dst": dst,
-            "document": f"package/file{2 * block + (dst > 127)}.py",
-            "activation": activation,
-            "pre": activation,
-            "bias": bias,
-            "residual": float(activation - (heads.sum() + bias)),
-            "next": int(ids[dst + 1]) if dst + 1 < BLOCK else None,
-            "segments": segments,
-            "acts": [[pos, acts[pos]] for pos in sorted(acts)],
-            "heads": heads.tolist(),
-            "sources": [{"pos": int(sources[i]), "heads": parts[i].tolist()} for i in order.tolist()],
-            "rest": rest.tolist(),
-            "n_rest": dst + 1 - len(sources),
-            "duplicates": block % 7 // 5,
-        }
+        ids = self.blocks[block]
+        others = np.flatnonzero((ids == self.trigger(latent)) & (np.arange(BLOCK) != dst))
+        active = np.sort(np.append(others, dst))
+        return Example(
+            position=block * BLOCK + dst,
+            activation=activation,
+            pre=activation,
+            bias=BIAS,
+            residual=float(activation - (heads.sum() + BIAS)),
+            heads=heads,
+            sources=tuple(Source(int(positions[i]), parts[i], pattern[i]) for i in order.tolist()),
+            rest=rest,
+            rest_pattern=pattern[-1],
+            active_at=active,
+            active_value=np.where(active == dst, activation, activation * 0.4),
+            duplicates=block % 7 // 5,
+        )
 
-    def _block_with(self, latent: int, block: int) -> np.ndarray:
-        """A block with the latent's trigger where it fires; blocks 0 and 1 are twins for TWIN_LATENT."""
-        twin = latent == TWIN_LATENT and block == 1
-        ids = self.blocks[0 if twin else block].copy()
-        ids[latent % PERIOD + 30 :: PERIOD] = self.trigger(latent)
-        if twin:
-            at = latent % PERIOD + 30
-            ids[at - 1], ids[at - 2] = ids[at - 2], ids[at - 1]
-        return ids
+
+class FakeSource(IndexCards):
+    """The cards of a made-up index."""
+
+    def __init__(self, d_sae: int = D_SAE) -> None:
+        self.index = FakeIndex(d_sae)
+        super().__init__(self.index)
+        self.d_sae = d_sae
+
+    @cached_property
+    def rows(self) -> dict[str, list[Any]]:
+        """The table, by column."""
+        return super().table()["rows"]
+
+    @lru_cache(maxsize=256)  # noqa: B019
+    def records(self, latent: int) -> tuple[ExampleGroup, ...]:
+        """The example groups of a latent, as the index has them."""
+        return self.index.examples(latent)
+
+    def about(self) -> dict[str, Any]:
+        figures = [
+            ("L0", "12.1 [12.0, 12.2]", "12", "Active latents on a token, on average."),
+            ("loss_recovered", "91.0 % [90.5, 91.4]", "87 %", "Share of the loss won back."),
+            ("explained_variance", "82.0 %", "", "1 - residual variance."),
+        ]
+        names = ("name", "value", "post", "definition")
+        return super().about() | {"quality": [dict(zip(names, row, strict=True)) for row in figures]}
+
+
+def _with(group: ExampleGroup, *, low: float, high: float, shares: tuple[float, float]) -> ExampleGroup:
+    return ExampleGroup(
+        group.kind, group.number, low, high, group.n, float(shares[0]), float(shares[1]), group.examples
+    )
+
+
+def _histogram(latent: int, top: float) -> tuple[np.ndarray, np.ndarray]:
+    bins = np.arange(50)
+    counts = np.floor((40 + latent % 60) * np.exp(-bins / 9) + 6 * np.exp(-(((bins - 33) / 5) ** 2))).astype(np.int64)
+    return counts, counts * (bins + 0.5) / 50 * top
+
+
+def _shares(latent: int, alive: bool) -> Shares:
+    rng = np.random.default_rng(latent)
+    boost = np.eye(N_HEADS)[latent % N_HEADS]
+    rows = {
+        key: rng.dirichlet(np.ones(N_HEADS) + 20 * boost)
+        for key in ("encoder", "encoder_in", "decoder_out", "dfa", "dfa_covariance", "dfa_mean")
+    }
+    rows["decoder"] = rng.dirichlet(np.ones(N_HEADS) + 12 * (boost if latent % 5 else np.roll(boost, 1)))
+    if not alive:
+        return Shares(**(rows | {"dfa": None, "dfa_covariance": None, "dfa_mean": None}))
+    return Shares(**rows)
 
 
 def _blocks() -> np.ndarray:
-    """Blocks of words, with each odd token planted in all of them."""
+    """Blocks of words, with each odd token planted in all of them; the second is the first with two tokens swapped."""
     rng = np.random.default_rng(0)
     ids = rng.integers(9, len(VOCAB), (N_BLOCKS, BLOCK))
     ids[:, 0] = BOS
@@ -366,16 +401,9 @@ def _blocks() -> np.ndarray:
         start = int(rng.integers(1, 200))
         row[start : start + 8] = [HOSTILE, *EMOJI, *LONE, NEWLINE, TAB]
         row[start + 20 : start + 23] = [NEWLINE, TAB, 20]
+    ids[0, HOSTILE + 30] = HOSTILE  # where the strongest example of that latent is
+    at = TWIN_LATENT + 30
+    ids[0, at] = ids[1, at] = TWIN_LATENT
+    ids[1] = ids[0]
+    ids[1, [at - 1, at - 2]] = ids[0, [at - 2, at - 1]]
     return ids
-
-
-def _segments(dst: int, sources: list[int], top: int, ids: np.ndarray) -> list[list[Any]]:
-    """Runs of the block that an example keeps: the destination's window, the top source and the others."""
-    keep = np.zeros(BLOCK, bool)
-    keep[max(dst - 16, 0) : dst + 17] = True
-    for pos in sources:
-        width = 5 if pos == top else 1
-        keep[max(pos - width, 0) : pos + width + 1] = True
-    starts = np.flatnonzero(keep & ~np.r_[False, keep[:-1]])
-    ends = np.flatnonzero(keep & ~np.r_[keep[1:], False]) + 1
-    return [[int(a), ids[a:b].tolist()] for a, b in zip(starts, ends, strict=True)]

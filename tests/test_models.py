@@ -96,6 +96,10 @@ def test_reading_one_site_is_reading_all(model, length):
         assert_close(model.read(tokens, [site])[site], together[site], **EXACT)
 
 
+def test_reading_nothing_is_nothing(model, tokens):
+    assert model.read(tokens, []) == {} == model.attentions(tokens, [])
+
+
 def test_shapes_are_those_that_site_states(model, tokens):
     spec, (batch, n) = model.spec, tokens.shape
     stream, square = (batch, n, spec.d_model), (batch, spec.n_heads, n, n)
@@ -409,6 +413,17 @@ def test_an_edit_may_itself_run_the_model(model, tokens):
     with model.edit({Site("z", 1): lambda value: value - offset}):
         expected = model.logits(tokens)
     with model.edit({Site("z", 1): subtract}):
+        assert_close(model.logits(tokens), expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
+def test_an_edit_may_run_the_model_between_two_others(random_model, family):
+    model = random_model(family, dtype=torch.float64)
+    tokens, offset = some_tokens(model), model.value_offset(1)
+    mid, mlp_in = Site("resid_mid", 0), Site("mlp_in", 0)
+    with model.edit({mid: EDITS["resid_mid"], mlp_in: lambda value: value + offset}):
+        expected = model.logits(tokens)
+    with model.edit({mid: EDITS["resid_mid"], mlp_in: lambda value: value + model.value_offset(1)}):
         assert_close(model.logits(tokens), expected, atol=1e-12, rtol=1e-12)
 
 

@@ -148,7 +148,7 @@ class LogitEffects:
     """Of a normal distribution: 3."""
 
 
-def direct_logit_effects(sae: SAE, model: Model, k: int = 20, rows: int = 1024) -> LogitEffects:
+def direct_logit_effects(sae: SAE, model: Model, k: int = 20, rows: int = 128) -> LogitEffects:
     """The tokens each latent raises and lowers most by the direct path, `W_dec @ W_O @ W_U`.
 
     The final norm's gain and centring are folded into W_U, its scale is left out (`Model.logit_directions`).

@@ -1,35 +1,63 @@
 """From an index to what the page shows: records in, JSON-able dictionaries out. No torch."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+import pyarrow as pa
+from jaxtyping import Int
 
 from headscope.errors import IndexFormatError
+from headscope.explorer.examples import LEAN, WHOLE, Runs, example_runs, examples_json, text_json, text_runs
+from headscope.explorer.numbers import short, significant
 from headscope.explorer.server import Json
-from headscope.index.config import N_BINS, QUANTILES
-from headscope.index.store import Example, ExampleGroup, FeatureIndex
+from headscope.index.config import QUANTILES
+from headscope.index.records import ExampleGroup, Feature, Null, Shares, Sources
 from headscope.sae.quality_table import quality_rows
 
-_WINDOW = (16, 8)  # tokens shown before and after the destination
-_AROUND_TOP_SOURCE = 5
-_AROUND_SOURCE = 1
+_MAX_SOURCES = 10  # source tokens of a card
+_FIRST = ("top", "random")  # the groups that a card opens with
+_TABLE_DIGITS = 4
 
 _GROUP_LABELS = {
     "top": "strongest, each text once",
     "random": "drawn at random from all active tokens",
     "quantile": "quantile {number} of active tokens, strongest first",
     "interval": "interval {number} of equal width",
+    "threshold": "weakest active tokens",
 }
+
+
+@runtime_checkable
+class Index(Protocol):
+    """What the cards read; `headscope.index.store.FeatureIndex` is one."""
+
+    manifest: dict[str, Any]
+
+    @property
+    def n_latents(self) -> int: ...  # noqa: D102
+    @property
+    def n_blocks(self) -> int: ...  # noqa: D102
+    @property
+    def documents(self) -> list[str]: ...  # noqa: D102
+    @property
+    def vocabulary(self) -> tuple[list[bytes], list[int]]: ...  # noqa: D102
+    def table(self) -> pa.Table: ...  # noqa: D102
+    def feature(self, latent: int) -> Feature: ...  # noqa: D102
+    def sources(self, latent: int, threshold: float | None = None) -> Sources | None: ...  # noqa: D102
+    def examples(self, latent: int) -> tuple[ExampleGroup, ...]: ...  # noqa: D102
+    def nulls(self) -> tuple[Null, ...]: ...  # noqa: D102
+    def tokens_of(self, block: int) -> Int[np.ndarray, " position"]: ...  # noqa: D102
+    def documents_of(self, block: int) -> Int[np.ndarray, " position"]: ...  # noqa: D102
 
 
 class IndexCards:
     """A `CardSource` of one index."""
 
-    def __init__(self, index: FeatureIndex) -> None:
+    def __init__(self, index: Index) -> None:
         """Show an index."""
         self._index = index
         manifest = index.manifest
+        self._block_size: int = manifest["corpus"]["block_size"]
         self._heads = [f"{manifest['layer']}.{h}" for h in range(manifest["model"]["n_heads"])]
 
     def about(self) -> Json:
@@ -42,14 +70,26 @@ class IndexCards:
             "model": m["model"],
             "sae": m["sae"],
             "corpus": m["corpus"],
+            "heads": self._heads,
             "n_alive": m["n_alive"],
             "n_dead": m["sae"]["d_sae"] - m["n_alive"],
             "l0": m["l0"],
             "quality": [vars(row) for row in quality_rows(m["quality"])] if m["quality"] else [],
+            "nulls": self._nulls(),
             "definitions": m["definitions"],
             "created": m["created"],
             "version": m["headscope"],
         }
+
+    def _nulls(self) -> list[Json]:
+        """The top head's share of DFA for directions that mean nothing, by kind of null."""
+        shares: dict[str, list[float]] = {}
+        for null in self._index.nulls():
+            shares.setdefault(null.kind, []).append(float(null.dfa.max()))
+        return [
+            {"kind": kind, "top_head_share": significant(np.sort(own), 3), "range": significant(_range(own), 3)}
+            for kind, own in shares.items()
+        ]
 
     def vocab(self) -> Json:
         """Token bytes as strings of characters 0 to 255."""
@@ -58,189 +98,191 @@ class IndexCards:
 
     def table(self) -> Json:
         """One row a latent, by column."""
-        f = self._index.features
-        top = [_best(shares) for shares in f["dfa_share"]]
-        decoder = [_best(shares) for shares in f["decoder_share"]]
-        alive = [n > 0 for n in f["n_active"]]
-        rows = {
-            "latent": f["latent"],
-            "alive": alive,
-            "density": f["density"],
-            "n_active": f["n_active"],
-            "max": f["maximum"],
-            "mean": f["mean"],
-            "top_head": [self._heads[h] if h is not None else None for h, _ in top],
-            "top_head_share": [share for _, share in top],
-            "decoder_head": [self._heads[h] if h is not None else None for h, _ in decoder],
-            "decoder_share": [share for _, share in decoder],
-            "top_logit": [tokens[0] for tokens in f["logit_top_tokens"]],
-            "top_logit_value": [values[0] for values in f["logit_top_values"]],
-            "top_source": [tokens[0] if tokens else None for tokens in f["source_tokens"]],
-            "top_source_share": [shares[0] if shares else None for shares in f["source_shares"]],
-            "logit_tokens": [tokens[:10] for tokens in f["logit_top_tokens"]],
-            "example_tokens": f["example_tokens"],
-        }
-        return {"columns": _COLUMNS, "rows": rows}
+        table = self._index.table()
+        rows = {name: _values(table[name]) for name in table.column_names}
+        for name in ("top_head", "decoder_head"):
+            rows[name] = [None if h is None else self._heads[h] for h in rows[name]]
+        rows["alive"] = [n > 0 for n in rows["n_active"]]
+        words = self._index.manifest["definitions"]
+        columns = [column | {"definition": words.get(column["name"], column["definition"])} for column in _COLUMNS]
+        return {"columns": columns, "rows": rows}
 
-    def feature(self, latent: int) -> Json:
-        """The card of one latent.
+    def feature(self, latent: int, *, lean: bool = False) -> Json:
+        """The card of one latent; a lean one is for a file, and leaves detail out of all but top and random examples.
 
         Raises:
             IndexError: no such latent.
         """
         try:
-            row = self._index.feature(latent)
+            feature = self._index.feature(latent)
         except IndexFormatError as error:
             raise IndexError(str(error)) from error
-        n_tokens = self._index.manifest["corpus"]["n_tokens"]
-        alive = row["n_active"] > 0
+        groups = self._index.examples(latent)
+        examples = list({e.position: e for group in groups for e in group.examples}.values())
+        size = self._block_size
+        runs = [example_runs(e, size) for e in examples]
+        number = {e.position: i for i, e in enumerate(examples)}
+        first = {number[e.position] for group in groups if group.kind in _FIRST for e in group.examples}
+        brief = np.array([lean and i not in first for i in range(len(examples))], dtype=bool)
+        thresholds = self._index.manifest["thresholds"] if feature.alive else []
+        found = [self._index.sources(latent, threshold) for threshold in thresholds]
         return {
             "latent": latent,
-            "alive": alive,
-            "stats": {
-                "n_tokens": n_tokens,
-                "n_active": row["n_active"],
-                "density": row["density"],
-                "density_upper95": None if alive else 3 / n_tokens,
-                "mean": row["mean"],
-                "max": row["maximum"],
-                "std": row["std"],
-                "quantiles": [list(q) for q in zip(QUANTILES, row["quantiles"], strict=True)] if alive else [],
-            },
-            "histogram": self._histogram(row) if alive else None,
-            "heads": {
-                "names": self._heads,
-                "decoder": row["decoder_share"],
-                "encoder": row["encoder_share"],
-                "decoder_out": row["decoder_out_share"],
-                "dfa": _finite(row["dfa_share"]) or [0.0] * len(self._heads),
-                "dfa_cov": _finite(row["dfa_covariance"]),
-            },
-            "logits": {
-                "top": _pairs(row["logit_top_tokens"], row["logit_top_values"]),
-                "bottom": _pairs(row["logit_bottom_tokens"], row["logit_bottom_values"]),
-                "mean": row["logit_mean"],
-                "std": row["logit_std"],
-            },
-            "sources": [
-                list(s) for s in zip(row["source_tokens"], row["source_shares"], row["source_counts"], strict=True)
-            ],
-            "bias": row["bias"],
-            "groups": [self._group(group) for group in self._index.examples(latent)],
+            "alive": feature.alive,
+            "stats": self._stats(feature),
+            "histogram": _histogram(feature),
+            "heads": _heads(feature.shares),
+            "logits": _logits(feature),
+            "copying": {"top": _pairs(feature.copy_top), "rank": short(feature.copy_rank)},
+            "sources": [_sources(sources) for sources in found if sources is not None],
+            "correlated": [[c.latent, *significant([c.pearson, c.decoder_cosine], 3)] for c in feature.correlated],
+            "bias": short(feature.bias, 6),
+            "residual": short(max((abs(e.residual) for e in examples), default=None), 1),
+            "examples": examples_json(examples, runs, brief, size, LEAN if lean else WHOLE),
+            "groups": [_group(group, number) for group in groups],
+            **self._corpus_of(text_runs((e.position // size for e in examples), runs)),
         }
 
     def context(self, block: int) -> Json:
-        """All tokens of one block.
+        """All tokens of one block, in the form of a card's text.
 
         Raises:
             IndexError: no such block.
         """
-        if not 0 <= block < len(self._index.tokens):
-            raise IndexError(f"blocks 0 to {len(self._index.tokens) - 1}")
-        document = self._index.document[block]
-        starts = np.flatnonzero(np.diff(document, prepend=-1))
-        return {
-            "block": block,
-            "document_at": [[int(s), self._index.documents[document[s]]] for s in starts],
-            "ids": self._index.tokens[block].tolist(),
-        }
+        if not 0 <= block < self._index.n_blocks:
+            raise IndexError(f"blocks 0 to {self._index.n_blocks - 1}")
+        return self._corpus_of({block: [(0, self._block_size)]})
 
-    def _histogram(self, row: dict[str, Any]) -> Json:
-        edges = np.linspace(0, row["maximum"], N_BINS + 1)
-        return {"edges": edges.tolist(), "counts": row["histogram"], "mass": row["mass"]}
+    def _corpus_of(self, runs: Runs) -> Json:
+        """The text of some stretches, and the document that each of their blocks' positions is from."""
+        where, names = {}, {}
+        for block, own in runs.items():
+            document = self._index.documents_of(block)
+            starts = np.flatnonzero(np.diff(document, prepend=-1)).tolist()
+            where[block] = [[start, int(document[start])] for start in starts if start < own[-1][1]]
+            names |= {number: self._index.documents[number] for _, number in where[block]}
+        return {"text": text_json(runs, self._index.tokens_of), "document_at": where, "documents": names}
 
-    def _group(self, group: ExampleGroup) -> Json:
+    def _stats(self, feature: Feature) -> Json:
+        n_tokens = self._index.manifest["corpus"]["n_tokens"]
+        moments = (feature.mean, feature.std, feature.skew, feature.kurtosis, feature.maximum)
+        names = ("mean", "std", "skew", "kurtosis", "max")
+        quantiles = [] if feature.quantiles is None else significant(feature.quantiles)
         return {
-            "kind": group.kind,
-            "index": group.number,
-            "label": _GROUP_LABELS[group.kind].format(number=group.number + 1),
-            "lo": group.low,
-            "hi": group.high,
-            "n": group.n,
-            "share_active": None if group.kind == "random" else group.share_active,
-            "share_mass": None if group.kind == "random" else group.share_mass,
-            "examples": [self._example(example) for example in group.examples],
-        }
-
-    def _example(self, example: Example) -> Json:
-        block, destination = divmod(example.position, self._index.tokens.shape[1])
-        tokens = self._index.tokens[block]
-        segments = _segments(destination, [s.position for s in example.sources], len(tokens))
-        shown = np.concatenate([np.arange(start, end) for start, end in segments])
-        acts = [[int(p), float(v)] for p, v in zip(example.active_at, example.active_value, strict=True) if p in shown]
-        return {
-            "position": example.position,
-            "block": block,
-            "dst": destination,
-            "document": self._index.documents[self._index.document[block, destination]],
-            "activation": example.activation,
-            "pre": example.pre,
-            "bias": example.bias,
-            "residual": example.residual,
-            "next": int(tokens[destination + 1]) if destination + 1 < len(tokens) else None,
-            "segments": [[start, tokens[start:end].tolist()] for start, end in segments],
-            "acts": acts,
-            "heads": _short(example.heads),
-            "sources": [{"pos": s.position, "heads": _short(s.heads)} for s in example.sources],
-            "rest": _short(example.rest),
-            "n_rest": destination + 1 - len(example.sources),
-            "duplicates": example.duplicates,
+            "n_tokens": n_tokens,
+            "n_active": feature.n_active,
+            "density": short(feature.density),
+            "density_interval": significant(feature.density_interval, 3),
+            "density_upper95": None if feature.alive else 3 / n_tokens,
+            **{name: short(value, 6) for name, value in zip(names, moments, strict=True)},
+            "quantiles": [list(q) for q in zip(QUANTILES, quantiles, strict=True)] if quantiles else [],
         }
 
 
-def _short(values: Float[np.ndarray, " n"]) -> list[float]:
-    """To six digits, all that float32 sums hold: half the bytes of a card."""
-    return [float(f"{value:.6g}") for value in values.tolist()]
+def _range(values: list[float]) -> list[float]:
+    return np.quantile(values, (0.05, 0.5, 0.95)).tolist()
 
 
-def _best(shares: list[float] | None) -> tuple[int | None, float | None]:
-    if shares is None or not np.isfinite(shares).all():
-        return None, None
-    best = int(np.argmax(shares))
-    return best, shares[best]
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """A column as JSON; floats rounded, what is missing or not finite None."""
+    if not pa.types.is_floating(column.type):
+        return column.to_pylist()
+    return significant(column.to_numpy(), _TABLE_DIGITS)
 
 
-def _finite(shares: list[float] | None) -> list[float] | None:
-    return shares if shares is not None and np.isfinite(shares).all() else None
+def _histogram(feature: Feature) -> Json | None:
+    if feature.histogram is None or feature.mass is None:
+        return None
+    return {"counts": feature.histogram.tolist(), "mass": significant(feature.mass)}
 
 
-def _pairs(tokens: list[int], values: list[float]) -> list[list[int | float]]:
-    return [list(pair) for pair in zip(tokens, values, strict=True)]
+def _heads(shares: Shares) -> Json:
+    """Shares by head; None where the feature is never active."""
+    rows = {"dfa": shares.dfa, "dfa_cov": shares.dfa_covariance, "dfa_mean": shares.dfa_mean}
+    weights = ("decoder", "decoder_out", "encoder", "encoder_in")
+    rows |= {name: getattr(shares, name) for name in weights}
+    return {
+        **{name: None if row is None else significant(row) for name, row in rows.items()},
+        "disagreement": short(shares.disagreement, 3),
+        "participation": short(shares.participation, 3),
+    }
 
 
-def _segments(destination: int, sources: list[int], n: int) -> list[tuple[int, int]]:
-    """Disjoint runs [start, end) around the destination and the sources, in order; short gaps are filled."""
-    before, after = _WINDOW
-    wanted = [(destination - before, destination + after + 1)]
-    for rank, source in enumerate(sources):
-        around = _AROUND_TOP_SOURCE if rank == 0 else _AROUND_SOURCE
-        wanted.append((source - around, source + around + 1))
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted((max(0, s), min(n, e)) for s, e in wanted):
-        if merged and start <= merged[-1][1] + 1:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((start, end))
-    return merged
+def _logits(feature: Feature) -> Json:
+    names = ("mean", "std", "skew", "kurtosis")
+    moments = significant([getattr(feature, f"logit_{name}") for name in names])
+    return {"top": _pairs(feature.logit_top), "bottom": _pairs(feature.logit_bottom)} | dict(
+        zip(names, moments, strict=True)
+    )
 
 
-def _column(name: str, label: str, kind: str, definition: str) -> Json:
-    return {"name": name, "label": label, "kind": kind, "definition": definition}
+def _pairs(pairs: tuple[tuple[int, float], ...]) -> list[list[Any]]:
+    values = significant([value for _, value in pairs])
+    return [[token, value] for (token, _), value in zip(pairs, values, strict=True)]
+
+
+def _sources(sources: Sources) -> Json:
+    """Source tokens by column; lists by head, in thousandths, within."""
+    tokens = sources.tokens[:_MAX_SOURCES]
+    numbers = {"share": "share", "linear": "share_linear", "frequency": "frequency"}
+    by_head = {"by_head": "share_by_head", "attention": "attention", "elsewhere": "attention_elsewhere"}
+    return {
+        "threshold": sources.threshold,
+        "n_active": sources.n_active,
+        "kept": short(sources.kept, 3),
+        "bos": short(sources.bos_share, 3),
+        "token": [t.token for t in tokens],
+        "n": [t.n for t in tokens],
+        **{name: significant([getattr(t, field) for t in tokens], 3) for name, field in numbers.items()},
+        **{name: _per_mille([getattr(t, field) for t in tokens]) for name, field in by_head.items()},
+    }
+
+
+def _per_mille(rows: list[np.ndarray]) -> list[list[int]]:
+    return np.rint(1000 * np.stack(rows)).astype(np.int64).tolist() if rows else []
+
+
+def _group(group: ExampleGroup, number: dict[int, int]) -> Json:
+    return {
+        "kind": group.kind,
+        "index": group.number,
+        "label": _GROUP_LABELS[group.kind].format(number=group.number + 1),
+        "lo": short(group.low),
+        "hi": short(group.high),
+        "n": group.n,
+        "share_active": short(group.share_active),
+        "share_mass": short(group.share_mass),
+        "examples": [number[e.position] for e in group.examples],
+        "same": [e.duplicates for e in group.examples],
+    }
+
+
+def _column(name: str, label: str, kind: str, definition: str, *, listed: bool = True) -> Json:
+    return {"name": name, "label": label, "kind": kind, "definition": definition, "listed": listed}
 
 
 _COLUMNS = [
     _column("latent", "id", "int", "index of the dictionary entry"),
-    _column("alive", "alive", "bool", "active on at least one token of the corpus"),
+    _column("alive", "alive", "bool", "active on at least one token of the corpus", listed=False),
     _column("density", "density", "percent", "share of tokens on which the feature is active"),
     _column("n_active", "tokens", "int", "tokens on which the feature is active"),
-    _column("max", "max", "float", "largest activation in the corpus"),
-    _column("mean", "mean", "float", "mean activation over active tokens"),
+    _column("maximum", "max", "float", "largest activation in the corpus"),
+    _column("mean", "mean", "float", "mean activation over active tokens", listed=False),
+    _column("std", "std", "float", "standard deviation of the activation over active tokens", listed=False),
+    _column("skew", "skew", "float", "skewness of the activation over active tokens", listed=False),
+    _column("kurtosis", "kurtosis", "float", "kurtosis of the activation; of a normal distribution 3", listed=False),
     _column("top_head", "head", "head", "the head with the largest share of squared DFA"),
     _column("top_head_share", "DFA share", "percent", "that head's share of squared DFA over active tokens"),
+    _column("participation", "heads", "float", "1 / sum of squared DFA shares: how many heads make it", listed=False),
     _column("decoder_head", "dec. head", "head", "the head with the largest norm in the decoder row"),
-    _column("decoder_share", "dec. share", "percent", "that head's share of the decoder norms"),
+    _column("decoder_share", "dec. share", "percent", "that head's share of the decoder norms", listed=False),
+    _column("disagreement", "apart", "percent", "half the summed difference of decoder and DFA shares over heads"),
     _column("top_logit", "top logit", "token", "the token whose logit the feature raises most by the direct path"),
     _column("top_logit_value", "logit", "float", "that logit, per unit of activation; final norm's scale left out"),
-    _column("top_source", "top source", "token", "source token with the largest share of squared DFA, over examples"),
+    _column("top_source", "top source", "token", "source token with the largest share of squared DFA"),
     _column("top_source_share", "src share", "percent", "that token's share"),
+    _column(
+        "copy_rank", "copy rank", "percent", "share of tokens that the top head would copy more than the top logit"
+    ),
+    _column("bias", "bias", "float", "part of the pre-activation that no head makes", listed=False),
 ]

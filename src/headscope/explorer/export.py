@@ -1,30 +1,34 @@
-"""The explorer as one HTML file that needs no server and no network: the same modules, styles and JSON.
+"""The explorer without a server of its own: one HTML file, or a folder for any static host.
 
-The JSON is compressed and written as base64 in script elements that no browser executes, features in packs,
-so that opening the file unpacks only what is looked at. A policy in the file allows its own script and style
-and nothing else.
+Both hold the same modules, styles and JSON as the served page, the JSON compressed and features in packs, so that
+opening one unpacks only what is looked at. The file keeps it as base64 in script elements that no browser executes,
+needs no network, and holds each token of the corpus once, however many examples show it. A policy in the page allows
+its own script and style and nothing else.
 """
 
 import base64
 import gzip
 import hashlib
 import html
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from headscope.artefact import atomic_write
+import numpy as np
+
+from headscope.artefact import atomic_write, new_folder
 from headscope.errors import ExportError
 from headscope.explorer.server import CardSource, Json, about_of, dump_json, static_files
 
 MAX_FEATURES = 2000
-"""More features than this make a file that is slow to open; serve the index instead."""
+"""More features than this make a file that is slow to open; `export_folder` has no such limit."""
 
 _PACK = 64  # features unpacked together
 _IMPORT = re.compile(r'^import \{([^}]*)\} from "\./(\w+\.js)";\n', re.MULTILINE)
 _STYLE_LINK = '<link rel="stylesheet" href="/static/style.css">'
 _SCRIPT_LINK = '<script type="module" src="/static/app.js"></script>'
+_TOKEN = re.compile(r'<meta name="headscope-token"[^>]*>\n')
+_IN_FOLDER = '<meta name="headscope-folder" content="packs">\n'
 
 
 def export_html(source: CardSource, path: Path, features: Sequence[int] | None = None) -> Path:
@@ -34,34 +38,61 @@ def export_html(source: CardSource, path: Path, features: Sequence[int] | None =
         ExportError: more than `MAX_FEATURES` features, none, or a latent that does not exist.
         OutputError: the file cannot be written.
     """
-    about, table = about_of(source), source.table()
-    chosen = list(dict.fromkeys(table["rows"]["latent"] if features is None else features))
-    _check(chosen, about["sae"]["d_sae"])
-    packs = [chosen[start : start + _PACK] for start in range(0, len(chosen), _PACK)]
-    core = {
-        "about": about | {"exported": len(chosen)},
-        "vocab": source.vocab(),
-        "table": _rows_of(table, chosen),
-        "pack_of": {latent: number for number, pack in enumerate(packs) for latent in pack},
-    }
-    pieces = _page_around(about["title"])
+    chosen, core = _chosen(source, features)
+    if len(chosen) > MAX_FEATURES:
+        raise ExportError(
+            f"{len(chosen):,} features to export",
+            expected=f"at most {MAX_FEATURES:,} features in one file",
+            do="pass fewer features, export a folder, or serve the whole index",
+        )
+    before, after = _page_around(core["about"]["title"], connect="'none'", mark="")
+    text = _Text(core["about"]["corpus"]["block_size"])
     with atomic_write(Path(path)) as file:
-        file.write(pieces[0])
-        file.write(_data_block("data-core", core))
-        for number, pack in enumerate(packs):
-            cards = {str(latent): _lean(source.feature(latent)) for latent in pack}
-            file.write(_data_block(f"data-pack-{number}", cards))
-        file.write(pieces[1])
+        file.write(before)
+        file.write(_data_block("data-core", dump_json(core)))
+        for number, pack in enumerate(_packs_of(chosen)):
+            file.write(_data_block(f"data-pack-{number}", dump_json(_cards(source, pack, text))))
+        places, ids = text.as_bytes()
+        file.write(_data_block("data-text", dump_json(places)))
+        file.write(_data_block("data-ids", ids))
+        file.write(after)
     return Path(path)
 
 
-def _check(chosen: Sequence[int], d_sae: int) -> None:
-    if not 1 <= len(chosen) <= MAX_FEATURES:
-        raise ExportError(
-            f"{len(chosen):,} features to export",
-            expected=f"1 to {MAX_FEATURES:,} features in one file",
-            do="pass fewer features, or serve the whole index" if chosen else "pass the latents to export",
-        )
+def export_folder(
+    source: CardSource, path: Path, features: Sequence[int] | None = None, *, overwrite: bool = False
+) -> Path:
+    """Write the explorer with the cards of `features` (all when None) into a folder that any static host can serve.
+
+    `index.html`, `core.json.gz` (what is shown, the vocabulary and the table) and `packs/<number>.json.gz`, 64 features
+    each with the text they show. A browser does not let a page read files beside it, so it has to be served, if only by
+    `python -m http.server`.
+
+    Raises:
+        ExportError: no features, or a latent that does not exist.
+        OutputError: the folder holds something and `overwrite` is false, or it cannot be written.
+    """
+    chosen, core = _chosen(source, features)
+    before, after = _page_around(core["about"]["title"], connect="'self'", mark=_IN_FOLDER)
+    with new_folder(Path(path), overwrite=overwrite) as scratch:
+        (scratch / "index.html").write_bytes(before + after)
+        (scratch / "core.json.gz").write_bytes(_gzip(dump_json(core)))
+        (scratch / "packs").mkdir()
+        for number, pack in enumerate(_packs_of(chosen)):
+            text = _Text(core["about"]["corpus"]["block_size"])
+            cards = _cards(source, pack, text)
+            packed = _gzip(dump_json({"cards": cards} | text.as_json()))
+            (scratch / "packs" / f"{number}.json.gz").write_bytes(packed)
+    return Path(path)
+
+
+def _chosen(source: CardSource, features: Sequence[int] | None) -> tuple[list[int], Json]:
+    """The features to export, and all that the page needs besides their cards."""
+    about, table = about_of(source), source.table()
+    chosen = list(dict.fromkeys(table["rows"]["latent"] if features is None else features))
+    if not chosen:
+        raise ExportError("no features to export", expected="at least one", do="pass the latents to export")
+    d_sae = about["sae"]["d_sae"]
     unknown = [latent for latent in chosen if not 0 <= latent < d_sae]
     if unknown:
         raise ExportError(
@@ -69,6 +100,26 @@ def _check(chosen: Sequence[int], d_sae: int) -> None:
             expected=f"latents from 0 to {d_sae - 1}",
             do="correct the list",
         )
+    return chosen, {
+        "about": about | {"exported": len(chosen)},
+        "vocab": source.vocab(),
+        "table": _rows_of(table, chosen),
+        "pack_of": {latent: position // _PACK for position, latent in enumerate(chosen)},
+    }
+
+
+def _packs_of(chosen: Sequence[int]) -> list[Sequence[int]]:
+    return [chosen[start : start + _PACK] for start in range(0, len(chosen), _PACK)]
+
+
+def _cards(source: CardSource, pack: Sequence[int], text: "_Text") -> Json:
+    """The cards of a pack; what they show of the corpus goes to `text`."""
+    cards = {}
+    for latent in pack:
+        card = source.feature(latent, lean=True)
+        text.add(card)
+        cards[str(latent)] = {name: part for name, part in card.items() if name not in _Text.PARTS}
+    return cards
 
 
 def _rows_of(table: Json, chosen: Sequence[int]) -> Json:
@@ -78,48 +129,69 @@ def _rows_of(table: Json, chosen: Sequence[int]) -> Json:
     return table | {"rows": {name: [values[row] for row in keep] for name, values in table["rows"].items()}}
 
 
-def _lean(card: Json) -> Json:
-    """Round a card's examples to what the page shows, which makes the file four times smaller.
+class _Text:
+    """The text that some cards show, each token once, and the documents it is from."""
 
-    What rounding takes from a source is given to `rest`, so that each head's parts still add up to it.
-    """
-    groups = [
-        group | {"examples": [_lean_example(example) for example in group["examples"]]} for group in card["groups"]
-    ]
-    return card | {"groups": groups}
+    PARTS = ("text", "document_at", "documents")
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._blocks: dict[int, np.ndarray] = {}  # token ids, -1 where none is shown
+        self._documents: Json = {"document_at": {}, "documents": {}}
+
+    def add(self, card: Json) -> None:
+        """Take over what a card brings along."""
+        for block, start, ids in card["text"]:
+            if block not in self._blocks:
+                self._blocks[block] = np.full(self._block_size, -1, dtype=np.int64)
+            self._blocks[block][start : start + len(ids)] = ids
+        for name, own in self._documents.items():
+            own.update(card[name])
+
+    def _runs(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        for block, ids in sorted(self._blocks.items()):
+            shown = np.flatnonzero(ids >= 0)
+            for run in np.split(shown, np.flatnonzero(np.diff(shown) > 1) + 1):
+                yield block, int(run[0]), ids[run]
+
+    def as_json(self) -> Json:
+        """The text as in a card."""
+        return self._documents | {"text": [[block, start, ids.tolist()] for block, start, ids in self._runs()]}
+
+    def as_bytes(self) -> tuple[Json, bytes]:
+        """The same with the token ids apart, as little-endian integers: smaller, and nothing to parse."""
+        runs = list(self._runs())
+        ids = np.concatenate([ids for _, _, ids in runs]) if runs else np.zeros(0, dtype=np.int64)
+        size = 2 if ids.max(initial=0) < 1 << 16 else 4
+        places = [number for block, start, own in runs for number in (block, start, len(own))]
+        return self._documents | {"runs": places, "bytes": size}, ids.astype(f"<u{size}").tobytes()
 
 
-def _lean_example(example: Json) -> Json:
-    shown = 3 - math.floor(math.log10(max(abs(example["pre"]), 1e-9)))  # decimals: 3 where pre is 1 to 10
-    sources = [source | {"heads": [round(dfa, shown) for dfa in source["heads"]]} for source in example["sources"]]
-    heads = [round(dfa, shown + 3) for dfa in example["heads"]]
-    parts = [sum(source["heads"][h] for source in sources) for h in range(len(heads))]
-    return example | {
-        "sources": sources,
-        "heads": heads,
-        "rest": [round(dfa - part, shown + 3) for dfa, part in zip(heads, parts, strict=True)],
-        "acts": [[position, round(value, shown + 1)] for position, value in example["acts"]],
-        "activation": round(example["activation"], shown + 3),
-        "pre": round(example["pre"], shown + 3),
-        "bias": round(example["bias"], shown + 3),
-        "residual": float(f"{example['residual']:.0e}"),
-    }
+def _gzip(content: bytes) -> bytes:
+    return gzip.compress(content, compresslevel=9, mtime=0)
 
 
-def _data_block(name: str, content: Json) -> bytes:
-    """Wrap JSON so that no text in it can be markup: compressed, then base64."""
-    packed = base64.b64encode(gzip.compress(dump_json(content), compresslevel=9, mtime=0))
+def _data_block(name: str, content: bytes) -> bytes:
+    """Wrap data so that no text in it can be markup: compressed, then base64."""
+    packed = base64.b64encode(_gzip(content))
     return b'<script type="application/octet-stream" id="%s">%s</script>\n' % (name.encode(), packed)
 
 
-def _page_around(title: str) -> tuple[bytes, bytes]:
-    """Return the page before and after its data, style and script inlined and allowed by their hashes."""
+def _page_around(title: str, *, connect: str, mark: str) -> tuple[bytes, bytes]:
+    """Return the page before and after its data, style and script inlined and allowed by their hashes.
+
+    Args:
+        title: of the page.
+        connect: what its policy lets it fetch.
+        mark: the element that tells the page where its data is.
+    """
     files = {name: body.decode() for name, body in static_files().items()}
     script, style = _one_script(files), files["style.css"]
     policy = "; ".join(
         [
             "default-src 'none'",
             "img-src data:",
+            f"connect-src {connect}",
             f"script-src '{_hash(script)}'",
             f"style-src '{_hash(style)}'",
             "base-uri 'none'",
@@ -127,7 +199,7 @@ def _page_around(title: str) -> tuple[bytes, bytes]:
     )
     page = files["index.html"].replace("<title>headscope</title>", f"<title>{html.escape(title)}</title>")
     head = f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{style}</style>'
-    page = page.replace(_STYLE_LINK, head)
+    page = _TOKEN.sub(mark, page).replace(_STYLE_LINK, head)
     before, after = page.split(_SCRIPT_LINK)
     return before.encode(), f'<script type="module">{script}</script>{after}'.encode()
 

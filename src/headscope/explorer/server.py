@@ -1,12 +1,14 @@
 """The explorer as a web page on this machine: a shell, its scripts, and JSON from a `CardSource`.
 
-It binds 127.0.0.1 only, reads and never writes, answers only requests addressed to this machine by name, and
-knows a source of cards, not a model: no torch behind it.
+It binds 127.0.0.1 only, answers only requests addressed to this machine by name and made by no other site's page,
+refuses whatever could write without the token of this start, and knows a source of cards, not a model: no torch
+behind it.
 """
 
 import errno
 import hashlib
 import json
+import secrets
 import socket
 import sys
 import threading
@@ -19,6 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
@@ -30,7 +33,11 @@ from headscope.errors import HeadscopeError, ServerError
 
 Json = dict[str, Any]
 
+TOKEN_HEADER = "x-headscope-token"
+"""Where a request that writes gives the token of the page."""
+
 _HOST = "127.0.0.1"
+_TOKEN_MARK = b"{{token}}"
 _MEDIA = {".js": "text/javascript", ".css": "text/css", ".html": "text/html"}
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -47,23 +54,36 @@ DEFINITIONS = {
     "alive": "Active on at least one token of the corpus.",
     "L0": "Active latents on a token, on average.",
     "density": "Share of tokens on which the feature is active (activation above 0).",
+    "density_interval": "95 % Wilson interval; tokens of a document are not independent, so the true one is wider.",
     "density_upper95": "95 % upper bound on the density of a feature never seen active: 3/N (rule of three).",
     "max": "Largest activation in the corpus.",
     "mean": "Mean activation over the tokens on which the feature is active.",
     "std": "Standard deviation of the activation over active tokens.",
     "quantiles": "Quantile of the activation over active tokens.",
-    "top_head": "The head with the largest share of the feature's DFA.",
+    "top_head": "The head with the largest share of the feature's squared DFA.",
+    "null": "The same share for directions that mean nothing, active as often as real features: 5 % to 95 % of them.",
     "histogram": "Activations above 0 in equal bins; by mass, a bin holds the sum of its activations.",
     "heads": "How much of the feature each head computes.",
     "dfa_share": "Share of the squared direct feature attribution (DFA) by head, summed over active tokens.",
     "decoder_share": "Norm of the head's part of the decoder row, as a share of all heads.",
     "encoder_share": "Norm of the head's part of the encoder column, as a share of all heads.",
+    "disagreement": "Half the summed difference of DFA and decoder shares over heads (total variation): 0 same, 1 apart.",
     "logits": "Direct effect on each token's logit: decoder row through W_O, final norm and unembedding.",
-    "sources": "Tokens at the source positions that carry the DFA of the examples shown, and their share.",
+    "sources": "Tokens at the source positions, by their share of the squared DFA over all active tokens.",
+    "kept": "Share of the squared DFA at the sources that the index keeps: the largest of each active token.",
+    "attention": "Mean attention of the head from active tokens to this token, against all other pairs of positions.",
+    "base rate": "Share of this token among the tokens of the corpus.",
+    "correlated": "Features active on the same tokens: correlation of activations over the corpus, zeros included.",
+    "copying": "What the top head would add to the pre-activation if it attended to that token alone, by weights.",
+    "copy_rank": "Share of the vocabulary that the top head would copy more than the top logit token: 0 copies it best.",
     "top": "The largest activations in the corpus.",
     "random": "Active tokens drawn at random.",
     "quantile": "Examples from equal shares of the active tokens.",
     "interval": "Examples from equal widths of activation, from 0 to the maximum; zeros excluded.",
+    "threshold": "The smallest activations above 0 in the corpus: what only just counts as active.",
+    "map": "The example head by head (rows) and source by source (columns).",
+    "density histogram": "Live features by the logarithm of their density.",
+    "top head histogram": "Live features by their top head's share of squared DFA, beside directions that mean nothing.",
 }
 """What the page's words mean; a source can say more precisely what its own numbers are."""
 
@@ -84,8 +104,8 @@ class CardSource(Protocol):
         """One row a latent, by columns, and the token lists that a search looks through."""
         ...
 
-    def feature(self, latent: int) -> Json:
-        """The card of one latent.
+    def feature(self, latent: int, *, lean: bool = False) -> Json:
+        """The card of one latent; a lean one is smaller, for an export.
 
         Raises:
             IndexError: there is no such latent.
@@ -122,11 +142,15 @@ def _suffix(name: str) -> str:
     return name[name.rfind(".") :]
 
 
-class _LocalOnly:
-    """Refuse requests addressed to another host name (DNS rebinding); add safety headers to all answers."""
+class _Guard:
+    """Answer this page only; add safety headers to all answers.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    Refused are: another host name (DNS rebinding), another origin (a foreign page in the same browser), and every
+    method but GET and HEAD without the token, which only the page itself has been given.
+    """
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self.app, self.token = app, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_safely(message: Message) -> None:
@@ -134,27 +158,36 @@ class _LocalOnly:
                 message["headers"] = [*message["headers"], *_SAFETY.items()]
             await send(message)
 
+        refusal = self._refusal(scope)
+        answer = self.app if refusal is None else PlainTextResponse(f"{refusal}\n", status_code=403)
+        await answer(scope, receive, send_safely)
+
+    def _refusal(self, scope: Scope) -> str | None:
         port = (scope.get("server") or (_HOST, None))[1]
-        allowed = {f"{name}:{port}" for name in (_HOST, "localhost")} | ({_HOST, "localhost"} if port == 80 else set())
-        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
-        if host in allowed:
-            await self.app(scope, receive, send_safely)
-        else:
-            refusal = PlainTextResponse(f"this page answers only at http://{_HOST}:{port}\n", status_code=403)
-            await refusal(scope, receive, send_safely)
+        names = {f"{name}:{port}" for name in (_HOST, "localhost")} | ({_HOST, "localhost"} if port == 80 else set())
+        headers = Headers(scope=scope)
+        if headers.get("host", "").lower() not in names:
+            return f"this page answers only at http://{_HOST}:{port}"
+        if any(origin.lower() not in {f"http://{name}" for name in names} for origin in headers.getlist("origin")):
+            return "this page answers only itself, not another site"
+        given = headers.get(TOKEN_HEADER, "").encode()
+        if scope["method"] not in ("GET", "HEAD") and not secrets.compare_digest(given, self.token.encode()):
+            return f"writing needs the page's own token in {TOKEN_HEADER}"
+        return None
 
 
 class _Pages:
     """The answers to each route. Calls of the source are made one at a time, off the event loop."""
 
-    def __init__(self, source: CardSource) -> None:
+    def __init__(self, source: CardSource, token: str) -> None:
         self.source = source
         self.files = static_files()
+        self.page = self.files["index.html"].replace(_TOKEN_MARK, token.encode())
         self.lock = threading.Lock()
         self.kept: dict[str, bytes] = {}
 
     async def shell(self, request: Request) -> Response:
-        return _answer(request, self.files["index.html"], "text/html")
+        return _answer(request, self.page, "text/html")
 
     async def static(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -203,20 +236,25 @@ def _failure(status: int, message: str) -> Response:
     return Response(dump_json({"error": message}), status_code=status, media_type="application/json")
 
 
-def make_app(source: CardSource) -> Starlette:
-    """Make the web application: the page, its scripts, and the JSON of `source`."""
-    pages = _Pages(source)
+def make_app(source: CardSource, token: str | None = None) -> Starlette:
+    """Make the web application: the page, its scripts, and the JSON of `source`.
+
+    The page has `token` (a new random one when None) in its `headscope-token` meta element.
+    """
+    token = token or secrets.token_urlsafe(32)
+    pages = _Pages(source, token)
     wholes = [Route(f"/api/{name}", partial(pages.whole, name=name)) for name in ("about", "vocab", "table")]
     ones = [Route(f"/api/{name}/{{number}}", partial(pages.one, name=name)) for name in ("feature", "context")]
     return Starlette(
         routes=[
             Route("/", pages.shell),
             Route("/f/{number}", pages.shell),
+            Route("/dashboard", pages.shell),
             Route("/static/{name}", pages.static),
             *wholes,
             *ones,
         ],
-        middleware=[Middleware(_LocalOnly), Middleware(GZipMiddleware, minimum_size=1000)],
+        middleware=[Middleware(_Guard, token=token), Middleware(GZipMiddleware, minimum_size=1000)],
     )
 
 

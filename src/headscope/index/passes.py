@@ -27,7 +27,8 @@ BATCH_TOKENS = 2048
 """Tokens whose attention patterns are held at a time."""
 _ROWS = 256  # rows of pre-activations held at a time: they stay in the cache
 _PAIRS = 512  # pairs whose [head, pair, source] contributions are held at a time, likewise
-_KEPT_TOKENS = 128  # source tokens of a latent and threshold that a part is sure to keep
+_KEPT_ROWS = 1 << 21  # source tokens of all latents and thresholds together that a part keeps,
+_KEPT_TOKENS = 64  # but no fewer than this of each
 _CALIBRATION_TOKENS = 1 << 13
 _TOLERANCE = 1e-4  # of the summed |contributions|: float32 sums of a few hundred terms close better than this
 
@@ -129,6 +130,12 @@ def _check_finite(z: Tensor) -> None:
         )
 
 
+def source_sums(d_vocab: int, n_owners: int, plan: IndexPlan) -> SourceSums:
+    """Sums by (latent, threshold) and source token, in bounded memory unless the plan is to keep all sources."""
+    kept = None if plan.n_sources is None else max(_KEPT_TOKENS, _KEPT_ROWS // n_owners)
+    return SourceSums(d_vocab, SOURCE_COLUMNS.index("d2"), kept)
+
+
 class _Tally:
     """What is found of one subject over a part."""
 
@@ -143,8 +150,7 @@ class _Tally:
         self._moments = sums(subject.sae.d_sae, len(MOMENTS) + 3 * heads)
         self._totals = sums(subject.sae.d_sae * self._levels, len(SOURCE_TOTALS) + heads)
         self._nulls = sums(len(subject.nulls.kind), 3 + 3 * heads)
-        kept = None if plan.n_sources is None else _KEPT_TOKENS
-        self._sources = SourceSums(self._d_vocab, SOURCE_COLUMNS.index("d2"), kept)
+        self._sources = source_sums(self._d_vocab, len(self._totals), plan)
         self._pairs: list[tuple[Tensor, ...]] = []
         self._n_active = 0  # counted apart from the pairs, to check them
         self._thresholds = torch.tensor(plan.thresholds[1:], device=device, dtype=subject.sae.W_enc.dtype)
@@ -156,7 +162,7 @@ class _Tally:
         self._nulls.index_add_(0, null, _moment_rows(p, heads, powers=2))
         row, query, latent, f, pre, n_active = _active(self.subject.sae, attention.z, text)
         self._n_active += n_active
-        found = self._contributions(attention, row, query, latent)
+        found = _contributions(self.subject.weights, attention, (row, query, latent), self._plan.n_sources)
         bias = self.subject.weights.bias[latent]
         check_sum(pre - found.heads.sum(1) - bias, found.heads)
         self._add_sources(found, tokens[row[:, None], found.source], query, latent, f)
@@ -164,24 +170,6 @@ class _Tally:
         self._moments.index_add_(0, latent, torch.cat(moments, 1))
         block = torch.from_numpy(numbers).to(row.device)[row]
         self._pairs.append((latent, block * tokens.shape[1] + query, f, found.heads))
-
-    def _contributions(self, attention: Attention, row: Tensor, query: Tensor, latent: Tensor) -> "_Contributions":
-        """DFA of the pairs of a batch: some pairs at a time, so that [head, pair, source] stays in the cache."""
-        weights, columns = self.subject.weights, []
-        k = min(self._plan.n_sources or attention.pattern.shape[-1], attention.pattern.shape[-1])
-        n_pairs = torch.bincount(row, minlength=len(attention.z)).tolist()
-        for i, (queries, latents) in enumerate(zip(query.split(n_pairs), latent.split(n_pairs), strict=True)):
-            if len(queries) == 0:
-                continue
-            value = attention.value[i].transpose(0, 1).contiguous().transpose(0, 1)  # each head's values lie together
-            for q, j in zip(queries.split(_PAIRS), latents.split(_PAIRS), strict=True):
-                n = int(q[-1]) + 1  # later sources contribute 0
-                pattern = attention.pattern[i, :, :, :n]
-                dfa = attribution.dfa_of_sequence(weights, value[:n], pattern, q, j)
-                columns.append(_contributions_of(dfa, pattern, q, k))
-        if not columns:
-            return _Contributions.none(attention, len(weights.offset))
-        return _Contributions(*(torch.cat(column) for column in zip(*columns, strict=True)))
 
     def _add_sources(self, found: "_Contributions", token: Tensor, query: Tensor, latent: Tensor, f: Tensor) -> None:
         """Add the kept sources of the pairs of a batch, and their totals, by latent, threshold and token."""
@@ -244,6 +232,31 @@ class _Contributions(NamedTuple):
         empty = like.z.new_empty
         columns = (empty(0, n_heads), empty(0, n_heads), empty(0), empty(0, 1, dtype=torch.int64), empty(0, 1))
         return cls(*columns, empty(0, 1, n_heads), empty(0, 1, n_heads))
+
+
+def _contributions(
+    weights: attribution.HeadWeights, attention: Attention, pairs: tuple[Tensor, Tensor, Tensor], k: int | None
+) -> _Contributions:
+    """DFA of (row, query, latent), sorted by row, then query, with the k largest sources of each, all if k is None.
+
+    Some pairs are done at a time, so that [head, pair, source] stays in the cache.
+    """
+    row, query, latent = pairs
+    n_positions = attention.pattern.shape[-1]
+    k = min(k or n_positions, n_positions)
+    n_pairs, columns = torch.bincount(row, minlength=len(attention.z)).tolist(), []
+    for i, (queries, latents) in enumerate(zip(query.split(n_pairs), latent.split(n_pairs), strict=True)):
+        if len(queries) == 0:
+            continue
+        value = attention.value[i].transpose(0, 1).contiguous().transpose(0, 1)  # each head's values lie together
+        for q, j in zip(queries.split(_PAIRS), latents.split(_PAIRS), strict=True):
+            n = int(q[-1]) + 1  # later sources contribute 0
+            pattern = attention.pattern[i, :, :, :n]
+            dfa = attribution.dfa_of_sequence(weights, value[:n], pattern, q, j)
+            columns.append(_contributions_of(dfa, pattern, q, k))
+    if not columns:
+        return _Contributions.none(attention, len(weights.offset))
+    return _Contributions(*(torch.cat(column) for column in zip(*columns, strict=True)))
 
 
 def _contributions_of(
@@ -344,15 +357,15 @@ def read_examples(
         IndexFormatError: DFA does not sum to the pre-activation.
     """
     block, query = np.divmod(position, corpus.block_size)
-    columns = []
+    columns: list[dict[str, Tensor]] = []
     for numbers, tokens in token_batches(corpus, model.device, np.unique(block), batch_tokens=BATCH_TOKENS):
-        low, high = np.searchsorted(block, numbers[0]), np.searchsorted(block, numbers[-1], side="right")
-        row = torch.from_numpy(np.searchsorted(numbers, block[low:high])).to(model.device)
+        own = slice(*np.searchsorted(block, [numbers[0], numbers[-1] + 1]))
+        row = np.searchsorted(numbers, block[own])
         attention = model.attentions(tokens, [subject.layer])[subject.layer]
-        where = (row, torch.from_numpy(query[low:high]).to(model.device))
-        chosen = torch.from_numpy(latent[low:high].astype(np.int64)).to(model.device)
-        columns.append(_examples(subject, attention, where, chosen, min(plan.n_sources or 8, corpus.block_size)))
-    joined = {name: torch.cat([c[name] for c in columns]).cpu().numpy() for name in columns[0]} if columns else {}
+        where = torch.from_numpy(np.stack([row, query[own], latent[own]]).astype(np.int64)).to(model.device)
+        columns.append(_examples(subject, attention, where, plan.n_sources))
+    names = columns[0] if columns else {}
+    joined = {name: torch.cat([column[name] for column in columns]).cpu().numpy() for name in names}
     order = np.lexsort((position, latent))
     return {
         "counts": np.bincount(latent, minlength=subject.sae.d_sae),
@@ -361,29 +374,24 @@ def read_examples(
     }
 
 
-def _examples(
-    subject: Subject, attention: Attention, where: tuple[Tensor, Tensor], latent: Int[Tensor, " pair"], k: int
-) -> dict[str, Tensor]:
-    (row, query), weights = where, subject.weights
-    dfa = attribution.dfa_by_source(weights, attention, row, query, latent)  # [pair, head, source]
+def _examples(subject: Subject, attention: Attention, where: Int[Tensor, "3 pair"], k: int | None) -> dict[str, Tensor]:
+    row, query, latent = where
+    weights = subject.weights
+    found = _contributions(weights, attention, (row, query, latent), k)
     z = attention.z[row, query].view(len(row), *weights.offset.shape)
     pre = (z * weights.encoder[:, latent].transpose(0, 1)).flatten(1).sum(1) + subject.sae.bias[latent]
-    heads = dfa.sum(-1)
-    residual = pre - heads.sum(1) - weights.bias[latent]
-    check_sum(residual, dfa)
-    summed = dfa.sum(1)
-    top = largest_sources(summed, k)
-    top = top.gather(1, summed.gather(1, top).abs().sort(dim=1, descending=True, stable=True).indices)  # largest first
-    at = top[:, None].expand(-1, dfa.shape[1], -1)
-    of_top = dfa.gather(2, at).transpose(1, 2)  # [pair, k, head]
-    pattern = attention.pattern[row, :, query].gather(2, at).transpose(1, 2)
-    return {
-        "pre": pre.float(),
-        "bias": weights.bias[latent].float(),
-        "residual": residual.float(),
-        "heads": heads.float(),
-        "source": top.int(),
-        "source_heads": of_top.float(),
-        "source_pattern": pattern.float(),
-        "rest": (heads - of_top.sum(1)).float(),
+    residual = pre - found.heads.sum(1) - weights.bias[latent]
+    check_sum(residual, found.heads)
+    order = found.summed.abs().sort(dim=1, descending=True, stable=True).indices  # largest source first
+    by_head = order[:, :, None].expand_as(found.by_head)
+    of_sources = found.by_head.gather(1, by_head)
+    columns = {
+        "pre": pre,
+        "bias": weights.bias[latent],
+        "residual": residual,
+        "heads": found.heads,
+        "source_heads": of_sources,
+        "source_pattern": found.attention.gather(1, by_head),
+        "rest": found.heads - of_sources.sum(1),
     }
+    return {name: column.float() for name, column in columns.items()} | {"source": found.source.gather(1, order).int()}

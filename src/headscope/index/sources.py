@@ -36,22 +36,24 @@ class SourceSums:
         """Keys are `owner * n_tokens + token`; `weight` is the column to rank by; `n` None keeps every key."""
         self._n_tokens, self._weight, self._n = n_tokens, weight, n
         self._pieces: list[tuple[Tensor, Tensor]] = []
-        self._rows = 0
+        self._rows, self._limit = 0, _COMPACT_ROWS
 
     def add(self, key: Int[Tensor, " row"], values: Float[Tensor, "row column"]) -> None:
         """Add rows."""
         key, values = merge_by_key(key, values)
-        self._pieces.append((key, values.double()))
+        self._pieces.append((key, values))
         self._rows += len(key)
-        if self._rows > _COMPACT_ROWS:
+        if self._rows > self._limit:
             self._compact()
 
     def _compact(self) -> None:
+        """Merge all pieces into one; the next time when as much has come again."""
         key, values = (torch.cat(column) for column in zip(*self._pieces, strict=True))
-        key, values = merge_by_key(key, values)
+        key, values = merge_by_key(key, values.double())
         if self._n is not None:
             key, values = keep_largest(key, values, key // self._n_tokens, self._weight, self._n)
         self._pieces, self._rows = [(key, values)], len(key)
+        self._limit = max(_COMPACT_ROWS, 2 * len(key))
 
     def result(self) -> tuple[Int[Tensor, " key"], Float[Tensor, "key column"]]:
         """The keys, sorted, and their sums."""

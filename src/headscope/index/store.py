@@ -276,9 +276,7 @@ class FeatureIndex:
         """Directions that mean nothing, active as often as real features: the control of `Shares`."""
         rows = _read(self.folder / "nulls.parquet").to_pylist()
         return tuple(
-            Null(
-                r["kind"], r["latent"], r["n_active"], np.asarray(r["dfa_share"]), np.asarray(r["dfa_covariance"])
-            )
+            Null(r["kind"], r["latent"], r["n_active"], np.asarray(r["dfa_share"]), np.asarray(r["dfa_covariance"]))
             for r in rows
             if r["dfa_share"] is not None and r["dfa_covariance"] is not None
         )

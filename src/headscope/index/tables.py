@@ -17,8 +17,8 @@ from headscope.corpus import Corpus
 from headscope.index.config import N_COPY, N_LOGITS, N_SOURCE_TOKENS, IndexPlan
 from headscope.index.nulls import KINDS as NULL_KINDS
 from headscope.index.parts import SortedParts
-from headscope.index.passes import MOMENTS, SOURCE_COLUMNS, SOURCE_TOTALS, Subject
-from headscope.index.sources import SourceSums, merge_by_key
+from headscope.index.passes import MOMENTS, SOURCE_COLUMNS, SOURCE_TOTALS, Subject, source_sums
+from headscope.index.sources import merge_by_key
 from headscope.index.sweep import KINDS, Distributions, Groups, Rows
 from headscope.models.hf import Model
 
@@ -281,11 +281,11 @@ def source_tables(
 ) -> tuple[pa.Table, pa.Table]:
     """The largest source tokens of each latent above each threshold, and the totals they are shares of."""
     n_levels, n_heads, d_vocab = len(plan.thresholds), model.spec.n_heads, model.spec.d_vocab
-    sums = SourceSums(d_vocab, SOURCE_COLUMNS.index("d2"), None if plan.n_sources is None else 4 * N_SOURCE_TOKENS)
+    totals = pairs.totals("source_totals").reshape(-1, n_levels, len(SOURCE_TOTALS) + n_heads)
+    sums = source_sums(d_vocab, len(totals) * n_levels, plan)
     for part in pairs.each(["source_keys", "source_sums"]):
         sums.add(torch.from_numpy(part["source_keys"]), torch.from_numpy(part["source_sums"]))
     key, values = sums.result()
-    totals = pairs.totals("source_totals").reshape(-1, n_levels, len(SOURCE_TOTALS) + n_heads)
     totals = totals[:, ::-1].cumsum(1)[:, ::-1]  # those above a threshold are above all smaller ones
     attention = pairs.totals("attention")
     tables, of_totals = [], []
@@ -478,7 +478,7 @@ def _nullable(values: Float[np.ndarray, " row"], missing: np.ndarray) -> pa.Arra
 
 def _nullable_lists(values: np.ndarray, missing: np.ndarray | None = None, kind: pa.DataType | None = None) -> pa.Array:
     """Rows as lists; null where a row is missing or not finite."""
-    present = np.isfinite(values).all(axis=1) if missing is None else ~missing
+    present = np.asarray(np.isfinite(values).all(axis=1) if missing is None else ~missing)
     rows = [values[i] if present[i] else None for i in range(len(values))]
     return pa.array(rows, pa.list_(kind or pa.from_numpy_dtype(values.dtype)))
 

@@ -200,7 +200,9 @@ class Model:
         for site in sites:
             self.check_site(site)
         found: dict[Site, Tensor] = {}
-        deepest = max(sites, key=lambda site: site.depth)
+        deepest = max(sites, key=lambda site: site.depth, default=None)
+        if deepest is None:
+            return found
 
         def keep(site: Site) -> Callable[[Tensor], None]:
             def record(value: Tensor) -> None:

@@ -1,5 +1,7 @@
 /** The page: routes between the table and the cards, keys, history. */
 import { Card, TAB_NAMES, WINDOW_NAMES } from "./card.js";
+import { Corpus } from "./corpus.js";
+import { Dashboard } from "./dashboard.js";
 import { openData } from "./data.js";
 import { button, el } from "./dom.js";
 import { int } from "./format.js";
@@ -10,15 +12,19 @@ import { TableView } from "./table.js";
 import { Tip } from "./tip.js";
 import { Vocab } from "./vocab.js";
 
+const TABLE = { page: "table", latent: null };
+const FRESH = { ex: "", dst: "", head: "", d: "" }; // what does not outlive a card
+
 class App {
   #turn = 0;
   #table = null;
   #card = null;
+  #dashboard = null;
   #list = null;
   #timer = 0;
 
-  constructor(root, data) {
-    Object.assign(this, { data, tip: new Tip(document.body), view: readView(location, data.embedded) });
+  constructor(root, data, corpus) {
+    Object.assign(this, { data, corpus, tip: new Tip(document.body), view: readView(location, data.embedded) });
     this.top = el("div", { class: "top" });
     this.page = el("div", { class: "page" });
     this.toast = el("output", { class: "toast", "data-toast": "", hidden: true });
@@ -44,7 +50,7 @@ class App {
   #drawTop() {
     const { model, sae, site, corpus, exported } = this.about;
     const part = exported < sae.d_sae ? ` · ${int(exported)} of its features in this file` : "";
-    this.top.append(el("a", { class: "brand", href: this.#link({ latent: null }), "data-nav": "" }, "headscope"),
+    this.top.append(el("a", { class: "brand", href: this.#link(TABLE), "data-page": "table" }, "headscope"),
       el("span", { class: "facts" }, el("b", {}, model.name), ` · ${site} · ${sae.architecture} SAE of ${int(sae.d_sae)}${part} · ${corpus.name}, ${int(corpus.n_tokens)} tokens`),
       button({ class: "button", onclick: () => this.#search() }, "search ", el("kbd", {}, "/")),
       button({ class: "button", onclick: () => this.help.showModal() }, "keys ", el("kbd", {}, "?")));
@@ -68,7 +74,7 @@ class App {
   }
 
   #open(latent) {
-    if (latent !== this.view.latent) return this.#go({ latent, ex: "", head: "" }, true);
+    if (latent !== this.view.latent) return this.#go({ page: "card", latent, ...FRESH }, true);
   }
 
   /** The address changed: by back, forward, or by hand. */
@@ -83,7 +89,7 @@ class App {
     const turn = ++this.#turn;
     const late = () => turn !== this.#turn;
     try {
-      await (this.view.latent === null ? this.#showTable(late) : this.#showCard(late));
+      await { table: () => this.#showTable(late), dashboard: () => this.#showDashboard(late), card: () => this.#showCard(late) }[this.view.page]();
     } catch (error) {
       if (!late()) this.#fail(error);
     }
@@ -93,11 +99,27 @@ class App {
     const { features } = await this.#listed();
     if (late()) return;
     this.#table ??= new TableView(features, this.about, {
-      change: (patch) => this.#go({ list: { ...this.view.list, ...patch } }), open: (latent) => this.#open(latent), link: (latent) => this.#link({ latent, ex: "", head: "" }),
+      change: (patch) => this.#go({ list: { ...this.view.list, ...patch } }), open: (latent) => this.#open(latent), link: (latent) => this.#cardLink(latent),
+      dashboard: () => this.#link({ page: "dashboard", latent: null }),
     });
     this.#put(this.#table.element, this.about.title);
     this.#table.update(this.view.list, this.#card?.feature.latent);
     this.#card = null;
+  }
+
+  async #showDashboard(late) {
+    const { features } = await this.#listed();
+    if (late()) return;
+    this.#dashboard ??= new Dashboard(features, this.about, {
+      change: (patch) => this.#go(patch), open: (latent) => this.#open(latent), link: (patch) => this.#link({ latent: null, ...FRESH, ...patch }), tip: this.tip,
+    });
+    this.#put(this.#dashboard.element, `dashboard · ${this.about.title}`);
+    this.#dashboard.update(this.view);
+    this.#card = null;
+  }
+
+  #cardLink(latent) {
+    return this.#link({ page: "card", latent, ...FRESH });
   }
 
   async #showCard(late) {
@@ -105,8 +127,8 @@ class App {
     if (this.#card?.feature.latent !== latent) {
       const feature = await this.data.feature(latent);
       if (late()) return;
-      const { about, vocab, tip, data: { context } } = this;
-      this.#card = new Card(feature, { about, vocab, tip, context }, (patch) => this.#go(patch));
+      const { about, vocab, corpus, tip, data: { context } } = this;
+      this.#card = new Card(feature, { about, vocab, corpus, tip, context, link: (other) => this.#cardLink(other) }, (patch) => this.#go(patch));
       this.#put(this.#card.element, `${latent} · ${about.title}`);
       scrollTo(0, 0);
     }
@@ -115,7 +137,7 @@ class App {
     if (late()) return;
     this.#card.setPlace({
       position: place.order.indexOf(place.features.rowOf.get(latent)), total: place.order.length, previous, next,
-      copy: () => this.#copy(), link: (other) => this.#link({ latent: other, ex: "", head: "" }),
+      copy: () => this.#copy(), link: (other) => this.#cardLink(other),
     });
     if (next !== null) this.data.feature(next).catch(() => {});
   }
@@ -129,7 +151,7 @@ class App {
 
   #fail(error) {
     this.#card = null;
-    this.#put(el("div", { class: "failure", role: "alert", "data-error": "" }, el("p", {}, error.message), el("p", {}, el("a", { href: this.#link({ latent: null }), "data-nav": "" }, "All features"))), "headscope");
+    this.#put(el("div", { class: "failure", role: "alert", "data-error": "" }, el("p", {}, error.message), el("p", {}, el("a", { href: this.#link(TABLE), "data-page": "table" }, "All features"))), "headscope");
   }
 
   /** The neighbour of the card in the list, or null; a card outside the list neighbours its ends. */
@@ -140,7 +162,7 @@ class App {
   }
 
   async #step(step) {
-    if (this.view.latent === null) return this.#table?.move(step);
+    if (this.view.page === "table") return this.#table?.move(step);
     const latent = await this.#near(step);
     if (latent !== null) this.#open(latent);
   }
@@ -159,7 +181,7 @@ class App {
   }
 
   async #search() {
-    if (this.view.latent !== null) await this.#go({ latent: null }, true);
+    if (this.view.page !== "table") await this.#go(TABLE, true);
     this.page.querySelector("[data-search]")?.select();
   }
 
@@ -174,22 +196,25 @@ class App {
   /** Follow links inside the page without loading it anew. */
   #click(event) {
     if (!this.tip.contains(event.target)) this.tip.hide();
-    const nav = event.target.closest("[data-nav]")?.dataset.nav;
-    if (nav === undefined || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
+    const { nav, page } = event.target.closest("[data-nav], [data-page]")?.dataset ?? {};
+    if (!(nav || page) || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
     event.preventDefault();
-    this.#open(nav === "" ? null : Number(nav));
+    if (nav) this.#open(Number(nav));
+    else this.#go({ page, latent: null }, true);
   }
 
   #escape({ target }) {
     if (this.tip.hide()) return;
     if (target.matches("[data-search]") && target.value) this.#go({ list: { ...this.view.list, q: "" } });
     else if (target.matches("input, select")) target.blur();
+    else if (this.view.d) this.#go({ d: "" });
     else if (this.view.head) this.#go({ head: "" });
+    else if (this.view.ex) this.#go({ ex: "", dst: "" });
   }
 
   /** Arrow keys move in the table and scroll a card. */
   #arrow(step) {
-    if (this.view.latent === null) this.#table?.move(step);
+    if (this.view.page === "table") this.#table?.move(step);
     else scrollBy(0, 60 * step);
   }
 
@@ -202,13 +227,15 @@ class App {
       { keys: ["K"], help: "previous by number", run: () => this.#stepById(-1) },
       { keys: ["ArrowDown"], label: "↓", help: "next row", run: () => this.#arrow(1) },
       { keys: ["ArrowUp"], label: "↑", help: "previous row", run: () => this.#arrow(-1) },
-      { keys: ["Enter"], help: "open the row", run: () => this.view.latent === null && this.#table?.openCursor() },
+      { keys: ["Enter"], help: "open the row", run: () => this.view.page === "table" && this.#table?.openCursor() },
       { keys: ["/"], help: "search and list", run: () => this.#search() },
       { keys: ["g"], help: "go to a number", run: () => askLatent(this.about.sae.d_sae, (latent) => this.#open(latent)) },
       { keys: ["r"], help: "a random live feature of the list", run: () => this.#random() },
-      { keys: ["1", "2", "3"], help: "top and random, quantiles, intervals", run: onCard(({ key }) => ({ tab: TAB_NAMES[key - 1], ex: "" })) },
+      { keys: ["o"], help: "dashboard of the whole SAE", run: () => this.#go({ page: "dashboard", latent: null }, true) },
+      { keys: ["1", "2", "3", "4"], help: "top and random, quantiles, intervals, near threshold", run: onCard(({ key }) => ({ ...FRESH, head: this.view.head, tab: TAB_NAMES[key - 1] })) },
       { keys: ["w"], help: "window: short, medium, full", run: onCard(() => ({ w: WINDOW_NAMES[(WINDOW_NAMES.indexOf(this.view.w) + 1) % 3] })) },
       { keys: ["h"], help: "sources of one head, the largest first", run: onCard(() => ({ head: this.#card.nextHead() })) },
+      { keys: ["d"], help: "DFA and attention of an example, heads × sources", run: () => this.#card?.feature.alive && this.#card.toggleMap() },
       { keys: ["l"], help: "histogram: linear, log", run: onCard(() => ({ log: this.view.log ? "" : "1" })) },
       { keys: ["y"], help: "copy the link of this view", run: () => this.#copy() },
       { keys: ["?"], help: "these keys", run: () => this.help.showModal() },
@@ -217,4 +244,5 @@ class App {
   }
 }
 
-new App(document.getElementById("app"), openData()).start();
+const corpus = new Corpus();
+new App(document.getElementById("app"), openData(corpus), corpus).start();

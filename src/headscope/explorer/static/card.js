@@ -1,12 +1,16 @@
 /** The card of one feature, drawn from its JSON alone: when it fires, what it writes, which heads and sources compute it. */
 import { button, choice, el, term } from "./dom.js";
+import { unpackExamples } from "./examples.js";
 import { int, num, pct, sci } from "./format.js";
-import { drawHeads, largest, pressHead } from "./heads.js";
+import { disagreement, drawHeads, largest, pressHead } from "./heads.js";
 import { drawHistogram } from "./histogram.js";
-import { drawLogits, drawSources } from "./logits.js";
+import { drawLogits } from "./logits.js";
+import { chipsOf, drawCopying, drawCorrelated, drawSources } from "./sources.js";
 import { ExampleRow } from "./tokens.js";
 
-const TABS = { top: ["Top and random", ["top", "random"]], quantile: ["Quantiles", ["quantile"]], interval: ["Intervals", ["interval"]] };
+const TABS = {
+  top: ["Top and random", ["top", "random"]], quantile: ["Quantiles", ["quantile"]], interval: ["Intervals", ["interval"]], threshold: ["Near threshold", ["threshold"]],
+};
 const WINDOWS = [["5", "short", "5 tokens on each side"], ["16", "medium", "16 tokens on each side"], ["full", "full", "the whole block"]];
 
 /** Names of the tabs and of the windows, in order. */
@@ -22,11 +26,13 @@ export class Card {
 
   /**
    * @param {import("./types").Feature} feature
-   * @param {{about: import("./types").About, vocab: import("./vocab.js").Vocab, tip: import("./tip.js").Tip, context: ((block: number) => Promise<any>)|null}} needs
+   * @param {{about: import("./types").About, vocab: import("./vocab.js").Vocab, corpus: import("./corpus.js").Corpus, tip: import("./tip.js").Tip,
+   *   context: ((block: number) => Promise<any>)|null, link: (latent: number) => string}} needs
    * @param {(patch: object) => void} change asks for another view
    */
   constructor(feature, needs, change) {
-    Object.assign(this, { feature, ...needs, change, names: feature.heads.names });
+    Object.assign(this, needs, { change, names: needs.about.heads, term: (text, name, tag) => this.#term(text, name, { tag }) });
+    this.feature = { ...feature, examples: unpackExamples(feature.examples, this.names.length, feature.bias) };
     this.place = el("nav", { class: "place", "aria-label": "features" });
     this.element = el("article", { class: "card", "data-card": feature.latent, "data-alive": String(feature.alive) }, this.#header(),
       feature.alive ? el("div", { class: "body" }, this.#side(), this.#main()) : this.#deadPage());
@@ -40,12 +46,21 @@ export class Card {
 
   #header() {
     const { stats, heads, alive, latent } = this.feature;
-    const item = (name, label, value, note) => el("div", { "data-stat": name }, el("dt", {}, this.#term(label, name, { n: stats.n_active })), el("dd", {}, el("b", {}, value), note));
+    const item = (name, label, value, ...note) => el("div", { "data-stat": name }, el("dt", {}, this.#term(label, name, { n: stats.n_active })), el("dd", {}, el("b", {}, value), note));
     const top = alive && largest(heads.dfa);
+    const interval = () => el("span", { title: this.about.definitions.density_interval }, ` [${stats.density_interval.map(pct).join(", ")}]`);
     return el("header", { class: "card-head" }, el("h1", {}, el("small", {}, "feature"), String(latent)),
-      alive ? el("dl", {}, item("density", "density", pct(stats.density), ` ${int(stats.n_active)} of ${int(stats.n_tokens)} tokens`),
+      el("span", { class: "chips" }, alive ? chipsOf(this.feature, this.vocab) : el("span", { class: "chip" }, "dead")),
+      alive && el("dl", {}, item("density", "density", pct(stats.density), interval(), ` ${int(stats.n_active)} of ${int(stats.n_tokens)} tokens`),
         item("max", "max", num(stats.max)), item("mean", "mean", num(stats.mean)),
-        item("top_head", "top head", this.names[top], ` ${pct(heads.dfa[top])} of DFA`)) : el("span", { class: "chip" }, "dead"), this.place);
+        item("top_head", "top head", this.names[top], ` ${pct(heads.dfa[top])} of DFA`, this.#null())), this.place);
+  }
+
+  /** What share a top head has by chance: of the kinds of null, the one with the largest. */
+  #null() {
+    const [most] = this.about.nulls.toSorted((a, b) => b.range[2] - a.range[2]);
+    const all = this.about.nulls.map(({ kind, range: [low, , high] }) => `${kind}: ${pct(low)} to ${pct(high)}`).join("; ");
+    return most && el("span", { class: "null", "data-null": "", title: `${this.about.definitions.null} ${all}` }, ` · null ${pct(most.range[0])} to ${pct(most.range[2])}`);
   }
 
   #section(title, name, extra, ...body) {
@@ -53,31 +68,45 @@ export class Card {
   }
 
   #side() {
-    const { heads, stats, logits, sources } = this.feature;
+    const { heads, stats, logits, sources, copying, correlated } = this.feature;
     this.histogram = el("div");
     this.scales = el("span", { class: "choices" });
-    this.heads = drawHeads(heads, {
+    this.heads = drawHeads(heads, this.names, {
       tip: this.tip,
       hover: (head) => { this.#hovered = head; this.#paint(); },
       press: (head) => this.change({ head: this.#view.head === this.names[head] ? "" : this.names[head] }),
     });
-    const [byDfa, byDecoder] = [largest(heads.dfa), largest(heads.decoder)];
+    this.thresholds = el("span");
+    this.sources = el("div");
+    const [list, lengthen] = drawLogits(logits, this.vocab);
+    const differ = disagreement(heads, this.names);
     const spread = [[0.5, "median"], [0.9, "p90"], [0.99, "p99"]].map(([p, label]) => [label, stats.quantiles.find(([at]) => at === p)?.[1], "quantiles"]);
     const key = (name) => [el("i", { class: name }), this.#term(name === "dfa" ? "DFA" : name, `${name}_share`)];
     return el("div", { class: "side" },
       this.#section("Activations", "histogram", this.scales, this.histogram, el("p", { class: "spread" }, [...spread, ["std", stats.std, "std"]].map(([label, value, name]) =>
         value !== undefined && el("span", {}, this.#term(label, name, { n: stats.n_active }), el("b", {}, num(value, 2)))))),
       this.#section("Heads", "heads", el("span", { class: "legend" }, key("dfa"), key("decoder"), key("encoder")), this.heads,
-        byDfa !== byDecoder && el("p", { class: "flag", "data-flag": "heads" }, `⚑ the decoder's top head is ${this.names[byDecoder]}, the DFA's is ${this.names[byDfa]}`)),
-      this.#section("Logits", "logits", null, drawLogits(logits, this.vocab)),
-      sources.length > 0 && this.#section("Source tokens", "sources", null, drawSources(sources, this.vocab)));
+        differ && el("p", { class: "flag", "data-flag": "heads", title: this.about.definitions.disagreement }, differ)),
+      this.#section("Logits", "logits", lengthen, list),
+      sources.length > 0 && this.#section("Source tokens", "sources", this.thresholds, this.sources),
+      copying.top.length > 0 && el("p", { class: "inline", "data-copying": "" }, drawCopying(copying, this.names[largest(heads.dfa)], this)),
+      correlated.length > 0 && el("p", { class: "inline" }, drawCorrelated(correlated, this)));
+  }
+
+  #drawSources({ t }) {
+    const { sources, heads } = this.feature;
+    const at = sources[Number(t)] ? Number(t) : 0;
+    if (!sources[at]) return;
+    this.sources.replaceChildren(...drawSources(sources[at], this.#pressed() ?? largest(heads.dfa), this));
+    this.thresholds.replaceChildren(sources.length < 2 ? "" : choice("threshold", sources.map(({ threshold }, i) => [i === 0 ? "" : String(i), `> ${num(threshold, 1)}`, "active tokens above this activation"]), t,
+      (value) => this.change({ t: value })));
   }
 
   #main() {
     const { groups, stats } = this.feature;
     const count = (kinds) => groups.reduce((n, { kind, examples }) => n + (kinds.includes(kind) ? examples.length : 0), 0);
     this.tabs = el("div", { class: "tabs", role: "tablist" }, Object.entries(TABS).map(([name, [label, kinds]]) =>
-      button({ role: "tab", "data-tab": name, onclick: () => this.change({ tab: name, ex: "" }) }, label, el("small", {}, int(count(kinds))))));
+      button({ role: "tab", "data-tab": name, onclick: () => this.change({ tab: name, ex: "", dst: "", d: "" }) }, label, el("small", {}, int(count(kinds))))));
     this.windows = el("span");
     this.filter = button({ class: "filter", "data-head-filter": "", onclick: () => this.change({ head: "" }) });
     const hover = (event) => this.#hover(event.target);
@@ -100,18 +129,34 @@ export class Card {
   update(view) {
     if (!this.feature.alive) return;
     const changed = (...keys) => keys.some((key) => this.#view[key] !== view[key]);
-    const [histogram, groups, paint, ex] = [changed("log", "mass"), changed("tab", "w"), changed("tab", "w", "head"), view.ex && changed("ex")];
+    const [histogram, sources, groups, paint, map] = [changed("log", "mass"), changed("t", "head"), changed("tab", "w"), changed("head"), changed("ex", "d", "tab", "w")];
     const first = this.#view.w === undefined;
     this.#view = view;
     if (histogram) this.#drawHistogram(view);
+    if (sources) this.#drawSources(view);
     if (groups) this.#drawGroups(view);
-    if (paint) this.#paint();
+    else if (paint) for (const row of this.#rows) if (row.line.firstChild) row.draw(view.w, this.#head());
+    if (groups || paint) this.#paint();
     for (const row of this.#rows) row.element.classList.toggle("current", row.key === view.ex);
-    if (ex && first) requestAnimationFrame(() => this.groups.querySelector(".current")?.scrollIntoView({ block: "center" }));
+    if (map) for (const row of this.#rows) row.showMap(view.d === "1" && row.key === this.#current(), this.tip);
+    if (first && view.ex) requestAnimationFrame(() => this.#restore(view));
+  }
+
+  /** The example that a map opens for: the marked one, else the first. */
+  #current() {
+    return this.#rows.find(({ key }) => key === this.#view.ex)?.key ?? this.#rows[0]?.key;
+  }
+
+  /** Bring the example of a link into sight, and its token's numbers. */
+  #restore({ ex, dst }) {
+    const row = this.#rows.find(({ key }) => key === ex);
+    row?.element.scrollIntoView({ block: "center" });
+    const token = dst && row?.line.querySelector(`[data-pos="${CSS.escape(dst)}"]`);
+    if (token) this.tip.show(token, row.tokenFacts(Number(dst)), true);
   }
 
   #drawHistogram({ log, mass }) {
-    const { chart, mark } = drawHistogram(this.feature.histogram, { log: log === "1", byMass: mass === "1", tip: this.tip });
+    const { chart, mark } = drawHistogram(this.feature.histogram, { max: this.feature.stats.max, log: log === "1", byMass: mass === "1", tip: this.tip });
     this.#mark = mark;
     this.histogram.replaceChildren(chart);
     this.scales.replaceChildren(choice("weight", [["", "counts"], ["1", "mass"]], mass, (value) => this.change({ mass: value })),
@@ -130,27 +175,28 @@ export class Card {
     this.windows.replaceChildren(choice("window", WINDOWS, w, (value) => this.change({ w: value })));
     const blocks = w === "full" && this.context !== null;
     this.groups.classList.toggle("blocks", blocks);
-    if (blocks) this.#watchBlocks();
-    else for (const row of this.#rows) row.draw(w, null);
-    if (w === "full" && !blocks) this.groups.prepend(el("p", { class: "hint", "data-partial": "" }, "Whole blocks are not in this file: all tokens that it has are shown."));
+    if (w === "5") for (const row of this.#rows) row.draw(w, this.#head());
+    else this.#watch(w, blocks);
+    if (w === "full" && !blocks) this.groups.prepend(el("p", { class: "hint", "data-partial": "" }, "Whole blocks are not in this export: all tokens that it has are shown."));
   }
 
-  /** Whole blocks are long: only those near the screen are in the page. */
-  #watchBlocks() {
+  /** Long windows: only those near the screen are in the page. */
+  #watch(w, blocks) {
     const rows = new Map(this.#rows.map((row) => [row.element, row]));
     this.#watcher = new IntersectionObserver((entries) => {
       for (const { target, isIntersecting } of entries) {
         const row = rows.get(target);
-        if (isIntersecting) row.drawBlock(() => this.#head()).catch(() => row.draw("full", this.#head()));
-        else row.clear();
+        if (!isIntersecting) row.clear();
+        else if (blocks) row.drawBlock(() => this.#head()).catch(() => row.draw(w, this.#head()));
+        else row.draw(w, this.#head());
       }
-    }, { rootMargin: "100px 0px" });
+    }, { rootMargin: "300px 0px" });
     for (const element of rows.keys()) this.#watcher.observe(element);
   }
 
-  #drawGroup({ kind, index, label, lo, hi, n, share_active: active, share_mass: mass, examples }) {
-    const key = kind === "top" || kind === "random" ? kind : `${kind}-${index}`;
-    const rows = examples.map((example, i) => new ExampleRow(example, `${key}.${i}`, this));
+  #drawGroup({ kind, index, label, lo, hi, n, share_active: active, share_mass: mass, examples, same }) {
+    const key = kind === "quantile" || kind === "interval" ? `${kind}-${index}` : kind;
+    const rows = examples.map((number, i) => new ExampleRow(this.feature.examples[number], `${key}.${i}`, same[i], this));
     this.#rows.push(...rows);
     return el("section", { class: "group", "data-group": key }, el("header", {}, this.#term(label, kind, { n, tag: "h3" }),
       lo !== null && hi !== null && el("span", { "data-range": "" }, `${num(lo, 2)} to ${num(hi, 2)}`),
@@ -160,8 +206,12 @@ export class Card {
 
   /** The head that sources are filtered to, by index: the hovered one, else that of the link ("1.6", or its index). */
   #head() {
+    return this.#hovered ?? this.#pressed();
+  }
+
+  #pressed() {
     const { head } = this.#view;
-    if (this.#hovered !== null || !head) return this.#hovered;
+    if (!head) return null;
     const at = this.names.indexOf(head);
     return at >= 0 ? at : head in this.names ? Number(head) : null;
   }
@@ -185,14 +235,21 @@ export class Card {
 
   /** What the pointer is on: where a tooltip goes, what it says, its row and its activation. */
   #find(target) {
-    const at = target?.closest(".tok, .act, .strip");
+    const at = target?.closest(".tok, .act, .open-map");
     if (!at) return null;
     const row = this.#rows.find(({ element }) => element.contains(at));
     if (!at.matches(".tok")) return { at, row, act: row.example.activation, facts: row.checkFacts() };
     return { at, row, act: Number(at.dataset.act ?? 0), facts: row.tokenFacts(Number(at.dataset.pos)) };
   }
 
+  /** Open the map of heads by sources of an example (the marked or first one when not said), or close it. */
+  toggleMap(key = this.#current()) {
+    const open = this.#view.d === "1" && key === this.#current();
+    this.change({ d: open ? "" : "1", ex: key });
+  }
+
   #hover(target) {
+    if (target?.closest(".map")) return;
     const found = this.#find(target);
     if (found) this.tip.show(found.at, found.facts);
     else this.tip.leave();
@@ -200,11 +257,13 @@ export class Card {
   }
 
   #click(event) {
+    const map = event.target.closest("[data-map]")?.dataset.map;
+    if (map) return this.toggleMap(map);
     const found = this.#find(event.target);
     if (!found) return;
     event.stopPropagation();
+    this.change({ ex: found.row.key, dst: found.at.dataset.pos ?? "" });
     this.tip.show(found.at, found.facts, true);
-    this.change({ ex: found.row.key });
   }
 
   /** Say where the card stands in the list. */

@@ -1,25 +1,43 @@
-/** Where the page's JSON comes from: the server, or this file itself. Both answer the same questions; types.d.ts says what. */
+/** Where the page's JSON comes from: the server, packs beside the page, or this file itself; types.d.ts says what it is. */
 
 const KEPT = 64; // answers kept in memory
+
+/** Remembers the last answers, but no failures. */
+class Answers {
+  #kept = new Map();
+
+  get(key, ask) {
+    const answer = this.#kept.get(key) ?? ask();
+    this.#kept.delete(key);
+    this.#kept.set(key, answer);
+    answer.catch(() => this.#kept.delete(key));
+    if (this.#kept.size > KEPT) this.#kept.delete(this.#kept.keys().next().value);
+    return answer;
+  }
+}
 
 /** JSON from the server that serves the page. */
 class ServerData {
   embedded = false;
-  #kept = new Map();
+  #answers = new Answers();
+
+  constructor(corpus) {
+    this.corpus = corpus;
+  }
 
   about = () => this.#get("/api/about");
   vocab = () => this.#get("/api/vocab");
   table = () => this.#get("/api/table");
-  feature = (latent) => this.#get(`/api/feature/${latent}`);
-  context = (block) => this.#get(`/api/context/${block}`);
+  feature = async (latent) => this.#kept(await this.#get(`/api/feature/${latent}`));
+  context = async (block) => this.#kept(await this.#get(`/api/context/${block}`));
+
+  #kept(answer) {
+    this.corpus.add(answer);
+    return answer;
+  }
 
   #get(path) {
-    const answer = this.#kept.get(path) ?? fetchJson(path);
-    this.#kept.delete(path);
-    this.#kept.set(path, answer);
-    answer.catch(() => this.#kept.delete(path));
-    if (this.#kept.size > KEPT) this.#kept.delete(this.#kept.keys().next().value);
-    return answer;
+    return this.#answers.get(path, () => fetchJson(path));
   }
 }
 
@@ -32,35 +50,88 @@ async function fetchJson(path) {
   return body;
 }
 
-/** JSON packed into this file by the export. */
-class EmbeddedData {
+/** What both kinds of export share: a core, and the cards in packs. */
+class Exported {
   embedded = true;
-  #packs = new Map();
-
-  about = async () => (await this.#unpack("data-core")).about;
-  vocab = async () => (await this.#unpack("data-core")).vocab;
-  table = async () => (await this.#unpack("data-core")).table;
   context = null;
 
+  constructor(corpus) {
+    this.corpus = corpus;
+  }
+
+  about = async () => (await this.core()).about;
+  vocab = async () => (await this.core()).vocab;
+  table = async () => (await this.core()).table;
+
   async feature(latent) {
-    const { pack_of: packOf, about } = await this.#unpack("data-core");
-    if (!(latent in packOf)) throw new Error(`This file holds ${about.exported} of ${about.sae.d_sae} features; ${latent} is not one of them.`);
-    return (await this.#unpack(`data-pack-${packOf[latent]}`))[latent];
+    const { pack_of: packOf, about } = await this.core();
+    if (!(latent in packOf)) throw new Error(`This export holds ${about.exported} of ${about.sae.d_sae} features; ${latent} is not one of them.`);
+    return (await this.cards(packOf[latent]))[latent];
+  }
+}
+
+/** JSON packed into this file. */
+class FileData extends Exported {
+  #answers = new Answers();
+
+  core = () => this.#unpack("data-core");
+  text = () => this.#answers.get("text", () => this.#readText());
+
+  async cards(pack) {
+    await this.text();
+    return this.#unpack(`data-pack-${pack}`);
+  }
+
+  async #readText() {
+    const [{ runs, bytes, ...documents }, buffer] = await Promise.all([this.#unpack("data-text"), bufferOf("data-ids")]);
+    const ids = bytes === 2 ? new Uint16Array(buffer) : new Uint32Array(buffer);
+    for (let i = 0, at = 0; i < runs.length; at += runs[i + 2], i += 3) this.corpus.put(runs[i], runs[i + 1], ids.subarray(at, at + runs[i + 2]));
+    this.corpus.add({ text: [], ...documents });
   }
 
   #unpack(id) {
-    if (!this.#packs.has(id)) this.#packs.set(id, inflate(document.getElementById(id).textContent));
-    return this.#packs.get(id);
+    return this.#answers.get(id, async () => JSON.parse(new TextDecoder().decode(await bufferOf(id))));
   }
 }
 
-/** base64 -> gzip -> JSON */
-function inflate(text) {
-  const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+/** base64 -> gzip -> bytes */
+function bufferOf(id) {
+  const text = atob(document.getElementById(id).textContent);
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return inflate(new Blob([bytes]).stream()).arrayBuffer();
 }
 
-/** The data of this page. */
-export function openData() {
-  return document.getElementById("data-core") ? new EmbeddedData() : new ServerData();
+function inflate(stream) {
+  return new Response(stream.pipeThrough(new DecompressionStream("gzip")));
+}
+
+/** JSON in the folder that the page lies in, on any host of files. */
+class FolderData extends Exported {
+  #answers = new Answers();
+
+  core = () => this.#answers.get("core", () => fetchPacked("core.json.gz"));
+
+  cards(number) {
+    return this.#answers.get(number, async () => {
+      const { cards, ...text } = await fetchPacked(`packs/${number}.json.gz`);
+      this.corpus.add(text);
+      return cards;
+    });
+  }
+}
+
+/** Some hosts unpack a .gz on the way, some do not. */
+async function fetchPacked(path) {
+  const answer = await fetch(path).catch(() => null);
+  if (!answer?.ok) throw new Error(`${path} cannot be read. Serve the folder: python -m http.server, and open the address it prints.`);
+  const body = await answer.blob();
+  const [first, second] = new Uint8Array(await body.slice(0, 2).arrayBuffer());
+  return (first === 0x1f && second === 0x8b ? inflate(body.stream()) : new Response(body)).json();
+}
+
+/** The data of this page. @param {import("./corpus.js").Corpus} corpus where its text goes */
+export function openData(corpus) {
+  if (document.getElementById("data-core")) return new FileData(corpus);
+  return document.querySelector("meta[name=headscope-folder]") ? new FolderData(corpus) : new ServerData(corpus);
 }

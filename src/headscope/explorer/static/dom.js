@@ -26,7 +26,7 @@ function furnish(node, props, children) {
     else if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
     else node.setAttribute(key, value === true ? "" : value);
   }
-  node.append(...children.flat().filter(given));
+  node.append(...children.flat(Infinity).filter(given));
   return node;
 }
 
@@ -49,4 +49,17 @@ export function term(text, definition, tag = "span") {
 export function choice(name, options, current, pick) {
   return el("span", { class: "choice", role: "group", "aria-label": name }, options.map(([value, label, title]) =>
     button({ "data-choice": `${name}:${value}`, "aria-pressed": String(value === current), title, onclick: () => pick(value) }, label)));
+}
+
+/** A button that shows all of a list whose rows after the first `few` have the class "more"; false where there are none. */
+export function more(list, name, few, all) {
+  const toggle = button({
+    class: "quiet", "data-more": name, "aria-expanded": "false",
+    onclick: () => {
+      const open = list.classList.toggle("open");
+      toggle.setAttribute("aria-expanded", String(open));
+      toggle.textContent = `show ${open ? few : all}`;
+    },
+  }, `show ${all}`);
+  return all > few && toggle;
 }

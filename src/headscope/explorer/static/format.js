@@ -26,7 +26,7 @@ export function signed(value, digits = 3) {
 export function pct(value) {
   if (lacks(value)) return "–";
   const size = Math.abs(value * 100);
-  const text = size > 0 && size < 0.001 ? sci(size) : size.toFixed(size === 0 || size >= 99.95 ? 0 : size >= 1 ? 1 : size >= 0.1 ? 2 : 3);
+  const text = size > 0 && size < 0.001 ? sci(size) : size > 0 && size < 0.1 ? String(Number(size.toPrecision(2))) : size.toFixed(size === 0 || size >= 99.95 ? 0 : size >= 1 ? 1 : 2);
   return `${value < 0 ? "−" : ""}${text}\u202f%`;
 }
 

@@ -3,11 +3,22 @@ import { el, svg, unit } from "./dom.js";
 import { pct, signed } from "./format.js";
 
 const [WIDE, FROM, TO] = [312, 34, 262];
-const SHARES = { dfa: "DFA", dfa_cov: "DFA, covariance", decoder: "decoder", decoder_out: "decoder through W_O", encoder: "encoder" };
+const SHARES = {
+  dfa: "DFA, squared", dfa_cov: "DFA, covariance", dfa_mean: "DFA, mean", decoder: "decoder norm", decoder_out: "decoder through W_O, basis-free",
+  encoder: "encoder norm", encoder_in: "encoder through W_V, basis-free",
+};
 
 /** The index of the largest value. */
 export function largest(values) {
   return values.indexOf(Math.max(...values));
+}
+
+/** How DFA and decoder disagree, in words; null where they do not. @param {import("./types").Feature["heads"]} heads */
+export function disagreement({ dfa, decoder, disagreement: apart }, names) {
+  const [byDfa, byDecoder] = [largest(dfa), largest(decoder)];
+  if (byDfa === byDecoder && !(apart > 0.3)) return null;
+  const heads = byDfa === byDecoder ? `both name ${names[byDfa]} first` : `DFA names ${names[byDfa]}, the decoder ${names[byDecoder]}`;
+  return `⚑ DFA and decoder norms disagree: ${heads}; ${pct(apart)} of the shares apart`;
 }
 
 /**
@@ -15,9 +26,9 @@ export function largest(values) {
  * @param {import("./types").Feature["heads"]} heads
  * @param {{tip: import("./tip.js").Tip, hover: (head: number|null) => void, press: (head: number) => void}} on
  */
-export function drawHeads(heads, on) {
-  const { names, dfa, decoder, encoder } = heads;
-  const row = names.length > 16 ? 12 : 16;
+export function drawHeads(heads, names, on) {
+  const { dfa, decoder, encoder } = heads;
+  const row = names.length > 12 ? 11 : names.length > 8 ? 13 : 15;
   const most = Math.max(...dfa, ...decoder, ...encoder, 1e-9);
   const x = (share) => FROM + (share / most) * (TO - FROM);
   const chart = svg("svg", { class: "heads", viewBox: `0 0 ${WIDE} ${row * names.length + 2}`, role: "group", "aria-label": "heads" });
@@ -26,7 +37,7 @@ export function drawHeads(heads, on) {
     const label = (at, text, kind) => svg("text", { class: kind, x: at, y: y + 3.5, "text-anchor": "end" }, text);
     const line = svg("g", {
       class: "head", "data-head": name, role: "button", tabindex: 0, "aria-label": `head ${name}: ${pct(dfa[h])} of DFA`,
-      onpointerenter: () => { on.hover(h); on.tip.show(line, headFacts(heads, h)); },
+      onpointerenter: () => { on.hover(h); on.tip.show(line, headFacts(heads, names, h)); },
       onpointerleave: () => { on.hover(null); on.tip.leave(); },
       onclick: () => on.press(h),
       onkeydown: (event) => {
@@ -48,14 +59,14 @@ export function pressHead(chart, name) {
   for (const line of chart.children) line.setAttribute("aria-pressed", String(line.dataset.head === name));
 }
 
-function headFacts(heads, h) {
-  return [el("div", { class: "tip-title" }, `head ${heads.names[h]}`), facts(Object.entries(SHARES).map(([key, label]) => [label, pct(heads[key]?.[h])])),
+function headFacts(heads, names, h) {
+  return [el("div", { class: "tip-title" }, `head ${names[h]}`), facts(Object.entries(SHARES).map(([key, label]) => [label, pct(heads[key]?.[h])])),
     el("div", { class: "hint" }, "press: show this head's sources only")];
 }
 
 /** Rows of a tooltip. */
-export function facts(rows) {
-  return el("table", {}, rows.map(([label, value]) => el("tr", {}, el("th", {}, label), el("td", {}, value))));
+export function facts(rows, kind) {
+  return el("table", { class: kind }, rows.map(([label, value]) => el("tr", {}, el("th", {}, label), el("td", {}, value))));
 }
 
 /** An example's DFA by head as small signed bars; `paintStrip` draws them. */
@@ -78,10 +89,13 @@ export function paintStrip(strip, values, head) {
   strip.setAttribute("height", height);
 }
 
-/** Contributions by head as a small table, for tooltips. */
-export function headGrid(names, values) {
-  const most = Math.max(...values.map(Math.abs), 1e-12);
-  return el("div", { class: "grid" }, names.map((name, h) => el("span", {
-    class: values[h] < 0 ? "cell minus" : "cell", "data-head-value": name, vars: { "--r": unit(Math.abs(values[h]) / most) },
-  }, name, el("b", {}, signed(values[h])))));
+/** DFA by head, with attention where it is known, the largest first; for tooltips. */
+export function headGrid(names, { heads, attention, other }) {
+  const most = Math.max(...heads.map(Math.abs), 1e-12);
+  const order = [...heads.keys()].sort((a, b) => Math.abs(heads[b]) - Math.abs(heads[a])).slice(0, 12);
+  const known = attention?.some((share) => share > 0);
+  return el("table", { class: "by-head" }, el("tr", {}, ["head", "DFA", known && "attention"].filter(Boolean).map((title) => el("th", {}, title))),
+    order.map((h) => el("tr", { "data-head-value": names[h] }, el("th", {}, names[h]),
+      el("td", { class: heads[h] < 0 ? "cell minus" : "cell", vars: { "--r": unit(Math.abs(heads[h]) / most) } }, signed(heads[h])), known && el("td", {}, pct(attention[h])))),
+    Math.abs(other ?? 0) > 1e-9 && el("tr", {}, el("th", {}, "small parts"), el("td", {}, signed(other))));
 }

@@ -8,7 +8,8 @@ const [WIDTH, LEFT, RIGHT, TOP, BASE] = [312, 34, 306, 8, 96];
  * Draw the histogram; `mark(value)` of the result shows a line at an activation, `mark(null)` removes it.
  * @param {import("./types").Feature["histogram"]} histogram
  */
-export function drawHistogram({ edges, counts, mass }, { log, byMass, tip }) {
+export function drawHistogram({ counts, mass }, { max, log, byMass, tip }) {
+  const edges = Array.from({ length: counts.length + 1 }, (_, i) => (max * i) / counts.length);
   const values = byMass ? mass : counts;
   const total = values.reduce((sum, value) => sum + value, 0);
   const [low, high, most] = [edges[0], edges.at(-1), Math.max(...values)];

@@ -47,7 +47,17 @@ export class FeatureList {
     const { density, top_head: head, top_head_share: share } = this.rows;
     const bound = (text, none) => (text.trim() === "" || Number.isNaN(Number(text)) ? none : Number(text) / 100);
     const [low, high, least] = [bound(list.dmin, 0), bound(list.dmax, Infinity), bound(list.share, 0)];
-    return (row) => (!list.in || head[row] === list.in) && (share[row] ?? 0) >= least && (density[row] ?? 0) >= low && (density[row] ?? 0) <= high;
+    const boxed = this.#box(list.box);
+    return (row) => boxed(row) && (!list.in || head[row] === list.in) && (share[row] ?? 0) >= least && (density[row] ?? 0) >= low && (density[row] ?? 0) <= high;
+  }
+
+  /** A rectangle of two columns: "density,1e-4,1e-2,top_head_share,0.5,1". */
+  #box(text) {
+    const [x, x0, x1, y, y0, y1] = text.split(",");
+    const within = (name, low, high) => (row) => this.rows[name][row] !== null && this.rows[name][row] >= Number(low) && this.rows[name][row] <= Number(high);
+    if (!(x in this.rows && y in this.rows)) return () => true;
+    const [across, up] = [within(x, x0, x1), within(y, y0, y1)];
+    return (row) => across(row) && up(row);
   }
 
   /** By which of id, logits, source and examples a row matches a query. */

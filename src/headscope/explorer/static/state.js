@@ -1,7 +1,8 @@
 /** What the page shows, and its link: every view has a URL that brings it back. */
 
-const CARD = { tab: "top", ex: "", w: "5", head: "", log: "", mass: "" };
-const LIST = { q: "", sort: "latent", dead: "", share: "", in: "", dmin: "", dmax: "" };
+const CARD = { tab: "top", ex: "", dst: "", w: "5", head: "", d: "", t: "", log: "", mass: "" };
+const PLANE = { x: "density", y: "top_head_share", lx: "1", ly: "0" };
+const LIST = { q: "", sort: "latent", dead: "", share: "", in: "", dmin: "", dmax: "", box: "" };
 
 /** The filters of a list that hides nothing but the dead. */
 export const NO_FILTER = { ...LIST, sort: undefined };
@@ -15,17 +16,18 @@ export function readView(location, embedded) {
   const hash = location.hash.slice(1);
   const [path, query = ""] = embedded ? hash.split(/\?(.*)/s) : [location.pathname, location.search];
   const latent = /^\/f\/(\d{1,9})\/?$/.exec(path);
-  const list = chosen(LIST, embedded ? query : hash);
-  return { latent: latent && Number(latent[1]), ...chosen(CARD, query), list };
+  const page = latent ? "card" : path === "/dashboard" ? "dashboard" : "table";
+  const card = chosen(CARD, query);
+  if (card.ex && !new URLSearchParams(query).has("tab")) card.tab = card.ex.split(/[-.]/)[0].replace("random", "top");
+  return { page, latent: latent && Number(latent[1]), ...card, ...chosen(PLANE, query), list: chosen(LIST, embedded ? query : hash) };
 }
 
 /** The link of a view. @param {import("./types").View} view */
 export function linkOf(view, embedded) {
-  const path = view.latent === null ? "/" : `/f/${view.latent}`;
-  const card = view.latent === null ? "" : changed(CARD, view);
-  const list = changed(LIST, view.list);
-  if (embedded) return `#${path}?${card}&${list}`.replace(/\?&/, "?").replace(/[?&]$/, "");
-  return path + (card && `?${card}`) + (list && `#${list}`);
+  const [path, own] = { card: [`/f/${view.latent}`, CARD], dashboard: ["/dashboard", PLANE], table: ["/", {}] }[view.page];
+  const [page, list] = [changed(own, view), changed(LIST, view.list)];
+  if (embedded) return `#${path}?${page}&${list}`.replace(/\?&/, "?").replace(/[?&]$/, "");
+  return path + (page && `?${page}`) + (list && `#${list}`);
 }
 
 function chosen(defaults, query) {

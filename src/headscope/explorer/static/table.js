@@ -9,11 +9,11 @@ const WRITE = { int, percent: pct, float: num, bool: (flag) => (flag ? "yes" : "
 const HINT = 'Searches the tokens of top logits, top source and examples. "def": exactly that token. id:, logit:, source: or example: in front: only there.';
 
 /** Facts and quality numbers. @param {import("./types").About} about */
-function drawAbout(about) {
+export function drawAbout(about) {
   const { model, sae, corpus, definitions } = about;
   const fact = (name, ...value) => [el("dt", {}, term(name, definitions[name])), el("dd", {}, value)];
   return el("aside", { class: "about", "data-about": "" }, el("h2", {}, "What is shown"), el("dl", {},
-    fact("model", el("b", {}, model.name), ` ${model.n_layers} layers, ${model.n_heads} heads, d_model ${int(model.d_model)}`), fact("site", about.site),
+    fact("model", el("b", { title: model.hash }, model.name), ` ${model.n_layers} layers, ${model.n_heads} heads, d_model ${int(model.d_model)}`), fact("site", about.site),
     fact("SAE", el("b", {}, sae.name), ` ${sae.architecture}, ${int(sae.d_in)} → ${int(sae.d_sae)} latents`),
     fact("alive", `${int(about.n_alive)} of ${int(about.n_alive + about.n_dead)} (${int(about.n_dead)} dead)`), fact("L0", num(about.l0, 2)),
     fact("corpus", el("b", {}, corpus.name), ` ${corpus.split}: ${int(corpus.n_tokens)} tokens of ${int(corpus.n_documents)} documents, in blocks of ${int(corpus.block_size)}`)),
@@ -34,7 +34,7 @@ export class TableView {
    * @param {{change: (patch: object) => void, open: (latent: number) => void, link: (latent: number) => string}} on
    */
   constructor(features, about, on) {
-    Object.assign(this, { features, on, columns: features.columns.filter(({ name }) => name !== "alive") });
+    Object.assign(this, { features, on, columns: features.columns.filter(({ listed }) => listed) });
     this.count = el("output", { class: "count", "data-count": "" });
     this.head = el("div", { class: "row header", role: "row" });
     this.space = el("div", { class: "space", role: "rowgroup" });
@@ -44,7 +44,7 @@ export class TableView {
     }, this.head, this.space);
     new ResizeObserver(() => this.#drawRows()).observe(this.view);
     this.element = el("main", { class: "index" }, drawAbout(about), el("section", { class: "features" },
-      el("header", {}, el("h1", {}, about.title), this.count), this.#drawControls(), this.view));
+      el("header", {}, el("h1", {}, about.title), el("a", { class: "button", href: on.dashboard(), "data-page": "dashboard" }, "dashboard ", el("kbd", {}, "o")), this.count), this.#drawControls(), this.view));
   }
 
   #drawControls() {
@@ -57,12 +57,13 @@ export class TableView {
     const input = (key, props, ...children) => (this.#inputs[key] = el(children.length ? "select" : "input", { "data-filter": key, oninput: change, ...props }, ...children));
     const percent = (key, label) => input(key, { inputmode: "decimal", size: 4, "aria-label": label });
     this.reset = button({ class: "quiet", "data-reset": "", onclick: () => this.on.change({ ...NO_FILTER, sort: this.#list.sort }) }, "clear");
+    this.box = button({ class: "filter", "data-box": "", onclick: () => this.on.change({ box: "" }) }, "in the rectangle ×");
     return el("form", { class: "filters", onsubmit: (event) => event.preventDefault() },
       input("q", { type: "search", placeholder: "Search an id or a token   /", "data-search": "", title: HINT, spellcheck: "false", onkeydown: (event) => this.#searchKey(event) }),
       el("label", {}, "top head ", input("in", {}, el("option", { value: "" }, "any"), this.features.heads.map((name) => el("option", {}, name)))),
       el("label", {}, "with ≥ ", percent("share", "least DFA share of the top head"), " % of DFA"),
       el("label", {}, "density ", percent("dmin", "least density"), " to ", percent("dmax", "largest density"), " %"),
-      el("label", {}, input("dead", { type: "checkbox" }), " dead too"), this.reset);
+      el("label", {}, input("dead", { type: "checkbox" }), " dead too"), this.box, this.reset);
   }
 
   /** Arrow keys and Enter work while typing. */
@@ -83,6 +84,8 @@ export class TableView {
       if (input.type === "checkbox") input.checked = list[key] === "1";
       else if (input.value !== list[key]) input.value = list[key];
     }
+    this.box.hidden = !list.box;
+    this.box.title = list.box;
     this.reset.hidden = Object.entries(NO_FILTER).every(([key, none]) => none === undefined || list[key] === none);
     const by = Object.entries(hits).filter(([name]) => name).map(([name, n]) => `${int(n)} by ${name}`).join(", ");
     this.count.replaceChildren(el("b", { "data-n": order.length }, int(order.length)), ` of ${int(this.features.size)}`, by && ` (${by})`, hidden > 0 ? ` · ${int(hidden)} dead hidden` : "");
@@ -119,7 +122,7 @@ export class TableView {
       href: this.on.link(latent), tabindex: i === this.#cursor ? 0 : -1, vars: { "--top": `${i * ROW}px` },
     }, this.columns.map(({ name, kind }) => {
       const value = rows[name][row];
-      const text = value !== null ? WRITE[kind]?.(value) : name === "max" && !rows.alive[row] ? "dead" : "";
+      const text = value !== null ? WRITE[kind]?.(value) : name === "maximum" && !rows.alive[row] ? "dead" : "";
       const differs = name === "decoder_head" && value !== rows.top_head[row];
       return el("span", { class: `cell ${kind}${differs ? " differs" : ""}`, role: "cell", "data-col": name, vars: /share$/.test(name) && value !== null ? { "--r": unit(value) } : {} },
         kind === "token" ? vocab.label(value) : name === "latent" ? String(value) : text);
