@@ -41,13 +41,9 @@ _WIDTHS = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48,
 def _untrained(family: str, n_layers: int, changes: dict[str, Any]) -> PreTrainedModel:
     match family:
         case "gpt_neox":
-            config = GPTNeoXConfig(
-                **(_SHARED | _WIDTHS | changes),
-                num_hidden_layers=n_layers,
-                use_parallel_residual=False,
-                tie_word_embeddings=False,
-                rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
-            )
+            rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
+            blocks = {"use_parallel_residual": False, "tie_word_embeddings": False, "rope_parameters": rope}
+            config = GPTNeoXConfig(**(_SHARED | _WIDTHS | blocks | changes), num_hidden_layers=n_layers)
             return GPTNeoXForCausalLM(config)
         case "gpt2":
             sizes = {"n_embd": 32, "n_head": 4, "n_inner": 48, "n_positions": 64}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,16 +17,24 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import headscope.models
+from headscope.interventions import at
 from headscope.models.hf import Model
 from headscope.models.load import load_model
 from headscope.sae.formats import load_sae, save_sae
 from headscope.sae.model import SAE
-from headscope.site import Site
+from headscope.site import KINDS, AnyKind, Site
 
 FAMILIES = ("gpt_neox", "gpt2", "llama")
 JUDGES = Path(__file__).parent / "judges"
 TINY = Path(headscope.models.__file__).parent / "tiny"
-MODELS = ["random", *(["tiny"] if (TINY / "config.json").is_file() else [])]
+PYTHIAS = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
+RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox-parallel": ("gpt_neox", {"use_parallel_residual": True, "rope_parameters": PYTHIAS}),
+    "gpt2": ("gpt2", {}),
+    "llama": ("llama", {}),
+}
+MODELS = [*RANDOM, *(["tiny"] if (TINY / "config.json").is_file() else [])]
 
 
 def needs(package: str) -> pytest.MarkDecorator:
@@ -56,32 +65,83 @@ def random_tokens(model: Model, shape: tuple[int, int]) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------- TransformerLens 3.9
-@pytest.fixture(params=MODELS)
-def model_folder(
+@pytest.fixture(params=MODELS, scope="module")
+def judged(
     request: pytest.FixtureRequest,
     random_model: Callable[..., Model],
     save_model: Callable[[Model, Path], Path],
-    tmp_path: Path,
-) -> Path:
-    return TINY if request.param == "tiny" else save_model(random_model("gpt_neox"), tmp_path / "model")
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Model, Tensor, dict[str, Tensor]]:
+    """A model, tokens, and what TransformerLens computes with them."""
+    root = tmp_path_factory.mktemp("judged")
+    if request.param == "tiny":
+        folder = TINY
+    else:
+        family, changes = RANDOM[request.param]
+        folder = save_model(random_model(family, **changes), root / "model")
+    model = load_model(str(folder))
+    tokens = random_tokens(model, (3, 48))
+    np.savez(root / "tokens.npz", tokens=tokens.numpy())
+    run_judge("transformer_lens_bridge.py", folder, root / "tokens.npz", root / "judged.npz")
+    return model, tokens, {name: torch.from_numpy(value) for name, value in np.load(root / "judged.npz").items()}
+
+
+def named(site: Site, model: Model, judged: dict[str, Tensor]) -> Tensor | None:
+    """What TransformerLens has at a site; unrotated queries and keys are not those that meet each other."""
+    name = site.hook_name
+    if site.kind in ("q", "k") and model.spec.family == "gpt2":
+        name = name.replace("hook_rot_", "hook_")
+    return judged.get(name)
 
 
 @pytest.mark.slow
 @needs("transformer_lens")
-def test_z_pattern_value_and_logits_are_those_of_transformerlens(model_folder: Path, tmp_path: Path) -> None:
-    model = load_model(str(model_folder))
-    tokens = random_tokens(model, (3, 48))
-    np.savez(tmp_path / "tokens.npz", tokens=tokens.numpy())
-    run_judge("transformer_lens_bridge.py", model_folder, tmp_path / "tokens.npz", tmp_path / "judged.npz")
-    judged = {name: torch.from_numpy(value) for name, value in np.load(tmp_path / "judged.npz").items()}
+def test_every_site_is_that_of_transformerlens(judged: tuple[Model, Tensor, dict[str, Tensor]]) -> None:
+    model, tokens, theirs = judged
+    compared = set()
     for layer in range(model.spec.n_layers):
-        site = Site("z", layer)
-        attention = model.attention(tokens, layer)
-        assert_same_scale(model.read(tokens, [site])[site], judged[f"z{layer}"], 1e-5)
-        assert_same_scale(attention.z, judged[f"z{layer}"], 1e-5)
-        assert_same_scale(attention.pattern, judged[f"pattern{layer}"], 1e-5)
-        assert_same_scale(attention.value, judged[f"v{layer}"], 1e-5)
-    assert_same_scale(model.logits(tokens), judged["logits"], 1e-5)
+        for kind in KINDS:
+            site = Site(kind, layer)
+            expected = named(site, model, theirs)
+            if expected is None or (kind == "ln_final_scale" and layer < model.spec.n_layers - 1):
+                continue
+            ours = model.read(tokens, [site])[site]
+            expected = expected.flatten(2) if kind == "z" else expected
+            if kind == "scores":
+                future = torch.ones(expected.shape[-2:], dtype=torch.bool).triu(1)
+                assert (ours[..., future] == -torch.inf).all()
+                ours, expected = ours[..., ~future], expected[..., ~future]
+            assert_same_scale(ours, expected, 1e-5)
+            compared.add(kind)
+    missing = {"resid_mid"} if model.spec.parallel else set()
+    missing |= {"q", "k"} if model.spec.family == "gpt_neox" else set()  # its Bridge has them unrotated only
+    assert compared == set(KINDS) - missing
+    assert_same_scale(model.logits(tokens), theirs["logits"], 1e-5)
+
+
+def moved(value: Tensor) -> Tensor:
+    return value + torch.linspace(-1, 2, value.shape[-1])
+
+
+EDITS: dict[AnyKind, Any] = {
+    "z": at(torch.zeros_like, positions=[3], heads=[1]),
+    "pattern": lambda pattern: 0.5 * pattern + 0.1,
+    **dict.fromkeys(("v", "mlp_in", "resid_pre", "attn_out", "mlp_out", "resid_post"), moved),
+}
+
+
+@pytest.mark.slow
+@needs("transformer_lens")
+@pytest.mark.parametrize("kind", EDITS)
+def test_an_edit_does_what_it_does_in_transformerlens(
+    judged: tuple[Model, Tensor, dict[str, Tensor]], kind: AnyKind
+) -> None:
+    model, tokens, theirs = judged
+    site = Site(kind, 0)
+    with model.edit({site: EDITS[kind]}):
+        ours = model.logits(tokens)
+    assert (ours - model.logits(tokens)).abs().max() > 1e-3
+    assert_same_scale(ours, theirs["edited " + site.hook_name.removeprefix("blocks.0.")], 1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- SAELens 6.54

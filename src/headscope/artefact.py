@@ -65,15 +65,19 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(0o755)
-        _swap(scratch, path)
+        move_into_place(scratch, path)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _swap(scratch: Path, path: Path) -> None:
-    """Put `scratch` where `path` is; the old folder is removed only once the new one stands."""
+def move_into_place(scratch: Path, path: Path) -> None:
+    """Put the folder `scratch` where `path` is; an old folder there is removed only once the new one stands.
+
+    Raises:
+        OSError: it cannot be moved; both are as they were.
+    """
     if not path.exists():
         scratch.replace(path)
         return

@@ -22,7 +22,7 @@ from headscope.sae.model import SAE
 class HeadWeights:
     """An SAE's encoder cut into heads, with the constant part of z moved to the bias."""
 
-    encoder: Float[Tensor, "d_sae head d_head"]
+    encoder: Float[Tensor, "head d_sae d_head"]
     bias: Float[Tensor, " d_sae"]
     """The part of the pre-activation that no head makes."""
     offset: Float[Tensor, "head d_head"]
@@ -32,8 +32,8 @@ class HeadWeights:
     def of(cls, sae: SAE, model: Model) -> "HeadWeights":
         """For a z SAE of this model."""
         offset = model.value_offset(sae.site.layer).to(sae.W_enc)
-        encoder = sae.W_enc.T.contiguous().view(sae.d_sae, model.spec.n_heads, model.spec.d_head)
-        return cls(encoder, sae.bias + offset @ sae.W_enc, offset.view(model.spec.n_heads, model.spec.d_head))
+        by_head = sae.W_enc.T.reshape(sae.d_sae, model.spec.n_heads, model.spec.d_head).transpose(0, 1).contiguous()
+        return cls(by_head, sae.bias + offset @ sae.W_enc, offset.view(model.spec.n_heads, model.spec.d_head))
 
 
 def dfa_by_head(
@@ -41,7 +41,24 @@ def dfa_by_head(
 ) -> Float[Tensor, "pair head"]:
     """Contribution of each head to the pre-activation: `C[h] = (z_h - c_h) . W_enc[h, :, j]`; sum + bias = pre."""
     heads = z.view(len(z), *weights.offset.shape) - weights.offset
-    return (heads * weights.encoder[latent]).sum(-1)
+    return (heads * weights.encoder.index_select(1, latent).transpose(0, 1)).sum(-1)
+
+
+def dfa_of_sequence(
+    weights: HeadWeights,
+    value: Float[Tensor, "source head d_head"],
+    pattern: Float[Tensor, "head query source"],
+    query: Int[Tensor, " pair"],
+    latent: Int[Tensor, " pair"],
+) -> Float[Tensor, "head pair source"]:
+    """Contribution of each head from each source of one sequence to each (position, latent).
+
+    The values are contracted with the encoder first: z is never built by source. To leave out the sources after the
+    last query, which contribute 0, pass slices of `value` and `pattern`.
+    """
+    directions = weights.encoder.index_select(1, latent)  # [head, pair, d_head]
+    dfa = directions @ (value - weights.offset).permute(1, 2, 0)
+    return dfa.mul_(pattern.index_select(1, query))
 
 
 def dfa_by_source(
@@ -53,23 +70,39 @@ def dfa_by_source(
 ) -> Float[Tensor, "pair head source"]:
     """Contribution of each head from each source to each (sequence, position, latent).
 
-    Values are contracted with the encoder first, sequence by sequence: z is never built by source. `row` must be
-    sorted, so that the pairs of a sequence lie together.
+    `row` must be sorted, so that the pairs of a sequence lie together.
     """
-    n_sequences, _, _, n_sources = attention.pattern.shape
-    parts = []
-    counts = torch.bincount(row, minlength=n_sequences).tolist()
-    for sequence, own in enumerate(torch.arange(len(row), device=row.device).split(counts)):
-        value = (attention.value[sequence] - weights.offset).permute(1, 2, 0)  # [head, d_head, source]
-        weighted = weights.encoder[latent[own]].transpose(0, 1) @ value  # [head, pair, source]
-        pattern = attention.pattern[sequence, :, query[own]]  # [head, pair, source]
-        parts.append((pattern * weighted).transpose(0, 1))
-    return torch.cat(parts) if parts else torch.empty(0, len(weights.offset), n_sources)
+    counts = torch.bincount(row, minlength=len(attention.pattern)).tolist()
+    parts = [
+        dfa_of_sequence(weights, value, pattern, q, j)
+        for value, pattern, q, j in zip(
+            attention.value, attention.pattern, query.split(counts), latent.split(counts), strict=True
+        )
+    ]
+    return torch.cat(parts, dim=1).transpose(0, 1)
 
 
+def source_table(
+    weights: HeadWeights, values: Float[Tensor, "vocab head d_head"], head: int, latent: Int[Tensor, " pair"]
+) -> Float[Tensor, "pair vocab"]:
+    """The static table of what each token would contribute through a head if it alone were attended to, with weight 1.
+
+    `S[j, t] = (v_t[h] - c_h) . W_enc[h, :, j]` with v_t the value of token t read alone (`Model.token_values`): no text
+    is needed. For an induction feature the largest entry is the token it predicts.
+    """
+    return weights.encoder[head, latent] @ (values[:, head] - weights.offset[head]).T
+
+
+# -------------------------------------------------------------------------------------------------------------- shares
 def encoder_share(weights: HeadWeights) -> Float[Tensor, "d_sae head"]:
-    """`||W_enc[h, :, j]|| / sum over heads`."""
-    return _share(weights.encoder.norm(dim=-1))
+    """`||W_enc[h, :, j]|| / sum over heads`; it depends on the basis of z (see `decoder_share`)."""
+    return _share(weights.encoder.norm(dim=-1).T)
+
+
+def encoder_share_through_value(weights: HeadWeights, model: Model, layer: int) -> Float[Tensor, "d_sae head"]:
+    """`||W_V[h] W_enc[h, :, j]|| / sum over heads`: what it reads of the residual stream, free of z's basis."""
+    value = model.W_V(layer)  # [head, d_model, d_head]
+    return _share(_norm_through(weights.encoder, value.transpose(1, 2)))
 
 
 def decoder_share(sae: SAE, n_heads: int) -> Float[Tensor, "d_sae head"]:
@@ -84,8 +117,16 @@ def decoder_share_through_output(sae: SAE, model: Model) -> Float[Tensor, "d_sae
     """`||W_dec[j, h, :] @ W_O[h]|| / sum over heads`: the same in the residual stream, free of the basis of z."""
     n_heads = model.spec.n_heads
     output = model.W_O(sae.site.layer).reshape(n_heads, -1, model.spec.d_model)
-    written = torch.einsum("jhe,hed->jhd", sae.W_dec.view(sae.d_sae, n_heads, -1), output)
-    return _share(written.norm(dim=-1))
+    return _share(_norm_through(sae.W_dec.view(sae.d_sae, n_heads, -1).transpose(0, 1), output))
+
+
+def _norm_through(
+    vectors: Float[Tensor, "head d_sae d_head"], maps: Float[Tensor, "head d_head d_model"]
+) -> Float[Tensor, "d_sae head"]:
+    """Norms of `vectors @ maps`, by the maps' Gram matrices: the products, d_model wide, are never held."""
+    gram = maps.double() @ maps.double().transpose(1, 2)
+    squares = ((vectors.double() @ gram) * vectors.double()).sum(-1)
+    return squares.clamp_min(0).sqrt().T.to(vectors.dtype)
 
 
 def _share(norms: Float[Tensor, "d_sae head"]) -> Float[Tensor, "d_sae head"]:
@@ -102,9 +143,12 @@ class LogitEffects:
     bottom_values: Float[Tensor, "d_sae k"]
     mean: Float[Tensor, " d_sae"]
     std: Float[Tensor, " d_sae"]
+    skew: Float[Tensor, " d_sae"]
+    kurtosis: Float[Tensor, " d_sae"]
+    """Of a normal distribution: 3."""
 
 
-def direct_logit_effects(sae: SAE, model: Model, k: int = 20, rows: int = 1024) -> LogitEffects:
+def direct_logit_effects(sae: SAE, model: Model, k: int = 20, rows: int = 128) -> LogitEffects:
     """The tokens each latent raises and lowers most by the direct path, `W_dec @ W_O @ W_U`.
 
     The final norm's gain and centring are folded into W_U, its scale is left out (`Model.logit_directions`).
@@ -115,5 +159,15 @@ def direct_logit_effects(sae: SAE, model: Model, k: int = 20, rows: int = 1024) 
     for chunk in written.split(rows):
         effects = chunk @ model.logit_directions
         top, bottom = effects.topk(k), effects.topk(k, largest=False)
-        parts.append((top.indices, top.values, bottom.indices, bottom.values, effects.mean(1), effects.std(1)))
+        parts.append((top.indices, top.values, bottom.indices, bottom.values, *_moments(effects)))
     return LogitEffects(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _moments(values: Float[Tensor, "row n"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, standard deviation, skew and kurtosis of each row."""
+    mean = values.mean(1)
+    centred = values - mean[:, None]
+    squares = centred.square()
+    variance = squares.mean(1)
+    scale = variance.clamp_min(1e-30)
+    return mean, variance.sqrt(), centred.mul_(squares).mean(1) / scale**1.5, squares.square_().mean(1) / scale**2

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from headscope import demo, jobs
 from headscope.errors import HeadscopeError
+from headscope.index.config import IndexPlan
 from headscope.sae.config import TrainConfig
 from headscope.sae.quality_table import quality_rows
 from headscope.site import Kind
@@ -73,35 +74,51 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """Index every feature of a z SAE on a corpus: activations, statistics, examples with DFA by head and source."""
+    """Index every feature of z SAEs on a corpus: activations, statistics, source tokens, examples with their DFA.
 
-    sae: str
-    """An SAE folder, or a bundled one by name."""
+    What an interrupted run left in `<out>.partial` is gone on with. Several processes share the work under `torchrun`.
+    """
+
+    sae: tuple[str, ...]
+    """SAE folders, or bundled ones by name; several SAEs of one model are indexed in one pass over the corpus."""
     out: Path
-    """Folder to write; must be new or empty."""
+    """Folder to write, or folder of folders for several SAEs; must be new or empty."""
     model: str | None = None
     """The model; the one the SAE names when not given."""
     text: Annotated[jobs.CorpusChoice, _Flat] = field(default_factory=jobs.CorpusChoice)
+    thresholds: tuple[float, ...] = (0.0,)
+    """Tell source tokens for active tokens above each of these activations: 0, and then larger ones."""
+    exact_sources: bool = False
+    """Count all sources of every active token, not its 8 largest: slow, and much to write."""
+    losses: bool = False
+    """Run the model to its logits too, and keep the loss of every next token."""
     overwrite: bool = False
-    """Replace what `out` holds."""
+    """Replace what `out` holds, and start again what an interrupted run left."""
 
     def run(self) -> None:
         """Index with a progress bar."""
+        plan = IndexPlan(
+            n_sources=None if self.exact_sources else IndexPlan.n_sources,
+            thresholds=self.thresholds,
+            losses=self.losses,
+        )
         with Display() as display:
-            index = jobs.index(
+            indexes = jobs.index(
                 self.sae,
                 self.out,
                 model=self.model,
                 text=self.text,
+                plan=plan,
                 overwrite=self.overwrite,
                 on_progress=display.on_progress,
             )
-        manifest = index.manifest
-        display.say(
-            f"index: {self.out}: {manifest['n_alive']:,} of {index.n_latents:,} features alive, "
-            f"{manifest['n_pairs']:,} activations on {manifest['corpus']['n_tokens']:,} tokens"
-        )
-        display.say(f"look at it: headscope serve --index {self.out}")
+        for index in indexes:
+            manifest = index.manifest
+            display.say(
+                f"index: {index.folder}: {manifest['n_alive']:,} of {index.n_latents:,} features alive, "
+                f"{manifest['n_pairs']:,} activations on {manifest['corpus']['n_tokens']:,} tokens"
+            )
+            display.say(f"look at it: headscope serve --index {index.folder}")
 
 
 @dataclass(frozen=True, kw_only=True)

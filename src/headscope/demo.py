@@ -92,7 +92,7 @@ def run(
     if overwrite or not (index / "manifest.json").is_file():
         if not (sae / "quality.json").is_file():
             jobs.eval(sae, text=held_out, on_progress=on_progress)
-        jobs.index(sae, index, text=held_out, overwrite=overwrite, on_progress=on_progress)
+        jobs.index([sae], index, text=held_out, overwrite=overwrite, on_progress=on_progress)
     return _result(sae, index)
 
 
@@ -116,15 +116,13 @@ def _result(sae: Path, index: Path) -> DemoResult:
 
 def copiers(index: "FeatureIndex") -> tuple[Copier, ...]:
     """Live features whose top logit is the token that most of their DFA comes from, through mostly one head."""
-    f, (vocabulary, _) = index.features, index.vocabulary
+    vocabulary, _ = index.vocabulary
+    rows = index.table().select(["latent", "top_logit", "top_source", "top_source_share", "top_head", "top_head_share"])
     found = []
-    for latent, shares in enumerate(f["dfa_share"]):
-        if shares is None or not f["source_tokens"][latent]:
-            continue
-        head = max(range(len(shares)), key=shares.__getitem__)
-        token, source_share = f["logit_top_tokens"][latent][0], f["source_shares"][latent][0]
-        if f["source_tokens"][latent][0] == token and shares[head] >= _HEAD_SHARE and source_share >= 0.5:
-            text = vocabulary[token].decode(errors="replace")
-            name = f"{index.manifest['layer']}.{head}"
-            found.append(Copier(latent, text, name, shares[head], source_share))
+    for row in rows.to_pylist():
+        own = row["top_source"] is not None and row["top_source"] == row["top_logit"]
+        if own and row["top_head_share"] >= _HEAD_SHARE and row["top_source_share"] >= 0.5:
+            text = vocabulary[row["top_logit"]].decode(errors="replace")
+            name = f"{index.manifest['layer']}.{row['top_head']}"
+            found.append(Copier(row["latent"], text, name, row["top_head_share"], row["top_source_share"]))
     return tuple(sorted(found, key=lambda c: -c.dfa_share * c.source_share))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from headscope.artefact import check_output, check_run_folder, read_json, write_json
 from headscope.corpus import Corpus, Split, load_corpus
 from headscope.errors import ExportError, OutputError
+from headscope.index.config import IndexPlan
 from headscope.sae.config import TrainConfig
 from headscope.site import Kind, Site
 
@@ -121,40 +122,48 @@ def eval(
 
 
 def index(
-    sae: str | Path,
+    saes: Sequence[str | Path],
     out: Path,
     *,
     model: str | None = None,
     text: CorpusChoice | None = None,
+    plan: IndexPlan | None = None,
     overwrite: bool = False,
     on_progress: Progress | None = None,
-) -> "FeatureIndex":
-    """Index every feature of a z SAE on held-out text, and open the index.
+) -> "tuple[FeatureIndex, ...]":
+    """Index every feature of some z SAEs of one model on held-out text, in one pass, and open the indexes.
+
+    Under `torchrun` the ranks share the work; all but the first return nothing.
 
     Raises:
         HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
     """
-    from headscope.index.build import build_index
+    from headscope.index.build import SAERecord, build_index
+    from headscope.index.parts import Workers
     from headscope.index.store import FeatureIndex
-    from headscope.index.tables import SAERecord
     from headscope.models.load import load_model
     from headscope.sae.formats import load_sae, sae_hash
 
     text = text or CorpusChoice()
-    check_run_folder(out, overwrite=overwrite, inputs=[sae, text.corpus, *([model] if model else [])])
-    loaded_sae = load_sae(sae)
-    loaded = load_model(model or loaded_sae.model_name)
+    check_run_folder(out, overwrite=overwrite, inputs=[*saes, text.corpus, *([model] if model else [])])
+    loaded_saes = [load_sae(sae) for sae in saes]
+    loaded = load_model(model or loaded_saes[0].model_name)
     corpus = text.load(loaded)
-    folder = build_index(
+    workers = Workers.of_environment()
+    folders = build_index(
         loaded,
-        loaded_sae,
+        [
+            (loaded_sae, SAERecord(str(sae), sae_hash(sae), _measured_quality(sae, corpus)))
+            for sae, loaded_sae in zip(saes, loaded_saes, strict=True)
+        ],
         corpus,
         out,
-        SAERecord(str(sae), sae_hash(sae), _measured_quality(sae, corpus)),
         overwrite=overwrite,
+        plan=plan,
+        workers=workers,
         on_progress=on_progress,
     )
-    return FeatureIndex.open(folder)
+    return tuple(FeatureIndex.open(folder) for folder in folders) if workers.rank == 0 else ()
 
 
 def _measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:

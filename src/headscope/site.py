@@ -1,4 +1,4 @@
-"""Where in a model an activation is read or an SAE sits."""
+"""Where in a model an activation is read or edited, or an SAE sits."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -6,12 +6,45 @@ from typing import Literal, get_args
 from headscope.errors import HeadscopeError
 
 Kind = Literal["z", "attn_out", "mlp_out", "resid_pre"]
+"""Where an SAE can sit."""
 
-_HOOK_NAMES: dict[str, str] = {
+AnyKind = Literal[
+    "resid_pre",
+    "ln1_scale",
+    "q",
+    "k",
+    "v",
+    "scores",
+    "pattern",
+    "z",
+    "attn_out",
+    "resid_mid",
+    "mlp_in",
+    "ln2_scale",
+    "mlp_out",
+    "resid_post",
+    "ln_final_scale",
+]
+"""All that can be read and edited, in the order in which a layer computes it."""
+
+KINDS: tuple[AnyKind, ...] = get_args(AnyKind)
+
+_HOOK_NAMES: dict[AnyKind, str] = {
+    "resid_pre": "blocks.{layer}.hook_resid_pre",
+    "ln1_scale": "blocks.{layer}.ln1.hook_scale",
+    "q": "blocks.{layer}.attn.hook_rot_q",
+    "k": "blocks.{layer}.attn.hook_rot_k",
+    "v": "blocks.{layer}.attn.hook_v",
+    "scores": "blocks.{layer}.attn.hook_attn_scores",
+    "pattern": "blocks.{layer}.attn.hook_pattern",
     "z": "blocks.{layer}.attn.hook_z",
     "attn_out": "blocks.{layer}.hook_attn_out",
+    "resid_mid": "blocks.{layer}.hook_resid_mid",
+    "mlp_in": "blocks.{layer}.hook_mlp_in",
+    "ln2_scale": "blocks.{layer}.ln2.hook_scale",
     "mlp_out": "blocks.{layer}.hook_mlp_out",
-    "resid_pre": "blocks.{layer}.hook_resid_pre",
+    "resid_post": "blocks.{layer}.hook_resid_post",
+    "ln_final_scale": "ln_final.hook_scale",
 }
 
 
@@ -19,29 +52,59 @@ _HOOK_NAMES: dict[str, str] = {
 class Site:
     """An activation of one layer.
 
-    `z` is the per-head output before W_O, heads concatenated head-major, `[batch, query, head*d_head]`; raw, so the
-    value bias b_V is part of it. `attn_out` and `mlp_out` are what the two sublayers add to the residual stream,
-    `resid_pre` is the residual stream before the layer, all `[batch, query, d_model]`.
+    The residual stream and what is added to it, `[batch, position, d_model]`:
+
+    * `resid_pre`, `resid_mid`, `resid_post`: it before the layer, between attention and MLP (parallel blocks have no
+      such place), and after the layer;
+    * `attn_out`, `mlp_out`: what the two sublayers add to it;
+    * `mlp_in`: it as the norm before the MLP is given it. An edit changes what the MLP reads and not the stream.
+
+    Attention; `kv_head` counts shared keys and values once, and `head` is a query head:
+
+    * `q` `[batch, query, head, d_head]`, `k` `[batch, source, kv_head, d_head]`: as they meet each other, so rotated by
+      position in models that rotate them;
+    * `v` `[batch, source, kv_head, d_head]`: b_V included;
+    * `scores` `[batch, head, query, source]`: what softmax is applied to, `q . k` scaled, minus infinity where masked;
+    * `pattern` `[batch, head, query, source]`: softmax of scores;
+    * `z` `[batch, query, head*d_head]`: `pattern @ v`, the per-head output before W_O, heads concatenated head-major;
+      raw, so b_V is part of it.
+
+    What a norm divides by, `[batch, position, 1]`, in float32 at least: `sqrt(mean((x - mean(x))^2) + eps)` for
+    LayerNorm, `sqrt(mean(x^2) + eps)` for RMSNorm:
+
+    * `ln1_scale` before attention, `ln2_scale` before the MLP, `ln_final_scale` before the unembedding (a site of the
+      last layer alone).
     """
 
-    kind: Kind
+    kind: AnyKind
     layer: int
 
     def __post_init__(self) -> None:
         """Refuse a kind that no model here can read."""
-        if self.kind not in get_args(Kind):
-            raise HeadscopeError(
-                f"site {self.kind!r}", expected=f"one of {', '.join(get_args(Kind))}", do="pass another --site"
-            )
+        if self.kind not in KINDS:
+            raise HeadscopeError(f"site {self.kind!r}", expected=f"one of {', '.join(KINDS)}", do="name another site")
 
     @property
     def hook_name(self) -> str:
-        """The name TransformerLens gives this activation, e.g. `blocks.1.attn.hook_z`."""
+        """The name TransformerLens gives this activation, e.g. `blocks.1.attn.hook_z`.
+
+        For a model without rotary positions it calls q and k `hook_q` and `hook_k`; with them, those are the
+        unrotated ones.
+        """
         return _HOOK_NAMES[self.kind].format(layer=self.layer)
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """Orders sites as a model computes them."""
+        return self.layer, KINDS.index(self.kind)
 
     @classmethod
     def from_hook_name(cls, name: str) -> "Site":
-        """Parse a TransformerLens name, e.g. `blocks.1.attn.hook_z` -> `Site("z", 1)`."""
+        """Parse the TransformerLens name of a place of SAEs, e.g. `blocks.1.attn.hook_z` -> `Site("z", 1)`.
+
+        Raises:
+            HeadscopeError: it is none.
+        """
         parts = name.split(".")
         if len(parts) >= 3 and parts[0] == "blocks" and parts[1].isdigit():
             layer = int(parts[1])
@@ -50,6 +113,6 @@ class Site:
                     return cls(kind, layer)
         raise HeadscopeError(
             f"hook name {name!r}",
-            expected="one of " + ", ".join(n.format(layer="L") for n in _HOOK_NAMES.values()),
+            expected="one of " + ", ".join(_HOOK_NAMES[kind].format(layer="L") for kind in get_args(Kind)),
             do="train or convert an SAE on one of these sites",
         )

@@ -1,192 +1,396 @@
-"""Build an index: read a corpus once for what is active, and the blocks of the shown examples once more for sources.
+"""Build indexes: read a corpus in parts, bring the parts together, read the shown examples again for their sources.
 
-The first pass takes the fast path (z only) and keeps every active (position, latent) pair with the DFA of each head.
-The second computes attention step by step and keeps, for each example, DFA by head and source. Both sums are checked
-against the pre-activation before anything is written.
+Everything happens in a folder `<out>.partial` beside the index to come:
+
+    plan.json              what is being built; a build that finds another plan there refuses to go on
+    shared/                per part: token counts, losses
+    <number>/pairs/        per part and SAE: active pairs sorted by latent, sums by latent (`passes.read_part`)
+    <number>/sweep/        one part: distributions and the choice of examples (`sweep.sweep`)
+    <number>/examples/     per part: DFA by head and source of the chosen examples (`passes.read_examples`)
+    final/                 the index; moved to its place when it is whole
+
+Ranks share the parts; the first brings them together. Killed at any moment, the same command goes on with the parts
+that stand. Memory is bounded whatever the corpus: a batch, a part, a range of rows, and tables with a row a latent.
 """
 
-from collections.abc import Callable
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Int
 
-from headscope import attribution
-from headscope.artefact import check_output, new_folder, write_json
-from headscope.capture import activations, token_batches
+from headscope.artefact import check_output, file_hash, move_into_place, read_json, write_json
+from headscope.capture import check_corpus
 from headscope.corpus import Corpus
-from headscope.errors import IndexFormatError, SAEError
-from headscope.index.config import ExamplePlan
-from headscope.index.summary import FeatureSummary, Group, choose_examples, summarise
-from headscope.index.tables import Examples, Findings, Pairs, SAERecord, manifest, write_tables
-from headscope.models.hf import Attention, Model
+from headscope.errors import IndexFormatError, OutputError, SAEError
+from headscope.index import tables
+from headscope.index.config import DEFINITIONS, FORMAT_VERSION, N_CORRELATED, IndexPlan
+from headscope.index.correlations import most_correlated
+from headscope.index.parts import Parts, SortedParts, Workers, locked
+from headscope.index.passes import Subject, read_examples, read_part, subjects_of
+from headscope.index.sweep import Distributions, Groups, sweep
+from headscope.models.hf import Model
 from headscope.sae.model import SAE
 from headscope.sae.train import check_fits
 
-_TOLERANCE = 1e-4  # of the summed |contributions|: float32 sums of a few hundred terms close better than this
-_EXAMPLE_TOKENS = 2048  # tokens whose attention patterns are held at a time
+_POLL_SECONDS = 0.2
 Progress = Callable[[str, int, int], None]
 """Called with the stage, the work done and the work in all."""
 
 
+@dataclass(frozen=True)
+class SAERecord:
+    """What an index says of the SAE's file."""
+
+    name: str
+    hash: str
+    """Of its weights."""
+    quality: dict[str, Any] | None = None
+    """`Quality.as_dict()`, if it was measured."""
+
+
 def build_index(
     model: Model,
-    sae: SAE,
+    saes: Sequence[tuple[SAE, SAERecord]],
     corpus: Corpus,
     folder: Path,
-    record: SAERecord,
     *,
     overwrite: bool = False,
-    plan: ExamplePlan | None = None,
+    plan: IndexPlan | None = None,
+    workers: Workers | None = None,
     on_progress: Progress | None = None,
-) -> Path:
-    """Index every feature of a z SAE on a corpus.
+) -> list[Path]:
+    """Index every feature of some z SAEs on a corpus, in one pass over it.
 
     Args:
-        model: the model the SAE was trained on.
-        sae: an SAE of the z of one of its layers.
-        corpus: what to read; every position but BOS counts.
-        folder: must be new or empty, unless `overwrite`; it appears whole or not at all.
-        record: what the manifest says of the SAE's file.
-        overwrite: replace what is there.
-        plan: how many examples to keep.
+        model: the model the SAEs were trained on.
+        saes: SAEs of the z of its layers, with what the manifest says of their files.
+        corpus: what to read; every position but special tokens counts.
+        folder: gets the index, or one folder for each SAE when there are several; it appears whole or not at all.
+        overwrite: replace what is there, and what an interrupted build of something else left.
+        plan: what to keep.
+        workers: which of how many processes this is; the first one returns when the index stands.
         on_progress: called as the work goes on.
 
+    Returns:
+        The index folders, in the order of the SAEs.
+
     Raises:
-        SAEError: not a z SAE, or of another width than the model's z.
+        SAEError: not a z SAE, or of another width than the model's z; or two of one name.
         CorpusError, ModelError: the corpus or the layer does not fit the model.
-        OutputError: the folder holds something, or cannot be written.
+        OutputError: the folder holds something, cannot be written, or is being built by another process.
+        IndexFormatError: DFA does not sum to the pre-activation, or activations are not finite.
     """
-    check_fits(sae, model)
-    if sae.site.kind != "z":
-        raise SAEError(
-            f"an SAE of {sae.site.hook_name}",
-            expected="an SAE of z, whose features are made by heads",
-            do="pass another --sae",
-        )
+    for sae, _ in saes:
+        check_fits(sae, model)
+        if sae.site.kind != "z":
+            raise SAEError(
+                f"an SAE of {sae.site.hook_name}",
+                expected="an SAE of z, whose features are made by heads",
+                do="pass another --sae",
+            )
+    check_corpus(model, corpus)
     check_output(folder, overwrite=overwrite)
-    report = on_progress or (lambda _stage, _done, _total: None)
-    sae = sae.to(model.device)
-    weights = attribution.HeadWeights.of(sae, model)
-    pairs = _active_pairs(model, sae, weights, corpus, report)
-    summaries, groups = _summaries(pairs, corpus, sae.d_sae, plan or ExamplePlan(), report)
-    shown = [pairs.of(j).start + np.unique(np.concatenate([g.chosen for g in own])) for j, own in groups.items()]
-    index = np.concatenate(shown) if shown else np.empty(0, dtype=np.int64)
-    examples = _attribute_examples(model, sae, weights, corpus, pairs, index, report)
-    found = Findings(pairs, summaries, groups, examples, weights, attribution.direct_logit_effects(sae, model))
-    report("write", 0, 1)
-    with new_folder(folder, overwrite=overwrite) as scratch:
-        write_tables(scratch, model, sae, corpus, found)
-        write_json(scratch / "manifest.json", manifest(model, sae, corpus, found, record))
-    report("write", 1, 1)
-    return Path(folder)
+    build = _Build(model, saes, corpus, Path(folder), plan or IndexPlan(), workers or Workers())
+    try:
+        with locked(build.partial, build.workers):
+            build.claim(overwrite=overwrite)
+            build.run(on_progress or (lambda _stage, _done, _total: None))
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {build.partial}: {error.strerror or error}",
+            expected="a folder that can be written, on a disk with room",
+            do="free some space and run the same command again: it goes on with what stands there",
+        ) from error
+    return build.outputs
 
 
-# -------------------------------------------------------------------------------------------------------------- passes
-def _active_pairs(model: Model, sae: SAE, weights: attribution.HeadWeights, corpus: Corpus, report: Progress) -> Pairs:
-    parts: list[tuple[np.ndarray, ...]] = []
-    done = 0
-    for numbers, tokens, z in activations(model, corpus, sae.site):
-        flat = z.flatten(0, 1)
-        pre = sae.pre_activations(flat)
-        f = sae.activation(pre)
-        f[(tokens == model.bos).flatten()] = 0
-        row, latent = (f > 0).nonzero(as_tuple=True)
-        own_pre = pre[row, latent]
-        heads = attribution.dfa_by_head(weights, flat[row], latent)
-        _check_sum(own_pre - heads.sum(1) - weights.bias[latent], heads)
-        position = torch.from_numpy(numbers).to(row)[row // tokens.shape[1]] * tokens.shape[1] + row % tokens.shape[1]
-        values = (latent.int(), position, f[row, latent], own_pre, heads)
-        parts.append(tuple(v.cpu().numpy() for v in values))
-        done += tokens.numel()
-        report("activations", done, corpus.n_tokens)
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    order = np.argsort(columns[0], kind="stable")
-    return Pairs(*(column[order] for column in columns))
+class _Build:
+    """One build and its folder."""
 
+    def __init__(
+        self,
+        model: Model,
+        saes: Sequence[tuple[SAE, SAERecord]],
+        corpus: Corpus,
+        folder: Path,
+        plan: IndexPlan,
+        workers: Workers,
+    ) -> None:
+        self.model, self.corpus, self.folder, self.plan, self.workers = model, corpus, folder, plan, workers
+        self.saes = [sae.to(model.device) for sae, _ in saes]
+        self.records = [record for _, record in saes]
+        self.partial = folder.with_name(f"{folder.name}.partial")
+        self.final = self.partial / "final"
+        self.names = [""] if len(saes) == 1 else [Path(record.name).name for record in self.records]
+        if len(set(self.names)) < len(self.names):
+            raise SAEError(
+                f"SAEs named {', '.join(self.names)}", expected="different names", do="rename one of the folders"
+            )
+        self.outputs = [folder / name for name in self.names]
+        self._blocks_a_part = max(1, plan.part_tokens // corpus.block_size)
+        self.n_parts = -(-len(corpus.blocks) // self._blocks_a_part)
+        self._shared = Parts(self.partial / "shared", self.n_parts)
 
-def _check_sum(residual: torch.Tensor, heads: torch.Tensor) -> None:
-    """Parts must sum to the whole; if they do not, the numbers are wrong and nothing is written."""
-    if len(residual) == 0:
-        return
-    scale = 1 + heads.abs().flatten(1).sum(1)
-    worst = (residual.abs() / scale).max().item()
-    if not worst < _TOLERANCE:
-        raise IndexFormatError(
-            f"DFA + bias misses the pre-activation by {worst:.1e} of its parts",
-            expected=f"less than {_TOLERANCE:g}",
-            do="use float32 weights; if they are, please report it",
+    def _parts(self, number: int, stage: str) -> Parts:
+        return Parts(self.partial / str(number) / stage, 1 if stage == "sweep" else self.n_parts)
+
+    # ---------------------------------------------------------------------------------------------------------- claim
+    def claim(self, *, overwrite: bool) -> None:
+        """Make the build folder ours, or go on with what an interrupted build of the same plan left in it."""
+        wanted = {
+            "format_version": FORMAT_VERSION,
+            "model": self.model.fingerprint(),
+            "saes": [[record.name, record.hash] for record in self.records],
+            "corpus": self.corpus.fingerprint(),
+            "plan": self.plan.as_dict(),
+        }
+        path = self.partial / "plan.json"
+        if self.workers.rank:
+            while not path.is_file() or read_json(path) != wanted:
+                time.sleep(_POLL_SECONDS)
+            return
+        found = read_json(path) if path.is_file() else None
+        if found == wanted:
+            return
+        if found is not None and not overwrite:
+            other = [name for name in wanted if found.get(name) != wanted[name]]
+            raise OutputError(
+                f"{self.partial} holds an interrupted build with another {', '.join(other)}",
+                expected="none, or one of the same index",
+                do="finish that one, choose another --out, or pass --overwrite to start again",
+            )
+        for child in self.partial.iterdir():
+            if child.is_dir():
+                shutil.rmtree(child)
+        write_json(path, wanted)
+
+    # ------------------------------------------------------------------------------------------------------------ run
+    def run(self, report: Progress) -> None:
+        """All stages; the first rank does what must be done once."""
+        first = self.workers.rank == 0
+        if not (self.final / "whole").is_file():
+            subjects = subjects_of(self.model, self.saes, self.corpus)
+            self._read_pairs(subjects, report)
+            for number in range(len(subjects)):
+                if first:
+                    self._sweep(number, report)
+                self._parts(number, "sweep").wait()
+            self._read_examples(subjects, report)
+            if first:
+                for number, subject in enumerate(subjects):
+                    report("write", number, len(subjects))
+                    self._write(number, subject)
+                report("write", len(subjects), len(subjects))
+                if len(self.names) > 1:
+                    write_json(self.final / "manifest.json", {"indexes": self.names})
+                (self.final / "whole").touch()
+        if first:
+            (self.final / "whole").unlink()
+            try:
+                move_into_place(self.final, self.folder)
+            except OSError:
+                (self.final / "whole").touch()
+                raise
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _blocks(self, part: int) -> np.ndarray:
+        start = part * self._blocks_a_part
+        return np.arange(start, min(start + self._blocks_a_part, len(self.corpus.blocks)))
+
+    def _read_pairs(self, subjects: Sequence[Subject], report: Progress) -> None:
+        stages = [self._parts(number, "pairs") for number in range(len(subjects))]
+        for stage in stages:
+            stage.discard_damaged(self.workers.own(self.n_parts))
+
+        def make(part: int) -> dict[str, np.ndarray]:
+            report("activations", part, self.n_parts)
+            found, shared = read_part(self.model, subjects, self.corpus, self._blocks(part), self.plan)
+            for stage, arrays in zip(stages, found, strict=True):
+                stage.write(part, arrays)
+            return shared  # written last: it stands only when all of the part does
+
+        for part in self.workers.own(self.n_parts):
+            if any(part not in stage.present() for stage in stages):
+                self._shared.discard(part)
+        self._shared.make(self.workers, make)
+        report("activations", self.n_parts, self.n_parts)
+        self._shared.wait()
+
+    def _sweep(self, number: int, report: Progress) -> None:
+        """Bring the pairs together: `final/activations`, distributions, and the choice of examples."""
+        stage = self._parts(number, "sweep")
+        folder = self.final / self.names[number] / "activations"
+        hashes = self.partial / str(number) / "activations.json"
+        if stage.present() and hashes.is_file() and _hashes(folder) == read_json(hashes):
+            return
+        shutil.rmtree(stage.folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        pairs = SortedParts(self._parts(number, "pairs"))
+        writer = tables.ActivationWriter(folder, self.model.spec.n_heads)
+        d_sae = self.saes[number].d_sae
+        totals = self._totals(pairs)
+        distributions, groups = sweep(
+            pairs,
+            totals.maximum,
+            totals.mean,
+            self.corpus.blocks,
+            self.plan,
+            writer,
+            lambda done: report("features", done, d_sae),
         )
+        writer.finish()
+        write_json(hashes, _hashes(folder))
+        stage.write(0, {**vars(distributions), **{f"group_{name}": column for name, column in vars(groups).items()}})
+
+    def _swept(self, number: int) -> tuple[Distributions, Groups]:
+        arrays = self._parts(number, "sweep").read(0)
+        groups = {name.removeprefix("group_"): array for name, array in arrays.items() if name.startswith("group_")}
+        plain = {name: array for name, array in arrays.items() if not name.startswith("group_")}
+        return Distributions(**plain), Groups(**groups)
+
+    def _read_examples(self, subjects: Sequence[Subject], report: Progress) -> None:
+        for number, subject in enumerate(subjects):
+            latent, position = _chosen(self._swept(number)[1])
+
+            def make(part: int, subject: Subject = subject, latent=latent, position=position) -> dict[str, np.ndarray]:
+                report("sources", part, self.n_parts)
+                blocks = self._blocks(part)
+                bounds = np.array([blocks[0], blocks[-1] + 1]) * self.corpus.block_size
+                own = slice(*np.searchsorted(position, bounds))
+                return read_examples(self.model, subject, self.corpus, latent[own], position[own], self.plan)
+
+            stage = self._parts(number, "examples")
+            stage.make(self.workers, make)
+            report("sources", self.n_parts, self.n_parts)
+            if self.workers.rank == 0:
+                stage.wait()
+
+    # ---------------------------------------------------------------------------------------------------------- write
+    def _write(self, number: int, subject: Subject) -> None:
+        """Write one index but for its activations, which the sweep wrote."""
+        model, corpus, n_heads = self.model, self.corpus, self.model.spec.n_heads
+        folder = self.final / self.names[number]
+        shared = {name: self._total(name) for name in ("token_counts", "source_pairs")}
+        pairs = SortedParts(self._parts(number, "pairs"))
+        totals = self._totals(pairs)
+        distributions, groups = self._swept(number)
+        correlated = most_correlated(
+            pairs, *totals.over_all_tokens(), totals.n_tokens, corpus.blocks.size, N_CORRELATED
+        )
+        example_tokens = _top_tokens(groups, corpus, subject.sae.d_sae)
+        features = tables.feature_table(model, subject, totals, distributions, correlated, example_tokens)
+        sources, source_totals = tables.source_tables(model, pairs, shared, self.plan)
+        nulls = tables.null_table(subject, pairs, n_heads)
+        tables.write_corpus(folder, corpus, model, self._losses if self.plan.losses else None)
+        tables.write_table(folder / "features.parquet", features)
+        tables.write_table(folder / "sources.parquet", sources, small_groups=True)
+        tables.write_table(folder / "source_totals.parquet", source_totals)
+        tables.write_table(folder / "nulls.parquet", nulls)
+        tables.write_table(folder / "groups.parquet", tables.group_table(groups, totals), small_groups=True)
+        examples = SortedParts(self._parts(number, "examples"))
+        tables.write_examples(folder, examples, corpus.block_size, self.plan.range_rows // 16, n_heads)
+        model.tokenizer.save(str(folder / "tokenizer.json"))
+        manifest = self._manifest(number, subject, totals) | {"files": _hashes(folder)}
+        write_json(folder / "manifest.json", manifest)
+
+    def _totals(self, pairs: SortedParts) -> tables.Totals:
+        return tables.Totals.of(pairs, self.model.spec.n_heads, int(self._total("n_tokens")[0]))
+
+    def _total(self, name: str) -> np.ndarray:
+        return np.sum([self._shared.read(part, [name])[name] for part in range(self.n_parts)], axis=0)
+
+    def _losses(self, start: int, stop: int) -> np.ndarray:
+        """Losses of blocks start to stop - 1."""
+        size = self._blocks_a_part
+        pieces = []
+        for part in range(start // size, (stop - 1) // size + 1):
+            losses = self._shared.read(part, ["losses"])["losses"]
+            pieces.append(losses[max(0, start - part * size) : stop - part * size])
+        return np.concatenate(pieces)
+
+    def _manifest(self, number: int, subject: Subject, totals: tables.Totals) -> dict[str, Any]:
+        """What an index says of itself."""
+        model, corpus, record, sae = self.model, self.corpus, self.records[number], subject.sae
+        n_pairs = int(totals.n_active.sum())
+        active = int(SortedParts(self._parts(number, "pairs")).totals("n_active_tokens").sum())
+        if n_pairs != active:
+            raise IndexFormatError(
+                f"{n_pairs} activations, but {active} were counted while reading",
+                expected="the same number",
+                do="build the index again; if it stays so, please report it",
+            )
+        return {
+            "format_version": FORMAT_VERSION,
+            "headscope": version("headscope"),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "site": sae.site.hook_name,
+            "layer": sae.site.layer,
+            "z_convention": sae.metadata.get("z_convention", "not stated; read as raw"),
+            "special_tokens": "left out of all statistics",
+            "dtype": str(model.module.dtype).removeprefix("torch."),
+            "model": {
+                "name": model.spec.name,
+                "hash": model.fingerprint(),
+                "n_layers": model.spec.n_layers,
+                "n_heads": model.spec.n_heads,
+                "d_head": model.spec.d_head,
+                "d_model": model.spec.d_model,
+                "d_vocab": model.spec.d_vocab,
+            },
+            "sae": {
+                "name": record.name,
+                "hash": record.hash,
+                "architecture": sae.activation.name,
+                "d_in": sae.d_in,
+                "d_sae": sae.d_sae,
+                "trained_on": sae.metadata.get("corpus"),
+            },
+            "corpus": {
+                "name": corpus.name,
+                "split": corpus.split,
+                "hash": corpus.fingerprint(),
+                "n_tokens": totals.n_tokens,
+                "n_blocks": len(corpus.blocks),
+                "block_size": corpus.block_size,
+                "n_documents": len(corpus.documents),
+            },
+            "plan": self.plan.as_dict(),
+            "thresholds": list(self.plan.thresholds),
+            "n_alive": int((totals.n_active > 0).sum()),
+            "n_pairs": n_pairs,
+            "l0": n_pairs / totals.n_tokens,
+            "quality": record.quality,
+            "definitions": DEFINITIONS,
+        }
 
 
-def _summaries(
-    pairs: Pairs, corpus: Corpus, d_sae: int, plan: ExamplePlan, report: Progress
-) -> tuple[dict[int, FeatureSummary], dict[int, list[Group]]]:
-    summaries, groups = {}, {}
-    for latent in range(d_sae):
-        own = pairs.of(latent)
-        if own.start == own.stop:
-            continue
-        activation, position = pairs.activation[own], pairs.position[own]
-        summaries[latent] = summarise(activation, pairs.pre[own], pairs.heads[own])
-        groups[latent] = choose_examples(activation, position, corpus.blocks, plan, np.random.default_rng(latent))
-        if latent % 64 == 0:
-            report("features", latent, d_sae)
-    report("features", d_sae, d_sae)
-    return summaries, groups
+def _hashes(folder: Path) -> dict[str, list]:
+    """Bytes and SHA-256 of each file of a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): [path.stat().st_size, file_hash(path)] for path in files}
 
 
-def _attribute_examples(
-    model: Model,
-    sae: SAE,
-    weights: attribution.HeadWeights,
-    corpus: Corpus,
-    pairs: Pairs,
-    index: Int[np.ndarray, " example"],
-    report: Progress,
-) -> Examples:
-    """DFA by head and source of the pairs of some indices, block by block."""
-    examples = Examples.empty(index, pairs, corpus.block_size, model.spec.n_heads)
-    by_block = np.argsort(examples.block, kind="stable")
-    blocks, done = np.unique(examples.block), 0
-    for numbers, tokens in token_batches(corpus, model.device, blocks, batch_tokens=_EXAMPLE_TOKENS):
-        low = np.searchsorted(examples.block[by_block], numbers[0])
-        high = np.searchsorted(examples.block[by_block], numbers[-1], side="right")
-        _fill(examples, by_block[low:high], numbers, model.attention(tokens, sae.site.layer), sae, weights)
-        done += len(numbers)
-        report("sources", done, len(blocks))
-    return examples
+def _chosen(groups: Groups) -> tuple[np.ndarray, np.ndarray]:
+    """(latent, position) of all examples, each once, by position."""
+    latent = np.repeat(groups.latent, groups.n_chosen)
+    order = np.lexsort((latent, groups.position))
+    latent, position = latent[order].astype(np.int64), groups.position[order].astype(np.int64)
+    new = (np.diff(latent, prepend=-1) != 0) | (np.diff(position, prepend=-1) != 0)
+    return latent[new], position[new]
 
 
-def _fill(
-    examples: Examples,
-    chosen: Int[np.ndarray, " pair"],
-    numbers: Int[np.ndarray, " block"],
-    attention: Attention,
-    sae: SAE,
-    weights: attribution.HeadWeights,
-) -> None:
-    """Write the DFA of the chosen examples, all in the blocks of these numbers and sorted by block."""
-    device = attention.z.device
-    row = torch.from_numpy(np.searchsorted(numbers, examples.block[chosen])).to(device)
-    query = torch.from_numpy(examples.query[chosen]).to(device)
-    latent = torch.from_numpy(examples.latent[chosen].astype(np.int64)).to(device)
-    dfa = attribution.dfa_by_source(weights, attention, row, query, latent)  # [pair, head, source]
-    pre = (attention.z[row, query] * weights.encoder[latent].flatten(1)).sum(1) + sae.bias[latent]
-    heads = dfa.sum(-1)
-    residual = pre - heads.sum(1) - weights.bias[latent]
-    _check_sum(residual, dfa)
-    top = dfa.abs().sum(1).topk(examples.source.shape[1]).indices  # [pair, k]
-    of_top = dfa.gather(2, top[:, None].expand(-1, dfa.shape[1], -1)).transpose(1, 2)  # [pair, k, head]
-    found = {
-        "pre": pre,
-        "bias": weights.bias[latent],
-        "residual": residual,
-        "heads": heads,
-        "source": top,
-        "source_heads": of_top,
-        "rest": heads - of_top.sum(1),
-    }
-    for name, values in found.items():
-        getattr(examples, name)[chosen] = values.cpu().numpy()
+def _top_tokens(groups: Groups, corpus: Corpus, d_sae: int) -> list[list[int]]:
+    """The tokens at each feature's top examples."""
+    found: list[list[int]] = [[] for _ in range(d_sae)]
+    ends = np.cumsum(groups.n_chosen)
+    for i in np.flatnonzero(groups.kind == 0):
+        position = groups.position[ends[i] - groups.n_chosen[i] : ends[i]]
+        block, query = np.divmod(position, corpus.block_size)
+        found[int(groups.latent[i])] = corpus.blocks[block, query].tolist()
+    return found

@@ -1,37 +1,82 @@
 """What an index holds; plain values, no torch."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-FORMAT_VERSION = 1
+from headscope.errors import IndexFormatError
+
+FORMAT_VERSION = 2
 N_BINS = 50
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-N_SOURCES = 8
-"""Sources kept for each example, by summed |DFA| over heads; the rest is stored as one sum a head."""
+N_LOGITS = 20
+N_COPY = 10
+N_CORRELATED = 10
+N_SOURCE_TOKENS = 20
+N_NULLS = 64
+"""Null directions of each kind."""
 
 DEFINITIONS = {
-    "density": "share of tokens (BOS left out) on which the feature is active",
+    "density": "share of tokens (special ones left out) on which the feature is active; Wilson 95 % interval",
     "activation": "f = activation(pre), pre = (x - b_dec) @ W_enc + b_enc, x the raw z of all heads",
-    "dfa": "C_h = (z_h - c_h) . W_enc[h, :, j]: direct feature attribution of the pre-activation to heads, pre-ReLU",
+    "dfa": "C[h, s] = pattern[h, q, s] (v[s, h] - c_h) . W_enc[h, :, j]: direct feature attribution of the "
+    "pre-activation to head h and source s, before the activation function; C_h is its sum over sources",
     "dfa_share": "sum over active tokens of C_h^2, divided by its sum over heads (the post's fraction of variance)",
     "dfa_covariance": "Cov(C_h, pre) / Var(pre) over active tokens; sums to 1, may be negative",
     "dfa_mean": "mean of C_h over active tokens, divided by its sum over heads",
     "decoder_share": "||W_dec[j, h, :]|| divided by its sum over heads (the post's; depends on the basis of z)",
     "decoder_out_share": "||W_dec[j, h, :] W_O[h]|| divided by its sum over heads (free of the basis of z)",
-    "encoder_share": "||W_enc[h, :, j]|| divided by its sum over heads",
+    "encoder_share": "||W_enc[h, :, j]|| divided by its sum over heads (depends on the basis of z)",
+    "encoder_in_share": "||W_V[h] W_enc[h, :, j]|| divided by its sum over heads (free of the basis of z)",
+    "participation": "1 / sum over heads of dfa_share^2: 1 when one head makes the feature, n_heads when all do alike",
+    "disagreement": "half the summed |dfa_share - decoder_share|: 0 when they agree, 1 when they share no head",
+    "null": "dfa_share of directions without meaning, active as often as real features: Gaussian ones, and encoders "
+    "whose heads were exchanged",
     "logits": "W_dec W_O W_U at activation 1; final norm's gain and centring folded in, its scale left out, centred",
-    "sources": "share of squared DFA (heads summed) over the stored sources of the shown examples, by source token",
-    "sum check": "sum of DFA over heads and sources + bias = pre-activation; the residual is stored with each example",
+    "copying table": "(v_t - c) . W_enc of the head with the largest dfa_share, v_t the value of token t read alone",
+    "copy_rank": "share of the vocabulary above the top logit token in the copying table",
+    "sources": "share of (sum_h C[h, s])^2 over all sources of all active tokens, by source token, over the kept "
+    "sources: the largest of each active token by |sum_h C[h, s]|",
+    "attention": "mean attention from an active token to such a source, and from all other tokens to one",
+    "correlated": "Pearson correlation of two features' activations over all tokens, zeros included",
+    "sum check": "sum of DFA over heads and sources + bias = pre-activation; checked at every active token",
     "bias": "b_enc - b_dec . W_enc + c . W_enc: the part of the pre-activation that no head makes",
+    "threshold": "the weakest active tokens",
 }
 
 
 @dataclass(frozen=True)
-class ExamplePlan:
-    """How many examples of each kind are stored for a feature."""
+class IndexPlan:
+    """What an index keeps of each feature."""
 
+    n_sources: int | None = 8
+    """Sources kept for each active token, by |DFA| summed over heads; None keeps all (exact, and slow)."""
+    thresholds: tuple[float, ...] = (0.0,)
+    """Source tokens are told for the active tokens above each of these activations; the first is 0."""
+    losses: bool = False
+    """Run the model to the logits, and keep the loss of each next token."""
     top: int = 12
+    """Examples of each kind."""
     random: int = 8
     quantiles: int = 5
     per_quantile: int = 4
     intervals: int = 10
     per_interval: int = 4
+    near_threshold: int = 4
+    part_tokens: int = 1 << 17
+    """Tokens read before something is written: what a killed build loses at most."""
+    range_rows: int = 1 << 20
+    """Activations held at a time when those of a feature are brought together."""
+
+    def __post_init__(self) -> None:
+        """Refuse thresholds that are not increasing from 0, and sizes below 1."""
+        rising = all(a < b for a, b in zip(self.thresholds, self.thresholds[1:], strict=False))
+        if not self.thresholds or self.thresholds[0] != 0 or not rising:
+            raise IndexFormatError(
+                f"thresholds {self.thresholds}", expected="0 and then larger ones", do="for example: 0 5"
+            )
+        if self.n_sources is not None and self.n_sources < 1:
+            raise IndexFormatError(f"{self.n_sources} sources", expected="at least 1, or all", do="for example: 8")
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}

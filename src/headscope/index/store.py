@@ -1,134 +1,151 @@
-"""Read an index: records for Python, SQL for everything else. No torch, no model."""
+"""Read an index: records for Python, SQL for everything else. No torch, no model.
+
+An index folder is untrusted: nothing in it is executed, nothing outside it is read, and what its manifest says is held
+against its tables.
+"""
 
 import glob
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from headscope.artefact import read_json
+from headscope.artefact import file_hash, read_json
 from headscope.errors import IndexFormatError
 from headscope.index.config import FORMAT_VERSION
+from headscope.index.records import (
+    Activations,
+    Correlated,
+    Example,
+    ExampleGroup,
+    Feature,
+    Null,
+    Shares,
+    Source,
+    Sources,
+    SourceToken,
+)
+from headscope.stats import wilson
 
-_TABLES = ("tokens", "documents", "features", "groups", "examples", "vocabulary")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One source position of an example."""
-
-    position: int
-    """In the block."""
-    heads: Float[np.ndarray, " head"]
-    """DFA of each head from this source."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One active token of a feature, with its DFA by head and source.
-
-    For each head, the kept sources and the rest sum to `heads`; `heads` and the bias sum to `pre`.
-    """
-
-    position: int
-    """In the corpus: block number * block size + position in the block."""
-    activation: float
-    pre: float
-    bias: float
-    residual: float
-    """pre - (sum of all contributions + bias), as it was when written."""
-    heads: Float[np.ndarray, " head"]
-    sources: tuple[Source, ...]
-    """Largest first, by |DFA| summed over heads."""
-    rest: Float[np.ndarray, " head"]
-    """DFA of each head from all other sources."""
-    active_at: Int[np.ndarray, " n"]
-    """Positions in the block where this feature is active."""
-    active_value: Float[np.ndarray, " n"]
-    duplicates: int = 0
-    """Other tokens with the same text around them, not shown."""
-
-
-@dataclass(frozen=True)
-class ExampleGroup:
-    """Some active tokens of a feature and the examples drawn from them."""
-
-    kind: str
-    number: int
-    low: float
-    high: float
-    n: int
-    share_active: float
-    share_mass: float
-    examples: tuple[Example, ...]
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Every active token of one feature, by position."""
-
-    position: Int[np.ndarray, " n"]
-    activation: Float[np.ndarray, " n"]
-    heads: Float[np.ndarray, "n head"]
-    """DFA of each head, to 14 significant bits."""
+TABLES = (
+    "tokens",
+    "documents",
+    "vocabulary",
+    "features",
+    "sources",
+    "source_totals",
+    "nulls",
+    "groups",
+    "examples",
+)
+_CACHED = 64  # row groups of tokens held at a time
 
 
 class FeatureIndex:
-    """An index folder that is open for reading."""
+    """An index folder that is open for reading; safe to use from several threads."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Use `FeatureIndex.open`."""
         self.folder, self.manifest = folder, manifest
         self._connection = duckdb.connect()
-        self._lock = Lock()
-        for name in _TABLES:
+        self._lock = RLock()
+        for name in TABLES:
             self._create_view(name, f"{glob.escape(str(folder))}/{name}.parquet")
         self._create_view("activations", f"{glob.escape(str(folder))}/activations/*.parquet")
+        self._features = _read(folder / "features.parquet")
+        self._check_sizes()
+        self._tokens = _Blocks(folder / "tokens.parquet", self.block_size)
+        self._examples = _Rows(folder / "examples.parquet", self.n_latents)
+        self._groups = _Rows(folder / "groups.parquet", self.n_latents)
+        self._sources = _Rows(folder / "sources.parquet", self.n_latents)
+        self._source_totals = _Rows(folder / "source_totals.parquet", self.n_latents)
 
     @classmethod
     def open(cls, folder: str | Path) -> "FeatureIndex":
         """Open an index.
 
+        Files are checked for their presence and size; `verify` also reads them.
+
         Raises:
-            IndexFormatError: there is none, it is incomplete, or another version wrote it.
+            IndexFormatError: there is none, it is not finished, damaged, or another version wrote it.
         """
         folder = Path(folder)
-        try:
-            manifest = read_json(folder / "manifest.json")
-            found = manifest["format_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise IndexFormatError(
-                f"no index in {folder}: {type(error).__name__} {error}",
-                expected="a folder that `headscope index` wrote to its end",
-                do="build it with `headscope index`",
-            ) from error
-        if found != FORMAT_VERSION:
-            raise IndexFormatError(f"index format {found}", expected=f"{FORMAT_VERSION}", do="build the index again")
-        missing = [f"{n}.parquet" for n in _TABLES if not (folder / f"{n}.parquet").is_file()]
-        if missing:
-            raise IndexFormatError(
-                f"{folder} lacks {', '.join(missing)}", expected="all of its tables", do="build the index again"
-            )
+        manifest = _read_manifest(folder)
+        _check_files(folder, manifest)
         try:
             return cls(folder, manifest)
-        except duckdb.Error as error:
+        except (duckdb.Error, pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise IndexFormatError(
-                f"{folder} is damaged: {error}", expected="Parquet files", do="build the index again"
+                f"{folder} is damaged: {error}", expected="tables as they were written", do="build the index again"
             ) from error
+
+    def verify(self) -> None:
+        """Read all files and hold them against the checksums of the manifest.
+
+        Raises:
+            IndexFormatError: some differ; they are named.
+        """
+        damaged = [
+            name for name, (_, digest) in self.manifest["files"].items() if file_hash(self.folder / name) != digest
+        ]
+        if damaged:
+            raise IndexFormatError(
+                f"{self.folder}: {', '.join(damaged)} changed after being written",
+                expected="the checksums of manifest.json",
+                do="build the index again, or copy it again",
+            )
+
+    def check_same(self, *, model_hash: str | None = None, sae_hash: str | None = None) -> None:
+        """Refuse another model or SAE than the index was built with.
+
+        Raises:
+            IndexFormatError: a hash differs; it is named.
+        """
+        for what, given in (("model", model_hash), ("sae", sae_hash)):
+            own = self.manifest[what]["hash"]
+            if given is not None and given != own:
+                raise IndexFormatError(
+                    f"{what} {given}",
+                    expected=f"{own} ({self.manifest[what]['name']}), with which {self.folder} was built",
+                    do=f"pass that {what}, or build an index with this one",
+                )
 
     def _create_view(self, name: str, pattern: str) -> None:
         quoted = pattern.replace("'", "''")
         self._connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet('{quoted}')")
 
+    def _check_sizes(self) -> None:
+        """Hold what the manifest says against the tables: a wrong count must not become a wrong number."""
+        m = self.manifest
+        found = {
+            "latents": (len(self._features), m["sae"]["d_sae"]),
+            "heads": (len(self._features["decoder_share"][0]), m["model"]["n_heads"]),
+            "tokens": (
+                pq.read_metadata(self.folder / "tokens.parquet").num_rows,
+                m["corpus"]["n_blocks"] * m["corpus"]["block_size"],
+            ),
+            "vocabulary": (pq.read_metadata(self.folder / "vocabulary.parquet").num_rows, m["model"]["d_vocab"]),
+            "activations": (int(self._features["n_active"].to_numpy().sum()), m["n_pairs"]),
+        }
+        wrong = [
+            f"{in_table} {name} in the tables, {said}" for name, (in_table, said) in found.items() if in_table != said
+        ]
+        if wrong:
+            raise IndexFormatError(
+                f"{self.folder}: {'; '.join(wrong)} in the manifest", expected="the same", do="build the index again"
+            )
+
     def sql(self, query: str, parameters: list[Any] | None = None) -> pa.Table:
-        """Run a query over the views tokens, documents, features, groups, examples, vocabulary and activations."""
+        """Run a query over the views named in docs/index-format.md: tokens, features, activations, sources, ..."""
         with self._lock:
             return self._connection.sql(query, params=parameters).to_arrow_table()
 
@@ -138,25 +155,91 @@ class FeatureIndex:
         """Latents of the SAE, dead ones included."""
         return int(self.manifest["sae"]["d_sae"])
 
-    @cached_property
-    def features(self) -> dict[str, list[Any]]:
-        """The whole feature table, by column."""
-        return pq.read_table(self.folder / "features.parquet").to_pydict()
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return int(self.manifest["corpus"]["block_size"])
 
-    def feature(self, latent: int) -> dict[str, Any]:
-        """All columns of one latent.
-
-        Raises:
-            IndexFormatError: no such latent.
-        """
-        self._check_latent(latent)
-        return {name: column[latent] for name, column in self.features.items()}
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of the corpus."""
+        return int(self.manifest["corpus"]["n_blocks"])
 
     def _check_latent(self, latent: int) -> None:
         if not 0 <= latent < self.n_latents:
             raise IndexFormatError(
                 f"latent {latent}", expected=f"0 to {self.n_latents - 1}", do="choose one of the SAE's latents"
             )
+
+    def feature(self, latent: int) -> Feature:
+        """All that is known of one latent but its examples and source tokens.
+
+        Raises:
+            IndexFormatError: no such latent.
+        """
+        self._check_latent(latent)
+        row = {name: self._features[name][latent].as_py() for name in self._features.column_names}
+        density = wilson(row["n_active"], int(self.manifest["corpus"]["n_tokens"]))
+        plain = ("n_active", "density", "mean", "std", "skew", "kurtosis", "maximum", "bias", "copy_rank")
+        return Feature(
+            latent=latent,
+            **{name: row[name] for name in plain},
+            density_interval=(density.low, density.high),
+            **{name: _array(row[name]) for name in ("quantiles", "histogram", "mass")},
+            shares=Shares(
+                decoder=np.asarray(row["decoder_share"]),
+                decoder_out=np.asarray(row["decoder_out_share"]),
+                encoder=np.asarray(row["encoder_share"]),
+                encoder_in=np.asarray(row["encoder_in_share"]),
+                dfa=_array(row["dfa_share"]),
+                dfa_covariance=_array(row["dfa_covariance"]),
+                dfa_mean=_array(row["dfa_mean"]),
+            ),
+            logit_top=_pairs(row["logit_top_tokens"], row["logit_top_values"]),
+            logit_bottom=_pairs(row["logit_bottom_tokens"], row["logit_bottom_values"]),
+            **{name: row[name] for name in ("logit_mean", "logit_std", "logit_skew", "logit_kurtosis")},
+            copy_top=_pairs(row["copy_tokens"], row["copy_values"]),
+            correlated=tuple(
+                Correlated(*values)
+                for values in zip(
+                    row["correlated_latents"], row["correlated_pearson"], row["correlated_cosine"], strict=True
+                )
+            ),
+        )
+
+    def sources(self, latent: int, threshold: float | None = None) -> Sources | None:
+        """The source tokens that carry a feature's DFA, over its active tokens above a threshold of the index.
+
+        Args:
+            latent: which feature.
+            threshold: one of `manifest["thresholds"]`; the first, 0, when not given.
+
+        Returns:
+            None when the feature is never active above the threshold.
+
+        Raises:
+            IndexFormatError: no such latent, or the index was built without this threshold.
+        """
+        self._check_latent(latent)
+        thresholds = self.manifest["thresholds"]
+        chosen = float(thresholds[0] if threshold is None else threshold)
+        if chosen not in thresholds:
+            raise IndexFormatError(
+                f"threshold {chosen:g}",
+                expected=f"one of {', '.join(map(str, thresholds))}",
+                do="build the index with it: headscope index --thresholds",
+            )
+        total = next(t for t in self._source_totals.of(latent).to_pylist() if t["threshold"] == chosen)
+        if not total["n_active"]:
+            return None
+        rows = (row for row in self._sources.of(latent).to_pylist() if row["threshold"] == chosen)
+        return Sources(
+            threshold=chosen,
+            n_active=total["n_active"],
+            kept=total["kept"],
+            bos_share=total["bos_share"],
+            tokens=tuple(_source_token(row) for row in rows),
+        )
 
     def activations(self, latent: int) -> Activations:
         """Every active token of a feature.
@@ -176,55 +259,333 @@ class FeatureIndex:
             IndexFormatError: no such latent.
         """
         self._check_latent(latent)
-        rows = self.sql("SELECT * FROM examples WHERE latent = ?", [latent]).to_pylist()
-        by_position = {row["position"]: row for row in rows}
-        groups = self.sql("SELECT * FROM groups WHERE latent = ?", [latent]).to_pylist()
+        by_position = {example.position: example for example in _examples(self._examples.of(latent))}
+        plain = ("kind", "number", "low", "high", "n", "share_active", "share_mass")
         return tuple(
             ExampleGroup(
-                **{name: g[name] for name in ("kind", "number", "low", "high", "n", "share_active", "share_mass")},
+                **{name: group[name] for name in plain},
                 examples=tuple(
-                    _example(by_position[p], d) for p, d in zip(g["positions"], g["duplicates"], strict=True)
+                    replace(by_position[p], duplicates=d)
+                    for p, d in zip(group["positions"], group["duplicates"], strict=True)
                 ),
             )
-            for g in groups
+            for group in self._groups.of(latent).to_pylist()
         )
 
+    def nulls(self) -> tuple[Null, ...]:
+        """Directions that mean nothing, active as often as real features: the control of `Shares`."""
+        rows = _read(self.folder / "nulls.parquet").to_pylist()
+        return tuple(
+            Null(r["kind"], r["latent"], r["n_active"], np.asarray(r["dfa_share"]), np.asarray(r["dfa_covariance"]))
+            for r in rows
+            if r["dfa_share"] is not None and r["dfa_covariance"] is not None
+        )
+
+    # ----------------------------------------------------------------------------------------------------------- table
+    @cached_property
+    def _table(self) -> pa.Table:
+        f = self._features
+        dfa, decoder = _matrix(f["dfa_share"]), _matrix(f["decoder_share"])
+        live = ~np.isnan(dfa).any(1)
+        head, own = np.argmax(np.nan_to_num(dfa), axis=1), np.argmax(decoder, axis=1)
+        rows, logits = np.arange(len(dfa)), _matrix(f["logit_top_tokens"])
+        with np.errstate(invalid="ignore"):
+            participation, disagreement = 1 / (dfa**2).sum(1), np.abs(dfa - decoder).sum(1) / 2
+        sources = self.sql(
+            """SELECT latent, arg_max(token, share) AS token, max(share) AS share FROM sources
+            WHERE threshold = 0 GROUP BY latent"""
+        )
+        source, share = np.full(len(rows), -1), np.full(len(rows), np.nan)
+        source[sources["latent"].to_numpy()] = sources["token"].to_numpy()
+        share[sources["latent"].to_numpy()] = sources["share"].to_numpy()
+        plain = ("n_active", "density", "mean", "std", "maximum", "skew", "kurtosis", "copy_rank", "bias")
+        return pa.table(
+            {
+                "latent": f["latent"],
+                **{name: f[name] for name in plain},
+                "top_head": pa.array(head, pa.int32(), mask=~live),
+                "top_head_share": pa.array(dfa[rows, head], mask=~live),
+                "participation": pa.array(participation, mask=~live),
+                "disagreement": pa.array(disagreement, mask=~live),
+                "decoder_head": pa.array(own, pa.int32()),
+                "decoder_share": decoder[rows, own],
+                "top_logit": pa.array(logits[:, 0].astype(np.int32)),
+                "top_logit_value": _matrix(f["logit_top_values"])[:, 0],
+                "top_source": pa.array(source, pa.int32(), mask=source < 0),
+                "top_source_share": pa.array(share, mask=source < 0),
+                "logit_tokens": pa.array(list(logits[:, :10].astype(np.int32))),
+                "example_tokens": f["example_tokens"],
+            }
+        )
+
+    def table(self) -> pa.Table:
+        """One row a latent, with the columns a list of features shows."""
+        return self._table
+
+    def search(
+        self,
+        *,
+        token: str | int | None = None,
+        head: int | None = None,
+        min_share: float = 0.0,
+        min_density: float = 0.0,
+        max_density: float = 1.0,
+    ) -> tuple[int, ...]:
+        """Latents of live features that meet all conditions, largest share first.
+
+        Args:
+            token: one of its ten top logits, its source tokens or the tokens of its top examples; an id, or its text
+                to the byte, leading space included.
+            head: the head whose share of squared DFA is looked at; the top head of each feature when not given.
+            min_share: of squared DFA, for that head.
+            min_density: share of tokens on which it is active.
+            max_density: likewise.
+
+        Raises:
+            IndexFormatError: no such token or head.
+        """
+        dfa = _matrix(self._features["dfa_share"])
+        if head is not None and not 0 <= head < dfa.shape[1]:
+            raise IndexFormatError(f"head {head}", expected=f"0 to {dfa.shape[1] - 1}", do="pass another head")
+        share = dfa.max(1) if head is None else dfa[:, head]
+        density = self._features["density"].to_numpy()
+        with np.errstate(invalid="ignore"):
+            found = (share >= min_share) & (density > 0) & (density >= min_density) & (density <= max_density)
+        if token is not None:
+            found &= self._mentions(self.token_id(token) if isinstance(token, str) else token)
+        chosen = np.flatnonzero(found)
+        return tuple(chosen[np.argsort(-share[chosen], kind="stable")].tolist())
+
+    def _mentions(self, token: int) -> np.ndarray:
+        """Of each latent, whether a token is among its logits, sources or examples."""
+        sources = self.sql("SELECT DISTINCT latent FROM sources WHERE token = ?", [token])["latent"].to_numpy()
+        found = np.zeros(self.n_latents, dtype=bool)
+        found[sources] = True
+        for name in ("logit_tokens", "example_tokens"):
+            values, offsets = _flat(self._table[name])
+            owner = np.repeat(np.arange(self.n_latents), np.diff(offsets))
+            found[owner[values == token]] = True
+        return found
+
     # ---------------------------------------------------------------------------------------------------------- corpus
-    @cached_property
-    def tokens(self) -> Int[np.ndarray, "block position"]:
-        """Token ids of the whole corpus."""
-        return self._corpus_column("token")
+    def tokens_of(self, block: int) -> Int[np.ndarray, " position"]:
+        """Token ids of one block.
 
-    @cached_property
-    def document(self) -> Int[np.ndarray, "block position"]:
-        """Document number of each token."""
-        return self._corpus_column("document")
+        Raises:
+            IndexFormatError: no such block.
+        """
+        return self._block(block, "token")
 
-    def _corpus_column(self, name: str) -> np.ndarray:
-        column = pq.read_table(self.folder / "tokens.parquet", columns=[name])[name].to_numpy()
-        return column.reshape(-1, self.manifest["corpus"]["block_size"])
+    def documents_of(self, block: int) -> Int[np.ndarray, " position"]:
+        """Document number of each token of one block.
+
+        Raises:
+            IndexFormatError: no such block.
+        """
+        return self._block(block, "document")
+
+    def _block(self, block: int, column: str) -> np.ndarray:
+        if not 0 <= block < self.n_blocks:
+            raise IndexFormatError(f"block {block}", expected=f"0 to {self.n_blocks - 1}", do="choose one of these")
+        with self._lock:
+            return self._tokens.of(block)[column]
 
     @cached_property
     def documents(self) -> list[str]:
         """Names of the documents."""
-        return pq.read_table(self.folder / "documents.parquet")["document"].to_pylist()
+        return _read(self.folder / "documents.parquet")["document"].to_pylist()
 
     @cached_property
     def vocabulary(self) -> tuple[list[bytes], list[int]]:
         """Each token's bytes, and the ids of the special tokens."""
-        table = pq.read_table(self.folder / "vocabulary.parquet")
+        table = _read(self.folder / "vocabulary.parquet")
         return table["bytes"].to_pylist(), np.flatnonzero(table["special"].to_numpy()).tolist()
 
+    def token_id(self, text: str) -> int:
+        """The token with exactly this text, leading space included.
 
-def _example(row: dict[str, Any], duplicates: int) -> Example:
-    n_heads = len(row["heads"])
-    by_source = np.asarray(row["source_heads"], dtype=np.float32).reshape(-1, n_heads)
-    return Example(
-        **{name: row[name] for name in ("position", "activation", "pre", "bias", "residual")},
-        heads=np.asarray(row["heads"], dtype=np.float32),
-        sources=tuple(Source(p, h) for p, h in zip(row["source"], by_source, strict=True)),
-        rest=np.asarray(row["rest"], dtype=np.float32),
-        active_at=np.asarray(row["active_at"], dtype=np.int32),
-        active_value=np.asarray(row["active_value"], dtype=np.float32),
-        duplicates=duplicates,
-    )
+        Raises:
+            IndexFormatError: there is none.
+        """
+        try:
+            return self.vocabulary[0].index(text.encode())
+        except ValueError as error:
+            raise IndexFormatError(
+                f"{text!r} is not one token", expected="the text of a token", do="try it with a leading space"
+            ) from error
+
+
+# ------------------------------------------------------------------------------------------------------------- opening
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    partial = folder.with_name(f"{folder.name}.partial")
+    if not (folder / "manifest.json").is_file() and partial.is_dir():
+        raise IndexFormatError(
+            f"{folder} is not finished: {partial} holds an interrupted build",
+            expected="an index that was built to its end",
+            do="run the same `headscope index` command again: it goes on with what stands there",
+        )
+    try:
+        manifest = read_json(folder / "manifest.json")
+        if "indexes" in manifest:
+            raise IndexFormatError(
+                f"{folder} holds several indexes", expected="one", do=f"open one of: {', '.join(manifest['indexes'])}"
+            )
+        found = manifest["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IndexFormatError(
+            f"no index in {folder}: {type(error).__name__} {error}",
+            expected="a folder that `headscope index` wrote to its end",
+            do="build it with `headscope index`",
+        ) from error
+    if found != FORMAT_VERSION:
+        raise IndexFormatError(f"index format {found}", expected=f"{FORMAT_VERSION}", do="build the index again")
+    return manifest
+
+
+def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """The tables are the files that the manifest names, inside the folder, of the size it says."""
+    files = manifest.get("files")
+    names = {f"{name}.parquet" for name in TABLES}
+    wrong = []
+    if not isinstance(files, dict) or not names <= set(files):
+        wrong.append("manifest.json does not name all tables")
+        files = {}
+    here = folder.resolve()
+    for name, entry in files.items():
+        path = folder / name
+        inside = path.resolve() == here / name
+        if not inside or not path.is_file() or path.stat().st_size != entry[0]:
+            wrong.append(f"{name} is " + ("not a file of this folder" if not inside else "missing or cut short"))
+    parts = {f"activations/{path.name}" for path in (folder / "activations").glob("*")}
+    wrong += [f"{name} is not in the manifest" for name in sorted(parts - set(files))]
+    if wrong:
+        raise IndexFormatError(
+            f"{folder}: {'; '.join(wrong[:5])}", expected="all of its tables", do="build the index again"
+        )
+
+
+def _read(path: Path) -> pa.Table:
+    return pq.read_table(path, page_checksum_verification=True)
+
+
+class _Rows:
+    """A table sorted by latent, of which a few rows are read at a time."""
+
+    def __init__(self, path: Path, n_latents: int) -> None:
+        self._file = pq.ParquetFile(path, page_checksum_verification=True)
+        self._n_latents = n_latents
+        self._lock = RLock()
+        self._held: tuple[tuple[int, int], pa.Table] | None = None
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        latent = self._file.read(["latent"])["latent"].to_numpy()
+        return np.searchsorted(latent, np.arange(self._n_latents + 1))
+
+    @cached_property
+    def _group_starts(self) -> np.ndarray:
+        metadata = self._file.metadata
+        return np.cumsum([0] + [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+
+    def of(self, latent: int) -> pa.Table:
+        """The rows of one latent."""
+        with self._lock:
+            low, high = int(self._starts[latent]), int(self._starts[latent + 1])
+            first = int(np.searchsorted(self._group_starts, low, side="right")) - 1
+            last = max(first + 1, int(np.searchsorted(self._group_starts, high)))
+            last = min(last, self._file.metadata.num_row_groups)
+            if self._held is None or self._held[0] != (first, last):
+                self._held = (first, last), self._file.read_row_groups(list(range(min(first, last), last)))
+            return self._held[1].slice(low - int(self._group_starts[min(first, last)]), high - low).combine_chunks()
+
+
+class _Blocks:
+    """The token table, of which some row groups are held; a block never lies in two of them."""
+
+    def __init__(self, path: Path, block_size: int) -> None:
+        self._file = pq.ParquetFile(path, page_checksum_verification=True)
+        metadata = self._file.metadata
+        rows = metadata.row_group(0).num_rows if metadata.num_row_groups else block_size
+        if rows % block_size:
+            raise ValueError(f"row groups of {rows} tokens for blocks of {block_size}")
+        self._blocks = rows // block_size
+        self._size = block_size
+        self._held: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
+
+    def of(self, block: int) -> dict[str, np.ndarray]:
+        """Columns of one block."""
+        group, number = divmod(block, self._blocks)
+        if group not in self._held:
+            table = self._file.read_row_group(group, columns=["token", "document"])
+            self._held[group] = {name: table[name].to_numpy() for name in ("token", "document")}
+            if len(self._held) > _CACHED:
+                self._held.popitem(last=False)
+        self._held.move_to_end(group)
+        return {
+            name: values[number * self._size : (number + 1) * self._size] for name, values in self._held[group].items()
+        }
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+def _array(values: list | None) -> np.ndarray | None:
+    return None if values is None else np.asarray(values)
+
+
+def _flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a column of lists, and where each list begins and ends among them."""
+    array = lists.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    return array.values.to_numpy(), array.offsets.to_numpy()
+
+
+def _matrix(lists: pa.ChunkedArray) -> np.ndarray:
+    """Lists of one length as rows; NaN where a list is null."""
+    values, offsets = _flat(lists)
+    lengths = np.diff(offsets)
+    present = lengths > 0
+    matrix = np.full((len(lengths), lengths.max(initial=0)), np.nan)
+    matrix[present] = values[offsets[0] : offsets[-1]].reshape(present.sum(), -1)
+    return matrix
+
+
+def _pairs(tokens: list[int] | None, values: list[float] | None) -> tuple[tuple[int, float], ...]:
+    return () if tokens is None or values is None else tuple(zip(tokens, values, strict=True))
+
+
+def _source_token(row: dict[str, Any]) -> SourceToken:
+    values: dict[str, Any] = {name: row[name] for name in ("token", "n", "share", "share_linear", "frequency")}
+    for name in ("share_by_head", "attention", "attention_elsewhere"):
+        values[name] = np.asarray(row[name])
+    return SourceToken(**values)
+
+
+def _examples(table: pa.Table) -> list[Example]:
+    """The records of some rows; lists are cut from whole columns, not built one by one."""
+    plain = {name: table[name].to_pylist() for name in ("position", "activation", "pre", "bias", "residual")}
+    cut: dict[str, Callable[[int], np.ndarray]] = {
+        name: _cutter(table[name]) for name in table.column_names if pa.types.is_list(table[name].type)
+    }
+    examples = []
+    for i in range(len(table)):
+        heads = cut["heads"](i)
+        by_source = cut["source_heads"](i).reshape(-1, len(heads))
+        pattern = cut["source_pattern"](i).reshape(-1, len(heads))
+        position = cut["source"](i).tolist()
+        examples.append(
+            Example(
+                **{name: values[i] for name, values in plain.items()},
+                heads=heads,
+                sources=tuple(Source(*of) for of in zip(position, by_source, pattern, strict=True)),
+                rest=cut["rest"](i),
+                rest_pattern=1 - pattern.sum(0),
+                active_at=cut["active_at"](i),
+                active_value=cut["active_value"](i),
+            )
+        )
+    return examples
+
+
+def _cutter(lists: pa.ChunkedArray) -> Callable[[int], np.ndarray]:
+    """The i-th list of a column as an array."""
+    values, offsets = _flat(lists)
+    return lambda i: values[offsets[i] : offsets[i + 1]]

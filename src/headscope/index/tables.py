@@ -1,152 +1,59 @@
 """The tables of an index folder, from what the passes found."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cached_property
-from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Float, Int
+import torch
+from jaxtyping import Float, Int
 
 from headscope import attribution
 from headscope.corpus import Corpus
-from headscope.index.config import DEFINITIONS, FORMAT_VERSION, N_SOURCES
-from headscope.index.summary import FeatureSummary, Group
+from headscope.index.config import N_COPY, N_LOGITS, N_SOURCE_TOKENS, IndexPlan
+from headscope.index.nulls import KINDS as NULL_KINDS
+from headscope.index.parts import SortedParts
+from headscope.index.passes import MOMENTS, SOURCE_COLUMNS, SOURCE_TOTALS, Subject, source_sums
+from headscope.index.sources import merge_by_key
+from headscope.index.sweep import KINDS, Distributions, Groups, Rows
 from headscope.models.hf import Model
-from headscope.sae.model import SAE
 
-_ROW_GROUP = 1 << 18
-_SMALL_ROW_GROUP = 8192  # of the examples: one card reads one of them
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Every active (position, latent) pair, sorted by latent, then position."""
-
-    latent: Int[np.ndarray, " pair"]
-    position: Int[np.ndarray, " pair"]
-    """Block number * block size + position in the block."""
-    activation: Float[np.ndarray, " pair"]
-    pre: Float[np.ndarray, " pair"]
-    heads: Float[np.ndarray, "pair head"]
-    """DFA of each head."""
-
-    @cached_property
-    def _starts(self) -> Int[np.ndarray, " latent_and_end"]:
-        n_latents = int(self.latent[-1]) + 1 if len(self.latent) else 0
-        return np.concatenate([[0], np.cumsum(np.bincount(self.latent, minlength=n_latents))])
-
-    def of(self, latent: int) -> slice:
-        """The pairs of one latent."""
-        low, high = self._starts.take([latent, latent + 1], mode="clip")
-        return slice(int(low), int(high))
+_ROW_GROUP = 1 << 17
+_TOKEN_ROW_GROUP = 1 << 16
+_SMALL_ROW_GROUP = 512  # of tables that a card reads a few rows of
+_FILE_ROWS = 1 << 23  # rows of one file of activations
+_COPY_ROWS = 256  # rows of the copying table held at a time, each as wide as the vocabulary
 
 
-@dataclass(frozen=True)
-class Examples:
-    """The stored examples, sorted by latent, then position; the arrays below the first four are filled by block."""
-
-    latent: Int[np.ndarray, " example"]
-    position: Int[np.ndarray, " example"]
-    activation: Float[np.ndarray, " example"]
-    block_size: int
-    pre: Float[np.ndarray, " example"]
-    bias: Float[np.ndarray, " example"]
-    residual: Float[np.ndarray, " example"]
-    heads: Float[np.ndarray, "example head"]
-    source: Int[np.ndarray, "example k"]
-    """Positions in the block of the largest sources, by |DFA| summed over heads; only the first `n_sources` count."""
-    source_heads: Float[np.ndarray, "example k head"]
-    rest: Float[np.ndarray, "example head"]
-
-    @classmethod
-    def empty(cls, index: Int[np.ndarray, " example"], pairs: Pairs, block_size: int, n_heads: int) -> "Examples":
-        """Room for the pairs of these indices."""
-        n, k = len(index), min(N_SOURCES, block_size)
-        return cls(
-            latent=pairs.latent[index],
-            position=pairs.position[index],
-            activation=pairs.activation[index],
-            block_size=block_size,
-            pre=np.zeros(n, np.float32),
-            bias=np.zeros(n, np.float32),
-            residual=np.zeros(n, np.float32),
-            heads=np.zeros((n, n_heads), np.float32),
-            source=np.zeros((n, k), np.int32),
-            source_heads=np.zeros((n, k, n_heads), np.float32),
-            rest=np.zeros((n, n_heads), np.float32),
-        )
-
-    @cached_property
-    def block(self) -> Int[np.ndarray, " example"]:
-        """Block number of each."""
-        return self.position // self.block_size
-
-    @cached_property
-    def query(self) -> Int[np.ndarray, " example"]:
-        """Position in the block of each."""
-        return self.position % self.block_size
-
-    @cached_property
-    def n_sources(self) -> Int[np.ndarray, " example"]:
-        """Sources that are kept: later positions contribute exactly 0."""
-        return np.minimum(self.query + 1, self.source.shape[1])
-
-    @cached_property
-    def kept(self) -> Bool[np.ndarray, "example k"]:
-        """Which of the sources count."""
-        return np.arange(self.source.shape[1]) < self.n_sources[:, None]
-
-
-@dataclass(frozen=True)
-class Findings:
-    """All that the passes found."""
-
-    pairs: Pairs
-    summaries: dict[int, FeatureSummary]
-    """By latent; alive ones only."""
-    groups: dict[int, list[Group]]
-    """By latent; alive ones only."""
-    examples: Examples
-    weights: attribution.HeadWeights
-    effects: attribution.LogitEffects
-
-
-@dataclass(frozen=True)
-class SAERecord:
-    """What an index says of the SAE's file."""
-
-    name: str
-    hash: str
-    """Of its weights."""
-    quality: dict[str, Any] | None = None
-    """`Quality.as_dict()`, if it was measured."""
-
-
-def write_tables(folder: Path, model: Model, sae: SAE, corpus: Corpus, found: Findings) -> None:
-    """Write all tables of an index into an empty folder."""
-    _write(folder / "tokens.parquet", _token_table(corpus))
+# -------------------------------------------------------------------------------------------------------------- corpus
+def write_corpus(folder: Path, corpus: Corpus, model: Model, losses: Callable[[int, int], np.ndarray] | None) -> None:
+    """Write tokens, documents and vocabulary; `losses` gives those of a run of blocks."""
     _write(folder / "documents.parquet", pa.table({"document": list(corpus.documents)}))
-    _write_activations(folder / "activations" / "part-0.parquet", found.pairs)
-    _write(folder / "examples.parquet", _example_table(found.examples, found.pairs), _SMALL_ROW_GROUP)
-    _write(folder / "groups.parquet", _group_table(found.groups, found.pairs))
-    _write(folder / "features.parquet", _feature_table(model, sae, corpus, found))
     _write(folder / "vocabulary.parquet", _vocabulary_table(model))
-
-
-def _token_table(corpus: Corpus) -> pa.Table:
-    return pa.table(
-        {
-            "token": pa.array(corpus.blocks.reshape(-1), pa.int32()),
-            "document": pa.array(corpus.document.reshape(-1), pa.int32()),
-            "offset": pa.array(corpus.offset.reshape(-1), pa.int32()),
+    step = max(1, _TOKEN_ROW_GROUP // corpus.block_size)
+    writer = None
+    for start in range(0, len(corpus.blocks), step):
+        chosen = slice(start, min(start + step, len(corpus.blocks)))
+        tokens = np.asarray(corpus.blocks[chosen])
+        after = np.concatenate([tokens[:, 1:], np.full((len(tokens), 1), -1)], axis=1).reshape(-1)
+        columns = {
+            "token": pa.array(tokens.reshape(-1), pa.int32()),
+            "document": pa.array(corpus.document[chosen].reshape(-1), pa.int32()),
+            "offset": pa.array(corpus.offset[chosen].reshape(-1), pa.int32()),
+            "next_token": pa.array(after, pa.int32(), mask=after < 0),
         }
-    )
+        if losses is not None:
+            loss = losses(chosen.start, chosen.stop).reshape(-1)
+            columns["loss"] = pa.array(loss, pa.float32(), mask=np.isnan(loss))
+        table = pa.table(columns)
+        writer = writer or _writer(folder / "tokens.parquet", table.schema)
+        writer.write_table(table, row_group_size=step * corpus.block_size)
+    if writer:
+        writer.close()
 
 
 def _vocabulary_table(model: Model) -> pa.Table:
@@ -170,196 +77,413 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def _group_table(groups: dict[int, list[Group]], pairs: Pairs) -> pa.Table:
-    flat = [(latent, g) for latent, gs in groups.items() for g in gs]
-    position = [pairs.position[pairs.of(latent).start + g.chosen] for latent, g in flat]
-    return pa.table(
-        {
-            "latent": pa.array([latent for latent, _ in flat], pa.int32()),
-            "kind": pa.array([g.kind for _, g in flat], pa.string()),
-            "number": pa.array([g.number for _, g in flat], pa.int32()),
-            "low": pa.array([g.low for _, g in flat], pa.float32()),
-            "high": pa.array([g.high for _, g in flat], pa.float32()),
-            "n": pa.array([g.n for _, g in flat], pa.int64()),
-            "share_active": pa.array([g.share_active for _, g in flat], pa.float64()),
-            "share_mass": pa.array([g.share_mass for _, g in flat], pa.float64()),
-            "positions": pa.array([p.tolist() for p in position], pa.list_(pa.int64())),
-            "duplicates": pa.array([g.duplicates.tolist() for _, g in flat], pa.list_(pa.int32())),
-        }
-    )
+# --------------------------------------------------------------------------------------------------------- activations
+class ActivationWriter:
+    """Files of activations, sorted by latent, then position; contributions keep 14 significant bits."""
+
+    def __init__(self, folder: Path, n_heads: int) -> None:
+        """Files are opened as rows come."""
+        self._folder, self._n_heads = folder, n_heads
+        self._file: pq.ParquetWriter | None = None
+        self._n_files = self._rows = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, rows: Rows) -> None:
+        """Write consecutive rows."""
+        heads = _rounded(rows["heads"])
+        columns = {
+            "latent": pa.array(rows["latent"], pa.int32()),
+            "position": pa.array(rows["position"], pa.int64()),
+            "activation": pa.array(rows["activation"], pa.float32()),
+        } | {f"head_{h}": pa.array(heads[:, h], pa.float32()) for h in range(self._n_heads)}
+        table = pa.table(columns)
+        if self._file is None:
+            floats = ["activation", *(f"head_{h}" for h in range(self._n_heads))]
+            self._file = pq.ParquetWriter(
+                self._folder / f"part-{self._n_files:04d}.parquet",
+                table.schema,
+                compression="zstd",
+                use_dictionary=False,
+                write_page_checksum=True,
+                column_encoding={"latent": "DELTA_BINARY_PACKED", "position": "DELTA_BINARY_PACKED"}
+                | dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+            )
+        self._file.write_table(table, row_group_size=_ROW_GROUP)
+        self._rows += len(table)
+        if self._rows >= _FILE_ROWS:
+            self.close()
+
+    def close(self) -> None:
+        """Finish the present file; an index without activations has one empty file."""
+        if self._file is not None:
+            self._file.close()
+            self._file, self._n_files, self._rows = None, self._n_files + 1, 0
+
+    def finish(self) -> None:
+        """Finish the last file, and write an empty one if there is none."""
+        if self._file is None and self._n_files == 0:
+            empty = {"latent": np.empty(0, np.int64), "position": np.empty(0, np.int64), "activation": np.empty(0)}
+            self(empty | {"heads": np.empty((0, self._n_heads), np.float32)})
+        self.close()
 
 
-def _feature_table(model: Model, sae: SAE, corpus: Corpus, found: Findings) -> pa.Table:
-    """One row a latent; what only an alive latent has is null for a dead one."""
-    latents, summaries = range(sae.d_sae), found.summaries
-    n_tokens = corpus.n_text_tokens
-    columns: dict[str, Any] = {
-        "latent": pa.array(latents, pa.int32()),
-        "n_active": [summaries[i].n_active if i in summaries else 0 for i in latents],
-        "density": [summaries[i].n_active / n_tokens if i in summaries else 0.0 for i in latents],
-    }
-    for name in FeatureSummary.__dataclass_fields__:
-        if name != "n_active":
-            columns[name] = [_plain(getattr(summaries[i], name)) if i in summaries else None for i in latents]
-    shares = {
-        "decoder_share": attribution.decoder_share(sae, model.spec.n_heads),
-        "decoder_out_share": attribution.decoder_share_through_output(sae, model),
-        "encoder_share": attribution.encoder_share(found.weights),
-    }
-    columns |= {name: _fixed_lists(share.cpu().numpy()) for name, share in shares.items()}
-    columns["bias"] = pa.array(found.weights.bias.cpu().numpy(), pa.float32())
-    for name in ("top_tokens", "top_values", "bottom_tokens", "bottom_values", "mean", "std"):
-        column = f"logit_{name}"
-        columns[column] = pa.array(getattr(found.effects, name).cpu().numpy().tolist())
-    columns |= _source_tokens(corpus, found.examples, sae.d_sae)
-    columns["example_tokens"] = pa.array([_top_tokens(corpus, found, i) for i in latents], pa.list_(pa.int32()))
-    return pa.table(columns)
-
-
-def _top_tokens(corpus: Corpus, found: Findings, latent: int) -> list[int]:
-    """The tokens at a feature's top examples."""
-    if latent not in found.groups:
-        return []
-    chosen = found.pairs.of(latent).start + found.groups[latent][0].chosen
-    return corpus.blocks.reshape(-1)[found.pairs.position[chosen]].tolist()
-
-
-def _plain(value: float | np.ndarray) -> float | list:
-    return value.tolist() if isinstance(value, np.ndarray) else value
-
-
-def _source_tokens(corpus: Corpus, examples: Examples, d_sae: int, k: int = 10) -> dict[str, pa.Array]:
-    """For each latent the source tokens with the largest share of squared DFA over its examples' stored sources."""
-    start = np.repeat(examples.block * examples.block_size, examples.n_sources)
-    token = corpus.blocks.reshape(-1)[start + examples.source[examples.kept]]
-    latent = np.repeat(examples.latent.astype(np.int64), examples.n_sources)
-    n_tokens = int(corpus.blocks.max()) + 1
-    kinds, which, count = np.unique(latent * n_tokens + token, return_inverse=True, return_counts=True)
-    mass = np.bincount(which, weights=examples.source_heads.sum(-1)[examples.kept] ** 2, minlength=len(kinds))
-    owner, token = np.divmod(kinds, n_tokens)
-    total = np.bincount(owner, weights=mass, minlength=d_sae)
-    columns: dict[str, list] = {"source_tokens": [], "source_shares": [], "source_counts": []}
-    for i, (low, high) in enumerate(pairwise(np.searchsorted(owner, np.arange(d_sae + 1)))):
-        best = low + np.argsort(-mass[low:high], kind="stable")[:k]
-        columns["source_tokens"].append(token[best].tolist())
-        columns["source_shares"].append((mass[best] / max(total[i], 1e-300)).tolist())
-        columns["source_counts"].append(count[best].tolist())
-    return {name: pa.array(values) for name, values in columns.items()}
-
-
-def _example_table(examples: Examples, pairs: Pairs) -> pa.Table:
-    active_at, active_value = _active_in_block(examples, pairs)
-    n_heads = examples.heads.shape[1]
-    return pa.table(
-        {
-            "latent": pa.array(examples.latent, pa.int32()),
-            "position": pa.array(examples.position, pa.int64()),
-            "activation": pa.array(examples.activation, pa.float32()),
-            "pre": examples.pre,
-            "bias": examples.bias,
-            "residual": examples.residual,
-            "heads": _fixed_lists(examples.heads),
-            "source": _lists(examples.source[examples.kept], examples.n_sources, pa.int32()),
-            "source_heads": _lists(
-                examples.source_heads[examples.kept].reshape(-1), examples.n_sources * n_heads, pa.float32()
-            ),
-            "rest": _fixed_lists(examples.rest),
-            "active_at": active_at,
-            "active_value": active_value,
-        }
-    )
-
-
-def _active_in_block(examples: Examples, pairs: Pairs) -> tuple[pa.Array, pa.Array]:
-    """Positions in the block, and values, of all activations of each example's feature in its block."""
-    span = int(pairs.position.max(initial=0)) + examples.block_size + 1
-    key = pairs.latent.astype(np.int64) * span + pairs.position  # sorted
-    start = examples.latent.astype(np.int64) * span + examples.block * examples.block_size
-    low, high = np.searchsorted(key, start), np.searchsorted(key, start + examples.block_size)
-    lengths = high - low
-    index = np.repeat(low - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-    at = pairs.position[index] % examples.block_size
-    return _lists(at, lengths, pa.int32()), _lists(pairs.activation[index], lengths, pa.float32())
-
-
-def _write(path: Path, table: pa.Table, row_group: int = _ROW_GROUP) -> None:
-    pq.write_table(table, path, compression="zstd", row_group_size=row_group)
-
-
-def _write_activations(path: Path, pairs: Pairs) -> None:
-    """Sorted by latent; contributions keep 14 significant bits, which halves the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {
-        "latent": pa.array(pairs.latent, pa.int32()),
-        "position": pa.array(pairs.position, pa.int64()),
-        "activation": pa.array(pairs.activation, pa.float32()),
-    }
-    floats = ["activation"]
-    for h in range(pairs.heads.shape[1]):
-        columns[f"head_{h}"] = pa.array(_rounded(pairs.heads[:, h]), pa.float32())
-        floats.append(f"head_{h}")
-    pq.write_table(
-        pa.table(columns),
-        path,
-        compression="zstd",
-        row_group_size=_ROW_GROUP,
-        use_dictionary=False,
-        column_encoding={"latent": "DELTA_BINARY_PACKED", "position": "DELTA_BINARY_PACKED"}
-        | dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
-    )
-
-
-def _rounded(values: Float[np.ndarray, " n"], bits: int = 10) -> Float[np.ndarray, " n"]:
+def _rounded(values: Float[np.ndarray, "n head"], bits: int = 10) -> Float[np.ndarray, "n head"]:
     """Round the mantissa to 23 - bits bits."""
     raw = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     return ((raw + np.uint32(1 << (bits - 1))) & np.uint32(0xFFFFFFFF << bits & 0xFFFFFFFF)).view(np.float32)
 
 
-def manifest(model: Model, sae: SAE, corpus: Corpus, found: Findings, record: SAERecord) -> dict[str, Any]:
-    """What an index says of itself."""
-    n_tokens = corpus.n_text_tokens
+# ------------------------------------------------------------------------------------------------------------ features
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all parts of one subject."""
+
+    moments: Float[np.ndarray, "latent column"]
+    heads: Float[np.ndarray, "latent three head"]
+    """Sums of C_h, C_h^2 and C_h p."""
+    maximum: Float[np.ndarray, " latent"]
+    n_tokens: int
+
+    @classmethod
+    def of(cls, pairs: SortedParts, n_heads: int, n_tokens: int) -> "Totals":
+        """Read them from the parts."""
+        moments = pairs.totals("moments")
+        heads = moments[:, len(MOMENTS) :].reshape(len(moments), 3, n_heads)
+        return cls(moments[:, : len(MOMENTS)], heads, pairs.maxima("maximum").astype(np.float64), n_tokens)
+
+    def _sum(self, name: str) -> Float[np.ndarray, " latent"]:
+        return self.moments[:, MOMENTS.index(name)]
+
+    @property
+    def n_active(self) -> Int[np.ndarray, " latent"]:
+        """Active tokens."""
+        return self._sum("n").astype(np.int64)
+
+    @property
+    def mean(self) -> Float[np.ndarray, " latent"]:
+        """Of the activation over active tokens; 0 for a dead latent."""
+        return self._sum("f") / np.maximum(self._sum("n"), 1)
+
+    def over_all_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the activation, zeros included."""
+        mean = self._sum("f") / self.n_tokens
+        return mean, np.sqrt(np.maximum(self._sum("f2") / self.n_tokens - mean**2, 0))
+
+    def columns(self, central: Float[np.ndarray, "latent power"]) -> dict[str, Any]:
+        """Moments and DFA shares of each latent; null where they do not exist. `central`: as `Distributions` has it."""
+        n = self._sum("n")
+        dead = n == 0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            mean = self._sum("f") / n
+            variance, skew, kurtosis = _central(*(central / n[:, None]).T)
+            share, covariance, means = head_shares(n, self._sum("p"), self._sum("p2"), self.heads)
+        constant = dead | (variance <= 1e-12 * mean**2)
+        return {
+            "n_active": pa.array(self.n_active),
+            "density": n / self.n_tokens,
+            "mean": _nullable(mean, dead),
+            "std": _nullable(np.sqrt(np.maximum(variance, 0)), dead),
+            "skew": _nullable(skew, constant),
+            "kurtosis": _nullable(kurtosis, constant),
+            "maximum": _nullable(self.maximum, dead),
+            "dfa_share": _nullable_lists(share),
+            "dfa_covariance": _nullable_lists(covariance),
+            "dfa_mean": _nullable_lists(means),
+        }
+
+
+def _central(m1: np.ndarray, m2: np.ndarray, m3: np.ndarray, m4: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Variance, skew and kurtosis from moments about a point near the mean."""
+    variance = m2 - m1**2
+    third = m3 - 3 * m1 * m2 + 2 * m1**3
+    fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
+    return variance, third / variance**1.5, fourth / variance**2
+
+
+def head_shares(
+    n: Float[np.ndarray, " row"],
+    p: Float[np.ndarray, " row"],
+    p2: Float[np.ndarray, " row"],
+    heads: Float[np.ndarray, "row three head"],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The shares of squared DFA, of covariance with p, and of the mean, from sums; NaN where they do not exist."""
+    first, squares, products = heads[:, 0], heads[:, 1], heads[:, 2]
+    n, p, p2 = n[:, None], p[:, None], p2[:, None]
+    variance = p2 / n - (p / n) ** 2
+    covariance = (products / n - first / n * (p / n)) / np.where(variance > 1e-12 * p2 / n, variance, np.nan)
+    return squares / squares.sum(1, keepdims=True), covariance, first / first.sum(1, keepdims=True)
+
+
+def feature_table(
+    model: Model,
+    subject: Subject,
+    totals: Totals,
+    distributions: Distributions,
+    correlated: tuple[np.ndarray, np.ndarray],
+    example_tokens: list[list[int]],
+) -> pa.Table:
+    """One row a latent; what only a live latent has is null for a dead one."""
+    sae, weights, n_heads = subject.sae, subject.weights, model.spec.n_heads
+    columns: dict[str, Any] = {"latent": pa.array(range(sae.d_sae), pa.int32()), **totals.columns(distributions.central)}
+    dead = totals.n_active == 0
+    for name in ("quantiles", "histogram", "mass"):
+        columns[name] = _nullable_lists(getattr(distributions, name), dead)
+    shares = {
+        "decoder_share": attribution.decoder_share(sae, n_heads),
+        "decoder_out_share": attribution.decoder_share_through_output(sae, model),
+        "encoder_share": attribution.encoder_share(weights),
+        "encoder_in_share": attribution.encoder_share_through_value(weights, model, subject.layer),
+    }
+    columns |= {name: _fixed_lists(share.float().cpu().numpy()) for name, share in shares.items()}
+    columns["bias"] = pa.array(weights.bias.float().cpu().numpy())
+    effects = attribution.direct_logit_effects(sae, model, N_LOGITS)
+    for name in ("top_tokens", "top_values", "bottom_tokens", "bottom_values"):
+        columns[f"logit_{name}"] = pa.array(list(getattr(effects, name).cpu().numpy()))
+    for name in ("mean", "std", "skew", "kurtosis"):
+        columns[f"logit_{name}"] = pa.array(getattr(effects, name).cpu().numpy())
+    columns |= _copying(model, subject, totals, effects.top_tokens[:, 0].cpu().numpy())
+    latents, pearson = correlated
+    decoder = torch.nn.functional.normalize(sae.W_dec, dim=1).cpu().numpy()
+    cosine = np.einsum("jd,jkd->jk", decoder, decoder[latents]) if latents.size else np.empty(latents.shape)
+    exists = latents >= 0
+    n = exists.sum(1)
+    columns["correlated_latents"] = _lists(latents[exists], n, pa.int32())
+    columns["correlated_pearson"] = _lists(pearson[exists], n, pa.float32())
+    columns["correlated_cosine"] = _lists(cosine[exists], n, pa.float32())
+    columns["example_tokens"] = pa.array(example_tokens, pa.list_(pa.int32()))
+    return pa.table(columns)
+
+
+def _copying(model: Model, subject: Subject, totals: Totals, top_logit: Int[np.ndarray, " latent"]) -> dict[str, Any]:
+    """The largest entries of the static table of each live latent's top head, and where its top logit token stands."""
+    n, k = len(top_logit), min(N_COPY, model.spec.d_vocab)
+    tokens, scores, rank = np.zeros((n, k), np.int64), np.zeros((n, k)), np.full(n, np.nan)
+    live = totals.n_active > 0
+    head_of = np.argmax(totals.heads[:, 1], axis=1)
+    values = model.token_values(subject.layer)
+    for head in range(model.spec.n_heads):
+        for latents in torch.from_numpy(np.flatnonzero(live & (head_of == head))).split(_COPY_ROWS):
+            table = attribution.source_table(subject.weights, values, head, latents.to(model.device))
+            best = table.topk(k)
+            own = table.gather(1, torch.from_numpy(top_logit)[latents, None].to(model.device))
+            tokens[latents], scores[latents] = best.indices.cpu(), best.values.cpu()
+            rank[latents] = (table > own).double().mean(1).cpu()
     return {
-        "format_version": FORMAT_VERSION,
-        "headscope": version("headscope"),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "site": sae.site.hook_name,
-        "layer": sae.site.layer,
-        "z_convention": sae.metadata.get("z_convention", "not stated; read as raw"),
-        "special_tokens": "left out of all statistics",
-        "model": {
-            "name": model.spec.name,
-            "n_layers": model.spec.n_layers,
-            "n_heads": model.spec.n_heads,
-            "d_head": model.spec.d_head,
-            "d_model": model.spec.d_model,
-            "d_vocab": model.spec.d_vocab,
-        },
-        "sae": {
-            "name": record.name,
-            "hash": record.hash,
-            "architecture": sae.activation.name,
-            "d_in": sae.d_in,
-            "d_sae": sae.d_sae,
-            "trained_on": sae.metadata.get("corpus"),
-        },
-        "corpus": {
-            "name": corpus.name,
-            "split": corpus.split,
-            "hash": corpus.fingerprint(),
-            "n_tokens": n_tokens,
-            "n_blocks": len(corpus.blocks),
-            "block_size": corpus.block_size,
-            "n_documents": len(set(np.unique(corpus.document).tolist())),
-        },
-        "n_alive": len(found.summaries),
-        "n_pairs": len(found.pairs.latent),
-        "l0": len(found.pairs.latent) / n_tokens,
-        "quality": record.quality,
-        "definitions": DEFINITIONS,
+        "copy_tokens": _nullable_lists(tokens, ~live, pa.int32()),
+        "copy_values": _nullable_lists(scores, ~live, pa.float32()),
+        "copy_rank": _nullable(rank, ~live),
     }
 
 
-def _lists(values: np.ndarray, lengths: np.ndarray, kind: pa.DataType) -> pa.Array:
+# ------------------------------------------------------------------------------------------------------------- sources
+def source_tables(
+    model: Model, pairs: SortedParts, shared: dict[str, np.ndarray], plan: IndexPlan
+) -> tuple[pa.Table, pa.Table]:
+    """The largest source tokens of each latent above each threshold, and the totals they are shares of."""
+    n_levels, n_heads, d_vocab = len(plan.thresholds), model.spec.n_heads, model.spec.d_vocab
+    totals = pairs.totals("source_totals").reshape(-1, n_levels, len(SOURCE_TOTALS) + n_heads)
+    sums = source_sums(d_vocab, len(totals) * n_levels, plan)
+    for part in pairs.each(["source_keys", "source_sums"]):
+        sums.add(torch.from_numpy(part["source_keys"]), torch.from_numpy(part["source_sums"]))
+    key, values = sums.result()
+    totals = totals[:, ::-1].cumsum(1)[:, ::-1]  # those above a threshold are above all smaller ones
+    attention = pairs.totals("attention")
+    tables, of_totals = [], []
+    for level, threshold in enumerate(plan.thresholds):
+        above = key // d_vocab % n_levels >= level
+        own = totals[:, level]
+        chosen_key = key[above] // (d_vocab * n_levels) * d_vocab + key[above] % d_vocab
+        chosen = _largest_tokens(*merge_by_key(chosen_key, values[above]), d_vocab, model.bos)
+        tables.append(_source_rows(*chosen, own, attention, shared, threshold))
+        d2 = own[:, SOURCE_TOTALS.index("d2")]
+        scale = np.where(d2 > 0, d2, np.nan)
+        of_totals.append(
+            pa.table(
+                {
+                    "latent": pa.array(range(len(own)), pa.int32()),
+                    "threshold": pa.array(np.full(len(own), threshold)),
+                    "n_active": pa.array(own[:, SOURCE_TOTALS.index("n")].astype(np.int64)),
+                    "kept": _nullable(own[:, SOURCE_TOTALS.index("kept")] / scale, np.isnan(scale)),
+                    "bos_share": _nullable(own[:, SOURCE_TOTALS.index("bos")] / scale, np.isnan(scale)),
+                }
+            )
+        )
+    order = [("latent", "ascending"), ("threshold", "ascending")]
+    return (
+        pa.concat_tables(tables).sort_by([*order, ("share", "descending"), ("token", "ascending")]),
+        pa.concat_tables(of_totals).sort_by(order),
+    )
+
+
+def _largest_tokens(
+    key: torch.Tensor, values: torch.Tensor, d_vocab: int, bos: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(latent, token, sums) of the largest source tokens of each latent, BOS left out."""
+    latent, token, sums = (key // d_vocab).numpy(), (key % d_vocab).numpy(), values.numpy()
+    text = token != bos
+    latent, token, sums = latent[text], token[text], sums[text]
+    order = np.lexsort((token, -sums[:, SOURCE_COLUMNS.index("d2")] if len(sums) else token, latent))
+    latent, token, sums = latent[order], token[order], sums[order]
+    start = np.flatnonzero(np.diff(latent, prepend=-1))
+    rank = np.arange(len(latent)) - np.repeat(start, np.diff(np.append(start, len(latent))))
+    keep = rank < N_SOURCE_TOKENS
+    return latent[keep], token[keep], sums[keep]
+
+
+def _source_rows(
+    latent: np.ndarray,
+    token: np.ndarray,
+    sums: np.ndarray,
+    totals: np.ndarray,
+    attention: np.ndarray,
+    shared: dict[str, np.ndarray],
+    threshold: float,
+) -> pa.Table:
+    n_heads = attention.shape[1]
+    sums = sums.reshape(len(latent), len(SOURCE_COLUMNS) + 2 * n_heads)
+    n, d2, d = (sums[:, SOURCE_COLUMNS.index(name)] for name in ("n", "d2", "d"))
+    by_head, attended = np.split(sums[:, len(SOURCE_COLUMNS) :], 2, axis=1)
+    own = totals[latent]
+    elsewhere = shared["source_pairs"][token] - n
+    with np.errstate(divide="ignore", invalid="ignore"):
+        columns = {
+            "share": d2 / own[:, SOURCE_TOTALS.index("d2")],
+            "share_linear": d / own[:, SOURCE_TOTALS.index("d")],
+            "share_by_head": by_head / own[:, len(SOURCE_TOTALS) :],
+            "attention": attended / n[:, None],
+            "attention_elsewhere": (attention[token] - attended) / np.where(elsewhere > 0, elsewhere, np.nan)[:, None],
+            "frequency": shared["token_counts"][token] / shared["token_counts"].sum(),
+        }
+    return pa.table(
+        {
+            "latent": pa.array(latent, pa.int32()),
+            "threshold": pa.array(np.full(len(latent), threshold)),
+            "token": pa.array(token, pa.int32()),
+            "n": pa.array(n.astype(np.int64)),
+            **{name: _fixed_lists(v) if v.ndim == 2 else pa.array(v) for name, v in columns.items()},
+        }
+    )
+
+
+def null_table(subject: Subject, pairs: SortedParts, n_heads: int) -> pa.Table:
+    """One row a null direction."""
+    sums = pairs.totals("null_moments")
+    n, p, p2 = sums[:, 0], sums[:, 1], sums[:, 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share, covariance, _ = head_shares(n, p, p2, sums[:, 3:].reshape(len(sums), 3, n_heads))
+    return pa.table(
+        {
+            "kind": [NULL_KINDS[k] for k in subject.nulls.kind.tolist()],
+            "latent": pa.array(subject.nulls.latent.cpu().numpy(), pa.int32()),
+            "n_active": pa.array(n.astype(np.int64)),
+            "dfa_share": _nullable_lists(share),
+            "dfa_covariance": _nullable_lists(covariance),
+        }
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ examples
+def group_table(groups: Groups, totals: Totals) -> pa.Table:
+    """One row a group of examples."""
+    whole = totals.moments[groups.latent.astype(np.int64)]
+    return pa.table(
+        {
+            "latent": pa.array(groups.latent, pa.int32()),
+            "kind": pa.array([KINDS[k] for k in groups.kind], pa.string()),
+            "number": pa.array(groups.number, pa.int32()),
+            "low": pa.array(groups.low, pa.float32()),
+            "high": pa.array(groups.high, pa.float32()),
+            "n": pa.array(groups.n, pa.int64()),
+            "share_active": pa.array(groups.n / whole[:, MOMENTS.index("n")], pa.float64()),
+            "share_mass": pa.array(groups.mass / whole[:, MOMENTS.index("f")], pa.float64()),
+            "positions": _lists(groups.position, groups.n_chosen, pa.int64()),
+            "duplicates": _lists(groups.duplicates, groups.n_chosen, pa.int32()),
+        }
+    )
+
+
+def write_examples(folder: Path, examples: SortedParts, block_size: int, range_rows: int, n_heads: int) -> None:
+    """Write `examples.parquet` from its parts and the activations, which stand already."""
+    columns = ("position", "pre", "bias", "residual", "heads", "source", "source_heads", "source_pattern", "rest")
+    writer = None
+    connection = duckdb.connect()
+    activations = str(folder / "activations" / "*.parquet").replace("'", "''")
+    for first, last in examples.ranges(range_rows):
+        rows = examples.rows(first, last, columns)
+        if len(rows["latent"]) == 0:
+            continue
+        table = _example_table(rows, block_size, n_heads)
+        connection.register(
+            "chosen",
+            pa.table(
+                {"latent": rows["latent"], "position": rows["position"], "number": np.arange(len(rows["latent"]))}
+            ),
+        )
+        active = connection.sql(
+            f"""SELECT c.number, a.position % {block_size} AS at, a.activation, a.position = c.position AS own
+            FROM read_parquet('{activations}') a JOIN chosen c
+            ON a.latent = c.latent AND a.position // {block_size} = c.position // {block_size}
+            WHERE a.latent >= {first} AND a.latent < {last} ORDER BY c.number, a.position"""
+        ).to_arrow_table()
+        number, own = active["number"].to_numpy(), active["own"].to_numpy()
+        n = np.bincount(number, minlength=len(table))
+        table = table.add_column(2, "activation", pa.array(active["activation"].to_numpy()[own], pa.float32()))
+        table = table.append_column("active_at", _lists(active["at"].to_numpy(), n, pa.int32()))
+        table = table.append_column("active_value", _lists(active["activation"].to_numpy(), n, pa.float32()))
+        writer = writer or _writer(folder / "examples.parquet", table.schema)
+        writer.write_table(table, row_group_size=_SMALL_ROW_GROUP)
+    if writer is None:
+        raise AssertionError("no examples")
+    writer.close()
+
+
+def _example_table(rows: Rows, block_size: int, n_heads: int) -> pa.Table:
+    kept = rows["source"] <= (rows["position"] % block_size)[:, None]  # later positions contribute exactly 0
+    n = kept.sum(1)
+    by_head = {name: rows[name][kept].reshape(-1) for name in ("source_heads", "source_pattern")}
+    return pa.table(
+        {
+            "latent": pa.array(rows["latent"], pa.int32()),
+            "position": pa.array(rows["position"], pa.int64()),
+            "pre": rows["pre"],
+            "bias": rows["bias"],
+            "residual": rows["residual"],
+            "heads": _fixed_lists(rows["heads"]),
+            "source": _lists(rows["source"][kept], n, pa.int32()),
+            "source_heads": _lists(by_head["source_heads"], n * n_heads, pa.float32()),
+            "source_pattern": _lists(_rounded(by_head["source_pattern"][:, None])[:, 0], n * n_heads, pa.float32()),
+            "rest": _fixed_lists(rows["rest"]),
+        }
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+def write_table(path: Path, table: pa.Table, *, small_groups: bool = False) -> None:
+    """Write a table, its rows in small groups when a card reads a few of them."""
+    _write(path, table, _SMALL_ROW_GROUP if small_groups else _ROW_GROUP)
+
+
+def _write(path: Path, table: pa.Table, row_group: int = _ROW_GROUP) -> None:
+    with _writer(path, table.schema) as writer:
+        writer.write_table(table, row_group_size=row_group)
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+
+
+def _nullable(values: Float[np.ndarray, " row"], missing: np.ndarray) -> pa.Array:
+    return pa.array(values, pa.float64(), mask=missing | ~np.isfinite(values))
+
+
+def _nullable_lists(values: np.ndarray, missing: np.ndarray | None = None, kind: pa.DataType | None = None) -> pa.Array:
+    """Rows as lists; null where a row is missing or not finite."""
+    present = np.asarray(np.isfinite(values).all(axis=1) if missing is None else ~missing)
+    rows = [values[i] if present[i] else None for i in range(len(values))]
+    return pa.array(rows, pa.list_(kind or pa.from_numpy_dtype(values.dtype)))
+
+
+def _lists(values: np.ndarray, lengths: Sequence[int] | np.ndarray, kind: pa.DataType) -> pa.Array:
     """Consecutive runs of values as lists."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, kind))

@@ -1,13 +1,30 @@
 """Where the parts of an attention layer lie in each `transformers` model family: one row a family.
 
 To add a family: check that the input of the output projection is `pattern @ value` of each head, concatenated
-head-major (no gate or norm between), and that the projection's output is added to the residual stream as it is (no
-norm after it). Then add a row, and a random-weight model of it to `tests/test_models.py`.
+head-major (no gate or norm between), that the outputs of the projection and of the MLP are added to the residual stream
+as they are (no norm after them), and that its attention calls an `AttentionInterface` function. Then add a row, and a
+random-weight model of it to `tests/test_models.py` with its parts in `tests/naive_model.py`.
 """
 
+import operator
 from dataclasses import dataclass
 
+from torch import nn
+
 from headscope.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parts of one layer."""
+
+    block: nn.Module
+    attention_norm: nn.Module
+    attention: nn.Module
+    output_projection: nn.Module
+    """Its input is z."""
+    mlp_norm: nn.Module
+    mlp: nn.Module
 
 
 @dataclass(frozen=True)
@@ -18,17 +35,55 @@ class Family:
     attention_norm: str
     attention: str
     output_projection: str
-    """Relative to `attention`; its input is z."""
+    """Relative to `attention`."""
+    mlp_norm: str
     mlp: str
     final_norm: str
     transposed: bool = False
     """GPT-2's Conv1D keeps weights as [in, out]; torch's Linear as [out, in]."""
 
+    def parts(self, block: nn.Module) -> Block:
+        """Find the parts of a block."""
+        attention = operator.attrgetter(self.attention)(block)
+        return Block(
+            block=block,
+            attention_norm=operator.attrgetter(self.attention_norm)(block),
+            attention=attention,
+            output_projection=operator.attrgetter(self.output_projection)(attention),
+            mlp_norm=operator.attrgetter(self.mlp_norm)(block),
+            mlp=operator.attrgetter(self.mlp)(block),
+        )
+
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("transformer.h", "ln_1", "attn", "c_proj", "mlp", "transformer.ln_f", transposed=True),
-    "gpt_neox": Family("gpt_neox.layers", "input_layernorm", "attention", "dense", "mlp", "gpt_neox.final_layer_norm"),
-    "llama": Family("model.layers", "input_layernorm", "self_attn", "o_proj", "mlp", "model.norm"),
+    "gpt2": Family(
+        blocks="transformer.h",
+        attention_norm="ln_1",
+        attention="attn",
+        output_projection="c_proj",
+        mlp_norm="ln_2",
+        mlp="mlp",
+        final_norm="transformer.ln_f",
+        transposed=True,
+    ),
+    "gpt_neox": Family(
+        blocks="gpt_neox.layers",
+        attention_norm="input_layernorm",
+        attention="attention",
+        output_projection="dense",
+        mlp_norm="post_attention_layernorm",
+        mlp="mlp",
+        final_norm="gpt_neox.final_layer_norm",
+    ),
+    "llama": Family(
+        blocks="model.layers",
+        attention_norm="input_layernorm",
+        attention="self_attn",
+        output_projection="o_proj",
+        mlp_norm="post_attention_layernorm",
+        mlp="mlp",
+        final_norm="model.norm",
+    ),
 }
 """By the `model_type` of a model's config.json."""
 

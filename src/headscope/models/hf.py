@@ -1,32 +1,34 @@
-"""A `transformers` causal language model: read z and other sites, edit a run, compute losses, know the weights.
+"""A `transformers` causal language model: read and edit what it computes, compute losses, know the weights.
 
-The fast path is SDPA and a pre-hook on the output projection, whose input *is* z. The explicit path swaps one layer's
-attention function for one that computes pattern and z step by step, so that they can be read.
+The fast path is SDPA and hooks: z is the *input* of the output projection. Only a layer whose queries, keys, values,
+scores or pattern are read or edited has its attention function exchanged (`attention.py`).
 """
 
+import hashlib
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask
+from transformers import PreTrainedModel
 
 from headscope.errors import ModelError
+from headscope.models.attention import Attention, repeat_heads
 from headscope.models.families import family_of
-from headscope.site import Site
+from headscope.models.hooks import Hooks
+from headscope.site import Kind, Site
 
-_IMPLEMENTATION = "headscope"
-_DEPTH = {"resid_pre": 0, "z": 1, "attn_out": 2, "mlp_out": 3}
 _LOSS_ROWS = 512  # [rows, d_vocab] logits at a time: they stay in the cache and are never held for a whole batch
+_TOKEN_ROWS = 4096  # one-token sequences at a time
+
+Edit = Callable[[Tensor], Tensor]
+"""Is given the value at a site, shaped as `Site` says, and returns what is to stand in its place, shaped alike."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,8 @@ class ModelSpec:
     d_vocab: int
     context: int
     """Longest sequence the model was made for, in tokens."""
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One layer's attention, step by step: `z[b, q, h] = sum_s pattern[b, h, q, s] value[b, s, h]`."""
-
-    pattern: Float[Tensor, "batch head query source"]
-    value: Float[Tensor, "batch source head d_head"]
-    """b_V included; shared value heads are repeated for each of their query heads."""
-    z: Float[Tensor, "batch query z"]
-    """Heads concatenated head-major: the input of the output projection."""
+    parallel: bool
+    """Attention and MLP both read `resid_pre`; there is no `resid_mid`."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +55,15 @@ class Restart:
 
     layer: int
     calls: list[tuple[tuple, dict[str, Any]]]
+
+
+@runtime_checkable
+class SiteEdit(Protocol):
+    """An edit that must know where it is to be made; `Model.edit` asks it for the edit of its site."""
+
+    def bind(self, site: Site, spec: ModelSpec) -> Edit:
+        """The edit for this site of a model of these sizes."""
+        ...
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
@@ -99,14 +101,25 @@ class Model:
             d_model=config.hidden_size,
             d_vocab=unembedding.out_features,
             context=config.max_position_embeddings,
+            parallel=getattr(config, "use_parallel_residual", False),
         )
-        self._blocks = operator.attrgetter(self.family.blocks)(module)
+        self._blocks = [self.family.parts(block) for block in operator.attrgetter(self.family.blocks)(module)]
         self._final_norm = operator.attrgetter(self.family.final_norm)(module)
+        self._hooks = Hooks(module, self._blocks, self._final_norm)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.module.device
+
+    def fingerprint(self) -> str:
+        """`sha256:<hex>` of all weights and buffers, by name."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(raw.numpy())
+        return f"sha256:{digest.hexdigest()}"
 
     # ------------------------------------------------------------------------------------------------------- reading
     def check_layer(self, layer: int) -> None:
@@ -118,21 +131,78 @@ class Model:
                 do="pass another --layer",
             )
 
+    def check_site(self, site: Site) -> None:
+        """Raise ModelError when the model has no such site."""
+        self.check_layer(site.layer)
+        last = self.spec.n_layers - 1
+        if site.kind == "ln_final_scale" and site.layer != last:
+            raise ModelError(
+                f"the final norm's scale in layer {site.layer} of {self.spec.name}",
+                expected=f"layer {last}, the last, after which that norm stands",
+                do=f"name Site('ln_final_scale', {last})",
+            )
+        if site.kind == "resid_mid" and self.spec.parallel:
+            raise ModelError(
+                f"resid_mid of {self.spec.name}, whose attention and MLP stand side by side",
+                expected="a site that parallel blocks have: both read resid_pre and add to it",
+                do="use resid_pre, mlp_in or resid_post",
+            )
+
     def width(self, site: Site) -> int:
-        """Components of a site's vectors."""
+        """Components of the vectors at a site of SAEs.
+
+        Raises:
+            ModelError: a site where no SAE can sit.
+        """
+        if site.kind not in get_args(Kind):
+            raise ModelError(
+                f"an SAE of {site.kind}", expected=f"one of {', '.join(get_args(Kind))}", do="pass another --site"
+            )
         return self.spec.n_heads * self.spec.d_head if site.kind == "z" else self.spec.d_model
 
     @torch.no_grad()
-    def read(
-        self, tokens: Int[Tensor, "batch position"], sites: Sequence[Site]
-    ) -> dict[Site, Float[Tensor, "batch position d"]]:
-        """Activations at some sites; the run stops after the deepest one.
+    def read(self, tokens: Int[Tensor, "batch position"], sites: Sequence[Site]) -> dict[Site, Float[Tensor, "..."]]:
+        """Activations at some sites, shaped as `Site` says; the run stops after the deepest one.
+
+        Within `edit` blocks a site that is edited is read as edited.
+
+        Raises:
+            ModelError: a site that the model does not have.
+        """
+        return self._read(tokens, sites)
+
+    def attention(self, tokens: Int[Tensor, "batch position"], layer: int) -> Attention:
+        """Pattern, value and z of one layer, computed explicitly; the run stops at z.
 
         Raises:
             ModelError: a layer that does not exist.
         """
+        return self.attentions(tokens, [layer])[layer]
+
+    @torch.no_grad()
+    def attentions(self, tokens: Int[Tensor, "batch position"], layers: Sequence[int]) -> dict[int, Attention]:
+        """Pattern, value and z of several layers in one run, which stops at the last of them.
+
+        Raises:
+            ModelError: a layer that does not exist.
+        """
+        found = self._read(tokens, [Site(kind, layer) for layer in layers for kind in ("v", "pattern", "z")])
+        return {
+            layer: Attention(
+                pattern=found[Site("pattern", layer)],
+                value=repeat_heads(found[Site("v", layer)], self.spec.n_heads),
+                z=found[Site("z", layer)],
+            )
+            for layer in layers
+        }
+
+    def _read(self, tokens: Tensor, sites: Sequence[Site], **inputs: Tensor) -> dict[Site, Tensor]:
+        for site in sites:
+            self.check_site(site)
         found: dict[Site, Tensor] = {}
-        deepest = max(sites, key=lambda s: (s.layer, _DEPTH[s.kind]))
+        deepest = max(sites, key=lambda site: site.depth, default=None)
+        if deepest is None:
+            return found
 
         def keep(site: Site) -> Callable[[Tensor], None]:
             def record(value: Tensor) -> None:
@@ -142,39 +212,29 @@ class Model:
 
             return record
 
-        with self._hooked({site: keep(site) for site in sites}), suppress(_Stop):
-            self._body(tokens)
+        with self._hooks.at({site: keep(site) for site in sites}), suppress(_Stop):
+            self._body(tokens, **inputs)
         return found
-
-    @torch.no_grad()
-    def attention(self, tokens: Int[Tensor, "batch position"], layer: int) -> Attention:
-        """Pattern, value and z of one layer, computed explicitly; the run stops at z.
-
-        Raises:
-            ModelError: a layer that does not exist.
-        """
-        self.check_layer(layer)
-        module = self._attention(layer)
-        self.module.set_attn_implementation(_IMPLEMENTATION)
-        _recording[module] = record = {}
-        try:
-            z = self.read(tokens, [Site("z", layer)])[Site("z", layer)]
-        finally:
-            del _recording[module]
-            self.module.set_attn_implementation("sdpa")
-        return Attention(record["pattern"], record["value"], z)
 
     # ------------------------------------------------------------------------------------------------------- running
     @contextmanager
-    def edit(self, edits: Mapping[Site, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-        """Within the block, each run replaces the value `[batch, position, d]` at a site by the function of it.
+    def edit(self, edits: Mapping[Site, Edit | SiteEdit]) -> Iterator[None]:
+        """Within the block, each run replaces the value at a site by the function of it; what follows is changed too.
+
+        Blocks nest: at one site the outer block's edit comes first, the inner one is given its result. Of edits at
+        different sites the one that is computed first comes first (`AnyKind` is in that order). A scale is edited by
+        dividing the norm's output by the one and multiplying it by the other. Scores are edited with the mask in
+        them: where an edit writes over minus infinity, a query sees its future.
 
         The model is bit-identical afterwards, also when the block raised.
 
         Raises:
-            ModelError: a layer that does not exist.
+            ModelError: a site that the model does not have; in a run, an edit that returns another shape or type.
         """
-        with self._hooked(edits):
+        for site in edits:
+            self.check_site(site)
+        functions = {s: e.bind(s, self.spec) if isinstance(e, SiteEdit) else e for s, e in edits.items()}
+        with self._hooks.at(functions):
             yield
 
     @torch.no_grad()
@@ -202,6 +262,9 @@ class Model:
     def restartable(self, layer: int) -> Iterator[Restart]:
         """The one run made within the block can be continued from a layer on afterwards.
 
+        What was edited before the layer stays edited; at the layer and after it, the edits that hold when it is
+        continued are made.
+
         Raises:
             ModelError: a layer that does not exist.
         """
@@ -211,7 +274,9 @@ class Model:
         def keep(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             restart.calls.append((args, kwargs))
 
-        handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in self._blocks[layer:]]
+        handles = [
+            part.block.register_forward_pre_hook(keep, with_kwargs=True, prepend=True) for part in self._blocks[layer:]
+        ]
         try:
             yield restart
         finally:
@@ -221,18 +286,18 @@ class Model:
     def _continue(self, restart: Restart) -> Tensor:
         """As `_body`, from the input of a block on."""
         hidden = restart.calls[0][0][0]
-        for block, (args, kwargs) in zip(self._blocks[restart.layer :], restart.calls, strict=True):
-            output = block(hidden, *args[1:], **kwargs)
-            hidden = output[0] if isinstance(output, tuple) else output
+        for part, (args, kwargs) in zip(self._blocks[restart.layer :], restart.calls, strict=True):
+            hidden = part.block(hidden, *args[1:], **kwargs)
         return self._final_norm(hidden)
 
-    def _body(self, tokens: Tensor) -> Tensor:
+    def _body(self, tokens: Tensor, **inputs: Tensor) -> Tensor:
         """Everything but the unembedding: the normed final residual stream."""
-        return self.module.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return self.module.base_model(input_ids=tokens, use_cache=False, **inputs).last_hidden_state
 
     # ------------------------------------------------------------------------------------------------------- weights
     def W_O(self, layer: int) -> Float[Tensor, "z d_model"]:  # noqa: N802 - the field's name
         """Output projection of a layer: `attn_out = z @ W_O + b_O`."""
+        self.check_layer(layer)
         weight: Tensor = self._output_projection(layer).weight  # pyright: ignore[reportAssignmentType]
         return weight if self.family.transposed else weight.T
 
@@ -249,91 +314,74 @@ class Model:
             folded = folded - folded.mean(0)
         return folded - folded.mean(1, keepdim=True)
 
+    def _output_projection(self, layer: int) -> nn.Module:
+        return self._blocks[layer].output_projection
+
     def value_offset(self, layer: int) -> Float[Tensor, " z"]:
         """The constant part of z: `c = b_V + b_ln1 @ W_V`, one block a head; zero for models without these biases.
 
         Attention weights sum to 1, so c is part of every z. TransformerLens' processed z is `z - c`. It is read off
-        the model itself: the value vector when the norm before attention puts out its own bias.
+        the model itself: the value vector when the norm before attention puts out its own bias. Edits play no part.
+
+        Raises:
+            ModelError: a layer that does not exist.
         """
         self.check_layer(layer)
-        norm = operator.attrgetter(self.family.attention_norm)(self._blocks[layer])
-        bias = getattr(norm, "bias", None)
+        bias = getattr(self._blocks[layer].attention_norm, "bias", None)
+        return self._value_of(layer, torch.zeros(self.spec.d_model) if bias is None else bias)
 
-        def constant(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            return torch.zeros_like(output) if bias is None else bias.expand_as(output)
+    def W_V(self, layer: int) -> Float[Tensor, "head d_model d_head"]:  # noqa: N802 - the field's name
+        """Value weights of each query head, the gain of the norm before attention folded in.
 
-        handle = norm.register_forward_hook(constant)
+        `value = centre(resid_pre) / ln1_scale @ W_V + c`, c as `value_offset` has it; RMSNorm does not centre. Query
+        heads that share a value head have the same weights. Read off the model itself; edits play no part.
+
+        Raises:
+            ModelError: a layer that does not exist.
+        """
+        self.check_layer(layer)
+        gain = getattr(self._blocks[layer].attention_norm, "weight", None)
+        width, dtype = self.spec.d_model, self.module.dtype
+        basis = torch.diag(torch.ones(width, dtype=dtype, device=self.device) if gain is None else gain)
+        values = self._value_of(layer, basis) - self._value_of(layer, torch.zeros_like(basis[0]))
+        return values.view(width, self.spec.n_heads, self.spec.d_head).transpose(0, 1)
+
+    @torch.no_grad()
+    def _value_of(self, layer: int, normed: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch z"]:
+        """The values that a layer makes of what the norm before it puts out: z where a token sees only itself."""
+        rows = normed.view(-1, self.spec.d_model).to(self.device, self.module.dtype)
+        norm = self._blocks[layer].attention_norm
+        handle = norm.register_forward_hook(lambda _module, _args, _output: rows[:, None])
         try:
-            token = torch.tensor([[self.bos]], device=self.device)
-            return self.read(token, [Site("z", layer)])[Site("z", layer)][0, 0]
+            with self._hooks.suspended():
+                tokens = torch.full((len(rows), 1), self.bos, device=self.device)
+                return self._read(tokens, [Site("z", layer)])[Site("z", layer)].view(*normed.shape[:-1], -1)
         finally:
             handle.remove()
 
-    # --------------------------------------------------------------------------------------------------------- hooks
-    def _attention(self, layer: int) -> nn.Module:
-        return operator.attrgetter(self.family.attention)(self._blocks[layer])
+    @torch.no_grad()
+    def token_values(
+        self, layer: int, tokens: Int[Tensor, " token"] | None = None
+    ) -> Float[Tensor, "token head d_head"]:
+        """The value vector that each token alone makes, for each query head: what a static copying table needs.
 
-    def _output_projection(self, layer: int) -> nn.Module:
-        return operator.attrgetter(self.family.output_projection)(self._attention(layer))
+        Each token is a sequence of its own, run through the layers before this one at a position in the middle of
+        the context (a learned embedding of position 0 is another thing), so its attention is all to itself. b_V
+        included. Edits play no part.
 
-    @contextmanager
-    def _hooked(self, functions: Mapping[Site, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-        """Call each function with the value at its site; what it returns, unless None, replaces the value."""
-        for site in functions:
-            self.check_layer(site.layer)
-        handles = [self._hook(site, function) for site, function in functions.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        Args:
+            layer: whose values.
+            tokens: which tokens; the whole vocabulary if None.
 
-    def _hook(self, site: Site, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-        def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            value = function(args[0])
-            return None if value is None else ((value, *args[1:]), kwargs)
-
-        def after(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
-            return function(output)
-
-        match site.kind:
-            case "z":
-                return self._output_projection(site.layer).register_forward_pre_hook(before, with_kwargs=True)
-            case "attn_out":
-                return self._output_projection(site.layer).register_forward_hook(after)
-            case "mlp_out":
-                mlp = operator.attrgetter(self.family.mlp)(self._blocks[site.layer])
-                return mlp.register_forward_hook(after)
-            case "resid_pre":
-                return self._blocks[site.layer].register_forward_pre_hook(before, with_kwargs=True)
-
-
-_recording: dict[nn.Module, dict[str, Tensor]] = {}  # attention modules to record, filled by Model.attention
-
-
-def _recording_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """`transformers`' attention function: step by step for a module that is recorded, SDPA for all others."""
-    record = _recording.get(module)
-    if record is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    groups = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))  # [batch, head, source, d_head]
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask[:, :, :, : key.shape[2]]
-    precise = torch.promote_types(scores.dtype, torch.float32)
-    pattern = scores.softmax(-1, dtype=precise).to(query.dtype)
-    record["pattern"], record["value"] = pattern, value.transpose(1, 2)
-    return (pattern @ value).transpose(1, 2).contiguous(), pattern
-
-
-AttentionInterface.register(_IMPLEMENTATION, _recording_attention)
-AttentionMaskInterface.register(_IMPLEMENTATION, eager_mask)
+        Raises:
+            ModelError: a layer that does not exist.
+        """
+        self.check_layer(layer)
+        tokens = torch.arange(self.spec.d_vocab) if tokens is None else tokens
+        site, parts = Site("z", layer), []
+        with self._hooks.suspended():
+            for chunk in tokens.to(self.device).split(_TOKEN_ROWS):
+                alone = chunk[:, None]
+                middle = torch.full_like(alone, self.spec.context // 2)
+                parts.append(self._read(alone, [site], position_ids=middle)[site])  # z is v where s = q alone
+        return torch.cat(parts).view(-1, self.spec.n_heads, self.spec.d_head)

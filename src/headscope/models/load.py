@@ -1,7 +1,8 @@
-"""Load a model by name: a bundled one, a local Hugging Face folder, or a name on the Hugging Face hub."""
+"""Load a model by name: a bundled one, a Hugging Face folder, a TransformerLens checkpoint, or a name on the hub."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from headscope.errors import ModelError
 from headscope.models.families import family_of
 from headscope.models.hf import Model
+from headscope.models.tl_checkpoint import find_checkpoint, load_checkpoint
 
 _BUNDLED = Path(__file__).parent
 
@@ -19,17 +21,31 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
     """Load a causal language model with its tokenizer.
 
     Args:
-        name: `tiny` (bundled), the path of a Hugging Face folder, or a name on the hub (which needs the network).
+        name: `tiny` (bundled), the path of a Hugging Face folder, a folder or weights file that TransformerLens saved,
+            `gelu-2l` or another of `tl_checkpoint.HUB`, or a name on the hub (the last two need the network).
         device: where to put the weights.
         dtype: of the weights and of all that is computed.
 
     Raises:
         ModelError: the model is missing, truncated, of an unknown family, or has no tokenizer with a BOS.
     """
+    transformers_logging.disable_progress_bar()
+    checkpoint = find_checkpoint(name)
+    if checkpoint:
+        module, tokenizer = load_checkpoint(*checkpoint, dtype)
+    else:
+        module, tokenizer = _load(name, dtype)
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if bos is None or not hasattr(tokenizer, "backend_tokenizer"):
+        raise _no_tokenizer(name)
+    return Model(module.to(device), tokenizer.backend_tokenizer, bos, name)
+
+
+def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """What `transformers` itself reads: a folder, or a name on the hub."""
     folder = _folder(name)
     source = str(folder or name)
     local = {"local_files_only": True} if folder else {}
-    transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source, **local)
         family_of(config.model_type)
@@ -40,7 +56,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         raise ModelError(
             f"cannot load the model {name!r}: {str(error).strip().splitlines()[0] if str(error) else type(error)}",
-            expected="`tiny`, a folder with config.json, *.safetensors and tokenizer.json, or a name on the hub",
+            expected="`tiny`, a folder with config.json (or tl_config.json), weights and tokenizer.json, or a hub name",
             do="check the name, and for a hub name the network",
         ) from error
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -49,15 +65,17 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
             expected="the weights that config.json describes",
             do="fetch or save the model again",
         )
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    made_up = folder is not None and not (folder / "tokenizer.json").is_file()  # transformers invents an empty one
-    if bos is None or made_up or not hasattr(tokenizer, "backend_tokenizer"):
-        raise ModelError(
-            f"the tokenizer of {name!r}",
-            expected="a fast tokenizer (tokenizer.json) with a BOS or EOS token",
-            do="save the model with such a tokenizer",
-        )
-    return Model(module.to(device), tokenizer.backend_tokenizer, bos, name)
+    if folder is not None and not (folder / "tokenizer.json").is_file():  # transformers invents an empty one
+        raise _no_tokenizer(name)
+    return module, tokenizer
+
+
+def _no_tokenizer(name: str) -> ModelError:
+    return ModelError(
+        f"the tokenizer of {name!r}",
+        expected="a fast tokenizer (tokenizer.json) with a BOS or EOS token",
+        do="save the model with such a tokenizer",
+    )
 
 
 def _folder(name: str) -> Path | None:

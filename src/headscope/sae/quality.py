@@ -21,11 +21,10 @@ from torch import Tensor
 
 from headscope.capture import activations, token_batches
 from headscope.corpus import Corpus
-from headscope.interventions import constant, reconstruction
-from headscope.models.hf import Model
+from headscope.interventions import at, constant, reconstruction
+from headscope.models.hf import Edit, Model
 from headscope.sae.model import SAE
 from headscope.sae.train import check_fits
-from headscope.site import Site
 from headscope.stats import Estimate, bootstrap_ratio, wilson
 
 DENSITY_EDGES = np.linspace(-7, 0, 43)
@@ -183,12 +182,12 @@ def _conditions(
     """
     local = sae.site.layer == model.spec.n_layers - 1 and sae.site.kind != "resid_pre"
 
-    def losses(site: Site, make: Callable[[Tensor | None], Any]) -> tuple[Tensor, Tensor]:
-        with model.edit({site: make(None)}):
+    def losses(edit: Edit) -> tuple[Tensor, Tensor]:
+        with model.edit({sae.site: edit}):
             everywhere = model.losses(tokens, restart)
         if local:
             return everywhere, everywhere
-        with model.edit({site: make(special)}):
+        with model.edit({sae.site: at(edit, positions=~special)}):
             return everywhere, model.losses(tokens, restart)
 
     with model.restartable(sae.site.layer) as restart:
@@ -196,10 +195,10 @@ def _conditions(
     zero = torch.zeros_like(mean)
     return {
         "clean": (clean, clean),
-        "sae": losses(sae.site, lambda keep: reconstruction(sae, keep)),
-        "mean": losses(sae.site, lambda keep: constant(mean, keep)),
-        "c": (c := losses(sae.site, lambda keep: constant(offset, keep))),
-        "zero": c if torch.equal(offset, zero) else losses(sae.site, lambda keep: constant(zero, keep)),
+        "sae": losses(reconstruction(sae)),
+        "mean": losses(constant(mean)),
+        "c": (c := losses(constant(offset))),
+        "zero": c if torch.equal(offset, zero) else losses(constant(zero)),
     }
 
 

@@ -1,0 +1,235 @@
+"""Work in parts on disk: each part is whole or absent, found by its checksum, and made once by whichever rank owns it.
+
+A part is one safetensors file `<number>-<sha256, 16 digits>.safetensors`. Killed at any moment, a build goes on with
+the parts that stand. No torch here.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from headscope.artefact import atomic_write
+from headscope.errors import IndexFormatError, OutputError
+
+Arrays = Mapping[str, np.ndarray]
+_NAME = re.compile(r"(\d{6})-([0-9a-f]{16})\.safetensors")
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Which of how many processes this is; each part belongs to one of them."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_environment(cls) -> "Workers":
+        """As `torchrun` says; alone without it."""
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    def own(self, n_parts: int) -> range:
+        """The parts that this process makes."""
+        return range(self.rank, n_parts, self.world)
+
+
+@contextmanager
+def locked(folder: Path, workers: Workers) -> Iterator[None]:
+    """Hold a build folder for this rank of one build.
+
+    Raises:
+        OutputError: another build holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".lock-{workers.rank}").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(
+                f"{folder} is being built by another process",
+                expected="one build of an index at a time",
+                do="wait for it to end, or choose another --out",
+            ) from error
+        yield
+
+
+class Parts:
+    """A folder of numbered parts."""
+
+    def __init__(self, folder: Path, n_parts: int) -> None:
+        """Nothing is created before the first part is written."""
+        self.folder, self.n_parts = folder, n_parts
+
+    def present(self) -> dict[int, Path]:
+        """The parts that stand, by number."""
+        found = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            match = _NAME.fullmatch(path.name)
+            if match and int(match[1]) < self.n_parts:
+                found[int(match[1])] = path
+        return found
+
+    def write(self, number: int, arrays: Arrays) -> None:
+        """Write one part, atomically, under its checksum."""
+        content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        with atomic_write(self.folder / f"{number:06d}-{digest}.safetensors") as file:
+            file.write(content)
+
+    def discard_damaged(self, numbers: Sequence[int]) -> None:
+        """Remove those of the present parts that do not have the checksum in their name, and say which."""
+        for number, path in self.present().items():
+            if number in numbers and not _intact(path):
+                warnings.warn(f"part {path} is damaged and is made again", stacklevel=2)
+                path.unlink()
+
+    def discard(self, number: int) -> None:
+        """Remove a part if it stands."""
+        for path in self.folder.glob(f"{number:06d}-*.safetensors"):
+            path.unlink()
+
+    def read(self, number: int, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Arrays of one part, all when `names` is None.
+
+        Raises:
+            IndexFormatError: it does not stand, or cannot be read.
+        """
+        path = self.present().get(number)
+        if path is None:
+            raise IndexFormatError(
+                f"{self.folder} lacks part {number}", expected="all parts", do="run the same command again"
+            )
+        return read_arrays(path, names)
+
+    def make(self, workers: Workers, make: Callable[[int], Arrays]) -> None:
+        """Make the parts that this process owns and that do not stand."""
+        own = workers.own(self.n_parts)
+        self.discard_damaged(own)
+        present = self.present()
+        for number in own:
+            if number not in present:
+                self.write(number, make(number))
+
+    def wait(self) -> None:
+        """Return once the parts of all processes stand."""
+        while len(self.present()) < self.n_parts:
+            time.sleep(_POLL_SECONDS)
+
+
+def _intact(path: Path) -> bool:
+    match = _NAME.fullmatch(path.name)
+    with path.open("rb") as file:
+        return match is not None and hashlib.file_digest(file, "sha256").hexdigest()[:16] == match[2]
+
+
+class SortedParts:
+    """Rows spread over parts, each sorted by latent: read as if they were one table sorted by latent, then part.
+
+    Each part holds `counts` [d_sae], its rows by latent, and columns of rows. Only what is asked for is read.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        """All parts must stand.
+
+        Raises:
+            IndexFormatError: a part is missing or damaged.
+        """
+        self._paths = [path for _, path in sorted(parts.present().items())]
+        missing = parts.n_parts - len(self._paths)
+        damaged = [path.name for path in self._paths if not _intact(path)]
+        if missing or damaged:
+            raise IndexFormatError(
+                f"{parts.folder}: {missing} parts missing, damaged: {', '.join(damaged) or 'none'}",
+                expected="all parts, as they were written",
+                do="run the same command again: it makes what is missing",
+            )
+
+    @cached_property
+    def _starts(self) -> Int[np.ndarray, "part latent_and_end"]:
+        counts = [read_arrays(path, ["counts"])["counts"] for path in self._paths]
+        return np.concatenate([np.zeros((len(counts), 1), np.int64), np.cumsum(counts, axis=1)], axis=1)
+
+    @cached_property
+    def counts(self) -> Int[np.ndarray, " latent"]:
+        """Rows by latent."""
+        return np.diff(self._starts.sum(0))
+
+    def totals(self, name: str) -> np.ndarray:
+        """The sum over parts, in their order, of an array that each part holds."""
+        total = None
+        for path in self._paths:
+            own = read_arrays(path, [name])[name]
+            total = own if total is None else total + own
+        assert total is not None
+        return total
+
+    def maxima(self, name: str) -> np.ndarray:
+        """The largest over parts, element by element."""
+        return np.max([read_arrays(path, [name])[name] for path in self._paths], axis=0)
+
+    def rows(self, first: int, last: int, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Columns of the rows of latents first to last - 1, and their `latent`, sorted by latent, then part."""
+        pieces = []
+        for path, starts in zip(self._paths, self._starts, strict=True):
+            low, high = int(starts[first]), int(starts[last])
+            latent = np.repeat(np.arange(first, last), np.diff(starts[first : last + 1]))
+            if high > low:
+                pieces.append({"latent": latent, **read_arrays(path, names, low, high)})
+        if not pieces:
+            return {"latent": np.empty(0, np.int64), **{name: np.empty(0) for name in names}}
+        joined = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        order = np.argsort(
+            (joined["latent"] - first).astype(np.uint16 if last - first <= 1 << 16 else np.int64), kind="stable"
+        )
+        return {name: column[order] for name, column in joined.items()}
+
+    def slices(self, latent: int, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+        """Columns of one latent's rows, part by part."""
+        for path, starts in zip(self._paths, self._starts, strict=True):
+            low, high = int(starts[latent]), int(starts[latent + 1])
+            if high > low:
+                yield {"latent": np.full(high - low, latent), **read_arrays(path, names, low, high)}
+
+    def ranges(self, limit: int) -> Iterator[tuple[int, int]]:
+        """Consecutive ranges of latents of at most `limit` rows each; one latent alone may have more."""
+        first, ends = 0, np.cumsum(self.counts)
+        while first < len(ends):
+            before = ends[first - 1] if first else 0
+            last = max(first + 1, int(np.searchsorted(ends, before + limit, side="right")))
+            yield first, min(last, first + (1 << 16))
+            first = min(last, first + (1 << 16))
+
+    def each(self, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+        """Whole columns and `counts`, part by part."""
+        for path in self._paths:
+            yield read_arrays(path, [*names, "counts"])
+
+
+def read_arrays(
+    path: Path, names: Sequence[str] | None = None, low: int | None = None, high: int | None = None
+) -> dict:
+    """Arrays of a safetensors file, or their rows low to high - 1.
+
+    Raises:
+        IndexFormatError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_slice(name)[low:high] for name in names or file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise IndexFormatError(
+            f"{path}: {error}", expected="a part as it was written", do="run the same command again"
+        ) from error

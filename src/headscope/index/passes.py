@@ -1,0 +1,397 @@
+"""What is read of the model: for every active (position, latent) its DFA by head and source, for a run of blocks.
+
+One run of the model serves all SAEs of all its layers. Nothing here grows with the corpus: what is found in a run of
+blocks is returned as arrays (a part), sorted by latent, to be brought together later.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope import attribution
+from headscope.capture import token_batches
+from headscope.corpus import Corpus
+from headscope.errors import IndexFormatError
+from headscope.index.config import IndexPlan
+from headscope.index.nulls import NullDirections
+from headscope.index.sources import SourceSums
+from headscope.models.hf import Attention, Model
+from headscope.sae.model import SAE
+
+BATCH_TOKENS = 2048
+"""Tokens whose attention patterns are held at a time."""
+_ROWS = 256  # rows of pre-activations held at a time: they stay in the cache
+_PAIRS = 512  # pairs whose [head, pair, source] contributions are held at a time, likewise
+_KEPT_ROWS = 1 << 21  # source tokens of all latents and thresholds together that a part keeps,
+_KEPT_TOKENS = 64  # but no fewer than this of each
+_CALIBRATION_TOKENS = 1 << 13
+_TOLERANCE = 1e-4  # of the summed |contributions|: float32 sums of a few hundred terms close better than this
+
+MOMENTS = ("n", "f", "f2", "p", "p2")
+"""Sums over the active tokens of a latent; then, for each head, C_h, C_h^2 and C_h p."""
+SOURCE_TOTALS = ("n", "d2", "d", "kept", "bos")
+"""Sums over the active tokens of a latent and threshold; then, for each head, C^2 over all sources."""
+SOURCE_COLUMNS = ("n", "d2", "d")
+"""Sums over the kept sources of a latent, threshold and token; then, for each head, C^2 and the attention."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One SAE with what is computed from it once."""
+
+    sae: SAE
+    weights: attribution.HeadWeights
+    nulls: NullDirections
+
+    @property
+    def layer(self) -> int:
+        """Of its z."""
+        return self.sae.site.layer
+
+
+def subjects_of(model: Model, saes: Sequence[SAE], corpus: Corpus) -> list[Subject]:
+    """Cut each SAE into heads, and set its null directions on the first blocks of the corpus."""
+    blocks = np.arange(min(len(corpus.blocks), max(1, _CALIBRATION_TOKENS // corpus.block_size)))
+    z: dict[int, list[Tensor]] = {sae.site.layer: [] for sae in saes}
+    for _, tokens in token_batches(corpus, model.device, blocks, batch_tokens=BATCH_TOKENS):
+        text = ~_special(model, tokens)
+        found = model.read(tokens, list({sae.site: None for sae in saes}))
+        for site, value in found.items():
+            z[site.layer].append(value[text])
+    made = []
+    for sae in saes:
+        weights = attribution.HeadWeights.of(sae, model)
+        sample = torch.cat(z[sae.site.layer])
+        active = torch.zeros(sae.d_sae, dtype=torch.int64, device=sample.device)
+        for rows in sample.split(_ROWS):
+            active += (sae.encode(rows) > 0).sum(0)
+        made.append(Subject(sae, weights, NullDirections.matched(weights, sample, active / max(1, len(sample)))))
+    return made
+
+
+def _special(model: Model, tokens: Int[Tensor, "row position"]) -> Bool[Tensor, "row position"]:
+    return tokens == model.bos
+
+
+# ---------------------------------------------------------------------------------------------------------------- part
+def read_part(
+    model: Model, subjects: Sequence[Subject], corpus: Corpus, blocks: Int[np.ndarray, " block"], plan: IndexPlan
+) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Read some blocks: for each subject the arrays of its part, and what is the same for all.
+
+    A subject's arrays: `counts` [d_sae] and, sorted by latent, then position, the columns `position`, `activation`,
+    `heads` of its pairs; `moments`, `maximum`, `source_totals`, `source_keys`, `source_sums`, `null_moments`,
+    `attention` (from any token to each token type, by head). What all share: `n_tokens`, `token_counts` and
+    `source_pairs` by token type, and `losses` where the plan asks for them.
+
+    Raises:
+        IndexFormatError: activations are not finite, or DFA does not sum to the pre-activation.
+    """
+    tallies = [_Tally(model, subject, plan) for subject in subjects]
+    attention_to = {s.layer: torch.zeros(model.spec.d_vocab, model.spec.n_heads).double() for s in subjects}
+    n_tokens, losses = 0, []
+    source_pairs = torch.zeros(model.spec.d_vocab, dtype=torch.int64)
+    batch_tokens = BATCH_TOKENS if plan.n_sources else BATCH_TOKENS // 16  # all sources take much room
+    for numbers, tokens in token_batches(corpus, model.device, blocks, batch_tokens=batch_tokens):
+        text = ~_special(model, tokens)
+        n_tokens += int(text.sum())
+        later = text.flip(1).cumsum(1).flip(1)  # text tokens from each position on: destinations that can see it
+        source_pairs.index_add_(0, tokens.flatten().cpu(), later.flatten().cpu())
+        if plan.losses:
+            losses.append(torch.nn.functional.pad(model.losses(tokens), (0, 1), value=float("nan")).cpu().numpy())
+        for layer, attention in model.attentions(tokens, list(attention_to)).items():
+            _check_finite(attention.z)
+            received = (text[:, None, None].to(attention.pattern) @ attention.pattern)[:, :, 0]  # [row, head, source]
+            by_source = received.transpose(1, 2).flatten(0, 1).double().cpu()
+            attention_to[layer].index_add_(0, tokens.flatten().cpu(), by_source)
+            for tally in tallies:
+                if tally.subject.layer == layer:
+                    tally.add(numbers, tokens, text, attention)
+    parts = [t.result() | {"attention": attention_to[t.subject.layer].numpy()} for t in tallies]
+    shared = {
+        "n_tokens": np.array([n_tokens]),
+        "token_counts": np.bincount(corpus.blocks[blocks].reshape(-1), minlength=model.spec.d_vocab),
+        "source_pairs": source_pairs.numpy(),
+    }
+    if losses:
+        shared["losses"] = np.concatenate(losses).astype(np.float32)
+    return parts, shared
+
+
+def _check_finite(z: Tensor) -> None:
+    if not z.sum().isfinite():
+        raise IndexFormatError(
+            "activations that are NaN or infinite", expected="finite ones", do="check the model's weights and dtype"
+        )
+
+
+def source_sums(d_vocab: int, n_owners: int, plan: IndexPlan) -> SourceSums:
+    """Sums by (latent, threshold) and source token, in bounded memory unless the plan is to keep all sources."""
+    kept = None if plan.n_sources is None else max(_KEPT_TOKENS, _KEPT_ROWS // n_owners)
+    return SourceSums(d_vocab, SOURCE_COLUMNS.index("d2"), kept)
+
+
+class _Tally:
+    """What is found of one subject over a part."""
+
+    def __init__(self, model: Model, subject: Subject, plan: IndexPlan) -> None:
+        self.subject, self._plan, self._bos = subject, plan, model.bos
+        self._d_vocab, self._levels = model.spec.d_vocab, len(plan.thresholds)
+        heads, device = model.spec.n_heads, model.device
+
+        def sums(rows: int, columns: int) -> Tensor:
+            return torch.zeros(rows, columns, dtype=torch.float64, device=device)
+
+        self._moments = sums(subject.sae.d_sae, len(MOMENTS) + 3 * heads)
+        self._totals = sums(subject.sae.d_sae * self._levels, len(SOURCE_TOTALS) + heads)
+        self._nulls = sums(len(subject.nulls.kind), 3 + 3 * heads)
+        self._sources = source_sums(self._d_vocab, len(self._totals), plan)
+        self._pairs: list[tuple[Tensor, ...]] = []
+        self._n_active = 0  # counted apart from the pairs, to check them
+        self._thresholds = torch.tensor(plan.thresholds[1:], device=device, dtype=subject.sae.W_enc.dtype)
+
+    def add(self, numbers: Int[np.ndarray, " row"], tokens: Tensor, text: Tensor, attention: Attention) -> None:
+        """Add a batch."""
+        nulls, offset = self.subject.nulls, self.subject.weights.offset
+        null, p, heads = nulls.active(attention.z[text], offset)
+        self._nulls.index_add_(0, null, _moment_rows(p, heads, powers=2))
+        row, query, latent, f, pre, n_active = _active(self.subject.sae, attention.z, text)
+        self._n_active += n_active
+        found = _contributions(self.subject.weights, attention, (row, query, latent), self._plan.n_sources)
+        bias = self.subject.weights.bias[latent]
+        check_sum(pre - found.heads.sum(1) - bias, found.heads)
+        self._add_sources(found, tokens[row[:, None], found.source], query, latent, f)
+        moments = [_moment_rows(f, None, powers=2), _moment_rows(pre, found.heads, powers=2)[:, 1:]]
+        self._moments.index_add_(0, latent, torch.cat(moments, 1))
+        block = torch.from_numpy(numbers).to(row.device)[row]
+        self._pairs.append((latent, block * tokens.shape[1] + query, f, found.heads))
+
+    def _add_sources(self, found: "_Contributions", token: Tensor, query: Tensor, latent: Tensor, f: Tensor) -> None:
+        """Add the kept sources of the pairs of a batch, and their totals, by latent, threshold and token."""
+        level = torch.searchsorted(self._thresholds, f) if self._levels > 1 else 0
+        owner = latent * self._levels + level
+        exists = found.source <= query[:, None]  # all else is 0 where they do not: the padding of early queries
+        token = torch.where(exists, token, self._bos)
+        squares = found.summed.square()
+        at_bos = (squares * (token == self._bos)).sum(1)
+        one = torch.ones_like(at_bos)
+        totals = [one, found.total_square, found.heads.sum(1), squares.sum(1), at_bos]
+        self._totals.index_add_(0, owner, torch.cat([torch.stack(totals, 1), found.head_square], 1).double())
+        values = torch.cat(
+            [torch.stack([exists.to(squares), squares, found.summed], 2), found.by_head.square(), found.attention], 2
+        )
+        self._sources.add((owner[:, None] * self._d_vocab + token).flatten(), values.flatten(0, 1))
+
+    def result(self) -> dict[str, np.ndarray]:
+        """The arrays of the part."""
+        latent, position, f, heads = (torch.cat(column) for column in zip(*self._pairs, strict=True))
+        latent, order = latent.sort(stable=True)
+        d_sae = self.subject.sae.d_sae
+        maximum = torch.zeros(d_sae, dtype=f.dtype, device=f.device).scatter_reduce_(0, latent, f[order], "amax")
+        key, values = self._sources.result()
+        arrays = {
+            "n_active_tokens": torch.tensor([self._n_active]),
+            "counts": torch.bincount(latent, minlength=d_sae),
+            "position": position[order],
+            "activation": f[order].float(),
+            "heads": heads[order].float(),
+            "maximum": maximum,
+            "moments": self._moments,
+            "source_totals": self._totals,
+            "source_keys": key,
+            "source_sums": values,
+            "null_moments": self._nulls,
+        }
+        return {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+
+
+class _Contributions(NamedTuple):
+    """DFA of some pairs: sums over all sources, and the kept ones."""
+
+    heads: Float[Tensor, "pair head"]
+    """C_h."""
+    head_square: Float[Tensor, "pair head"]
+    """Sum over sources of C[h, s]^2."""
+    total_square: Float[Tensor, " pair"]
+    """Sum over sources of (sum_h C[h, s])^2."""
+    source: Int[Tensor, "pair k"]
+    """Position of each kept source."""
+    summed: Float[Tensor, "pair k"]
+    """Its DFA, heads summed."""
+    by_head: Float[Tensor, "pair k head"]
+    attention: Float[Tensor, "pair k head"]
+
+    @classmethod
+    def none(cls, like: Attention, n_heads: int) -> "_Contributions":
+        """Of no pairs."""
+        empty = like.z.new_empty
+        columns = (empty(0, n_heads), empty(0, n_heads), empty(0), empty(0, 1, dtype=torch.int64), empty(0, 1))
+        return cls(*columns, empty(0, 1, n_heads), empty(0, 1, n_heads))
+
+
+def _contributions(
+    weights: attribution.HeadWeights, attention: Attention, pairs: tuple[Tensor, Tensor, Tensor], k: int | None
+) -> _Contributions:
+    """DFA of (row, query, latent), sorted by row, then query, with the k largest sources of each, all if k is None.
+
+    Some pairs are done at a time, so that [head, pair, source] stays in the cache.
+    """
+    row, query, latent = pairs
+    n_positions = attention.pattern.shape[-1]
+    k = min(k or n_positions, n_positions)
+    n_pairs, columns = torch.bincount(row, minlength=len(attention.z)).tolist(), []
+    for i, (queries, latents) in enumerate(zip(query.split(n_pairs), latent.split(n_pairs), strict=True)):
+        if len(queries) == 0:
+            continue
+        value = attention.value[i].transpose(0, 1).contiguous().transpose(0, 1)  # each head's values lie together
+        for q, j in zip(queries.split(_PAIRS), latents.split(_PAIRS), strict=True):
+            n = int(q[-1]) + 1  # later sources contribute 0
+            pattern = attention.pattern[i, :, :, :n]
+            dfa = attribution.dfa_of_sequence(weights, value[:n], pattern, q, j)
+            columns.append(_contributions_of(dfa, pattern, q, k))
+    if not columns:
+        return _Contributions.none(attention, len(weights.offset))
+    return _Contributions(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+
+def _contributions_of(
+    dfa: Float[Tensor, "head pair source"],
+    pattern: Float[Tensor, "head query source"],
+    query: Int[Tensor, " pair"],
+    k: int,
+) -> _Contributions:
+    summed, missing = dfa.sum(0), max(0, k - dfa.shape[2])
+    if missing:  # early queries have fewer sources than are kept: later ones, which contribute 0, fill up
+        summed, dfa, pattern = (torch.nn.functional.pad(t, (0, missing)) for t in (summed, dfa, pattern))
+    top = largest_sources(summed, k)
+    kept = (
+        top,
+        summed.gather(1, top),
+        dfa.gather(2, top[None].expand(len(dfa), -1, -1)).permute(1, 2, 0),
+        pattern[:, query[:, None], top].permute(1, 2, 0),
+    )
+    squares = torch.linalg.vector_norm(dfa, dim=-1).square().T
+    return _Contributions(dfa.sum(-1).T, squares, summed.square().sum(1), *kept)
+
+
+def _active(
+    sae: SAE, z: Float[Tensor, "row query d_in"], text: Bool[Tensor, "row query"]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """(row, query, latent, activation, pre-activation) of the active latents of text tokens in order; their number."""
+    flat, is_text, found, n_active = z.flatten(0, 1), text.flatten(), [], 0
+    for start in range(0, len(flat), _ROWS):
+        pre = sae.pre_activations(flat[start : start + _ROWS])
+        f = sae.activation(pre)
+        active = (f > 0) & is_text[start : start + _ROWS, None]
+        n_active += int(active.sum())
+        token, latent = active.nonzero(as_tuple=True)
+        found.append((token + start, latent, f[token, latent], pre[token, latent]))
+    token, latent, f, pre = (torch.cat(column) for column in zip(*found, strict=True))
+    return token // z.shape[1], token % z.shape[1], latent, f, pre, n_active
+
+
+def _moment_rows(
+    value: Float[Tensor, " pair"], heads: Float[Tensor, "pair head"] | None, powers: int
+) -> Float[Tensor, "pair column"]:
+    """1, value, value^2, ... and, for each head, C, C^2, C value."""
+    value = value.double()
+    columns = [torch.stack([value**k for k in range(powers + 1)], 1)]
+    if heads is not None:
+        heads = heads.double()
+        columns += [heads, heads.square(), heads * value[:, None]]
+    return torch.cat(columns, 1)
+
+
+def largest_sources(summed: Float[Tensor, "pair source"], k: int) -> Int[Tensor, "pair k"]:
+    """The k sources of largest |DFA|, in no order; |DFA| counts to about four digits.
+
+    The source's index takes the place of the last bits of the number, so that selecting numbers selects indices.
+    """
+    n = summed.shape[1]
+    if k >= n:
+        return torch.arange(n, device=summed.device).expand_as(summed)
+    mask = (1 << (n - 1).bit_length()) - 1
+    packed = (summed.abs().float().view(torch.int32) & ~mask) | torch.arange(n, dtype=torch.int32, device=summed.device)
+    if packed.device.type == "cpu":  # numpy selects eight times as fast as torch here
+        chosen = torch.from_numpy(np.partition(packed.numpy(), n - k, axis=1)[:, n - k :])
+    else:
+        chosen = packed.topk(k, sorted=False).values
+    return (chosen & mask).long()
+
+
+def check_sum(residual: Float[Tensor, " pair"], parts: Float[Tensor, "pair *parts"]) -> None:
+    """Parts must sum to the whole; if they do not, the numbers are wrong and nothing is written.
+
+    Raises:
+        IndexFormatError: they do not.
+    """
+    if len(residual) == 0:
+        return
+    scale = 1 + parts.abs().flatten(1).sum(1)
+    worst = (residual.abs() / scale).max().item()
+    if not worst < _TOLERANCE:
+        raise IndexFormatError(
+            f"DFA + bias misses the pre-activation by {worst:.1e} of its parts",
+            expected=f"less than {_TOLERANCE:g}",
+            do="use float32 weights; if they are, please report it",
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ examples
+def read_examples(
+    model: Model,
+    subject: Subject,
+    corpus: Corpus,
+    latent: Int[np.ndarray, " example"],
+    position: Int[np.ndarray, " example"],
+    plan: IndexPlan,
+) -> dict[str, np.ndarray]:
+    """DFA by head and source, and attention, of some (latent, position), sorted by position: columns sorted by latent.
+
+    Raises:
+        IndexFormatError: DFA does not sum to the pre-activation.
+    """
+    block, query = np.divmod(position, corpus.block_size)
+    columns: list[dict[str, Tensor]] = []
+    for numbers, tokens in token_batches(corpus, model.device, np.unique(block), batch_tokens=BATCH_TOKENS):
+        own = slice(*np.searchsorted(block, [numbers[0], numbers[-1] + 1]))
+        row = np.searchsorted(numbers, block[own])
+        attention = model.attentions(tokens, [subject.layer])[subject.layer]
+        where = torch.from_numpy(np.stack([row, query[own], latent[own]]).astype(np.int64)).to(model.device)
+        columns.append(_examples(subject, attention, where, plan.n_sources))
+    names = columns[0] if columns else {}
+    joined = {name: torch.cat([column[name] for column in columns]).cpu().numpy() for name in names}
+    order = np.lexsort((position, latent))
+    return {
+        "counts": np.bincount(latent, minlength=subject.sae.d_sae),
+        "position": position[order],
+        **{name: column[order] for name, column in joined.items()},
+    }
+
+
+def _examples(subject: Subject, attention: Attention, where: Int[Tensor, "3 pair"], k: int | None) -> dict[str, Tensor]:
+    row, query, latent = where
+    weights = subject.weights
+    found = _contributions(weights, attention, (row, query, latent), k)
+    z = attention.z[row, query].view(len(row), *weights.offset.shape)
+    pre = (z * weights.encoder[:, latent].transpose(0, 1)).flatten(1).sum(1) + subject.sae.bias[latent]
+    residual = pre - found.heads.sum(1) - weights.bias[latent]
+    check_sum(residual, found.heads)
+    order = found.summed.abs().sort(dim=1, descending=True, stable=True).indices  # largest source first
+    by_head = order[:, :, None].expand_as(found.by_head)
+    of_sources = found.by_head.gather(1, by_head)
+    columns = {
+        "pre": pre,
+        "bias": weights.bias[latent],
+        "residual": residual,
+        "heads": found.heads,
+        "source_heads": of_sources,
+        "source_pattern": found.attention.gather(1, by_head),
+        "rest": found.heads - of_sources.sum(1),
+    }
+    return {name: column.float() for name, column in columns.items()} | {"source": found.source.gather(1, order).int()}

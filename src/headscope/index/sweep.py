@@ -1,0 +1,341 @@
+"""One sweep over all activations, latent by latent: distributions, and the examples worth showing. Numpy only.
+
+Latents are taken in ranges that fit in memory. A latent that alone does not fit is read in slices: what is counted is
+counted over all of its rows, and quantiles and examples come from an even sample of them, drawn by a hash of position.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from headscope.index.config import N_BINS, QUANTILES, IndexPlan
+from headscope.index.parts import SortedParts
+
+_CONTEXT = (10, 4)  # tokens before and after that decide whether two top examples are the same text
+_WEAKEST = (1 << 32) - 1  # less the bits of an activation: the strongest first
+_CANDIDATES = 20  # times the number of top examples: how many are searched for distinct ones
+
+Rows = dict[str, np.ndarray]
+Blocks = Int[np.ndarray, "block position"]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Example groups of many latents, by columns; one row a group, in the order of a card."""
+
+    latent: Int[np.ndarray, " group"]
+    kind: Int[np.ndarray, " group"]
+    """Into `KINDS`."""
+    number: Int[np.ndarray, " group"]
+    low: Float[np.ndarray, " group"]
+    high: Float[np.ndarray, " group"]
+    n: Int[np.ndarray, " group"]
+    """Active tokens in the group."""
+    mass: Float[np.ndarray, " group"]
+    """Their summed activation."""
+    n_chosen: Int[np.ndarray, " group"]
+    position: Int[np.ndarray, " chosen"]
+    """Of the chosen examples, strongest first, group after group."""
+    duplicates: Int[np.ndarray, " chosen"]
+    """Further tokens with the same text around them, among the strongest searched; only `top` is searched."""
+
+
+KINDS = ("top", "random", "quantile", "interval", "threshold")
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Of the activations of each latent; zeros for one that is never active."""
+
+    quantiles: Float[np.ndarray, "latent q"]
+    histogram: Int[np.ndarray, "latent bin"]
+    mass: Float[np.ndarray, "latent bin"]
+    central: Float[np.ndarray, "latent power"]
+    """Sums of `(f - mean)^k` for k of 1 to 4: from sums of `f^k` little is left of them where the mean is large."""
+
+
+def sweep(
+    pairs: SortedParts,
+    maximum: Float[np.ndarray, " latent"],
+    mean: Float[np.ndarray, " latent"],
+    blocks: Blocks,
+    plan: IndexPlan,
+    write: Callable[[Rows], None],
+    report: Callable[[int], None],
+) -> tuple[Distributions, Groups]:
+    """Bring the pairs of all parts together.
+
+    Args:
+        pairs: with the columns position, activation and heads.
+        maximum: largest activation of each latent.
+        mean: activation of each, over its active tokens.
+        blocks: tokens of the corpus.
+        plan: how many examples, and how many rows to hold.
+        write: called with consecutive rows, sorted by latent, then position.
+        report: called with the number of latents done.
+    """
+    n = len(maximum)
+    found = Distributions(
+        quantiles=np.zeros((n, len(QUANTILES))),
+        histogram=np.zeros((n, N_BINS), dtype=np.int64),
+        mass=np.zeros((n, N_BINS)),
+        central=np.zeros((n, 4)),
+    )
+    groups: list[Groups] = []
+    for first, last in pairs.ranges(plan.range_rows):
+        kept, strongest = [], []
+        rate = min(1.0, plan.range_rows / max(1, pairs.counts[first:last].sum()))
+        for rows in _read(pairs, first, last, rate):
+            write(rows)
+            _count(found, rows, maximum, mean)
+            narrow = {name: rows[name] for name in ("latent", "position", "activation")}
+            kept.append(_sample(narrow, rate))
+            strongest.append(_strongest(narrow, plan.top * _CANDIDATES) if rate < 1 else narrow)
+        rows, top = _joined(kept), _joined(strongest)
+        if len(rows["latent"]):
+            _quantiles(found.quantiles, rows)
+            groups += choose_groups(rows, top, pairs.counts, maximum, blocks, plan)
+        report(last)
+    return found, _concatenated(groups)
+
+
+def _read(pairs: SortedParts, first: int, last: int, rate: float) -> Iterator[Rows]:
+    names = ("position", "activation", "heads")
+    if rate < 1:
+        yield from pairs.slices(first, names)
+    else:
+        yield pairs.rows(first, last, names)
+
+
+def _joined(pieces: list[Rows]) -> Rows:
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def priority(position: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """A number in [0, 1) by position alone (SplitMix64): what is drawn does not depend on how the work was cut."""
+    x = position.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))) / 2.0**64
+
+
+def _sample(rows: Rows, rate: float) -> Rows:
+    if rate == 1:
+        return rows
+    chosen = priority(rows["position"]) < rate
+    return {name: column[chosen] for name, column in rows.items()}
+
+
+def _strongest(rows: Rows, n: int) -> Rows:
+    order = np.argsort(-rows["activation"], kind="stable")[:n]
+    return {name: column[order] for name, column in rows.items()}
+
+
+def _count(found: Distributions, rows: Rows, maximum: np.ndarray, mean: np.ndarray) -> None:
+    """Add rows to the histograms and the central moments."""
+    latent, f = rows["latent"], rows["activation"].astype(np.float64)
+    if not len(latent):
+        return
+    first, n = latent[0], latent[-1] - latent[0] + 1
+    which = np.minimum((f * (N_BINS / maximum[latent])).astype(np.int64), N_BINS - 1)
+    which += (latent - first) * N_BINS
+    span = slice(first, first + n)
+    found.histogram[span] += np.bincount(which, minlength=n * N_BINS).reshape(n, N_BINS)
+    found.mass[span] += np.bincount(which, weights=f, minlength=n * N_BINS).reshape(n, N_BINS)
+    centred = f - mean[latent]
+    for column, power in enumerate((centred, centred**2, centred**3, centred**4)):
+        found.central[span, column] += np.bincount(latent - first, weights=power, minlength=n)
+
+
+def _quantiles(quantiles: np.ndarray, rows: Rows) -> None:
+    """Of each latent, with linear interpolation between order statistics."""
+    order = _sorted(rows["latent"], _bits(rows["activation"]))
+    latent, f = rows["latent"][order], rows["activation"][order].astype(np.float64)
+    present, start, n = np.unique(latent, return_index=True, return_counts=True)
+    at = np.asarray(QUANTILES) * (n[:, None] - 1)
+    low = np.floor(at).astype(np.int64)
+    high = np.minimum(low + 1, n[:, None] - 1)
+    below, above = f[start[:, None] + low], f[start[:, None] + high]
+    quantiles[present] = below + (at - low) * (above - below)
+
+
+# ------------------------------------------------------------------------------------------------------------ examples
+def choose_groups(
+    rows: Rows, top: Rows, counts: np.ndarray, maximum: np.ndarray, blocks: Blocks, plan: IndexPlan
+) -> list[Groups]:
+    """The groups of the cards of some latents: top, random, true quantiles, equal-width intervals, near threshold.
+
+    Args:
+        rows: all pairs of these latents, or an even sample of them.
+        top: the same, or at least the strongest.
+        counts: active tokens of each latent of the dictionary.
+        maximum: largest activation of each.
+        blocks: tokens of the corpus.
+        plan: how many of each.
+    """
+    drawn = (priority(rows["position"]) * 2**32).astype(np.int64)
+    rank, n = _rank(rows["latent"], _WEAKEST - _bits(rows["activation"]))
+    interval = (rows["activation"] / (maximum[rows["latent"]] / plan.intervals)).astype(np.int64)
+    interval = np.clip(interval, 0, plan.intervals - 1)
+    quantile = _split(rank, n, plan.quantiles)
+    none = np.zeros_like(rank)
+    scale = counts[rows["latent"]] / n  # 1 unless the rows are a sample
+    width = maximum / plan.intervals
+    chosen = [
+        _top(top, blocks, plan.top),
+        _groups("random", rows, none, drawn, plan.random, scale),
+        _groups("quantile", rows, quantile, drawn, plan.per_quantile, scale),
+        _intervals(
+            _groups("interval", rows, plan.intervals - 1 - interval, drawn, plan.per_interval, scale), width, plan
+        ),
+        _groups("threshold", rows, none, n - 1 - rank, plan.near_threshold, scale, only_chosen=True),
+    ]
+    return [_by_latent(_concatenated(chosen))]
+
+
+def _bits(f: Float[np.ndarray, " n"]) -> np.ndarray:
+    """Whole numbers below 2^32 in the order of non-negative float32."""
+    return np.ascontiguousarray(f, dtype=np.float32).view(np.uint32).astype(np.int64)
+
+
+def _sorted(group: Int[np.ndarray, " n"], by: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """The order by group, then by a number below 2^32, then as they came; one key sorts faster than two."""
+    return np.argsort((group.astype(np.int64) << 32) | by, kind="stable")
+
+
+def _rank(latent: Int[np.ndarray, " n"], by: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+    """Rank of each row among those of its latent (0 is the smallest; ties as they came), and how many these are."""
+    order = _sorted(latent, by)
+    starts = np.flatnonzero(np.diff(latent[order], prepend=-1))
+    lengths = np.diff(np.append(starts, len(order)))
+    rank, n = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order)) - np.repeat(starts, lengths)
+    n[order] = np.repeat(lengths, lengths)
+    return rank, n
+
+
+def _split(rank: np.ndarray, n: np.ndarray, parts: int) -> np.ndarray:
+    """Which of `parts` runs of nearly equal length each rank falls in; the first ones are longer (`np.array_split`)."""
+    short, longer = np.divmod(n, parts)
+    boundary = longer * (short + 1)
+    late = longer + (rank - boundary) // np.maximum(short, 1)
+    return np.where(rank < boundary, rank // (short + 1), late)
+
+
+def _groups(
+    kind: str,
+    rows: Rows,
+    number: np.ndarray,
+    order_by: np.ndarray,
+    n: int,
+    scale: np.ndarray,
+    *,
+    only_chosen: bool = False,
+) -> Groups:
+    """Groups by (latent, number), and of each the `n` rows that come first by `order_by`, strongest first.
+
+    `only_chosen`: the group is those rows alone.
+    """
+    group = rows["latent"] * (number.max(initial=0) + 1) + number
+    order = _sorted(group, order_by)
+    key = group[order]
+    start = np.flatnonzero(np.diff(key, prepend=-1))
+    length = np.diff(np.append(start, len(key)))
+    chosen = np.arange(len(key)) - np.repeat(start, length) < n
+    if only_chosen:
+        order, key = order[chosen], key[chosen]
+        start = np.flatnonzero(np.diff(key, prepend=-1))
+        length = np.diff(np.append(start, len(key)))
+        chosen = np.ones(len(key), dtype=bool)
+        scale = np.ones_like(scale)
+    f = rows["activation"][order].astype(np.float64)
+    group = np.repeat(np.arange(len(start)), length)
+    picked = np.flatnonzero(chosen)
+    picked = picked[np.lexsort((rows["position"][order][picked], -f[picked], group[picked]))]
+    return Groups(
+        latent=rows["latent"][order][start],
+        kind=np.full(len(start), KINDS.index(kind)),
+        number=number[order][start],
+        low=np.minimum.reduceat(f, start),
+        high=np.maximum.reduceat(f, start),
+        n=np.rint(length * scale[order][start]).astype(np.int64),
+        mass=np.add.reduceat(f, start) * scale[order][start],
+        n_chosen=np.bincount(group[picked], minlength=len(start)),
+        position=rows["position"][order][picked],
+        duplicates=np.zeros(len(picked), np.int64),
+    )
+
+
+def _intervals(groups: Groups, width: np.ndarray, plan: IndexPlan) -> Groups:
+    """Numbered from the lowest, with the bounds of the interval, not of its members."""
+    number = plan.intervals - 1 - groups.number
+    low = number * width[groups.latent]
+    fields = vars(groups) | {"number": number, "low": low, "high": low + width[groups.latent]}
+    return Groups(**fields)
+
+
+def _top(rows: Rows, blocks: Blocks, n: int) -> Groups:
+    """The strongest active tokens, each text once."""
+    rank, _ = _rank(rows["latent"], _WEAKEST - _bits(rows["activation"]))
+    candidates = np.flatnonzero(rank < n * _CANDIDATES)
+    candidates = candidates[_sorted(rows["latent"][candidates], rank[candidates])]  # latent by latent, strongest first
+    latent, position = rows["latent"][candidates], rows["position"][candidates]
+    key = _text_hash(latent, position, blocks)
+    _, first, which, copies = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
+    distinct = np.zeros(len(candidates), dtype=bool)
+    distinct[first] = True
+    at = np.flatnonzero(distinct)
+    distinct_rank, _ = _rank(latent[at], at)
+    at = at[distinct_rank < n]
+    f = rows["activation"][candidates][at].astype(np.float64)
+    start = np.flatnonzero(np.diff(latent[at], prepend=-1))
+    length = np.diff(np.append(start, len(at)))
+    return Groups(
+        latent=latent[at][start],
+        kind=np.full(len(start), KINDS.index("top")),
+        number=np.zeros(len(start), np.int64),
+        low=np.minimum.reduceat(f, start),
+        high=np.maximum.reduceat(f, start),
+        n=length,
+        mass=np.add.reduceat(f, start),
+        n_chosen=length,
+        position=position[at],
+        duplicates=copies[which[at]] - 1,
+    )
+
+
+def _text_hash(latent: Int[np.ndarray, " n"], position: Int[np.ndarray, " n"], blocks: Blocks) -> np.ndarray:
+    """A 64-bit number of a latent, the tokens around a position, and their order."""
+    before, after = _CONTEXT
+    block, query = np.divmod(position, blocks.shape[1])
+    at = query[:, None] + np.arange(-before, after + 1)
+    inside = (at >= 0) & (at < blocks.shape[1])
+    tokens = np.where(inside, blocks[block[:, None], np.clip(at, 0, blocks.shape[1] - 1)], -1)
+    total = latent.astype(np.uint64) + np.uint64(1)
+    for column in tokens.T:
+        total = (total ^ (column + 2).astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        total ^= total >> np.uint64(29)
+    return total
+
+
+def _concatenated(groups: list[Groups]) -> Groups:
+    names = Groups.__dataclass_fields__
+    if not groups:
+        return Groups(**{name: np.empty(0, np.int64) for name in names})
+    return Groups(**{name: np.concatenate([getattr(g, name) for g in groups]) for name in names})
+
+
+def _by_latent(groups: Groups) -> Groups:
+    """In the order of latents, and within one as they came."""
+    order = np.argsort(groups.latent, kind="stable")
+    start = np.cumsum(groups.n_chosen) - groups.n_chosen
+    lengths = groups.n_chosen[order]
+    chosen = np.repeat(start[order] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+    fields = {
+        name: getattr(groups, name)[order]
+        for name in Groups.__dataclass_fields__
+        if name not in ("position", "duplicates")
+    }
+    return Groups(**fields, position=groups.position[chosen], duplicates=groups.duplicates[chosen])
