@@ -17,8 +17,8 @@ from headscope.index.records import (
     Null,
     Shares,
     Source,
-    SourceToken,
     Sources,
+    SourceToken,
 )
 
 D_SAE, N_HEADS, N_BLOCKS, BLOCK = 200, 8, 64, 256
@@ -375,7 +375,7 @@ def _with(group: ExampleGroup, *, low: float, high: float, shares: tuple[float, 
 
 def _histogram(latent: int, top: float) -> tuple[np.ndarray, np.ndarray]:
     bins = np.arange(50)
-    counts = np.floor((40 + latent % 60) * np.exp(-bins / 9) + 6 * np.exp(-(((bins - 33) / 5) ** 2))).astype(np.int64)
+    counts = np.ceil((40 + latent % 60) * np.exp(-bins / 9) + 6 * np.exp(-(((bins - 33) / 5) ** 2))).astype(np.int64)
     return counts, counts * (bins + 0.5) / 50 * top
 
 

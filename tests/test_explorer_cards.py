@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,7 @@ def test_joined_runs_cover_the_same_text(pairs: list[tuple[int, int]]) -> None:
     wanted = {p for start, end in runs for p in range(start, end)}
     assert wanted <= covered
     assert all({p - 1, p + 1} <= wanted for p in covered - wanted), "only single tokens are filled in"
-    assert all(a[1] + 1 < b[0] for a, b in zip(joined, joined[1:], strict=False))
+    assert all(a[1] + 1 < b[0] for a, b in pairwise(joined))
 
 
 def test_cards_are_a_card_source() -> None:
@@ -265,4 +266,4 @@ def test_a_folder_holds_the_page_the_core_and_packs(tmp_path: Path) -> None:
     known = {(block, start + i) for block, start, ids in pack["text"] for i in range(len(ids))}
     for example in unpack(pack["cards"]["64"]["examples"]):
         assert divmod(example["position"], BLOCK) in known
-    assert BIAS == pack["cards"]["64"]["bias"]
+    assert pack["cards"]["64"]["bias"] == BIAS

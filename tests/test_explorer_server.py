@@ -14,26 +14,43 @@ from typing import Any
 
 import numpy as np
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from explorer_source import D_SAE, FakeSource
 from headscope.errors import ExportError, IndexFormatError, OutputError, ServerError
-from headscope.explorer.export import MAX_FEATURES, export_html
-from headscope.explorer.server import make_app, serve, static_files
+from headscope.explorer.export import MAX_FEATURES, export_folder, export_html
+from headscope.explorer.server import TOKEN_HEADER, make_app, serve, static_files
 
 BASE = "http://127.0.0.1:8000"
 
 
+TOKEN = "the token of this start"
+
+
 @pytest.fixture
 def client() -> TestClient:
-    return TestClient(make_app(FakeSource()), base_url=BASE)
+    return TestClient(make_app(FakeSource(), TOKEN), base_url=BASE)
 
 
-@pytest.mark.parametrize("path", ["/", "/f/18", "/f/18?w=16", "/f/999999"])
-def test_every_page_is_the_same_shell(client: TestClient, path: str) -> None:
+@pytest.mark.parametrize("path", ["/", "/f/18", "/f/18?w=16", "/f/999999", "/dashboard"])
+def test_every_page_is_the_same_shell_with_the_token(client: TestClient, path: str) -> None:
     answer = client.get(path)
     assert answer.status_code == 200
-    assert answer.content == static_files()["index.html"]
+    assert answer.content == static_files()["index.html"].replace(b"{{token}}", TOKEN.encode())
+
+
+def test_every_start_has_its_own_token() -> None:
+    pages = [TestClient(make_app(FakeSource()), base_url=BASE).get("/").text for _ in range(2)]
+    tokens = [re.findall(r'name="headscope-token" content="([^"]*)"', page)[0] for page in pages]
+    assert tokens[0] != tokens[1]
+    assert min(map(len, tokens)) >= 43, "256 bits"
+
+
+def as_json(content: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(content))
 
 
 def test_json_routes(client: TestClient) -> None:
@@ -42,10 +59,11 @@ def test_json_routes(client: TestClient) -> None:
     assert about["sae"]["d_sae"] == D_SAE
     assert about["definitions"]["density"] == source.about()["definitions"]["density"], "the source's own words win"
     assert about["definitions"]["dfa_share"], "a word that the source leaves open has a definition too"
+    assert about["definitions"]["histogram"], "and so has a word of the page"
     assert client.get("/api/vocab").json() == source.vocab()
     assert client.get("/api/table").json() == source.table()
-    assert client.get("/api/feature/3").json() == source.feature(3)
-    assert client.get("/api/context/5").json() == source.context(5)
+    assert client.get("/api/feature/3").json() == as_json(source.feature(3))
+    assert client.get("/api/context/5").json() == as_json(source.context(5))
 
 
 @pytest.mark.parametrize(
@@ -104,8 +122,51 @@ def test_safety_headers_are_on_every_answer(client: TestClient, path: str) -> No
     assert "unsafe" not in policy
 
 
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        (None, 200),
+        ("http://127.0.0.1:8000", 200),
+        ("http://localhost:8000", 200),
+        ("http://127.0.0.1:8001", 403),
+        ("https://127.0.0.1:8000", 403),
+        ("https://evil.example", 403),
+        ("null", 403),
+        ("", 403),
+    ],
+)
+def test_another_sites_page_is_refused(client: TestClient, origin: str | None, status: int) -> None:
+    headers = {} if origin is None else {"origin": origin}
+    assert client.get("/api/about", headers=headers).status_code == status
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"])
+@pytest.mark.parametrize(
+    ("given", "status"), [(None, 403), ("", 403), ("another token", 403), (TOKEN, 200), (TOKEN + "x", 403)]
+)
+def test_whatever_could_write_needs_the_token(method: str, given: str | None, status: int) -> None:
+    written: list[str] = []
+
+    async def write(request: Request) -> Response:
+        written.append(request.method)
+        return Response("done")
+
+    app = make_app(FakeSource(), TOKEN)
+    app.router.routes.append(Route("/write", write, methods=[method]))
+    headers = {} if given is None else {TOKEN_HEADER: given}
+    answer = TestClient(app, base_url=BASE).request(method, "/write", headers=headers)
+    assert answer.status_code == status
+    assert written == ([method] if status == 200 else [])
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_token_does_not_help_another_site(client: TestClient) -> None:
+    headers = {TOKEN_HEADER: TOKEN, "origin": "https://evil.example"}
+    assert client.post("/api/feature/3", headers=headers).status_code == 403
+
+
 def test_nothing_can_be_written(client: TestClient) -> None:
-    assert client.post("/api/feature/3").status_code == 405
+    assert client.post("/api/feature/3", headers={TOKEN_HEADER: TOKEN}).status_code == 405
 
 
 def test_json_is_compressed(client: TestClient) -> None:
@@ -120,7 +181,7 @@ def test_a_browser_that_holds_the_answer_is_not_sent_it_again(client: TestClient
 
 def test_a_number_that_is_not_finite_is_an_error_not_bad_json() -> None:
     class Broken(FakeSource):
-        def feature(self, latent: int) -> dict[str, object]:
+        def feature(self, latent: int, *, lean: bool = False) -> dict[str, object]:
             return {"latent": latent, "max": float("nan")}
 
     client = TestClient(make_app(Broken()), base_url=BASE)
@@ -130,7 +191,7 @@ def test_a_number_that_is_not_finite_is_an_error_not_bad_json() -> None:
 
 def test_a_damaged_index_is_said_to_the_page() -> None:
     class Damaged(FakeSource):
-        def feature(self, latent: int) -> dict[str, object]:
+        def feature(self, latent: int, *, lean: bool = False) -> dict[str, object]:
             raise IndexFormatError("examples.parquet is truncated", expected="whole tables", do="build the index again")
 
     answer = TestClient(make_app(Damaged()), base_url=BASE).get("/api/feature/3")
@@ -200,7 +261,7 @@ def test_export_refuses_features_that_are_not_there(tmp_path: Path, features: li
 
 def test_export_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     class Broken(FakeSource):
-        def feature(self, latent: int) -> dict[str, object]:
+        def feature(self, latent: int, *, lean: bool = False) -> dict[str, object]:
             raise OSError(28, "No space left on device")
 
     page = tmp_path / "page.html"
@@ -211,26 +272,52 @@ def test_export_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [page]
 
 
-def unpacked(page: Path, block: str) -> dict[str, Any]:
+def unpacked(page: Path, block: str) -> bytes:
     packed = re.findall(rf'<script type="application/octet-stream" id="{block}">([^<]*)</script>', page.read_text())
-    return json.loads(gzip.decompress(base64.b64decode(packed[0])))
+    return gzip.decompress(base64.b64decode(packed[0]))
 
 
-def test_export_is_deterministic_and_small(tmp_path: Path) -> None:
+def test_export_is_deterministic(tmp_path: Path) -> None:
     pages = [export_html(FakeSource(), tmp_path / f"{i}.html", range(10)).read_bytes() for i in range(2)]
     assert pages[0] == pages[1]
-    card = len(json.dumps(FakeSource().feature(3)))
-    assert len(pages[0]) < 10 * card / 5, "bytes; cards are rounded and compressed"
+    assert b"headscope-token" not in pages[0]
+    assert b"{{" not in pages[0].split(b"<script")[0]
 
 
-def test_what_an_export_rounds_still_adds_up(tmp_path: Path) -> None:
-    page = export_html(FakeSource(), tmp_path / "page.html", [3])
-    card, whole = unpacked(page, "data-pack-0")["3"], FakeSource().feature(3)
-    for group, exact_group in zip(card["groups"], whole["groups"], strict=True):
-        for example, exact in zip(group["examples"], exact_group["examples"], strict=True):
-            scale = abs(exact["pre"])
-            parts = np.array([source["heads"] for source in example["sources"]])
-            np.testing.assert_allclose(parts.sum(0) + example["rest"], example["heads"], atol=1e-5 * scale)
-            assert sum(example["heads"]) + example["bias"] == pytest.approx(example["pre"], abs=1e-5 * scale)
-            np.testing.assert_allclose(example["heads"], exact["heads"], atol=1e-5 * scale)
-            np.testing.assert_allclose(parts, [s["heads"] for s in exact["sources"]], atol=1e-3 * scale)
+def test_an_export_holds_each_token_of_the_corpus_once(tmp_path: Path) -> None:
+    source = FakeSource()
+    page = export_html(source, tmp_path / "page.html", range(20))
+    text = json.loads(unpacked(page, "data-text"))
+    ids = np.frombuffer(unpacked(page, "data-ids"), dtype="<u2")
+    assert text["bytes"] == 2
+    runs = np.array(text["runs"]).reshape(-1, 3)
+    assert runs[:, 2].sum() == len(ids)
+    at, seen = 0, set()
+    for block, start, n in runs.tolist():
+        np.testing.assert_array_equal(ids[at : at + n], source.index.blocks[block, start : start + n])
+        seen |= {(block, start + i) for i in range(n)}
+        at += n
+    assert len(seen) == len(ids)
+    for latent in (0, 19):
+        assert all((b, s + i) in seen for b, s, own in source.feature(latent)["text"] for i in range(len(own)))
+    cards = json.loads(unpacked(page, "data-pack-0"))
+    assert "text" not in cards["3"]
+    assert cards["3"]["groups"] == as_json(source.feature(3, lean=True)["groups"])
+
+
+def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    class Broken(FakeSource):
+        def feature(self, latent: int, *, lean: bool = False) -> dict[str, Any]:
+            if latent == 1:
+                raise OSError(28, "No space left on device")
+            return super().feature(latent, lean=lean)
+
+    with pytest.raises(OutputError):
+        export_folder(Broken(), tmp_path / "site", range(3))
+    assert list(tmp_path.iterdir()) == []
+    export_folder(FakeSource(), tmp_path / "site", range(3))
+    with pytest.raises(OutputError, match="already exists"):
+        export_folder(FakeSource(), tmp_path / "site", range(3))
+    with pytest.raises(ExportError):
+        export_folder(FakeSource(), tmp_path / "other", [])
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]

@@ -148,10 +148,16 @@ export class Card {
   }
 
   /** Bring the example of a link into sight, and its token's numbers. */
-  #restore({ ex, dst }) {
-    const row = this.#rows.find(({ key }) => key === ex);
-    row?.element.scrollIntoView({ block: "center" });
-    const token = dst && row?.line.querySelector(`[data-pos="${CSS.escape(dst)}"]`);
+  async #restore({ ex, dst, w }) {
+    const at = this.#rows.findIndex(({ key }) => key === ex);
+    const row = this.#rows[at];
+    if (!row) return;
+    // What stands above it has its height first, or it would move away.
+    for (const above of this.#rows.slice(0, at)) if (!above.line.firstChild) above.draw(w, this.#head());
+    if (w === "full" && this.context) await row.drawBlock(() => this.#head());
+    else row.draw(w, this.#head());
+    row.element.scrollIntoView({ block: "center" });
+    const token = dst && row.line.querySelector(`[data-pos="${CSS.escape(dst)}"]`);
     if (token) this.tip.show(token, row.tokenFacts(Number(dst)), true);
   }
 

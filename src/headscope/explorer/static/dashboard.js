@@ -4,7 +4,7 @@ import { int, short, ticks } from "./format.js";
 import { Scatter } from "./scatter.js";
 import { drawAbout } from "./table.js";
 
-const [WIDE, HIGH, LEFT_EDGE, FLOOR] = [440, 164, 40, 140];
+const [CHART_WIDTH, CHART_HEIGHT, LEFT_EDGE, FLOOR] = [440, 164, 40, 140];
 const RIGHT_EDGE = 18;
 const DASHES = ["none", "5 3", "1.5 3"]; // series differ by dash as well as by colour
 
@@ -66,15 +66,15 @@ function drawDistribution(name, series, { low, high, bins, tick, step }) {
     return counts;
   });
   const most = Math.max(...shares.flat(), 1e-9);
-  const x = (value) => LEFT_EDGE + ((value - low) / (high - low)) * (WIDE - LEFT_EDGE - RIGHT_EDGE);
+  const x = (value) => LEFT_EDGE + ((value - low) / (high - low)) * (CHART_WIDTH - LEFT_EDGE - RIGHT_EDGE);
   const y = (share) => FLOOR - (share / most) * (FLOOR - 10);
   const at = (bin) => x(low + ((high - low) * bin) / bins);
   const outline = (counts) => `M${at(0)} ${FLOOR}${counts.map((share, bin) => `V${y(share)}H${at(bin + 1)}`).join("")}V${FLOOR}`;
   const marks = Array.from({ length: Math.round((high - low) / step) + 1 }, (_, i) => low + i * step);
-  return el("div", {}, svg("svg", { class: "distribution", viewBox: `0 0 ${WIDE} ${HIGH}`, role: "img", "data-chart": name, "aria-label": name },
-    ticks(most, 3).map((share) => svg("g", { class: "level" }, svg("line", { x1: LEFT_EDGE, x2: WIDE - RIGHT_EDGE, y1: y(share), y2: y(share) }), svg("text", { x: LEFT_EDGE - 5, y: y(share) + 3.5, "text-anchor": "end" }, `${short(100 * share)} %`))),
+  return el("div", {}, svg("svg", { class: "distribution", viewBox: `0 0 ${CHART_WIDTH} ${CHART_HEIGHT}`, role: "img", "data-chart": name, "aria-label": name },
+    ticks(most, 3).map((share) => svg("g", { class: "level" }, svg("line", { x1: LEFT_EDGE, x2: CHART_WIDTH - RIGHT_EDGE, y1: y(share), y2: y(share) }), svg("text", { x: LEFT_EDGE - 5, y: y(share) + 3.5, "text-anchor": "end" }, `${short(100 * share)} %`))),
     shares[0].map((share, bin) => share > 0 && svg("rect", { class: "bar", "data-share": share, x: at(bin) + 0.4, width: at(bin + 1) - at(bin) - 0.8, y: y(share), height: FLOOR - y(share) })),
     shares.slice(1).map((counts, i) => svg("path", { class: "null-line", "data-series": series[i + 1].name, d: outline(counts), "stroke-dasharray": DASHES[i % DASHES.length] })),
-    svg("line", { class: "axis", x1: LEFT_EDGE, x2: WIDE - RIGHT_EDGE, y1: FLOOR, y2: FLOOR }), marks.map((value) => svg("text", { x: x(value), y: FLOOR + 16, "text-anchor": "middle" }, tick(value)))),
+    svg("line", { class: "axis", x1: LEFT_EDGE, x2: CHART_WIDTH - RIGHT_EDGE, y1: FLOOR, y2: FLOOR }), marks.map((value) => svg("text", { x: x(value), y: FLOOR + 16, "text-anchor": "middle" }, tick(value)))),
   el("p", { class: "legend" }, series.map(({ name: label, values }, i) => [i === 0 ? el("i", { class: "dfa" }) : svg("svg", { width: 22, height: 8 }, svg("path", { class: "null-line", d: "M0 4H22", "stroke-dasharray": DASHES[(i - 1) % DASHES.length] })), `${label} (${int(values.length)}) `])));
 }

@@ -4,7 +4,7 @@ import { total } from "./examples.js";
 import { num, pct } from "./format.js";
 import { facts } from "./heads.js";
 
-const [CELL, ROW, LABEL, HEAD] = [46, 17, 58, 34];
+const [CELL, CELL_ROW, LABEL, ABOVE] = [46, 17, 58, 34];
 const MOST_ROWS = 16;
 
 /**
@@ -21,10 +21,8 @@ export function drawMap(example, { names, tip, label }) {
   const sums = (matrix) => matrix.map((row) => [...row, total(row)]);
   const columns = dfa[0].map((_, i) => total(dfa.map((row) => row[i])));
   const dfaRows = sums([...dfa, columns]);
-  const panel = (name, matrix, heads, marks, write) => grid(name, matrix, { heads, titles: marks, write, on: (cell, i, j, value) => {
-    cell.addEventListener("pointerenter", () => tip.show(cell, [facts([["head", heads[i]], ["source", `${marks[j][0]} ${marks[j][1]}`], [name, write(value, 3)]])]));
-    cell.addEventListener("pointerleave", () => tip.leave());
-  } });
+  const panel = (name, matrix, heads, marks, write) => drawGrid(name, matrix, { heads, titles: marks, write,
+    hover: (i, j, value) => tip.on(() => [facts([["head", heads[i]], ["source", `${marks[j][0]} ${marks[j][1]}`], [name, write(value, 3)]])]) });
   const known = !example.brief;
   return el("div", { class: "panels" },
     known ? panel("attention", attention, rows.map((h) => names[h]), titles, (value) => (value < 0.005 ? "" : pct(value).replace(/\.\d(?=\s)/, "")))
@@ -32,26 +30,24 @@ export function drawMap(example, { names, tip, label }) {
     panel("DFA", dfaRows, [...rows.map((h) => names[h]), "sum"], [...titles, ["sum", ""]], (value, digits = 2) => (Math.abs(value) < 0.005 ? "" : num(value, digits))));
 }
 
-function grid(name, matrix, { heads, titles, write, on }) {
+function drawGrid(name, matrix, { heads, titles, write, hover }) {
   const n = titles.length;
   const inner = name === "DFA" ? matrix.slice(0, -1).map((row) => row.slice(0, -1)) : matrix;
   const most = Math.max(...inner.flat().map(Math.abs), 1e-12);
-  const chart = svg("svg", { class: `grid-map ${name}`, width: LABEL + n * CELL, height: HEAD + matrix.length * ROW + 2, role: "img", "aria-label": `${name} by head and source` },
+  const chart = svg("svg", { class: `grid-map ${name}`, width: LABEL + n * CELL, height: ABOVE + matrix.length * CELL_ROW + 2, role: "img", "aria-label": `${name} by head and source` },
     svg("defs", {}, svg("pattern", { id: "hatch", width: 4, height: 4, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" }, svg("rect", { class: "hatch", width: 2, height: 4 }))),
     svg("text", { class: "name", x: 0, y: 27 }, name),
     titles.map(([text, back], j) => svg("text", { x: LABEL + (j + 0.5) * CELL, y: 12, "text-anchor": "middle", class: "token" }, text.length > 6 ? `${text.slice(0, 5)}…` : text,
       svg("tspan", { x: LABEL + (j + 0.5) * CELL, y: 27 }, back))));
   matrix.forEach((row, i) => {
-    const y = HEAD + i * ROW;
+    const y = ABOVE + i * CELL_ROW;
     chart.append(svg("text", { x: LABEL - 6, y: y + 12, "text-anchor": "end" }, heads[i]));
     row.forEach((value, j) => {
       const sum = name === "DFA" && (i === matrix.length - 1 || j === row.length - 1);
-      const cell = svg("g", { class: `map-cell${sum ? " sum" : value < 0 ? " minus" : ""}`, "data-value": value, vars: { "--r": unit(Math.abs(value) / most) } },
-        svg("rect", { x: LABEL + j * CELL + 0.5, y: y + 0.5, width: CELL - 1, height: ROW - 1, rx: 2 }),
-        value < 0 && !sum && svg("rect", { class: "lines", x: LABEL + j * CELL + 0.5, y: y + 0.5, width: CELL - 1, height: ROW - 1, rx: 2 }),
-        svg("text", { x: LABEL + (j + 0.5) * CELL, y: y + 12, "text-anchor": "middle" }, write(value)));
-      on(cell, i, j, value);
-      chart.append(cell);
+      const place = { x: LABEL + j * CELL + 0.5, y: y + 0.5, width: CELL - 1, height: CELL_ROW - 1, rx: 2 };
+      chart.append(svg("g", { class: `map-cell${sum ? " sum" : value < 0 ? " minus" : ""}`, "data-value": value, vars: { "--r": unit(Math.abs(value) / most) }, ...hover(i, j, value) },
+      svg("rect", place), value < 0 && !sum && svg("rect", { class: "lines", ...place }),
+      svg("text", { x: LABEL + (j + 0.5) * CELL, y: y + 12, "text-anchor": "middle" }, write(value))));
     });
   });
   return chart;

@@ -3,26 +3,22 @@ import { el, more, unit } from "./dom.js";
 import { int, num, pct, signed } from "./format.js";
 import { facts } from "./heads.js";
 
-const FEW = 6;
+const SHOWN_SOURCES = 6;
 
 /** The source tokens; attention is that of one head. @param {import("./types").Sources} sources */
 export function drawSources(sources, head, { names, vocab, tip, term }) {
   const { token, share, linear, by_head: byHead, attention, elsewhere, frequency, n } = sources;
   const most = Math.max(...share, 1e-9);
   const detail = (i) => [el("div", { class: "tip-title" }, vocab.label(token[i])),
-    facts([["of squared DFA", pct(share[i])], ["of DFA as it is", pct(linear[i])], ["kept sources", int(n[i])], ["of all tokens", pct(frequency[i])]]), byHeadTable(i)];
-  const byHeadTable = (i) => el("table", { class: "by-head", "data-by-head": "" }, el("tr", {}, ["head", "DFA", "attention", "elsewhere"].map((title) => el("th", {}, title))),
+    facts([["of squared DFA", pct(share[i])], ["of DFA as it is", pct(linear[i])], ["kept sources", int(n[i])], ["of all tokens", pct(frequency[i])]]), el("table", { class: "by-head", "data-by-head": "" }, el("tr", {}, ["head", "DFA", "attention", "elsewhere"].map((title) => el("th", {}, title))),
     [...names.keys()].sort((a, b) => byHead[i][b] - byHead[i][a]).slice(0, 12).map((h) => el("tr", {}, el("th", {}, names[h]),
-      [byHead[i][h] / 1000, attention[i][h] / 1000, elsewhere[i][h] / 1000].map((value) => el("td", {}, pct(value))))));
-  const rows = token.map((id, i) => {
-    const row = el("tr", { class: i < FEW ? null : "more", "data-source": id, tabindex: 0, onpointerenter: () => tip.show(row, detail(i)), onfocus: () => tip.show(row, detail(i)), onpointerleave: () => tip.leave(), onblur: () => tip.leave() },
-      el("th", { scope: "row", vars: { "--r": unit(share[i] / most) } }, vocab.label(id)), el("td", {}, pct(share[i])),
-      el("td", {}, el("b", {}, pct(attention[i][head] / 1000)), ` / ${pct(elsewhere[i][head] / 1000)}`), el("td", {}, pct(frequency[i])));
-    return row;
-  });
+      [byHead[i][h] / 1000, attention[i][h] / 1000, elsewhere[i][h] / 1000].map((value) => el("td", {}, pct(value))))))];
+  const rows = token.map((id, i) => el("tr", { class: i < SHOWN_SOURCES ? null : "more", "data-source": id, tabindex: 0, ...tip.on(() => detail(i)) },
+    el("th", { scope: "row", vars: { "--r": unit(share[i] / most) } }, vocab.label(id)), el("td", {}, pct(share[i])),
+    el("td", {}, el("b", {}, pct(attention[i][head] / 1000)), ` / ${pct(elsewhere[i][head] / 1000)}`), el("td", {}, pct(frequency[i]))));
   const table = el("table", { class: "sources", "data-sources": "" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "DFA²"),
     el("th", {}, term(`attention ${names[head]} / else`, "attention")), el("th", {}, term("base", "base rate"))), rows);
-  return [table, el("p", { class: "note" }, el("span", { "data-kept": "" }, term(`${pct(sources.kept)} kept`, "kept"), ` · BOS apart: ${pct(sources.bos)} · ${int(sources.n_active)} active`), more(table, "sources", FEW, token.length))];
+  return [table, el("p", { class: "note" }, el("span", { "data-kept": "" }, term(`${pct(sources.kept)} kept`, "kept"), ` · BOS apart: ${pct(sources.bos)} · ${int(sources.n_active)} active`), more(table, "sources", SHOWN_SOURCES, token.length))];
 }
 
 /** What the top head would copy, and how the top logit token ranks in that. @param {import("./types").Feature["copying"]} copying */

@@ -24,6 +24,13 @@ export class Tip {
     this.#box.style.top = `${scrollY + (below ? at.bottom + 8 : at.top - box.height - 8)}px`;
   }
 
+  /** Listeners for an element that shows `content()` while it is hovered or has the focus. */
+  on(content) {
+    const show = (event) => this.show(event.currentTarget, content());
+    const leave = () => this.leave();
+    return { onpointerenter: show, onfocus: show, onpointerleave: leave, onblur: leave };
+  }
+
   /** Hide what only hovers. */
   leave() {
     if (!this.pinned) this.hide();
