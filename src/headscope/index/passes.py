@@ -27,6 +27,7 @@ BATCH_TOKENS = 2048
 """Tokens whose attention patterns are held at a time."""
 _ROWS = 256  # rows of pre-activations held at a time: they stay in the cache
 _PAIRS = 512  # pairs whose [head, pair, source] contributions are held at a time, likewise
+_EXAMPLE_SOURCES = 8  # sources shown of an example when all are counted
 _KEPT_ROWS = 1 << 21  # source tokens of all latents and thresholds together that a part keeps,
 _KEPT_TOKENS = 64  # but no fewer than this of each
 _CALIBRATION_TOKENS = 1 << 13
@@ -363,7 +364,7 @@ def read_examples(
         row = np.searchsorted(numbers, block[own])
         attention = model.attentions(tokens, [subject.layer])[subject.layer]
         where = torch.from_numpy(np.stack([row, query[own], latent[own]]).astype(np.int64)).to(model.device)
-        columns.append(_examples(subject, attention, where, plan.n_sources))
+        columns.append(_examples(subject, attention, where, plan.n_sources or _EXAMPLE_SOURCES))
     names = columns[0] if columns else {}
     joined = {name: torch.cat([column[name] for column in columns]).cpu().numpy() for name in names}
     order = np.lexsort((position, latent))
@@ -374,7 +375,7 @@ def read_examples(
     }
 
 
-def _examples(subject: Subject, attention: Attention, where: Int[Tensor, "3 pair"], k: int | None) -> dict[str, Tensor]:
+def _examples(subject: Subject, attention: Attention, where: Int[Tensor, "3 pair"], k: int) -> dict[str, Tensor]:
     row, query, latent = where
     weights = subject.weights
     found = _contributions(weights, attention, (row, query, latent), k)

@@ -27,6 +27,7 @@ _ROW_GROUP = 1 << 17
 _TOKEN_ROW_GROUP = 1 << 16
 _SMALL_ROW_GROUP = 512  # of tables that a card reads a few rows of
 _FILE_ROWS = 1 << 23  # rows of one file of activations
+_COSINE_ROWS = 1024
 _COPY_ROWS = 256  # rows of the copying table held at a time, each as wide as the vocabulary
 
 
@@ -247,8 +248,7 @@ def feature_table(
         columns[f"logit_{name}"] = pa.array(getattr(effects, name).cpu().numpy())
     columns |= _copying(model, subject, totals, effects.top_tokens[:, 0].cpu().numpy())
     latents, pearson = correlated
-    decoder = torch.nn.functional.normalize(sae.W_dec, dim=1).cpu().numpy()
-    cosine = np.einsum("jd,jkd->jk", decoder, decoder[latents]) if latents.size else np.empty(latents.shape)
+    cosine = _cosines(sae.W_dec, latents)
     exists = latents >= 0
     n = exists.sum(1)
     columns["correlated_latents"] = _lists(latents[exists], n, pa.int32())
@@ -256,6 +256,16 @@ def feature_table(
     columns["correlated_cosine"] = _lists(cosine[exists], n, pa.float32())
     columns["example_tokens"] = pa.array(example_tokens, pa.list_(pa.int32()))
     return pa.table(columns)
+
+
+def _cosines(
+    rows: Float[torch.Tensor, "latent d"], others: Int[np.ndarray, "latent k"]
+) -> Float[np.ndarray, "latent k"]:
+    """Cosine of each row with some others; a chunk at a time, since their vectors take k times the room of the rows."""
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    chosen = torch.from_numpy(others).to(rows.device)
+    pairs = zip(unit.split(_COSINE_ROWS), chosen.split(_COSINE_ROWS), strict=True)
+    return torch.cat([torch.einsum("jd,jkd->jk", own, unit[of]) for own, of in pairs]).float().cpu().numpy()
 
 
 def _copying(model: Model, subject: Subject, totals: Totals, top_logit: Int[np.ndarray, " latent"]) -> dict[str, Any]:
