@@ -1,5 +1,7 @@
 """DFA sums to the pre-activation, and shares behave as their definitions say, on random models of three families."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -12,6 +14,8 @@ from headscope.attribution import (
     dfa_by_source,
     direct_logit_effects,
     encoder_share,
+    encoder_share_through_value,
+    source_table,
 )
 from headscope.sae.model import SAE, ReLU
 from headscope.site import Site
@@ -122,6 +126,7 @@ def test_shares_sum_to_one(model, sae):
         decoder_share(sae, model.spec.n_heads),
         decoder_share_through_output(sae, model),
         encoder_share(HeadWeights.of(sae, model)),
+        encoder_share_through_value(HeadWeights.of(sae, model), model, 1),
     ):
         assert (share >= 0).all()
         assert_close(share.sum(1), torch.ones(sae.d_sae, dtype=torch.float64), atol=1e-12, rtol=0)
@@ -142,6 +147,30 @@ def test_rescaling_a_head_changes_the_share_in_z_and_not_the_one_through_the_out
     assert_close(after[1], before[1], atol=1e-12, rtol=1e-12)
 
 
+def test_patterns_sum_to_one_so_the_value_bias_joins_the_bias(model, sae, run):
+    """Each head's DFA over its sources is `(z_h - c_h) . w`: c is in no head, whatever is attended to."""
+    _, attention, row, query, latent = run
+    assert_close(attention.pattern.sum(-1), torch.ones_like(attention.pattern[..., 0]), atol=1e-12, rtol=0)
+    weights = HeadWeights.of(sae, model)
+    moved = dataclasses.replace(attention, value=attention.value + 3.0, z=attention.z + 3.0)
+    plain, shifted = (dfa_by_source(weights, a, row, query, latent).sum(-1) for a in (attention, moved))
+    expected = 3.0 * weights.encoder[:, latent].sum(-1).T
+    assert_close(shifted - plain, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_the_source_table_is_the_dfa_of_a_token_attended_to_alone(model, sae):
+    """One token read alone: its attention is all to itself, and its DFA is its row of the table."""
+    weights, values = HeadWeights.of(sae, model), model.token_values(1)
+    tokens, latent = torch.arange(model.spec.d_vocab), torch.arange(sae.d_sae)
+    for head in range(model.spec.n_heads):
+        table = source_table(weights, values, head, latent)
+        assert table.shape == (sae.d_sae, len(tokens))
+        block = slice(head * model.spec.d_head, (head + 1) * model.spec.d_head)
+        c = model.value_offset(1)[block]
+        for t in (0, 5, 97):
+            assert_close(table[:, t], (values[t, head] - c) @ sae.W_enc[block], atol=1e-12, rtol=1e-12)
+
+
 def test_logit_effects_are_the_ends_of_the_full_product(model, sae):
     full = sae.W_dec @ model.W_O(1) @ model.logit_directions
     effects = direct_logit_effects(sae, model, k=5, rows=4)
@@ -150,4 +179,8 @@ def test_logit_effects_are_the_ends_of_the_full_product(model, sae):
     assert_close(effects.top_tokens, tokens[:, :5])
     assert_close(effects.bottom_values, values.flip(1)[:, :5])
     assert_close(effects.mean, full.mean(1), atol=1e-12, rtol=0)
-    assert_close(effects.std, full.std(1))
+    centred = full - full.mean(1, keepdim=True)
+    std = full.std(1, correction=0)
+    assert_close(effects.std, std)
+    assert_close(effects.skew, (centred**3).mean(1) / std**3)
+    assert_close(effects.kurtosis, (centred**4).mean(1) / std**4)

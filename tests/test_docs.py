@@ -155,7 +155,9 @@ def described() -> dict[str, list[list[str]]]:
         table = re.search(r"^\| column \| type \| null .*?\n\n", section + "\n\n", re.DOTALL | re.MULTILINE)
         if table:
             rows = table[0].strip().splitlines()[2:]
-            found[section.split("\n")[0]] = [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+            found[section.split("\n")[0]] = [
+                [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows
+            ]
     return found
 
 
@@ -187,7 +189,12 @@ def test_the_page_lists_the_fields_of_the_manifest(index):
 
 def test_numbers_of_the_page_are_those_of_the_code(index):
     plan = IndexPlan()
-    for number in (f"{plan.range_rows:,}", f"{plan.part_tokens:,}", f"the {plan.n_sources} sources", f"{N_BINS} equal bins"):
+    for number in (
+        f"{plan.range_rows:,}",
+        f"{plan.part_tokens:,}",
+        f"the {plan.n_sources} sources",
+        f"{N_BINS} equal bins",
+    ):
         assert number in FORMAT
     assert ", ".join(map(str, QUANTILES)) in FORMAT
     assert f"# The index, format {index.manifest['format_version']}\n" in FORMAT

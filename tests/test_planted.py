@@ -7,9 +7,9 @@ from torch.testing import assert_close
 
 from headscope.attribution import HeadWeights, dfa_by_head, dfa_by_source, direct_logit_effects
 from headscope.corpus import Corpus
-from headscope.index.build import build_index
+from headscope.index.build import SAERecord, build_index
+from headscope.index.config import IndexPlan
 from headscope.index.store import FeatureIndex
-from headscope.index.tables import SAERecord
 from headscope.interventions import constant
 from headscope.site import Site
 from headscope.studies.heads import head_scores
@@ -103,35 +103,123 @@ def test_without_the_previous_token_head_there_is_no_induction(model, data):
     assert not (predicted.argmax(-1) == second).any()
 
 
-def test_the_index_says_all_this_of_every_feature(model, sae, data, tmp_path):
-    tokens, _, second = data
+@pytest.fixture(scope="module")
+def index(model, sae, data, tmp_path_factory):
+    """Of the sequences, and of four blocks that make the feature of two heads fire and repeat one text."""
     special = torch.cat([torch.full((4, 1), BOS), torch.tensor([[3, 5, 7, 3]]).expand(4, 4)], dim=1)
-    blocks = torch.cat([tokens, torch.nn.functional.pad(special, (0, tokens.shape[1] - 5), value=9)]).numpy()
+    blocks = torch.cat([data[0], torch.nn.functional.pad(special, (0, data[0].shape[1] - 5), value=9)]).numpy()
+    zeros = np.zeros_like(blocks)
     corpus = Corpus(
-        name="planted",
-        split="all",
-        blocks=blocks,
-        documents=("planted",),
-        document=np.zeros_like(blocks),
-        offset=np.zeros_like(blocks),
-        bos=BOS,
+        name="planted", split="all", blocks=blocks, documents=("planted",), document=zeros, offset=zeros, bos=BOS
     )
-    build_index(model, sae, corpus, tmp_path / "index", SAERecord("planted", "none"))
-    index = FeatureIndex.open(tmp_path / "index")
-    counts = torch.bincount(second, minlength=V)
-    for b in range(1, V):
+    out = tmp_path_factory.mktemp("planted") / "index"
+    plan = IndexPlan(thresholds=(0.0, 0.45, 0.7), part_tokens=200)
+    return FeatureIndex.open(build_index(model, [(sae, SAERecord("planted", "none"))], corpus, out, plan=plan)[0])
+
+
+@pytest.fixture(scope="module")
+def induced(data):
+    """The tokens by induction at the end of the sequences, but for those that the added blocks have too."""
+    counts = torch.bincount(data[2], minlength=V)
+    return {b: int(counts[b]) for b in range(1, V) if counts[b] and b not in (5, 7, 9)}
+
+
+def test_the_index_finds_one_head_and_one_source_of_every_induction_feature(index, induced, data):
+    assert len(induced) > 10
+    tokens, where, second = data
+    for b, n in induced.items():
+        feature, sources = index.feature(b), index.sources(b)
+        assert feature.n_active == n
+        assert [feature.mean, feature.maximum] == pytest.approx([0.5, 0.5])
+        assert feature.skew is None  # constant
+        assert feature.shares.dfa == pytest.approx([1.0, 0.0], abs=1e-10)
+        assert feature.shares.dfa_mean == pytest.approx([1.0, 0.0], abs=1e-10)
+        assert feature.shares.dfa_covariance is None
+        assert feature.shares.decoder == pytest.approx([1.0, 0.0])
+        assert feature.shares.encoder_in == pytest.approx([1.0, 0.0])
+        assert feature.shares.participation == pytest.approx(1.0)
+        assert feature.shares.disagreement == pytest.approx(0.0, abs=1e-6)
+        first = sources.tokens[0]
+        assert (first.token, first.n) == (b, n)
+        assert [first.share, first.share_linear, sources.kept] == pytest.approx([1.0] * 3)
+        assert sources.bos_share == pytest.approx(0.0, abs=1e-12)
+        assert first.share_by_head[0] == pytest.approx(1.0)
+        assert first.attention == pytest.approx([1.0, 0.0], abs=1e-10)
+        assert first.attention_elsewhere[0] < 0.1
+        for example in index.examples(b)[0].examples:
+            block, query = divmod(example.position, tokens.shape[1])
+            assert int(second[block]) == b
+            assert query == tokens.shape[1] - 1
+            assert example.sources[0].position == int(where[block])
+            assert example.sources[0].heads == pytest.approx([1.0, 0.0])
+            assert example.rest == pytest.approx([0.0, 0.0], abs=1e-7)
+            assert example.active_at.tolist() == [query]
+
+
+def test_an_induction_feature_copies(index, induced):
+    for b in induced:
         feature = index.feature(b)
-        if b in (5, 9):
-            continue  # these also fire in the blocks added at the end
-        assert feature["n_active"] == counts[b]
-        if counts[b]:
-            assert feature["dfa_share"] == pytest.approx([1.0, 0.0], abs=1e-10)
-            assert feature["maximum"] == pytest.approx(0.5)
-            assert feature["source_tokens"][0] == b
-            assert feature["source_shares"][0] == pytest.approx(1.0)
-        assert feature["decoder_share"] == pytest.approx([1.0, 0.0])
-        assert feature["logit_top_tokens"][0] == b
+        assert feature.logit_top[0][0] == b
+        assert feature.copy_top[0] == (b, pytest.approx(1.0))
+        assert feature.copy_rank == 0
+
+
+def test_thresholds_cut_where_they_say(index, induced):
+    for b in induced:
+        assert index.sources(b, 0.45).n_active == index.sources(b, 0.0).n_active
+        assert index.sources(b, 0.7) is None
+
+
+def test_the_feature_of_two_heads_has_their_shares_exactly(index):
     both = index.feature(2 * V)
-    assert both["n_active"] == 4
-    assert both["dfa_share"] == pytest.approx([0.64, 0.36])
-    assert both["dfa_mean"] == pytest.approx([0.8 / 1.4, 0.6 / 1.4])
+    assert both.n_active == 4
+    assert both.shares.dfa == pytest.approx([0.64, 0.36])
+    assert both.shares.dfa_mean == pytest.approx([0.8 / 1.4, 0.6 / 1.4])
+    assert both.shares.decoder == pytest.approx([0.8 / 1.4, 0.6 / 1.4])
+    assert both.shares.participation == pytest.approx(1 / (0.64**2 + 0.36**2))
+    assert both.shares.dfa_covariance is None
+    sources = {t.token: t for t in index.sources(2 * V).tokens}
+    assert [sources[5].share, sources[3].share] == pytest.approx([0.64, 0.36])
+    assert sources[5].attention == pytest.approx([1.0, 0.0], abs=1e-10)
+    assert sources[3].n == 8  # both 3s of each block are kept, and only the second is attended to
+    assert sources[3].attention == pytest.approx([0.0, 0.5], abs=1e-10)
+    top = index.examples(2 * V)[0]
+    assert len(top.examples) == 1  # four times the same text
+    assert top.examples[0].duplicates == 3
+
+
+def test_features_that_fire_together_are_correlated(index):
+    """The feature of two heads fires exactly where token 5 by induction does on a 3."""
+    both = index.feature(2 * V)
+    found = {c.latent: c for c in both.correlated}
+    assert {5, V + 3} <= set(found)
+    assert found[5].decoder_cosine == pytest.approx(0.8)
+    assert found[V + 3].decoder_cosine == pytest.approx(0.6)
+    dense = np.zeros((2 * V + 1, index.n_blocks * index.block_size))
+    for j in range(2 * V + 1):
+        own = index.activations(j)
+        dense[j, own.position] = own.activation
+    text = np.concatenate([index.tokens_of(b) for b in range(index.n_blocks)]) != BOS
+    r = np.corrcoef(dense[[2 * V, 5]][:, text])[0, 1]
+    assert found[5].pearson == pytest.approx(r, rel=1e-5)
+
+
+def test_the_feature_of_the_own_token_is_the_other_heads(index):
+    for b in (1, 4, 11):
+        feature = index.feature(V + b)
+        assert feature.shares.dfa == pytest.approx([0.0, 1.0], abs=1e-10)
+        assert index.sources(V + b).tokens[0].token == b
+        assert feature.copy_rank == 0
+
+
+def test_null_controls_are_not_what_features_are(index):
+    """An encoder whose heads are exchanged is made by the other head; a random direction by both."""
+    nulls = index.nulls()
+    permuted = {n.latent: n for n in nulls if n.kind == "permuted" and n.latent < 2 * V}
+    assert permuted
+    for latent, null in permuted.items():
+        assert index.feature(latent).shares.top_head != int(np.argmax(null.dfa))
+        assert null.dfa.max() == pytest.approx(1.0, abs=1e-6)
+    random = np.array([n.dfa.max() for n in nulls if n.kind == "random"])
+    assert len(random)
+    assert random.mean() < 0.95

@@ -5,8 +5,10 @@ against its tables.
 """
 
 import glob
+import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +49,7 @@ TABLES = (
     "groups",
     "examples",
 )
+_FILE = re.compile(r"(activations/)?[\w-]+\.\w+")
 _CACHED_TOKENS = 1 << 25  # tokens held at a time, 8 bytes each: a card shows text from all over the corpus
 
 
@@ -70,6 +73,7 @@ class FeatureIndex:
         self._groups = _Rows(folder / "groups.parquet")
         self._sources = _Rows(folder / "sources.parquet")
         self._source_totals = _Rows(folder / "source_totals.parquet")
+        self._check_meaning()
 
     @classmethod
     def open(cls, folder: str | Path) -> "FeatureIndex":
@@ -85,7 +89,7 @@ class FeatureIndex:
         _check_files(folder, manifest)
         try:
             return cls(folder, manifest)
-        except (duckdb.Error, pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        except (duckdb.Error, pa.ArrowException, OSError, KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise IndexFormatError(
                 f"{folder} is damaged: {error}", expected="tables as they were written", do="build the index again"
             ) from error
@@ -139,15 +143,36 @@ class FeatureIndex:
             "activations": (int(self._features["n_active"].to_numpy().sum()), m["n_pairs"]),
         }
         wrong = [
-            f"{in_table} {name} in the tables, {said}" for name, (in_table, said) in found.items() if in_table != said
+            f"{in_table} {name} in the tables, {said}"
+            for name, (in_table, said) in found.items()
+            if in_table != said or type(said) is not int
         ]
         if wrong:
             raise IndexFormatError(
                 f"{self.folder}: {'; '.join(wrong)} in the manifest", expected="the same", do="build the index again"
             )
 
+    def _check_meaning(self) -> None:
+        """The same for what is said of the tables' content: how many text tokens, tokens in a block, and thresholds."""
+        corpus, size = self.manifest["corpus"], self.block_size
+        n_active, density = (self._features[name].to_numpy() for name in ("n_active", "density"))
+        n_tokens = corpus["n_tokens"]
+        if type(n_tokens) is not int or not 0 < n_tokens <= self.n_blocks * size:
+            raise ValueError(f"{n_tokens} text tokens in {self.n_blocks} blocks of {size}")
+        if not np.allclose(n_active / n_tokens, density, rtol=1e-9, atol=0):
+            raise ValueError(f"densities that are not shares of {n_tokens} tokens")
+        if type(corpus["block_size"]) is not int or not self._tokens.end_with_blocks():
+            raise ValueError(f"blocks that are not of {size} tokens")
+        if self._source_totals.of(0)["threshold"].to_pylist() != self.manifest["thresholds"]:
+            raise ValueError(f"other thresholds than {self.manifest['thresholds']}")
+        most = int(np.argmax(n_active))  # each reader once: what a footer lacks is found here, not by the first to ask
+        self.feature(most), self.examples(most), self.sources(most), self.activations(most), self.tokens_of(0)
+
     def sql(self, query: str, parameters: list[Any] | None = None) -> pa.Table:
-        """Run a query over the views named in docs/index-format.md: tokens, features, activations, sources, ..."""
+        """Run a query over the views named in docs/index-format.md: tokens, features, activations, sources, ...
+
+        DuckDB does not look at the checksums of pages; `verify` does.
+        """
         with self._lock:
             return self._connection.sql(query, params=parameters).to_arrow_table()
 
@@ -422,7 +447,7 @@ class FeatureIndex:
 
 # ------------------------------------------------------------------------------------------------------------- opening
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = Path(f"{folder.resolve()}.partial")
     if not (folder / "manifest.json").is_file() and partial.is_dir():
         raise IndexFormatError(
             f"{folder} is not finished: {partial} holds an interrupted build",
@@ -457,10 +482,13 @@ def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
         files = {}
     here = folder.resolve()
     for name, entry in files.items():
-        path = folder / name
-        inside = path.resolve() == here / name
-        if not inside or not path.is_file() or path.stat().st_size != entry[0]:
-            wrong.append(f"{name} is " + ("not a file of this folder" if not inside else "missing or cut short"))
+        inside = _FILE.fullmatch(name) and (folder / name).resolve() == here / name
+        if not inside:
+            wrong.append(f"{name!r} is not a file of this folder")
+        elif not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
+            wrong.append(f"manifest.json does not say the size and hash of {name}")
+        elif not (folder / name).is_file() or (folder / name).stat().st_size != entry[0]:
+            wrong.append(f"{name} is missing or cut short")
     parts = {f"activations/{path.name}" for path in (folder / "activations").glob("*")}
     wrong += [f"{name} is not in the manifest" for name in sorted(parts - set(files))]
     if wrong:
@@ -469,15 +497,27 @@ def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
         )
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say what is damaged when reading it fails."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise IndexFormatError(
+            f"{path} is damaged: {error}", expected="a table as it was written", do="build the index again"
+        ) from error
+
+
 def _read(path: Path) -> pa.Table:
-    return pq.read_table(path, page_checksum_verification=True)
+    with _reading(path):
+        return pq.read_table(path, page_checksum_verification=True)
 
 
 class _Rows:
     """A table sorted by latent, of which a few rows are read at a time: row groups are found by their statistics."""
 
     def __init__(self, path: Path) -> None:
-        self._file = pq.ParquetFile(path, page_checksum_verification=True)
+        self._path, self._file = path, pq.ParquetFile(path, page_checksum_verification=True)
         self._lock = RLock()
         self._held: tuple[range, pa.Table] | None = None
         metadata = self._file.metadata
@@ -493,7 +533,7 @@ class _Rows:
         groups = range(int(first), int(last))
         if not groups:
             return self._file.schema_arrow.empty_table()
-        with self._lock:
+        with self._lock, _reading(self._path):
             if self._held is None or self._held[0] != groups:
                 self._held = groups, self._file.read_row_groups(groups, use_threads=False)
             table = self._held[1]
@@ -510,7 +550,7 @@ class _Activations:
         rows = [file.metadata.row_group(i).num_rows for file, i in self._groups]
         self._group_starts = np.cumsum([0, *rows])
         self._starts = np.cumsum([0, *counts])
-        self._lock = RLock()
+        self._folder, self._lock = folder, RLock()
         if self._group_starts[-1] != self._starts[-1]:
             raise ValueError(f"{self._group_starts[-1]} rows in {folder.name}, {self._starts[-1]} in features.parquet")
 
@@ -520,7 +560,7 @@ class _Activations:
         first = int(np.searchsorted(self._group_starts, low, side="right")) - 1
         last = max(first, int(np.searchsorted(self._group_starts, high)))
         first = min(first, len(self._groups) - 1)
-        with self._lock:
+        with self._lock, _reading(self._folder):
             read = [file.read_row_group(i, use_threads=False) for file, i in self._groups[first : max(last, first + 1)]]
         table = pa.concat_tables(read).slice(low - self._group_starts[first], high - low)
         if not (table["latent"].to_numpy() == latent).all():
@@ -536,7 +576,7 @@ class _Blocks:
     """The token table, of which some row groups are held; a block never lies in two of them."""
 
     def __init__(self, path: Path, block_size: int) -> None:
-        self._file = pq.ParquetFile(path, page_checksum_verification=True)
+        self._path, self._file = path, pq.ParquetFile(path, page_checksum_verification=True)
         metadata = self._file.metadata
         rows = metadata.row_group(0).num_rows if metadata.num_row_groups else block_size
         if rows % block_size:
@@ -545,11 +585,18 @@ class _Blocks:
         self._size = block_size
         self._held: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
 
+    def end_with_blocks(self) -> bool:
+        """Whether the last token of each block, and no other, has no next one (in the first row group)."""
+        following = self._file.read_row_group(0, columns=["next_token"], use_threads=False)["next_token"]
+        last = following.is_null().to_numpy().reshape(-1, self._size)
+        return bool((last == (np.arange(self._size) == self._size - 1)).all())
+
     def of(self, block: int) -> dict[str, np.ndarray]:
         """Columns of one block."""
         group, number = divmod(block, self._blocks)
         if group not in self._held:
-            table = self._file.read_row_group(group, columns=["token", "document"], use_threads=False)
+            with _reading(self._path):
+                table = self._file.read_row_group(group, columns=["token", "document"], use_threads=False)
             self._held[group] = {name: table[name].to_numpy() for name in ("token", "document")}
             if len(self._held) * self._blocks * self._size > _CACHED_TOKENS:
                 self._held.popitem(last=False)
