@@ -68,10 +68,10 @@ def run_snippet(code: str, index: FeatureIndex) -> dict:
     return names
 
 
-# --------------------------------------------------------------------------------------------------------------- queries
+# -------------------------------------------------------------------------------------------------------------- queries
 @pytest.mark.parametrize("query", QUERIES, ids=range(len(QUERIES)))
 def test_each_query_says_the_same_in_plain_duckdb(index, query):
-    duckdb = next(run_snippet(s, index)["db"] for s in SNIPPETS if "import duckdb" in s)
+    duckdb = next(run_snippet(s, index)["db"] for s in SNIPPETS if "duckdb.connect" in s)
     rows = index.sql(query).to_pylist()
     assert rows
     assert duckdb.sql(query).to_arrow_table().to_pylist() == rows
@@ -131,14 +131,15 @@ def test_precision_by_activation(index, naive):
     for position, f in naive["own"].items():
         following = naive["tokens"]["next_token"][position]
         if following is not None:
-            hits.setdefault(np.floor(10 * f / feature["maximum"]), []).append(following == feature["logit_top_tokens"][0])
+            hit = following == feature["logit_top_tokens"][0]
+            hits.setdefault(np.floor(10 * f / feature["maximum"]), []).append(hit)
     found = rows_of(index, "AS precision")
     assert {r["tenth"]: r["n"] for r in found} == {tenth: len(hit) for tenth, hit in hits.items()}
     for row in found:
         assert row["precision"] == pytest.approx(np.mean(hits[row["tenth"]]))
 
 
-# -------------------------------------------------------------------------------------------------------------- snippets
+# ------------------------------------------------------------------------------------------------------------- snippets
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: s.splitlines()[0])
 def test_each_snippet_runs(index, naive, snippet):
     for module in re.findall(r"^import (pandas|polars)", snippet, re.MULTILINE):
@@ -147,15 +148,15 @@ def test_each_snippet_runs(index, naive, snippet):
     assert active is None or list(active["position"]) == list(naive["own"])
 
 
-# -------------------------------------------------------------------------------------------------------------- the page
+# ------------------------------------------------------------------------------------------------------------- the page
 def described() -> dict[str, list[list[str]]]:
     """The column tables of the page, by file."""
     found = {}
     for section in re.split(r"^### ", FORMAT, flags=re.MULTILINE)[1:]:
         table = re.search(r"^\| column \| type \| null .*?\n\n", section + "\n\n", re.DOTALL | re.MULTILINE)
         if table:
-            rows = table[0].strip().splitlines()[2:]
-            found[section.split("\n")[0]] = [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+            rows = [re.split(r"(?<!\\)\|", row)[1:-1] for row in table[0].strip().splitlines()[2:]]
+            found[section.split("\n")[0]] = [[cell.strip() for cell in row] for row in rows]
     return found
 
 
