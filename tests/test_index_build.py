@@ -619,7 +619,7 @@ def test_a_scale_of_a_heads_basis_changes_the_shares_that_say_so_and_no_other(pl
     other, scaled = changed_heads(model, sae, 1, block_diagonal([np.eye(8) * s for s in (5.0, 1.0, 1.0, 0.5)]))
     again = build(other, {"s": scaled}, corpus, tmp_path / "index")[0]
     live = [j for j in range(sae.d_sae) if index.feature(j).alive]
-    assert len(live) > 8
+    assert len(live) > 5
     for name in SHARES:
         own, before = (np.array([getattr(i.feature(j).shares, name) for j in live]) for i in (again, index))
         if name in ("decoder", "encoder"):

@@ -27,11 +27,11 @@ import numpy as np
 from headscope.artefact import check_output, file_hash, move_into_place, read_json, write_json
 from headscope.capture import check_corpus
 from headscope.corpus import Corpus
-from headscope.errors import IndexFormatError, OutputError, SAEError
+from headscope.errors import CorpusError, IndexFormatError, OutputError, SAEError
 from headscope.index import tables
 from headscope.index.config import DEFINITIONS, FORMAT_VERSION, N_CORRELATED, IndexPlan
 from headscope.index.correlations import most_correlated
-from headscope.index.parts import Parts, SortedParts, Workers, locked
+from headscope.index.parts import Parts, SortedParts, Workers, leave_after_first, leave_first, locked
 from headscope.index.passes import Subject, read_examples, read_part, subjects_of
 from headscope.index.sweep import Distributions, Groups, sweep
 from headscope.models.hf import Model
@@ -95,6 +95,10 @@ def build_index(
                 do="pass another --sae",
             )
     check_corpus(model, corpus)
+    if not any((block != model.bos).any() for block in corpus.blocks):
+        raise CorpusError(
+            f"{corpus.blocks.size} tokens, all of them special", expected="text", do="index another corpus"
+        )
     check_output(folder, overwrite=overwrite)
     build = _Build(model, saes, corpus, Path(folder), plan or IndexPlan(), workers or Workers())
     try:
@@ -155,7 +159,7 @@ class _Build:
             while not path.is_file() or read_json(path) != wanted:
                 time.sleep(_POLL_SECONDS)
             return
-        found = read_json(path) if path.is_file() else None
+        found = _plan_of(self.partial)
         if found == wanted:
             return
         if found is not None and not overwrite:
@@ -190,7 +194,10 @@ class _Build:
                 if len(self.names) > 1:
                     write_json(self.final / "manifest.json", {"indexes": self.names})
                 (self.final / "whole").touch()
-        if first:
+        if not first:
+            leave_after_first(self.partial, self.workers, self.partial / "plan.json")
+        else:
+            leave_first(self.partial, self.workers)
             (self.final / "whole").unlink()
             try:
                 move_into_place(self.final, self.folder)
@@ -221,10 +228,14 @@ class _Build:
         self._shared.make(self.workers, make)
         report("activations", self.n_parts, self.n_parts)
         self._shared.wait()
+        if self.workers.world > 1:  # a part that another process found damaged is missing until it is made again
+            for stage in stages:
+                stage.wait()
 
     def _sweep(self, number: int, report: Progress) -> None:
         """Bring the pairs together: `final/activations`, distributions, and the choice of examples."""
         stage = self._parts(number, "sweep")
+        stage.discard_damaged([0])
         folder = self.final / self.names[number] / "activations"
         hashes = self.partial / str(number) / "activations.json"
         if stage.present() and hashes.is_file() and _hashes(folder) == read_json(hashes):
@@ -276,6 +287,9 @@ class _Build:
         """Write one index but for its activations, which the sweep wrote."""
         model, corpus, n_heads = self.model, self.corpus, self.model.spec.n_heads
         folder = self.final / self.names[number]
+        for path in folder.iterdir():  # what an interrupted build wrote here is not to be in the manifest
+            if path.is_file():
+                path.unlink()
         shared = {name: self._total(name) for name in ("token_counts", "source_pairs")}
         pairs = SortedParts(self._parts(number, "pairs"))
         totals = self._totals(pairs)
@@ -366,6 +380,29 @@ class _Build:
             "quality": record.quality,
             "definitions": DEFINITIONS,
         }
+
+
+def _plan_of(partial: Path) -> dict[str, Any] | None:
+    """The plan of the interrupted build in a folder, None where there is none.
+
+    Raises:
+        OutputError: the folder holds something else.
+    """
+    path = partial / "plan.json"
+    if path.is_file():
+        try:
+            found = read_json(path)
+        except ValueError:
+            found = None
+        return found if isinstance(found, dict) else {}
+    foreign = [child.name for child in partial.iterdir() if not child.name.startswith((".lock-", ".plan.json."))]
+    if foreign:
+        raise OutputError(
+            f"{partial} holds {', '.join(sorted(foreign)[:5])} and no plan of a build",
+            expected="what an interrupted build left, or nothing",
+            do="choose another --out, or move that folder away",
+        )
+    return None
 
 
 def _hashes(folder: Path) -> dict[str, list]:

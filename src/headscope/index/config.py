@@ -1,6 +1,7 @@
 """What an index holds; plain values, no torch."""
 
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any
 
 from headscope.errors import IndexFormatError
@@ -69,13 +70,15 @@ class IndexPlan:
 
     def __post_init__(self) -> None:
         """Refuse thresholds that are not increasing from 0, and sizes below 1."""
-        rising = all(a < b for a, b in zip(self.thresholds, self.thresholds[1:], strict=False))
+        object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
+        rising = all(a < b < inf for a, b in zip(self.thresholds, self.thresholds[1:], strict=False))
         if not self.thresholds or self.thresholds[0] != 0 or not rising:
             raise IndexFormatError(
                 f"thresholds {self.thresholds}", expected="0 and then larger ones", do="for example: 0 5"
             )
-        if self.n_sources is not None and self.n_sources < 1:
-            raise IndexFormatError(f"{self.n_sources} sources", expected="at least 1, or all", do="for example: 8")
+        for name, value in asdict(self).items():
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise IndexFormatError(f"{name} {value}", expected="at least 1", do="pass a larger one")
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

@@ -25,7 +25,7 @@ from headscope.artefact import atomic_write
 from headscope.errors import IndexFormatError, OutputError
 
 Arrays = Mapping[str, np.ndarray]
-_NAME = re.compile(r"(\d{6})-([0-9a-f]{16})\.safetensors")
+_NAME = re.compile(r"(\d{6,})-([0-9a-f]{16})\.safetensors")
 _POLL_SECONDS = 0.2
 
 
@@ -54,7 +54,7 @@ def locked(folder: Path, workers: Workers) -> Iterator[None]:
         OutputError: another build holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".lock-{workers.rank}").open("w") as file:
+    with (folder / f".lock-{workers.rank}").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -64,6 +64,31 @@ def locked(folder: Path, workers: Workers) -> Iterator[None]:
                 do="wait for it to end, or choose another --out",
             ) from error
         yield
+
+
+def leave_first(folder: Path, workers: Workers) -> None:
+    """For the first rank: return once all others have done their work, so that none finds the folder gone."""
+    for rank in range(1, workers.world):
+        while not _is_held(folder / f".lock-done-{rank}"):
+            time.sleep(_POLL_SECONDS)
+
+
+def leave_after_first(folder: Path, workers: Workers, last: Path) -> None:
+    """For every other rank: say that its work is done, and return once the first has removed the file `last`."""
+    with (folder / f".lock-done-{workers.rank}").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        while last.exists():
+            time.sleep(_POLL_SECONDS)
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process holds a lock: one that was killed does not."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        return False
 
 
 class Parts:
@@ -124,15 +149,22 @@ class Parts:
                 self.write(number, make(number))
 
     def wait(self) -> None:
-        """Return once the parts of all processes stand."""
-        while len(self.present()) < self.n_parts:
-            time.sleep(_POLL_SECONDS)
+        """Return once the parts of all processes stand, and none that another process is about to make again."""
+        intact: set[Path] = set()
+        while len(intact) < self.n_parts:
+            present = set(self.present().values())
+            intact = {path for path in present if path in intact or _intact(path)}
+            if len(intact) < self.n_parts:
+                time.sleep(_POLL_SECONDS)
 
 
 def _intact(path: Path) -> bool:
     match = _NAME.fullmatch(path.name)
-    with path.open("rb") as file:
-        return match is not None and hashlib.file_digest(file, "sha256").hexdigest()[:16] == match[2]
+    try:
+        with path.open("rb") as file:
+            return match is not None and hashlib.file_digest(file, "sha256").hexdigest()[:16] == match[2]
+    except FileNotFoundError:  # its process is making it again
+        return False
 
 
 class SortedParts:
@@ -228,7 +260,10 @@ def read_arrays(
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_slice(name)[low:high] for name in names or file.keys()}
+            names = names or list(file.keys())
+            if low is None and high is None:  # of an array without rows there is no slice
+                return {name: file.get_tensor(name) for name in names}
+            return {name: file.get_slice(name)[low:high] for name in names}
     except (OSError, SafetensorError) as error:
         raise IndexFormatError(
             f"{path}: {error}", expected="a part as it was written", do="run the same command again"

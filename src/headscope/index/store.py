@@ -289,10 +289,11 @@ class FeatureIndex:
     @cached_property
     def _table(self) -> pa.Table:
         f = self._features
-        dfa, decoder = _matrix(f["dfa_share"]), _matrix(f["decoder_share"])
+        n_heads = self.manifest["model"]["n_heads"]
+        dfa, decoder = _matrix(f["dfa_share"], n_heads), _matrix(f["decoder_share"], n_heads)
         live = ~np.isnan(dfa).any(1)
         head, own = np.argmax(np.nan_to_num(dfa), axis=1), np.argmax(decoder, axis=1)
-        rows, logits = np.arange(len(dfa)), _matrix(f["logit_top_tokens"])
+        rows, logits = np.arange(len(dfa)), np.stack(f["logit_top_tokens"].to_numpy())
         with np.errstate(invalid="ignore"):
             participation, disagreement = 1 / (dfa**2).sum(1), np.abs(dfa - decoder).sum(1) / 2
         sources = self.sql(
@@ -314,7 +315,7 @@ class FeatureIndex:
                 "decoder_head": pa.array(own, pa.int32()),
                 "decoder_share": decoder[rows, own],
                 "top_logit": pa.array(logits[:, 0].astype(np.int32)),
-                "top_logit_value": _matrix(f["logit_top_values"])[:, 0],
+                "top_logit_value": np.stack(f["logit_top_values"].to_numpy())[:, 0],
                 "top_source": pa.array(source, pa.int32(), mask=source < 0),
                 "top_source_share": pa.array(share, mask=source < 0),
                 "logit_tokens": pa.array(list(logits[:, :10].astype(np.int32))),
@@ -348,7 +349,7 @@ class FeatureIndex:
         Raises:
             IndexFormatError: no such token or head.
         """
-        dfa = _matrix(self._features["dfa_share"])
+        dfa = _matrix(self._features["dfa_share"], self.manifest["model"]["n_heads"])
         if head is not None and not 0 <= head < dfa.shape[1]:
             raise IndexFormatError(f"head {head}", expected=f"0 to {dfa.shape[1] - 1}", do="pass another head")
         share = dfa.max(1) if head is None else dfa[:, head]
@@ -570,13 +571,12 @@ def _flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return array.values.to_numpy(), array.offsets.to_numpy()
 
 
-def _matrix(lists: pa.ChunkedArray) -> np.ndarray:
+def _matrix(lists: pa.ChunkedArray, width: int) -> np.ndarray:
     """Lists of one length as rows; NaN where a list is null."""
     values, offsets = _flat(lists)
-    lengths = np.diff(offsets)
-    present = lengths > 0
-    matrix = np.full((len(lengths), lengths.max(initial=0)), np.nan)
-    matrix[present] = values[offsets[0] : offsets[-1]].reshape(present.sum(), -1)
+    present = np.diff(offsets) > 0
+    matrix = np.full((len(present), width), np.nan)
+    matrix[present] = values[offsets[0] : offsets[-1]].reshape(-1, width)
     return matrix
 
 

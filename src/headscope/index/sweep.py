@@ -86,7 +86,11 @@ def sweep(
     groups: list[Groups] = []
     for first, last in pairs.ranges(plan.range_rows):
         kept, strongest = [], []
-        rate = min(1.0, plan.range_rows / max(1, pairs.counts[first:last].sum()))
+        n_rows = pairs.counts[first:last].sum()
+        if n_rows == 0:  # all of them dead
+            report(last)
+            continue
+        rate = min(1.0, plan.range_rows / n_rows)
         for rows in _read(pairs, first, last, rate):
             write(rows)
             _count(found, rows, maximum, mean)
@@ -323,7 +327,7 @@ def _text_hash(latent: Int[np.ndarray, " n"], position: Int[np.ndarray, " n"], b
 def _concatenated(groups: list[Groups]) -> Groups:
     names = Groups.__dataclass_fields__
     if not groups:
-        return Groups(**{name: np.empty(0, np.int64) for name in names})
+        return Groups(**{name: np.empty(0, float if name in ("low", "high", "mass") else int) for name in names})
     return Groups(**{name: np.concatenate([getattr(g, name) for g in groups]) for name in names})
 
 

@@ -1,5 +1,6 @@
 """The tables of an index folder, from what the passes found."""
 
+import glob
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -415,23 +416,19 @@ def group_table(groups: Groups, totals: Totals) -> pa.Table:
     )
 
 
+_EXAMPLE_COLUMNS = ("position", "pre", "bias", "residual", "heads", "source", "source_heads", "source_pattern", "rest")
+
+
 def write_examples(folder: Path, examples: SortedParts, block_size: int, range_rows: int, n_heads: int) -> None:
     """Write `examples.parquet` from its parts and the activations, which stand already."""
-    columns = ("position", "pre", "bias", "residual", "heads", "source", "source_heads", "source_pattern", "rest")
-    writer = None
-    connection = duckdb.connect()
-    activations = str(folder / "activations" / "*.parquet").replace("'", "''")
-    for first, last in examples.ranges(range_rows):
-        rows = examples.rows(first, last, columns)
-        if len(rows["latent"]) == 0:
-            continue
+    activations = f"{glob.escape(str(folder))}/activations/*.parquet".replace("'", "''")
+    connection, writer = duckdb.connect(), None
+    ranges = [(a, b) for a, b in examples.ranges(range_rows) if examples.counts[a:b].any()]
+    for first, last in ranges or [(0, 0)]:
+        rows = examples.rows(first, last, _EXAMPLE_COLUMNS) if last else _no_examples(n_heads)
         table = _example_table(rows, block_size, n_heads)
-        connection.register(
-            "chosen",
-            pa.table(
-                {"latent": rows["latent"], "position": rows["position"], "number": np.arange(len(rows["latent"]))}
-            ),
-        )
+        chosen = {"latent": rows["latent"], "position": rows["position"], "number": np.arange(len(rows["latent"]))}
+        connection.register("chosen", pa.table(chosen))
         active = connection.sql(
             f"""SELECT c.number, a.position % {block_size} AS at, a.activation, a.position = c.position AS own
             FROM read_parquet('{activations}') a JOIN chosen c
@@ -445,9 +442,15 @@ def write_examples(folder: Path, examples: SortedParts, block_size: int, range_r
         table = table.append_column("active_value", _lists(active["activation"].to_numpy(), n, pa.float32()))
         writer = writer or _writer(folder / "examples.parquet", table.schema)
         writer.write_table(table, row_group_size=_SMALL_ROW_GROUP)
-    if writer is None:
-        raise AssertionError("no examples")
+    assert writer is not None
     writer.close()
+
+
+def _no_examples(n_heads: int) -> Rows:
+    whole, single = np.empty(0, np.int64), np.empty(0, np.float32)
+    by_head, by_source = np.empty((0, n_heads), np.float32), np.empty((0, 1, n_heads), np.float32)
+    columns = (whole, single, single, single, by_head, whole[:, None], by_source, by_source, by_head)
+    return {"latent": whole, **dict(zip(_EXAMPLE_COLUMNS, columns, strict=True))}
 
 
 def _example_table(rows: Rows, block_size: int, n_heads: int) -> pa.Table:
