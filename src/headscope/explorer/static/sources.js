@@ -23,7 +23,7 @@ export function drawSources(sources, head, { names, vocab, tip, term }) {
 
 /** What the top head would copy, and how the top logit token ranks in that. @param {import("./types").Feature["copying"]} copying */
 export function drawCopying({ top, rank }, name, { vocab, term }) {
-  return [term("Copying", "copying", "h2"), ` ${name}: `, top.slice(0, 2).map(([id, value]) => [vocab.label(id), ` ${signed(value, 2)}  `]),
+  return [term("Copying", "copying table", "h2"), ` ${name}: `, top.slice(0, 2).map(([id, value]) => [vocab.label(id), ` ${signed(value, 2)}  `]),
     rank !== null && term(`top logit after ${pct(rank)}`, "copy_rank")];
 }
 
