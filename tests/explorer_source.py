@@ -354,6 +354,10 @@ class FakeSource(IndexCards):
         return super().table()["rows"]
 
     @lru_cache(maxsize=256)  # noqa: B019
+    def feature(self, latent: int, *, lean: bool = False) -> dict[str, Any]:
+        return super().feature(latent, lean=lean)
+
+    @lru_cache(maxsize=256)  # noqa: B019
     def records(self, latent: int) -> tuple[ExampleGroup, ...]:
         """The example groups of a latent, as the index has them."""
         return self.index.examples(latent)
