@@ -1,8 +1,10 @@
 """How long it takes to ask an index something, on a random index of 24,576 features and 10M tokens at L0 12.
 
-The index (see `synthetic_index.py`) is written once into `--folder`, 5 GB of disk, and used again after that. It is read in a process of
-its own. "cold" is an index just opened whose files are not in the page cache; "warm" asks for the same latents again,
-in another order. A card is what the explorer sends for one feature, JSON included.
+The index (see `synthetic_index.py`) is written once into `--folder`, 6.3 GB of disk, and used again after that. It is
+read in a process of its own. "cold" is an index just opened whose files are not in the page cache; "warm" asks for the
+same 300 latents again, in another order; "first" is the first of these. A card is what the explorer sends for one
+feature, JSON included. A proxy study holds one feature against a predicate of all tokens: precision and recall by
+threshold, Pearson correlation. Beside the time by the clock stands that of the processor.
 
     python benchmarks/queries.py            some minutes the first time
     python benchmarks/queries.py --quick    under a minute: 2,048 features, 500k tokens
@@ -49,6 +51,8 @@ class Row:
     name: str
     value: float
     unit: str
+    cpu: float | None = None
+    """Of a time, that of the processor: what does not depend on who else is at work."""
 
     @property
     def target(self) -> float | None:
@@ -56,7 +60,7 @@ class Row:
         return TARGETS.get(self.name)
 
 
-# ------------------------------------------------------------------------------------------------------------- measure
+# -------------------------------------------------------------------------------------------------------------- measure
 def measure(folder: Path) -> list[Row]:
     """All figures of one index; to be called in a new process."""
     return list(_measured(folder))
@@ -65,51 +69,55 @@ def measure(folder: Path) -> list[Row]:
 def _measured(folder: Path) -> Iterator[Row]:
     yield Row("size on disk", sum(f.stat().st_size for f in folder.rglob("*.parquet")) / 1e9, "GB")
     yield Row("memory before", _resident(), "MB")
+    _forget(folder)
+    yield _row("open cold", [_timed(FeatureIndex.open, folder)])
+    yield _row("open warm", [_timed(FeatureIndex.open, folder)])
+    n_active = FeatureIndex.open(folder).table()["n_active"].to_numpy()
     rng = np.random.default_rng(0)
-    index = FeatureIndex.open(folder)
-    live = np.flatnonzero(index.table()["n_active"].to_numpy() > 0)
+    live = np.flatnonzero(n_active)
     latents = rng.choice(live, min(N_LATENTS, len(live)), replace=False).tolist()
-    for name, ask in _questions():
-        _forget(folder)
-        start = time.perf_counter()
+    for name, ask in _QUESTIONS.items():
         index = FeatureIndex.open(folder)
-        if name == "feature":
-            yield Row("open cold", (time.perf_counter() - start) * 1e3, "ms")
-            start = time.perf_counter()
-            index = FeatureIndex.open(folder)
-            yield Row("open warm", (time.perf_counter() - start) * 1e3, "ms")
+        _forget(folder)
         question = ask(index)
         for heat, order in (("cold", latents), ("warm", rng.permutation(latents).tolist())):
             times = [_timed(question, latent) for latent in order]
-            yield Row(f"{name} {heat} first", times[0], "ms")
-            yield Row(f"{name} {heat} p50", float(np.percentile(times, 50)), "ms")
-            yield Row(f"{name} {heat} p99", float(np.percentile(times, 99)), "ms")
-    busiest = int(np.argmax(index.table()["n_active"].to_numpy()))
-    for name, latent in (("proxy study", latents[0]), ("proxy study, densest feature", busiest)):
+            yield _row(f"{name} {heat} first", times[:1])
+            for percentile in (50, 99):
+                yield _row(f"{name} {heat} p{percentile}", times, percentile)
+    index = FeatureIndex.open(folder)
+    for name, latent in (("proxy study", latents[0]), ("proxy study, densest feature", int(np.argmax(n_active)))):
         _forget(folder)
-        yield Row(name, _timed(lambda j: proxy_study(FeatureIndex.open(folder), j), latent), "ms")
+        yield _row(name, [_timed(lambda j: proxy_study(index, j), latent)])
     yield Row("memory at most", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "MB")
 
 
-def _questions() -> Iterator[tuple[str, Callable[[FeatureIndex], Callable[[int], object]]]]:
+def _cards(index: FeatureIndex) -> Callable[[int], str]:
     from headscope.explorer.cards import IndexCards  # with the server: not part of what opening an index takes
 
-    yield "feature", lambda index: index.feature
-    yield "sources", lambda index: index.sources
-    yield "examples", lambda index: index.examples
-    yield "activations", lambda index: index.activations
-
-    def cards(index: FeatureIndex) -> Callable[[int], object]:
-        made = IndexCards(index)
-        return lambda latent: json.dumps(made.feature(latent))
-
-    yield "card", cards
+    cards = IndexCards(index)
+    return lambda latent: json.dumps(cards.feature(latent))
 
 
-def _timed(ask: Callable[[int], object], latent: int) -> float:
-    start = time.perf_counter()
-    ask(latent)
-    return (time.perf_counter() - start) * 1e3
+_QUESTIONS: dict[str, Callable[[FeatureIndex], Callable[[int], object]]] = {
+    "feature": lambda index: index.feature,
+    "sources": lambda index: index.sources,
+    "examples": lambda index: index.examples,
+    "activations": lambda index: index.activations,
+    "card": _cards,
+}
+
+
+def _timed(ask: Callable[..., object], of: object) -> tuple[float, float]:
+    """Milliseconds by the clock and of the processor."""
+    start, busy = time.perf_counter(), time.process_time()
+    ask(of)
+    return (time.perf_counter() - start) * 1e3, (time.process_time() - busy) * 1e3
+
+
+def _row(name: str, times: list[tuple[float, float]], percentile: int = 50) -> Row:
+    wall, cpu = np.percentile(times, percentile, axis=0).tolist()
+    return Row(name, wall, "ms", cpu)
 
 
 def _forget(folder: Path) -> None:
@@ -125,7 +133,7 @@ def _resident() -> float:
     return pages * resource.getpagesize() / 1e6
 
 
-# --------------------------------------------------------------------------------------------------------------- proxy
+# ---------------------------------------------------------------------------------------------------------------- proxy
 @dataclass(frozen=True)
 class ProxyStudy:
     """A feature against a predicate of tokens, over all text tokens of a corpus."""
@@ -173,7 +181,7 @@ def _induction_of(token: np.ndarray, target: int, block_size: int) -> np.ndarray
     return (pair[at] == key) & (np.arange(len(token)) >= since[at])
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------------- main
 def main(arguments: Arguments) -> None:
     """Write the index if need be, measure it, each in a process of its own, and print."""
     if arguments.quick:
@@ -184,7 +192,9 @@ def main(arguments: Arguments) -> None:
         if arguments.json:
             print(json.dumps(vars(row) | {"target": row.target}))
         else:
-            print(f"{row.name:<36}{row.value:>12.1f} {row.unit:<3}" + (f"  below {row.target:g}" if row.target else ""))
+            cpu = "" if row.cpu is None else f"{row.cpu:>12.1f} CPU"
+            aim = "" if row.target is None else f"   below {row.target:g}"
+            print(f"{row.name:<32}{row.value:>12.1f} {row.unit:<3}{cpu}{aim}")
 
 
 def _write(folder: Path, arguments: Arguments) -> list[Row]:

@@ -4,7 +4,6 @@ Densities are spread over four decades, tokens are Zipf's, examples lie evenly o
 are as hard to compress as real ones; they mean nothing.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headscope.artefact import file_hash, new_folder, write_json
+from headscope.artefact import file_hash, new_folder, read_json, write_json
 from headscope.index.config import DEFINITIONS, FORMAT_VERSION, N_BINS, QUANTILES, IndexPlan
 from headscope.index.tables import ActivationWriter, write_table
 
@@ -44,9 +43,9 @@ class Shape:
 
 def write_index(folder: Path, shape: Shape, seed: int = 0) -> None:
     """Write the index, or leave the one of this shape that stands there already."""
-    if (folder / "manifest.json").is_file():
-        if json.loads((folder / "manifest.json").read_text()).get("shape") == asdict(shape):
-            return
+    manifest = folder / "manifest.json"
+    if manifest.is_file() and read_json(manifest).get("shape") == asdict(shape):
+        return
     rng = np.random.default_rng(seed)
     with new_folder(folder, overwrite=True) as scratch:
         counts = _counts(shape, rng)
@@ -68,7 +67,7 @@ def _counts(shape: Shape, rng: np.random.Generator) -> np.ndarray:
     return counts
 
 
-# -------------------------------------------------------------------------------------------------------------- corpus
+# --------------------------------------------------------------------------------------------------------------- corpus
 def _write_corpus(folder: Path, shape: Shape, rng: np.random.Generator) -> None:
     p = 1 / np.arange(2, shape.d_vocab + 1)
     p = np.concatenate([[0], np.cumsum(p / p.sum())])
@@ -230,7 +229,7 @@ class _Appending:
         self._writer.write_table(table, row_group_size=512)
 
 
-# ------------------------------------------------------------------------------------------------------ features, sources
+# ---------------------------------------------------------------------------------------------------- features, sources
 def _features(shape: Shape, counts: np.ndarray, maximum: np.ndarray, rng: np.random.Generator) -> pa.Table:
     n, dead = shape.features, counts == 0
     n_tokens = shape.n_blocks * (shape.block_size - 1)

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from headscope.errors import IndexFormatError
 from headscope.explorer.cards import IndexCards
-from headscope.index.config import QUANTILES
+from headscope.index.config import DEFINITIONS, QUANTILES
 from headscope.index.records import (
     Correlated,
     Example,
@@ -20,6 +20,7 @@ from headscope.index.records import (
     Sources,
     SourceToken,
 )
+from headscope.index.store import FeatureIndex
 
 D_SAE, N_HEADS, N_BLOCKS, BLOCK = 200, 8, 64, 256
 BOS, HOSTILE, EMOJI, LONE, NEWLINE, TAB = 0, 1, (2, 3, 4), (5, 6), 7, 8
@@ -116,15 +117,15 @@ BIAS = -0.21
 PLAN = {"top": 12, "random": 8, "quantile": 4, "interval": 4, "threshold": 4}
 
 
-class FakeIndex:
+class FakeIndex(FeatureIndex):
     """An index of a dictionary that never was; every identity that a real one keeps, it keeps."""
 
+    n_blocks = N_BLOCKS
+
     def __init__(self, d_sae: int = D_SAE) -> None:
-        self.n_latents = d_sae
         self.blocks = _blocks()
         self.documents = [f"package/file{i}.py" for i in range(2 * N_BLOCKS)]
         self.vocabulary = (list(VOCAB), [BOS])
-        self.n_blocks = N_BLOCKS
         n_alive = sum(self.alive(latent) for latent in range(d_sae))
         self.manifest: dict[str, Any] = {
             "format_version": 2,
@@ -159,7 +160,7 @@ class FakeIndex:
             "l0": 12.1,
             "quality": None,
             "thresholds": [0.0, 1.5],
-            "definitions": {"density": "Share of tokens, as the index has it."},
+            "definitions": DEFINITIONS | {"density": "Share of tokens, as the index has it."},
         }
 
     @staticmethod
@@ -312,7 +313,7 @@ class FakeIndex:
         twin = latent == TWIN_LATENT and block == 1
         dst = 255 if number == 2 else latent % PERIOD + 30 + PERIOD * (0 if twin else (block + turn) % 5)
         positions = sorted({0, dst, dst - 3, max(dst - 38, 1), *rng.integers(1, dst, 4).tolist()})
-        parts = rng.normal(0, 0.04, (len(positions), N_HEADS)) * activation
+        parts = rng.normal(0, 0.01, (len(positions), N_HEADS)) * activation
         parts[-3, latent % N_HEADS] += 0.7 * activation
         parts[1, (latent + 1) % N_HEADS] -= 0.3 * activation
         rest = rng.normal(0, 0.01, N_HEADS) * activation
@@ -351,6 +352,10 @@ class FakeSource(IndexCards):
     def rows(self) -> dict[str, list[Any]]:
         """The table, by column."""
         return super().table()["rows"]
+
+    @lru_cache(maxsize=256)  # noqa: B019
+    def feature(self, latent: int, *, lean: bool = False) -> dict[str, Any]:
+        return super().feature(latent, lean=lean)
 
     @lru_cache(maxsize=256)  # noqa: B019
     def records(self, latent: int) -> tuple[ExampleGroup, ...]:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from transformers import BloomConfig
 
-from headscope import cli
+from headscope import cli, jobs
+from headscope.index.store import FeatureIndex
 from headscope.models.hf import Model
 from headscope.sae.formats import WEIGHTS, load_sae, save_sae
 from headscope.sae.model import SAE
@@ -199,6 +200,41 @@ def test_train_then_eval_then_index_then_export(
     run("export", "--index", tmp_path / "index", "--out", tmp_path / "page.html")
     assert str(tmp_path / "page.html") in capsys.readouterr().out
     assert (tmp_path / "page.html").stat().st_size > 1000
+
+    run("export", "--index", tmp_path / "index", "--out", tmp_path / "page")
+    assert {path.name for path in (tmp_path / "page").iterdir()} >= {"index.html", "core.json.gz", "packs"}
+    run("export", "--index", tmp_path / "index", "--out", tmp_path / "page", "--overwrite")
+
+
+def test_options_of_the_index_reach_it(training: dict[str, Any], text: Path, tmp_path: Path) -> None:
+    run(*train_with(training))
+    more = ["--thresholds", "0", "0.5", "--exact-sources", "--losses"]
+    run("index", "--sae", training["--out"], "--out", tmp_path / "index", "--corpus", text, "--split", "all", *more)
+    index = FeatureIndex.open(tmp_path / "index")
+    assert index.manifest["thresholds"] == [0.0, 0.5]
+    assert index.manifest["plan"]["n_sources"] is None
+    assert "loss" in index.sql("SELECT * FROM tokens LIMIT 1").column_names
+    latent = index.search()[0]
+    found = index.sources(latent)
+    assert found is not None
+    assert found.kept == pytest.approx(1)
+    live = jobs.live(tmp_path / "index")
+    (dfa,) = live.dfa(index.examples(latent)[0].examples[0].position, [latent])
+    assert dfa.activation > 0
+
+
+def test_several_saes_are_indexed_in_one_pass(
+    capsys: pytest.CaptureFixture[str], training: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
+    run(*train_with(training, "--layer", "0"))
+    first = training["--out"]
+    run(*train_with(training | {"--out": tmp_path / "second"}, "--layer", "1"))
+    corpus = ["--corpus", text, "--split", "all"]
+    run("index", "--sae", first, tmp_path / "second", "--out", tmp_path / "both", *corpus)
+    sites = [FeatureIndex.open(tmp_path / "both" / name).manifest["site"] for name in (first.name, "second")]
+    assert sites == ["blocks.0.attn.hook_z", "blocks.1.attn.hook_z"]
+    capsys.readouterr()
+    fails(capsys, "several indexes", "export", "--index", tmp_path / "both", "--out", tmp_path / "page.html")
 
 
 def test_the_last_layer_is_the_default(training: dict[str, Any]) -> None:

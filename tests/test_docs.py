@@ -11,6 +11,7 @@ import pytest
 
 from headscope.artefact import file_hash, read_json
 from headscope.corpus import load_corpus
+from headscope.index import passes, sweep
 from headscope.index.build import SAERecord, build_index
 from headscope.index.config import N_BINS, QUANTILES, IndexPlan
 from headscope.index.store import TABLES, FeatureIndex
@@ -63,16 +64,14 @@ def naive(index) -> dict:
 
 def run_snippet(code: str, index: FeatureIndex) -> dict:
     names: dict = {}
-    for name in ("runs/tiny", "runs/demo/index"):
-        code = code.replace(name, str(index.folder))
-    exec(code, names)
+    exec(code.replace("runs/tiny", str(index.folder)), names)
     return names
 
 
-# --------------------------------------------------------------------------------------------------------------- queries
+# -------------------------------------------------------------------------------------------------------------- queries
 @pytest.mark.parametrize("query", QUERIES, ids=range(len(QUERIES)))
 def test_each_query_says_the_same_in_plain_duckdb(index, query):
-    duckdb = next(run_snippet(s, index)["db"] for s in SNIPPETS if "import duckdb" in s)
+    duckdb = next(run_snippet(s, index)["db"] for s in SNIPPETS if "duckdb.connect" in s)
     rows = index.sql(query).to_pylist()
     assert rows
     assert duckdb.sql(query).to_arrow_table().to_pylist() == rows
@@ -131,33 +130,33 @@ def test_precision_by_activation(index, naive):
     hits: dict[float, list[bool]] = {}
     for position, f in naive["own"].items():
         following = naive["tokens"]["next_token"][position]
-        hit = [] if following is None else [following == feature["logit_top_tokens"][0]]
-        hits.setdefault(np.floor(10 * f / feature["maximum"]), []).extend(hit)
-    for row in rows_of(index, "AS precision"):
+        if following is not None:
+            hit = following == feature["logit_top_tokens"][0]
+            hits.setdefault(np.floor(10 * f / feature["maximum"]), []).append(hit)
+    found = rows_of(index, "AS precision")
+    assert {r["tenth"]: r["n"] for r in found} == {tenth: len(hit) for tenth, hit in hits.items()}
+    for row in found:
         assert row["precision"] == pytest.approx(np.mean(hits[row["tenth"]]))
 
 
-# -------------------------------------------------------------------------------------------------------------- snippets
+# ------------------------------------------------------------------------------------------------------------- snippets
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: s.splitlines()[0])
 def test_each_snippet_runs(index, naive, snippet):
     for module in re.findall(r"^import (pandas|polars)", snippet, re.MULTILINE):
         pytest.importorskip(module)
-    names = run_snippet(snippet, index)
-    if "active" in names:
-        assert list(names["active"]["position"]) == list(naive["own"])
+    active = run_snippet(snippet, index).get("active")
+    assert active is None or list(active["position"]) == list(naive["own"])
 
 
-# -------------------------------------------------------------------------------------------------------------- the page
+# ------------------------------------------------------------------------------------------------------------- the page
 def described() -> dict[str, list[list[str]]]:
     """The column tables of the page, by file."""
     found = {}
     for section in re.split(r"^### ", FORMAT, flags=re.MULTILINE)[1:]:
         table = re.search(r"^\| column \| type \| null .*?\n\n", section + "\n\n", re.DOTALL | re.MULTILINE)
         if table:
-            rows = table[0].strip().splitlines()[2:]
-            found[section.split("\n")[0]] = [
-                [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows
-            ]
+            rows = [re.split(r"(?<!\\)\|", row)[1:-1] for row in table[0].strip().splitlines()[2:]]
+            found[section.split("\n")[0]] = [[cell.strip() for cell in row] for row in rows]
     return found
 
 
@@ -189,13 +188,14 @@ def test_the_page_lists_the_fields_of_the_manifest(index):
 
 def test_numbers_of_the_page_are_those_of_the_code(index):
     plan = IndexPlan()
-    for number in (
-        f"{plan.range_rows:,}",
-        f"{plan.part_tokens:,}",
-        f"the {plan.n_sources} sources",
-        f"{N_BINS} equal bins",
-    ):
-        assert number in FORMAT
+    sampled, held = f"({plan.range_rows:,})", f"({plan.part_tokens:,} positions"
+    bins, kept = f"{N_BINS} equal bins", f"the {plan.n_sources} sources with the largest"
+    rows, tokens = f"{passes._KEPT_ROWS:,} (latent, threshold, token)", f"at least {passes._KEPT_TOKENS} ("
+    calibration, batch = f"the first {passes._CALIBRATION_TOKENS:,} positions", f"({passes.BATCH_TOKENS:,} positions)"
+    text = f"{sweep._CONTEXT[0]} tokens before and {sweep._CONTEXT[1]} after"
+    searched = f"The {plan.top * sweep._CANDIDATES} strongest are searched"
+    for words in (sampled, held, bins, kept, rows, tokens, calibration, batch, text, searched):
+        assert words in " ".join(FORMAT.split())
     assert ", ".join(map(str, QUANTILES)) in FORMAT
     assert f"# The index, format {index.manifest['format_version']}\n" in FORMAT
 

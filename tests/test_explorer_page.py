@@ -32,7 +32,8 @@ ARGUMENTS = [
     "--no-first-run",
 ]
 MINUS = "\u2212"
-SCRIPT_BUDGET = 90_000  # bytes of JavaScript, comments counted
+SCRIPT_BUDGET = 106_000  # bytes of JavaScript, comments counted
+EXPORTED_SCRIPT_BUDGET = 90_000  # the same in an export, comments and indentation left out
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 
@@ -62,6 +63,12 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
+    features = [*range(70), 150]
+    return export_html(SOURCE, tmp_path_factory.mktemp("export") / "a page.html", features).as_uri()
 
 
 @pytest.fixture
@@ -257,9 +264,13 @@ def test_a_card_is_light_and_quick(page: Page, address: str) -> None:
     assert page.evaluate("document.querySelectorAll('*').length") <= 4000
 
 
-def test_scripts_stay_in_their_budget() -> None:
+def test_scripts_stay_in_their_budget(exported: str) -> None:
     sizes = {name: len(body) for name, body in static_files().items() if name.endswith(".js")}
     assert sum(sizes.values()) <= SCRIPT_BUDGET, sizes
+    page = Path(unquote(exported.removeprefix("file://"))).read_text()
+    script = re.findall(r'<script type="module">(.*?)</script>', page, re.DOTALL)[0]
+    assert len(script.encode()) <= EXPORTED_SCRIPT_BUDGET
+    assert all(line.count("`") % 2 == 0 for line in script.splitlines()), "no text spans lines"
 
 
 def test_activation_colour_is_relative_to_the_features_maximum(page: Page, address: str) -> None:
@@ -673,12 +684,6 @@ def test_bytes_become_characters_once(page: Page, address: str) -> None:
 
 
 # --- the single file
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
-    features = [*range(70), 150]
-    return export_html(SOURCE, tmp_path_factory.mktemp("export") / "a page.html", features).as_uri()
 
 
 def test_the_file_opens_with_the_network_refused(page: Page, exported: str) -> None:

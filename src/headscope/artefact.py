@@ -98,8 +98,8 @@ def check_run_folder(path: Path, *, overwrite: bool, inputs: Iterable[str | Path
     """As `check_output`, and keep `overwrite` from giving up anything but an earlier run.
 
     Raises:
-        OutputError: as `check_output`; or `path` holds one of the `inputs`; or it holds neither cfg.json nor
-            manifest.json, and so is no earlier run.
+        OutputError: as `check_output`; or `path` holds one of the `inputs`; or it holds none of the files that an SAE,
+            an index or an exported page has, and so is no earlier run.
     """
     path = Path(path)
     if any(Path(i).resolve().is_relative_to(path.resolve()) for i in inputs):
@@ -108,10 +108,10 @@ def check_run_folder(path: Path, *, overwrite: bool, inputs: Iterable[str | Path
         )
     check_output(path, overwrite=overwrite)
     holds = {child.name for child in path.iterdir()} if path.is_dir() else set()
-    if holds and not holds & {"cfg.json", "manifest.json"}:
+    if holds and not holds & {"cfg.json", "manifest.json", "core.json.gz"}:
         raise OutputError(
             f"{path} holds something else than an earlier run",
-            expected="an SAE or index folder to overwrite",
+            expected="an SAE, an index or an exported page to overwrite",
             do="choose another folder",
         )
 

@@ -139,21 +139,22 @@ class Serve:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write the explorer as one HTML file that opens without a server or a network."""
+    """Write the explorer as one HTML file that opens without a server or a network, or as a folder to be hosted."""
 
     index: Path
     """An index folder."""
     out: Path
-    """The file to write."""
+    """`page.html` for one file of at most 2,000 features; any other name for a folder that a static host can serve."""
     features: tuple[int, ...] = ()
-    """Latents to put in it; all alive ones when not given, at most the 2,000 most active."""
+    """Latents to put in it; all alive ones when not given, the 2,000 most active at most in a file."""
     overwrite: bool = False
-    """Replace the file if it exists."""
+    """Replace what is there."""
 
     def run(self) -> None:
         """Write and say how large it is."""
         path = jobs.export(self.index, self.out, features=self.features, overwrite=self.overwrite)
-        Display().say(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file())
+        Display().say(f"page: {path} ({size / 1e6:.1f} MB)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -214,27 +214,34 @@ def serve(index: str | Path, *, port: int | None = None, open_browser: bool = Fa
 
 
 def export(index: str | Path, out: Path, *, features: Sequence[int] | None = None, overwrite: bool = False) -> Path:
-    """Write the explorer as one HTML file; without `features`, the alive ones, at most the 2,000 most active.
+    """Write the explorer as one HTML file, when `out` ends with .html, or as a folder for any static host.
+
+    Without `features`, the alive ones; in a file at most the 2,000 most active of them.
 
     Raises:
         IndexFormatError, ExportError, OutputError: no index, no such feature, or no place to write.
     """
     from headscope.explorer.cards import IndexCards
-    from headscope.explorer.export import export_html
+    from headscope.explorer.export import MAX_FEATURES, export_folder, export_html
     from headscope.index.store import FeatureIndex
 
-    check_output(out, overwrite=overwrite)
+    one_file = out.suffix == ".html"
+    if one_file:
+        check_output(out, overwrite=overwrite)
+    else:
+        check_run_folder(out, overwrite=overwrite, inputs=[index])
     source = IndexCards(FeatureIndex.open(index))
-    chosen = list(features) if features else _most_active(source)
-    return export_html(source, out, chosen)
+    chosen = list(features) if features else _most_active(source, MAX_FEATURES if one_file else None)
+    if one_file:
+        return export_html(source, out, chosen)
+    return export_folder(source, out, chosen, overwrite=overwrite)
 
 
-def _most_active(source: "IndexCards") -> list[int]:
-    from headscope.explorer.export import MAX_FEATURES
-
+def _most_active(source: "IndexCards", n: int | None) -> list[int]:
+    """The n most active features, or all alive ones."""
     table = source.table()["rows"]
-    alive = [i for i, n in zip(table["latent"], table["n_active"], strict=True) if n > 0]
+    alive = [i for i, active in zip(table["latent"], table["n_active"], strict=True) if active > 0]
     if not alive:
         raise ExportError("no feature is alive on this corpus", expected="at least one", do="index more text")
     alive.sort(key=lambda i: -table["n_active"][i])
-    return sorted(alive[:MAX_FEATURES])
+    return sorted(alive[:n])

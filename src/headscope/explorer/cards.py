@@ -1,17 +1,17 @@
 """From an index to what the page shows: records in, JSON-able dictionaries out. No torch."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int
 
 from headscope.errors import IndexFormatError
 from headscope.explorer.examples import LEAN, WHOLE, Runs, example_runs, examples_json, text_json, text_runs
 from headscope.explorer.numbers import short, significant
 from headscope.explorer.server import Json
 from headscope.index.config import QUANTILES
-from headscope.index.records import ExampleGroup, Feature, Null, Shares, Sources
+from headscope.index.records import ExampleGroup, Feature, Shares, Sources
+from headscope.index.store import FeatureIndex
 from headscope.sae.quality_table import quality_rows
 
 _MAX_SOURCES = 10  # source tokens of a card
@@ -27,33 +27,10 @@ _GROUP_LABELS = {
 }
 
 
-@runtime_checkable
-class Index(Protocol):
-    """What the cards read; `headscope.index.store.FeatureIndex` is one."""
-
-    manifest: dict[str, Any]
-
-    @property
-    def n_latents(self) -> int: ...  # noqa: D102
-    @property
-    def n_blocks(self) -> int: ...  # noqa: D102
-    @property
-    def documents(self) -> list[str]: ...  # noqa: D102
-    @property
-    def vocabulary(self) -> tuple[list[bytes], list[int]]: ...  # noqa: D102
-    def table(self) -> pa.Table: ...  # noqa: D102
-    def feature(self, latent: int) -> Feature: ...  # noqa: D102
-    def sources(self, latent: int, threshold: float | None = None) -> Sources | None: ...  # noqa: D102
-    def examples(self, latent: int) -> tuple[ExampleGroup, ...]: ...  # noqa: D102
-    def nulls(self) -> tuple[Null, ...]: ...  # noqa: D102
-    def tokens_of(self, block: int) -> Int[np.ndarray, " position"]: ...  # noqa: D102
-    def documents_of(self, block: int) -> Int[np.ndarray, " position"]: ...  # noqa: D102
-
-
 class IndexCards:
     """A `CardSource` of one index."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: FeatureIndex) -> None:
         """Show an index."""
         self._index = index
         manifest = index.manifest
@@ -85,7 +62,8 @@ class IndexCards:
         """The top head's share of DFA for directions that mean nothing, by kind of null."""
         shares: dict[str, list[float]] = {}
         for null in self._index.nulls():
-            shares.setdefault(null.kind, []).append(float(null.dfa.max()))
+            if null.dfa is not None:
+                shares.setdefault(null.kind, []).append(float(null.dfa.max()))
         return [
             {"kind": kind, "top_head_share": significant(np.sort(own), 3), "range": significant(_range(own), 3)}
             for kind, own in shares.items()
@@ -104,7 +82,7 @@ class IndexCards:
             rows[name] = [None if h is None else self._heads[h] for h in rows[name]]
         rows["alive"] = [n > 0 for n in rows["n_active"]]
         words = self._index.manifest["definitions"]
-        columns = [column | {"definition": words.get(column["name"], column["definition"])} for column in _COLUMNS]
+        columns = [column | {"definition": column["definition"] or words[column["name"]]} for column in _COLUMNS]
         return {"columns": columns, "rows": rows}
 
     def feature(self, latent: int, *, lean: bool = False) -> Json:
@@ -257,14 +235,15 @@ def _group(group: ExampleGroup, number: dict[int, int]) -> Json:
     }
 
 
-def _column(name: str, label: str, kind: str, definition: str, *, listed: bool = True) -> Json:
+def _column(name: str, label: str, kind: str, definition: str = "", *, listed: bool = True) -> Json:
+    """A column of the table; without a definition, the index has it under the column's name."""
     return {"name": name, "label": label, "kind": kind, "definition": definition, "listed": listed}
 
 
 _COLUMNS = [
     _column("latent", "id", "int", "index of the dictionary entry"),
     _column("alive", "alive", "bool", "active on at least one token of the corpus", listed=False),
-    _column("density", "density", "percent", "share of tokens on which the feature is active"),
+    _column("density", "density", "percent"),
     _column("n_active", "tokens", "int", "tokens on which the feature is active"),
     _column("maximum", "max", "float", "largest activation in the corpus"),
     _column("mean", "mean", "float", "mean activation over active tokens", listed=False),
@@ -273,16 +252,14 @@ _COLUMNS = [
     _column("kurtosis", "kurtosis", "float", "kurtosis of the activation; of a normal distribution 3", listed=False),
     _column("top_head", "head", "head", "the head with the largest share of squared DFA"),
     _column("top_head_share", "DFA share", "percent", "that head's share of squared DFA over active tokens"),
-    _column("participation", "heads", "float", "1 / sum of squared DFA shares: how many heads make it", listed=False),
+    _column("participation", "heads", "float", listed=False),
     _column("decoder_head", "dec. head", "head", "the head with the largest norm in the decoder row"),
     _column("decoder_share", "dec. share", "percent", "that head's share of the decoder norms", listed=False),
-    _column("disagreement", "apart", "percent", "half the summed difference of decoder and DFA shares over heads"),
+    _column("disagreement", "apart", "percent"),
     _column("top_logit", "top logit", "token", "the token whose logit the feature raises most by the direct path"),
     _column("top_logit_value", "logit", "float", "that logit, per unit of activation; final norm's scale left out"),
     _column("top_source", "top source", "token", "source token with the largest share of squared DFA"),
     _column("top_source_share", "src share", "percent", "that token's share"),
-    _column(
-        "copy_rank", "copy rank", "percent", "share of tokens that the top head would copy more than the top logit"
-    ),
-    _column("bias", "bias", "float", "part of the pre-activation that no head makes", listed=False),
+    _column("copy_rank", "copy rank", "percent"),
+    _column("bias", "bias", "float", listed=False),
 ]

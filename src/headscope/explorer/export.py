@@ -25,6 +25,7 @@ MAX_FEATURES = 2000
 
 _PACK = 64  # features unpacked together
 _IMPORT = re.compile(r'^import \{([^}]*)\} from "\./(\w+\.js)";\n', re.MULTILINE)
+_ASIDE = re.compile(r"^[ \t]*//[^\n]*\n|^[ \t]*/\*\*(?:(?!\*/).)*\*/\n|^[ \t]+", re.MULTILINE | re.DOTALL)
 _STYLE_LINK = '<link rel="stylesheet" href="/static/style.css">'
 _SCRIPT_LINK = '<script type="module" src="/static/app.js"></script>'
 _TOKEN = re.compile(r'<meta name="headscope-token"[^>]*>\n')
@@ -212,7 +213,8 @@ def _one_script(files: dict[str, str]) -> str:
     """Concatenate the modules that app.js needs, each after those it imports.
 
     The modules import by plain name from their own folder and export declarations only, so that dropping
-    `import` and `export` leaves one module with the same meaning.
+    `import` and `export` leaves one module with the same meaning. No text of theirs spans lines, so that comments
+    and indentation can go too.
     """
     done: dict[str, str] = {}
 
@@ -222,7 +224,7 @@ def _one_script(files: dict[str, str]) -> str:
         for _, needed in _IMPORT.findall(files[name]):
             add(needed)
         body = re.sub(r"^export ", "", _IMPORT.sub("", files[name]), flags=re.MULTILINE)
-        done[name] = f"// {name}\n{body}"
+        done[name] = _ASIDE.sub("", body)
 
     add("app.js")
     return "\n".join(done.values())

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-
 _EXACT = 22  # powers of ten up to this one are exact in float64
 
 
@@ -20,7 +19,9 @@ def significant(values: Sequence[Any] | np.ndarray, digits: int = 4) -> list[Any
     rounded = np.rint(np.where(finite, array, 0.0) * up / down) / up * down
     if finite.all():
         return rounded.tolist()
-    return np.where(finite, rounded.astype(object), None).tolist()
+    either = rounded.astype(object)
+    either[~finite] = None
+    return either.tolist()
 
 
 def short(value: float | None, digits: int = 4) -> float | None:

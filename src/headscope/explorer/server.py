@@ -53,7 +53,6 @@ _SAFETY = {
 DEFINITIONS = {
     "alive": "Active on at least one token of the corpus.",
     "L0": "Active latents on a token, on average.",
-    "density": "Share of tokens on which the feature is active (activation above 0).",
     "density_interval": "95 % Wilson interval; tokens of a document are not independent, so the true one is wider.",
     "density_upper95": "95 % upper bound on the density of a feature never seen active: 3/N (rule of three).",
     "max": "Largest activation in the corpus.",
@@ -61,31 +60,19 @@ DEFINITIONS = {
     "std": "Standard deviation of the activation over active tokens.",
     "quantiles": "Quantile of the activation over active tokens.",
     "top_head": "The head with the largest share of the feature's squared DFA.",
-    "null": "The same share for directions that mean nothing, active as often as real features: 5 % to 95 % of them.",
     "histogram": "Activations above 0 in equal bins; by mass, a bin holds the sum of its activations.",
     "heads": "How much of the feature each head computes.",
-    "dfa_share": "Share of the squared direct feature attribution (DFA) by head, summed over active tokens.",
-    "decoder_share": "Norm of the head's part of the decoder row, as a share of all heads.",
-    "encoder_share": "Norm of the head's part of the encoder column, as a share of all heads.",
-    "disagreement": "Half the summed difference of DFA and decoder shares over heads (total variation): 0 same, 1 apart.",
-    "logits": "Direct effect on each token's logit: decoder row through W_O, final norm and unembedding.",
-    "sources": "Tokens at the source positions, by their share of the squared DFA over all active tokens.",
     "kept": "Share of the squared DFA at the sources that the index keeps: the largest of each active token.",
-    "attention": "Mean attention of the head from active tokens to this token, against all other pairs of positions.",
     "base rate": "Share of this token among the tokens of the corpus.",
-    "correlated": "Features active on the same tokens: correlation of activations over the corpus, zeros included.",
-    "copying": "What the top head would add to the pre-activation if it attended to that token alone, by weights.",
-    "copy_rank": "Share of the vocabulary that the top head would copy more than the top logit token: 0 copies it best.",
     "top": "The largest activations in the corpus.",
     "random": "Active tokens drawn at random.",
     "quantile": "Examples from equal shares of the active tokens.",
     "interval": "Examples from equal widths of activation, from 0 to the maximum; zeros excluded.",
-    "threshold": "The smallest activations above 0 in the corpus: what only just counts as active.",
     "map": "The example head by head (rows) and source by source (columns).",
     "density histogram": "Live features by the logarithm of their density.",
-    "top head histogram": "Live features by their top head's share of squared DFA, beside directions that mean nothing.",
+    "top head histogram": "Live features by their top head's share of squared DFA, beside the null.",
 }
-"""What the page's words mean; a source can say more precisely what its own numbers are."""
+"""Words of the page alone; those of the index are defined in its manifest, and its definitions win."""
 
 
 @runtime_checkable

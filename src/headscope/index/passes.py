@@ -309,20 +309,22 @@ def _moment_rows(
 
 
 def largest_sources(summed: Float[Tensor, "pair source"], k: int) -> Int[Tensor, "pair k"]:
-    """The k sources of largest |DFA|, in no order; |DFA| counts to about four digits.
+    """The k sources of largest |DFA|, in no order; |DFA| counts to about four digits, of equals the first come first.
 
-    The source's index takes the place of the last bits of the number, so that selecting numbers selects indices.
+    The source's index, counted from the last, takes the place of the last bits of the number, so that selecting numbers
+    selects indices. What contributes 0 as it comes after the query gives way to what contributes 0 before it.
     """
     n = summed.shape[1]
     if k >= n:
         return torch.arange(n, device=summed.device).expand_as(summed)
     mask = (1 << (n - 1).bit_length()) - 1
-    packed = (summed.abs().float().view(torch.int32) & ~mask) | torch.arange(n, dtype=torch.int32, device=summed.device)
+    from_last = torch.arange(n - 1, -1, -1, dtype=torch.int32, device=summed.device)
+    packed = (summed.abs().float().view(torch.int32) & ~mask) | from_last
     if packed.device.type == "cpu":  # numpy selects eight times as fast as torch here
         chosen = torch.from_numpy(np.partition(packed.numpy(), n - k, axis=1)[:, n - k :])
     else:
         chosen = packed.topk(k, sorted=False).values
-    return (chosen & mask).long()
+    return n - 1 - (chosen & mask).long()
 
 
 def check_sum(residual: Float[Tensor, " pair"], parts: Float[Tensor, "pair *parts"]) -> None:

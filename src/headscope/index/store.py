@@ -519,10 +519,10 @@ class _Rows:
     def __init__(self, path: Path) -> None:
         self._path, self._file = path, pq.ParquetFile(path, page_checksum_verification=True)
         self._lock = RLock()
-        self._held: tuple[range, pa.Table] | None = None
+        self._held: tuple[list[int], pa.Table] | None = None
         metadata = self._file.metadata
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        latent = [group.column(0).statistics for group in groups if group.num_rows]
+        self._numbers = [i for i in range(metadata.num_row_groups) if metadata.row_group(i).num_rows]
+        latent = [metadata.row_group(i).column(0).statistics for i in self._numbers]
         if self._file.schema_arrow.names[0] != "latent" or not all(s is not None and s.has_min_max for s in latent):
             raise ValueError(f"{path.name} lacks statistics of its latents")
         self._first, self._last = np.array([s.min for s in latent]), np.array([s.max for s in latent])
@@ -530,7 +530,7 @@ class _Rows:
     def of(self, latent: int) -> pa.Table:
         """The rows of one latent."""
         first, last = np.searchsorted(self._last, latent), np.searchsorted(self._first, latent, side="right")
-        groups = range(int(first), int(last))
+        groups = self._numbers[first:last]
         if not groups:
             return self._file.schema_arrow.empty_table()
         with self._lock, _reading(self._path):

@@ -2,8 +2,9 @@
 
 To add a family: check that the input of the output projection is `pattern @ value` of each head, concatenated
 head-major (no gate or norm between), that the outputs of the projection and of the MLP are added to the residual stream
-as they are (no norm after them), and that its attention calls an `AttentionInterface` function. Then add a row, and a
-random-weight model of it to `tests/test_models.py` with its parts in `tests/naive_model.py`.
+as they are (no norm after them), that its norms are LayerNorms or have a `variance_epsilon`, and that its attention
+calls an `AttentionInterface` function. Then add a row, and a random-weight model of it to `tests/test_models.py` with
+its parts in `tests/naive_model.py`.
 """
 
 import operator

@@ -8,7 +8,7 @@ one that is computed first.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -189,20 +189,15 @@ class Hooks:
 
 
 def norm_scale(norm: nn.Module, x: Tensor) -> Tensor:
-    """What a norm divides by: `sqrt(mean(x^2) + eps)` [..., 1], of x centred first if it is a LayerNorm.
+    """What a norm divides by, `[..., 1]`, in float32 at least, as norms compute it.
 
-    In float32 at least, as norms compute it.
-
-    Raises:
-        ModelError: the module is no norm.
+    `sqrt(mean((x - mean(x))^2) + eps)` for LayerNorm, `sqrt(mean(x^2) + eps)` for transformers' RMSNorms.
     """
-    eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None)
-    if eps is None:
-        raise ModelError(
-            f"the scale of a {type(norm).__name__}", expected="a LayerNorm or an RMSNorm", do="read another site"
-        )
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    centred = x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+    if isinstance(norm, nn.LayerNorm):
+        centred, eps = x - x.mean(-1, keepdim=True), norm.eps
+    else:
+        centred, eps = x, cast(float, norm.variance_epsilon)
     return (centred.square().mean(-1, keepdim=True) + eps).sqrt()
 
 

@@ -23,8 +23,8 @@ export function drawSources(sources, head, { names, vocab, tip, term }) {
 
 /** What the top head would copy, and how the top logit token ranks in that. @param {import("./types").Feature["copying"]} copying */
 export function drawCopying({ top, rank }, name, { vocab, term }) {
-  return [term("Copying", "copying", "h2"), ` ${name}: `, top.slice(0, 2).map(([id, value]) => [vocab.label(id), ` ${signed(value, 2)}  `]),
-    rank !== null && term(`top logit after ${pct(rank)}`, "copy_rank")];
+  return [term("Copying", "copying table", "h2"), ` ${name}: `, top.slice(0, 2).map(([id, value]) => [vocab.label(id), `\u00a0${signed(value, 2)} `]),
+    rank !== null && term(`top logit at ${pct(rank)}`, "copy_rank")];
 }
 
 /** Links to the features that are active on the same tokens. @param {[number, number, number][]} correlated */

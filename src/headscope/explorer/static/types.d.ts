@@ -1,55 +1,87 @@
 /** The JSON that the page is given (see `CardSource` in server.py) and the state it keeps. For editors; never served. */
 
 export interface About {
-  format: 1; title: string; site: string; created: string; version: string;
-  model: { name: string; n_layers: number; n_heads: number; d_model: number };
+  format: number; title: string; site: string; created: string; version: string;
+  model: { name: string; n_layers: number; n_heads: number; d_model: number; hash: string };
   sae: { name: string; architecture: string; d_sae: number; d_in: number; hash: string };
   corpus: { name: string; n_tokens: number; n_blocks: number; block_size: number; n_documents: number; split: string };
+  /** Names of the heads, "layer.head", by index. */
+  heads: string[];
   n_alive: number; n_dead: number; l0: number;
   /** As printed, with intervals. */
   quality: { name: string; value: string; post: string; definition: string }[];
+  /** Directions that mean nothing, by kind: their top heads' shares of DFA, sorted, and their 5 %, 50 % and 95 % quantiles. */
+  nulls: { kind: string; top_head_share: number[]; range: [number, number, number] }[];
   definitions: Record<string, string>;
-  /** How many features an exported file holds. */
+  /** How many features an export holds. */
   exported?: number;
 }
 
 export interface Table {
-  columns: { name: string; label: string; kind: "int" | "float" | "percent" | "token" | "text" | "head" | "bool"; definition: string }[];
+  /** Those not `listed` are for the dashboard's axes. */
+  columns: { name: string; label: string; kind: "int" | "float" | "percent" | "token" | "text" | "head" | "bool"; definition: string; listed: boolean }[];
   /** Values by column, null where a dead latent has none; besides the columns, `logit_tokens` and `example_tokens`. */
   rows: Record<string, any[]>;
 }
 
-/** One place where a feature is active. For each head, the sum over sources of `heads[h]` + `rest[h]` = `heads[h]`. */
+/**
+ * The examples of a card by column, integers all. One value an example: `block`, `dst`, `unit` (activations and DFA count
+ * 10^unit), `act`, `pre` (null where it is the activation), `brief` (1: no attention, few sources), and how many follow in
+ * the columns below: `n_src`, `n_on`. One value a source: `offset` (destination minus source), `other` (its DFA through heads
+ * not listed), `n_dfa`, `n_att`. Then the lists `dfa_head`, `dfa`; `att_head`, `att` (percent); `on_offset`, `on`: where else
+ * the feature is active near the example. `rest`, n_heads values an example: DFA from all that is not listed.
+ */
+export type Examples = Record<string, number[]> & { pre: number[] | null };
+
+/** One place where a feature is active, unpacked. For each head, the sum over sources of `heads[h]` + `rest[h]` = `heads[h]`. */
 export interface Example {
-  position: number; block: number; dst: number; document: string;
-  activation: number; pre: number; bias: number; residual: number;
-  /** Id of the token after the destination. */
-  next: number | null;
-  /** Sorted, disjoint runs of the block: where each starts, its token ids. */
-  segments: [number, number[]][];
-  /** The feature's activations at positions inside the segments. */
-  acts: [number, number][];
-  /** DFA by head. */
-  heads: number[];
-  /** The sources with the largest DFA, largest first, and all others together. */
-  sources: { pos: number; heads: number[] }[]; rest: number[]; n_rest: number;
-  /** How many identical contexts are hidden. */
-  duplicates: number;
+  block: number; dst: number; activation: number; pre: number; bias: number;
+  /** The unit that DFA was rounded to. */
+  size: number;
+  sources: { pos: number; heads: number[]; dfa: number; other: number; attention: number[] }[];
+  rest: number[]; heads: number[];
+  /** The feature's activations by position, as far as known. */
+  acts: Map<number, number>; brief: boolean;
 }
 
 export interface Group {
-  kind: "top" | "random" | "quantile" | "interval"; index: number; label: string; lo: number | null; hi: number | null;
-  n: number; share_active: number | null; share_mass: number | null; examples: Example[];
+  kind: "top" | "random" | "quantile" | "interval" | "threshold"; index: number; label: string; lo: number; hi: number;
+  n: number; share_active: number; share_mass: number;
+  /** Indices into the card's examples, and how many identical contexts each hides. */
+  examples: number[]; same: number[];
 }
 
-export interface Feature {
-  latent: number; alive: boolean; bias: number; groups: Group[];
-  stats: { n_tokens: number; n_active: number; density: number; density_upper95: number; mean: number; max: number; std: number; quantiles: [number, number][] };
-  histogram: { edges: number[]; counts: number[]; mass: number[] } | null;
-  heads: { names: string[]; decoder: number[]; encoder: number[]; decoder_out: number[]; dfa: number[]; dfa_cov: number[] };
-  logits: { top: [number, number][]; bottom: [number, number][]; mean: number; std: number };
-  /** Source tokens that carry the DFA of the shown examples: id, share, in how many. */
-  sources: [number, number, number][];
+/** Text of the corpus: runs of token ids as [block, start, ids]; where documents start in a block, [position, number]. */
+export interface Text { text: [number, number, number[]][]; document_at: Record<number, [number, number][]>; documents: Record<number, string> }
+
+/** Source tokens over the active tokens above a threshold, by column; by head in thousandths. */
+export interface Sources {
+  threshold: number; n_active: number; kept: number; bos: number;
+  token: number[]; n: number[]; share: number[]; linear: number[]; frequency: number[];
+  by_head: number[][]; attention: number[][]; elsewhere: number[][];
+}
+
+export interface Feature extends Text {
+  latent: number; alive: boolean; bias: number;
+  /** Largest |pre-activation - sum of DFA - bias| of the examples, before rounding. */
+  residual: number | null;
+  stats: {
+    n_tokens: number; n_active: number; density: number; density_interval: [number, number]; density_upper95: number | null;
+    mean: number; max: number; std: number; skew: number; kurtosis: number; quantiles: [number, number][];
+  };
+  /** Equal bins from 0 to the maximum. */
+  histogram: { counts: number[]; mass: number[] } | null;
+  /** Shares by head; those of DFA are null for a dead feature. */
+  heads: {
+    dfa: number[]; dfa_cov: number[]; dfa_mean: number[]; decoder: number[]; decoder_out: number[]; encoder: number[]; encoder_in: number[];
+    disagreement: number; participation: number;
+  };
+  logits: { top: [number, number][]; bottom: [number, number][]; mean: number; std: number; skew: number; kurtosis: number };
+  copying: { top: [number, number][]; rank: number | null };
+  sources: Sources[];
+  /** latent, correlation, decoder cosine */
+  correlated: [number, number, number][];
+  examples: Examples; groups: Group[];
 }
 
 /** What the table is filtered and sorted by; all text, as in the link. */
@@ -61,16 +93,23 @@ export interface Listing {
   dead: string;
   /** Percent. */
   share: string; dmin: string; dmax: string;
+  /** A rectangle of two columns: "density,1e-4,1e-2,top_head_share,0.5,1". */
+  box: string;
 }
 
 export interface View {
-  /** The card, or null for the table. */
-  latent: number | null;
+  page: "table" | "card" | "dashboard"; latent: number | null;
   tab: string; w: "5" | "16" | "full"; log: string; mass: string;
-  /** The marked example, as "top.3". */
-  ex: string;
-  /** The head that sources are filtered to. */
+  /** The marked example, as "top.3", and the position in its block whose numbers are pinned. */
+  ex: string; dst: string;
+  /** The head that sources are filtered to, by name or index. */
   head: string;
+  /** "1": the map of heads by sources is open. */
+  d: string;
+  /** Which threshold of the source tokens. */
+  t: string;
+  /** The dashboard's axes, and "1" where one is logarithmic. */
+  x: string; y: string; lx: string; ly: string;
   list: Listing;
 }
 
