@@ -645,3 +645,36 @@ def test_what_comes_later_changes_nothing_before(plain, tmp_path):
         same_column(column, own[column], before[column], 1e-9, 1e-9)
     after = "SELECT activation FROM activations WHERE position % ? >= ?"
     assert again.sql(after, [size, at]) != index.sql(after, [size, at])
+
+
+def test_latents_with_more_rows_than_are_held_at_a_time(case, tmp_path):
+    """Quantiles and groups come from an even sample of them; what is counted is counted over all."""
+    if case.name == "float32":
+        pytest.skip("the same in float64")
+    plan, naive = dataclasses.replace(PLAN, range_rows=60), case.naive
+    again = build(naive.model, {"random": naive.sae}, naive.corpus, tmp_path / "again", plan)[0]
+    large = [j for j, pairs in naive.pairs.items() if len(pairs) > 60]
+    assert ALWAYS in large
+    for j, pairs in naive.pairs.items():
+        own, exact = again.feature(j), case.index.feature(j)
+        assert own.n_active == exact.n_active
+        for name in ("histogram", "mass", "mean", "std", "skew", "kurtosis", "maximum"):
+            a, b = getattr(own, name), getattr(exact, name)
+            assert (a is None) == (b is None)
+            if a is not None:
+                near(a, b, {"rtol": 1e-9, "atol": 1e-9})
+        if j not in large:
+            shown = [[[e.position for e in g.examples] for g in i.examples(j)] for i in (again, case.index)]
+            assert shown[0] == shown[1]
+            near(own.quantiles if pairs else [], exact.quantiles if pairs else [], case.stored)
+            continue
+        assert [e.position for e in again.examples(j)[0].examples] == [
+            e.position for e in case.index.examples(j)[0].examples
+        ]
+        drawn = priority(np.array([p.position for p in pairs])) < 60 / len(pairs)
+        sample = {p.position: p.stored for p, chosen in zip(pairs, drawn, strict=True) if chosen}
+        near(own.quantiles, np.quantile(list(sample.values()), QUANTILES), case.stored)
+        for group in again.examples(j)[1:]:
+            assert {e.position for e in group.examples} <= set(sample)
+        quantiles = [g for g in again.examples(j) if g.kind == "quantile"]
+        assert sum(g.share_active for g in quantiles) == pytest.approx(1, abs=len(quantiles) / len(pairs))

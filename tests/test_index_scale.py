@@ -431,10 +431,18 @@ def test_one_latent(random_model, random_corpus, random_sae, tmp_path):
     assert index.search() == (0,)
 
 
-@pytest.mark.parametrize("where", ["transformer.h.1.attn.c_attn.weight", "lm_head.weight", "transformer.wpe.weight"])
-def test_a_model_that_is_not_finite(random_model, random_corpus, random_sae, tmp_path, where):
-    model = random_model("gpt2")
-    dict(model.module.named_parameters(remove_duplicate=False))[where].data[-1, -1] = float("nan")
+@pytest.mark.parametrize(
+    ("family", "where"),
+    [
+        ("gpt2", "transformer.h.1.attn.c_attn.weight"),
+        ("gpt2", "transformer.wpe.weight"),
+        ("gpt_neox", "lm_head.weight"),
+        ("gpt_neox", "gpt_neox.final_layer_norm.weight"),
+    ],
+)
+def test_a_model_that_is_not_finite(random_model, random_corpus, random_sae, tmp_path, family, where):
+    model = random_model(family)
+    dict(model.module.named_parameters(remove_duplicate=False))[where].data.view(-1)[-1] = float("nan")
     with pytest.raises(IndexFormatError, match="NaN"):
         build((model, one_sae(random_sae, model), random_corpus(model, block_size=64)), tmp_path / "index")
     assert not (tmp_path / "index").exists()
@@ -482,3 +490,71 @@ def test_thresholds_may_be_whole_numbers(job, tmp_path, no_type_checks):
     index = FeatureIndex.open(build(single(job), tmp_path / "index", plan)[0])
     assert index.manifest["thresholds"] == [0, 1.5, 2]
     index.sources(0, 2)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+_MEMORY = """
+import sys, threading
+from pathlib import Path
+import numpy as np, torch
+from tokenizers import Tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+from headscope.corpus import Corpus
+from headscope.index.build import SAERecord, build_index
+from headscope.index.config import IndexPlan
+from headscope.models.hf import Model
+from headscope.sae.model import SAE, ReLU
+from headscope.site import Site
+from planted import word_tokenizer
+
+def anonymous():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
+
+folder, n_blocks = Path(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+torch.manual_seed(0)
+config = GPT2Config(vocab_size=200, n_positions=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+model = Model(GPT2LMHeadModel(config), word_tokenizer(200), 0, "tiny")
+g = torch.Generator().manual_seed(0)
+sae = SAE(torch.randn(32, 64, generator=g), torch.full((64,), -0.5), torch.randn(64, 32, generator=g), torch.zeros(32),
+          ReLU(), Site("z", 0), "tiny")
+columns = {}
+for name in ("blocks", "document", "offset"):
+    columns[name] = np.memmap(folder / name, np.int32, "w+", shape=(n_blocks, 64))
+rng = np.random.default_rng(0)
+for start in range(0, n_blocks, 256):
+    n = min(256, n_blocks - start)
+    columns["blocks"][start : start + n] = rng.integers(1, 200, (n, 64))
+columns["blocks"][:, 0] = 0
+corpus = Corpus("synthetic", "all", **columns, documents=("d",), bos=0)
+peak, before, done = 0, anonymous(), threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.005):
+        peak = max(peak, anonymous())
+
+thread = threading.Thread(target=watch)
+thread.start()
+plan = IndexPlan(part_tokens=1 << 13, range_rows=1 << 16, losses=True)
+build_index(model, [(sae, SAERecord("s", "sha256:0"))], corpus, folder / "index", plan=plan)
+done.set()
+thread.join()
+print(peak, before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """16 times the tokens, and at most 15 % more memory."""
+
+    def peak(n_blocks: int) -> int:
+        folder = tmp_path / str(n_blocks)
+        folder.mkdir()
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", _MEMORY, str(folder), str(n_blocks)]
+        ran = subprocess.run(command, check=True, env=environment, timeout=900, capture_output=True, text=True)
+        return int(ran.stdout.split()[0])
+
+    small, large = peak(512), peak(8192)
+    assert large < 1.15 * small, f"{small} kB, then {large} kB"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from headscope.index import sweep as sweep_module
 from headscope.index.config import N_BINS, QUANTILES, IndexPlan
 from headscope.index.parts import Parts, SortedParts
-from headscope.index.sweep import _quantiles, _rank, _split, choose_groups, priority, sweep
+from headscope.index.sweep import _WEAKEST, _bits, _quantiles, _rank, _split, choose_groups, priority, sweep
 from headscope.index.tables import head_shares
 
 PLAN = IndexPlan(top=3, random=4, quantiles=3, per_quantile=2, intervals=4, per_interval=2, near_threshold=2)
@@ -35,7 +35,7 @@ def maxima(rows, n_latents=5):
 @given(SEEDS)
 def test_ranks_are_those_of_a_stable_sort(seed):
     rows = random_rows(seed)
-    rank, n = _rank(rows, -rows["activation"])
+    rank, n = _rank(rows["latent"], _WEAKEST - _bits(rows["activation"]))
     for j in set(rows["latent"].tolist()):
         own = np.flatnonzero(rows["latent"] == j)
         assert (n[own] == len(own)).all()
@@ -134,14 +134,8 @@ def test_the_same_words_in_another_order_are_another_text():
 
 
 # --------------------------------------------------------------------------------------------------------------- sweep
-class HugeBlocks:
-    """Token blocks of a corpus of 2^40 tokens, made up as they are asked for."""
-
-    shape = (1 << 32, 256)
-
-    def __getitem__(self, at):
-        block, query = at
-        return (block * 31 + query * 7) % 50
+HUGE_BLOCKS = np.broadcast_to(np.random.default_rng(1).integers(1, 50, 256), (1 << 32, 256))
+"""A corpus of 2^40 tokens, of one block that comes again and again."""
 
 
 def sweep_of(folder, rows, plan, blocks, n_parts=3, n_latents=5):
@@ -191,7 +185,7 @@ def test_what_is_swept(tmp_path, range_rows, base):
     """Ranges that hold all latents, one, or less than one; positions around and beyond 2^32."""
     rows = random_rows(1, n=1200, n_positions=2000, base=base)
     plan = dataclasses.replace(PLAN, range_rows=range_rows)
-    blocks = HugeBlocks()
+    blocks = HUGE_BLOCKS
     found, groups, written = sweep_of(tmp_path / "a", rows, plan, blocks)
     for name in written:
         assert np.array_equal(written[name], rows[name])

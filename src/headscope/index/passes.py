@@ -56,7 +56,12 @@ class Subject:
 
 
 def subjects_of(model: Model, saes: Sequence[SAE], corpus: Corpus) -> list[Subject]:
-    """Cut each SAE into heads, and set its null directions on the first blocks of the corpus."""
+    """Cut each SAE into heads, and set its null directions on the first blocks of the corpus.
+
+    Raises:
+        IndexFormatError: the model's unembedding is not finite.
+    """
+    _check_finite("logit directions", model.logit_directions)
     blocks = np.arange(min(len(corpus.blocks), max(1, _CALIBRATION_TOKENS // corpus.block_size)))
     z: dict[int, list[Tensor]] = {sae.site.layer: [] for sae in saes}
     for _, tokens in token_batches(corpus, model.device, blocks, batch_tokens=BATCH_TOKENS):
@@ -104,9 +109,11 @@ def read_part(
         later = text.flip(1).cumsum(1).flip(1)  # text tokens from each position on: destinations that can see it
         source_pairs.index_add_(0, tokens.flatten().cpu(), later.flatten().cpu())
         if plan.losses:
-            losses.append(torch.nn.functional.pad(model.losses(tokens), (0, 1), value=float("nan")).cpu().numpy())
+            own = model.losses(tokens)
+            _check_finite("losses", own)
+            losses.append(torch.nn.functional.pad(own, (0, 1), value=float("nan")).cpu().numpy())
         for layer, attention in model.attentions(tokens, list(attention_to)).items():
-            _check_finite(attention.z)
+            _check_finite("activations", attention.z)
             received = (text[:, None, None].to(attention.pattern) @ attention.pattern)[:, :, 0]  # [row, head, source]
             by_source = received.transpose(1, 2).flatten(0, 1).double().cpu()
             attention_to[layer].index_add_(0, tokens.flatten().cpu(), by_source)
@@ -124,10 +131,10 @@ def read_part(
     return parts, shared
 
 
-def _check_finite(z: Tensor) -> None:
-    if not z.sum().isfinite():
+def _check_finite(what: str, values: Tensor) -> None:
+    if not values.sum().isfinite():
         raise IndexFormatError(
-            "activations that are NaN or infinite", expected="finite ones", do="check the model's weights and dtype"
+            f"{what} that are NaN or infinite", expected="finite ones", do="check the model's weights and dtype"
         )
 
 
