@@ -207,10 +207,11 @@ def test_thresholds_that_are_not_the_tables(copy, bad):
 
 # ------------------------------------------------------------------------------------------------------------- damaged
 def test_verify_names_what_changed(copy):
+    found = FeatureIndex.open(copy)
     flip(copy / "sources.parquet")
     flip(copy / "activations" / "part-0000.parquet")
     with pytest.raises(IndexFormatError, match=r"activations/part-0000\.parquet.*sources\.parquet"):
-        FeatureIndex.open(copy).verify()
+        found.verify()
 
 
 def test_verify_accepts_what_was_written(index):

@@ -1,6 +1,7 @@
 """The hand-built induction transformer: what is known on paper is what is measured."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch.testing import assert_close
@@ -223,3 +224,14 @@ def test_null_controls_are_not_what_features_are(index):
     random = np.array([n.dfa.max() for n in nulls if n.kind == "random"])
     assert len(random)
     assert random.mean() < 0.95
+
+
+def test_no_number_is_nan_but_those_that_say_so(index):
+    """Head 1 contributes exactly nothing to an induction feature, so of its DFA no token has a share."""
+    for name in ("features", "sources", "source_totals", "groups", "examples", "nulls"):
+        table = index.sql(f"SELECT * FROM {name}")
+        for column in table.column_names:
+            values = table[column].combine_chunks()
+            values = values.flatten() if pa.types.is_list(values.type) else values
+            if pa.types.is_floating(values.type) and column not in ("share_by_head", "attention_elsewhere"):
+                assert not np.isnan(values.drop_null().to_numpy()).any(), f"{name}.{column}"

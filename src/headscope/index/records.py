@@ -54,17 +54,19 @@ class SourceToken:
 
     token: int
     n: int
-    """Kept sources with this token."""
+    """Kept sources with this token; a part of the corpus where it is not among the largest 128 does not count."""
     share: float
     """Of `sum_s (sum_h C[h, s])^2` over all sources (kept or not): heads summed, then squared."""
     share_by_head: Float[np.ndarray, " head"]
-    """Of `sum_s C[h, s]^2` over all sources, head by head."""
+    """Of `sum_s C[h, s]^2` over all sources, head by head; NaN for a head that contributes exactly nothing."""
     share_linear: float
     """Of `sum_s sum_h C[h, s]`; may be negative or above 1."""
     attention: Float[np.ndarray, " head"]
     """Mean attention from the active token to such a source."""
     attention_elsewhere: Float[np.ndarray, " head"]
-    """The same for all other pairs of a destination and an earlier-or-same source with this token: the baseline."""
+    """The same for all other pairs of a destination and an earlier-or-same source with this token: the baseline.
+
+    NaN where there is no other."""
     frequency: float
     """Share of this token among the tokens of the corpus: the base rate."""
 

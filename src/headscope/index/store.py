@@ -166,7 +166,9 @@ class FeatureIndex:
         if self._source_totals.of(0)["threshold"].to_pylist() != self.manifest["thresholds"]:
             raise ValueError(f"other thresholds than {self.manifest['thresholds']}")
         most = int(np.argmax(n_active))  # each reader once: what a footer lacks is found here, not by the first to ask
-        self.feature(most), self.examples(most), self.sources(most), self.activations(most), self.tokens_of(0)
+        for read in (self.feature, self.examples, self.sources, self.activations):
+            read(most)
+        self.tokens_of(0)
 
     def sql(self, query: str, parameters: list[Any] | None = None) -> pa.Table:
         """Run a query over the views named in docs/index-format.md: tokens, features, activations, sources, ...
