@@ -19,7 +19,7 @@ import torch
 from headscope.errors import CorpusError, HeadscopeError, IndexFormatError, OutputError, SAEError
 from headscope.index import build as build_module
 from headscope.index import parts as parts_module
-from headscope.index import tables
+from headscope.index import tables, writing
 from headscope.index.build import SAERecord, build_index
 from headscope.index.config import IndexPlan
 from headscope.index.parts import Workers
@@ -82,11 +82,11 @@ class Counter:
             (build_module, "write_json"),
             (build_module, "move_into_place"),
             (build_module.shutil, "rmtree"),
-            (tables, "write_table"),
-            (tables, "write_corpus"),
+            (writing, "write_table"),
+            (writing, "write_corpus"),
             (tables, "write_examples"),
-            (tables.ActivationWriter, "__call__"),
-            (tables.ActivationWriter, "finish"),
+            (writing.ActivationWriter, "__call__"),
+            (writing.ActivationWriter, "finish"),
         ):
             monkeypatch.setattr(where, name, self._counted(getattr(where, name)))
 
