@@ -82,15 +82,20 @@ def _write_corpus(folder: Path, shape: Shape, rng: np.random.Generator) -> None:
     offset[starts] = -1
     columns = {"token": tokens, "document": document, "offset": offset}
     table = {name: pa.array(values, pa.int32()) for name, values in columns.items()}
+    table = {"position": pa.array(np.arange(size))} | table
     table["next_token"] = pa.array(after, pa.int32(), mask=last)
     table["loss"] = pa.array(rng.gamma(2, 1.5, size), pa.float32(), mask=last)
-    step = max(1, (1 << 16) // shape.block_size) * shape.block_size
+    step = max(1, (1 << 14) // shape.block_size) * shape.block_size
     pq.write_table(
         pa.table(table), folder / "tokens.parquet", row_group_size=step, compression="zstd", write_page_checksum=True
     )
     documents = [f"document {i}" for i in range(-(-size // 1000))]
-    write_table(folder / "documents.parquet", pa.table({"document": documents}))
-    vocabulary = {"bytes": pa.array([f" t{i}".encode() for i in range(shape.d_vocab)], pa.binary())}
+    write_table(
+        folder / "documents.parquet",
+        pa.table({"document": pa.array(range(len(documents)), pa.int32()), "name": documents}),
+    )
+    vocabulary = {"token": pa.array(range(shape.d_vocab), pa.int32())}
+    vocabulary["bytes"] = pa.array([f" t{i}".encode() for i in range(shape.d_vocab)], pa.binary())
     vocabulary["special"] = pa.array([i == 0 for i in range(shape.d_vocab)])
     write_table(folder / "vocabulary.parquet", pa.table(vocabulary))
 

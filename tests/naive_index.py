@@ -244,7 +244,7 @@ def source_rows(naive_: Naive, latent: int, threshold: float, k: int | None) -> 
             "share_by_head": row["heads"] / totals["heads"],
             "attention": row["attention"] / row["n"],
             "attention_elsewhere": (naive_.attention[token] - row["attention"]) / elsewhere if elsewhere else None,
-            "frequency": (naive_.corpus.blocks == token).mean(),
+            "frequency": (naive_.corpus.blocks == token).sum() / (naive_.corpus.blocks != naive_.corpus.bos).sum(),
         }
     return found, totals
 

@@ -28,7 +28,7 @@ from headscope.artefact import check_output, file_hash, move_into_place, read_js
 from headscope.capture import check_corpus
 from headscope.corpus import Corpus
 from headscope.errors import CorpusError, IndexFormatError, OutputError, SAEError
-from headscope.index import tables
+from headscope.index import tables, writing
 from headscope.index.config import DEFINITIONS, FORMAT_VERSION, N_CORRELATED, IndexPlan
 from headscope.index.correlations import most_correlated
 from headscope.index.parts import Parts, SortedParts, Workers, leave_after_first, leave_first, locked
@@ -243,7 +243,7 @@ class _Build:
         shutil.rmtree(stage.folder, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
         pairs = SortedParts(self._parts(number, "pairs"))
-        writer = tables.ActivationWriter(folder, self.model.spec.n_heads)
+        writer = writing.ActivationWriter(folder, self.model.spec.n_heads)
         d_sae = self.saes[number].d_sae
         totals = self._totals(pairs)
         distributions, groups = sweep(
@@ -299,12 +299,12 @@ class _Build:
         features = tables.feature_table(model, subject, totals, distributions, correlated, example_tokens)
         sources, source_totals = tables.source_tables(model, pairs, shared, self.plan)
         nulls = tables.null_table(subject, pairs, n_heads)
-        tables.write_corpus(folder, corpus, model, self._losses if self.plan.losses else None)
-        tables.write_table(folder / "features.parquet", features)
-        tables.write_table(folder / "sources.parquet", sources, small_groups=True)
-        tables.write_table(folder / "source_totals.parquet", source_totals)
-        tables.write_table(folder / "nulls.parquet", nulls)
-        tables.write_table(folder / "groups.parquet", tables.group_table(groups, totals), small_groups=True)
+        writing.write_corpus(folder, corpus, model, self._losses if self.plan.losses else None)
+        writing.write_table(folder / "features.parquet", features)
+        writing.write_table(folder / "sources.parquet", sources, small_groups=True)
+        writing.write_table(folder / "source_totals.parquet", source_totals)
+        writing.write_table(folder / "nulls.parquet", nulls)
+        writing.write_table(folder / "groups.parquet", tables.group_table(groups, totals), small_groups=True)
         examples = SortedParts(self._parts(number, "examples"))
         tables.write_examples(folder, examples, corpus.block_size, self.plan.range_rows // 16, n_heads)
         model.tokenizer.save(str(folder / "tokenizer.json"))

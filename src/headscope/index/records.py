@@ -219,5 +219,7 @@ class Null:
     latent: int
     """The feature whose density it has."""
     n_active: int
-    dfa: Float[np.ndarray, " head"]
-    dfa_covariance: Float[np.ndarray, " head"]
+    dfa: Float[np.ndarray, " head"] | None
+    """None when it is never active: its threshold was set on a sample of the corpus."""
+    dfa_covariance: Float[np.ndarray, " head"] | None
+    """None also when it is active once."""

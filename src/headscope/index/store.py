@@ -5,10 +5,7 @@ against its tables.
 """
 
 import glob
-import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
-from headscope.artefact import file_hash, read_json
+from headscope.artefact import file_hash
 from headscope.errors import IndexFormatError
-from headscope.index.config import FORMAT_VERSION
+from headscope.index.reading import (
+    TABLES,
+    ActivationRows,
+    LatentRows,
+    TokenBlocks,
+    check_files,
+    flat,
+    matrix,
+    read_manifest,
+    read_table,
+)
 from headscope.index.records import (
     Activations,
     Correlated,
@@ -38,20 +45,6 @@ from headscope.index.records import (
 )
 from headscope.stats import wilson
 
-TABLES = (
-    "tokens",
-    "documents",
-    "vocabulary",
-    "features",
-    "sources",
-    "source_totals",
-    "nulls",
-    "groups",
-    "examples",
-)
-_FILE = re.compile(r"(activations/)?[\w-]+\.\w+")
-_CACHED_TOKENS = 1 << 25  # tokens held at a time, 8 bytes each: a card shows text from all over the corpus
-
 
 class FeatureIndex:
     """An index folder that is open for reading; safe to use from several threads."""
@@ -65,14 +58,14 @@ class FeatureIndex:
         for name in TABLES:
             self._create_view(name, f"{glob.escape(str(folder))}/{name}.parquet")
         self._create_view("activations", f"{glob.escape(str(folder))}/activations/*.parquet")
-        self._features = _read(folder / "features.parquet")
+        self._features = read_table(folder / "features.parquet")
         self._check_sizes()
-        self._activations = _Activations(folder / "activations", self._features["n_active"].to_numpy())
-        self._tokens = _Blocks(folder / "tokens.parquet", self.block_size)
-        self._examples = _Rows(folder / "examples.parquet")
-        self._groups = _Rows(folder / "groups.parquet")
-        self._sources = _Rows(folder / "sources.parquet")
-        self._source_totals = _Rows(folder / "source_totals.parquet")
+        self._activations = ActivationRows(folder / "activations", self._features["n_active"].to_numpy())
+        self._tokens = TokenBlocks(folder / "tokens.parquet", self.block_size)
+        self._examples = LatentRows(folder / "examples.parquet")
+        self._groups = LatentRows(folder / "groups.parquet")
+        self._sources = LatentRows(folder / "sources.parquet")
+        self._source_totals = LatentRows(folder / "source_totals.parquet")
         self._check_meaning()
 
     @classmethod
@@ -85,8 +78,8 @@ class FeatureIndex:
             IndexFormatError: there is none, it is not finished, damaged, or another version wrote it.
         """
         folder = Path(folder)
-        manifest = _read_manifest(folder)
-        _check_files(folder, manifest)
+        manifest = read_manifest(folder)
+        check_files(folder, manifest)
         try:
             return cls(folder, manifest)
         except (duckdb.Error, pa.ArrowException, OSError, KeyError, TypeError, ValueError, ArithmeticError) as error:
@@ -196,7 +189,6 @@ class FeatureIndex:
 
     def check_latent(self, latent: int) -> None:
         """Raise IndexFormatError when the SAE has no such latent."""
-        """Raise IndexFormatError when the SAE has no such latent."""
         if not 0 <= latent < self.n_latents:
             raise IndexFormatError(
                 f"latent {latent}", expected=f"0 to {self.n_latents - 1}", do="choose one of the SAE's latents"
@@ -305,11 +297,10 @@ class FeatureIndex:
 
     def nulls(self) -> tuple[Null, ...]:
         """Directions that mean nothing, active as often as real features: the control of `Shares`."""
-        rows = _read(self.folder / "nulls.parquet").to_pylist()
+        rows = read_table(self.folder / "nulls.parquet").to_pylist()
         return tuple(
-            Null(r["kind"], r["latent"], r["n_active"], np.asarray(r["dfa_share"]), np.asarray(r["dfa_covariance"]))
+            Null(r["kind"], r["latent"], r["n_active"], _array(r["dfa_share"]), _array(r["dfa_covariance"]))
             for r in rows
-            if r["dfa_share"] is not None and r["dfa_covariance"] is not None
         )
 
     # ----------------------------------------------------------------------------------------------------------- table
@@ -317,7 +308,7 @@ class FeatureIndex:
     def _table(self) -> pa.Table:
         f = self._features
         n_heads = self.manifest["model"]["n_heads"]
-        dfa, decoder = _matrix(f["dfa_share"], n_heads), _matrix(f["decoder_share"], n_heads)
+        dfa, decoder = matrix(f["dfa_share"], n_heads), matrix(f["decoder_share"], n_heads)
         live = ~np.isnan(dfa).any(1)
         head, own = np.argmax(np.nan_to_num(dfa), axis=1), np.argmax(decoder, axis=1)
         rows, logits = np.arange(len(dfa)), np.stack(f["logit_top_tokens"].to_numpy())
@@ -376,7 +367,7 @@ class FeatureIndex:
         Raises:
             IndexFormatError: no such token or head.
         """
-        dfa = _matrix(self._features["dfa_share"], self.manifest["model"]["n_heads"])
+        dfa = matrix(self._features["dfa_share"], self.manifest["model"]["n_heads"])
         if head is not None and not 0 <= head < dfa.shape[1]:
             raise IndexFormatError(f"head {head}", expected=f"0 to {dfa.shape[1] - 1}", do="pass another head")
         share = dfa.max(1) if head is None else dfa[:, head]
@@ -394,7 +385,7 @@ class FeatureIndex:
         found = np.zeros(self.n_latents, dtype=bool)
         found[sources] = True
         for name in ("logit_tokens", "example_tokens"):
-            values, offsets = _flat(self._table[name])
+            values, offsets = flat(self._table[name])
             owner = np.repeat(np.arange(self.n_latents), np.diff(offsets))
             found[owner[values == token]] = True
         return found
@@ -425,12 +416,12 @@ class FeatureIndex:
     @cached_property
     def documents(self) -> list[str]:
         """Names of the documents."""
-        return _read(self.folder / "documents.parquet")["document"].to_pylist()
+        return read_table(self.folder / "documents.parquet")["name"].to_pylist()
 
     @cached_property
     def vocabulary(self) -> tuple[list[bytes], list[int]]:
         """Each token's bytes, and the ids of the special tokens."""
-        table = _read(self.folder / "vocabulary.parquet")
+        table = read_table(self.folder / "vocabulary.parquet")
         return table["bytes"].to_pylist(), np.flatnonzero(table["special"].to_numpy()).tolist()
 
     def token_id(self, text: str) -> int:
@@ -447,186 +438,9 @@ class FeatureIndex:
             ) from error
 
 
-# ------------------------------------------------------------------------------------------------------------- opening
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    partial = Path(f"{folder.resolve()}.partial")
-    if not (folder / "manifest.json").is_file() and partial.is_dir():
-        raise IndexFormatError(
-            f"{folder} is not finished: {partial} holds an interrupted build",
-            expected="an index that was built to its end",
-            do="run the same `headscope index` command again: it goes on with what stands there",
-        )
-    try:
-        manifest = read_json(folder / "manifest.json")
-        if "indexes" in manifest:
-            raise IndexFormatError(
-                f"{folder} holds several indexes", expected="one", do=f"open one of: {', '.join(manifest['indexes'])}"
-            )
-        found = manifest["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IndexFormatError(
-            f"no index in {folder}: {type(error).__name__} {error}",
-            expected="a folder that `headscope index` wrote to its end",
-            do="build it with `headscope index`",
-        ) from error
-    if found != FORMAT_VERSION:
-        raise IndexFormatError(f"index format {found}", expected=f"{FORMAT_VERSION}", do="build the index again")
-    return manifest
-
-
-def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """The tables are the files that the manifest names, inside the folder, of the size it says."""
-    files = manifest.get("files")
-    names = {f"{name}.parquet" for name in TABLES}
-    wrong = []
-    if not isinstance(files, dict) or not names <= set(files):
-        wrong.append("manifest.json does not name all tables")
-        files = {}
-    here = folder.resolve()
-    for name, entry in files.items():
-        inside = _FILE.fullmatch(name) and (folder / name).resolve() == here / name
-        if not inside:
-            wrong.append(f"{name!r} is not a file of this folder")
-        elif not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
-            wrong.append(f"manifest.json does not say the size and hash of {name}")
-        elif not (folder / name).is_file() or (folder / name).stat().st_size != entry[0]:
-            wrong.append(f"{name} is missing or cut short")
-    parts = {f"activations/{path.name}" for path in (folder / "activations").glob("*")}
-    wrong += [f"{name} is not in the manifest" for name in sorted(parts - set(files))]
-    if wrong:
-        raise IndexFormatError(
-            f"{folder}: {'; '.join(wrong[:5])}", expected="all of its tables", do="build the index again"
-        )
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Say what is damaged when reading it fails."""
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise IndexFormatError(
-            f"{path} is damaged: {error}", expected="a table as it was written", do="build the index again"
-        ) from error
-
-
-def _read(path: Path) -> pa.Table:
-    with _reading(path):
-        return pq.read_table(path, page_checksum_verification=True)
-
-
-class _Rows:
-    """A table sorted by latent, of which a few rows are read at a time: row groups are found by their statistics."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._file = path, pq.ParquetFile(path, page_checksum_verification=True)
-        self._lock = RLock()
-        self._held: tuple[list[int], pa.Table] | None = None
-        metadata = self._file.metadata
-        self._numbers = [i for i in range(metadata.num_row_groups) if metadata.row_group(i).num_rows]
-        latent = [metadata.row_group(i).column(0).statistics for i in self._numbers]
-        if self._file.schema_arrow.names[0] != "latent" or not all(s is not None and s.has_min_max for s in latent):
-            raise ValueError(f"{path.name} lacks statistics of its latents")
-        self._first, self._last = np.array([s.min for s in latent]), np.array([s.max for s in latent])
-
-    def of(self, latent: int) -> pa.Table:
-        """The rows of one latent."""
-        first, last = np.searchsorted(self._last, latent), np.searchsorted(self._first, latent, side="right")
-        groups = self._numbers[first:last]
-        if not groups:
-            return self._file.schema_arrow.empty_table()
-        with self._lock, _reading(self._path):
-            if self._held is None or self._held[0] != groups:
-                self._held = groups, self._file.read_row_groups(groups, use_threads=False)
-            table = self._held[1]
-        low, high = np.searchsorted(table["latent"].to_numpy(), [latent, latent + 1])
-        return table.slice(low, high - low).combine_chunks()
-
-
-class _Activations:
-    """All active pairs: the rows of a latent begin where those of all earlier ones end."""
-
-    def __init__(self, folder: Path, counts: Int[np.ndarray, " latent"]) -> None:
-        files = [pq.ParquetFile(path, page_checksum_verification=True) for path in sorted(folder.glob("*.parquet"))]
-        self._groups = [(file, i) for file in files for i in range(file.metadata.num_row_groups)]
-        rows = [file.metadata.row_group(i).num_rows for file, i in self._groups]
-        self._group_starts = np.cumsum([0, *rows])
-        self._starts = np.cumsum([0, *counts])
-        self._folder, self._lock = folder, RLock()
-        if self._group_starts[-1] != self._starts[-1]:
-            raise ValueError(f"{self._group_starts[-1]} rows in {folder.name}, {self._starts[-1]} in features.parquet")
-
-    def of(self, latent: int) -> pa.Table:
-        """The rows of one latent."""
-        low, high = self._starts[latent], self._starts[latent + 1]
-        first = int(np.searchsorted(self._group_starts, low, side="right")) - 1
-        last = max(first, int(np.searchsorted(self._group_starts, high)))
-        first = min(first, len(self._groups) - 1)
-        with self._lock, _reading(self._folder):
-            read = [file.read_row_group(i, use_threads=False) for file, i in self._groups[first : max(last, first + 1)]]
-        table = pa.concat_tables(read).slice(low - self._group_starts[first], high - low)
-        if not (table["latent"].to_numpy() == latent).all():
-            raise IndexFormatError(
-                f"activations of latent {latent} are not where features.parquet says",
-                expected="activations sorted by latent, as many as it counts",
-                do="build the index again",
-            )
-        return table
-
-
-class _Blocks:
-    """The token table, of which some row groups are held; a block never lies in two of them."""
-
-    def __init__(self, path: Path, block_size: int) -> None:
-        self._path, self._file = path, pq.ParquetFile(path, page_checksum_verification=True)
-        metadata = self._file.metadata
-        rows = metadata.row_group(0).num_rows if metadata.num_row_groups else block_size
-        if rows % block_size:
-            raise ValueError(f"row groups of {rows} tokens for blocks of {block_size}")
-        self._blocks = rows // block_size
-        self._size = block_size
-        self._held: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
-
-    def end_with_blocks(self) -> bool:
-        """Whether the last token of each block, and no other, has no next one (in the first row group)."""
-        following = self._file.read_row_group(0, columns=["next_token"], use_threads=False)["next_token"]
-        last = following.is_null().to_numpy().reshape(-1, self._size)
-        return bool((last == (np.arange(self._size) == self._size - 1)).all())
-
-    def of(self, block: int) -> dict[str, np.ndarray]:
-        """Columns of one block."""
-        group, number = divmod(block, self._blocks)
-        if group not in self._held:
-            with _reading(self._path):
-                table = self._file.read_row_group(group, columns=["token", "document"], use_threads=False)
-            self._held[group] = {name: table[name].to_numpy() for name in ("token", "document")}
-            if len(self._held) * self._blocks * self._size > _CACHED_TOKENS:
-                self._held.popitem(last=False)
-        self._held.move_to_end(group)
-        return {
-            name: values[number * self._size : (number + 1) * self._size] for name, values in self._held[group].items()
-        }
-
-
 # ------------------------------------------------------------------------------------------------------------- records
 def _array(values: list | None) -> np.ndarray | None:
     return None if values is None else np.asarray(values)
-
-
-def _flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """The values of a column of lists, and where each list begins and ends among them."""
-    array = lists.combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-    return array.values.to_numpy(), array.offsets.to_numpy()
-
-
-def _matrix(lists: pa.ChunkedArray, width: int) -> np.ndarray:
-    """Lists of one length as rows; NaN where a list is null."""
-    values, offsets = _flat(lists)
-    present = np.diff(offsets) > 0
-    matrix = np.full((len(present), width), np.nan)
-    matrix[present] = values[offsets[0] : offsets[-1]].reshape(-1, width)
-    return matrix
 
 
 def _pairs(tokens: list[int] | None, values: list[float] | None) -> tuple[tuple[int, float], ...]:
@@ -668,5 +482,5 @@ def _examples(table: pa.Table) -> list[Example]:
 
 def _cutter(lists: pa.ChunkedArray) -> Callable[[int], np.ndarray]:
     """The i-th list of a column as an array."""
-    values, offsets = _flat(lists)
+    values, offsets = flat(lists)
     return lambda i: values[offsets[i] : offsets[i + 1]]

@@ -1,7 +1,6 @@
 """The tables of an index folder, from what the passes found."""
 
 import glob
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,130 +8,29 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int
 
 from headscope import attribution
-from headscope.corpus import Corpus
 from headscope.index.config import N_COPY, N_LOGITS, N_SOURCE_TOKENS, IndexPlan
 from headscope.index.nulls import KINDS as NULL_KINDS
 from headscope.index.parts import SortedParts
 from headscope.index.passes import MOMENTS, SOURCE_COLUMNS, SOURCE_TOTALS, Subject, source_sums
 from headscope.index.sources import merge_by_key
 from headscope.index.sweep import KINDS, Distributions, Groups, Rows
+from headscope.index.writing import (
+    SMALL_ROW_GROUP,
+    fixed_lists,
+    lists,
+    nullable,
+    nullable_lists,
+    parquet_writer,
+    rounded,
+)
 from headscope.models.hf import Model
 
-_ROW_GROUP = 1 << 17
-_TOKEN_ROW_GROUP = 1 << 16
-_SMALL_ROW_GROUP = 512  # of tables that a card reads a few rows of
-_FILE_ROWS = 1 << 23  # rows of one file of activations
 _COSINE_ROWS = 1024
 _COPY_ROWS = 256  # rows of the copying table held at a time, each as wide as the vocabulary
-
-
-# -------------------------------------------------------------------------------------------------------------- corpus
-def write_corpus(folder: Path, corpus: Corpus, model: Model, losses: Callable[[int, int], np.ndarray] | None) -> None:
-    """Write tokens, documents and vocabulary; `losses` gives those of a run of blocks."""
-    _write(folder / "documents.parquet", pa.table({"document": list(corpus.documents)}))
-    _write(folder / "vocabulary.parquet", _vocabulary_table(model))
-    step = max(1, _TOKEN_ROW_GROUP // corpus.block_size)
-    writer = None
-    for start in range(0, len(corpus.blocks), step):
-        chosen = slice(start, min(start + step, len(corpus.blocks)))
-        tokens = np.asarray(corpus.blocks[chosen])
-        after = np.concatenate([tokens[:, 1:], np.full((len(tokens), 1), -1)], axis=1).reshape(-1)
-        columns = {
-            "token": pa.array(tokens.reshape(-1), pa.int32()),
-            "document": pa.array(corpus.document[chosen].reshape(-1), pa.int32()),
-            "offset": pa.array(corpus.offset[chosen].reshape(-1), pa.int32()),
-            "next_token": pa.array(after, pa.int32(), mask=after < 0),
-        }
-        if losses is not None:
-            loss = losses(chosen.start, chosen.stop).reshape(-1)
-            columns["loss"] = pa.array(loss, pa.float32(), mask=np.isnan(loss))
-        table = pa.table(columns)
-        writer = writer or _writer(folder / "tokens.parquet", table.schema)
-        writer.write_table(table, row_group_size=step * corpus.block_size)
-    if writer:
-        writer.close()
-
-
-def _vocabulary_table(model: Model) -> pa.Table:
-    """Each token's bytes; special tokens keep their spelling and are marked."""
-    pieces = [model.tokenizer.id_to_token(i) or "" for i in range(model.spec.d_vocab)]
-    special = {i for i, t in model.tokenizer.get_added_tokens_decoder().items() if t.special} | {model.bos}
-    byte_of = _byte_alphabet()
-    content = [
-        piece.encode() if i in special or any(c not in byte_of for c in piece) else bytes(byte_of[c] for c in piece)
-        for i, piece in enumerate(pieces)
-    ]
-    return pa.table(
-        {"bytes": pa.array(content, pa.binary()), "special": [i in special for i in range(model.spec.d_vocab)]}
-    )
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, inverted (Radford et al. 2019, `bytes_to_unicode`)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-# --------------------------------------------------------------------------------------------------------- activations
-class ActivationWriter:
-    """Files of activations, sorted by latent, then position; contributions keep 14 significant bits."""
-
-    def __init__(self, folder: Path, n_heads: int) -> None:
-        """Files are opened as rows come."""
-        self._folder, self._n_heads = folder, n_heads
-        self._file: pq.ParquetWriter | None = None
-        self._n_files = self._rows = 0
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, rows: Rows) -> None:
-        """Write consecutive rows."""
-        heads = _rounded(rows["heads"])
-        columns = {
-            "latent": pa.array(rows["latent"], pa.int32()),
-            "position": pa.array(rows["position"], pa.int64()),
-            "activation": pa.array(rows["activation"], pa.float32()),
-        } | {f"head_{h}": pa.array(heads[:, h], pa.float32()) for h in range(self._n_heads)}
-        table = pa.table(columns)
-        if self._file is None:
-            floats = ["activation", *(f"head_{h}" for h in range(self._n_heads))]
-            self._file = pq.ParquetWriter(
-                self._folder / f"part-{self._n_files:04d}.parquet",
-                table.schema,
-                compression="zstd",
-                use_dictionary=False,
-                write_page_checksum=True,
-                column_encoding={"latent": "DELTA_BINARY_PACKED", "position": "DELTA_BINARY_PACKED"}
-                | dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
-            )
-        self._file.write_table(table, row_group_size=_ROW_GROUP)
-        self._rows += len(table)
-        if self._rows >= _FILE_ROWS:
-            self.close()
-
-    def close(self) -> None:
-        """Finish the present file; an index without activations has one empty file."""
-        if self._file is not None:
-            self._file.close()
-            self._file, self._n_files, self._rows = None, self._n_files + 1, 0
-
-    def finish(self) -> None:
-        """Finish the last file, and write an empty one if there is none."""
-        if self._file is None and self._n_files == 0:
-            empty = {"latent": np.empty(0, np.int64), "position": np.empty(0, np.int64), "activation": np.empty(0)}
-            self(empty | {"heads": np.empty((0, self._n_heads), np.float32)})
-        self.close()
-
-
-def _rounded(values: Float[np.ndarray, "n head"], bits: int = 10) -> Float[np.ndarray, "n head"]:
-    """Round the mantissa to 23 - bits bits."""
-    raw = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    return ((raw + np.uint32(1 << (bits - 1))) & np.uint32(0xFFFFFFFF << bits & 0xFFFFFFFF)).view(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------ features
@@ -183,14 +81,14 @@ class Totals:
         return {
             "n_active": pa.array(self.n_active),
             "density": n / self.n_tokens,
-            "mean": _nullable(mean, dead),
-            "std": _nullable(np.sqrt(np.maximum(variance, 0)), dead),
-            "skew": _nullable(skew, constant),
-            "kurtosis": _nullable(kurtosis, constant),
-            "maximum": _nullable(self.maximum, dead),
-            "dfa_share": _nullable_lists(share),
-            "dfa_covariance": _nullable_lists(covariance),
-            "dfa_mean": _nullable_lists(means),
+            "mean": nullable(mean, dead),
+            "std": nullable(np.sqrt(np.maximum(variance, 0)), dead),
+            "skew": nullable(skew, constant),
+            "kurtosis": nullable(kurtosis, constant),
+            "maximum": nullable(self.maximum, dead),
+            "dfa_share": nullable_lists(share),
+            "dfa_covariance": nullable_lists(covariance),
+            "dfa_mean": nullable_lists(means),
         }
 
 
@@ -232,14 +130,14 @@ def feature_table(
     }
     dead = totals.n_active == 0
     for name in ("quantiles", "histogram", "mass"):
-        columns[name] = _nullable_lists(getattr(distributions, name), dead)
+        columns[name] = nullable_lists(getattr(distributions, name), dead)
     shares = {
         "decoder_share": attribution.decoder_share(sae, n_heads),
         "decoder_out_share": attribution.decoder_share_through_output(sae, model),
         "encoder_share": attribution.encoder_share(weights),
         "encoder_in_share": attribution.encoder_share_through_value(weights, model, subject.layer),
     }
-    columns |= {name: _fixed_lists(share.float().cpu().numpy()) for name, share in shares.items()}
+    columns |= {name: fixed_lists(share.float().cpu().numpy()) for name, share in shares.items()}
     columns["bias"] = pa.array(weights.bias.float().cpu().numpy())
     effects = attribution.direct_logit_effects(sae, model, N_LOGITS)
     for name in ("top_tokens", "top_values", "bottom_tokens", "bottom_values"):
@@ -251,9 +149,9 @@ def feature_table(
     cosine = _cosines(sae.W_dec, latents)
     exists = latents >= 0
     n = exists.sum(1)
-    columns["correlated_latents"] = _lists(latents[exists], n, pa.int32())
-    columns["correlated_pearson"] = _lists(pearson[exists], n, pa.float32())
-    columns["correlated_cosine"] = _lists(cosine[exists], n, pa.float32())
+    columns["correlated_latents"] = lists(latents[exists], n, pa.int32())
+    columns["correlated_pearson"] = lists(pearson[exists], n, pa.float32())
+    columns["correlated_cosine"] = lists(cosine[exists], n, pa.float32())
     columns["example_tokens"] = pa.array(example_tokens, pa.list_(pa.int32()))
     return pa.table(columns)
 
@@ -283,9 +181,9 @@ def _copying(model: Model, subject: Subject, totals: Totals, top_logit: Int[np.n
             tokens[latents], scores[latents] = best.indices.cpu(), best.values.cpu()
             rank[latents] = (table > own).double().mean(1).cpu()
     return {
-        "copy_tokens": _nullable_lists(tokens, ~live, pa.int32()),
-        "copy_values": _nullable_lists(scores, ~live, pa.float32()),
-        "copy_rank": _nullable(rank, ~live),
+        "copy_tokens": nullable_lists(tokens, ~live, pa.int32()),
+        "copy_values": nullable_lists(scores, ~live, pa.float32()),
+        "copy_rank": nullable(rank, ~live),
     }
 
 
@@ -302,6 +200,7 @@ def source_tables(
     key, values = sums.result()
     totals = totals[:, ::-1].cumsum(1)[:, ::-1]  # those above a threshold are above all smaller ones
     attention = pairs.totals("attention")
+    shared["token_counts"][model.bos] = 0
     tables, of_totals = [], []
     for level, threshold in enumerate(plan.thresholds):
         above = key // d_vocab % n_levels >= level
@@ -317,8 +216,8 @@ def source_tables(
                     "latent": pa.array(range(len(own)), pa.int32()),
                     "threshold": pa.array(np.full(len(own), threshold)),
                     "n_active": pa.array(own[:, SOURCE_TOTALS.index("n")].astype(np.int64)),
-                    "kept": _nullable(own[:, SOURCE_TOTALS.index("kept")] / scale, np.isnan(scale)),
-                    "bos_share": _nullable(own[:, SOURCE_TOTALS.index("bos")] / scale, np.isnan(scale)),
+                    "kept": nullable(own[:, SOURCE_TOTALS.index("kept")] / scale, np.isnan(scale)),
+                    "bos_share": nullable(own[:, SOURCE_TOTALS.index("bos")] / scale, np.isnan(scale)),
                 }
             )
         )
@@ -366,7 +265,7 @@ def _source_rows(
             "share_by_head": by_head / own[:, len(SOURCE_TOTALS) :],
             "attention": attended / n[:, None],
             "attention_elsewhere": (attention[token] - attended) / np.where(elsewhere > 0, elsewhere, np.nan)[:, None],
-            "frequency": shared["token_counts"][token] / shared["token_counts"].sum(),
+            "frequency": shared["token_counts"][token] / shared["token_counts"].sum(),  # of text: BOS is set to 0
         }
     return pa.table(
         {
@@ -374,7 +273,7 @@ def _source_rows(
             "threshold": pa.array(np.full(len(latent), threshold)),
             "token": pa.array(token, pa.int32()),
             "n": pa.array(n.astype(np.int64)),
-            **{name: _fixed_lists(v) if v.ndim == 2 else pa.array(v) for name, v in columns.items()},
+            **{name: fixed_lists(v) if v.ndim == 2 else pa.array(v) for name, v in columns.items()},
         }
     )
 
@@ -390,8 +289,8 @@ def null_table(subject: Subject, pairs: SortedParts, n_heads: int) -> pa.Table:
             "kind": [NULL_KINDS[k] for k in subject.nulls.kind.tolist()],
             "latent": pa.array(subject.nulls.latent.cpu().numpy(), pa.int32()),
             "n_active": pa.array(n.astype(np.int64)),
-            "dfa_share": _nullable_lists(share),
-            "dfa_covariance": _nullable_lists(covariance),
+            "dfa_share": nullable_lists(share),
+            "dfa_covariance": nullable_lists(covariance),
         }
     )
 
@@ -410,8 +309,8 @@ def group_table(groups: Groups, totals: Totals) -> pa.Table:
             "n": pa.array(groups.n, pa.int64()),
             "share_active": pa.array(groups.n / whole[:, MOMENTS.index("n")], pa.float64()),
             "share_mass": pa.array(groups.mass / whole[:, MOMENTS.index("f")], pa.float64()),
-            "positions": _lists(groups.position, groups.n_chosen, pa.int64()),
-            "duplicates": _lists(groups.duplicates, groups.n_chosen, pa.int32()),
+            "positions": lists(groups.position, groups.n_chosen, pa.int64()),
+            "duplicates": lists(groups.duplicates, groups.n_chosen, pa.int32()),
         }
     )
 
@@ -438,10 +337,10 @@ def write_examples(folder: Path, examples: SortedParts, block_size: int, range_r
         number, own = active["number"].to_numpy(), active["own"].to_numpy()
         n = np.bincount(number, minlength=len(table))
         table = table.add_column(2, "activation", pa.array(active["activation"].to_numpy()[own], pa.float32()))
-        table = table.append_column("active_at", _lists(active["at"].to_numpy(), n, pa.int32()))
-        table = table.append_column("active_value", _lists(active["activation"].to_numpy(), n, pa.float32()))
-        writer = writer or _writer(folder / "examples.parquet", table.schema)
-        writer.write_table(table, row_group_size=_SMALL_ROW_GROUP)
+        table = table.append_column("active_at", lists(active["at"].to_numpy(), n, pa.int32()))
+        table = table.append_column("active_value", lists(active["activation"].to_numpy(), n, pa.float32()))
+        writer = writer or parquet_writer(folder / "examples.parquet", table.schema, use_dictionary=False)
+        writer.write_table(table, row_group_size=SMALL_ROW_GROUP)
     assert writer is not None
     writer.close()
 
@@ -464,47 +363,10 @@ def _example_table(rows: Rows, block_size: int, n_heads: int) -> pa.Table:
             "pre": rows["pre"],
             "bias": rows["bias"],
             "residual": rows["residual"],
-            "heads": _fixed_lists(rows["heads"]),
-            "source": _lists(rows["source"][kept], n, pa.int32()),
-            "source_heads": _lists(by_head["source_heads"], n * n_heads, pa.float32()),
-            "source_pattern": _lists(_rounded(by_head["source_pattern"][:, None])[:, 0], n * n_heads, pa.float32()),
-            "rest": _fixed_lists(rows["rest"]),
+            "heads": fixed_lists(rows["heads"]),
+            "source": lists(rows["source"][kept], n, pa.int32()),
+            "source_heads": lists(by_head["source_heads"], n * n_heads, pa.float32()),
+            "source_pattern": lists(rounded(by_head["source_pattern"][:, None])[:, 0], n * n_heads, pa.float32()),
+            "rest": fixed_lists(rows["rest"]),
         }
     )
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
-def write_table(path: Path, table: pa.Table, *, small_groups: bool = False) -> None:
-    """Write a table, its rows in small groups when a card reads a few of them."""
-    _write(path, table, _SMALL_ROW_GROUP if small_groups else _ROW_GROUP)
-
-
-def _write(path: Path, table: pa.Table, row_group: int = _ROW_GROUP) -> None:
-    with _writer(path, table.schema) as writer:
-        writer.write_table(table, row_group_size=row_group)
-
-
-def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
-
-
-def _nullable(values: Float[np.ndarray, " row"], missing: np.ndarray) -> pa.Array:
-    return pa.array(values, pa.float64(), mask=missing | ~np.isfinite(values))
-
-
-def _nullable_lists(values: np.ndarray, missing: np.ndarray | None = None, kind: pa.DataType | None = None) -> pa.Array:
-    """Rows as lists; null where a row is missing or not finite."""
-    present = np.asarray(np.isfinite(values).all(axis=1) if missing is None else ~missing)
-    rows = [values[i] if present[i] else None for i in range(len(values))]
-    return pa.array(rows, pa.list_(kind or pa.from_numpy_dtype(values.dtype)))
-
-
-def _lists(values: np.ndarray, lengths: Sequence[int] | np.ndarray, kind: pa.DataType) -> pa.Array:
-    """Consecutive runs of values as lists."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, kind))
-
-
-def _fixed_lists(values: np.ndarray) -> pa.Array:
-    """Rows of a matrix as lists of float32."""
-    return _lists(values.reshape(-1), np.full(len(values), values.shape[1]), pa.float32())

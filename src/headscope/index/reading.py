@@ -1,0 +1,221 @@
+"""How the files of an index are opened and read a piece at a time; what is wrong with them is said. No torch."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int
+
+from headscope.artefact import read_json
+from headscope.errors import IndexFormatError
+from headscope.index.config import FORMAT_VERSION
+
+TABLES = (
+    "tokens",
+    "documents",
+    "vocabulary",
+    "features",
+    "sources",
+    "source_totals",
+    "nulls",
+    "groups",
+    "examples",
+)
+_FILE = re.compile(r"(activations/)?[\w-]+\.\w+")
+_CACHED_TOKENS = 1 << 25  # tokens held at a time, 8 bytes each: a card shows text from all over the corpus
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read manifest.json.
+
+    Raises:
+        IndexFormatError: there is none, the build was interrupted, there are several, or another version wrote it.
+    """
+    partial = Path(f"{folder.resolve()}.partial")
+    if not (folder / "manifest.json").is_file() and partial.is_dir():
+        raise IndexFormatError(
+            f"{folder} is not finished: {partial} holds an interrupted build",
+            expected="an index that was built to its end",
+            do="run the same `headscope index` command again: it goes on with what stands there",
+        )
+    try:
+        manifest = read_json(folder / "manifest.json")
+        if "indexes" in manifest:
+            raise IndexFormatError(
+                f"{folder} holds several indexes", expected="one", do=f"open one of: {', '.join(manifest['indexes'])}"
+            )
+        found = manifest["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IndexFormatError(
+            f"no index in {folder}: {type(error).__name__} {error}",
+            expected="a folder that `headscope index` wrote to its end",
+            do="build it with `headscope index`",
+        ) from error
+    if found != FORMAT_VERSION:
+        raise IndexFormatError(f"index format {found}", expected=f"{FORMAT_VERSION}", do="build the index again")
+    return manifest
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """The tables are the files that the manifest names, inside the folder, of the size it says."""
+    files = manifest.get("files")
+    names = {f"{name}.parquet" for name in TABLES}
+    wrong = []
+    if not isinstance(files, dict) or not names <= set(files):
+        wrong.append("manifest.json does not name all tables")
+        files = {}
+    here = folder.resolve()
+    for name, entry in files.items():
+        inside = _FILE.fullmatch(name) and (folder / name).resolve() == here / name
+        if not inside:
+            wrong.append(f"{name!r} is not a file of this folder")
+        elif not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
+            wrong.append(f"manifest.json does not say the size and hash of {name}")
+        elif not (folder / name).is_file() or (folder / name).stat().st_size != entry[0]:
+            wrong.append(f"{name} is missing or cut short")
+    parts = {f"activations/{path.name}" for path in (folder / "activations").glob("*")}
+    wrong += [f"{name} is not in the manifest" for name in sorted(parts - set(files))]
+    if wrong:
+        raise IndexFormatError(
+            f"{folder}: {'; '.join(wrong[:5])}", expected="all of its tables", do="build the index again"
+        )
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say what is damaged when reading it fails: a page has another checksum than it was written with."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise IndexFormatError(
+            f"{path} is damaged: {error}", expected="a table as it was written", do="build the index again"
+        ) from error
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read a whole table.
+
+    Raises:
+        IndexFormatError: it is damaged.
+    """
+    with _reading(path):
+        return pq.read_table(path, page_checksum_verification=True)
+
+
+class LatentRows:
+    """A table sorted by latent, of which a few rows are read at a time: row groups are found by their statistics."""
+
+    def __init__(self, path: Path) -> None:
+        """Open; nothing is read yet but the statistics of the row groups."""
+        self._path, self._file = path, pq.ParquetFile(path, page_checksum_verification=True)
+        self._lock = RLock()
+        self._held: tuple[list[int], pa.Table] | None = None
+        metadata = self._file.metadata
+        self._numbers = [i for i in range(metadata.num_row_groups) if metadata.row_group(i).num_rows]
+        latent = [metadata.row_group(i).column(0).statistics for i in self._numbers]
+        if self._file.schema_arrow.names[0] != "latent" or not all(s is not None and s.has_min_max for s in latent):
+            raise ValueError(f"{path.name} lacks statistics of its latents")
+        self._first, self._last = np.array([s.min for s in latent]), np.array([s.max for s in latent])
+
+    def of(self, latent: int) -> pa.Table:
+        """The rows of one latent."""
+        first, last = np.searchsorted(self._last, latent), np.searchsorted(self._first, latent, side="right")
+        groups = self._numbers[first:last]
+        if not groups:
+            return self._file.schema_arrow.empty_table()
+        with self._lock, _reading(self._path):
+            if self._held is None or self._held[0] != groups:
+                self._held = groups, self._file.read_row_groups(groups, use_threads=False)
+            table = self._held[1]
+        low, high = np.searchsorted(table["latent"].to_numpy(), [latent, latent + 1])
+        return table.slice(low, high - low).combine_chunks()
+
+
+class ActivationRows:
+    """All active pairs: the rows of a latent begin where those of all earlier ones end."""
+
+    def __init__(self, folder: Path, counts: Int[np.ndarray, " latent"]) -> None:
+        """Open all files; `counts` are the rows of each latent."""
+        files = [pq.ParquetFile(path, page_checksum_verification=True) for path in sorted(folder.glob("*.parquet"))]
+        self._groups = [(file, i) for file in files for i in range(file.metadata.num_row_groups)]
+        rows = [file.metadata.row_group(i).num_rows for file, i in self._groups]
+        self._group_starts = np.cumsum([0, *rows])
+        self._starts = np.cumsum([0, *counts])
+        self._folder, self._lock = folder, RLock()
+        if self._group_starts[-1] != self._starts[-1]:
+            raise ValueError(f"{self._group_starts[-1]} rows in {folder.name}, {self._starts[-1]} in features.parquet")
+
+    def of(self, latent: int) -> pa.Table:
+        """The rows of one latent."""
+        low, high = self._starts[latent], self._starts[latent + 1]
+        first = int(np.searchsorted(self._group_starts, low, side="right")) - 1
+        last = max(first, int(np.searchsorted(self._group_starts, high)))
+        first = min(first, len(self._groups) - 1)
+        with self._lock, _reading(self._folder):
+            read = [file.read_row_group(i, use_threads=False) for file, i in self._groups[first : max(last, first + 1)]]
+        table = pa.concat_tables(read).slice(low - self._group_starts[first], high - low)
+        if not (table["latent"].to_numpy() == latent).all():
+            raise IndexFormatError(
+                f"activations of latent {latent} are not where features.parquet says",
+                expected="activations sorted by latent, as many as it counts",
+                do="build the index again",
+            )
+        return table
+
+
+class TokenBlocks:
+    """The token table, of which some row groups are held; a block never lies in two of them."""
+
+    def __init__(self, path: Path, block_size: int) -> None:
+        """Open; nothing is read yet."""
+        self._path, self._file = path, pq.ParquetFile(path, page_checksum_verification=True)
+        metadata = self._file.metadata
+        rows = metadata.row_group(0).num_rows if metadata.num_row_groups else block_size
+        if rows % block_size:
+            raise ValueError(f"row groups of {rows} tokens for blocks of {block_size}")
+        self._blocks = rows // block_size
+        self._size = block_size
+        self._held: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
+
+    def end_with_blocks(self) -> bool:
+        """Whether the last token of each block, and no other, has no next one (in the first row group)."""
+        following = self._file.read_row_group(0, columns=["next_token"], use_threads=False)["next_token"]
+        last = following.is_null().to_numpy().reshape(-1, self._size)
+        return bool((last == (np.arange(self._size) == self._size - 1)).all())
+
+    def of(self, block: int) -> dict[str, np.ndarray]:
+        """Columns of one block."""
+        group, number = divmod(block, self._blocks)
+        if group not in self._held:
+            with _reading(self._path):
+                table = self._file.read_row_group(group, columns=["token", "document"], use_threads=False)
+            self._held[group] = {name: table[name].to_numpy() for name in ("token", "document")}
+            if len(self._held) * self._blocks * self._size > _CACHED_TOKENS:
+                self._held.popitem(last=False)
+        self._held.move_to_end(group)
+        return {
+            name: values[number * self._size : (number + 1) * self._size] for name, values in self._held[group].items()
+        }
+
+
+def flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a column of lists, and where each list begins and ends among them."""
+    array = lists.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    return array.values.to_numpy(), array.offsets.to_numpy()
+
+
+def matrix(lists: pa.ChunkedArray, width: int) -> np.ndarray:
+    """Lists of one length as rows; NaN where a list is null."""
+    values, offsets = flat(lists)
+    present = np.diff(offsets) > 0
+    matrix = np.full((len(present), width), np.nan)
+    matrix[present] = values[offsets[0] : offsets[-1]].reshape(-1, width)
+    return matrix
