@@ -4,9 +4,12 @@ One run of the model serves all SAEs of all its layers. Nothing here grows with 
 blocks is returned as arrays (a part), sorted by latent, to be brought together later.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from threading import Barrier
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +25,8 @@ from headscope.index.nulls import NullDirections
 from headscope.index.sources import SourceSums
 from headscope.models.hf import Attention, Model
 from headscope.sae.model import SAE
+
+T = TypeVar("T")
 
 BATCH_TOKENS = 2048
 """Tokens whose attention patterns are held at a time."""
@@ -252,16 +257,20 @@ def _contributions(
     row, query, latent = pairs
     n_positions = attention.pattern.shape[-1]
     k = min(k or n_positions, n_positions)
-    n_pairs, columns = torch.bincount(row, minlength=len(attention.z)).tolist(), []
-    for i, (queries, latents) in enumerate(zip(query.split(n_pairs), latent.split(n_pairs), strict=True)):
-        if len(queries) == 0:
-            continue
+    n_pairs = torch.bincount(row, minlength=len(attention.z)).tolist()
+
+    def of_sequence(i: int, queries: Tensor, latents: Tensor) -> list[_Contributions]:
         value = attention.value[i].transpose(0, 1).contiguous().transpose(0, 1)  # each head's values lie together
-        for q, j in zip(queries.split(_PAIRS), latents.split(_PAIRS), strict=True):
+        found = []
+        for q, j in zip(queries.split(_PAIRS), latents.split(_PAIRS), strict=True) if len(queries) else ():
             n = int(q[-1]) + 1  # later sources contribute 0
             pattern = attention.pattern[i, :, :, :n]
             dfa = attribution.dfa_of_sequence(weights, value[:n], pattern, q, j)
-            columns.append(_contributions_of(dfa, pattern, q, k))
+            found.append(_contributions_of(dfa, pattern, q, k))
+        return found
+
+    sequences = (range(len(n_pairs)), query.split(n_pairs), latent.split(n_pairs))
+    columns = [piece for found in _in_threads(query.device, of_sequence, *sequences) for piece in found]
     if not columns:
         return _Contributions.none(attention, len(weights.offset))
     return _Contributions(*(torch.cat(column) for column in zip(*columns, strict=True)))
@@ -287,20 +296,44 @@ def _contributions_of(
     return _Contributions(dfa.sum(-1).T, squares, summed.square().sum(1), *kept)
 
 
+def _in_threads(device: torch.device, function: Callable[..., T], *arguments: Sequence) -> list[T]:
+    """`map` on as many threads as torch may use, each computing alone: that serves small operations better."""
+    n = torch.get_num_threads()
+    if device.type != "cpu" or n == 1:
+        return list(map(function, *arguments))
+    return list(_threads(n).map(function, *arguments))
+
+
+@cache
+def _threads(n: int) -> ThreadPoolExecutor:
+    together = Barrier(n)
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        together.wait()
+
+    pool = ThreadPoolExecutor(n, initializer=alone)
+    list(pool.map(int, range(n)))
+    torch.set_num_threads(n)  # it is also what threads to come begin with
+    return pool
+
+
 def _active(
     sae: SAE, z: Float[Tensor, "row query d_in"], text: Bool[Tensor, "row query"]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
     """(row, query, latent, activation, pre-activation) of the active latents of text tokens in order; their number."""
-    flat, is_text, found, n_active = z.flatten(0, 1), text.flatten(), [], 0
-    for start in range(0, len(flat), _ROWS):
+    flat, is_text = z.flatten(0, 1), text.flatten()
+
+    def of_rows(start: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         pre = sae.pre_activations(flat[start : start + _ROWS])
         f = sae.activation(pre)
         active = (f > 0) & is_text[start : start + _ROWS, None]
-        n_active += int(active.sum())
         token, latent = active.nonzero(as_tuple=True)
-        found.append((token + start, latent, f[token, latent], pre[token, latent]))
-    token, latent, f, pre = (torch.cat(column) for column in zip(*found, strict=True))
-    return token // z.shape[1], token % z.shape[1], latent, f, pre, n_active
+        return token + start, latent, f[token, latent], pre[token, latent], int(active.sum())
+
+    *columns, counts = zip(*_in_threads(z.device, of_rows, range(0, len(flat), _ROWS)), strict=True)
+    token, latent, f, pre = (torch.cat(column) for column in columns)
+    return token // z.shape[1], token % z.shape[1], latent, f, pre, sum(counts)
 
 
 def _moment_rows(
