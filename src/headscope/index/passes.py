@@ -5,11 +5,11 @@ blocks is returned as arrays (a part), sorted by latent, to be brought together 
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from threading import Barrier
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -165,24 +165,36 @@ class _Tally:
         self._nulls = sums(len(subject.nulls.kind), 3 + 3 * heads)
         self._sources = source_sums(self._d_vocab, len(self._totals), plan)
         self._pairs: list[tuple[Tensor, ...]] = []
+        self._summing: Future | None = None
         self._n_active = 0  # counted apart from the pairs, to check them
         self._thresholds = torch.tensor(plan.thresholds[1:], device=device, dtype=subject.sae.W_enc.dtype)
 
     def add(self, numbers: Int[np.ndarray, " row"], tokens: Tensor, text: Tensor, attention: Attention) -> None:
-        """Add a batch."""
-        nulls, offset = self.subject.nulls, self.subject.weights.offset
-        null, p, heads = nulls.active(attention.z[text], offset)
-        self._nulls.index_add_(0, null, _moment_rows(p, heads, powers=2))
+        """Add a batch; its numbers are summed up while the next one is read."""
         row, query, latent, f, pre, n_active = _active(self.subject.sae, attention.z, text)
         self._n_active += n_active
         found = _contributions(self.subject.weights, attention, (row, query, latent), self._plan.n_sources)
-        bias = self.subject.weights.bias[latent]
-        check_sum(pre - found.heads.sum(1) - bias, found.heads)
-        self._add_sources(found, tokens[row[:, None], found.source], query, latent, f)
-        moments = [_moment_rows(f, None, powers=2), _moment_rows(pre, found.heads, powers=2)[:, 1:]]
-        self._moments.index_add_(0, latent, torch.cat(moments, 1))
         block = torch.from_numpy(numbers).to(row.device)[row]
         self._pairs.append((latent, block * tokens.shape[1] + query, f, found.heads))
+        self._wait()
+        source_tokens = tokens[row[:, None], found.source]
+        self._summing = _in_background(
+            row.device, self._sum, attention.z[text], found, source_tokens, (query, latent, f, pre)
+        )
+
+    def _wait(self) -> None:
+        """Until what is summed up in the background is; what went wrong there is raised here."""
+        if self._summing is not None:
+            self._summing.result()
+
+    def _sum(self, z: Tensor, found: "_Contributions", token: Tensor, pairs: tuple[Tensor, ...]) -> None:
+        query, latent, f, pre = pairs
+        null, p, heads = self.subject.nulls.active(z, self.subject.weights.offset)
+        self._nulls.index_add_(0, null, _moment_rows(p, heads, powers=2))
+        check_sum(pre - found.heads.sum(1) - self.subject.weights.bias[latent], found.heads)
+        self._add_sources(found, token, query, latent, f)
+        moments = [_moment_rows(f, None, powers=2), _moment_rows(pre, found.heads, powers=2)[:, 1:]]
+        self._moments.index_add_(0, latent, torch.cat(moments, 1))
 
     def _add_sources(self, found: "_Contributions", token: Tensor, query: Tensor, latent: Tensor, f: Tensor) -> None:
         """Add the kept sources of the pairs of a batch, and their totals, by latent, threshold and token."""
@@ -202,6 +214,7 @@ class _Tally:
 
     def result(self) -> dict[str, np.ndarray]:
         """The arrays of the part."""
+        self._wait()
         latent, position, f, heads = (torch.cat(column) for column in zip(*self._pairs, strict=True))
         latent, order = latent.sort(stable=True)
         d_sae = self.subject.sae.d_sae
@@ -302,6 +315,15 @@ def _in_threads(device: torch.device, function: Callable[..., T], *arguments: Se
     if device.type != "cpu" or n == 1:
         return list(map(function, *arguments))
     return list(_threads(n).map(function, *arguments))
+
+
+def _in_background(device: torch.device, function: Callable[..., None], *arguments: Any) -> Future | None:
+    """Call it on one of the threads of `_in_threads`, or at once where there are none."""
+    n = torch.get_num_threads()
+    if device.type != "cpu" or n == 1:
+        function(*arguments)
+        return None
+    return _threads(n).submit(function, *arguments)
 
 
 @cache
