@@ -128,7 +128,7 @@ def check_stopped_at(job, out, at, whole, error=Killed, expected=Killed):
 
 def test_a_build_that_is_stopped_at_a_write_goes_on(job, whole, tmp_path, no_type_checks):
     n = n_writes(job, tmp_path / "first")
-    for at in {1, 2, n // 7, n // 3, n // 2, *range(n - 20, n + 1, 3)}:
+    for at in {1, n // 2, *range(n - 20, n + 1, 5)}:
         check_stopped_at(job, tmp_path / "index", at, whole)
 
 
@@ -178,7 +178,10 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+_SLOW_DAMAGES = [pytest.param(name, marks=pytest.mark.slow) for name in ("cut", "empty")]
+
+
+@pytest.mark.parametrize("damage", ["flipped", *_SLOW_DAMAGES])
 @pytest.mark.parametrize("stage", ["shared", "0/pairs", "0/sweep", "0/examples"])
 def test_a_damaged_part_is_named_and_made_again(job, whole, tmp_path, stage, damage):
     partial = interrupted(job, tmp_path / "index", "write")
@@ -277,7 +280,7 @@ def test_a_folder_name_is_no_pattern_and_no_sql(job, whole, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------- disk
-@pytest.mark.parametrize("part", [0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("part", [0.3, 0.9, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.1, 0.5, 0.7))])
 def test_a_full_disk_keeps_what_stands(job, whole, tmp_path, part, no_type_checks):
     at = int(n_writes(job, tmp_path / "first") * part)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -308,7 +311,7 @@ def test_a_place_that_cannot_be_written(job, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- workers
-@pytest.mark.parametrize("world", [2, 5])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_processes_that_share_the_work_write_the_same_index(job, whole, tmp_path, world):
     """Five processes: the last one has no part to read."""
     path = save_job(tmp_path / "job", *job, PLAN)

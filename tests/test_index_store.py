@@ -229,7 +229,10 @@ def ask_everything(index) -> None:
         index.sql(f"SELECT * FROM {name}")
 
 
-@pytest.mark.parametrize("table", [*TABLES, "activations/part-0000"])
+_SLOW_TABLES = [pytest.param(name, marks=pytest.mark.slow) for name in TABLES if name not in ("sources", "examples")]
+
+
+@pytest.mark.parametrize("table", ["sources", "examples", "activations/part-0000", *_SLOW_TABLES])
 def test_a_flipped_byte_is_an_error_or_changes_nothing(index, copy, table):
     """Never another number: each byte stands under a checksum, or in a footer that then does not parse."""
     path, wrong = copy / f"{table}.parquet", 0
