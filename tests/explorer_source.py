@@ -268,6 +268,8 @@ class FakeIndex(FeatureIndex):
             n_active=200 if threshold else 400,
             kept=0.93,
             bos_share=0.12,
+            kept_by_head=np.full(N_HEADS, 0.9),
+            bos_share_by_head=np.full(N_HEADS, 0.1),
             tokens=tuple(
                 SourceToken(
                     token=token,

@@ -208,7 +208,8 @@ def head_sums(values: list[np.ndarray], p: list[float]) -> tuple[np.ndarray, np.
 def source_rows(naive_: Naive, latent: int, threshold: float, k: int | None) -> tuple[dict, dict]:
     """({token: its row}, totals) of one latent over the active tokens above a threshold."""
     n_heads = naive_.model.spec.n_heads
-    totals = {"n": 0, "d2": 0.0, "d": 0.0, "kept": 0.0, "bos": 0.0, "heads": np.zeros(n_heads)}
+    totals = {"n": 0, "d2": 0.0, "d": 0.0, "kept": 0.0, "bos": 0.0}
+    totals |= {name: np.zeros(n_heads) for name in ("heads", "kept_heads", "bos_heads")}
     rows: dict[int, dict] = {}
     for pair in naive_.pairs[latent]:
         if pair.f <= threshold:
@@ -221,8 +222,10 @@ def source_rows(naive_: Naive, latent: int, threshold: float, k: int | None) -> 
         for s in pair.kept(k):
             own = pair.dfa[:, s].sum()
             totals["kept"] += own**2
+            totals["kept_heads"] += pair.dfa[:, s] ** 2
             if pair.tokens[s] == naive_.model.bos:
                 totals["bos"] += own**2
+                totals["bos_heads"] += pair.dfa[:, s] ** 2
             row = rows.setdefault(
                 int(pair.tokens[s]),
                 {"n": 0, "d2": 0.0, "d": 0.0, "heads": np.zeros(n_heads), "attention": np.zeros(n_heads)},

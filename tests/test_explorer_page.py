@@ -789,6 +789,7 @@ def test_a_rectangle_filters_the_list(page: Page, address: str) -> None:
     page.mouse.down()
     page.mouse.move(box["x"] + 0.8 * box["width"], box["y"] + 0.6 * box["height"], steps=3)
     page.mouse.up()
+    expect(page).to_have_url(re.compile("box="))
     bounds = re.search(r"box=([^&]*)", unquote(page.url))
     assert bounds is not None
     x, x0, x1, y, y0, y1 = bounds[1].split(",")

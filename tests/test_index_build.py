@@ -278,6 +278,8 @@ def test_source_tokens(case, k, threshold):
         near(
             [found.kept, found.bos_share], [totals["kept"] / totals["d2"], totals["bos"] / totals["d2"]], case.tolerance
         )
+        near(found.kept_by_head, totals["kept_heads"] / totals["heads"], case.stored)
+        near(found.bos_share_by_head, totals["bos_heads"] / totals["heads"], case.stored)
         if k is None:
             assert found.kept == pytest.approx(1, abs=1e-12)
         assert [t.share for t in found.tokens] == sorted((t.share for t in found.tokens), reverse=True)
@@ -679,7 +681,9 @@ def test_latents_with_more_rows_than_are_held_at_a_time(case, tmp_path):
         drawn = priority(np.array([p.position for p in pairs])) < 60 / len(pairs)
         sample = {p.position: p.stored for p, chosen in zip(pairs, drawn, strict=True) if chosen}
         near(own.quantiles, np.quantile(list(sample.values()), QUANTILES), case.stored)
-        for group in again.examples(j)[1:]:
+        *drawn_from, weakest = again.examples(j)[1:]
+        assert [e.position for e in weakest.examples] == [e.position for e in case.index.examples(j)[-1].examples]
+        for group in drawn_from:
             assert {e.position for e in group.examples} <= set(sample)
         quantiles = [g for g in again.examples(j) if g.kind == "quantile"]
         assert sum(g.share_active for g in quantiles) == pytest.approx(1, abs=len(quantiles) / len(pairs))

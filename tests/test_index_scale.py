@@ -560,3 +560,19 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
     small, large = peak(512), peak(8192)
     assert large < 1.15 * small, f"{small} kB, then {large} kB"
+
+
+def test_a_folder_that_is_filled_during_the_build_is_not_replaced(job, tmp_path):
+    out = tmp_path / "index"
+
+    def fill(stage, _done, _total):
+        if stage == "write" and not out.exists():
+            out.mkdir()
+            (out / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(OutputError, match="already exists"):
+        build(single(job), out, on_progress=fill)
+    assert (out / "thesis.txt").read_text() == "years of work"
+    out.rename(tmp_path / "elsewhere")
+    (folder,) = build(single(job), out)
+    FeatureIndex.open(folder).verify()

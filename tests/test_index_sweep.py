@@ -78,7 +78,7 @@ BLOCKS[10:] = BLOCKS[:10]  # each text twice
 def test_groups_of_random_rows(seed):
     rows = random_rows(seed, n=150)
     counts = np.bincount(rows["latent"], minlength=5)
-    groups = choose_groups(rows, rows, counts, maxima(rows), BLOCKS, PLAN)[0]
+    groups = choose_groups(rows, (rows, rows), counts, maxima(rows), BLOCKS, PLAN)[0]
     assert groups.latent.tolist() == sorted(groups.latent.tolist())
     ends = np.cumsum(groups.n_chosen)
     for j in range(5):
@@ -127,7 +127,7 @@ def test_the_same_words_in_another_order_are_another_text():
         "position": position,
         "activation": np.array([3.0, 3.0, 3.0, 2.9, 2.8, 1.0], np.float32),
     }
-    top = choose_groups(rows, rows, np.array([6]), np.array([3.0]), blocks, PLAN)[0]
+    top = choose_groups(rows, (rows, rows), np.array([6]), np.array([3.0]), blocks, PLAN)[0]
     n = top.n_chosen[0]
     assert top.position[:n].tolist() == [14, 114, 134]
     assert top.duplicates[:n].tolist() == [3, 0, 0]

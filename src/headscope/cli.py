@@ -93,7 +93,7 @@ class Index:
     losses: bool = False
     """Run the model to its logits too, and keep the loss of every next token."""
     overwrite: bool = False
-    """Replace what `out` holds, and start again what an interrupted run left."""
+    """Replace what `out` holds, and what an interrupted run with other options left."""
 
     def run(self) -> None:
         """Index with a progress bar."""

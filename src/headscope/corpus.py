@@ -79,9 +79,11 @@ class Corpus:
         return self.blocks.shape[1]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the token ids and the block size, as `sha256:<hex>`."""
-        digest = hashlib.sha256(f"{self.blocks.shape}".encode())
-        digest.update(np.ascontiguousarray(self.blocks, dtype="<i4").data)
+        """SHA-256 of the tokens and of the documents they are from, as `sha256:<hex>`."""
+        digest = hashlib.sha256(f"{self.blocks.shape} {self.bos}".encode())
+        for values in (self.blocks, self.document, self.offset):
+            digest.update(np.ascontiguousarray(values, dtype="<i4").data)
+        digest.update("\0".join(self.documents).encode())
         return f"sha256:{digest.hexdigest()}"
 
 

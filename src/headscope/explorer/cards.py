@@ -200,7 +200,7 @@ def _pairs(pairs: tuple[tuple[int, float], ...]) -> list[list[Any]]:
 
 
 def _sources(sources: Sources) -> Json:
-    """Source tokens by column; lists by head, in thousandths, within."""
+    """Source tokens by column; lists by head within."""
     tokens = sources.tokens[:_MAX_SOURCES]
     numbers = {"share": "share", "linear": "share_linear", "frequency": "frequency"}
     by_head = {"by_head": "share_by_head", "attention": "attention", "elsewhere": "attention_elsewhere"}
@@ -212,12 +212,9 @@ def _sources(sources: Sources) -> Json:
         "token": [t.token for t in tokens],
         "n": [t.n for t in tokens],
         **{name: significant([getattr(t, field) for t in tokens], 3) for name, field in numbers.items()},
-        **{name: _per_mille([getattr(t, field) for t in tokens]) for name, field in by_head.items()},
+        "kept_by_head": significant(sources.kept_by_head, 3),
+        **{name: significant([getattr(t, field) for t in tokens], 3) for name, field in by_head.items()},
     }
-
-
-def _per_mille(rows: list[np.ndarray]) -> list[list[int]]:
-    return np.rint(1000 * np.stack(rows)).astype(np.int64).tolist() if rows else []
 
 
 def _group(group: ExampleGroup, number: dict[int, int]) -> Json:

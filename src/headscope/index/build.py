@@ -72,7 +72,8 @@ def build_index(
         saes: SAEs of the z of its layers, with what the manifest says of their files.
         corpus: what to read; every position but special tokens counts.
         folder: gets the index, or one folder for each SAE when there are several; it appears whole or not at all.
-        overwrite: replace what is there, and what an interrupted build of something else left.
+        overwrite: replace what is there, and what an interrupted build of something else left; what one of the same
+            index left is gone on with.
         plan: what to keep.
         workers: which of how many processes this is; the first one returns when the index stands.
         on_progress: called as the work goes on.
@@ -104,7 +105,7 @@ def build_index(
     try:
         with locked(build.partial, build.workers):
             build.claim(overwrite=overwrite)
-            build.run(on_progress or (lambda _stage, _done, _total: None))
+            build.run(on_progress or (lambda _stage, _done, _total: None), overwrite=overwrite)
     except OSError as error:
         raise OutputError(
             f"cannot write {build.partial}: {error.strerror or error}",
@@ -140,15 +141,23 @@ class _Build:
         self._blocks_a_part = max(1, plan.part_tokens // corpus.block_size)
         self.n_parts = -(-len(corpus.blocks) // self._blocks_a_part)
         self._shared = Parts(self.partial / "shared", self.n_parts)
+        self._checked: dict[int, SortedParts] = {}
 
     def _parts(self, number: int, stage: str) -> Parts:
         return Parts(self.partial / str(number) / stage, 1 if stage == "sweep" else self.n_parts)
+
+    def _pairs(self, number: int) -> SortedParts:
+        """All pairs of an SAE; their checksums are read once."""
+        if number not in self._checked:
+            self._checked[number] = SortedParts(self._parts(number, "pairs"))
+        return self._checked[number]
 
     # ---------------------------------------------------------------------------------------------------------- claim
     def claim(self, *, overwrite: bool) -> None:
         """Make the build folder ours, or go on with what an interrupted build of the same plan left in it."""
         wanted = {
             "format_version": FORMAT_VERSION,
+            "headscope": version("headscope"),
             "model": self.model.fingerprint(),
             "saes": [[record.name, record.hash] for record in self.records],
             "corpus": self.corpus.fingerprint(),
@@ -175,7 +184,7 @@ class _Build:
         write_json(path, wanted)
 
     # ------------------------------------------------------------------------------------------------------------ run
-    def run(self, report: Progress) -> None:
+    def run(self, report: Progress, *, overwrite: bool) -> None:
         """All stages; the first rank does what must be done once."""
         first = self.workers.rank == 0
         if not (self.final / "whole").is_file():
@@ -198,6 +207,7 @@ class _Build:
             leave_after_first(self.partial, self.workers, self.partial / "plan.json")
         else:
             leave_first(self.partial, self.workers)
+            check_output(self.folder, overwrite=overwrite)  # it may have been filled meanwhile
             (self.final / "whole").unlink()
             try:
                 move_into_place(self.final, self.folder)
@@ -222,8 +232,9 @@ class _Build:
                 stage.write(part, arrays)
             return shared  # written last: it stands only when all of the part does
 
+        standing = set.intersection(*(set(stage.present()) for stage in stages))
         for part in self.workers.own(self.n_parts):
-            if any(part not in stage.present() for stage in stages):
+            if part not in standing:
                 self._shared.discard(part)
         self._shared.make(self.workers, make)
         report("activations", self.n_parts, self.n_parts)
@@ -242,7 +253,7 @@ class _Build:
             return
         shutil.rmtree(stage.folder, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
-        pairs = SortedParts(self._parts(number, "pairs"))
+        pairs = self._pairs(number)
         writer = writing.ActivationWriter(folder, self.model.spec.n_heads)
         d_sae = self.saes[number].d_sae
         totals = self._totals(pairs)
@@ -291,7 +302,7 @@ class _Build:
             if path.is_file():
                 path.unlink()
         shared = {name: self._total(name) for name in ("token_counts", "source_pairs")}
-        pairs = SortedParts(self._parts(number, "pairs"))
+        pairs = self._pairs(number)
         totals = self._totals(pairs)
         distributions, groups = self._swept(number)
         correlated = most_correlated(pairs, *totals.over_all_tokens(), totals.n_tokens, N_CORRELATED)
@@ -330,7 +341,7 @@ class _Build:
         """What an index says of itself."""
         model, corpus, record, sae = self.model, self.corpus, self.records[number], subject.sae
         n_pairs = int(totals.n_active.sum())
-        active = int(SortedParts(self._parts(number, "pairs")).totals("n_active_tokens").sum())
+        active = int(self._pairs(number).totals("n_active_tokens").sum())
         if n_pairs != active:
             raise IndexFormatError(
                 f"{n_pairs} activations, but {active} were counted while reading",

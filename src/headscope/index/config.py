@@ -37,7 +37,9 @@ DEFINITIONS = {
     "copy_rank": "share of the vocabulary above the top logit token in the copying table",
     "sources": "share of (sum_h C[h, s])^2 over all sources of all active tokens, by source token, over the kept "
     "sources: the largest of each active token by |sum_h C[h, s]|",
-    "attention": "mean attention from an active token to such a source, and from all other tokens to one",
+    "attention": "mean attention from an active token to a kept source with this token / to such a source in all other "
+    "pairs of a destination and a source. Kept sources are kept for their contribution, so the first is high by "
+    "selection; an index with exact sources has neither bias",
     "correlated": "Pearson correlation of two features' activations over all tokens, zeros included",
     "sum check": "sum of DFA over heads and sources + bias = pre-activation; checked at every active token",
     "bias": "b_enc - b_dec . W_enc + c . W_enc: the part of the pre-activation that no head makes",

@@ -6,7 +6,8 @@ from scipy import sparse
 
 from headscope.index.parts import SortedParts
 
-_TILE_BYTES = 1 << 26  # of sums held at a time: a run of latents against all
+_ROWS = 256  # latents compared with all others at a time
+_TILE_BYTES = 1 << 28  # of sums held at a time: a run of latents against all
 
 
 def most_correlated(
@@ -34,21 +35,35 @@ def most_correlated(
     correlations = np.full((d_sae, k), np.nan)
     height = max(1, min(d_sae, _TILE_BYTES // (8 * d_sae)))
     for first in range(0, d_sae, height) if k else ():
-        own = np.arange(first, min(d_sae, first + height))
-        products = np.zeros((len(own), d_sae))
+        products = np.zeros((min(height, d_sae - first), d_sae))
         for part in pairs.each(["position", "activation"]):
             _add_products(products, part, first)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            r = (products / n_tokens - mean[own, None] * mean) / (std[own, None] * std)
-        r[(products == 0) | ~np.isfinite(r)] = -np.inf
-        r[own - first, own] = -np.inf
-        best = np.argpartition(-r, k - 1, axis=1)[:, :k]
-        value = np.take_along_axis(r, best, axis=1)
-        order = np.argsort(-value, axis=1, kind="stable")
-        best, value = np.take_along_axis(best, order, axis=1), np.take_along_axis(value, order, axis=1)
-        latents[own] = np.where(np.isfinite(value), best, -1)
-        correlations[own] = np.where(np.isfinite(value), value, np.nan)
+        for start in range(0, len(products), _ROWS):
+            chosen = slice(start, start + _ROWS)
+            own = first + np.arange(start, min(start + _ROWS, len(products)))
+            best = _largest(products[chosen] / n_tokens, own, mean, std, k)
+            latents[own], correlations[own] = best
     return latents, correlations
+
+
+def _largest(
+    mean_product: Float[np.ndarray, "own latent"],
+    own: Int[np.ndarray, " own"],
+    mean: np.ndarray,
+    std: np.ndarray,
+    k: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest correlations of some latents with all others, and whose they are."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r = (mean_product - mean[own, None] * mean) / (std[own, None] * std)
+    r[(mean_product == 0) | ~np.isfinite(r)] = -np.inf
+    r[np.arange(len(own)), own] = -np.inf
+    best = np.argpartition(-r, k - 1, axis=1)[:, :k]
+    value = np.take_along_axis(r, best, axis=1)
+    order = np.argsort(-value, axis=1, kind="stable")
+    best, value = np.take_along_axis(best, order, axis=1), np.take_along_axis(value, order, axis=1)
+    exists = np.isfinite(value)
+    return np.where(exists, best, -1), np.where(exists, value, np.nan)
 
 
 def _add_products(products: Float[np.ndarray, "own latent"], part: dict[str, np.ndarray], first: int) -> None:

@@ -191,13 +191,16 @@ class SortedParts:
 
     @cached_property
     def _starts(self) -> Int[np.ndarray, "part latent_and_end"]:
-        counts = [read_arrays(path, ["counts"])["counts"] for path in self._paths]
-        return np.concatenate([np.zeros((len(counts), 1), np.int64), np.cumsum(counts, axis=1)], axis=1)
+        counts = [read_arrays(path, ["counts"])["counts"] for path in self._paths[:1]]
+        starts = np.zeros((len(self._paths), len(counts[0]) + 1), dtype=np.int32)  # a part has fewer rows than 2^31
+        for row, path in zip(starts, self._paths, strict=True):
+            np.cumsum(read_arrays(path, ["counts"])["counts"], out=row[1:])
+        return starts
 
     @cached_property
     def counts(self) -> Int[np.ndarray, " latent"]:
         """Rows by latent."""
-        return np.diff(self._starts.sum(0))
+        return np.diff(self._starts.sum(0, dtype=np.int64))
 
     def totals(self, name: str) -> np.ndarray:
         """The sum over parts, in their order, of an array that each part holds."""
@@ -210,7 +213,10 @@ class SortedParts:
 
     def maxima(self, name: str) -> np.ndarray:
         """The largest over parts, element by element."""
-        return np.max([read_arrays(path, [name])[name] for path in self._paths], axis=0)
+        largest = read_arrays(self._paths[0], [name])[name]
+        for path in self._paths[1:]:
+            np.maximum(largest, read_arrays(path, [name])[name], out=largest)
+        return largest
 
     def rows(self, first: int, last: int, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Columns of the rows of latents first to last - 1, and their `latent`, sorted by latent, then part."""

@@ -33,7 +33,7 @@ BATCH_TOKENS = 2048
 _ROWS = 256  # rows of pre-activations held at a time: they stay in the cache
 _PAIRS = 512  # pairs whose [head, pair, source] contributions are held at a time, likewise
 _EXAMPLE_SOURCES = 8  # sources shown of an example when all are counted
-_KEPT_ROWS = 1 << 21  # source tokens of all latents and thresholds together that a part keeps,
+_KEPT_ROWS = 1 << 20  # source tokens of all latents and thresholds together that a part keeps,
 _KEPT_TOKENS = 64  # but no fewer than this of each
 _CALIBRATION_TOKENS = 1 << 13
 _TOLERANCE = 1e-4  # of the summed |contributions|: float32 sums of a few hundred terms close better than this
@@ -41,7 +41,8 @@ _TOLERANCE = 1e-4  # of the summed |contributions|: float32 sums of a few hundre
 MOMENTS = ("n", "f", "f2", "p", "p2")
 """Sums over the active tokens of a latent; then, for each head, C_h, C_h^2 and C_h p."""
 SOURCE_TOTALS = ("n", "d2", "d", "kept", "bos")
-"""Sums over the active tokens of a latent and threshold; then, for each head, C^2 over all sources."""
+"""Sums over the active tokens of a latent and threshold; then, for each head, C^2 over all sources, over the kept ones,
+and over those at BOS."""
 SOURCE_COLUMNS = ("n", "d2", "d")
 """Sums over the kept sources of a latent, threshold and token; then, for each head, C^2 and the attention."""
 
@@ -137,7 +138,7 @@ def read_part(
 
 
 def _check_finite(what: str, values: Tensor) -> None:
-    if not values.sum().isfinite():
+    if not values.isfinite().all():
         raise IndexFormatError(
             f"{what} that are NaN or infinite", expected="finite ones", do="check the model's weights and dtype"
         )
@@ -161,7 +162,7 @@ class _Tally:
             return torch.zeros(rows, columns, dtype=torch.float64, device=device)
 
         self._moments = sums(subject.sae.d_sae, len(MOMENTS) + 3 * heads)
-        self._totals = sums(subject.sae.d_sae * self._levels, len(SOURCE_TOTALS) + heads)
+        self._totals = sums(subject.sae.d_sae * self._levels, len(SOURCE_TOTALS) + 3 * heads)
         self._nulls = sums(len(subject.nulls.kind), 3 + 3 * heads)
         self._sources = source_sums(self._d_vocab, len(self._totals), plan)
         self._pairs: list[tuple[Tensor, ...]] = []
@@ -202,14 +203,13 @@ class _Tally:
         owner = latent * self._levels + level
         exists = found.source <= query[:, None]  # all else is 0 where they do not: the padding of early queries
         token = torch.where(exists, token, self._bos)
-        squares = found.summed.square()
-        at_bos = (squares * (token == self._bos)).sum(1)
+        squares, of_heads, is_bos = found.summed.square(), found.by_head.square(), token == self._bos
+        at_bos = (squares * is_bos).sum(1)
         one = torch.ones_like(at_bos)
-        totals = [one, found.total_square, found.heads.sum(1), squares.sum(1), at_bos]
-        self._totals.index_add_(0, owner, torch.cat([torch.stack(totals, 1), found.head_square], 1).double())
-        values = torch.cat(
-            [torch.stack([exists.to(squares), squares, found.summed], 2), found.by_head.square(), found.attention], 2
-        )
+        totals = torch.stack([one, found.total_square, found.heads.sum(1), squares.sum(1), at_bos], 1)
+        by_head = [found.head_square, of_heads.sum(1), (of_heads * is_bos[:, :, None]).sum(1)]
+        self._totals.index_add_(0, owner, torch.cat([totals, *by_head], 1).double())
+        values = torch.cat([torch.stack([exists.to(squares), squares, found.summed], 2), of_heads, found.attention], 2)
         self._sources.add((owner[:, None] * self._d_vocab + token).flatten(), values.flatten(0, 1))
 
     def result(self) -> dict[str, np.ndarray]:

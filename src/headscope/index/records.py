@@ -62,11 +62,11 @@ class SourceToken:
     share_linear: float
     """Of `sum_s sum_h C[h, s]`; may be negative or above 1."""
     attention: Float[np.ndarray, " head"]
-    """Mean attention from the active token to such a source."""
+    """Mean attention from the active token to such a kept source. Sources are kept for what they contribute, so this is
+    above the attention to any source with this token, by a factor of two or more; with all sources kept it is not."""
     attention_elsewhere: Float[np.ndarray, " head"]
-    """The same for all other pairs of a destination and an earlier-or-same source with this token: the baseline.
-
-    NaN where there is no other."""
+    """The same for all other pairs of a destination and an earlier-or-same source with this token, whether the feature
+    is active there or not; NaN where there are none. A fair baseline only when all sources are kept."""
     frequency: float
     """Share of this token among the tokens of the corpus: the base rate."""
 
@@ -82,6 +82,10 @@ class Sources:
     """Share of `sum_s (sum_h C)^2` that the kept sources hold."""
     bos_share: float
     """Share of it at BOS sources, which are not in `tokens`."""
+    kept_by_head: Float[np.ndarray, " head"]
+    """Share of `sum_s C[h, s]^2` that the kept sources hold. They are kept for their DFA with heads summed: where this
+    is small for a head, `share_by_head` says little of it. NaN for a head that contributes nothing."""
+    bos_share_by_head: Float[np.ndarray, " head"]
     tokens: tuple[SourceToken, ...]
     """Largest share first."""
 

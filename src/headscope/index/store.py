@@ -261,6 +261,8 @@ class FeatureIndex:
             n_active=total["n_active"],
             kept=total["kept"],
             bos_share=total["bos_share"],
+            kept_by_head=np.asarray(total["kept_by_head"], dtype=np.float64),
+            bos_share_by_head=np.asarray(total["bos_share_by_head"], dtype=np.float64),
             tokens=tuple(_source_token(row) for row in rows),
         )
 

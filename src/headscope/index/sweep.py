@@ -85,7 +85,7 @@ def sweep(
     )
     groups: list[Groups] = []
     for first, last in pairs.ranges(plan.range_rows):
-        kept, strongest = [], []
+        kept, strongest, weakest = [], [], []
         n_rows = pairs.counts[first:last].sum()
         if n_rows == 0:  # all of them dead
             report(last)
@@ -96,11 +96,12 @@ def sweep(
             _count(found, rows, maximum, mean)
             narrow = {name: rows[name] for name in ("latent", "position", "activation")}
             kept.append(_sample(narrow, rate))
-            strongest.append(_strongest(narrow, plan.top * _CANDIDATES) if rate < 1 else narrow)
-        rows, top = _joined(kept), _joined(strongest)
+            strongest.append(_first(narrow, -narrow["activation"], plan.top * _CANDIDATES) if rate < 1 else narrow)
+            weakest.append(_first(narrow, narrow["activation"], plan.near_threshold) if rate < 1 else narrow)
+        rows, top, low = _joined(kept), _joined(strongest), _joined(weakest)
         if len(rows["latent"]):
             _quantiles(found.quantiles, rows)
-            groups += choose_groups(rows, top, pairs.counts, maximum, blocks, plan)
+            groups += choose_groups(rows, (top, low), pairs.counts, maximum, blocks, plan)
         report(last)
     return found, _concatenated(groups)
 
@@ -132,8 +133,8 @@ def _sample(rows: Rows, rate: float) -> Rows:
     return {name: column[chosen] for name, column in rows.items()}
 
 
-def _strongest(rows: Rows, n: int) -> Rows:
-    order = np.argsort(-rows["activation"], kind="stable")[:n]
+def _first(rows: Rows, by: np.ndarray, n: int) -> Rows:
+    order = np.argsort(by, kind="stable")[:n]
     return {name: column[order] for name, column in rows.items()}
 
 
@@ -167,24 +168,26 @@ def _quantiles(quantiles: np.ndarray, rows: Rows) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ examples
 def choose_groups(
-    rows: Rows, top: Rows, counts: np.ndarray, maximum: np.ndarray, blocks: Blocks, plan: IndexPlan
+    rows: Rows, ends: tuple[Rows, Rows], counts: np.ndarray, maximum: np.ndarray, blocks: Blocks, plan: IndexPlan
 ) -> list[Groups]:
     """The groups of the cards of some latents: top, random, true quantiles, equal-width intervals, near threshold.
 
     Args:
         rows: all pairs of these latents, or an even sample of them.
-        top: the same, or at least the strongest.
+        ends: the same, or at least the strongest; and the same, or at least the weakest.
         counts: active tokens of each latent of the dictionary.
         maximum: largest activation of each.
         blocks: tokens of the corpus.
         plan: how many of each.
     """
+    top, low = ends
     drawn = (priority(rows["position"]) * 2**32).astype(np.int64)
     rank, n = _rank(rows["latent"], _WEAKEST - _bits(rows["activation"]))
     interval = (rows["activation"] / (maximum[rows["latent"]] / plan.intervals)).astype(np.int64)
     interval = np.clip(interval, 0, plan.intervals - 1)
     quantile = _split(rank, n, plan.quantiles)
     none = np.zeros_like(rank)
+    low_rank, n_low = _rank(low["latent"], _WEAKEST - _bits(low["activation"]))
     scale = counts[rows["latent"]] / n  # 1 unless the rows are a sample
     width = maximum / plan.intervals
     chosen = [
@@ -194,7 +197,15 @@ def choose_groups(
         _intervals(
             _groups("interval", rows, plan.intervals - 1 - interval, drawn, plan.per_interval, scale), width, plan
         ),
-        _groups("threshold", rows, none, n - 1 - rank, plan.near_threshold, scale, only_chosen=True),
+        _groups(
+            "threshold",
+            low,
+            np.zeros_like(low_rank),
+            n_low - 1 - low_rank,
+            plan.near_threshold,
+            np.ones(len(low_rank)),
+            only_chosen=True,
+        ),
     ]
     return [_by_latent(_concatenated(chosen))]
 

@@ -193,7 +193,7 @@ def source_tables(
 ) -> tuple[pa.Table, pa.Table]:
     """The largest source tokens of each latent above each threshold, and the totals they are shares of."""
     n_levels, n_heads, d_vocab = len(plan.thresholds), model.spec.n_heads, model.spec.d_vocab
-    totals = pairs.totals("source_totals").reshape(-1, n_levels, len(SOURCE_TOTALS) + n_heads)
+    totals = pairs.totals("source_totals").reshape(-1, n_levels, len(SOURCE_TOTALS) + 3 * n_heads)
     sums = source_sums(d_vocab, len(totals) * n_levels, plan)
     for part in pairs.each(["source_keys", "source_sums"]):
         sums.add(torch.from_numpy(part["source_keys"]), torch.from_numpy(part["source_sums"]))
@@ -210,6 +210,8 @@ def source_tables(
         tables.append(_source_rows(*chosen, own, attention, shared, threshold))
         d2 = own[:, SOURCE_TOTALS.index("d2")]
         scale = np.where(d2 > 0, d2, np.nan)
+        everything, kept, bos = np.split(own[:, len(SOURCE_TOTALS) :], 3, axis=1)
+        of_heads = np.where(everything > 0, everything, np.nan)
         of_totals.append(
             pa.table(
                 {
@@ -218,6 +220,8 @@ def source_tables(
                     "n_active": pa.array(own[:, SOURCE_TOTALS.index("n")].astype(np.int64)),
                     "kept": nullable(own[:, SOURCE_TOTALS.index("kept")] / scale, np.isnan(scale)),
                     "bos_share": nullable(own[:, SOURCE_TOTALS.index("bos")] / scale, np.isnan(scale)),
+                    "kept_by_head": fixed_lists(kept / of_heads),
+                    "bos_share_by_head": fixed_lists(bos / of_heads),
                 }
             )
         )
@@ -262,7 +266,7 @@ def _source_rows(
         columns = {
             "share": d2 / own[:, SOURCE_TOTALS.index("d2")],
             "share_linear": d / own[:, SOURCE_TOTALS.index("d")],
-            "share_by_head": by_head / own[:, len(SOURCE_TOTALS) :],
+            "share_by_head": by_head / own[:, len(SOURCE_TOTALS) : len(SOURCE_TOTALS) + n_heads],
             "attention": attended / n[:, None],
             "attention_elsewhere": (attention[token] - attended) / np.where(elsewhere > 0, elsewhere, np.nan)[:, None],
             "frequency": shared["token_counts"][token] / shared["token_counts"].sum(),  # of text: BOS is set to 0

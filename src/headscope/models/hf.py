@@ -5,6 +5,7 @@ scores or pattern are read or edited has its attention function exchanged (`atte
 """
 
 import hashlib
+import json
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +30,9 @@ _TOKEN_ROWS = 4096  # one-token sequences at a time
 
 Edit = Callable[[Tensor], Tensor]
 """Is given the value at a site, shaped as `Site` says, and returns what is to stand in its place, shaped alike."""
+
+# What a configuration says that does not decide what is computed.
+_NOT_COMPUTED = {"architectures", "dtype", "name_or_path", "torch_dtype", "transformers_version", "use_cache"}
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,9 @@ class Model:
         return self.module.device
 
     def fingerprint(self) -> str:
-        """`sha256:<hex>` of all weights and buffers, by name."""
-        digest = hashlib.sha256()
+        """`sha256:<hex>` of all that decides what the model computes: its configuration, BOS, weights and buffers."""
+        config = {k: v for k, v in self.module.config.to_dict().items() if k not in _NOT_COMPUTED and k[0] != "_"}
+        digest = hashlib.sha256(json.dumps([config, self.bos], sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.module.state_dict().items()):
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

@@ -7,17 +7,18 @@ const SHOWN_SOURCES = 6;
 
 /** The source tokens; attention is that of one head. @param {import("./types").Sources} sources */
 export function drawSources(sources, head, { names, vocab, tip, term }) {
-  const { token, share, linear, by_head: byHead, attention, elsewhere, frequency, n } = sources;
+  const { token, share, linear, by_head: byHead, kept_by_head: kept, attention, elsewhere, frequency, n } = sources;
+  const ofHead = (i, h) => (kept[h] < 0.5 ? "–" : pct(byHead[i][h])); // most of that head's is at sources not kept
   const most = Math.max(...share, 1e-9);
   const detail = (i) => [el("div", { class: "tip-title" }, vocab.label(token[i])),
-    facts([["of squared DFA", pct(share[i])], ["of DFA as it is", pct(linear[i])], ["kept sources", int(n[i])], ["of all tokens", pct(frequency[i])]]), el("table", { class: "by-head", "data-by-head": "" }, el("tr", {}, ["head", "DFA", "attention", "elsewhere"].map((title) => el("th", {}, title))),
+    facts([["of squared DFA", pct(share[i])], ["of DFA as it is", pct(linear[i])], ["kept sources", int(n[i])], ["of all tokens", pct(frequency[i])]]), el("table", { class: "by-head", "data-by-head": "" }, el("tr", {}, ["head", "DFA", "attention, kept", "elsewhere"].map((title) => el("th", {}, title))),
     [...names.keys()].sort((a, b) => byHead[i][b] - byHead[i][a]).slice(0, 12).map((h) => el("tr", {}, el("th", {}, names[h]),
-      [byHead[i][h] / 1000, attention[i][h] / 1000, elsewhere[i][h] / 1000].map((value) => el("td", {}, pct(value))))))];
+      [ofHead(i, h), pct(attention[i][h]), pct(elsewhere[i][h])].map((value) => el("td", {}, value)))))];
   const rows = token.map((id, i) => el("tr", { class: i < SHOWN_SOURCES ? null : "more", "data-source": id, tabindex: 0, ...tip.on(() => detail(i)) },
     el("th", { scope: "row", vars: { "--r": unit(share[i] / most) } }, vocab.label(id)), el("td", {}, pct(share[i])),
-    el("td", {}, el("b", {}, pct(attention[i][head] / 1000)), ` / ${pct(elsewhere[i][head] / 1000)}`), el("td", {}, pct(frequency[i]))));
+    el("td", {}, el("b", {}, pct(attention[i][head])), ` / ${pct(elsewhere[i][head])}`), el("td", {}, pct(frequency[i]))));
   const table = el("table", { class: "sources", "data-sources": "" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "DFA²"),
-    el("th", {}, term(`attention ${names[head]} / else`, "attention")), el("th", {}, term("base", "base rate"))), rows);
+    el("th", {}, term(`attention ${names[head]}, kept / else`, "attention")), el("th", {}, term("base", "base rate"))), rows);
   return [table, el("p", { class: "note" }, el("span", { "data-kept": "" }, term(`${pct(sources.kept)} kept`, "kept"), ` · BOS apart: ${pct(sources.bos)} · ${int(sources.n_active)} active`), more(table, "sources", SHOWN_SOURCES, token.length))];
 }
 

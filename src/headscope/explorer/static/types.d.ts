@@ -58,7 +58,7 @@ export interface Text { text: [number, number, number[]][]; document_at: Record<
 export interface Sources {
   threshold: number; n_active: number; kept: number; bos: number;
   token: number[]; n: number[]; share: number[]; linear: number[]; frequency: number[];
-  by_head: number[][]; attention: number[][]; elsewhere: number[][];
+  kept_by_head: (number | null)[]; by_head: number[][]; attention: number[][]; elsewhere: number[][];
 }
 
 export interface Feature extends Text {
