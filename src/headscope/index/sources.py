@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_COMPACT_ROWS = 1 << 19
+_COMPACT_ROWS = 1 << 20
 
 
 def merge_by_key(
