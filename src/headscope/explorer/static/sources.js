@@ -18,7 +18,7 @@ export function drawSources(sources, head, { names, vocab, tip, term }) {
     el("th", { scope: "row", vars: { "--r": unit(share[i] / most) } }, vocab.label(id)), el("td", {}, pct(share[i])),
     el("td", {}, el("b", {}, pct(attention[i][head])), ` / ${pct(elsewhere[i][head])}`), el("td", {}, pct(frequency[i]))));
   const table = el("table", { class: "sources", "data-sources": "" }, el("tr", {}, el("th", {}, "token"), el("th", {}, "DFA²"),
-    el("th", {}, term(`attention ${names[head]}, kept / else`, "attention")), el("th", {}, term("base", "base rate"))), rows);
+    el("th", {}, term(`att. ${names[head]} kept / else`, "attention")), el("th", {}, term("base", "base rate"))), rows);
   return [table, el("p", { class: "note" }, el("span", { "data-kept": "" }, term(`${pct(sources.kept)} kept`, "kept"), ` · BOS apart: ${pct(sources.bos)} · ${int(sources.n_active)} active`), more(table, "sources", SHOWN_SOURCES, token.length))];
 }
 
