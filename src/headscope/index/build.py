@@ -138,6 +138,7 @@ class _Build:
                 f"SAEs named {', '.join(self.names)}", expected="different names", do="rename one of the folders"
             )
         self.outputs = [folder / name for name in self.names]
+        self.model_hash, self.corpus_hash = model.fingerprint(), corpus.fingerprint()
         self._blocks_a_part = max(1, plan.part_tokens // corpus.block_size)
         self.n_parts = -(-len(corpus.blocks) // self._blocks_a_part)
         self._shared = Parts(self.partial / "shared", self.n_parts)
@@ -158,9 +159,9 @@ class _Build:
         wanted = {
             "format_version": FORMAT_VERSION,
             "headscope": version("headscope"),
-            "model": self.model.fingerprint(),
+            "model": self.model_hash,
             "saes": [[record.name, record.hash] for record in self.records],
-            "corpus": self.corpus.fingerprint(),
+            "corpus": self.corpus_hash,
             "plan": self.plan.as_dict(),
         }
         path = self.partial / "plan.json"
@@ -359,7 +360,7 @@ class _Build:
             "dtype": str(model.module.dtype).removeprefix("torch."),
             "model": {
                 "name": model.spec.name,
-                "hash": model.fingerprint(),
+                "hash": self.model_hash,
                 "n_layers": model.spec.n_layers,
                 "n_heads": model.spec.n_heads,
                 "d_head": model.spec.d_head,
@@ -377,7 +378,7 @@ class _Build:
             "corpus": {
                 "name": corpus.name,
                 "split": corpus.split,
-                "hash": corpus.fingerprint(),
+                "hash": self.corpus_hash,
                 "n_tokens": totals.n_tokens,
                 "n_blocks": len(corpus.blocks),
                 "block_size": corpus.block_size,

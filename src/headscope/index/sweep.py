@@ -5,7 +5,7 @@ counted over all of its rows, and quantiles and examples come from an even sampl
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -197,15 +197,7 @@ def choose_groups(
         _intervals(
             _groups("interval", rows, plan.intervals - 1 - interval, drawn, plan.per_interval, scale), width, plan
         ),
-        _groups(
-            "threshold",
-            low,
-            np.zeros_like(low_rank),
-            n_low - 1 - low_rank,
-            plan.near_threshold,
-            np.ones(len(low_rank)),
-            only_chosen=True,
-        ),
+        _whole("threshold", low, np.flatnonzero(n_low - 1 - low_rank < plan.near_threshold)),
     ]
     return [_by_latent(_concatenated(chosen))]
 
@@ -220,11 +212,16 @@ def _sorted(group: Int[np.ndarray, " n"], by: Int[np.ndarray, " n"]) -> Int[np.n
     return np.argsort((group.astype(np.int64) << 32) | by, kind="stable")
 
 
+def runs(values: Int[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " run"], Int[np.ndarray, " run"]]:
+    """Where each run of equal numbers begins, and how long it is; none is negative."""
+    starts = np.flatnonzero(np.diff(values, prepend=-1))
+    return starts, np.diff(np.append(starts, len(values)))
+
+
 def _rank(latent: Int[np.ndarray, " n"], by: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
     """Rank of each row among those of its latent (0 is the smallest; ties as they came), and how many these are."""
     order = _sorted(latent, by)
-    starts = np.flatnonzero(np.diff(latent[order], prepend=-1))
-    lengths = np.diff(np.append(starts, len(order)))
+    starts, lengths = runs(latent[order])
     rank, n = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order)) - np.repeat(starts, lengths)
     n[order] = np.repeat(lengths, lengths)
@@ -246,25 +243,12 @@ def _groups(
     order_by: np.ndarray,
     n: int,
     scale: np.ndarray,
-    *,
-    only_chosen: bool = False,
 ) -> Groups:
-    """Groups by (latent, number), and of each the `n` rows that come first by `order_by`, strongest first.
-
-    `only_chosen`: the group is those rows alone.
-    """
+    """Groups by (latent, number), and of each the `n` rows that come first by `order_by`, strongest first."""
     group = rows["latent"] * (number.max(initial=0) + 1) + number
     order = _sorted(group, order_by)
-    key = group[order]
-    start = np.flatnonzero(np.diff(key, prepend=-1))
-    length = np.diff(np.append(start, len(key)))
-    chosen = np.arange(len(key)) - np.repeat(start, length) < n
-    if only_chosen:
-        order, key = order[chosen], key[chosen]
-        start = np.flatnonzero(np.diff(key, prepend=-1))
-        length = np.diff(np.append(start, len(key)))
-        chosen = np.ones(len(key), dtype=bool)
-        scale = np.ones_like(scale)
+    start, length = runs(group[order])
+    chosen = np.arange(len(order)) - np.repeat(start, length) < n
     f = rows["activation"][order].astype(np.float64)
     group = np.repeat(np.arange(len(start)), length)
     picked = np.flatnonzero(chosen)
@@ -281,6 +265,13 @@ def _groups(
         position=rows["position"][order][picked],
         duplicates=np.zeros(len(picked), np.int64),
     )
+
+
+def _whole(kind: str, rows: Rows, at: Int[np.ndarray, " chosen"]) -> Groups:
+    """A group of each latent that is all of some rows, and shows all of them."""
+    chosen = {name: column[at] for name, column in rows.items()}
+    none = np.zeros(len(at), np.int64)
+    return _groups(kind, chosen, none, none, len(at), np.ones(len(at)))
 
 
 def _intervals(groups: Groups, width: np.ndarray, plan: IndexPlan) -> Groups:
@@ -304,21 +295,7 @@ def _top(rows: Rows, blocks: Blocks, n: int) -> Groups:
     at = np.flatnonzero(distinct)
     distinct_rank, _ = _rank(latent[at], at)
     at = at[distinct_rank < n]
-    f = rows["activation"][candidates][at].astype(np.float64)
-    start = np.flatnonzero(np.diff(latent[at], prepend=-1))
-    length = np.diff(np.append(start, len(at)))
-    return Groups(
-        latent=latent[at][start],
-        kind=np.full(len(start), KINDS.index("top")),
-        number=np.zeros(len(start), np.int64),
-        low=np.minimum.reduceat(f, start),
-        high=np.maximum.reduceat(f, start),
-        n=length,
-        mass=np.add.reduceat(f, start),
-        n_chosen=length,
-        position=position[at],
-        duplicates=copies[which[at]] - 1,
-    )
+    return replace(_whole("top", rows, candidates[at]), duplicates=copies[which[at]] - 1)
 
 
 def _text_hash(latent: Int[np.ndarray, " n"], position: Int[np.ndarray, " n"], blocks: Blocks) -> np.ndarray:

@@ -17,7 +17,7 @@ from headscope.index.nulls import KINDS as NULL_KINDS
 from headscope.index.parts import SortedParts
 from headscope.index.passes import MOMENTS, SOURCE_COLUMNS, SOURCE_TOTALS, Subject, source_sums
 from headscope.index.sources import merge_by_key
-from headscope.index.sweep import KINDS, Distributions, Groups, Rows
+from headscope.index.sweep import KINDS, Distributions, Groups, Rows, runs
 from headscope.index.writing import (
     SMALL_ROW_GROUP,
     fixed_lists,
@@ -241,8 +241,7 @@ def _largest_tokens(
     latent, token, sums = latent[text], token[text], sums[text]
     order = np.lexsort((token, -sums[:, SOURCE_COLUMNS.index("d2")] if len(sums) else token, latent))
     latent, token, sums = latent[order], token[order], sums[order]
-    start = np.flatnonzero(np.diff(latent, prepend=-1))
-    rank = np.arange(len(latent)) - np.repeat(start, np.diff(np.append(start, len(latent))))
+    rank = np.arange(len(latent)) - np.repeat(*runs(latent))
     keep = rank < N_SOURCE_TOKENS
     return latent[keep], token[keep], sums[keep]
 
