@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from headscope.artefact import check_output, check_run_folder, read_json, write_json
 from headscope.corpus import Corpus, Split, load_corpus
-from headscope.errors import ExportError, OutputError
+from headscope.errors import ExportError, OutputError, SAEError
 from headscope.index.config import IndexPlan
 from headscope.sae.config import TrainConfig
 from headscope.site import Kind, Site
@@ -146,6 +146,8 @@ def index(
     from headscope.sae.formats import load_sae, sae_hash
 
     text = text or CorpusChoice()
+    if not saes:
+        raise SAEError("no SAE to index", expected="one or more", do="name them after --sae")
     check_run_folder(out, overwrite=overwrite, inputs=[*saes, text.corpus, *([model] if model else [])])
     loaded_saes = [load_sae(sae) for sae in saes]
     loaded = load_model(model or loaded_saes[0].model_name)

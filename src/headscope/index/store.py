@@ -49,7 +49,8 @@ from headscope.index.sweep import KINDS
 from headscope.sae.quality_table import quality_rows
 from headscope.stats import wilson
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _of_folder(reader: "Callable[Concatenate[FeatureIndex, P], R]") -> "Callable[Concatenate[FeatureIndex, P], R]":
