@@ -739,3 +739,21 @@ assert not {{"torch", "transformers"}} & set(sys.modules), "torch was imported"
 def test_records_are_frozen(index):
     with pytest.raises(dataclasses.FrozenInstanceError):
         index.feature(0).density = 1.0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"intervals": 1.5},
+        {"top": True},
+        {"per_quantile": "3"},
+        {"n_sources": 2.0},
+        {"part_tokens": None},
+        {"losses": 1},
+        {"thresholds": None},
+        {"thresholds": (0, "high")},
+    ],
+)
+def test_a_plan_of_other_than_whole_numbers(no_type_checks, bad):
+    with pytest.raises(IndexFormatError, match=next(iter(bad))):
+        IndexPlan(**bad)

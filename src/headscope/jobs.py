@@ -148,6 +148,7 @@ def index(
     text = text or CorpusChoice()
     if not saes:
         raise SAEError("no SAE to index", expected="one or more", do="name them after --sae")
+    _check_remnant(out, overwrite=overwrite)
     check_run_folder(out, overwrite=overwrite, inputs=[*saes, text.corpus, *([model] if model else [])])
     loaded_saes = [load_sae(sae) for sae in saes]
     loaded = load_model(model or loaded_saes[0].model_name)
@@ -167,6 +168,17 @@ def index(
         on_progress=on_progress,
     )
     return tuple(FeatureIndex.open(folder) for folder in folders) if workers.rank == 0 else ()
+
+
+def _check_remnant(out: Path, *, overwrite: bool) -> None:
+    """Name what a build left beside a finished index: one that replaces it, or its own, killed at its very end."""
+    partial = out.with_name(f"{out.name}.partial")
+    if not overwrite and (out / "manifest.json").is_file() and partial.is_dir():
+        raise OutputError(
+            f"{out} already exists, and {partial} holds what a build beside it left",
+            expected="a new or empty folder",
+            do="choose another folder, or pass --overwrite: it goes on with what is there, and clears it",
+        )
 
 
 def live(index: str | Path, *, model: str | None = None, sae: str | Path | None = None) -> "LiveIndex":

@@ -71,7 +71,7 @@ class IndexPlan:
     """Activations held at a time when those of a feature are brought together."""
 
     def __post_init__(self) -> None:
-        """Refuse thresholds that are not increasing from 0, and sizes that are no whole numbers above 0."""
+        """Refuse thresholds that do not increase from 0, and sizes that are no whole numbers above 0."""
         try:
             object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
             rising = all(a < b < inf for a, b in zip(self.thresholds, self.thresholds[1:], strict=False))
@@ -82,10 +82,12 @@ class IndexPlan:
                 f"thresholds {self.thresholds}", expected="0 and then larger ones", do="for example: 0 5"
             )
         for name, value in asdict(self).items():
-            if name == "losses" or (name == "n_sources" and value is None):
-                continue
-            if name != "thresholds" and (type(value) is not int or value < 1):
-                raise IndexFormatError(f"{name} {value}", expected="a whole number above 0", do=f"pass another {name}")
+            whole = type(value) is int and value > 0
+            allowed = {"thresholds": True, "losses": type(value) is bool, "n_sources": whole or value is None}
+            if not allowed.get(name, whole):
+                raise IndexFormatError(
+                    f"{name} {value!r}", expected="a whole number above 0", do=f"pass another {name}"
+                )
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from headscope.artefact import read_json
 from headscope.errors import IndexFormatError
 from headscope.index.config import FORMAT_VERSION
-from headscope.index.schema import Sizes, check_manifest, read_footer
+from headscope.index.schema import Sizes, check_manifest, one_array, read_footer
 
 TABLES = (
     "tokens",
@@ -228,8 +228,7 @@ class TokenBlocks:
 
 def flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """The values of a column of lists, and where each list begins and ends among them."""
-    array = lists.combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    array = one_array(lists)
     return array.values.to_numpy(), array.offsets.to_numpy()
 
 

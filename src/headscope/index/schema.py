@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from headscope.index.config import N_BINS, N_COPY, N_LOGITS, QUANTILES
@@ -133,26 +132,29 @@ class Sizes:
             ValueError: what is missing, points nowhere, or is of another length.
         """
         for name in table.column_names:
-            column = table[name]
+            column = one_array(table[name])
             if column.null_count and name in COLUMNS and name not in _NULLABLE.split():
                 raise ValueError(f"{name} is missing in {column.null_count} rows")
-            if pa.types.is_list(column.type):
-                self._check_lengths(table, name)
-                column = pc.list_flatten(column)
+            if isinstance(column, pa.ListArray):
+                lengths = column.value_lengths()
+                if name in self.lengths and (lengths.drop_null().to_numpy() != self.lengths[name]).any():
+                    raise ValueError(f"{name} with other than {self.lengths[name]} numbers")
+                if name in _PAIRED and not lengths.equals(one_array(table[_PAIRED[name]]).value_lengths()):
+                    raise ValueError(f"{name} and {_PAIRED[name]} of different lengths")
+                column = column.flatten()
                 if column.null_count:
                     raise ValueError(f"{name} with missing numbers")
             if name in self.below:
-                found = pc.min_max(column).as_py()
-                if found["min"] is not None and not 0 <= found["min"] <= found["max"] < self.below[name]:
-                    raise ValueError(f"{name} from {found['min']} to {found['max']}, of {self.below[name]}")
+                numbers = column.drop_null().to_numpy()
+                if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self.below[name]:
+                    raise ValueError(f"{name} from {numbers.min()} to {numbers.max()}, of {self.below[name]}")
         return table
 
-    def _check_lengths(self, table: pa.Table, name: str) -> None:
-        length = pc.list_value_length(table[name])
-        if name in self.lengths and not pc.all(pc.equal(length, self.lengths[name]), min_count=0).as_py():
-            raise ValueError(f"{name} with other than {self.lengths[name]} numbers")
-        if name in _PAIRED and not length.equals(pc.list_value_length(table[_PAIRED[name]])):
-            raise ValueError(f"{name} and {_PAIRED[name]} of different lengths")
+
+def one_array(column: pa.ChunkedArray) -> Any:
+    """A column in one piece."""
+    array = column.combine_chunks()
+    return array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
 
 
 def _by_name(groups: list[tuple[int, str]]) -> dict[str, int]:

@@ -49,6 +49,11 @@ from headscope.index.sweep import KINDS
 from headscope.sae.quality_table import quality_rows
 from headscope.stats import wilson
 
+_ALONE = {
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+    "python_enable_replacements": False,  # a local variable is no table
+}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -74,7 +79,8 @@ class FeatureIndex:
         names = check_files(folder, manifest)
         check_footers(folder, names, self._sizes)
         parts = [folder / name for name in names if name.startswith("activations/")]
-        self._connection = _connect({name: [folder / f"{name}.parquet"] for name in TABLES} | {"activations": parts})
+        self._connection = duckdb.connect(config=_ALONE)
+        self._create_views({name: [folder / f"{name}.parquet"] for name in TABLES} | {"activations": parts})
         self._lock = RLock()
         self._features = read_own(folder / "features.parquet", self._sizes)
         self._activations = ActivationRows(parts, self._features["n_active"].to_numpy(), self._sizes)
@@ -128,6 +134,18 @@ class FeatureIndex:
                     expected=f"{own} ({self.manifest[what]['name']}), with which {self.folder} was built",
                     do=f"pass that {what}, or build an index with this one",
                 )
+
+    def _create_views(self, views: dict[str, list[Path]]) -> None:
+        """Let the database read these files, nothing else on this machine, and nothing off it."""
+        run = self._connection.execute
+        run("SET enable_progress_bar = false")  # it would be drawn on stdout
+        run(f"SET temp_directory = {_quoted(f'{gettempdir()}/headscope-{uuid4().hex}')}")
+        paths = {name: [_quoted(str(path.absolute())) for path in own] for name, own in views.items()}
+        for name, own in paths.items():
+            run(f"CREATE VIEW {name} AS SELECT * FROM read_parquet([{', '.join(own)}])")
+        run(f"SET allowed_paths = [{', '.join(path for own in paths.values() for path in own)}]")
+        run("SET enable_external_access = false")
+        run("SET lock_configuration = true")
 
     def _check_meaning(self) -> None:
         """Hold what the manifest says of the tables' content against it: a wrong count must not be a wrong number."""
@@ -447,26 +465,6 @@ class FeatureIndex:
             raise IndexFormatError(
                 f"{text!r} is not one token", expected="the text of a token", do="try it with a leading space"
             ) from error
-
-
-def _connect(views: dict[str, list[Path]]) -> duckdb.DuckDBPyConnection:
-    """A database with views of files, which reads these files, nothing else on this machine, and nothing off it."""
-    connection = duckdb.connect(
-        config={
-            "autoinstall_known_extensions": False,
-            "autoload_known_extensions": False,
-            "python_enable_replacements": False,
-        }
-    )
-    connection.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
-    connection.execute(f"SET temp_directory = {_quoted(f'{gettempdir()}/headscope-{uuid4().hex}')}")
-    paths = {name: [_quoted(str(path.absolute())) for path in own] for name, own in views.items()}
-    for name, own in paths.items():
-        connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet([{', '.join(own)}])")
-    connection.execute(f"SET allowed_paths = [{', '.join(path for own in paths.values() for path in own)}]")
-    connection.execute("SET enable_external_access = false")
-    connection.execute("SET lock_configuration = true")
-    return connection
 
 
 def _quoted(text: str) -> str:
