@@ -49,7 +49,7 @@ from headscope.index.sweep import KINDS
 from headscope.sae.quality_table import quality_rows
 from headscope.stats import wilson
 
-_ALONE = {
+_ALONE: dict[str, Any] = {
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
     "python_enable_replacements": False,  # a local variable is no table
