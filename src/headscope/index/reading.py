@@ -54,7 +54,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = read_json(folder / "manifest.json")
         if "indexes" in manifest:
             raise IndexFormatError(
-                f"{folder} holds several indexes", expected="one", do=f"open one of: {str(manifest['indexes'])[:500]}"
+                f"{folder} holds several indexes", expected="one", do=f"open one of: {', '.join(manifest['indexes'])[:500]}"
             )
         found = manifest["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:

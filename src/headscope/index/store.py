@@ -307,7 +307,7 @@ class FeatureIndex:
             raise ValueError(
                 f"groups of latent {latent} that are of no known kind, or lack examples: {sorted(unknown)[:5]}"
             )
-        plain = ("kind", "number", "low", "high", "n", "share_active", "share_mass")
+        plain = ("kind", "number", "low", "high", "n", "share_active", "share_mass", "sampled")
         return tuple(
             ExampleGroup(
                 **{name: group[name] for name in plain},
