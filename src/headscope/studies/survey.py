@@ -300,7 +300,7 @@ def _weighted(verdicts: dict[int, str], strata: Sequence[Stratum]) -> Estimate:
     weight, yes = [], []
     for stratum in strata:
         judged = [verdicts[latent] for latent in stratum.latents if latent in verdicts]
-        weight += [stratum.population / len(judged)] * len(judged)
+        weight += [stratum.population / max(1, len(judged))] * len(judged)
         yes += [verdict == "interpretable" for verdict in judged]
     if not weight:
         return wilson(0, 0)
