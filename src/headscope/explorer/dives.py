@@ -21,6 +21,7 @@ from headscope.studies.specificity_records import Curve, ExpectedValue, FalsePos
 
 _REACH = 16  # tokens shown on each side of a place
 _SUGGESTED = 5  # tokens of a suggested proxy
+_LARGE = 0.05  # of the squared DFA: a source token with less is not suggested
 _DIGITS = 6
 _MEASURES = ("precision", "mass_share", "auc", "average_precision", "pearson", "phi", "pearson_above")
 
@@ -124,7 +125,8 @@ class IndexDives:
         vocabulary = vocabulary_of(self._index)
         special = set(self._index.vocabulary[1])
         top = feature.logit_top[0][0]
-        from_tokens = [t.token for t in sources.tokens if t.token not in special][:_SUGGESTED]
+        text_sources = [t for t in sources.tokens if t.token not in special]
+        from_tokens = [t.token for i, t in enumerate(text_sources[:_SUGGESTED]) if i == 0 or t.share >= _LARGE]
         on_tokens = [t for t in self._index.table()["example_tokens"][latent].as_py() if t not in special][:_SUGGESTED]
         made = [(induction_of(vocabulary.name(top), fuzzy=True), "its top logit token is next by induction")]
         if on_tokens:
