@@ -46,3 +46,24 @@ def bootstrap_ratio(
         value = float(numerator.sum() / denominator.sum())
     low, high = np.nanpercentile(ratios, [2.5, 97.5]) if np.isfinite(ratios).any() else (np.nan, np.nan)
     return Estimate(value, float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number with its interval, its n, its null and its definition, or the reason why there is none."""
+
+    definition: str
+    n: int
+    """What it is a number of: the denominator of a ratio, the tokens of a correlation."""
+    value: float | None = None
+    low: float | None = None
+    """95 %: Wilson for ratios of counts, else by resampling documents; None where neither can be had."""
+    high: float | None = None
+    interval: str | None = None
+    """How `low` and `high` were made."""
+    by_document: tuple[float, float] | None = None
+    """For a ratio of counts, the interval by resampling documents: tokens of one are not independent."""
+    null: Estimate | None = None
+    """The same number where there is nothing to find: mean and range."""
+    missing: str | None = None
+    """Why there is no value, or no interval."""
