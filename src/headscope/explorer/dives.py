@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Bool, Int
 
-from headscope.errors import HeadscopeError, IndexFormatError
+from headscope.errors import HeadscopeError, IndexFormatError, StudyError
 from headscope.explorer.answers import Json
 from headscope.explorer.examples import corpus_json, text_runs
 from headscope.explorer.numbers import short, significant
@@ -23,6 +23,10 @@ _REACH = 16  # tokens shown on each side of a place
 _SUGGESTED = 5  # tokens of a suggested proxy
 _LARGE = 0.05  # of the squared DFA: a source token with less is not suggested
 _DIGITS = 6
+_ADVICE = (
+    "`headscope effects INDEX --model MODEL` writes the exact effect by the direct path of every feature into the index; "
+    "`headscope serve --model MODEL` also removes this feature from the model, for the proxy that is typed here."
+)
 _MEASURES = ("precision", "mass_share", "auc", "average_precision", "pearson", "phi", "pearson_above")
 
 
@@ -50,7 +54,7 @@ class IndexDives:
             "proxies": list(self._suggested(latent)),
             "columns": {study: self._columns(study, latent) for study in studies(self._index.folder)},
             "live": self._effects is not None,
-            "advice": "",
+            "advice": _ADVICE,
             "python": {
                 "logits": f"{_open(folder)}\nfeature = index.feature({latent})\nfeature.logit_top, feature.logit_bottom",
                 "ablation": f'{_open(folder)}\nindex.columns("effects").slice({latent}, 1).to_pylist()',
@@ -102,8 +106,8 @@ class IndexDives:
         """What removing the feature does to the loss, at tokens of the proxy and elsewhere."""
         self._check(latent)
         if self._effects is None:
-            raise IndexFormatError(
-                "no model to ablate a feature in",
+            raise StudyError(
+                "no model to remove a feature from",
                 expected="a server with the index's model",
                 do="start it with: headscope serve --model",
             )
@@ -151,18 +155,27 @@ class IndexDives:
         return said | {"n": str(said["n"]), "values": values}
 
 
-def packed(dives: IndexDives, latent: int, proxies: Iterable[str], *, effects: bool) -> dict[int, Json]:
-    """What a file holds of the deep dive into one feature: only for these proxies, since nothing computes others.
+def packed(dives: IndexDives, latent: int, proxies: Iterable[str] = ()) -> dict[int, Json]:
+    """What a file holds of the deep dive into one feature: only for some proxies, since nothing computes others there.
+
+    Args:
+        dives: of an index.
+        latent: which feature.
+        proxies: the suggested ones when none are given.
 
     Raises:
         IndexError, ProxyError: no such feature, or no proxy.
     """
-    given = list(proxies)
+    start = dives.start(latent)
+    given = list(dict.fromkeys(proxies))
+    if given:
+        start["proxies"] = [{"proxy": proxy, "why": "of this file"} for proxy in given]
+    held = [suggested["proxy"] for suggested in start["proxies"]]
     return {
         latent: {
-            "start": dives.start(latent) | {"proxies": [{"proxy": p, "why": "of this file"} for p in given]},
-            "dives": {p: dives.dive(latent, p) for p in given},
-            "effects": {p: dives.effects(latent, p) for p in given} if effects else {},
+            "start": start,
+            "dives": {proxy: dives.dive(latent, proxy) for proxy in held},
+            "effects": {proxy: dives.effects(latent, proxy) for proxy in held} if start["live"] else {},
         }
     }
 

@@ -1,5 +1,6 @@
 """The routes of the deep-dive tabs: what a proxy says of a feature, and what the feature does downstream."""
 
+import re
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -7,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from headscope.errors import HeadscopeError
+from headscope.errors import HeadscopeError, ProxyError, StudyError
 from headscope.explorer.answers import Json, answer, dump_json, failure, number_of
 from headscope.explorer.desk import Busy, Desk, TookTooLong
 
@@ -82,6 +83,14 @@ class StudyRoutes:
             return failure(504, f"this took more than {self.desk.seconds:g} s and was given up")
         except IndexError as error:
             return failure(404, f"there is no feature {key[1]}: {error}")
+        except (ProxyError, StudyError) as error:
+            return failure(400, error.got, expected=error.expected, do=error.do, column=_column(error))
         except HeadscopeError as error:
-            return failure(400, error.got, expected=error.expected, do=error.do, column=getattr(error, "column", None))
+            return failure(500, str(error))
         return answer(request, body, "application/json")
+
+
+def _column(error: HeadscopeError) -> int | None:
+    """Where a proxy cannot be read, counted from 1."""
+    found = re.match(r"column (\d+):", error.got)
+    return int(found[1]) if found else None
