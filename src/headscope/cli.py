@@ -191,6 +191,27 @@ class Demo:
             jobs.serve(result.index, port=self.port)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dive:
+    """Write the deep dive into one feature, when it fires and what it does, as one HTML file."""
+
+    index: Annotated[Path, tyro.conf.Positional]
+    """An index folder."""
+    feature: Annotated[int, tyro.conf.Positional]
+    """Its latent."""
+    proxy: tuple[str, ...] = ()
+    """Rules that say where it should fire, such as 'induction("board")'; those that the page suggests when not given."""
+    out: Path
+    """`page.html`."""
+    overwrite: bool = False
+    """Replace what is there."""
+
+    def run(self) -> None:
+        """Write and say how large it is."""
+        path = jobs.dive(self.index, self.feature, self.out, proxies=self.proxy, overwrite=self.overwrite)
+        Display().say(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
 class Display:
     """Progress bars and printed lines."""
 
@@ -245,7 +266,7 @@ class Display:
         self.say("* Kissane et al. (2024): gelu-2l layer 1, d_sae 16,384, C4 and code; another model and corpus")
 
 
-Command = Demo | Train | Eval | Index | Serve | Export
+Command = Demo | Train | Eval | Index | Serve | Export | Dive
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -207,10 +207,12 @@ def serve(index: str | Path, *, port: int | None = None, open_browser: bool = Fa
         IndexFormatError, ServerError: no index, or no such port.
     """
     from headscope.explorer.cards import IndexCards
+    from headscope.explorer.dives import IndexDives
     from headscope.explorer.server import serve as serve_cards
     from headscope.index.store import FeatureIndex
 
-    serve_cards(IndexCards(FeatureIndex.open(index)), port=port, open_browser=open_browser)
+    opened = FeatureIndex.open(index)
+    serve_cards(IndexCards(opened), dives=IndexDives(opened), port=port, open_browser=open_browser)
 
 
 def export(index: str | Path, out: Path, *, features: Sequence[int] | None = None, overwrite: bool = False) -> Path:
@@ -235,6 +237,28 @@ def export(index: str | Path, out: Path, *, features: Sequence[int] | None = Non
     if one_file:
         return export_html(source, out, chosen)
     return export_folder(source, out, chosen, overwrite=overwrite)
+
+
+def dive(index: str | Path, feature: int, out: Path, *, proxies: Sequence[str] = (), overwrite: bool = False) -> Path:
+    """Write the card of one feature with its deep-dive tabs as one HTML file.
+
+    Without `proxies`, for those that the page suggests.
+
+    Raises:
+        IndexFormatError, ProxyError, ExportError, OutputError: no index or feature, no proxy, or no place to write.
+    """
+    from headscope.explorer.cards import IndexCards
+    from headscope.explorer.dives import IndexDives, packed
+    from headscope.explorer.export import export_html
+    from headscope.index.store import FeatureIndex
+
+    if out.suffix != ".html":
+        raise ExportError(f"a page called {out.name}", expected="a name that ends with .html", do="name it so")
+    check_output(out, overwrite=overwrite)
+    opened = FeatureIndex.open(index)
+    opened.check_latent(feature)
+    dives = IndexDives(opened)
+    return export_html(IndexCards(opened), out, [feature], dives=packed(dives, feature, proxies))
 
 
 def _most_active(source: "IndexCards", n: int | None) -> list[int]:

@@ -1,7 +1,6 @@
 /** The page: routes between the table and the cards, keys, history. */
-import { Card, TAB_NAMES, WINDOW_NAMES } from "./card.js";
+import { Card, STUDY_NAMES, TAB_NAMES, WINDOW_NAMES } from "./card.js";
 import { Corpus } from "./corpus.js";
-import { Dashboard } from "./dashboard.js";
 import { openData } from "./data.js";
 import { button, el } from "./dom.js";
 import { int } from "./format.js";
@@ -13,7 +12,8 @@ import { Tip } from "./tip.js";
 import { Vocab } from "./vocab.js";
 
 const TABLE = { page: "table", latent: null };
-const FRESH = { ex: "", dst: "", head: "", d: "" }; // what does not outlive a card
+const UNMARKED = { ex: "", dst: "", d: "" };
+const FRESH = { ...UNMARKED, head: "", p: "", at: "" }; // what does not outlive a card
 
 class App {
   #turn = 0;
@@ -28,8 +28,7 @@ class App {
     this.top = el("div", { class: "top" });
     this.page = el("div", { class: "page" });
     this.toast = el("output", { class: "toast", "data-toast": "", hidden: true });
-    this.help = helpDialog(this.#keys());
-    root.append(this.top, this.page, this.help, this.toast);
+    root.append(this.top, this.page, this.toast);
     addEventListener("popstate", () => this.#arrive());
     addEventListener("hashchange", () => this.#arrive());
     document.addEventListener("click", (event) => this.#click(event));
@@ -42,6 +41,8 @@ class App {
     } catch (error) {
       return this.#fail(error);
     }
+    this.help = helpDialog(this.#keys());
+    this.page.after(this.help);
     bindKeys(this.#keys());
     this.#drawTop();
     return this.#show();
@@ -109,6 +110,7 @@ class App {
 
   async #showDashboard(late) {
     const { features } = await this.#listed();
+    const { Dashboard } = await import("./dashboard.js");
     if (late()) return;
     this.#dashboard ??= new Dashboard(features, this.about, {
       change: (patch) => this.#go(patch), open: (latent) => this.#open(latent), link: (patch) => this.#link({ latent: null, ...FRESH, ...patch }), tip: this.tip,
@@ -127,8 +129,8 @@ class App {
     if (this.#card?.feature.latent !== latent) {
       const feature = await this.data.feature(latent);
       if (late()) return;
-      const { about, vocab, corpus, tip, data: { context } } = this;
-      this.#card = new Card(feature, { about, vocab, corpus, tip, context, link: (other) => this.#cardLink(other) }, (patch) => this.#go(patch));
+      const { about, vocab, corpus, tip, data } = this;
+      this.#card = new Card(feature, { about, vocab, corpus, tip, data, context: data.context, link: (other) => this.#cardLink(other) }, (patch) => this.#go(patch));
       this.#put(this.#card.element, `${latent} · ${about.title}`);
       scrollTo(0, 0);
     }
@@ -232,7 +234,11 @@ class App {
       { keys: ["g"], help: "go to a number", run: () => askLatent(this.about.sae.d_sae, (latent) => this.#open(latent)) },
       { keys: ["r"], help: "a random live feature of the list", run: () => this.#random() },
       { keys: ["o"], help: "dashboard of the whole SAE", run: () => this.#go({ page: "dashboard", latent: null }, true) },
-      { keys: ["1", "2", "3", "4"], help: "top and random, quantiles, intervals, near threshold", run: onCard(({ key }) => ({ ...FRESH, head: this.view.head, tab: TAB_NAMES[key - 1] })) },
+      { keys: ["1", "2", "3", "4"], help: "top and random, quantiles, intervals, near threshold", run: onCard(({ key }) => ({ ...UNMARKED, tab: TAB_NAMES[key - 1] })) },
+      ...(this.about.dives ? [
+        { keys: ["5", "6", "7", "8", "9"], help: "specificity, expected value, sensitivity, logits, ablation", run: onCard(({ key }) => ({ ...UNMARKED, tab: STUDY_NAMES[key - 5] })) },
+        { keys: ["p"], help: "write a proxy", run: () => this.#card?.feature.alive && this.#card.writeProxy() },
+      ] : []),
       { keys: ["w"], help: "window: short, medium, full", run: onCard(() => ({ w: WINDOW_NAMES[(WINDOW_NAMES.indexOf(this.view.w) + 1) % 3] })) },
       { keys: ["h"], help: "sources of one head, the largest first", run: onCard(() => ({ head: this.#card.nextHead() })) },
       { keys: ["d"], help: "DFA and attention of an example, heads × sources", run: () => this.#card?.feature.alive && this.#card.toggleMap() },
