@@ -14,7 +14,7 @@ from headscope.errors import LabelError
 from headscope.index.labels import VERDICTS, Label, Labels, card_hash
 from headscope.stats import wilson
 from headscope.studies import survey as module
-from headscope.studies.survey import N_STRATA, Sample, cohens_kappa, draw, survey, survey_rows
+from headscope.studies.survey import N_STRATA, Sample, cohens_kappa, draw, survey
 
 YES, UNSURE, NO = VERDICTS
 FIRST = Sample("first", 50)
@@ -159,7 +159,7 @@ def test_the_posts_figures():
     for name in ("value", "low", "high"):
         assert getattr(share, name) == pytest.approx(getattr(wilson(31, 38), name), abs=1e-12)
     assert (round(share.value, 2), round(share.low, 2), round(share.high, 2)) == (0.82, 0.67, 0.91)
-    rows = {row.name: row for row in survey_rows(result)}
+    rows = {row.name: row for row in result.rows()}
     assert rows["alive in the sample"].value.startswith("76.0 % [62.6, 85.7]")
     assert rows["interpretable, ann"].value == "81.6 % [66.6, 90.8], 31 of 38"
     assert rows["interpretable, ann"].post == "81.6 % [66.6, 90.8]"
@@ -202,7 +202,7 @@ def test_nothing_judged_is_no_number_but_no_failure():
     stale = Labels((label(index, 1, YES, card="sha256:" + 64 * "f"),), None)
     (tally,) = survey(index, stale, FIRST).tallies
     assert np.isnan(tally.interpretable.value)
-    assert "nan" not in str([vars(row) for row in survey_rows(survey(index, stale, FIRST))])
+    assert "nan" not in str([vars(row) for row in survey(index, stale, FIRST).rows()])
 
 
 def weighted_index(sizes):
@@ -341,16 +341,12 @@ def test_a_kappa_that_does_not_exist_or_has_no_interval_is_said():
     index = Index()
     (pair,) = both(index, [(YES, YES)] * 12)
     assert pair.kappa is None
-    rows = {
-        row.name: row.value for row in survey_rows(replace(survey(index, Labels((), None), FIRST), agreements=(pair,)))
-    }
+    rows = {row.name: row.value for row in replace(survey(index, Labels((), None), FIRST), agreements=(pair,)).rows()}
     assert rows["kappa, a and b"] == "all verdicts alike: there is none"
     assert rows["agreement, a and b"].startswith("100.0 %")
     (pair,) = both(index, [(YES, YES), (NO, NO), (YES, NO)])
     assert (pair.kappa.low, pair.kappa.high) == (-1, 1)
-    rows = {
-        row.name: row.value for row in survey_rows(replace(survey(index, Labels((), None), FIRST), agreements=(pair,)))
-    }
+    rows = {row.name: row.value for row in replace(survey(index, Labels((), None), FIRST), agreements=(pair,)).rows()}
     assert rows["kappa, a and b"] == "0.40 (no interval below 10 features)"
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from headscope.models.hf import Model
     from headscope.sae.quality import Quality
     from headscope.sae.train import Status, TrainResult
+    from headscope.studies.survey import Survey
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, the work done and the work in all."""
@@ -208,11 +209,14 @@ def serve(index: str | Path, *, port: int | None = None, open_browser: bool = Fa
     """
     from headscope.explorer.cards import IndexCards
     from headscope.explorer.dives import IndexDives
+    from headscope.explorer.labelling import LabelRoutes
     from headscope.explorer.server import serve as serve_cards
     from headscope.index.store import FeatureIndex
 
     opened = FeatureIndex.open(index)
-    serve_cards(IndexCards(opened), dives=IndexDives(opened), port=port, open_browser=open_browser)
+    serve_cards(
+        IndexCards(opened), dives=IndexDives(opened), labels=LabelRoutes(opened), port=port, open_browser=open_browser
+    )
 
 
 def export(index: str | Path, out: Path, *, features: Sequence[int] | None = None, overwrite: bool = False) -> Path:
@@ -259,6 +263,20 @@ def dive(index: str | Path, feature: int, out: Path, *, proxies: Sequence[str] =
     opened.check_latent(feature)
     dives = IndexDives(opened)
     return export_html(IndexCards(opened), out, [feature], dives=packed(dives, feature, proxies))
+
+
+def survey(index: str | Path, *, sample: str = "first:50") -> "Survey":
+    """Tally what was said of a sample of an index's features: how many are alive, and how many interpretable.
+
+    Raises:
+        IndexFormatError, LabelError: no index, no such sample, or a damaged file of labels.
+    """
+    from headscope.index.labels import LabelStore
+    from headscope.index.store import FeatureIndex
+    from headscope.studies import survey as study
+
+    chosen, opened = study.Sample.parse(sample), FeatureIndex.open(index)
+    return study.survey(opened, LabelStore(opened).read(), chosen)
 
 
 def _most_active(source: "IndexCards", n: int | None) -> list[int]:

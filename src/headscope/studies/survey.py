@@ -242,6 +242,41 @@ class Survey:
     notes: tuple[str, ...]
     """What to bear in mind."""
 
+    def rows(self) -> list[Row]:
+        """The figures as a printed table, beside the post's for gelu-2l layer 1, with intervals of its counts."""
+        drawn = self.drawn
+        share = drawn.n_alive / drawn.n_latents
+        everywhere = f"{drawn.n_alive:,} of {drawn.n_latents:,} ({100 * share:.1f} %)"
+        rows = [Row("alive in the dictionary", everywhere, "", "Counted, not estimated.")]
+        if self.alive is not None:
+            value = f"{_percent(self.alive)}, {len(drawn.live):,} of {drawn.sample.n:,}"
+            rows.append(Row("alive in the sample", value, _percent(wilson(38, 50)), DEFINITIONS["alive"]))
+        for tally in self.tallies:
+            yes = tally.counts["interpretable"]
+            counts = ", ".join(f"{n:,} {verdict}" for verdict, n in tally.counts.items())
+            rows += [
+                Row(
+                    f"interpretable, {tally.annotator}",
+                    f"{_percent(tally.interpretable)}, {yes:,} of {tally.n:,}",
+                    _percent(wilson(31, 38)),
+                    DEFINITIONS["interpretable"],
+                ),
+                Row(f"without unsure, {tally.annotator}", _percent(tally.decided), "", DEFINITIONS["decided"]),
+                Row(f"verdicts, {tally.annotator}", f"{counts}; {tally.n_blind:,} blind", "", "Labels that count."),
+            ]
+        for pair in self.agreements:
+            who = " and ".join(pair.annotators)
+            kappa = (
+                "all verdicts alike: there is none" if pair.kappa is None else f"{pair.kappa.value:.2f} {_kappa(pair)}"
+            )
+            both = f"{_percent(pair.agreement)}, {int(np.trace(pair.table)):,} of {pair.n:,}"
+            rows += [
+                Row(f"agreement, {who}", both, "", DEFINITIONS["agreement"]),
+                Row(f"by chance, {who}", f"{100 * pair.chance:.1f} %", "", DEFINITIONS["chance"]),
+                Row(f"kappa, {who}", kappa, "", DEFINITIONS["kappa"]),
+            ]
+        return rows
+
 
 def survey(index: FeatureIndex, labels: Labels, sample: Sample) -> Survey:
     """Tally the labels of a sample, whichever queue they were given in; the latest of each annotator counts.
@@ -382,40 +417,6 @@ def _notes(drawn: Drawn, tallies: Sequence[Tally], labels: Labels) -> Iterator[s
 
 
 # --------------------------------------------------------------------------------------------------------------- table
-def survey_rows(result: Survey) -> list[Row]:
-    """A survey as a table of printed figures, beside the post's for gelu-2l layer 1, with intervals of its counts."""
-    drawn = result.drawn
-    share = drawn.n_alive / drawn.n_latents
-    everywhere = f"{drawn.n_alive:,} of {drawn.n_latents:,} ({100 * share:.1f} %)"
-    rows = [Row("alive in the dictionary", everywhere, "", "Counted, not estimated.")]
-    if result.alive is not None:
-        value = f"{_percent(result.alive)}, {len(drawn.live):,} of {drawn.sample.n:,}"
-        rows.append(Row("alive in the sample", value, _percent(wilson(38, 50)), DEFINITIONS["alive"]))
-    for tally in result.tallies:
-        yes = tally.counts["interpretable"]
-        counts = ", ".join(f"{n:,} {verdict}" for verdict, n in tally.counts.items())
-        rows += [
-            Row(
-                f"interpretable, {tally.annotator}",
-                f"{_percent(tally.interpretable)}, {yes:,} of {tally.n:,}",
-                _percent(wilson(31, 38)),
-                DEFINITIONS["interpretable"],
-            ),
-            Row(f"without unsure, {tally.annotator}", _percent(tally.decided), "", DEFINITIONS["decided"]),
-            Row(f"verdicts, {tally.annotator}", f"{counts}; {tally.n_blind:,} blind", "", "Labels that count."),
-        ]
-    for pair in result.agreements:
-        who = " and ".join(pair.annotators)
-        kappa = "all verdicts alike: there is none" if pair.kappa is None else f"{pair.kappa.value:.2f} {_kappa(pair)}"
-        both = f"{_percent(pair.agreement)}, {int(np.trace(pair.table)):,} of {pair.n:,}"
-        rows += [
-            Row(f"agreement, {who}", both, "", DEFINITIONS["agreement"]),
-            Row(f"by chance, {who}", f"{100 * pair.chance:.1f} %", "", DEFINITIONS["chance"]),
-            Row(f"kappa, {who}", kappa, "", DEFINITIONS["kappa"]),
-        ]
-    return rows
-
-
 def _percent(share: Estimate) -> str:
     """`81.6 % [66.6, 90.8]`; a dash where nothing was judged."""
     if np.isnan(share.value):
