@@ -32,6 +32,7 @@ _DIVE = "dive.js"
 _STYLE_LINK = '<link rel="stylesheet" href="/static/style.css">'
 _SCRIPT_LINK = '<script type="module" src="/static/app.js"></script>'
 _TOKEN = re.compile(r'<meta name="headscope-token"[^>]*>\n')
+_START = '<meta name="headscope-start" content="/f/{latent}?tab=specificity">\n'
 _IN_FOLDER = '<meta name="headscope-folder" content="packs">\n'
 
 
@@ -58,7 +59,8 @@ def export_html(
             expected=f"at most {MAX_FEATURES:,} features in one file",
             do="pass fewer features, export a folder, or serve the whole index",
         )
-    before, after = _page_around(core["about"]["title"], connect="'none'", mark="", dives=dives is not None)
+    start = _START.format(latent=chosen[0]) if dives else ""
+    before, after = _page_around(core["about"]["title"], connect="'none'", mark=start, dives=dives is not None)
     text = _Text(core["about"]["corpus"]["block_size"])
     with atomic_write(Path(path)) as file:
         file.write(before)
@@ -200,7 +202,7 @@ def _page_around(title: str, *, connect: str, mark: str, dives: bool = False) ->
     Args:
         title: of the page.
         connect: what its policy lets it fetch.
-        mark: the element that tells the page where its data is.
+        mark: the element that tells the page where its data is, or with which view it opens.
         dives: whether its cards have deep-dive tabs, and so the scripts of these.
     """
     files = {name: body.decode() for name, body in static_files().items()}

@@ -13,7 +13,7 @@ export const NO_FILTER = { ...LIST, sort: undefined };
  * @returns {import("./types").View}
  */
 export function readView(location, embedded) {
-  const hash = location.hash.slice(1);
+  const hash = location.hash.slice(1) || (document.querySelector("meta[name=headscope-start]")?.content ?? "");
   const [path, query = ""] = embedded ? hash.split(/\?(.*)/s) : [location.pathname, location.search];
   const latent = /^\/f\/(\d{1,9})\/?$/.exec(path);
   const page = latent ? "card" : path === "/dashboard" ? "dashboard" : "table";
