@@ -1,6 +1,7 @@
 """From the records of studies to what the deep-dive tabs show. No torch: what needs a model is asked of an object."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,13 +15,25 @@ from headscope.explorer.numbers import short, significant
 from headscope.index.columns import read_columns, studies
 from headscope.index.records import Activations
 from headscope.index.store import FeatureIndex
-from headscope.proxies import after_any, evaluate, induction_of, parse, token_in, vocabulary_of, within_after
+from headscope.proxies import (
+    Or,
+    Proxy,
+    after_any,
+    evaluate,
+    induction_of,
+    parse,
+    token_in,
+    vocabulary_of,
+    within_after,
+)
+from headscope.proxies.families import AfterAny, Induction, NextTokenIn, TokenIn
 from headscope.stats import Estimate, Measure
 from headscope.studies.specificity import expected_value, specificity
 from headscope.studies.specificity_records import Curve, ExpectedValue, FalsePositiveRange, Histogram, Specificity
 
 _REACH = 16  # tokens shown on each side of a place
 _SUGGESTED = 5  # tokens of a suggested proxy
+_MAX_SUBTYPES = 6
 _LARGE = 0.05  # of the squared DFA: a source token with less is not suggested
 _DIGITS = 6
 _ADVICE = (
@@ -66,7 +79,7 @@ class IndexDives:
         self._check(latent)
         parsed = parse(proxy)
         mask = evaluate(parsed, self._index)
-        found = specificity(self._index, latent, mask, name=parsed.name)
+        found = specificity(self._index, latent, parsed, subtypes=_subtypes(parsed))
         places = _Places(self._index, self._index.activations(latent), mask)
         manifest = self._index.manifest
         measures = {name: getattr(found, name) for name in _MEASURES} | {"recall": found.sensitivity.recall}
@@ -99,7 +112,7 @@ class IndexDives:
             "curve": None if found.curve is None else _curve(found.curve),
             "misses": {"n": found.counts.n_false_negatives, "rows": places.rows(found.sensitivity.sample)},
             **places.as_json(),
-            "python": _python(str(self._index.folder), latent, parsed.name),
+            "python": _python(str(self._index.folder), latent, parsed),
         }
 
     def effects(self, latent: int, proxy: str) -> Json:
@@ -212,6 +225,20 @@ class _Places:
         return {"dst": offset, "act": dict(on).get(offset, 0.0), "on": on, "proxy": true}
 
 
+def _subtypes(proxy: Proxy) -> dict[str, Proxy]:
+    """Parts of a proxy for which recall is told apart: strict and fuzzy induction, the sides of an `|`, each token."""
+    match proxy:
+        case Or():
+            parts = list(proxy.parts)
+        case Induction(fuzzy=True):
+            parts = [induction_of(proxy.token)]
+        case TokenIn() | NextTokenIn() | AfterAny():
+            parts = [replace(proxy, tokens=(token,)) for token in proxy.tokens] if len(proxy.tokens) > 1 else []
+        case _:
+            parts = []
+    return {part.name: part for part in parts[:_MAX_SUBTYPES]}
+
+
 # ------------------------------------------------------------------------------------------------------------- records
 def _counts(found: Specificity) -> Json:
     names = ("n_tokens", "n_documents", "n_active", "n_proxy", "n_both")
@@ -270,19 +297,19 @@ def _open(folder: str) -> str:
     return f"from headscope import FeatureIndex\n\nindex = FeatureIndex.open({str(Path(folder))!r})"
 
 
-def _python(folder: str, latent: int, proxy: str) -> dict[str, str]:
+def _python(folder: str, latent: int, proxy: Proxy) -> dict[str, str]:
     """The calls that make each tab again."""
-    study = (
+    head = (
         "from headscope import FeatureIndex\n"
-        "from headscope.proxies import evaluate\n"
         "from headscope.studies.specificity import expected_value, specificity\n\n"
         f"index = FeatureIndex.open({folder!r})\n"
-        f"mask = evaluate({proxy!r}, index)\n"
-        f"found = specificity(index, {latent}, mask)\n"
     )
+    study = f"{head}found = specificity(index, {latent}, {proxy.name!r})\n"
+    parts = {name: name for name in _subtypes(proxy)}
+    whole = f"{head}found = specificity(index, {latent}, {proxy.name!r}, subtypes={parts!r})\n" if parts else study
     return {
         "specificity": f"{study}found.histogram, found.precision_by_threshold, found.ranges",
         "expected": f"{study}expected_value(found.histogram, found.counts.n_tokens)",
         "expected_class": f'{study}expected_value(found.histogram, found.counts.n_tokens, "class")',
-        "sensitivity": f"{study}found.sensitivity, found.curve, found.auc, found.pearson",
+        "sensitivity": f"{whole}found.sensitivity, found.curve, found.auc, found.pearson",
     }

@@ -29,9 +29,11 @@ _IMPORT = re.compile(r'^import \{([^}]*)\} from "\./(\w+\.js)";\n', re.MULTILINE
 _LAZY = re.compile(r'^[ \t]*const \{[^}]*\} = await import\("\./(\w+\.js)"\);\n', re.MULTILINE)
 _ASIDE = re.compile(r"^[ \t]*//[^\n]*\n|^[ \t]*/\*\*(?:(?!\*/).)*\*/\n|^[ \t]+", re.MULTILINE | re.DOTALL)
 _DIVE = "dive.js"
+_LABELS = "labels.js"  # writes, and so needs a server
 _STYLE_LINK = '<link rel="stylesheet" href="/static/style.css">'
 _SCRIPT_LINK = '<script type="module" src="/static/app.js"></script>'
 _TOKEN = re.compile(r'<meta name="headscope-token"[^>]*>\n')
+_START = '<meta name="headscope-start" content="/f/{latent}?tab=specificity">\n'
 _IN_FOLDER = '<meta name="headscope-folder" content="packs">\n'
 
 
@@ -58,7 +60,8 @@ def export_html(
             expected=f"at most {MAX_FEATURES:,} features in one file",
             do="pass fewer features, export a folder, or serve the whole index",
         )
-    before, after = _page_around(core["about"]["title"], connect="'none'", mark="", dives=dives is not None)
+    start = _START.format(latent=chosen[0]) if dives else ""
+    before, after = _page_around(core["about"]["title"], connect="'none'", mark=start, dives=dives is not None)
     text = _Text(core["about"]["corpus"]["block_size"])
     with atomic_write(Path(path)) as file:
         file.write(before)
@@ -200,7 +203,7 @@ def _page_around(title: str, *, connect: str, mark: str, dives: bool = False) ->
     Args:
         title: of the page.
         connect: what its policy lets it fetch.
-        mark: the element that tells the page where its data is.
+        mark: the element that tells the page where its data is, or with which view it opens.
         dives: whether its cards have deep-dive tabs, and so the scripts of these.
     """
     files = {name: body.decode() for name, body in static_files().items()}
@@ -231,13 +234,13 @@ def _one_script(files: dict[str, str], *, dives: bool) -> str:
 
     The modules import by plain name from their own folder and export declarations only, so that dropping
     `import` and `export` leaves one module with the same meaning; one that is imported when it is first needed comes
-    like the others, the deep-dive tabs only where there are `dives`. No text of theirs spans lines, so that comments
+    like the others, the deep-dive tabs only where there are `dives`, the labelling queue never. No text of theirs spans lines, so that comments
     and indentation can go too.
     """
     done: dict[str, str] = {}
 
     def add(name: str) -> None:
-        if name in done or (name == _DIVE and not dives):
+        if name in done or name == _LABELS or (name == _DIVE and not dives):
             return
         for needed in [n for _, n in _IMPORT.findall(files[name])] + _LAZY.findall(files[name]):
             add(needed)

@@ -11,7 +11,6 @@ from headscope.errors import StudyError
 from headscope.stats import Estimate, wilson
 from headscope.studies.measures import Measures
 from headscope.studies.specificity_records import Sensitivity, SubtypeRecall
-from headscope.studies.split import as_mask
 
 REST = "none of these"
 
@@ -31,12 +30,12 @@ def sensitivity(
         seed: of that draw.
 
     Raises:
-        StudyError: a subtype that is not one bool a position, or is called `none of these`.
+        StudyError: a subtype that is called `none of these`.
     """
     if REST in subtypes:
         raise StudyError(f"a subtype called {REST!r}", expected="another name", do="call it something else")
     split = measures.split
-    parts = {name: as_mask(mask, split.text, f"subtype {name!r}") & split.mask for name, mask in subtypes.items()}
+    parts = {name: mask & split.mask for name, mask in subtypes.items()}
     if parts:
         rest = split.mask & ~np.logical_or.reduce(list(parts.values()))
         parts |= {REST: rest} if rest.any() else {}

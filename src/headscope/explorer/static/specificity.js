@@ -66,9 +66,9 @@ function drawRanges({ ranges, contexts, maximum }, needs) {
   const title = el("h3", {}, "Fires where the proxy is false, by activation");
   const filled = ranges.filter(({ n }) => n > 0).toReversed();
   if (filled.every(({ n_false: n }) => n === 0)) return [title, empty("Nowhere: the proxy is true on every active token.")];
-  return [title, contextKey(maximum), ...filled.map(({ low, high, n, n_false: wrong, share, rows }) => el("section", { class: "group", "data-range-of": "false-positives" },
+  return [title, contextKey(maximum), el("div", { class: "ranges" }, filled.map(({ low, high, n, n_false: wrong, share, rows }) => el("section", { class: "group", "data-range-of": "false-positives" },
     el("header", {}, el("b", {}, between(low, high)), el("span", {}, `${int(wrong)} of ${int(n)} active tokens`), share && el("span", {}, `${pct(share.value)} [${pct(share.low)}, ${pct(share.high)}]`)),
-    rows.length > 0 && contextList(rows.map((row) => drawContext(contexts[row], { ...needs, maximum }))), wrong > rows.length && el("p", { class: "hint" }, `${int(rows.length)} of them, drawn at random`)))];
+    rows.length > 0 && contextList(rows.map((row) => drawContext(contexts[row], { ...needs, maximum }))), wrong > rows.length && el("p", { class: "hint" }, `${int(rows.length)} of them, drawn at random`))))];
 }
 
 export function drawExpected(dive, view, needs) {
