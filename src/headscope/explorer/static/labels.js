@@ -16,6 +16,7 @@ const REMEMBERED = "headscope-annotator";
 export class Labelling {
   #turn = 0;
   #asked = null;
+  #session = null;
   #queue = null;
   #labels = new Map();
   #drafts = new Map();
@@ -58,9 +59,8 @@ export class Labelling {
   }
 
   #take(queue, asked) {
-    if (asked !== this.#asked) [this.#given, this.#latent] = [[], null];
-    this.#drafts.clear();
-    [this.#queue, this.#asked] = [queue, asked];
+    if (asked !== this.#session) [this.#given, this.#drafts] = [[], new Map()];
+    [this.#queue, this.#asked, this.#session] = [queue, asked, asked];
     this.#labels = new Map(queue.labels.map((label) => [label.latent, label]));
   }
 
@@ -113,7 +113,7 @@ export class Labelling {
 
   #drawCard(feature, blind) {
     const { about, vocab, corpus, tip, data, link } = this;
-    let view = VIEW;
+    let view = blind ? { ...VIEW, w: "16" } : VIEW; // without its sources, a short window says little
     const shown = blind ? blinded(feature) : feature;
     const needs = { about: { ...about, dives: false, nulls: blind ? [] : about.nulls }, vocab, corpus, tip: blind ? MUTE : tip, data, context: data.context, link };
     const card = new Card(shown, needs, (patch) => card.update(view = { ...view, ...patch, ...(blind ? { head: "", d: "" } : {}) }));
@@ -125,8 +125,7 @@ export class Labelling {
   }
 
   #draft() {
-    const { verdict, confidence, family, text, notes } = this.#labels.get(this.#latent) ?? FRESH;
-    if (!this.#drafts.has(this.#latent)) this.#drafts.set(this.#latent, { verdict, confidence, family, text, notes });
+    if (!this.#drafts.has(this.#latent)) this.#drafts.set(this.#latent, judged(this.#labels.get(this.#latent) ?? FRESH));
     return this.#drafts.get(this.#latent);
   }
 
@@ -225,10 +224,9 @@ export class Labelling {
     this.busy = false;
     if (done instanceof Error) return this.#complain(done.message);
     this.#given = this.#given.filter(({ id }) => id !== label.id);
-    const given = this.#given;
+    this.#drafts.set(label.latent, judged(label)); // to be mended and saved anew
     this.#asked = null; // the one before it counts again
-    await this.change({ n: String(label.latent) });
-    this.#given = given;
+    this.change({ n: String(label.latent) });
   }
 
   #step(step) {
@@ -297,6 +295,11 @@ function blinded(feature) {
     heads: Object.fromEntries(Object.entries(heads).map(([name, values]) => [name, Array.isArray(values) ? none(values) : 0])),
     examples: { ...examples, n_src: none(examples.n_src), rest: none(examples.rest) },
   };
+}
+
+/** What is said in a label. */
+function judged({ verdict, confidence, family, text, notes }) {
+  return { verdict, confidence, family, text, notes };
 }
 
 async function ask(path, options) {
