@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from headscope.errors import HeadscopeError, IndexFormatError, LabelError
+from headscope.errors import HeadscopeError, LabelError
 from headscope.explorer.answers import Json, answer, dump_json, failure, number_of
 from headscope.index.labels import (
     CONFIDENCES,
@@ -170,10 +170,10 @@ class LabelRoutes:
 
 
 async def _answered(request: Request, work: Callable[[], Json]) -> Response:
-    """What `work` gives, or what is wrong: with the request where it says so, else on our side."""
+    """What `work` gives, or what is wrong."""
     try:
         body = await run_in_threadpool(lambda: dump_json(work()))
-    except (LabelError, IndexFormatError) as error:
+    except LabelError as error:
         return failure(400, error.got, expected=error.expected, do=error.do)
     except HeadscopeError as error:
         return failure(500, error.got, expected=error.expected, do=error.do)

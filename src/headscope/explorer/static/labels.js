@@ -15,6 +15,7 @@ const REMEMBERED = "headscope-annotator";
 
 export class Labelling {
   #turn = 0;
+  #waits = 0;
   #asked = null;
   #session = null;
   #queue = null;
@@ -42,6 +43,22 @@ export class Labelling {
   async update(view) {
     const turn = ++this.#turn;
     this.view = view;
+    await this.#while(() => this.#update(view, turn));
+  }
+
+  /** Do something during which nothing can be said: it would be said of another feature than the annotator thinks. */
+  async #while(work) {
+    this.#waits += 1;
+    this.panel.inert = true;
+    try {
+      return await work();
+    } finally {
+      this.#waits -= 1;
+      this.panel.inert = this.#waits > 0;
+    }
+  }
+
+  async #update(view, turn) {
     this.element.classList.toggle("blind", view.blind === "1");
     const { s, n, who } = view;
     if (!who || !(s || n)) return this.#drawStart();
@@ -198,11 +215,8 @@ export class Labelling {
 
   async #save() {
     const [latent, draft, { who, s, blind }] = [this.#latent, this.#draft(), this.view];
-    if (this.busy) return;
     if (!draft.verdict) return this.#complain("Choose a verdict first: 1, 2 or 3.");
-    this.busy = true;
-    const label = await tell("/api/labels", { ...draft, latent, annotator: who, blind: blind === "1", queue: s }).catch((error) => error);
-    this.busy = false;
+    const label = await this.#while(() => tell("/api/labels", { ...draft, latent, annotator: who, blind: blind === "1", queue: s }).catch((error) => error));
     if (label instanceof Error) return this.#complain(label.message);
     this.#labels.set(latent, label);
     this.#drafts.delete(latent);
@@ -218,10 +232,8 @@ export class Labelling {
   /** Take back the label given last, or else the one of this feature. */
   async #undo() {
     const label = this.#given.at(-1) ?? this.#labels.get(this.#latent);
-    if (!label || this.busy) return;
-    this.busy = true;
-    const done = await tell("/api/retractions", { annotator: this.view.who, label: label.id }).catch((error) => error);
-    this.busy = false;
+    if (!label) return;
+    const done = await this.#while(() => tell("/api/retractions", { annotator: this.view.who, label: label.id }).catch((error) => error));
     if (done instanceof Error) return this.#complain(done.message);
     this.#given = this.#given.filter(({ id }) => id !== label.id);
     this.#drafts.set(label.latent, judged(label)); // to be mended and saved anew
@@ -261,15 +273,14 @@ export class Labelling {
     const { key, target } = event;
     if (!this.element.isConnected || document.querySelector("dialog[open]") || event.ctrlKey && key !== "Enter" || event.metaKey || event.altKey) return;
     if (target.closest("input:not([type=checkbox]), textarea, select")) return this.#keyInField(event);
+    if (this.#waits > 0 && key !== "Escape") return swallow(event);
     if (!this.#card || target.closest(".labelled-card") && target.closest("button, a, [tabindex]") && key === "Enter") return;
     const run = {
       j: () => this.#step(1), k: () => this.#step(-1), u: () => this.#undo(), t: () => this.panel.elements.text.focus(), m: () => this.panel.elements.notes.focus(),
       f: () => this.panel.elements.family.focus(), Enter: () => !target.closest("button:not([data-verdict], [data-confidence])") && this.#save(),
       ...Object.fromEntries(Object.entries(KEYS).flatMap(([name, keys]) => keys.map((one, i) => [one, () => this.panel.querySelectorAll(`[data-${name}]`)[i].click()]))),
     }[key];
-    if (!run || run() === false) return;
-    event.preventDefault();
-    event.stopPropagation();
+    if (run && run() !== false) swallow(event);
   }
 
   /** What is typed is nobody's command: Escape leaves the field; Enter saves, in the notes with Ctrl. */
@@ -280,6 +291,12 @@ export class Labelling {
     event.preventDefault();
     this.panel.requestSubmit();
   }
+}
+
+/** Let an event have no effect, here or elsewhere. */
+function swallow(event) {
+  event.preventDefault();
+  event.stopPropagation();
 }
 
 /** A tooltip that says nothing. */
