@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -43,6 +43,7 @@ _ADVICE = (
 _MEASURES = ("precision", "mass_share", "auc", "average_precision", "pearson", "phi", "pearson_above")
 
 
+@runtime_checkable
 class EffectSource(Protocol):
     """What removing a feature does to the loss: an object with a model behind it."""
 
@@ -144,7 +145,8 @@ class IndexDives:
         top = feature.logit_top[0][0]
         text_sources = [t for t in sources.tokens if t.token not in special]
         from_tokens = [t.token for i, t in enumerate(text_sources[:_SUGGESTED]) if i == 0 or t.share >= _LARGE]
-        on_tokens = [t for t in self._index.table()["example_tokens"][latent].as_py() if t not in special][:_SUGGESTED]
+        examples = self._index.sql("SELECT example_tokens FROM features WHERE latent = ?", [latent])
+        on_tokens = [t for t in examples["example_tokens"][0].as_py() if t not in special][:_SUGGESTED]
         made = [(induction_of(vocabulary.name(top), fuzzy=True), "its top logit token is next by induction")]
         if on_tokens:
             made.append((token_in(map(vocabulary.name, on_tokens)), "the tokens of its strongest examples"))
