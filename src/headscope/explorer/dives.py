@@ -1,5 +1,6 @@
 """From the records of studies to what the deep-dive tabs show. No torch: what needs a model is asked of an object."""
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +29,16 @@ from headscope.proxies import (
 )
 from headscope.proxies.families import AfterAny, Induction, NextTokenIn, TokenIn
 from headscope.stats import Estimate, Measure
+from headscope.studies.downstream import Downstream, PathEffect
 from headscope.studies.specificity import expected_value, specificity
 from headscope.studies.specificity_records import Curve, ExpectedValue, FalsePositiveRange, Histogram, Specificity
 
 _REACH = 16  # tokens shown on each side of a place
 _SUGGESTED = 5  # tokens of a suggested proxy
 _MAX_SUBTYPES = 6
+_KEPT = 8  # records of effects
+_MOST = 2000  # tokens at which a feature is removed
+_BINS = 60  # of loss changes
 _LARGE = 0.05  # of the squared DFA: a source token with less is not suggested
 _DIGITS = 6
 _ADVICE = (
@@ -45,10 +50,10 @@ _MEASURES = ("precision", "mass_share", "auc", "average_precision", "pearson", "
 
 @runtime_checkable
 class EffectSource(Protocol):
-    """What removing a feature does to the loss: an object with a model behind it."""
+    """What removing a feature does to the loss: an object with the index's model behind it."""
 
-    def effects(self, latent: int, mask: Bool[np.ndarray, " token"]) -> Json:
-        """Of one feature; `mask` says where it should raise what comes next."""
+    def downstream(self, latent: int, max_tokens: int) -> Downstream:
+        """Of one feature, at its active tokens, or about `max_tokens` of them drawn evenly."""
         ...
 
 
@@ -58,6 +63,7 @@ class IndexDives:
     def __init__(self, index: FeatureIndex, effects: EffectSource | None = None) -> None:
         """Dive into the features of an index; into their effects too where an object computes them."""
         self._index, self._effects = index, effects
+        self._found: OrderedDict[int, Downstream] = OrderedDict()
         self._name = index.manifest["corpus"]["name"]
 
     def start(self, latent: int) -> Json:
@@ -126,8 +132,36 @@ class IndexDives:
                 do="start it with: headscope serve --model",
             )
         parsed = parse(proxy)
-        made = self._effects.effects(latent, evaluate(parsed, self._index))
-        return made | {"latent": latent, "proxy": parsed.name, "hash": parsed.hash}
+        mask = evaluate(parsed, self._index)
+        if latent not in self._found:
+            self._found[latent] = self._effects.downstream(latent, _MOST)
+            if len(self._found) > _KEPT:
+                self._found.popitem(last=False)
+        found = self._found[latent]
+        top = self._index.feature(latent).logit_top[0][0]
+        chosen = {"top": found.next_is(top), "proxy": found.holds(mask)}
+        places = _Places(self._index, self._index.activations(latent), mask)
+        edges, counts = found.histogram(_BINS) if found.n else (np.zeros(0), {})
+        return {
+            "latent": latent,
+            "proxy": parsed.name,
+            "hash": parsed.hash,
+            "corpus": f"{self._name}, {self._index.manifest['corpus']['split']}",
+            "definition": found.definition,
+            "notes": list(found.notes),
+            "maximum": short(self._index.feature(latent).maximum, _DIGITS),
+            "n": found.n,
+            "n_active": found.n_active,
+            "token": top,
+            "n_of": {name: int(of.sum()) for name, of in chosen.items()},
+            "paths": [_path(found, effect, chosen) for effect in found.paths.values()],
+            "interaction": short(float(found.interaction.mean()), _DIGITS) if found.n else None,
+            "histogram": {"edges": _list(edges), "counts": {name: _list(c) for name, c in counts.items()}},
+            "worst": _extremes(found, found.worst(), places),
+            "best": _extremes(found, found.best(), places),
+            **places.as_json(_changes(found)),
+            "python": {"ablation": _python_of_effects(str(self._index.folder), latent)},
+        }
 
     def _check(self, latent: int) -> None:
         try:
@@ -206,14 +240,17 @@ class _Places:
         """Numbers of these positions in `as_json()["contexts"]`."""
         return [self._row.setdefault(position, len(self._row)) for position in positions.tolist()]
 
-    def as_json(self) -> Json:
-        """The places in order, and the text around them."""
+    def as_json(self, changes: dict[int, float] | None = None) -> Json:
+        """The places in order, the text around them, and what changes at the positions there."""
         size = self._index.block_size
         contexts, runs = [], []
         for position in self._row:
             block, offset = divmod(position, size)
             start, end = max(0, offset - _REACH), min(size, offset + _REACH + 1)
-            contexts.append(self._context(block * size, offset, start, end) | {"block": block})
+            context = self._context(block * size, offset, start, end) | {"block": block}
+            if changes is not None:
+                context["change"] = [[p, changes[block * size + p]] for p in range(start, end) if block * size + p in changes]
+            contexts.append(context)
             runs.append([(start, end)])
         blocks = [c["block"] for c in contexts]
         return {"contexts": contexts, **corpus_json(text_runs(blocks, runs), self._index)}
@@ -294,6 +331,32 @@ def _measure(m: Measure) -> Json:
     }
 
 
+def _path(found: Downstream, effect: PathEffect, chosen: dict[str, np.ndarray]) -> Json:
+    shares = {name: found.share(effect.path, of) for name, of in chosen.items()}
+    return {
+        "path": effect.path,
+        "definition": effect.definition,
+        "mean": _measure(effect.mean),
+        "later": None if effect.later is None or not found.n else short(float(effect.later.mean()), _DIGITS),
+        "shares": {name: {"positive": _measure(s.positive), "net": _measure(s.net)} for name, s in shares.items()},
+    }
+
+
+def _extremes(found: Downstream, which: Int[np.ndarray, " k"], places: _Places) -> Json:
+    """Tokens of a record, with the change by each path there and the token that came next."""
+    return {
+        "rows": places.rows(found.position[which]),
+        "next": found.next_token[which].tolist(),
+        "loss": significant(found.loss[which], 4),
+        "change": {name: significant(effect.change[which], 4) for name, effect in found.paths.items()},
+    }
+
+
+def _changes(found: Downstream) -> dict[int, float]:
+    """The change of the loss at each position looked at, all paths together."""
+    return dict(zip(found.position.tolist(), significant(found.paths["total"].change, 3), strict=True))
+
+
 # -------------------------------------------------------------------------------------------------------------- Python
 def _open(folder: str) -> str:
     return f"from headscope import FeatureIndex\n\nindex = FeatureIndex.open({str(Path(folder))!r})"
@@ -303,7 +366,8 @@ def _python(folder: str, latent: int, proxy: Proxy) -> dict[str, str]:
     """The calls that make each tab again."""
     head = (
         "from headscope import FeatureIndex\n"
-        "from headscope.studies.specificity import expected_value, specificity\n\n"
+        "from headscope.studies.downstream import Downstream, PathEffect
+from headscope.studies.specificity import expected_value, specificity\n\n"
         f"index = FeatureIndex.open({folder!r})\n"
     )
     study = f"{head}found = specificity(index, {latent}, {proxy.name!r})\n"
@@ -315,3 +379,13 @@ def _python(folder: str, latent: int, proxy: Proxy) -> dict[str, str]:
         "expected_class": f'{study}expected_value(found.histogram, found.counts.n_tokens, "class")',
         "sensitivity": f"{whole}found.sensitivity, found.curve, found.auc, found.pearson",
     }
+
+
+def _python_of_effects(folder: str, latent: int) -> str:
+    return (
+        "from headscope import jobs\n"
+        "from headscope.studies.ablation import downstream\n\n"
+        f"live = jobs.live({folder!r})\n"
+        f"[found] = downstream(live, [{latent}], max_tokens={_MOST})\n"
+        "found.paths, found.worst(), found.best()"
+    )
