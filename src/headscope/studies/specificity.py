@@ -121,9 +121,7 @@ class _Subject:
     corpus: str
 
 
-def _study(
-    split: Split, subtypes: Mapping[str, Mask], plan: SpecificityPlan, subject: _Subject
-) -> Specificity:
+def _study(split: Split, subtypes: Mapping[str, Mask], plan: SpecificityPlan, subject: _Subject) -> Specificity:
     counts = Counts(split.text.n, split.text.n_documents, split.n_active, split.n_true, int(split.n_own[-1]))
     draws = unit_draws(len(split.text.counts), n_samples=plan.n_samples, seed=plan.seed)
     rotated = split.rotations(plan.n_rotations, plan.seed, plan.tau)
