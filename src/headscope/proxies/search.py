@@ -1,6 +1,6 @@
 """The proxy that goes best with a feature, for all features: chosen on one half of the documents, scored on the other.
 
-Tried are, of each feature: induction of its top logit token; the tokens within ten after a source token; everything
+Tried are, of each feature: induction of its top logit token and of its top source token; the tokens within ten after a source token; everything
 after one of its source tokens; and sets of present tokens, next tokens and bigrams. Work is on active tokens and on
 counts, never on an array of features by tokens; a mask is made once for all features that need it.
 """
@@ -27,7 +27,7 @@ _CACHED = 1 << 29  # bytes of masks held
 
 
 def in_fitting_half(name: str) -> bool:
-    """Whether proxies are chosen on the document of this name: by a hash that has nothing to do with the SAE's split."""
+    """Whether proxies are chosen on the document of this name, by another hash than the SAE's split."""
     return hashlib.sha256(f"proxies {name}".encode()).digest()[0] < 128
 
 
@@ -230,10 +230,12 @@ class _Search:
     def _context(self, latent: int) -> dict[Family, list[Proxy]]:
         """What a feature's weights and source tokens propose."""
         plan, name = self._plan, self._vocabulary.name
-        top = name(self._index.feature(latent).logit_top[0][0])
-        found: dict[Family, list[Proxy]] = {"induction": [induction_of(top), induction_of(top, fuzzy=True)]}
         sources = self._index.sources(latent)
         tokens = [name(s.token) for s in sources.tokens if s.token not in self._vocabulary.special] if sources else []
+        copied = dict.fromkeys([name(self._index.feature(latent).logit_top[0][0]), *tokens[:1]])
+        found: dict[Family, list[Proxy]] = {
+            "induction": [induction_of(token, fuzzy=fuzzy) for token in copied for fuzzy in (False, True)]
+        }
         if tokens:
             sets = _different([tokens[:k] for k in plan.source_sets])
             single = [[token] for token in tokens[: plan.n_sources]]

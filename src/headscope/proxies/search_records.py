@@ -99,3 +99,20 @@ class FeatureProxies:
     """The largest correlation of the best proxy with rotated activations."""
     families: tuple[FamilyScores, ...]
     """Best on the fitting half first."""
+
+    def lines(self) -> list[str]:
+        """What was found, in words: the feature, then a line a family."""
+        kind = self.kind or "too rare to be classified"
+        lines = [f"feature {self.latent}: {kind}; active on {self.n_active:,} of {self.n:,} tokens of the scoring half"]
+        for family in self.families:
+            scores = "  ".join(f"{name} {_said(family.scores[name])}" for name in STATISTICS)
+            lines += [f"  {family.family}: {family.proxy.name}", f"    holds on {family.n_proxy:,}  {scores}"]
+        return lines
+
+
+def _said(score: Score) -> str:
+    if score.value is None:
+        return "-"
+    interval = "" if score.low is None else f" [{score.low:.3f}, {score.high:.3f}]"
+    null = "" if score.null is None else f" (null {score.null:.3f})"
+    return f"{score.value:.3f}{interval}{null}"
