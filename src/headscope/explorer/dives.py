@@ -36,6 +36,7 @@ from headscope.studies.specificity_records import Curve, ExpectedValue, FalsePos
 _REACH = 16  # tokens shown on each side of a place
 _SUGGESTED = 5  # tokens of a suggested proxy
 _MAX_SUBTYPES = 6
+_SEARCHED = ("proxy", "induction_proxy", "local_proxy", "context_proxy", "token_proxy")  # columns of `headscope proxies`
 _KEPT = 8  # records of effects
 _MOST = 2000  # tokens at which a feature is removed
 _BINS = 60  # of loss changes
@@ -170,27 +171,39 @@ class IndexDives:
             raise IndexError(str(error)) from error
 
     def _suggested(self, latent: int) -> Iterator[Json]:
-        """Proxies made of what the card says of a feature."""
+        """Proxies to try: those that a search found, else what the card says of a feature."""
+        if "proxies" in studies(self._index.folder):
+            found = self._columns("proxies", latent).get("values", {})
+            best = [found[name] for name in _SEARCHED if found.get(name)]
+            if best:
+                yield {"proxy": best[0], "why": f"the best that `headscope proxies` found; kind: {found['kind']}"}
+            for proxy in dict.fromkeys(best[1:]):
+                if proxy != best[0]:
+                    yield {"proxy": proxy, "why": "the best of another family that `headscope proxies` found"}
+            if best:
+                return
+        for proxy, why in self._guessed(latent):
+            yield {"proxy": proxy.name, "why": why}
+
+    def _guessed(self, latent: int) -> list[tuple[Proxy, str]]:
         feature, sources = self._index.feature(latent), self._index.sources(latent)
         if not feature.alive or sources is None:
-            return
-        vocabulary = vocabulary_of(self._index)
-        special = set(self._index.vocabulary[1])
+            return []
+        vocabulary, special = vocabulary_of(self._index), set(self._index.vocabulary[1])
         top = feature.logit_top[0][0]
         text_sources = [t for t in sources.tokens if t.token not in special]
         from_tokens = [t.token for i, t in enumerate(text_sources[:_SUGGESTED]) if i == 0 or t.share >= _LARGE]
         examples = self._index.sql("SELECT example_tokens FROM features WHERE latent = ?", [latent])
         on_tokens = [t for t in examples["example_tokens"][0].as_py() if t not in special][:_SUGGESTED]
-        made = [(induction_of(vocabulary.name(top), fuzzy=True), "its top logit token is next by induction")]
+        made: list[tuple[Proxy, str]] = []
         if on_tokens:
             made.append((token_in(map(vocabulary.name, on_tokens)), "the tokens of its strongest examples"))
         if from_tokens:
             made.append((within_after(map(vocabulary.name, from_tokens)), "soon after its top source tokens"))
             made.append((after_any(map(vocabulary.name, from_tokens)), "anywhere after its top source tokens"))
-        if from_tokens[:1] != [top]:  # else it looks like a copier
-            made.append(made.pop(0))
-        for proxy, why in made:
-            yield {"proxy": proxy.name, "why": why}
+        copies = from_tokens[:1] == [top]
+        induction = (induction_of(vocabulary.name(top), fuzzy=True), "its top logit token is next by induction")
+        return [induction, *made] if copies else [*made, induction]
 
     def _columns(self, study: str, latent: int) -> Json:
         """What one study added for a feature; columns of another index are refused, and why is said."""
