@@ -96,7 +96,9 @@ def test_contexts_show_what_is_there(index: FeatureIndex, dives: IndexDives) -> 
     for i, context in enumerate(dive["contexts"]):
         base = context["block"] * size
         at = range(max(0, context["dst"] - 16), min(size, context["dst"] + 17))
-        assert [shown[context["block"], p] for p in at] == index.tokens_of(context["block"])[at.start : at.stop].tolist()
+        assert [shown[context["block"], p] for p in at] == index.tokens_of(context["block"])[
+            at.start : at.stop
+        ].tolist()
         assert dict(context["on"]) == pytest.approx({p: f[base + p] for p in at if f[base + p] > 0}, rel=1e-3)
         assert context["proxy"] == [p for p in at if shown[context["block"], p] in letters]
         if i in rows:
@@ -172,7 +174,11 @@ def test_columns_of_studies_come_with_their_definitions(index: FeatureIndex, tmp
     said = {"settings": {}, "definitions": {"share": "half of it"}, "n": 1860}
     add_columns(copy, "effects", table, said)
     columns = strict(IndexDives(copy).start(4))["columns"]["effects"]
-    assert (columns["values"], columns["definitions"], columns["n"]) == ({"share": 0.5}, {"share": "half of it"}, "1860")
+    assert (columns["values"], columns["definitions"], columns["n"]) == (
+        {"share": 0.5},
+        {"share": "half of it"},
+        "1860",
+    )
     (copy.folder / "columns" / "effects.parquet").write_bytes(b"no table")
     assert "damaged" in IndexDives(copy).start(4)["columns"]["effects"]["refused"]
 

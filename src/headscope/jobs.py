@@ -243,9 +243,7 @@ class _Effects:
             return downstream(self._live, [latent], max_tokens=max_tokens)[0]
 
 
-def serve(
-    index: str | Path, *, model: str | None = None, port: int | None = None, open_browser: bool = False
-) -> None:
+def serve(index: str | Path, *, model: str | None = None, port: int | None = None, open_browser: bool = False) -> None:
     """Serve the explorer of an index on 127.0.0.1 until Ctrl-C; with a model, it also removes features from it.
 
     Raises:

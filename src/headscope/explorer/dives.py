@@ -36,7 +36,13 @@ from headscope.studies.specificity_records import Curve, ExpectedValue, FalsePos
 _REACH = 16  # tokens shown on each side of a place
 _SUGGESTED = 5  # tokens of a suggested proxy
 _MAX_SUBTYPES = 6
-_SEARCHED = ("proxy", "induction_proxy", "local_proxy", "context_proxy", "token_proxy")  # columns of `headscope proxies`
+_SEARCHED = (
+    "proxy",
+    "induction_proxy",
+    "local_proxy",
+    "context_proxy",
+    "token_proxy",
+)  # columns of `headscope proxies`
 _KEPT = 8  # records of effects
 _MOST = 2000  # tokens at which a feature is removed
 _BINS = 60  # of loss changes
@@ -108,7 +114,10 @@ class IndexDives:
             "by_threshold": _columns_of(
                 found.precision_by_threshold, ("threshold", "n", "n_both", "value", "low", "high")
             )
-            | {"base_rate": short(found.counts.base_rate, _DIGITS), "definition": found.precision_by_threshold.definition},
+            | {
+                "base_rate": short(found.counts.base_rate, _DIGITS),
+                "definition": found.precision_by_threshold.definition,
+            },
             "top": [{"k": t.k, "n": t.n, "n_both": t.n_both} | _estimate(t.precision) for t in found.top],
             "ranges": [_range(r, places) for r in found.ranges],
             "measures": {name: _measure(m) for name, m in measures.items()},
@@ -262,7 +271,9 @@ class _Places:
             start, end = max(0, offset - _REACH), min(size, offset + _REACH + 1)
             context = self._context(block * size, offset, start, end) | {"block": block}
             if changes is not None:
-                context["change"] = [[p, changes[block * size + p]] for p in range(start, end) if block * size + p in changes]
+                context["change"] = [
+                    [p, changes[block * size + p]] for p in range(start, end) if block * size + p in changes
+                ]
             contexts.append(context)
             runs.append([(start, end)])
         blocks = [c["block"] for c in contexts]
@@ -294,9 +305,7 @@ def _subtypes(proxy: Proxy) -> dict[str, Proxy]:
 # ------------------------------------------------------------------------------------------------------------- records
 def _counts(found: Specificity) -> Json:
     names = ("n_tokens", "n_documents", "n_active", "n_proxy", "n_both")
-    return {name: getattr(found.counts, name) for name in names} | {
-        "base_rate": short(found.counts.base_rate, _DIGITS)
-    }
+    return {name: getattr(found.counts, name) for name in names} | {"base_rate": short(found.counts.base_rate, _DIGITS)}
 
 
 def _columns_of(record: Any, names: Iterable[str]) -> Json:
@@ -379,8 +388,7 @@ def _python(folder: str, latent: int, proxy: Proxy) -> dict[str, str]:
     """The calls that make each tab again."""
     head = (
         "from headscope import FeatureIndex\n"
-        "from headscope.studies.downstream import Downstream, PathEffect
-from headscope.studies.specificity import expected_value, specificity\n\n"
+        "from headscope.studies.specificity import expected_value, specificity\n\n"
         f"index = FeatureIndex.open({folder!r})\n"
     )
     study = f"{head}found = specificity(index, {latent}, {proxy.name!r})\n"
