@@ -51,6 +51,8 @@ class IndexFormatError(HeadscopeError):
 
 class StudyError(HeadscopeError):
     """A study asked for with options or data that do not fit."""
+
+
 class ProxyError(HeadscopeError):
     """A proxy that cannot be read, names no token of the vocabulary, or cannot be evaluated."""
 
