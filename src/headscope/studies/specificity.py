@@ -171,7 +171,7 @@ def _histogram(split: Split, n_bins: int) -> Histogram:
         f = split.activation[of]
         which = np.clip(np.searchsorted(edges, f, side="right") - 1, 0, n_bins - 1)
         columns[name] = np.bincount(which, minlength=n_bins)
-        columns[f"{name}_mass"] = np.bincount(which, f, minlength=n_bins)
+        columns[f"{name}_mass"] = np.bincount(which, f, minlength=n_bins).astype(np.float64)  # of none: int
     return Histogram(edges, **columns, n=split.n_active)
 
 
