@@ -129,6 +129,8 @@ class Serve:
 
     index: Path
     """An index folder."""
+    model: str | None = None
+    """The model the index was built with, to remove features from it in the tab "Ablation"; without one, no torch."""
     port: int | None = None
     """A free one when not given."""
     open: bool = False
@@ -136,7 +138,7 @@ class Serve:
 
     def run(self) -> None:
         """Serve."""
-        jobs.serve(self.index, port=self.port, open_browser=self.open)
+        jobs.serve(self.index, model=self.model, port=self.port, open_browser=self.open)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +159,32 @@ class Export:
         path = jobs.export(self.index, self.out, features=self.features, overwrite=self.overwrite)
         size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file())
         Display().say(f"page: {path} ({size / 1e6:.1f} MB)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proxies:
+    """Find the proxy that goes best with each feature, and say what kind of feature that makes it.
+
+    Proxies are chosen on one half of the documents and scored on the other. An interrupted run is gone on with.
+    """
+
+    index: Annotated[Path, tyro.conf.Positional]
+    """An index folder; what is found of all live features becomes its columns `proxies`."""
+    features: tuple[int, ...] = ()
+    """Print what is found of these latents, best proxy first, and write nothing."""
+
+    def run(self) -> None:
+        """Search with a progress bar."""
+        with Display() as display:
+            found = jobs.proxies(self.index, features=self.features, on_progress=display.on_progress)
+        if isinstance(found, tuple):
+            for feature in found:
+                for line in feature.lines():
+                    display.say(line)
+        else:
+            for kind, n in found.kinds.items():
+                display.say(f"{kind:<20} {n:>7,} of {found.n_alive:,} live features")
+            display.say(f"columns: {found.path}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +231,8 @@ class Dive:
     """Its latent."""
     proxy: tuple[str, ...] = ()
     """Rules that say where it should fire, such as 'induction("board")'; those that the page suggests when not given."""
+    model: str | None = None
+    """The model the index was built with, to remove the feature from it too."""
     out: Path
     """`page.html`."""
     overwrite: bool = False
@@ -210,7 +240,9 @@ class Dive:
 
     def run(self) -> None:
         """Write and say how large it is."""
-        path = jobs.dive(self.index, self.feature, self.out, proxies=self.proxy, overwrite=self.overwrite)
+        path = jobs.dive(
+            self.index, self.feature, self.out, proxies=self.proxy, model=self.model, overwrite=self.overwrite
+        )
         Display().say(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -290,7 +322,7 @@ class Display:
         self.say("* Kissane et al. (2024): gelu-2l layer 1, d_sae 16,384, C4 and code; another model and corpus")
 
 
-Command = Demo | Train | Eval | Index | Serve | Export | Dive | Survey
+Command = Demo | Train | Eval | Index | Serve | Export | Proxies | Dive | Survey
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from headscope.artefact import check_output, check_run_folder, read_json, write_json
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
     from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
     from headscope.models.hf import Model
+    from headscope.proxies.search_records import FeatureProxies
+    from headscope.proxies.search_table import Summary
     from headscope.sae.quality import Quality
     from headscope.sae.train import Status, TrainResult
+    from headscope.studies.downstream import Downstream
     from headscope.studies.survey import Survey
 
 Progress = Callable[[str, int, int], None]
@@ -201,11 +205,50 @@ def _measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
         return None
 
 
-def serve(index: str | Path, *, port: int | None = None, open_browser: bool = False) -> None:
-    """Serve the explorer of an index on 127.0.0.1 until Ctrl-C.
+def proxies(
+    index: str | Path, *, features: Sequence[int] = (), on_progress: Progress | None = None
+) -> "tuple[FeatureProxies, ...] | Summary":
+    """Find the proxies that go best with features: of all live ones, into the index's columns `proxies`.
+
+    Args:
+        index: an index folder.
+        features: only these, and nothing is written.
+        on_progress: called after every feature.
+
+    Returns:
+        What was found of each of `features`, or a count of kinds.
 
     Raises:
-        IndexFormatError, ServerError: no index, or no such port.
+        IndexFormatError, OutputError: no index, no such feature, or columns that cannot be written.
+    """
+    from headscope.index.store import FeatureIndex
+    from headscope.proxies.search import search
+    from headscope.proxies.search_table import add_proxies
+
+    opened = FeatureIndex.open(index)
+    return tuple(search(opened, features)) if features else add_proxies(opened, on_progress=on_progress)
+
+
+class _Effects:
+    """What the page asks of a model: one feature at a time is removed from it."""
+
+    def __init__(self, index: str | Path, model: str) -> None:
+        self._live = live(index, model=model)
+        self._lock = Lock()
+
+    def downstream(self, latent: int, max_tokens: int) -> "Downstream":
+        """The effects of one feature."""
+        from headscope.studies.ablation import downstream
+
+        with self._lock:
+            return downstream(self._live, [latent], max_tokens=max_tokens)[0]
+
+
+def serve(index: str | Path, *, model: str | None = None, port: int | None = None, open_browser: bool = False) -> None:
+    """Serve the explorer of an index on 127.0.0.1 until Ctrl-C; with a model, it also removes features from it.
+
+    Raises:
+        IndexFormatError, ModelError, SAEError, ServerError: no index, not its model or SAE, or no such port.
     """
     from headscope.explorer.cards import IndexCards
     from headscope.explorer.dives import IndexDives
@@ -214,9 +257,8 @@ def serve(index: str | Path, *, port: int | None = None, open_browser: bool = Fa
     from headscope.index.store import FeatureIndex
 
     opened = FeatureIndex.open(index)
-    serve_cards(
-        IndexCards(opened), dives=IndexDives(opened), labels=LabelRoutes(opened), port=port, open_browser=open_browser
-    )
+    dives = IndexDives(opened, _Effects(index, model) if model else None)
+    serve_cards(IndexCards(opened), dives=dives, labels=LabelRoutes(opened), port=port, open_browser=open_browser)
 
 
 def export(index: str | Path, out: Path, *, features: Sequence[int] | None = None, overwrite: bool = False) -> Path:
@@ -243,13 +285,28 @@ def export(index: str | Path, out: Path, *, features: Sequence[int] | None = Non
     return export_folder(source, out, chosen, overwrite=overwrite)
 
 
-def dive(index: str | Path, feature: int, out: Path, *, proxies: Sequence[str] = (), overwrite: bool = False) -> Path:
+def dive(
+    index: str | Path,
+    feature: int,
+    out: Path,
+    *,
+    proxies: Sequence[str] = (),
+    model: str | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write the card of one feature with its deep-dive tabs as one HTML file.
 
-    Without `proxies`, for those that the page suggests.
+    Args:
+        index: an index folder.
+        feature: its latent.
+        out: the file, whose name ends with .html.
+        proxies: those that the page suggests when none are given.
+        model: the index's, to remove the feature from it too.
+        overwrite: replace what is there.
 
     Raises:
         IndexFormatError, ProxyError, ExportError, OutputError: no index or feature, no proxy, or no place to write.
+        ModelError, SAEError: not the index's model or SAE.
     """
     from headscope.explorer.cards import IndexCards
     from headscope.explorer.dives import IndexDives, packed
@@ -261,7 +318,7 @@ def dive(index: str | Path, feature: int, out: Path, *, proxies: Sequence[str] =
     check_output(out, overwrite=overwrite)
     opened = FeatureIndex.open(index)
     opened.check_latent(feature)
-    dives = IndexDives(opened)
+    dives = IndexDives(opened, _Effects(index, model) if model else None)
     return export_html(IndexCards(opened), out, [feature], dives=packed(dives, feature, proxies))
 
 

@@ -9,6 +9,7 @@ from headscope.errors import IndexFormatError
 from headscope.explorer.examples import LEAN, WHOLE, corpus_json, example_runs, examples_json, text_runs
 from headscope.explorer.numbers import short, significant
 from headscope.explorer.answers import Json
+from headscope.index.columns import read_columns
 from headscope.index.config import QUANTILES
 from headscope.index.records import ExampleGroup, Feature, Shares, Sources
 from headscope.index.store import FeatureIndex
@@ -83,7 +84,18 @@ class IndexCards:
         rows["alive"] = [n > 0 for n in rows["n_active"]]
         words = self._index.manifest["definitions"]
         columns = [column | {"definition": column["definition"] or words[column["name"]]} for column in _COLUMNS]
-        return {"columns": columns, "rows": rows}
+        return {"columns": columns + self._study_columns(table), "rows": rows}
+
+    def _study_columns(self, table: pa.Table) -> list[Json]:
+        """What studies added, for the axes of the dashboard: numbers by name, with the definitions of the study."""
+        made = []
+        for name in table.column_names:
+            study, _, column = name.partition(".")
+            if column and (pa.types.is_floating(table[name].type) or pa.types.is_integer(table[name].type)):
+                definition = read_columns(self._index.folder, study)[1]["definitions"][column]
+                kind = "float" if pa.types.is_floating(table[name].type) else "int"
+                made.append(_column(name, name, kind, definition, listed=False))
+        return made
 
     def feature(self, latent: int, *, lean: bool = False) -> Json:
         """The card of one latent; a lean one is for a file, and leaves detail out of all but top and random examples.

@@ -1,9 +1,10 @@
 """From the records of studies to what the deep-dive tabs show. No torch: what needs a model is asked of an object."""
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -28,12 +29,23 @@ from headscope.proxies import (
 )
 from headscope.proxies.families import AfterAny, Induction, NextTokenIn, TokenIn
 from headscope.stats import Estimate, Measure
+from headscope.studies.downstream import Downstream, PathEffect
 from headscope.studies.specificity import expected_value, specificity
 from headscope.studies.specificity_records import Curve, ExpectedValue, FalsePositiveRange, Histogram, Specificity
 
 _REACH = 16  # tokens shown on each side of a place
 _SUGGESTED = 5  # tokens of a suggested proxy
 _MAX_SUBTYPES = 6
+_SEARCHED = (
+    "proxy",
+    "induction_proxy",
+    "local_proxy",
+    "context_proxy",
+    "token_proxy",
+)  # columns of `headscope proxies`
+_KEPT = 8  # records of effects
+_MOST = 2000  # tokens at which a feature is removed
+_BINS = 60  # of loss changes
 _LARGE = 0.05  # of the squared DFA: a source token with less is not suggested
 _DIGITS = 6
 _ADVICE = (
@@ -43,11 +55,12 @@ _ADVICE = (
 _MEASURES = ("precision", "mass_share", "auc", "average_precision", "pearson", "phi", "pearson_above")
 
 
+@runtime_checkable
 class EffectSource(Protocol):
-    """What removing a feature does to the loss: an object with a model behind it."""
+    """What removing a feature does to the loss: an object with the index's model behind it."""
 
-    def effects(self, latent: int, mask: Bool[np.ndarray, " token"]) -> Json:
-        """Of one feature; `mask` says where it should raise what comes next."""
+    def downstream(self, latent: int, max_tokens: int) -> Downstream:
+        """Of one feature, at its active tokens, or about `max_tokens` of them drawn evenly."""
         ...
 
 
@@ -57,6 +70,7 @@ class IndexDives:
     def __init__(self, index: FeatureIndex, effects: EffectSource | None = None) -> None:
         """Dive into the features of an index; into their effects too where an object computes them."""
         self._index, self._effects = index, effects
+        self._found: OrderedDict[int, Downstream] = OrderedDict()
         self._name = index.manifest["corpus"]["name"]
 
     def start(self, latent: int) -> Json:
@@ -100,7 +114,10 @@ class IndexDives:
             "by_threshold": _columns_of(
                 found.precision_by_threshold, ("threshold", "n", "n_both", "value", "low", "high")
             )
-            | {"base_rate": short(found.counts.base_rate, _DIGITS), "definition": found.precision_by_threshold.definition},
+            | {
+                "base_rate": short(found.counts.base_rate, _DIGITS),
+                "definition": found.precision_by_threshold.definition,
+            },
             "top": [{"k": t.k, "n": t.n, "n_both": t.n_both} | _estimate(t.precision) for t in found.top],
             "ranges": [_range(r, places) for r in found.ranges],
             "measures": {name: _measure(m) for name, m in measures.items()},
@@ -125,8 +142,36 @@ class IndexDives:
                 do="start it with: headscope serve --model",
             )
         parsed = parse(proxy)
-        made = self._effects.effects(latent, evaluate(parsed, self._index))
-        return made | {"latent": latent, "proxy": parsed.name, "hash": parsed.hash}
+        mask = evaluate(parsed, self._index)
+        if latent not in self._found:
+            self._found[latent] = self._effects.downstream(latent, _MOST)
+            if len(self._found) > _KEPT:
+                self._found.popitem(last=False)
+        found = self._found[latent]
+        top = self._index.feature(latent).logit_top[0][0]
+        chosen = {"top": found.next_is(top), "proxy": found.holds(mask)}
+        places = _Places(self._index, self._index.activations(latent), mask)
+        edges, counts = found.histogram(_BINS) if found.n else (np.zeros(0), {})
+        return {
+            "latent": latent,
+            "proxy": parsed.name,
+            "hash": parsed.hash,
+            "corpus": f"{self._name}, {self._index.manifest['corpus']['split']}",
+            "definition": found.definition,
+            "notes": list(found.notes),
+            "maximum": short(self._index.feature(latent).maximum, _DIGITS),
+            "n": found.n,
+            "n_active": found.n_active,
+            "token": top,
+            "n_of": {name: int(of.sum()) for name, of in chosen.items()},
+            "paths": [_path(found, effect, chosen) for effect in found.paths.values()],
+            "interaction": short(float(found.interaction.mean()), _DIGITS) if found.n else None,
+            "histogram": {"edges": _list(edges), "counts": {name: _list(c) for name, c in counts.items()}},
+            "worst": _extremes(found, found.worst(), places),
+            "best": _extremes(found, found.best(), places),
+            **places.as_json(_changes(found)),
+            "python": {"ablation": _python_of_effects(str(self._index.folder), latent)},
+        }
 
     def _check(self, latent: int) -> None:
         try:
@@ -135,26 +180,39 @@ class IndexDives:
             raise IndexError(str(error)) from error
 
     def _suggested(self, latent: int) -> Iterator[Json]:
-        """Proxies made of what the card says of a feature."""
+        """Proxies to try: those that a search found, else what the card says of a feature."""
+        if "proxies" in studies(self._index.folder):
+            found = self._columns("proxies", latent).get("values", {})
+            best = [found[name] for name in _SEARCHED if found.get(name)]
+            if best:
+                yield {"proxy": best[0], "why": f"the best that `headscope proxies` found; kind: {found['kind']}"}
+            for proxy in dict.fromkeys(best[1:]):
+                if proxy != best[0]:
+                    yield {"proxy": proxy, "why": "the best of another family that `headscope proxies` found"}
+            if best:
+                return
+        for proxy, why in self._guessed(latent):
+            yield {"proxy": proxy.name, "why": why}
+
+    def _guessed(self, latent: int) -> list[tuple[Proxy, str]]:
         feature, sources = self._index.feature(latent), self._index.sources(latent)
         if not feature.alive or sources is None:
-            return
-        vocabulary = vocabulary_of(self._index)
-        special = set(self._index.vocabulary[1])
+            return []
+        vocabulary, special = vocabulary_of(self._index), set(self._index.vocabulary[1])
         top = feature.logit_top[0][0]
         text_sources = [t for t in sources.tokens if t.token not in special]
         from_tokens = [t.token for i, t in enumerate(text_sources[:_SUGGESTED]) if i == 0 or t.share >= _LARGE]
-        on_tokens = [t for t in self._index.table()["example_tokens"][latent].as_py() if t not in special][:_SUGGESTED]
-        made = [(induction_of(vocabulary.name(top), fuzzy=True), "its top logit token is next by induction")]
+        examples = self._index.sql("SELECT example_tokens FROM features WHERE latent = ?", [latent])
+        on_tokens = [t for t in examples["example_tokens"][0].as_py() if t not in special][:_SUGGESTED]
+        made: list[tuple[Proxy, str]] = []
         if on_tokens:
             made.append((token_in(map(vocabulary.name, on_tokens)), "the tokens of its strongest examples"))
         if from_tokens:
             made.append((within_after(map(vocabulary.name, from_tokens)), "soon after its top source tokens"))
             made.append((after_any(map(vocabulary.name, from_tokens)), "anywhere after its top source tokens"))
-        if from_tokens[:1] != [top]:  # else it looks like a copier
-            made.append(made.pop(0))
-        for proxy, why in made:
-            yield {"proxy": proxy.name, "why": why}
+        copies = from_tokens[:1] == [top]
+        induction = (induction_of(vocabulary.name(top), fuzzy=True), "its top logit token is next by induction")
+        return [induction, *made] if copies else [*made, induction]
 
     def _columns(self, study: str, latent: int) -> Json:
         """What one study added for a feature; columns of another index are refused, and why is said."""
@@ -204,14 +262,19 @@ class _Places:
         """Numbers of these positions in `as_json()["contexts"]`."""
         return [self._row.setdefault(position, len(self._row)) for position in positions.tolist()]
 
-    def as_json(self) -> Json:
-        """The places in order, and the text around them."""
+    def as_json(self, changes: dict[int, float] | None = None) -> Json:
+        """The places in order, the text around them, and what changes at the positions there."""
         size = self._index.block_size
         contexts, runs = [], []
         for position in self._row:
             block, offset = divmod(position, size)
             start, end = max(0, offset - _REACH), min(size, offset + _REACH + 1)
-            contexts.append(self._context(block * size, offset, start, end) | {"block": block})
+            context = self._context(block * size, offset, start, end) | {"block": block}
+            if changes is not None:
+                context["change"] = [
+                    [p, changes[block * size + p]] for p in range(start, end) if block * size + p in changes
+                ]
+            contexts.append(context)
             runs.append([(start, end)])
         blocks = [c["block"] for c in contexts]
         return {"contexts": contexts, **corpus_json(text_runs(blocks, runs), self._index)}
@@ -242,9 +305,7 @@ def _subtypes(proxy: Proxy) -> dict[str, Proxy]:
 # ------------------------------------------------------------------------------------------------------------- records
 def _counts(found: Specificity) -> Json:
     names = ("n_tokens", "n_documents", "n_active", "n_proxy", "n_both")
-    return {name: getattr(found.counts, name) for name in names} | {
-        "base_rate": short(found.counts.base_rate, _DIGITS)
-    }
+    return {name: getattr(found.counts, name) for name in names} | {"base_rate": short(found.counts.base_rate, _DIGITS)}
 
 
 def _columns_of(record: Any, names: Iterable[str]) -> Json:
@@ -292,6 +353,32 @@ def _measure(m: Measure) -> Json:
     }
 
 
+def _path(found: Downstream, effect: PathEffect, chosen: dict[str, np.ndarray]) -> Json:
+    shares = {name: found.share(effect.path, of) for name, of in chosen.items()}
+    return {
+        "path": effect.path,
+        "definition": effect.definition,
+        "mean": _measure(effect.mean),
+        "later": None if effect.later is None or not found.n else short(float(effect.later.mean()), _DIGITS),
+        "shares": {name: {"positive": _measure(s.positive), "net": _measure(s.net)} for name, s in shares.items()},
+    }
+
+
+def _extremes(found: Downstream, which: Int[np.ndarray, " k"], places: _Places) -> Json:
+    """Tokens of a record, with the change by each path there and the token that came next."""
+    return {
+        "rows": places.rows(found.position[which]),
+        "next": found.next_token[which].tolist(),
+        "loss": significant(found.loss[which], 4),
+        "change": {name: significant(effect.change[which], 4) for name, effect in found.paths.items()},
+    }
+
+
+def _changes(found: Downstream) -> dict[int, float]:
+    """The change of the loss at each position looked at, all paths together."""
+    return dict(zip(found.position.tolist(), significant(found.paths["total"].change, 3), strict=True))
+
+
 # -------------------------------------------------------------------------------------------------------------- Python
 def _open(folder: str) -> str:
     return f"from headscope import FeatureIndex\n\nindex = FeatureIndex.open({str(Path(folder))!r})"
@@ -313,3 +400,13 @@ def _python(folder: str, latent: int, proxy: Proxy) -> dict[str, str]:
         "expected_class": f'{study}expected_value(found.histogram, found.counts.n_tokens, "class")',
         "sensitivity": f"{whole}found.sensitivity, found.curve, found.auc, found.pearson",
     }
+
+
+def _python_of_effects(folder: str, latent: int) -> str:
+    return (
+        "from headscope import jobs\n"
+        "from headscope.studies.ablation import downstream\n\n"
+        f"live = jobs.live({folder!r})\n"
+        f"[found] = downstream(live, [{latent}], max_tokens={_MOST})\n"
+        "found.paths, found.worst(), found.best()"
+    )

@@ -104,9 +104,7 @@ def export_folder(
     return Path(path)
 
 
-def _chosen(
-    source: CardSource, features: Sequence[int] | None, *, dives: bool = False
-) -> tuple[list[int], Json]:
+def _chosen(source: CardSource, features: Sequence[int] | None, *, dives: bool = False) -> tuple[list[int], Json]:
     """The features to export, and all that the page needs besides their cards."""
     about, table = about_of(source, dives=dives), source.table()
     chosen = list(dict.fromkeys(table["rows"]["latent"] if features is None else features))

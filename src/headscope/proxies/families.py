@@ -38,9 +38,12 @@ class Induction(Proxy):
         vocabulary, (n_blocks, size) = blocks.vocabulary, blocks.tokens.shape
         is_target = vocabulary.table([self.token])
         variants = vocabulary.variants if self.fuzzy else vocabulary.variants[:1]
+        found = np.zeros((n_blocks, size), dtype=bool)
+        rows = np.flatnonzero(is_target[blocks.tokens].any(1))
         step = max(1, _PART // size)
-        parts = [_follows(blocks.tokens[i : i + step], is_target, variants) for i in range(0, n_blocks, step)]
-        return np.concatenate(parts)
+        for part in (rows[i : i + step] for i in range(0, len(rows), step)):
+            found[part] = _follows(blocks.tokens[part], is_target, variants)
+        return found
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,14 @@ class WithinAfter(Proxy):
     def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
         vocabulary = blocks.vocabulary
         stops = vocabulary.stops if self.stop == "punctuation" else vocabulary.table(self.stop)
-        trigger = _latest_before(vocabulary.table(self.tokens)[blocks.tokens])
-        stop = _latest(stops[blocks.tokens] | ~blocks.text)
-        near = np.arange(blocks.tokens.shape[1]) - trigger <= self.n
-        return near & (trigger >= 0) & (stop <= trigger)
+        triggers = vocabulary.table(self.tokens)[blocks.tokens]
+        found = np.zeros(triggers.shape, dtype=bool)
+        rows = np.flatnonzero(triggers.any(1))
+        latest = _latest_before(triggers[rows])
+        stopped = _latest(stops[blocks.tokens[rows]] | ~blocks.text[rows])
+        near = np.arange(triggers.shape[1]) - latest <= self.n
+        found[rows] = near & (latest >= 0) & (stopped <= latest)
+        return found
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class AfterAny(Proxy):
         return f"after_any({_list(self.tokens)})"
 
     def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
-        return _latest_before(blocks.vocabulary.table(self.tokens)[blocks.tokens]) >= 0
+        return moved(np.logical_or.accumulate(blocks.vocabulary.table(self.tokens)[blocks.tokens], axis=1), 1)
 
 
 @dataclass(frozen=True)

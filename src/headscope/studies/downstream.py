@@ -1,6 +1,6 @@
 """What ablating a feature does to the loss of each next token, by path: the records, and what is read off them.
 
-`studies.ablation` runs the model and makes them; here is no torch. A change is the loss with the feature ablated less the
+`studies.ablation` runs the model and makes them; no torch here. A change is the loss with the feature ablated less the
 loss of the baseline, in nats: positive where the feature helped to predict the token that came.
 """
 

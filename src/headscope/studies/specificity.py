@@ -121,9 +121,7 @@ class _Subject:
     corpus: str
 
 
-def _study(
-    split: Split, subtypes: Mapping[str, Mask], plan: SpecificityPlan, subject: _Subject
-) -> Specificity:
+def _study(split: Split, subtypes: Mapping[str, Mask], plan: SpecificityPlan, subject: _Subject) -> Specificity:
     counts = Counts(split.text.n, split.text.n_documents, split.n_active, split.n_true, int(split.n_own[-1]))
     draws = unit_draws(len(split.text.counts), n_samples=plan.n_samples, seed=plan.seed)
     rotated = split.rotations(plan.n_rotations, plan.seed, plan.tau)
@@ -173,7 +171,7 @@ def _histogram(split: Split, n_bins: int) -> Histogram:
         f = split.activation[of]
         which = np.clip(np.searchsorted(edges, f, side="right") - 1, 0, n_bins - 1)
         columns[name] = np.bincount(which, minlength=n_bins)
-        columns[f"{name}_mass"] = np.bincount(which, f, minlength=n_bins)
+        columns[f"{name}_mass"] = np.bincount(which, f, minlength=n_bins).astype(np.float64)  # of none: int
     return Histogram(edges, **columns, n=split.n_active)
 
 

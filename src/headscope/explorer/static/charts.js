@@ -100,3 +100,19 @@ export function drawCurve({ x: along, y: values, low, high, reference, facts, pi
   const key = el("p", { class: "legend" }, el("i", { class: "curve" }), legend ?? "", known.length > 1 && [" ", el("i", { class: "band" }), "95 % interval"], reference && [" ", el("i", { class: "reference" }), reference.label]);
   return { figure: axes.figure(key), mark };
 }
+
+/**
+ * Outlines of several histograms over the same bins, told apart by dashes as well as colour.
+ * @param {{edges: number[], series: {name: string, counts: number[]}[], log?: boolean, facts: (bin: number) => string[], tip: object}} data
+ */
+export function drawSteps({ edges, series, log = false, facts, tip, ...labels }) {
+  const most = Math.max(...series.flatMap(({ counts }) => counts), 1);
+  const axes = frame({ ...labels, x: [edges[0], edges.at(-1)], y: [log ? 0.5 : 0, most], log });
+  const { x, y, base } = axes;
+  const outline = (counts) => `M${x(edges[0]).toFixed(1)} ${base}${counts.map((n, bin) => `V${(n > 0 ? y(n) : base).toFixed(1)}H${x(edges[bin + 1]).toFixed(1)}`).join("")}V${base}`;
+  if (edges[0] < 0 && edges.at(-1) > 0) axes.body.append(svg("line", { class: "zero", x1: x(0), x2: x(0), y1: y(most), y2: base }));
+  axes.body.append(...series.map(({ name, counts }, i) => svg("path", { class: `series series-${i % 4}`, "data-series": name, d: outline(counts) })));
+  const width = (edges.at(-1) - edges[0]) / (edges.length - 1);
+  hover(axes, tip, (value) => facts(Math.min(edges.length - 2, Math.floor((value - edges[0]) / width))));
+  return axes.figure(el("p", { class: "legend" }, series.map(({ name }, i) => [svg("svg", { width: 24, height: 8 }, svg("path", { class: `series series-${i % 4}`, d: "M0 4H24" })), `${name} `])));
+}

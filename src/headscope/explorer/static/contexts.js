@@ -28,11 +28,12 @@ export function drawContext(context, needs, { lead, aside, marks } = {}) {
       const body = show(piece);
       const alone = body.length === 1 && body[0].className;
       const more = marks?.(pos);
-      const names = [piece.kind, alone, own > 0 && "on", pos === dst && "dst", pos === dst + 1 && "next", proxied.has(pos) && "proxied", more?.class];
+      const fires = own > 0 && !marks; // other marks than activations have the colours to themselves
+      const names = [piece.kind, alone, fires && "on", pos === dst && "dst", pos === dst + 1 && "next", proxied.has(pos) && "proxied", more?.class];
       const facts = [own > 0 && `activation ${num(own)}`, proxied.has(pos) && "proxy true", more?.title];
       return el("span", {
         class: `tok ${names.filter(Boolean).join(" ")}`, "data-pos": pos, title: facts.filter(Boolean).join(", ") || null,
-        vars: { ...(own > 0 ? { "--a": unit(own / (needs.maximum || 1)) } : {}), ...more?.vars },
+        vars: { ...(fires ? { "--a": unit(own / (needs.maximum || 1)) } : {}), ...more?.vars },
       }, alone ? body[0].textContent : body);
     })), aside, el("div", { class: "where" }, `${needs.corpus.documentAt(block, dst)} · block ${int(block)}, position ${dst}`));
 }

@@ -84,7 +84,7 @@ export class Dive {
     const effects = this.start.live ? await this.#ask("effects", proxy) : null;
     if (this.#view !== view) return;
     this.bench.hidden = effects === null;
-    this.#say();
+    this.#say(effects && effects.proxy !== proxy && el("span", { class: "canonical", "data-canonical": "" }, `read as ${effects.proxy}`));
     this.#draw(view, effects?.hash ?? "", () => drawAblation(effects, this.start, view, { ...this.needs, feature: this.feature }));
   }
 

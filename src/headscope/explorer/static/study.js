@@ -29,11 +29,12 @@ function download(name, rows) {
   setTimeout(() => URL.revokeObjectURL(url), 1000);
 }
 
-const SIGNED = new Set(["pearson", "phi", "pearson_above"]);
+const SIGNED = new Set(["pearson", "phi", "pearson_above", "change"]);
+const writer = (name) => (SIGNED.has(name) ? signed : pct);
 
 /** A measure as text: its value and interval, or why there is none. */
 export function measureText(measure, name = "") {
-  const write = SIGNED.has(name) ? signed : pct;
+  const write = writer(name);
   if (measure.value === null) return measure.missing ?? "none";
   return `${write(measure.value)}${measure.low === null ? "" : ` [${write(measure.low)}, ${write(measure.high)}]`}`;
 }
@@ -42,7 +43,7 @@ export function measureText(measure, name = "") {
 export function measureTable(rows) {
   return el("table", { class: "measures", "data-measures": "" }, el("tr", {}, ["", "value", "95 % interval", "null", "n"].map((label) => el("th", { scope: "col" }, label))),
     rows.map(([name, label, m]) => {
-      const write = SIGNED.has(name) ? signed : pct;
+      const write = writer(name);
       const documents = m.by_document && `by document ${write(m.by_document[0])} to ${write(m.by_document[1])}`;
       return el("tr", { "data-measure": name }, el("th", { scope: "row" }, term(label, m.definition)),
         m.value === null ? el("td", { colspan: 3, class: "missing", "data-missing": "" }, m.missing ?? "none")
