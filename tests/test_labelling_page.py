@@ -1,18 +1,17 @@
 """The labelling queue in a browser: by keyboard, blind, on a phone, by two annotators, with hostile text."""
 
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from browsing import CHROMIUM, launched, quiet_page, serving
 from explorer_source import DEAD_LATENT, HOSTILE, FakeIndex, FakeSource
 from headscope.explorer.labelling import LabelRoutes
 from headscope.explorer.server import make_app
 from headscope.index.labels import Judgement, LabelStore
-from test_explorer_page import ARGUMENTS, CHROMIUM, is_foreign
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 
@@ -23,7 +22,7 @@ ATTACK = "</script><img src=x onerror=alert(1)><b>bold</b>"
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        browser = launched(playwright)
         yield browser
         browser.close()
 
@@ -37,37 +36,17 @@ def store(tmp_path: Path) -> LabelStore:
 
 @pytest.fixture
 def address(store: LabelStore) -> Iterator[str]:
-    app = make_app(SOURCE, labels=LabelRoutes(store.index))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        thread.join(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
+    with serving(make_app(SOURCE, labels=LabelRoutes(store.index))) as url:
+        yield url
 
 
 @pytest.fixture
 def open_page(browser: Browser, address: str) -> Iterator[Callable[..., Page]]:
     """`open_page(width, height)`: a page on which any script error, dialog or request elsewhere fails the test."""
-    contexts, troubles = [], []
-
-    def make(width: int = 1280, height: int = 800) -> Page:
-        contexts.append(browser.new_context(viewport={"width": width, "height": height}))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(8000)
-        expect.set_options(timeout=8000)
-        page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
-        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
-        page.on("dialog", lambda dialog: troubles.append(f"dialog: {dialog.message}"))
-        page.on("request", lambda request: troubles.append(request.url) if is_foreign(request.url) else None)
-        return page
-
-    yield make
-    for context in contexts:
-        context.close()
-    assert [trouble for trouble in troubles if "(Bad Request)" not in trouble] == []
+    with ExitStack() as stack:
+        yield lambda width=1280, height=800: stack.enter_context(
+            quiet_page(browser, allowed="(Bad Request)", viewport={"width": width, "height": height})
+        )
 
 
 def queue(page: Page, address: str, sample: str = "first:10", who: str = "ann", more: str = "") -> None:
