@@ -8,6 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from explorer_source import D_SAE, DEAD_LATENT, FakeIndex, FakeSource
+from headscope.explorer.export import export_html
 from headscope.explorer.labelling import LabelRoutes
 from headscope.explorer.server import TOKEN_HEADER, make_app
 from headscope.index.labels import MAX_LINE, Judgement, LabelStore
@@ -49,6 +50,13 @@ def test_a_page_without_labels_has_no_queue() -> None:
     for path in ("/label", "/api/queue?sample=first:5", "/api/survey?sample=first:5"):
         assert client.get(path).status_code == 404
     assert post(client, "labels", SAID).status_code == 404
+
+
+def test_an_export_has_no_queue(tmp_path: Path) -> None:
+    """It has no server to write to."""
+    page = export_html(FakeSource(), tmp_path / "page.html", range(3)).read_text()
+    assert "/api/retractions" not in page
+    assert "Labelling(" in page, "but where the page would open it"
 
 
 def test_a_queue_has_its_features_and_ones_own_labels(client: TestClient, index: FakeIndex) -> None:

@@ -2,25 +2,30 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from headscope import jobs
+from headscope.cli import main
 from headscope.errors import IndexFormatError, LabelError, OutputError
 from headscope.index import labels as module
 from headscope.index.build import SAERecord, build_index
 from headscope.index.config import IndexPlan
-from headscope.index.labels import LONGEST, MAX_LINE, VERDICTS, Judgement, LabelStore, card_hash
+from headscope.index.labels import FAMILIES, LONGEST, MAX_LINE, VERDICTS, Judgement, LabelStore, card_hash
 from headscope.index.store import FeatureIndex
 
 D_SAE, DEAD, LIVE = 20, 7, 5
 YES, NO, UNSURE = (Judgement(verdict=verdict) for verdict in ("interpretable", "not interpretable", "unsure"))
+FORMAT = Path(__file__).parents[1] / "docs" / "index-format.md"
 CARD = "sha256:" + 64 * "0"
 
 
@@ -398,6 +403,48 @@ def test_what_a_card_says_is_in_its_hash(built, monkeypatch, what):
     assert [a == b for a, b in zip(after(1.1), before, strict=True)] == [False, hidden]
     if what not in ("logits", "token"):
         assert after(1 + 1e-12) == before
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+def test_the_command_prints_the_survey(store, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    live = [i for i in range(D_SAE) if store.index.feature(i).alive]
+    for i in live:
+        store.add(i, "[red]ann", YES if i else NO)
+        store.add(i, "bob", YES if i > 1 else NO)
+    result = jobs.survey(store.index.folder, sample=f"first:{D_SAE}")
+    assert result.alive.value == len(live) / D_SAE
+    assert [tally.n for tally in result.tallies] == [len(live)] * 2
+    main(["survey", str(store.index.folder), "--sample", f"first:{D_SAE}"])
+    shown = capsys.readouterr().out
+    for row in result.rows():
+        assert row.name in shown
+        assert row.value in shown
+    assert "interpretable, [red]ann" in shown, "a name is no markup"
+    assert "kappa, [red]ann and bob" in shown
+    for note in result.notes:
+        assert note in shown
+
+
+@pytest.mark.parametrize(("sample", "says"), [("nonsense", "first:N"), (f"first:{D_SAE + 1}", f"1 to {D_SAE}")])
+def test_the_command_says_what_is_wrong_with_a_sample(store, capsys, sample, says):
+    with pytest.raises(SystemExit) as ended:
+        main(["survey", str(store.index.folder), "--sample", sample])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert says in message
+    assert "Traceback" not in message
+
+
+def test_the_page_of_the_format_names_all_fields():
+    section = FORMAT.read_text().split("## labels.jsonl")[1].split("\n## ")[0]
+    named = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.+?) \|", section, re.MULTILINE)))
+    assert sorted(named) == sorted(field.name for field in fields(module.Label))
+    assert f"{MAX_LINE:,} bytes" in section
+    for most in (LONGEST["annotator"], LONGEST["text"], LONGEST["notes"]):
+        assert f"{most:,}" in section
+    for value in (*VERDICTS, *FAMILIES):
+        assert not value or f"`{value}`" in section
 
 
 def test_verdicts_are_three():
