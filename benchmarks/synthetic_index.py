@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from headscope.artefact import file_hash, new_folder, read_json, write_json
 from headscope.index.config import DEFINITIONS, FORMAT_VERSION, N_BINS, QUANTILES, IndexPlan
-from headscope.index.tables import ActivationWriter, write_table
+from headscope.index.writing import ActivationWriter, write_table
 
 _RANGE_ROWS = 1 << 20
 _POOL_ROWS = 1 << 18
