@@ -218,14 +218,14 @@ class Split:
         shifts = 1 + rng.choice(n_others, min(n, n_others), replace=False) if n_others else np.zeros(0, dtype=np.int64)
         above = self.n_above(tau)
         centre, centre_above = self.shift, _centre(self.activation[:above], above)
+        total, total_above = self.sums.total(), self.sums_above(tau).total()
         rows, rows_above, areas = [], [], []
         for by in shifts * block:
             own = self.mask[(self.position + by) % size]
             n_true = self.n_true - int(np.count_nonzero(self.mask[(self.text.special + by) % size]))
-            rows.append(_moved(self.sums.total(), self.activation, own, n_true, centre))
-            of = own[:above]
-            total = self.sums_above(tau).total()
-            rows_above.append(_moved(total, self.activation[:above], of, int(np.count_nonzero(of)), centre_above))
+            rows.append(_moved(total, self.activation, own, n_true, centre))
+            of, n_true_above = own[:above], int(np.count_nonzero(own[:above]))
+            rows_above.append(_moved(total_above, self.activation[:above], of, n_true_above, centre_above))
             ranked = self._ranked(own, n_true)
             areas.append((ranked.auc(), ranked.average_precision()))
         width = len(PAIR_SUMS)
