@@ -14,6 +14,7 @@ from jaxtyping import Bool
 
 from headscope.errors import StudyError
 from headscope.index.store import FeatureIndex
+from headscope.proxies import Proxy, evaluate, parse
 from headscope.stats import unit_draws, wilson, wilson_bounds
 from headscope.studies.measures import Measures
 from headscope.studies.sensitivity import sensitivity
@@ -28,6 +29,8 @@ from headscope.studies.specificity_records import (
     TopPrecision,
 )
 from headscope.studies.split import Split, TextTokens, as_mask
+
+Mask = Bool[np.ndarray, " token"]
 
 CURVE_POINTS = 400
 N_THRESHOLDS = 50
@@ -76,10 +79,9 @@ class SpecificityPlan:
 def specificity(
     index: FeatureIndex,
     latent: int,
-    proxy: Bool[np.ndarray, " token"],
+    proxy: Proxy | str | Mask,
     *,
-    name: str = "mask",
-    subtypes: Mapping[str, Bool[np.ndarray, " token"]] | None = None,
+    subtypes: Mapping[str, Proxy | str | Mask] | None = None,
     plan: SpecificityPlan | None = None,
 ) -> Specificity:
     """One feature against one proxy.
@@ -87,20 +89,26 @@ def specificity(
     Args:
         index: open.
         latent: which feature; a dead one gives a record that says so.
-        proxy: a mask.
-        name: of the mask in the record.
-        subtypes: parts of the proxy by name, for which recall is told apart.
+        proxy: its text, which is parsed, or a mask.
+        subtypes: parts of the proxy by name, for which recall is told apart; what they leave is `none of these`.
         plan: how finely to look; the defaults when not given.
 
     Raises:
         IndexFormatError: no such latent.
+        ProxyError: a proxy that cannot be parsed or evaluated.
         StudyError: a mask that is not one bool a position.
     """
     plan = plan or SpecificityPlan()
-    active = index.activations(latent)
-    text = TextTokens.of(index)
-    split = Split.of(text, as_mask(proxy, text, f"proxy {name}"), active.position, active.activation)
-    return _study(split, subtypes or {}, plan, _Subject(latent, name, None, index.manifest["corpus"]["name"]))
+    proxy = parse(proxy) if isinstance(proxy, str) else proxy
+    text, active = TextTokens.of(index), index.activations(latent)
+    parts = {name: _mask(of, index, text, f"subtype {name!r}") for name, of in (subtypes or {}).items()}
+    split = Split.of(text, _mask(proxy, index, text, "the proxy"), active.position, active.activation)
+    name, proxy_hash = (proxy.name, proxy.hash) if isinstance(proxy, Proxy) else ("a mask", None)
+    return _study(split, parts, plan, _Subject(latent, name, proxy_hash, index.manifest["corpus"]["name"]))
+
+
+def _mask(proxy: Proxy | str | Mask, index: FeatureIndex, text: TextTokens, what: str) -> Mask:
+    return as_mask(evaluate(proxy, index) if isinstance(proxy, Proxy | str) else proxy, text, what)
 
 
 @dataclass(frozen=True)
@@ -113,9 +121,7 @@ class _Subject:
     corpus: str
 
 
-def _study(
-    split: Split, subtypes: Mapping[str, Bool[np.ndarray, " token"]], plan: SpecificityPlan, subject: _Subject
-) -> Specificity:
+def _study(split: Split, subtypes: Mapping[str, Mask], plan: SpecificityPlan, subject: _Subject) -> Specificity:
     counts = Counts(split.text.n, split.text.n_documents, split.n_active, split.n_true, int(split.n_own[-1]))
     draws = unit_draws(len(split.text.counts), n_samples=plan.n_samples, seed=plan.seed)
     rotated = split.rotations(plan.n_rotations, plan.seed, plan.tau)
@@ -165,7 +171,7 @@ def _histogram(split: Split, n_bins: int) -> Histogram:
         f = split.activation[of]
         which = np.clip(np.searchsorted(edges, f, side="right") - 1, 0, n_bins - 1)
         columns[name] = np.bincount(which, minlength=n_bins)
-        columns[f"{name}_mass"] = np.bincount(which, f, minlength=n_bins)
+        columns[f"{name}_mass"] = np.bincount(which, f, minlength=n_bins).astype(np.float64)  # of none: int
     return Histogram(edges, **columns, n=split.n_active)
 
 

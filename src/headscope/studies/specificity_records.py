@@ -174,7 +174,7 @@ class Specificity:
 
     latent: int
     proxy: str
-    """Its canonical text, or the name given to a mask."""
+    """Its canonical text; `a mask` for a mask."""
     proxy_hash: str | None
     """None for a mask."""
     corpus: str

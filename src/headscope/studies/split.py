@@ -243,4 +243,4 @@ def _moved(
         "mass_true": f[own].sum(),
         "centred_true": (f[own] - shift).sum() - shift * (n_true - both),
     }
-    return np.array([new.get(name, total[name]) for name in PAIR_SUMS], dtype=np.float64)
+    return np.array([new.get(name, total[name].item()) for name in PAIR_SUMS], dtype=np.float64)
