@@ -252,7 +252,9 @@ def test_effects_of_a_model_by_path(page: Page, index: FeatureIndex) -> None:
         expect(page.locator("[data-interaction]")).to_be_visible()
         record, found = effects.downstream(COMMON, 0), dives.effects(COMMON, PROXY)
         worst = found["contexts"][found["worst"]["rows"][0]]
-        assert worst["block"] * index.block_size + worst["dst"] == record.position[np.argmax(record.paths["total"].change)]
+        assert (
+            worst["block"] * index.block_size + worst["dst"] == record.position[np.argmax(record.paths["total"].change)]
+        )
         row = page.locator(f"[data-context='{worst['block']}.{worst['dst']}']").first
         red = row.locator(".tok.worse").evaluate_all("tokens => tokens.map(token => +token.dataset.pos)")
         blue = row.locator(".tok.better").evaluate_all("tokens => tokens.map(token => +token.dataset.pos)")
@@ -311,7 +313,14 @@ def test_what_is_wrong_with_a_proxy_is_said_with_its_place(page: Page, address: 
 
 @pytest.mark.parametrize(
     "proxy",
-    [HOSTILE, f'regex("{HOSTILE[:-2]}")', "__import__('os').system('true')", "((((" * 400, "\x00\ud7ff", "'; DROP TABLE"],
+    [
+        HOSTILE,
+        f'regex("{HOSTILE[:-2]}")',
+        "__import__('os').system('true')",
+        "((((" * 400,
+        "\x00\ud7ff",
+        "'; DROP TABLE",
+    ],
 )
 def test_hostile_proxies_are_harmless(page: Page, address: str, proxy: str) -> None:
     page.goto(f"{address}/f/{COMMON}?tab=specificity")

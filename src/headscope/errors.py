@@ -17,6 +17,9 @@ HeadscopeError
 Every message says what was got, what was expected, and what to do.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 
 class HeadscopeError(Exception):
     """The root of all errors that a user's input can cause."""
