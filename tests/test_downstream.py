@@ -69,6 +69,8 @@ def naive(live, corpus, latent, position, *, baseline="error kept", where="one",
     f = sae.encode(z)[..., latent] * text
     if where == "one":
         f = f * (torch.arange(corpus.block_size) == query)
+    if baseline == "reconstruction":
+        places = f > 0
     write = -f[..., None] * (sae.W_dec[latent] @ model.W_O(layer))
     with model.edit(kept):
         clean = model.losses(tokens)
@@ -221,7 +223,7 @@ def test_what_is_not_there_is_named(last):
         with pytest.raises(HeadscopeError, match="expected: one of"):
             downstream(live, [0], **wrong)
     [record] = downstream(live, [0])
-    with pytest.raises(HeadscopeError, match="total, direct, mlp.2"):
+    with pytest.raises(HeadscopeError, match=r"total, direct, mlp\.2"):
         record.share("attn.9", record.next_is(3))
     with pytest.raises(HeadscopeError, match="mask of 3"):
         record.holds(np.zeros(3, bool))
