@@ -182,7 +182,10 @@ def test_any_batch_and_any_company_give_the_same(case, monkeypatch):
                 for name in a.paths:
                     assert_allclose(a.paths[name].change, b.paths[name].change, rtol=1e-12, atol=1e-12)
                     null, other = a.paths[name].mean.null, b.paths[name].mean.null
-                    assert_allclose([null.value, null.low, null.high], [other.value, other.low, other.high], **EXACT)
+                    assert (null is None) == (other is None) == (a.n == 0)
+                    if null is not None:
+                        ours, theirs = ([e.value, e.low, e.high] for e in (null, other))
+                        assert_allclose(ours, theirs, **EXACT)
         monkeypatch.undo()
 
 
