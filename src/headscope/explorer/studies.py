@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from headscope.errors import HeadscopeError, ProxyError, StudyError
 from headscope.explorer.answers import Json, answer, dump_json, failure, number_of
-from headscope.explorer.desk import Busy, Desk, TookTooLong
+from headscope.explorer.desk import BusyError, Desk, TooSlowError
 
 MAX_PROXY = 2000
 """Characters of a proxy that the server reads."""
@@ -77,9 +77,9 @@ class StudyRoutes:
     async def _answer(self, request: Request, key: tuple, work: Callable[[], Json]) -> Response:
         try:
             body = await self.desk.run(key, lambda: dump_json(work()), request)
-        except Busy:
+        except BusyError:
             return failure(503, "the server computes other studies: ask again in a moment")
-        except TookTooLong:
+        except TooSlowError:
             return failure(504, f"this took more than {self.desk.seconds:g} s and was given up")
         except IndexError as error:
             return failure(404, f"there is no feature {key[1]}: {error}")
