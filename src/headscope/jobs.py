@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
     from headscope.models.hf import Model
+    from headscope.proxies import Proxy
     from headscope.proxies.search_records import FeatureProxies
     from headscope.proxies.search_table import Summary
     from headscope.sae.quality import Quality
     from headscope.sae.train import Status, TrainResult
     from headscope.studies.downstream import Downstream
     from headscope.studies.effects import DirectEffects
+    from headscope.studies.specificity_records import Predictions
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, the work done and the work in all."""
@@ -242,6 +244,13 @@ class _Effects:
 
         with self._lock:
             return downstream(self._live, [latent], max_tokens=max_tokens)[0]
+
+    def predictions(self, latent: int, proxy: "Proxy") -> "Predictions":
+        """What the model predicts where one feature misses a proxy."""
+        from headscope.studies.predictions import predictions
+
+        with self._lock:
+            return predictions(self._live.index, self._live.model, latent, proxy)
 
 
 def serve(index: str | Path, *, model: str | None = None, port: int | None = None, open_browser: bool = False) -> None:
