@@ -1,8 +1,8 @@
 """The proxy that goes best with a feature, for all features: chosen on one half of the documents, scored on the other.
 
-Tried are, of each feature: induction of its top logit token and of its top source token; the tokens within ten after a source token; everything
-after one of its source tokens; and sets of present tokens, next tokens and bigrams. Work is on active tokens and on
-counts, never on an array of features by tokens; a mask is made once for all features that need it.
+Tried are, of each feature: induction of its top logit token and of its top source token; the ten tokens after a source
+token; everything after one of its source tokens; and sets of present tokens, next tokens and bigrams. Work is on active
+tokens and on counts, never on an array of features by tokens; a mask is made once for all features that need it.
 """
 
 import hashlib
