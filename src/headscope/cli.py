@@ -274,7 +274,7 @@ class Dive:
 class Survey:
     """Print how many features of a sample are alive, how many people found interpretable, and how far they agree."""
 
-    index: Annotated[Path, tyro.conf.Positional]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; features are labelled on the page that `headscope serve` opens."""
     sample: str = "first:50"
     """`first:50` (the post's), `random:50:0` or `stratified:50:0` (by density): how drawn, how many, and the seed."""
