@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 from browsing import serving
 from dive_index import COMMON, DEAD, N_LATENTS, RARE, built, dense, text_positions
 from explorer_source import FakeSource
-from headscope import jobs
+from headscope import cli, jobs
 from headscope.errors import ExportError, IndexFormatError, OutputError, ProxyError
 from headscope.explorer import studies
 from headscope.explorer.cards import IndexCards
@@ -112,6 +112,8 @@ def test_contexts_show_what_is_there(index: FeatureIndex, dives: IndexDives) -> 
 def test_the_python_of_each_tab_makes_its_numbers_again(dives: IndexDives) -> None:
     dive = dives.dive(COMMON, PROXY)
     for name, code in dive["python"].items():
+        if name == "predictions":  # it needs the model; see the file of a dive with one
+            continue
         *lines, last = code.splitlines()
         made: dict[str, Any] = {}
         exec("\n".join([*lines, f"shown = {last}"]), made)
@@ -247,6 +249,9 @@ class Slow(FakeSource):
     def effects(self, latent: int, proxy: str) -> dict[str, Any]:
         return {}
 
+    def predictions(self, latent: int, proxy: str) -> dict[str, Any]:
+        return {}
+
     def dive(self, latent: int, proxy: str) -> dict[str, Any]:
         self.n += 1
         self.begun.release()
@@ -359,3 +364,34 @@ def test_a_dive_that_cannot_be_leaves_nothing(index: FeatureIndex, tmp_path: Pat
     with pytest.raises(ExportError, match=r"\.html"):
         jobs.dive(index.folder, COMMON, tmp_path / "dive", proxies=[PROXY])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_the_file_and_says_what_is_wrong(
+    index: FeatureIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "dive.html"
+    cli.main(["dive", str(index.folder), str(COMMON), "--proxy", PROXY, "--out", str(out)])
+    assert set(unpacked(out, "data-dives")) == {str(COMMON)}
+    assert str(out) in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["dive", str(index.folder), str(COMMON), "--proxy", "a b", "--out", str(tmp_path / "other.html")])
+    assert ended.value.code == 2
+    assert "column" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_dive_with_the_model_holds_its_effects(tmp_path: Path) -> None:
+    [index] = jobs.index(["tiny-z1"], tmp_path / "index", text=jobs.CorpusChoice(max_tokens=8_000))
+    latent = int(np.argmax(index.table()["n_active"].to_numpy() * (index.table()["density"].to_numpy() < 0.2)))
+    page = jobs.dive(index.folder, latent, tmp_path / "dive.html", proxies=['token_in([" "])'], model="tiny")
+    held = unpacked(page, "data-dives")[str(latent)]
+    [effects], [predictions] = held["effects"].values(), held["predictions"].values()
+    assert effects["n"] > 30
+    assert [path["path"] for path in effects["paths"]] == ["total", "direct", "mlp.1"]
+    assert {group["name"] for group in predictions["groups"]} == {"false negatives", "true positives", "elsewhere"}
+    made: dict[str, Any] = {}
+    exec(effects["python"]["ablation"], made)
+    assert made["found"].n == effects["n"]
+    mean = made["found"].paths["total"].mean.value
+    assert mean == pytest.approx(effects["paths"][0]["mean"]["value"], rel=1e-5)
+    exec(next(iter(held["dives"].values()))["python"]["predictions"], {})

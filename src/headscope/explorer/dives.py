@@ -31,7 +31,14 @@ from headscope.proxies.families import AfterAny, Induction, NextTokenIn, TokenIn
 from headscope.stats import Estimate, Measure
 from headscope.studies.downstream import Downstream, PathEffect
 from headscope.studies.specificity import expected_value, specificity
-from headscope.studies.specificity_records import Curve, ExpectedValue, FalsePositiveRange, Histogram, Specificity
+from headscope.studies.specificity_records import (
+    Curve,
+    ExpectedValue,
+    FalsePositiveRange,
+    Histogram,
+    Predictions,
+    Specificity,
+)
 
 _REACH = 16  # tokens shown on each side of a place
 _SUGGESTED = 5  # tokens of a suggested proxy
@@ -61,6 +68,10 @@ class EffectSource(Protocol):
 
     def downstream(self, latent: int, max_tokens: int) -> Downstream:
         """Of one feature, at its active tokens, or about `max_tokens` of them drawn evenly."""
+        ...
+
+    def predictions(self, latent: int, proxy: Proxy) -> Predictions:
+        """The probability of the feature's top logit token where the proxy is true."""
         ...
 
 
@@ -135,16 +146,10 @@ class IndexDives:
     def effects(self, latent: int, proxy: str) -> Json:
         """What removing the feature does to the loss, at tokens of the proxy and elsewhere."""
         self._check(latent)
-        if self._effects is None:
-            raise StudyError(
-                "no model to remove a feature from",
-                expected="a server with the index's model",
-                do="start it with: headscope serve --model",
-            )
-        parsed = parse(proxy)
+        model, parsed = self._model(), parse(proxy)
         mask = evaluate(parsed, self._index)
         if latent not in self._found:
-            self._found[latent] = self._effects.downstream(latent, _MOST)
+            self._found[latent] = model.downstream(latent, _MOST)
             if len(self._found) > _KEPT:
                 self._found.popitem(last=False)
         found = self._found[latent]
@@ -172,6 +177,31 @@ class IndexDives:
             **places.as_json(_changes(found)),
             "python": {"ablation": _python_of_effects(str(self._index.folder), latent)},
         }
+
+    def predictions(self, latent: int, proxy: str) -> Json:
+        """What the model predicts where the feature misses the proxy, against where it fires."""
+        self._check(latent)
+        found = self._model().predictions(latent, parse(proxy))
+        groups = (found.false_negatives, found.true_positives, found.elsewhere)
+        return {
+            "tokens": list(found.tokens),
+            "groups": [{"name": g.name, "n": g.n, "mean": _measure(g.mean)} for g in groups],
+            "auc": _measure(found.auc),
+            "rows": [
+                [g.name, *divmod(p, self._index.block_size), short(x, _DIGITS)]
+                for g in groups
+                for p, x in zip(g.position.tolist(), g.probability.tolist(), strict=True)
+            ],
+        }
+
+    def _model(self) -> EffectSource:
+        if self._effects is None:
+            raise StudyError(
+                "no model to run",
+                expected="a server with the index's model",
+                do="start it with: headscope serve --model",
+            )
+        return self._effects
 
     def _check(self, latent: int) -> None:
         try:
@@ -246,7 +276,8 @@ def packed(dives: IndexDives, latent: int, proxies: Iterable[str] = ()) -> dict[
         latent: {
             "start": start,
             "dives": {proxy: dives.dive(latent, proxy) for proxy in held},
-            "effects": {proxy: dives.effects(latent, proxy) for proxy in held} if start["live"] else {},
+            "effects": {proxy: dives.effects(latent, proxy) for proxy in held if start["live"]},
+            "predictions": {proxy: dives.predictions(latent, proxy) for proxy in held if start["live"]},
         }
     }
 
@@ -398,6 +429,10 @@ def _python(folder: str, latent: int, proxy: Proxy) -> dict[str, str]:
         "specificity": f"{study}found.histogram, found.precision_by_threshold, found.ranges",
         "expected": f"{study}expected_value(found.histogram, found.counts.n_tokens)",
         "expected_class": f'{study}expected_value(found.histogram, found.counts.n_tokens, "class")',
+        "predictions": (
+            "from headscope import jobs\nfrom headscope.studies.predictions import predictions\n\n"
+            f"live = jobs.live({folder!r})\npredictions(live.index, live.model, {latent}, {proxy.name!r})"
+        ),
         "sensitivity": f"{whole}found.sensitivity, found.curve, found.auc, found.pearson",
     }
 

@@ -292,7 +292,7 @@ def survey(index: FeatureIndex, labels: Labels, sample: Sample) -> Survey:
         if latent not in live:
             continue
         own = current.setdefault(annotator, {})
-        if is_stale(index, label):
+        if _is_stale(index, label):
             stale[annotator] = stale.get(annotator, 0) + 1
         else:
             own[latent] = label
@@ -306,7 +306,7 @@ def survey(index: FeatureIndex, labels: Labels, sample: Sample) -> Survey:
     return Survey(drawn, alive, tallies, tuple(pairs), tuple(_notes(drawn, tallies, labels)))
 
 
-def is_stale(index: FeatureIndex, label: Label) -> bool:
+def _is_stale(index: FeatureIndex, label: Label) -> bool:
     """Whether the card says otherwise than what the annotator saw."""
     return card_hash(index, label.latent, blind=label.blind) != label.card
 

@@ -2,7 +2,7 @@
 import { drawAblation } from "./ablation.js";
 import { button, el } from "./dom.js";
 import { drawLogitsTab } from "./effects.js";
-import { drawSensitivity } from "./sensitivity.js";
+import { drawPredictions, drawSensitivity } from "./sensitivity.js";
 import { countsLine, drawExpected, drawSpecificity } from "./specificity.js";
 
 const TYPING = 350; // milliseconds of rest before what is typed is asked for
@@ -78,6 +78,10 @@ export class Dive {
     if (this.#view !== view) return;
     this.#say(el("span", {}, countsLine(dive)), dive.proxy !== proxy && el("span", { class: "canonical", "data-canonical": "" }, `read as ${dive.proxy}`), dive.notes.map((note) => el("span", { class: "note-text", "data-note": "" }, note)));
     this.#draw(view, dive.hash, () => DRAW[view.tab](dive, view, this.needs));
+    const place = this.body.querySelector("[data-predictions]:empty");
+    if (!place || !this.start.live) return;
+    const found = await this.#ask("predictions", proxy);
+    place.replaceChildren(...drawPredictions(found, dive, this.needs));
   }
 
   async #ablation(view, proxy) {
