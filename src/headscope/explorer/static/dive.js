@@ -79,9 +79,17 @@ export class Dive {
     this.#say(el("span", {}, countsLine(dive)), dive.proxy !== proxy && el("span", { class: "canonical", "data-canonical": "" }, `read as ${dive.proxy}`), dive.notes.map((note) => el("span", { class: "note-text", "data-note": "" }, note)));
     this.#draw(view, dive.hash, () => DRAW[view.tab](dive, view, this.needs));
     const place = this.body.querySelector("[data-predictions]:empty");
-    if (!place || !this.start.live) return;
-    const found = await this.#ask("predictions", proxy);
-    place.replaceChildren(...drawPredictions(found, dive, this.needs));
+    if (place && this.start.live) await this.#predictions(proxy, dive, place);
+  }
+
+  /** What the model says comes after the rest; that it cannot say it is no fault of the proxy. */
+  async #predictions(proxy, dive, place) {
+    try {
+      const found = await this.#ask("predictions", proxy, place);
+      place.replaceChildren(...drawPredictions(found, dive, this.needs));
+    } catch (error) {
+      if (error.name !== "AbortError") place.replaceChildren(el("p", { class: "nothing", "data-failed": "" }, error.message));
+    }
   }
 
   async #ablation(view, proxy) {
@@ -93,14 +101,14 @@ export class Dive {
   }
 
   /** Ask for a study; what was asked before and has not come is given up. */
-  async #ask(name, proxy) {
+  async #ask(name, proxy, place = this.body) {
     this.#asked?.abort();
-    this.#asked = new AbortController();
-    this.body.setAttribute("aria-busy", "true");
+    const asked = this.#asked = new AbortController();
+    place.setAttribute("aria-busy", "true");
     try {
-      return await this.data[name](this.feature.latent, proxy, this.#asked.signal);
+      return await this.data[name](this.feature.latent, proxy, asked.signal);
     } finally {
-      this.body.removeAttribute("aria-busy");
+      if (this.#asked === asked || place !== this.body) place.removeAttribute("aria-busy");
     }
   }
 
@@ -126,7 +134,7 @@ export class Dive {
     delete this.body.dataset.tabShown;
     const text = this.#view.p;
     const at = Number.isInteger(column) ? Math.max(0, column - 1) : null;
-    this.input.setAttribute("aria-invalid", "true");
+    if (expected) this.input.setAttribute("aria-invalid", "true");
     this.said.replaceChildren(el("div", { class: "wrong", role: "alert", "data-wrong": "" },
       at !== null && el("pre", { class: "caret" }, text.slice(0, at), el("mark", {}, text.slice(at, at + 1) || " "), text.slice(at + 1)),
       el("p", {}, el("b", {}, message)), expected && el("p", {}, `expected: ${expected}`), advice && el("p", {}, advice)));
