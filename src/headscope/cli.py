@@ -168,7 +168,7 @@ class Proxies:
     Proxies are chosen on one half of the documents and scored on the other. An interrupted run is gone on with.
     """
 
-    index: Annotated[Path, tyro.conf.Positional]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; what is found of all live features becomes its columns `proxies`."""
     features: tuple[int, ...] = ()
     """Print what is found of these latents, best proxy first, and write nothing."""
