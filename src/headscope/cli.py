@@ -225,7 +225,7 @@ class Demo:
 class Effects:
     """Measure what every feature of an index does to the loss by its direct path, exactly; added to the index."""
 
-    index: Annotated[Path, tyro.conf.Positional]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; gets the columns `effects`."""
     model: str | None = None
     """The model; the one the index names when not given. Its weights must be those the index was built with."""
@@ -249,9 +249,9 @@ class Effects:
 class Dive:
     """Write the deep dive into one feature, when it fires and what it does, as one HTML file."""
 
-    index: Annotated[Path, tyro.conf.Positional]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder."""
-    feature: Annotated[int, tyro.conf.Positional]
+    feature: Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURE")]
     """Its latent."""
     proxy: tuple[str, ...] = ()
     """Rules that say where it should fire, such as 'induction("board")'; the page's suggestions when not given."""
