@@ -171,6 +171,7 @@ def _group_table(latent: np.ndarray, positions: np.ndarray, n: np.ndarray, maxim
             "n": pa.array(np.maximum(1, np.repeat(n, n_groups) // n_groups), pa.int64()),
             "share_active": share,
             "share_mass": share,
+            "sampled": pa.array(np.zeros(len(share), dtype=bool)),
             "positions": pa.ListArray.from_arrays(offsets, pa.array(positions.reshape(-1), pa.int64())),
             "duplicates": pa.ListArray.from_arrays(offsets, pa.array(np.zeros(positions.size), pa.int32())),
         }

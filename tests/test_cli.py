@@ -4,6 +4,7 @@ import inspect
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import typing
@@ -90,7 +91,7 @@ def test_the_help_of_a_command_shows_every_field_with_its_docstring(
     monkeypatch.setenv("COLUMNS", "400")
     shown = help_of(capsys, command.__name__.lower())
     for name, doc in documented_fields(command):
-        assert re.search(rf"--(no-)?{name.replace('_', '-')}\b", shown), name
+        assert re.search(rf"--(no-)?{name.replace('_', '-')}\b|\b{name.upper()}\b", shown), name
         assert doc, f"{command.__name__}.{name} has no docstring"
         assert words(doc) in words(shown), name
 
@@ -486,6 +487,34 @@ def test_a_place_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").write_text("x")
     fails(capsys, "cannot write", *train_with(training | {"--out": tmp_path / "file" / "below"}))
+
+
+def test_no_sae_to_index(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    fails(capsys, "no SAE to index", "index", "--out", tmp_path / "index", "--sae")
+
+
+def test_what_a_build_killed_at_its_end_leaves_is_named_and_cleared(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sae_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    out, partial = tmp_path / "index", tmp_path / "index.partial"
+    command = ["index", "--sae", sae_folder, "--out", out, "--corpus", text, "--split", "all", "--block-size", "32"]
+    remove = shutil.rmtree
+
+    def killed(path: Path, **options: Any) -> None:
+        if out.exists():
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(SystemExit):
+            run(*command)
+    assert partial.is_dir()
+    before = FeatureIndex.open(out).sql("SELECT * FROM activations")
+    fails(capsys, r"index\.partial holds what a build.*--overwrite", *command)
+    run(*command, "--overwrite")
+    assert not partial.exists()
+    assert FeatureIndex.open(out).sql("SELECT * FROM activations") == before
 
 
 def test_a_missing_index(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -7,15 +7,22 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+import duckdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from headscope.errors import HeadscopeError, IndexFormatError
+from headscope.explorer.cards import IndexCards
+from headscope.explorer.server import about_of, dump_json
 from headscope.index.build import SAERecord, build_index
 from headscope.index.config import IndexPlan
+from headscope.index.schema import COLUMNS
 from headscope.index.store import TABLES, FeatureIndex
 
 D_SAE = 20
@@ -98,6 +105,45 @@ def test_several_indexes_are_named(index, tmp_path):
 def test_a_manifest_that_is_none(copy, text):
     (copy / "manifest.json").write_bytes(text.encode("latin-1"))
     refused(copy)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"format_version": 2, "files": ' + "[" * 100_000])
+def test_a_manifest_nested_without_end(copy, text):
+    (copy / "manifest.json").write_text(text)
+    refused(copy, "nested too deep")
+
+
+def test_a_manifest_that_is_a_link_or_no_file(copy):
+    (copy / "manifest.json").rename(copy.parent / "elsewhere")
+    (copy / "manifest.json").symlink_to(copy.parent / "elsewhere")
+    refused(copy, "not a file")
+    (copy / "manifest.json").unlink()
+    os.mkfifo(copy / "manifest.json")
+    refused(copy, "not a file")
+
+
+def fields(value, path=()):
+    """The place of every value of a manifest but the manifest itself."""
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        yield (*path, name)
+        yield from fields(inner, (*path, name))
+
+
+_RARE = [pytest.param(bad, marks=pytest.mark.slow) for bad in ({"a": {}}, 0.5, "\ud800", float("nan"))]
+
+
+@pytest.mark.parametrize("bad", [None, -1, "text", *_RARE])
+def test_a_field_of_the_manifest_that_is_something_else_is_an_error_or_not_read(index, copy, bad):
+    n_refused = 0
+    for place in fields(index.manifest):
+        change(copy, **{"__".join(place): bad})
+        try:
+            cards = IndexCards(FeatureIndex.open(copy))
+            dump_json([about_of(cards), cards.table(), cards.feature(0)])
+        except IndexFormatError:
+            n_refused += 1
+        shutil.copy(index.folder / "manifest.json", copy)
+    assert n_refused > 30
 
 
 @pytest.mark.parametrize("version", [1, 99, "2", None, True])
@@ -205,6 +251,207 @@ def test_thresholds_that_are_not_the_tables(copy, bad):
     refused(copy)
 
 
+# ------------------------------------------------------------------------------------------------------------- hostile
+def rewrite(folder, name, make):
+    """Write a table anew as `make` makes it, and let the manifest say its size."""
+    path = folder / f"{name}.parquet"
+    pq.write_table(make(pq.read_table(path)), path, row_group_size=1 << 30, write_page_checksum=True)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    change(folder, files=files | {f"{name}.parquet": [path.stat().st_size, "sha256:0"]})
+
+
+def with_value(column, value, row=-1):
+    """Put one value into a column, or into the first list of a column of lists that is not empty."""
+
+    def make(table):
+        values = table[column].to_pylist()
+        if pa.types.is_list(table[column].type):
+            at = next(i for i, own in enumerate(values) if own)
+            values[at] = [value, *values[at][1:]]
+        else:
+            values[row] = value
+        kind = table[column].type
+        return table.set_column(table.column_names.index(column), column, pa.array(values, kind))
+
+    return make
+
+
+def read_all(folder) -> None:
+    """Open an index and ask everything of it, as the page does."""
+    found = FeatureIndex.open(folder)
+    ask_everything(found)
+    cards = IndexCards(found)
+    about_of(cards), cards.vocab(), cards.table()
+    for j in range(found.n_latents):
+        dump_json(cards.feature(j))
+    for block in range(found.n_blocks):
+        dump_json(cards.context(block))
+
+
+POINTERS = [
+    ("tokens", "token"),
+    ("tokens", "document"),
+    ("vocabulary", "token"),
+    ("documents", "document"),
+    ("features", "latent"),
+    ("features", "n_active"),
+    ("features", "logit_top_tokens"),
+    ("features", "logit_bottom_tokens"),
+    ("features", "copy_tokens"),
+    ("features", "correlated_latents"),
+    ("features", "example_tokens"),
+    ("sources", "latent"),
+    ("sources", "token"),
+    ("source_totals", "latent"),
+    ("groups", "latent"),
+    ("groups", "positions"),
+    ("examples", "latent"),
+    ("examples", "position"),
+    ("examples", "source"),
+    ("examples", "active_at"),
+    ("nulls", "latent"),
+    ("activations/part-0000", "latent"),
+    ("activations/part-0000", "position"),
+]
+
+
+@pytest.mark.parametrize(("table", "column"), POINTERS)
+def test_a_number_that_points_nowhere(copy, table, column):
+    whole = (copy / f"{table}.parquet").read_bytes()
+    for value in (-1, 2**31 - 1):
+        (copy / f"{table}.parquet").write_bytes(whole)
+        rewrite(copy, table, with_value(column, value))
+        with pytest.raises(IndexFormatError, match="damaged"):
+            read_all(copy)
+
+
+def test_every_column_that_is_written_is_known(index):
+    known = set()
+    for path in index.folder.rglob("*.parquet"):
+        names = [name for name in pq.read_schema(path).names if not name.startswith("head_")]
+        assert set(names) <= set(COLUMNS), path
+        known |= set(names)
+    assert known == set(COLUMNS) - {"loss"}  # which a build without losses does not write
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_column_of_another_type(copy, name):
+    for table in (*TABLES, "activations/part-0000"):
+        if name in pq.read_schema(copy / f"{table}.parquet").names:
+            found = pq.read_table(copy / f"{table}.parquet")
+            other = pa.nulls(len(found), pa.int64() if COLUMNS[name] in ("string", "binary", "bool") else pa.string())
+            changed = found.set_column(found.column_names.index(name), name, other)
+            rewrite(copy, table, partial(lambda changed, _: changed, changed))
+            refused(copy, name)
+            return
+    assert name == "loss"
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [
+        ("features", "decoder_share"),
+        ("features", "logit_top_values"),
+        ("features", "correlated_pearson"),
+        ("features", "histogram"),
+        ("examples", "heads"),
+        ("examples", "source_heads"),
+        ("examples", "source_pattern"),
+        ("examples", "active_value"),
+        ("sources", "attention"),
+        ("source_totals", "kept_by_head"),
+        ("groups", "duplicates"),
+    ],
+)
+def test_ragged_lists(copy, table, column):
+    def make(found):
+        values = found[column].to_pylist()
+        at = next(i for i, own in enumerate(values) if own)
+        values[at] = values[at][:-1]
+        return found.set_column(found.column_names.index(column), column, pa.array(values, found[column].type))
+
+    rewrite(copy, table, make)
+    with pytest.raises(IndexFormatError, match="damaged"):
+        read_all(copy)
+
+
+@pytest.mark.parametrize(("table", "column"), [("documents", "name"), ("vocabulary", "bytes"), ("groups", "kind")])
+def test_what_is_missing_though_it_never_is(copy, table, column):
+    rewrite(copy, table, with_value(column, None))
+    with pytest.raises(IndexFormatError, match=f"{column} is missing"):
+        read_all(copy)
+
+
+def test_groups_of_examples_that_are_not_there(index, copy):
+    latent = index.search()[0]
+    rewrite(copy, "examples", lambda table: table.filter(pc.not_equal(table["latent"], latent)))
+    with pytest.raises(IndexFormatError, match=f"groups of latent {latent} .* lack examples"):
+        FeatureIndex.open(copy).examples(latent)
+
+
+def test_a_group_of_no_known_kind(copy):
+    rewrite(copy, "groups", with_value("kind", "best"))
+    with pytest.raises(IndexFormatError, match="no known kind"):
+        read_all(copy)
+
+
+@pytest.mark.parametrize("table", ["sources", "groups", "examples"])
+def test_rows_that_are_not_sorted(copy, table):
+    rewrite(copy, table, lambda found: found.take(list(range(len(found)))[::-1]))
+    with pytest.raises(IndexFormatError, match="not sorted"):
+        read_all(copy)
+
+
+@pytest.mark.parametrize("table", ["features", "tokens", "vocabulary", "documents", "source_totals"])
+def test_rows_that_the_manifest_does_not_know_of(copy, table):
+    rewrite(copy, table, lambda found: pa.concat_tables([found, found.slice(0, 1)]))
+    refused(copy, f"{table} in the tables")
+
+
+def bomb(path, n, **columns):
+    """A small file of n equal rows."""
+    table = pa.table({name: pa.repeat(pa.scalar(value), n) for name, value in columns.items()})
+    pq.write_table(table, path, row_group_size=n, compression="zstd", write_page_checksum=True)
+    return [path.stat().st_size, "sha256:0"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_small_file_of_very_many_rows_is_refused_before_it_is_read(copy, table, monkeypatch):
+    n = 30_000_000
+    entry = bomb(copy / f"{table}.parquet", n, latent=0)
+    assert entry[0] < 300_000
+    files = json.loads((copy / "manifest.json").read_text())["files"]
+    change(copy, files=files | {f"{table}.parquet": entry})
+    counts = {"features": "sae__d_sae", "vocabulary": "model__d_vocab", "documents": "corpus__n_documents"}
+    if table in counts:
+        change(copy, **{counts[table]: n})
+
+    def read(*_args, **_kwargs):
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr(pq, "read_table", read)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read)
+    refused(copy, rf"{table}\.parquet would unpack to")
+
+
+def test_lists_in_a_small_file_count_too(copy):
+    lists = pa.array([np.zeros(40_000_000, np.float32)], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"dfa_share": lists}), copy / "nulls.parquet", write_page_checksum=True)
+    files = json.loads((copy / "manifest.json").read_text())["files"]
+    change(copy, files=files | {"nulls.parquet": [(copy / "nulls.parquet").stat().st_size, "sha256:0"]})
+    refused(copy, r"nulls\.parquet would unpack to")
+
+
+def test_what_else_stands_in_the_folder_does_not_keep_it_from_opening(index, copy):
+    (copy / "columns").mkdir()
+    (copy / "columns" / "study.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    (copy / "columns" / "link.parquet").symlink_to("/etc/hostname")
+    (copy / "labels.jsonl").write_text("[" * 100_000)
+    found = FeatureIndex.open(copy)
+    found.verify()
+    assert snapshot(found) == snapshot(index)
+
+
 # ------------------------------------------------------------------------------------------------------------- damaged
 def test_verify_names_what_changed(copy):
     found = FeatureIndex.open(copy)
@@ -272,9 +519,17 @@ def test_a_latent_that_does_not_exist(index, latent):
             call(latent)
 
 
-def test_a_threshold_that_was_not_built(index):
+@pytest.mark.parametrize("latent", [None, "0", 0.0, [0]])
+def test_a_latent_that_is_no_number(index, no_type_checks, latent):
+    for call in (index.feature, index.examples, index.activations, index.sources):
+        with pytest.raises(IndexFormatError, match="whole number"):
+            call(latent)
+
+
+@pytest.mark.parametrize("threshold", [0.25, float("nan"), "0.5"])
+def test_a_threshold_that_was_not_built(index, no_type_checks, threshold):
     with pytest.raises(IndexFormatError, match=r"0\.0, 0\.5"):
-        index.sources(0, 0.25)
+        index.sources(0, threshold)
 
 
 @pytest.mark.parametrize("block", [-1, 12, 10**20])
@@ -346,6 +601,9 @@ def test_search_is_the_naive_filter(index):
     for head in (-1, 4):
         with pytest.raises(IndexFormatError, match=f"head {head}"):
             index.search(head=head)
+    for token in (-1, 98, 10**9):
+        with pytest.raises(IndexFormatError, match=f"token {token}"):
+            index.search(token=token)
 
 
 def test_sql_is_read_with_parameters(index):
@@ -353,6 +611,72 @@ def test_sql_is_read_with_parameters(index):
     assert table["n"].to_pylist() == [index.feature(3).n_active]
     total = index.sql("SELECT sum(n_active) AS n FROM features")["n"].to_pylist()
     assert total == [index.manifest["n_pairs"]] == index.sql("SELECT count(*) AS n FROM activations")["n"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("query", "why"),
+    [
+        ("SELECT", "Parser Error"),
+        ("SELECT nothing FROM features", "Binder Error.*nothing"),
+        ("SELECT * FROM nowhere", "Catalog Error"),
+        ("SELECT 1 / 'x'", "Conversion Error"),
+        ("SELECT ?", "Invalid Input Error|parameter"),
+        ("", "0 statements"),
+        ("SELECT 1; SELECT 2", "2 statements"),
+        ("DROP VIEW features", "DROP"),
+        ("CREATE OR REPLACE VIEW features AS SELECT 1", "CREATE"),
+        ("COPY features TO '{folder}/features.parquet' (USE_TMP_FILE false)", "COPY"),
+        ("EXPLAIN ANALYZE SELECT 1", "EXPLAIN"),
+        ("SET enable_external_access = true", "SET"),
+        ("INSTALL httpfs", "LOAD"),
+        ("ATTACH '{folder}/x.db'", "ATTACH"),
+    ],
+)
+def test_a_query_that_cannot_be_run(index, query, why):
+    before = sorted(path.name for path in index.folder.rglob("*"))
+    with pytest.raises(IndexFormatError, match=rf"(?s)({why}).*one SELECT"):
+        index.sql(query.format(folder=index.folder))
+    assert sorted(path.name for path in index.folder.rglob("*")) == before
+    assert index.sql("SELECT count(*) AS n FROM features")["n"].to_pylist() == [D_SAE]
+
+
+def test_what_duckdb_says_is_the_cause(index):
+    with pytest.raises(IndexFormatError) as error:
+        index.sql("SELECT nothing FROM features")
+    assert isinstance(error.value.__cause__, duckdb.BinderException)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "read_csv('{outside}')",
+        "read_text('{outside}')",
+        "read_blob('{outside}')",
+        "'{outside}'",
+        "read_text('{folder}/../outside.csv')",
+        "read_text('{folder}/manifest.json')",
+        "glob('/*')",
+        "read_parquet('https://example.org/x.parquet')",
+        "read_text('.tmp/*')",
+        "a_local_table",
+    ],
+)
+def test_a_query_reads_this_index_and_nothing_else(index, tmp_path, table):
+    outside = tmp_path / "outside.csv"
+    outside.write_text("a,b\n1,2\n")
+    a_local_table = pa.table({"a": [1]})
+    assert len(a_local_table) == 1
+    with pytest.raises(IndexFormatError, match=r"Permission Error|does not exist"):
+        index.sql(f"SELECT * FROM {table.format(outside=outside, folder=index.folder)}")
+
+
+def test_an_index_in_a_folder_with_an_odd_name_is_queried(index, tmp_path, monkeypatch):
+    for name in ("it's [a] *", "ü?"):
+        shutil.copytree(index.folder, tmp_path / name)
+        monkeypatch.chdir(tmp_path)
+        found = FeatureIndex.open(name)
+        monkeypatch.chdir("/")
+        assert found.sql("SELECT count(*) AS n FROM activations")["n"].to_pylist() == [index.manifest["n_pairs"]]
 
 
 def test_special_tokens_are_marked(index):
@@ -415,3 +739,21 @@ assert not {{"torch", "transformers"}} & set(sys.modules), "torch was imported"
 def test_records_are_frozen(index):
     with pytest.raises(dataclasses.FrozenInstanceError):
         index.feature(0).density = 1.0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"intervals": 1.5},
+        {"top": True},
+        {"per_quantile": "3"},
+        {"n_sources": 2.0},
+        {"part_tokens": None},
+        {"losses": 1},
+        {"thresholds": None},
+        {"thresholds": (0, "high")},
+    ],
+)
+def test_a_plan_of_other_than_whole_numbers(no_type_checks, bad):
+    with pytest.raises(IndexFormatError, match=next(iter(bad))):
+        IndexPlan(**bad)

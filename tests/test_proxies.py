@@ -52,7 +52,7 @@ TOKENS = [
     b"",
     b"a",
 ]
-TOKENS += ["é".encode(), b"\xff", b"\xfe", b" "]
+TOKENS += ["é".encode(), b"\xff", b"\xfe", b" ", b"Bc", b"BC"]
 SPECIAL = frozenset([BOS, UNKNOWN])
 NAMES = ("json.decoder", "json", "re", "a*b?c")
 
@@ -86,7 +86,7 @@ def made(recipe: Any) -> Any:
     return function(*map(made, arguments), **keywords)
 
 
-TEXTS = st.sampled_from(["a", " a", "A", " A", "b", "bc", ".", '?"', "\n", "é", " "])
+TEXTS = st.sampled_from(["a", " a", "A", " A", "b", "bc", "Bc", ".", '?"', "\n", "é", " "])
 NAMED = st.one_of(TEXTS, st.integers(0, len(TOKENS) - 1))
 PATTERNS = st.sampled_from(
     ["a", "b+c?", "a.b", "é", "[ab]+", "ab|ba", r"\w+", "^a", "a$", "(a|b)b", r"\.", "a{2}", r"\bA"]
@@ -181,12 +181,34 @@ def test_fuzzy_induction_edits_the_present_token_once() -> None:
     assert induction_of("b", fuzzy=True).holds(make_blocks(tokens))[0].tolist() == [0, 0, 0, 1]
 
 
+def test_capitalised_is_not_upper_case() -> None:
+    for source, found in ((20, 1), (21, 0)):  # Bc, BC; then: b bc
+        blocks = make_blocks(np.array([[BOS, source, 6, 7]]))
+        assert induction_of("b", fuzzy=True).holds(blocks)[0].tolist() == [0, 0, 0, found]
+
+
 def test_a_window_begins_after_its_token_and_ends_before_a_stop_or_its_document() -> None:
     assert positions(within_after(["a"], n=2), "_abbb") == [2, 3]
     assert positions(within_after(["a"], n=5), "_ab.b") == [2]
     assert positions(within_after(["a"], n=5, stop=[]), "_ab.b") == [2, 3, 4]
     assert positions(within_after(["a"], n=5, stop=[]), "_ab_b") == [2]
     assert positions(within_after(["."], n=2), "_.bb") == [2, 3]  # a trigger does not stop itself
+
+
+def test_a_window_however_wide_begins_with_its_token() -> None:
+    blocks = make_blocks(np.array([[6, 2, 6]]))  # b a b, without a BOS that would stop it
+    assert within_after(["a"], n=10**12, stop=[]).holds(blocks)[0].tolist() == [0, 0, 1]
+    assert positions(token_in(["a"]).shift(10**12) | token_in(["a"]).shift(-(10**12)), "_bab") == []
+
+
+def test_a_repeat_may_be_as_long_as_the_block_allows() -> None:
+    blocks = make_blocks(np.full((2, 5), 2))
+    assert in_repeat(4).holds(blocks).tolist() == [[0, 0, 0, 0, 1]] * 2
+    assert not in_repeat(5).holds(blocks).any()
+
+
+def test_a_token_without_text_overlaps_nothing() -> None:
+    assert regex("ab").holds(make_blocks(np.array([[BOS, 2, 14, 6]])))[0].tolist() == [0, 1, 0, 1]
 
 
 def test_stops_are_punctuation_without_letters_and_special_tokens() -> None:

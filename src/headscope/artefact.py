@@ -161,5 +161,13 @@ def file_hash(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; the errors are those of `open` and `json`."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or nested deeper than any file of ours.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error

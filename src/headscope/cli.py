@@ -1,6 +1,7 @@
 """The command line: one frozen dataclass a command, whose fields are its options, over the functions of `jobs`."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -9,12 +10,13 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from headscope import demo, jobs
 from headscope.errors import HeadscopeError
 from headscope.index.config import IndexPlan
 from headscope.sae.config import TrainConfig
-from headscope.sae.quality_table import quality_rows
+from headscope.sae.quality_table import Row, quality_rows
 from headscope.site import Kind
 
 _Flat = tyro.conf.arg(name="")
@@ -166,7 +168,7 @@ class Proxies:
     Proxies are chosen on one half of the documents and scored on the other. An interrupted run is gone on with.
     """
 
-    index: Annotated[Path, tyro.conf.Positional]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; what is found of all live features becomes its columns `proxies`."""
     features: tuple[int, ...] = ()
     """Print what is found of these latents, best proxy first, and write nothing."""
@@ -268,6 +270,24 @@ class Dive:
         Display().say(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """Print how many features of a sample are alive, how many people found interpretable, and how far they agree."""
+
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    """An index folder; features are labelled on the page that `headscope serve` opens."""
+    sample: str = "first:50"
+    """`first:50` (the post's), `random:50:0` or `stratified:50:0` (by density): how drawn, how many, and the seed."""
+
+    def run(self) -> None:
+        """Tally and print."""
+        result = jobs.survey(self.index, sample=self.sample)
+        display = Display()
+        display.print_rows(f"survey of {self.sample}: {result.drawn.definition}", result.rows())
+        for note in result.notes:
+            display.say(note)
+
+
 class Display:
     """Progress bars and printed lines."""
 
@@ -313,16 +333,20 @@ class Display:
 
     def print_quality(self, quality: dict, split: str) -> None:
         """Print the table of an SAE's quality, beside the post's figures."""
-        table = Table(title=f"quality on {split} text [95 % interval]", title_justify="left")
+        self.print_rows(f"quality on {split} text", quality_rows(quality))
+
+    def print_rows(self, title: str, rows: Sequence[Row]) -> None:
+        """Print figures beside the post's."""
+        table = Table(title=Text(f"{title} [95 % interval]"), title_justify="left")
         for heading in ("figure", "this SAE", "post*", "definition"):
             table.add_column(heading, overflow="fold")
-        for row in quality_rows(quality):
-            table.add_row(row.name, row.value, row.post, row.definition)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in (row.name, row.value, row.post, row.definition)))
         self._console.print(table)
         self.say("* Kissane et al. (2024): gelu-2l layer 1, d_sae 16,384, C4 and code; another model and corpus")
 
 
-Command = Demo | Train | Eval | Index | Serve | Export | Proxies | Effects | Dive
+Command = Demo | Train | Eval | Index | Serve | Export | Proxies | Effects | Dive | Survey
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -20,6 +20,7 @@ Values = Float[np.ndarray, " point"]
 
 TRUE, FALSE, OTHER = "#E69F00", "#0072B2", "#767676"
 _BAND = "rgba(230, 159, 0, 0.25)"
+_LEGEND = {"orientation": "h", "y": 1.0, "yanchor": "bottom"}
 NAMES = {TRUE: "proxy true", FALSE: "proxy false"}
 
 
@@ -167,7 +168,7 @@ def _figure(title: str, x: str, y: str) -> "go.Figure":
             "plotly is not installed", expected="it, to make figures", do="pip install 'headscope[plots]'"
         ) from error
     figure = go.Figure()
-    figure.update_layout(title={"text": title}, template="simple_white", legend={"orientation": "h", "y": 1.02})
+    figure.update_layout(title={"text": title}, template="simple_white", legend=_LEGEND, margin={"t": 130})
     return figure.update_xaxes(title={"text": x}).update_yaxes(title={"text": y})
 
 

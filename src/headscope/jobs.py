@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from headscope.artefact import check_output, check_run_folder, read_json, write_json
 from headscope.corpus import Corpus, Split, load_corpus
-from headscope.errors import ExportError, OutputError
+from headscope.errors import ExportError, OutputError, SAEError
 from headscope.index.config import IndexPlan
 from headscope.sae.config import TrainConfig
 from headscope.site import Kind, Site
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from headscope.studies.downstream import Downstream
     from headscope.studies.effects import DirectEffects
     from headscope.studies.specificity_records import Predictions
+    from headscope.studies.survey import Survey
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, the work done and the work in all."""
@@ -153,6 +154,9 @@ def index(
     from headscope.sae.formats import load_sae, sae_hash
 
     text = text or CorpusChoice()
+    if not saes:
+        raise SAEError("no SAE to index", expected="one or more", do="name them after --sae")
+    _check_remnant(out, overwrite=overwrite)
     check_run_folder(out, overwrite=overwrite, inputs=[*saes, text.corpus, *([model] if model else [])])
     loaded_saes = [load_sae(sae) for sae in saes]
     loaded = load_model(model or loaded_saes[0].model_name)
@@ -172,6 +176,17 @@ def index(
         on_progress=on_progress,
     )
     return tuple(FeatureIndex.open(folder) for folder in folders) if workers.rank == 0 else ()
+
+
+def _check_remnant(out: Path, *, overwrite: bool) -> None:
+    """Name what a build left beside a finished index: one that replaces it, or its own, killed at its very end."""
+    partial = out.with_name(f"{out.name}.partial")
+    if not overwrite and (out / "manifest.json").is_file() and partial.is_dir():
+        raise OutputError(
+            f"{out} already exists, and {partial} holds what a build beside it left",
+            expected="a new or empty folder",
+            do="choose another folder, or pass --overwrite: it goes on with what is there, and clears it",
+        )
 
 
 def live(index: str | Path, *, model: str | None = None, sae: str | Path | None = None) -> "LiveIndex":
@@ -261,12 +276,13 @@ def serve(index: str | Path, *, model: str | None = None, port: int | None = Non
     """
     from headscope.explorer.cards import IndexCards
     from headscope.explorer.dives import IndexDives
+    from headscope.explorer.labelling import LabelRoutes
     from headscope.explorer.server import serve as serve_cards
     from headscope.index.store import FeatureIndex
 
     opened = FeatureIndex.open(index)
     dives = IndexDives(opened, _Effects(index, model) if model else None)
-    serve_cards(IndexCards(opened), dives=dives, port=port, open_browser=open_browser)
+    serve_cards(IndexCards(opened), dives=dives, labels=LabelRoutes(opened), port=port, open_browser=open_browser)
 
 
 def export(index: str | Path, out: Path, *, features: Sequence[int] | None = None, overwrite: bool = False) -> Path:
@@ -328,6 +344,20 @@ def dive(
     opened.check_latent(feature)
     dives = IndexDives(opened, _Effects(index, model) if model else None)
     return export_html(IndexCards(opened), out, [feature], dives=packed(dives, feature, proxies))
+
+
+def survey(index: str | Path, *, sample: str = "first:50") -> "Survey":
+    """Tally what was said of a sample of an index's features: how many are alive, and how many interpretable.
+
+    Raises:
+        IndexFormatError, LabelError: no index, no such sample, or a damaged file of labels.
+    """
+    from headscope.index.labels import LabelStore
+    from headscope.index.store import FeatureIndex
+    from headscope.studies import survey as study
+
+    chosen, opened = study.Sample.parse(sample), FeatureIndex.open(index)
+    return study.survey(opened, LabelStore(opened).read(), chosen)
 
 
 def _most_active(source: "IndexCards", n: int | None) -> list[int]:

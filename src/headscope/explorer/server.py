@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headscope.errors import HeadscopeError, ServerError
 from headscope.explorer.answers import Json, answer, dump_json, failure, number_of
+from headscope.explorer.labelling import LabelRoutes
 from headscope.explorer.studies import DiveSource, StudyRoutes
 
 TOKEN_HEADER = "x-headscope-token"
@@ -106,10 +107,11 @@ class CardSource(Protocol):
         ...
 
 
-def about_of(source: CardSource, *, dives: bool = False) -> Json:
-    """Return what `source` says of itself, with a definition for every word of the page, and whether it has dives."""
+def about_of(source: CardSource, *, dives: bool = False, labels: bool = False) -> Json:
+    """Return what `source` says of itself, a definition for every word of the page, and what else the page has."""
     about = source.about()
-    return about | {"definitions": DEFINITIONS | about.get("definitions", {}), "dives": dives}
+    definitions = DEFINITIONS | about.get("definitions", {})
+    return about | {"definitions": definitions, "dives": dives, "labels": labels}
 
 
 def static_files() -> dict[str, bytes]:
@@ -159,8 +161,8 @@ class _Guard:
 class _Pages:
     """The answers to each route. Calls of the source are made one at a time, off the event loop."""
 
-    def __init__(self, source: CardSource, token: str, dives: bool) -> None:
-        self.source, self.dives = source, dives
+    def __init__(self, source: CardSource, token: str, *, dives: bool, labels: bool) -> None:
+        self.source, self.about = source, partial(about_of, source, dives=dives, labels=labels)
         self.files = static_files()
         self.page = self.files["index.html"].replace(_TOKEN_MARK, token.encode())
         self.lock = threading.Lock()
@@ -178,7 +180,7 @@ class _Pages:
     async def whole(self, request: Request, *, name: str) -> Response:
         """`/api/about`, `/api/vocab`, `/api/table`: made once, then kept."""
         if name not in self.kept:
-            made = partial(about_of, self.source, dives=self.dives) if name == "about" else getattr(self.source, name)
+            made = self.about if name == "about" else getattr(self.source, name)
             try:
                 self.kept[name] = await run_in_threadpool(self._read, made)
             except HeadscopeError as error:
@@ -203,14 +205,20 @@ class _Pages:
             return dump_json(method(*arguments))
 
 
-def make_app(source: CardSource, token: str | None = None, *, dives: DiveSource | None = None) -> Starlette:
+def make_app(
+    source: CardSource,
+    token: str | None = None,
+    *,
+    dives: DiveSource | None = None,
+    labels: LabelRoutes | None = None,
+) -> Starlette:
     """Make the web application: the page, its scripts, and the JSON of `source`.
 
     The page has `token` (a new random one when None) in its `headscope-token` meta element. With `dives`, its cards
-    have the deep-dive tabs.
+    have the deep-dive tabs; with `labels`, it has the labelling queue.
     """
     token = token or secrets.token_urlsafe(32)
-    pages = _Pages(source, token, dives is not None)
+    pages = _Pages(source, token, dives=dives is not None, labels=labels is not None)
     wholes = [Route(f"/api/{name}", partial(pages.whole, name=name)) for name in ("about", "vocab", "table")]
     ones = [Route(f"/api/{name}/{{number}}", partial(pages.one, name=name)) for name in ("feature", "context")]
     return Starlette(
@@ -222,6 +230,7 @@ def make_app(source: CardSource, token: str | None = None, *, dives: DiveSource 
             *wholes,
             *ones,
             *(StudyRoutes(dives).routes() if dives else []),
+            *([Route("/label", pages.shell), *labels.routes()] if labels else []),
         ],
         middleware=[Middleware(_Guard, token=token), Middleware(GZipMiddleware, minimum_size=1000)],
     )
@@ -244,6 +253,7 @@ def serve(
     source: CardSource,
     *,
     dives: DiveSource | None = None,
+    labels: LabelRoutes | None = None,
     port: int | None = None,
     open_browser: bool = False,
     ready: Callable[[str], None] | None = None,
@@ -253,6 +263,7 @@ def serve(
     Args:
         source: what to show.
         dives: what its deep-dive tabs show, if it is to have them.
+        labels: where labels go, if it is to have the labelling queue.
         port: where to listen; None takes a free port.
         open_browser: open the page in the default browser.
         ready: called with the URL once the page can be opened.
@@ -272,7 +283,7 @@ def serve(
             ready(url)
 
     config = uvicorn.Config(
-        make_app(source, dives=dives),
+        make_app(source, dives=dives, labels=labels),
         log_level="warning",
         lifespan="off",
         ws="none",

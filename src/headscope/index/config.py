@@ -6,7 +6,7 @@ from typing import Any
 
 from headscope.errors import IndexFormatError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 N_BINS = 50
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 N_LOGITS = 20
@@ -71,16 +71,23 @@ class IndexPlan:
     """Activations held at a time when those of a feature are brought together."""
 
     def __post_init__(self) -> None:
-        """Refuse thresholds that are not increasing from 0, and sizes below 1."""
-        object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
-        rising = all(a < b < inf for a, b in zip(self.thresholds, self.thresholds[1:], strict=False))
-        if not self.thresholds or self.thresholds[0] != 0 or not rising:
+        """Refuse thresholds that do not increase from 0, and sizes that are no whole numbers above 0."""
+        try:
+            object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
+            rising = all(a < b < inf for a, b in zip(self.thresholds, self.thresholds[1:], strict=False))
+        except (TypeError, ValueError):
+            rising = False
+        if not rising or not self.thresholds or self.thresholds[0] != 0:
             raise IndexFormatError(
                 f"thresholds {self.thresholds}", expected="0 and then larger ones", do="for example: 0 5"
             )
         for name, value in asdict(self).items():
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise IndexFormatError(f"{name} {value}", expected="at least 1", do="pass a larger one")
+            whole = type(value) is int and value > 0
+            allowed = {"thresholds": True, "losses": type(value) is bool, "n_sources": whole or value is None}
+            if not allowed.get(name, whole):
+                raise IndexFormatError(
+                    f"{name} {value!r}", expected="a whole number above 0", do=f"pass another {name}"
+                )
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

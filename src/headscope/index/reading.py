@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from jaxtyping import Int
 from headscope.artefact import read_json
 from headscope.errors import IndexFormatError
 from headscope.index.config import FORMAT_VERSION
+from headscope.index.schema import Sizes, check_manifest, one_array, read_footer
 
 TABLES = (
     "tokens",
@@ -28,6 +30,7 @@ TABLES = (
     "groups",
     "examples",
 )
+_NUMBERED = ("features", "documents", "vocabulary")  # their first column is the number of the row
 _FILE = re.compile(r"(activations/)?[\w-]+\.\w+")
 _CACHED_TOKENS = 1 << 25  # tokens held at a time, 8 bytes each: a card shows text from all over the corpus
 
@@ -46,11 +49,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             do="run the same `headscope index` command again: it goes on with what stands there",
         )
     try:
+        if not (folder / "manifest.json").is_file() or (folder / "manifest.json").is_symlink():
+            raise FileNotFoundError("manifest.json is not a file of this folder")
         manifest = read_json(folder / "manifest.json")
         if "indexes" in manifest:
-            raise IndexFormatError(
-                f"{folder} holds several indexes", expected="one", do=f"open one of: {', '.join(manifest['indexes'])}"
-            )
+            names = ", ".join(manifest["indexes"])[:500]
+            raise IndexFormatError(f"{folder} holds several indexes", expected="one", do=f"open one of: {names}")
         found = manifest["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IndexFormatError(
@@ -58,19 +62,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             expected="a folder that `headscope index` wrote to its end",
             do="build it with `headscope index`",
         ) from error
-    if found != FORMAT_VERSION:
+    if type(found) is not int or found != FORMAT_VERSION:
         raise IndexFormatError(f"index format {found}", expected=f"{FORMAT_VERSION}", do="build the index again")
+    with reading(folder):
+        check_manifest(manifest)
     return manifest
 
 
-def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """The tables are the files that the manifest names, inside the folder, of the size it says."""
-    files = manifest.get("files")
-    names = {f"{name}.parquet" for name in TABLES}
-    wrong = []
-    if not isinstance(files, dict) or not names <= set(files):
-        wrong.append("manifest.json does not name all tables")
-        files = {}
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say what is damaged, whatever it is that reading it breaks: nothing in a folder is trusted."""
+    try:
+        yield
+    except (duckdb.Error, pa.ArrowException, OSError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise IndexFormatError(
+            f"{path} is damaged: {error}", expected="tables as they were written", do="build the index again"
+        ) from error
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """The tables' files: those that the manifest names, in the folder itself, of the size it says.
+
+    Raises:
+        ValueError: they are not.
+    """
+    files = manifest["files"]
+    wrong = [f"{name}.parquet is not in the manifest" for name in TABLES if f"{name}.parquet" not in files]
     here = folder.resolve()
     for name, entry in files.items():
         inside = _FILE.fullmatch(name) and (folder / name).resolve() == here / name
@@ -83,20 +100,8 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
     parts = {f"activations/{path.name}" for path in (folder / "activations").glob("*")}
     wrong += [f"{name} is not in the manifest" for name in sorted(parts - set(files))]
     if wrong:
-        raise IndexFormatError(
-            f"{folder}: {'; '.join(wrong[:5])}", expected="all of its tables", do="build the index again"
-        )
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Say what is damaged when reading it fails: a page has another checksum than it was written with."""
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise IndexFormatError(
-            f"{path} is damaged: {error}", expected="a table as it was written", do="build the index again"
-        ) from error
+        raise ValueError("; ".join(wrong[:5]))
+    return sorted(name for name in files if name.endswith(".parquet"))
 
 
 def read_table(path: Path) -> pa.Table:
@@ -105,16 +110,30 @@ def read_table(path: Path) -> pa.Table:
     Raises:
         IndexFormatError: it is damaged.
     """
-    with _reading(path):
+    with reading(path):
+        read_footer(path)
         return pq.read_table(path, page_checksum_verification=True)
+
+
+def read_own(path: Path, sizes: Sizes) -> pa.Table:
+    """Read a whole table of the index itself, and hold it against the sizes of the index.
+
+    Raises:
+        IndexFormatError: it is damaged.
+    """
+    with reading(path):
+        table = sizes.check(read_table(path))
+        if path.stem in _NUMBERED and not np.array_equal(table.column(0).to_numpy(), np.arange(len(table))):
+            raise ValueError("rows that are not numbered from 0")
+        return table
 
 
 class LatentRows:
     """A table sorted by latent, of which a few rows are read at a time: row groups are found by their statistics."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sizes: Sizes) -> None:
         """Open; nothing is read yet but the statistics of the row groups."""
-        self._path, self._file = path, pq.ParquetFile(path, page_checksum_verification=True)
+        self._path, self._sizes, self._file = path, sizes, pq.ParquetFile(path, page_checksum_verification=True)
         self._lock = RLock()
         self._held: tuple[list[int], pa.Table] | None = None
         metadata = self._file.metadata
@@ -130,9 +149,12 @@ class LatentRows:
         groups = self._numbers[first:last]
         if not groups:
             return self._file.schema_arrow.empty_table()
-        with self._lock, _reading(self._path):
+        with self._lock, reading(self._path):
             if self._held is None or self._held[0] != groups:
-                self._held = groups, self._file.read_row_groups(groups, use_threads=False)
+                table = self._sizes.check(self._file.read_row_groups(groups, use_threads=False))
+                if (np.diff(table["latent"].to_numpy()) < 0).any():
+                    raise ValueError("rows that are not sorted by latent")
+                self._held = groups, table
             table = self._held[1]
         low, high = np.searchsorted(table["latent"].to_numpy(), [latent, latent + 1])
         return table.slice(low, high - low).combine_chunks()
@@ -141,16 +163,16 @@ class LatentRows:
 class ActivationRows:
     """All active pairs: the rows of a latent begin where those of all earlier ones end."""
 
-    def __init__(self, folder: Path, counts: Int[np.ndarray, " latent"]) -> None:
+    def __init__(self, paths: list[Path], counts: Int[np.ndarray, " latent"], sizes: Sizes) -> None:
         """Open all files; `counts` are the rows of each latent."""
-        files = [pq.ParquetFile(path, page_checksum_verification=True) for path in sorted(folder.glob("*.parquet"))]
+        files = [pq.ParquetFile(path, page_checksum_verification=True) for path in paths]
         self._groups = [(file, i) for file in files for i in range(file.metadata.num_row_groups)]
         rows = [file.metadata.row_group(i).num_rows for file, i in self._groups]
         self._group_starts = np.cumsum([0, *rows])
         self._starts = np.cumsum([0, *counts])
-        self._folder, self._lock = folder, RLock()
+        self._folder, self._sizes, self._lock = paths[0].parent, sizes, RLock()
         if self._group_starts[-1] != self._starts[-1]:
-            raise ValueError(f"{self._group_starts[-1]} rows in {folder.name}, {self._starts[-1]} in features.parquet")
+            raise ValueError(f"{self._group_starts[-1]} activations, {self._starts[-1]} in features.parquet")
 
     def of(self, latent: int) -> pa.Table:
         """The rows of one latent."""
@@ -158,28 +180,25 @@ class ActivationRows:
         first = int(np.searchsorted(self._group_starts, low, side="right")) - 1
         last = max(first, int(np.searchsorted(self._group_starts, high)))
         first = min(first, len(self._groups) - 1)
-        with self._lock, _reading(self._folder):
+        with self._lock, reading(self._folder):
             read = [file.read_row_group(i, use_threads=False) for file, i in self._groups[first : max(last, first + 1)]]
-        table = pa.concat_tables(read).slice(low - self._group_starts[first], high - low)
-        if not (table["latent"].to_numpy() == latent).all():
-            raise IndexFormatError(
-                f"activations of latent {latent} are not where features.parquet says",
-                expected="activations sorted by latent, as many as it counts",
-                do="build the index again",
-            )
-        return table
+            table = pa.concat_tables(read).slice(low - self._group_starts[first], high - low)
+            if not (table["latent"].to_numpy() == latent).all():
+                raise ValueError(f"activations of latent {latent} are not where features.parquet says")
+            return self._sizes.check(table)
 
 
 class TokenBlocks:
     """The token table, of which some row groups are held; a block never lies in two of them."""
 
-    def __init__(self, path: Path, block_size: int) -> None:
+    def __init__(self, path: Path, block_size: int, sizes: Sizes) -> None:
         """Open; nothing is read yet."""
-        self._path, self._file = path, pq.ParquetFile(path, page_checksum_verification=True)
+        self._path, self._sizes, self._file = path, sizes, pq.ParquetFile(path, page_checksum_verification=True)
         metadata = self._file.metadata
-        rows = metadata.row_group(0).num_rows if metadata.num_row_groups else block_size
-        if rows % block_size:
-            raise ValueError(f"row groups of {rows} tokens for blocks of {block_size}")
+        *first, last = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        rows = first[0] if first else last
+        if rows % block_size or set(first) - {rows} or not 0 < last <= rows:
+            raise ValueError(f"row groups of {sorted({*first, last})} tokens for blocks of {block_size}")
         self._blocks = rows // block_size
         self._size = block_size
         self._held: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
@@ -194,8 +213,9 @@ class TokenBlocks:
         """Columns of one block."""
         group, number = divmod(block, self._blocks)
         if group not in self._held:
-            with _reading(self._path):
-                table = self._file.read_row_group(group, columns=["token", "document"], use_threads=False)
+            with reading(self._path):
+                columns = ["token", "document"]
+                table = self._sizes.check(self._file.read_row_group(group, columns=columns, use_threads=False))
             self._held[group] = {name: table[name].to_numpy() for name in ("token", "document")}
             if len(self._held) * self._blocks * self._size > _CACHED_TOKENS:
                 self._held.popitem(last=False)
@@ -207,8 +227,7 @@ class TokenBlocks:
 
 def flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """The values of a column of lists, and where each list begins and ends among them."""
-    array = lists.combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    array = one_array(lists)
     return array.values.to_numpy(), array.offsets.to_numpy()
 
 

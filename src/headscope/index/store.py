@@ -4,18 +4,19 @@ An index folder is untrusted: nothing in it is executed, nothing outside it is r
 against its tables.
 """
 
-import glob
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
+from tempfile import gettempdir
 from threading import RLock
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from uuid import uuid4
 
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from headscope.artefact import file_hash
@@ -30,7 +31,8 @@ from headscope.index.reading import (
     flat,
     matrix,
     read_manifest,
-    read_table,
+    read_own,
+    reading,
 )
 from headscope.index.records import (
     Activations,
@@ -44,7 +46,29 @@ from headscope.index.records import (
     Sources,
     SourceToken,
 )
+from headscope.index.schema import Sizes, check_footers
+from headscope.index.sweep import KINDS
+from headscope.sae.quality_table import quality_rows
 from headscope.stats import wilson
+
+_ALONE: dict[str, Any] = {
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+    "python_enable_replacements": False,  # a local variable is no table
+}
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _of_folder(reader: "Callable[Concatenate[FeatureIndex, P], R]") -> "Callable[Concatenate[FeatureIndex, P], R]":
+    """A method that reads: whatever breaks it, the folder is damaged."""
+
+    @wraps(reader)
+    def reads(index: "FeatureIndex", *arguments: P.args, **named: P.kwargs) -> R:
+        with reading(index.folder):
+            return reader(index, *arguments, **named)
+
+    return reads
 
 
 class FeatureIndex:
@@ -53,20 +77,20 @@ class FeatureIndex:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Use `FeatureIndex.open`."""
         self.folder, self.manifest = folder, manifest
-        self._connection = duckdb.connect()
-        self._connection.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
+        self._sizes = Sizes.of(manifest)
+        names = check_files(folder, manifest)
+        check_footers(folder, names, self._sizes)
+        parts = [folder / name for name in names if name.startswith("activations/")]
+        self._connection = duckdb.connect(config=_ALONE)
+        self._create_views({name: [folder / f"{name}.parquet"] for name in TABLES} | {"activations": parts})
         self._lock = RLock()
-        for name in TABLES:
-            self._create_view(name, f"{glob.escape(str(folder))}/{name}.parquet")
-        self._create_view("activations", f"{glob.escape(str(folder))}/activations/*.parquet")
-        self._features = read_table(folder / "features.parquet")
-        self._check_sizes()
-        self._activations = ActivationRows(folder / "activations", self._features["n_active"].to_numpy())
-        self._tokens = TokenBlocks(folder / "tokens.parquet", self.block_size)
-        self._examples = LatentRows(folder / "examples.parquet")
-        self._groups = LatentRows(folder / "groups.parquet")
-        self._sources = LatentRows(folder / "sources.parquet")
-        self._source_totals = LatentRows(folder / "source_totals.parquet")
+        self._features = read_own(folder / "features.parquet", self._sizes)
+        self._activations = ActivationRows(parts, self._features["n_active"].to_numpy(), self._sizes)
+        self._tokens = TokenBlocks(folder / "tokens.parquet", self.block_size, self._sizes)
+        self._examples, self._groups, self._sources, self._source_totals = (
+            LatentRows(folder / f"{name}.parquet", self._sizes)
+            for name in ("examples", "groups", "sources", "source_totals")
+        )
         self._check_meaning()
 
     @classmethod
@@ -79,14 +103,8 @@ class FeatureIndex:
             IndexFormatError: there is none, it is not finished, damaged, or another version wrote it.
         """
         folder = Path(folder)
-        manifest = read_manifest(folder)
-        check_files(folder, manifest)
-        try:
-            return cls(folder, manifest)
-        except (duckdb.Error, pa.ArrowException, OSError, KeyError, TypeError, ValueError, ArithmeticError) as error:
-            raise IndexFormatError(
-                f"{folder} is damaged: {error}", expected="tables as they were written", do="build the index again"
-            ) from error
+        with reading(folder):
+            return cls(folder, read_manifest(folder))
 
     def verify(self) -> None:
         """Read all files and hold them against the checksums of the manifest.
@@ -119,58 +137,58 @@ class FeatureIndex:
                     do=f"pass that {what}, or build an index with this one",
                 )
 
-    def _create_view(self, name: str, pattern: str) -> None:
-        quoted = pattern.replace("'", "''")
-        self._connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet('{quoted}')")
-
-    def _check_sizes(self) -> None:
-        """Hold what the manifest says against the tables: a wrong count must not become a wrong number."""
-        m = self.manifest
-        found = {
-            "latents": (len(self._features), m["sae"]["d_sae"]),
-            "heads": (len(self._features["decoder_share"][0]), m["model"]["n_heads"]),
-            "tokens": (
-                pq.read_metadata(self.folder / "tokens.parquet").num_rows,
-                m["corpus"]["n_blocks"] * m["corpus"]["block_size"],
-            ),
-            "vocabulary": (pq.read_metadata(self.folder / "vocabulary.parquet").num_rows, m["model"]["d_vocab"]),
-            "activations": (int(self._features["n_active"].to_numpy().sum()), m["n_pairs"]),
-        }
-        wrong = [
-            f"{in_table} {name} in the tables, {said}"
-            for name, (in_table, said) in found.items()
-            if in_table != said or type(said) is not int
-        ]
-        if wrong:
-            raise IndexFormatError(
-                f"{self.folder}: {'; '.join(wrong)} in the manifest", expected="the same", do="build the index again"
-            )
+    def _create_views(self, views: dict[str, list[Path]]) -> None:
+        """Let the database read these files, nothing else on this machine, and nothing off it."""
+        run = self._connection.execute
+        run("SET enable_progress_bar = false")  # it would be drawn on stdout
+        run(f"SET temp_directory = {_quoted(f'{gettempdir()}/headscope-{uuid4().hex}')}")
+        paths = {name: [_quoted(str(path.absolute())) for path in own] for name, own in views.items()}
+        for name, own in paths.items():
+            run(f"CREATE VIEW {name} AS SELECT * FROM read_parquet([{', '.join(own)}])")
+        run(f"SET allowed_paths = [{', '.join(path for own in paths.values() for path in own)}]")
+        run("SET enable_external_access = false")
+        run("SET lock_configuration = true")
 
     def _check_meaning(self) -> None:
-        """The same for what is said of the tables' content: how many text tokens, tokens in a block, and thresholds."""
+        """Hold what the manifest says of the tables' content against it: a wrong count must not be a wrong number."""
         corpus, size = self.manifest["corpus"], self.block_size
         n_active, density = (self._features[name].to_numpy() for name in ("n_active", "density"))
         n_tokens = corpus["n_tokens"]
-        if type(n_tokens) is not int or not 0 < n_tokens <= self.n_blocks * size:
+        if not 0 < n_tokens <= self.n_blocks * size:
             raise ValueError(f"{n_tokens} text tokens in {self.n_blocks} blocks of {size}")
         if not np.allclose(n_active / n_tokens, density, rtol=1e-9, atol=0):
             raise ValueError(f"densities that are not shares of {n_tokens} tokens")
-        if type(corpus["block_size"]) is not int or not self._tokens.end_with_blocks():
+        if not self._tokens.end_with_blocks():
             raise ValueError(f"blocks that are not of {size} tokens")
         if self._source_totals.of(0)["threshold"].to_pylist() != self.manifest["thresholds"]:
             raise ValueError(f"other thresholds than {self.manifest['thresholds']}")
+        if self.manifest["quality"] is not None:
+            quality_rows(self.manifest["quality"])
         most = int(np.argmax(n_active))  # each reader once: what a footer lacks is found here, not by the first to ask
         for read in (self.feature, self.examples, self.sources, self.activations):
             read(most)
         self.tokens_of(0)
 
     def sql(self, query: str, parameters: list[Any] | None = None) -> pa.Table:
-        """Run a query over the views named in docs/index-format.md: tokens, features, activations, sources, ...
+        """Run one query over the views named in docs/index-format.md: tokens, features, activations, sources, ...
 
-        DuckDB does not look at the checksums of pages; `verify` does.
+        What studies added is there as `<study>_columns`. The query reads the files of this index and no others, and
+        writes none. DuckDB does not look at the checksums of pages; `verify` does.
+
+        Raises:
+            IndexFormatError: it is not one query, or DuckDB cannot run it.
         """
         with self._lock:
-            return self._connection.sql(query, params=parameters).to_arrow_table()
+            try:
+                for study, own in self._studied():
+                    self._connection.register(f"{study}_columns", own)
+                kinds = [statement.type for statement in self._connection.extract_statements(query)]
+                if kinds == [duckdb.StatementType.SELECT]:
+                    return self._connection.sql(query, params=parameters).to_arrow_table()
+                found = f"{len(kinds)} statements" if len(kinds) != 1 else f"a statement of type {kinds[0].name}"
+            except duckdb.Error as error:
+                raise _no_query(query, str(error)) from error
+        raise _no_query(query, found)
 
     # -------------------------------------------------------------------------------------------------------- features
     @property
@@ -190,11 +208,9 @@ class FeatureIndex:
 
     def check_latent(self, latent: int) -> None:
         """Raise IndexFormatError when the SAE has no such latent."""
-        if not 0 <= latent < self.n_latents:
-            raise IndexFormatError(
-                f"latent {latent}", expected=f"0 to {self.n_latents - 1}", do="choose one of the SAE's latents"
-            )
+        _check_number("latent", latent, self.n_latents)
 
+    @_of_folder
     def feature(self, latent: int) -> Feature:
         """All that is known of one latent but its examples and source tokens.
 
@@ -231,6 +247,7 @@ class FeatureIndex:
             ),
         )
 
+    @_of_folder
     def sources(self, latent: int, threshold: float | None = None) -> Sources | None:
         """The source tokens that carry a feature's DFA, over its active tokens above a threshold of the index.
 
@@ -246,14 +263,14 @@ class FeatureIndex:
         """
         self.check_latent(latent)
         thresholds = self.manifest["thresholds"]
-        chosen = float(thresholds[0] if threshold is None else threshold)
+        chosen = thresholds[0] if threshold is None else threshold
         if chosen not in thresholds:
             raise IndexFormatError(
-                f"threshold {chosen:g}",
+                f"threshold {chosen}",
                 expected=f"one of {', '.join(map(str, thresholds))}",
                 do="build the index with it: headscope index --thresholds",
             )
-        total = next(t for t in self._source_totals.of(latent).to_pylist() if t["threshold"] == chosen)
+        (total,) = (row for row in self._source_totals.of(latent).to_pylist() if row["threshold"] == chosen)
         if not total["n_active"]:
             return None
         rows = (row for row in self._sources.of(latent).to_pylist() if row["threshold"] == chosen)
@@ -267,6 +284,7 @@ class FeatureIndex:
             tokens=tuple(_source_token(row) for row in rows),
         )
 
+    @_of_folder
     def activations(self, latent: int) -> Activations:
         """Every active token of a feature.
 
@@ -278,6 +296,7 @@ class FeatureIndex:
         heads = [table[f"head_{h}"].to_numpy() for h in range(self.manifest["model"]["n_heads"])]
         return Activations(table["position"].to_numpy(), table["activation"].to_numpy(), np.stack(heads, axis=1))
 
+    @_of_folder
     def examples(self, latent: int) -> tuple[ExampleGroup, ...]:
         """The example groups of a feature, in the order of its card; empty for a dead one.
 
@@ -286,7 +305,13 @@ class FeatureIndex:
         """
         self.check_latent(latent)
         by_position = {example.position: example for example in _examples(self._examples.of(latent))}
-        plain = ("kind", "number", "low", "high", "n", "share_active", "share_mass")
+        groups = self._groups.of(latent).to_pylist()
+        unknown = {p for group in groups for p in group["positions"]} - set(by_position)
+        if unknown or {group["kind"] for group in groups} - set(KINDS):
+            raise ValueError(
+                f"groups of latent {latent} that are of no known kind, or lack examples: {sorted(unknown)[:5]}"
+            )
+        plain = ("kind", "number", "low", "high", "n", "share_active", "share_mass", "sampled")
         return tuple(
             ExampleGroup(
                 **{name: group[name] for name in plain},
@@ -295,12 +320,13 @@ class FeatureIndex:
                     for p, d in zip(group["positions"], group["duplicates"], strict=True)
                 ),
             )
-            for group in self._groups.of(latent).to_pylist()
+            for group in groups
         )
 
+    @_of_folder
     def nulls(self) -> tuple[Null, ...]:
         """Directions that mean nothing, active as often as real features: the control of `Shares`."""
-        rows = read_table(self.folder / "nulls.parquet").to_pylist()
+        rows = read_own(self.folder / "nulls.parquet", self._sizes).to_pylist()
         return tuple(
             Null(r["kind"], r["latent"], r["n_active"], _array(r["dfa_share"]), _array(r["dfa_covariance"]))
             for r in rows
@@ -308,6 +334,7 @@ class FeatureIndex:
 
     # ----------------------------------------------------------------------------------------------------------- table
     @cached_property
+    @_of_folder
     def _table(self) -> pa.Table:
         f = self._features
         n_heads = self.manifest["model"]["n_heads"]
@@ -347,15 +374,20 @@ class FeatureIndex:
     def table(self) -> pa.Table:
         """One row a latent, with the columns a list of features shows, and those of studies as `<study>.<column>`.
 
-        Raises:
-            IndexFormatError: the columns of a study are not of this index.
+        Columns that are damaged or of another index are left out, with a warning.
         """
         table = self._table
-        for study in studies(self.folder):
-            own = self.columns(study)
+        for study, own in self._studied():
             for name in own.column_names[1:]:
                 table = table.append_column(f"{study}.{name}", own[name])
         return table
+
+    def _studied(self) -> Iterator[tuple[str, pa.Table]]:
+        for study in studies(self.folder):
+            try:
+                yield study, self.columns(study)
+            except IndexFormatError as error:
+                warnings.warn(f"columns of {study} are left out: {error}", stacklevel=3)
 
     def columns(self, study: str) -> pa.Table:
         """What a study added, one row a latent; `columns.read_columns` also tells its provenance.
@@ -388,14 +420,16 @@ class FeatureIndex:
             IndexFormatError: no such token or head.
         """
         dfa = matrix(self._features["dfa_share"], self.manifest["model"]["n_heads"])
-        if head is not None and not 0 <= head < dfa.shape[1]:
-            raise IndexFormatError(f"head {head}", expected=f"0 to {dfa.shape[1] - 1}", do="pass another head")
+        if head is not None:
+            _check_number("head", head, dfa.shape[1])
         share = dfa.max(1) if head is None else dfa[:, head]
         density = self._features["density"].to_numpy()
         with np.errstate(invalid="ignore"):
             found = (share >= min_share) & (density > 0) & (density >= min_density) & (density <= max_density)
         if token is not None:
-            found &= self._mentions(self.token_id(token) if isinstance(token, str) else token)
+            token = self.token_id(token) if isinstance(token, str) else token
+            _check_number("token", token, self.manifest["model"]["d_vocab"])
+            found &= self._mentions(token)
         chosen = np.flatnonzero(found)
         return tuple(chosen[np.argsort(-share[chosen], kind="stable")].tolist())
 
@@ -428,20 +462,21 @@ class FeatureIndex:
         return self._block(block, "document")
 
     def _block(self, block: int, column: str) -> np.ndarray:
-        if not 0 <= block < self.n_blocks:
-            raise IndexFormatError(f"block {block}", expected=f"0 to {self.n_blocks - 1}", do="choose one of these")
+        _check_number("block", block, self.n_blocks)
         with self._lock:
             return self._tokens.of(block)[column]
 
     @cached_property
+    @_of_folder
     def documents(self) -> list[str]:
         """Names of the documents."""
-        return read_table(self.folder / "documents.parquet")["name"].to_pylist()
+        return read_own(self.folder / "documents.parquet", self._sizes)["name"].to_pylist()
 
     @cached_property
+    @_of_folder
     def vocabulary(self) -> tuple[list[bytes], list[int]]:
         """Each token's bytes, and the ids of the special tokens."""
-        table = read_table(self.folder / "vocabulary.parquet")
+        table = read_own(self.folder / "vocabulary.parquet", self._sizes)
         return table["bytes"].to_pylist(), np.flatnonzero(table["special"].to_numpy()).tolist()
 
     def token_id(self, text: str) -> int:
@@ -456,6 +491,25 @@ class FeatureIndex:
             raise IndexFormatError(
                 f"{text!r} is not one token", expected="the text of a token", do="try it with a leading space"
             ) from error
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _no_query(query: str, why: str) -> IndexFormatError:
+    return IndexFormatError(
+        f"{query.strip()[:200]}: {why}",
+        expected="one SELECT over the views that docs/index-format.md names",
+        do="correct the query",
+    )
+
+
+def _check_number(what: str, number: int, n: int) -> None:
+    if not isinstance(number, (int, np.integer)) or not 0 <= number < n:
+        raise IndexFormatError(
+            f"{what} {number}", expected=f"a whole number from 0 to {n - 1}", do=f"pass another {what}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- records

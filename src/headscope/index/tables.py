@@ -312,6 +312,7 @@ def group_table(groups: Groups, totals: Totals) -> pa.Table:
             "n": pa.array(groups.n, pa.int64()),
             "share_active": pa.array(groups.n / whole[:, MOMENTS.index("n")], pa.float64()),
             "share_mass": pa.array(groups.mass / whole[:, MOMENTS.index("f")], pa.float64()),
+            "sampled": pa.array(groups.sampled, pa.bool_()),
             "positions": lists(groups.position, groups.n_chosen, pa.int64()),
             "duplicates": lists(groups.duplicates, groups.n_chosen, pa.int32()),
         }

@@ -20,6 +20,7 @@ class App {
   #table = null;
   #card = null;
   #dashboard = null;
+  #labelling = null;
   #list = null;
   #timer = 0;
 
@@ -53,6 +54,7 @@ class App {
     const part = exported < sae.d_sae ? ` · ${int(exported)} of its features in this file` : "";
     this.top.append(el("a", { class: "brand", href: this.#link(TABLE), "data-page": "table" }, "headscope"),
       el("span", { class: "facts" }, el("b", {}, model.name), ` · ${site} · ${sae.architecture} SAE of ${int(sae.d_sae)}${part} · ${corpus.name}, ${int(corpus.n_tokens)} tokens`),
+      ...(this.about.labels ? [button({ class: "button", "data-label": "", onclick: () => this.#label() }, "label ", el("kbd", {}, "n"))] : []),
       button({ class: "button", onclick: () => this.#search() }, "search ", el("kbd", {}, "/")),
       button({ class: "button", onclick: () => this.help.showModal() }, "keys ", el("kbd", {}, "?")));
   }
@@ -90,7 +92,7 @@ class App {
     const turn = ++this.#turn;
     const late = () => turn !== this.#turn;
     try {
-      await { table: () => this.#showTable(late), dashboard: () => this.#showDashboard(late), card: () => this.#showCard(late) }[this.view.page]();
+      await { table: () => this.#showTable(late), dashboard: () => this.#showDashboard(late), card: () => this.#showCard(late), label: () => this.#showLabelling(late) }[this.view.page]();
     } catch (error) {
       if (!late()) this.#fail(error);
     }
@@ -118,6 +120,16 @@ class App {
     this.#put(this.#dashboard.element, `dashboard · ${this.about.title}`);
     this.#dashboard.update(this.view);
     this.#card = null;
+  }
+
+  async #showLabelling(late) {
+    const { Labelling } = await import("./labels.js");
+    if (late()) return;
+    const { about, vocab, corpus, tip, data } = this;
+    this.#labelling ??= new Labelling({ about, vocab, corpus, tip, data, link: (other) => this.#cardLink(other) }, (patch) => this.#go(patch));
+    this.#card = null;
+    this.#put(this.#labelling.element, `labelling · ${about.title}`);
+    await this.#labelling.update(this.view);
   }
 
   #cardLink(latent) {
@@ -182,6 +194,11 @@ class App {
     if (alive.length > 0) this.#open(latents[alive[Math.floor(Math.random() * alive.length)]]);
   }
 
+  /** Label the feature of the card, or a sample. */
+  #label() {
+    if (this.view.page !== "label") this.#go({ page: "label", latent: null, n: String(this.view.latent ?? ""), ...(this.view.latent !== null && { s: "" }) }, true);
+  }
+
   async #search() {
     if (this.view.page !== "table") await this.#go(TABLE, true);
     this.page.querySelector("[data-search]")?.select();
@@ -234,6 +251,7 @@ class App {
       { keys: ["g"], help: "go to a number", run: () => askLatent(this.about.sae.d_sae, (latent) => this.#open(latent)) },
       { keys: ["r"], help: "a random live feature of the list", run: () => this.#random() },
       { keys: ["o"], help: "dashboard of the whole SAE", run: () => this.#go({ page: "dashboard", latent: null }, true) },
+      ...(this.about.labels ? [{ keys: ["n"], help: "label this feature, or a sample", run: () => this.#label() }] : []),
       { keys: ["1", "2", "3", "4"], help: "top and random, quantiles, intervals, near threshold", run: onCard(({ key }) => ({ ...UNMARKED, tab: TAB_NAMES[key - 1] })) },
       ...(this.about.dives ? [
         { keys: ["5", "6", "7", "8", "9"], help: "specificity, expected value, sensitivity, logits, ablation", run: onCard(({ key }) => ({ ...UNMARKED, tab: STUDY_NAMES[key - 5] })) },

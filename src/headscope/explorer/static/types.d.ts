@@ -162,7 +162,7 @@ export interface Listing {
 }
 
 export interface View {
-  page: "table" | "card" | "dashboard"; latent: number | null;
+  page: "table" | "card" | "dashboard" | "label"; latent: number | null;
   tab: string; w: "5" | "16" | "full"; log: string; mass: string;
   /** The marked example, as "top.3", and the position in its block whose numbers are pinned. */
   ex: string; dst: string;
@@ -176,6 +176,8 @@ export interface View {
   p: string; at: string; norm: string;
   /** The dashboard's axes, and "1" where one is logarithmic. */
   x: string; y: string; lx: string; ly: string;
+  /** The labelling queue: its sample, the feature (of the sample, or alone), the annotator, and "1" where blind. */
+  s: string; n: string; who: string; blind: string;
   list: Listing;
 }
 
