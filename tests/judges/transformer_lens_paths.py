@@ -1,8 +1,8 @@
 """Write what TransformerLens' hooks make of writes to the last layer, one run at a time: `FOLDER CASE.npz OUT.npz`.
 
-The case has `tokens [block, position]` and, for each pair, `block`, `query` and `write [pair, d_model]`, added to what the
-last attention layer puts out. The result has the loss change at the pair by each path, and the seconds of each pair's
-three runs. Run as a program of its own: booting a Bridge patches transformers for the whole process.
+The case has `tokens [block, position]` and, for each pair, `block`, `query` and `write [pair, d_model]`, added to what
+the last attention layer puts out. The result has the loss change at the pair by each path, and the seconds of each
+pair's three runs. A program of its own: booting a Bridge patches transformers for the whole process.
 """
 
 import sys
