@@ -5,7 +5,8 @@
                      own; the clean run of each is not counted
     c  dictionary    the exact direct path at every active token of the index, `headscope.studies.effects`
 
-The two are compared by the pair, in the processor's time at one thread each, and have to agree. The index is built once into `--folder`.
+The two are compared by the pair, in the processor's time at one thread each, and have to agree. The index is built once
+into `--folder`.
 
     python benchmarks/downstream.py            some minutes, and as many again for the index the first time
     python benchmarks/downstream.py --quick    100 features at 10 tokens, on less text
