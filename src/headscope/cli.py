@@ -225,7 +225,7 @@ class Demo:
 class Effects:
     """Measure what every feature of an index does to the loss by its direct path, exactly; added to the index."""
 
-    index: Annotated[Path, tyro.conf.Positional]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; gets the columns `effects`."""
     model: str | None = None
     """The model; the one the index names when not given. Its weights must be those the index was built with."""
