@@ -14,7 +14,7 @@ HOSTILE_NAME = "</script><img src=x onerror=alert(1)>"
 
 
 def built(random_model, random_corpus, random_sae, folder: Path) -> FeatureIndex:
-    """60 blocks of 32 random characters; feature 3 is dead, 5 fires less than 30 times, 7 on about half of the tokens."""
+    """60 blocks of 32 random characters; feature 3 is dead, 5 fires on 12 tokens, 7 on half of them."""
     model = random_model("gpt_neox")
     corpus = random_corpus(model, 60, 32, seed=1)
     names = tuple(f"{HOSTILE_NAME} {i}" for i in range(len(corpus.documents)))

@@ -185,6 +185,43 @@ def test_columns_of_studies_come_with_their_definitions(index: FeatureIndex, tmp
     assert "damaged" in IndexDives(copy).start(4)["columns"]["effects"]["refused"]
 
 
+def test_the_table_shows_the_main_columns_of_studies(index: FeatureIndex, tmp_path: Path) -> None:
+    copy = FeatureIndex.open(shutil.copytree(index.folder, tmp_path / "copy"))
+    kinds = ["token", None] * (N_LATENTS // 2)
+    columns = {"kind": kinds, "auc": [0.5] * N_LATENTS, "recall": [0.25] * N_LATENTS}
+    table = pa.table({"latent": pa.array(range(N_LATENTS), pa.int32()), **columns})
+    said = {"settings": {}, "definitions": {name: f"what {name} is" for name in columns}, "n": 1}
+    add_columns(copy, "proxies", table, said)
+    shown = strict(IndexCards(copy).table())
+    by_name = {column["name"]: column for column in shown["columns"]}
+    assert [column["name"] for column in shown["columns"]][:2] == ["latent", "proxies.kind"]
+    assert by_name["proxies.kind"]["definition"] == "what kind is"
+    assert not by_name["proxies.recall"]["listed"]
+    assert shown["rows"]["proxies.kind"] == kinds
+    assert "proxies.auc" not in shown["rows"], "it would be sent with every page; the card has it"
+    found = strict(IndexDives(copy).start(COMMON))["columns"]["proxies"]["values"]
+    assert found == {"kind": None, "auc": 0.5, "recall": 0.25}
+
+
+def test_proxies_that_a_search_found_come_first(index: FeatureIndex, tmp_path: Path) -> None:
+    copy = FeatureIndex.open(shutil.copytree(index.folder, tmp_path / "copy"))
+    found = {
+        "kind": "token",
+        "proxy": 'token_in(["b"])',
+        "induction_proxy": 'induction("b")',
+        "token_proxy": 'token_in(["b"])',
+    }
+    table = {
+        name: [value if latent == COMMON else None for latent in range(N_LATENTS)] for name, value in found.items()
+    }
+    said = {"settings": {}, "definitions": {name: "-" for name in found}, "n": 1}
+    add_columns(copy, "proxies", pa.table({"latent": pa.array(range(N_LATENTS), pa.int32()), **table}), said)
+    suggested = IndexDives(copy).start(COMMON)["proxies"]
+    assert [one["proxy"] for one in suggested] == ['token_in(["b"])', 'induction("b")']
+    assert "kind: token" in suggested[0]["why"]
+    assert len(IndexDives(copy).start(RARE)["proxies"]) > 2, "where a search found none, the card suggests some"
+
+
 # --- the routes
 
 

@@ -678,6 +678,7 @@ def test_the_file_opens_with_the_network_refused(page: Page, exported: str) -> N
     page.click("a.row[data-latent='18']")
     card(page, 18)
     expect(page.locator("[data-group=top] .example")).to_have_count(12)
+    expect(page.locator("[data-tab]")).to_have_count(4)  # no deep-dive tabs: nothing computes them here
     assert page.url.endswith("#/f/18")
     page.keyboard.press("j")
     card(page, 19)

@@ -85,7 +85,9 @@ class IndexCards:
         rows["alive"] = [n > 0 for n in rows["n_active"]]
         words = self._index.manifest["definitions"]
         columns = [column | {"definition": column["definition"] or words[column["name"]]} for column in _COLUMNS]
-        return {"columns": columns + self._study_columns(table), "rows": rows}
+        added = self._study_columns(table)
+        listed, others = [[c for c in added if c["listed"] == yes] for yes in (True, False)]
+        return {"columns": [*columns[:1], *listed, *columns[1:], *others], "rows": rows}
 
     def _study_columns(self, table: pa.Table) -> list[Json]:
         """What studies added, as far as the list and the dashboard's axes show it, in the words of the study."""
