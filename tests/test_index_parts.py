@@ -97,19 +97,15 @@ def test_a_missing_or_damaged_part_is_named(tmp_path):
         parts.read(1)
 
 
-def test_only_own_parts_are_made_and_only_those_that_do_not_stand(tmp_path):
-    parts, made = Parts(tmp_path, 7), []
-
-    def make(number):
-        made.append(number)
-        return {"x": np.array([number])}
-
-    parts.make(Workers(1, 3), make)
-    assert made == [1, 4]
-    parts.make(Workers(0, 1), make)
-    assert made == [1, 4, 0, 2, 3, 5, 6]
-    parts.wait()
-    assert [int(parts.read(i)["x"][0]) for i in range(7)] == list(range(7))
+def test_only_own_parts_that_do_not_stand_are_missing(tmp_path):
+    parts = Parts(tmp_path, 7)
+    assert parts.missing(Workers(1, 3)) == [1, 4]
+    for number in (1, 4):
+        parts.write(number, {"x": np.array([number])})
+    assert parts.missing(Workers(0, 1)) == [0, 2, 3, 5, 6]
+    parts.present()[4].write_bytes(b"cut")
+    with pytest.warns(UserWarning, match="damaged"):
+        assert parts.missing(Workers(0, 1)) == [0, 2, 3, 4, 5, 6]
 
 
 def test_other_files_are_no_parts(tmp_path):

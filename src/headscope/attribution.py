@@ -17,6 +17,8 @@ from torch import Tensor
 from headscope.models.hf import Attention, Model
 from headscope.sae.model import SAE
 
+_CACHED_ROWS = 8  # of vocabulary size, which stay in the cache while powers of them are taken
+
 
 @dataclass(frozen=True)
 class HeadWeights:
@@ -47,18 +49,17 @@ def dfa_by_head(
 def dfa_of_sequence(
     weights: HeadWeights,
     value: Float[Tensor, "source head d_head"],
-    pattern: Float[Tensor, "head query source"],
-    query: Int[Tensor, " pair"],
+    pattern: Float[Tensor, "head pair source"],
     latent: Int[Tensor, " pair"],
 ) -> Float[Tensor, "head pair source"]:
     """Contribution of each head from each source of one sequence to each (position, latent).
 
-    The values are contracted with the encoder first: z is never built by source. To leave out the sources after the
-    last query, which contribute 0, pass slices of `value` and `pattern`.
+    `pattern` is the attention from the pairs' positions. The values are contracted with the encoder first: z is never
+    built by source. To leave out the sources after the last query, which contribute 0, pass slices of both.
     """
     directions = weights.encoder.index_select(1, latent)  # [head, pair, d_head]
     dfa = directions @ (value - weights.offset).permute(1, 2, 0)
-    return dfa.mul_(pattern.index_select(1, query))
+    return dfa.mul_(pattern)
 
 
 def dfa_by_source(
@@ -74,7 +75,7 @@ def dfa_by_source(
     """
     counts = torch.bincount(row, minlength=len(attention.pattern)).tolist()
     parts = [
-        dfa_of_sequence(weights, value, pattern, q, j)
+        dfa_of_sequence(weights, value, pattern.index_select(1, q), j)
         for value, pattern, q, j in zip(
             attention.value, attention.pattern, query.split(counts), latent.split(counts), strict=True
         )
@@ -159,7 +160,8 @@ def direct_logit_effects(sae: SAE, model: Model, k: int = 20, rows: int = 128) -
     for chunk in written.split(rows):
         effects = chunk @ model.logit_directions
         top, bottom = effects.topk(k), effects.topk(k, largest=False)
-        parts.append((top.indices, top.values, bottom.indices, bottom.values, *_moments(effects)))
+        moments = zip(*map(_moments, effects.split(_CACHED_ROWS)), strict=True)
+        parts.append((top.indices, top.values, bottom.indices, bottom.values, *map(torch.cat, moments)))
     return LogitEffects(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

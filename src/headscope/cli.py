@@ -158,6 +158,32 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Proxies:
+    """Find the proxy that goes best with each feature, and say what kind of feature that makes it.
+
+    Proxies are chosen on one half of the documents and scored on the other. An interrupted run is gone on with.
+    """
+
+    index: Annotated[Path, tyro.conf.Positional]
+    """An index folder; what is found of all live features becomes its columns `proxies`."""
+    features: tuple[int, ...] = ()
+    """Print what is found of these latents, best proxy first, and write nothing."""
+
+    def run(self) -> None:
+        """Search with a progress bar."""
+        with Display() as display:
+            found = jobs.proxies(self.index, features=self.features, on_progress=display.on_progress)
+        if isinstance(found, tuple):
+            for feature in found:
+                for line in feature.lines():
+                    display.say(line)
+        else:
+            for kind, n in found.kinds.items():
+                display.say(f"{kind:<20} {n:>7,} of {found.n_alive:,} live features")
+            display.say(f"columns: {found.path}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """Train, measure, index and serve, on the bundled model and the Python standard library: no network."""
 
@@ -269,7 +295,7 @@ class Display:
         self.say("* Kissane et al. (2024): gelu-2l layer 1, d_sae 16,384, C4 and code; another model and corpus")
 
 
-Command = Demo | Train | Eval | Index | Serve | Export | Effects
+Command = Demo | Train | Eval | Index | Serve | Export | Proxies | Effects
 
 
 def main(arguments: list[str] | None = None) -> None:

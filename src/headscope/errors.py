@@ -9,6 +9,7 @@ HeadscopeError
  ├── IndexFormatError an index that is incomplete, damaged, or of another version
  ├── StudyError       a study asked for with options or data that do not fit
  ├── ProxyError       a proxy that cannot be read, names no token, or cannot be evaluated
+ ├── FigureError      a figure whose library is not installed
  ├── ServerError      a port that cannot be had
  └── ExportError      a page that cannot be written as asked
 
@@ -55,6 +56,10 @@ class StudyError(HeadscopeError):
 
 class ProxyError(HeadscopeError):
     """A proxy that cannot be read, names no token of the vocabulary, or cannot be evaluated."""
+
+
+class FigureError(HeadscopeError):
+    """A figure whose library is not installed."""
 
 
 class ServerError(HeadscopeError):

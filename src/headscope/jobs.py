@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
     from headscope.models.hf import Model
+    from headscope.proxies.search_records import FeatureProxies
+    from headscope.proxies.search_table import Summary
     from headscope.sae.quality import Quality
     from headscope.sae.train import Status, TrainResult
     from headscope.studies.effects import DirectEffects
@@ -199,6 +201,30 @@ def _measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"{path} cannot be read and is left out: {error!r}", stacklevel=2)
         return None
+
+
+def proxies(
+    index: str | Path, *, features: Sequence[int] = (), on_progress: Progress | None = None
+) -> "tuple[FeatureProxies, ...] | Summary":
+    """Find the proxies that go best with features: of all live ones, into the index's columns `proxies`.
+
+    Args:
+        index: an index folder.
+        features: only these, and nothing is written.
+        on_progress: called after every feature.
+
+    Returns:
+        What was found of each of `features`, or a count of kinds.
+
+    Raises:
+        IndexFormatError, OutputError: no index, no such feature, or columns that cannot be written.
+    """
+    from headscope.index.store import FeatureIndex
+    from headscope.proxies.search import search
+    from headscope.proxies.search_table import add_proxies
+
+    opened = FeatureIndex.open(index)
+    return tuple(search(opened, features)) if features else add_proxies(opened, on_progress=on_progress)
 
 
 def serve(index: str | Path, *, port: int | None = None, open_browser: bool = False) -> None:

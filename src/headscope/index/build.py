@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from headscope.index.config import DEFINITIONS, FORMAT_VERSION, N_CORRELATED, In
 from headscope.index.correlations import most_correlated
 from headscope.index.parts import Parts, SortedParts, Workers, leave_after_first, leave_first, locked
 from headscope.index.passes import Subject, read_examples, read_part, subjects_of
+from headscope.index.readers import OnBatch, Readers
 from headscope.index.sweep import Distributions, Groups, sweep
 from headscope.models.hf import Model
 from headscope.sae.model import SAE
@@ -143,6 +145,7 @@ class _Build:
         self.n_parts = -(-len(corpus.blocks) // self._blocks_a_part)
         self._shared = Parts(self.partial / "shared", self.n_parts)
         self._checked: dict[int, SortedParts] = {}
+        self._readers = Readers(model)
 
     def _parts(self, number: int, stage: str) -> Parts:
         return Parts(self.partial / str(number) / stage, 1 if stage == "sweep" else self.n_parts)
@@ -226,23 +229,30 @@ class _Build:
         for stage in stages:
             stage.discard_damaged(self.workers.own(self.n_parts))
 
-        def make(part: int) -> dict[str, np.ndarray]:
-            report("activations", part, self.n_parts)
-            found, shared = read_part(self.model, subjects, self.corpus, self._blocks(part), self.plan)
-            for stage, arrays in zip(stages, found, strict=True):
-                stage.write(part, arrays)
-            return shared  # written last: it stands only when all of the part does
-
         standing = set.intersection(*(set(stage.present()) for stage in stages))
         for part in self.workers.own(self.n_parts):
             if part not in standing:
                 self._shared.discard(part)
-        self._shared.make(self.workers, make)
-        report("activations", self.n_parts, self.n_parts)
+
+        def read(model: Model, part: int, on_batch: OnBatch) -> None:
+            found, shared = read_part(model, subjects, self.corpus, self._blocks(part), self.plan, on_batch)
+            for stage, arrays in zip(stages, found, strict=True):
+                stage.write(part, arrays)
+            self._shared.write(part, shared)  # last: it stands only when all of the part does
+
+        self._read("activations", self._shared, read, report)
         self._shared.wait()
         if self.workers.world > 1:  # a part that another process found damaged is missing until it is made again
             for stage in stages:
                 stage.wait()
+
+    def _read(self, name: str, stage: Parts, read: Callable[[Model, int, OnBatch], None], report: Progress) -> None:
+        """Read the blocks of the parts of a stage that are missing; progress is told in blocks."""
+        missing = stage.missing(self.workers)
+        total = sum(len(self._blocks(part)) for part in missing)
+        report(name, 0, total)
+        self._readers.each(missing, read, lambda done: report(name, done, total))
+        report(name, total, total)  # blocks without an example are not read again
 
     def _sweep(self, number: int, report: Progress) -> None:
         """Bring the pairs together: `final/activations`, distributions, and the choice of examples."""
@@ -279,20 +289,21 @@ class _Build:
 
     def _read_examples(self, subjects: Sequence[Subject], report: Progress) -> None:
         for number, subject in enumerate(subjects):
-            latent, position = _chosen(self._swept(number)[1])
-
-            def make(part: int, subject: Subject = subject, latent=latent, position=position) -> dict[str, np.ndarray]:
-                report("sources", part, self.n_parts)
-                blocks = self._blocks(part)
-                bounds = np.array([blocks[0], blocks[-1] + 1]) * self.corpus.block_size
-                own = slice(*np.searchsorted(position, bounds))
-                return read_examples(self.model, subject, self.corpus, latent[own], position[own], self.plan)
-
             stage = self._parts(number, "examples")
-            stage.make(self.workers, make)
-            report("sources", self.n_parts, self.n_parts)
+            chosen = subject, stage, *_chosen(self._swept(number)[1])
+            self._read("sources", stage, partial(self._read_examples_of, chosen), report)
             if self.workers.rank == 0:
                 stage.wait()
+
+    def _read_examples_of(
+        self, chosen: tuple[Subject, Parts, np.ndarray, np.ndarray], model: Model, part: int, on_batch: OnBatch
+    ) -> None:
+        subject, stage, latent, position = chosen
+        blocks = self._blocks(part)
+        bounds = np.array([blocks[0], blocks[-1] + 1]) * self.corpus.block_size
+        own = slice(*np.searchsorted(position, bounds))
+        found = read_examples(model, subject, self.corpus, latent[own], position[own], self.plan, on_batch)
+        stage.write(part, found)
 
     # ---------------------------------------------------------------------------------------------------------- write
     def _write(self, number: int, subject: Subject) -> None:

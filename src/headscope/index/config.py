@@ -65,7 +65,7 @@ class IndexPlan:
     intervals: int = 10
     per_interval: int = 4
     near_threshold: int = 4
-    part_tokens: int = 1 << 17
+    part_tokens: int = 1 << 16
     """Tokens read before something is written: what a killed build loses at most."""
     range_rows: int = 1 << 20
     """Activations held at a time when those of a feature are brought together."""

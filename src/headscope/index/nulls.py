@@ -60,7 +60,8 @@ class NullDirections:
         centred = z - offset.flatten()
         p = centred @ self.directions.flatten(1).T
         token, null = (p > self.threshold).nonzero(as_tuple=True)
-        heads = (centred[token].view(-1, *offset.shape) * self.directions[null]).sum(-1)
+        of_pairs = centred.index_select(0, token).view(-1, *offset.shape)
+        heads = (of_pairs * self.directions.index_select(0, null)).sum(-1)
         return null, p[token, null], heads
 
 

@@ -10,7 +10,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -139,14 +139,12 @@ class Parts:
             )
         return read_arrays(path, names)
 
-    def make(self, workers: Workers, make: Callable[[int], Arrays]) -> None:
-        """Make the parts that this process owns and that do not stand."""
+    def missing(self, workers: Workers) -> list[int]:
+        """The parts that this process owns and that do not stand; a damaged one is removed."""
         own = workers.own(self.n_parts)
         self.discard_damaged(own)
         present = self.present()
-        for number in own:
-            if number not in present:
-                self.write(number, make(number))
+        return [number for number in own if number not in present]
 
     def wait(self) -> None:
         """Return once the parts of all processes stand, and none that another process is about to make again."""

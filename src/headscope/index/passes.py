@@ -4,12 +4,9 @@ One run of the model serves all SAEs of all its layers. Nothing here grows with 
 blocks is returned as arrays (a part), sorted by latent, to be brought together later.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from threading import Barrier
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +19,10 @@ from headscope.corpus import Corpus
 from headscope.errors import IndexFormatError
 from headscope.index.config import IndexPlan
 from headscope.index.nulls import NullDirections
+from headscope.index.readers import OnBatch
 from headscope.index.sources import SourceSums
 from headscope.models.hf import Attention, Model
 from headscope.sae.model import SAE
-
-T = TypeVar("T")
 
 BATCH_TOKENS = 2048
 """Tokens whose attention patterns are held at a time."""
@@ -92,7 +88,12 @@ def _special(model: Model, tokens: Int[Tensor, "row position"]) -> Bool[Tensor, 
 
 # ---------------------------------------------------------------------------------------------------------------- part
 def read_part(
-    model: Model, subjects: Sequence[Subject], corpus: Corpus, blocks: Int[np.ndarray, " block"], plan: IndexPlan
+    model: Model,
+    subjects: Sequence[Subject],
+    corpus: Corpus,
+    blocks: Int[np.ndarray, " block"],
+    plan: IndexPlan,
+    on_batch: OnBatch = lambda _n: None,
 ) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """Read some blocks: for each subject the arrays of its part, and what is the same for all.
 
@@ -126,6 +127,7 @@ def read_part(
             for tally in tallies:
                 if tally.subject.layer == layer:
                     tally.add(numbers, tokens, text, attention)
+        on_batch(len(numbers))
     parts = [t.result() | {"attention": attention_to[t.subject.layer].numpy()} for t in tallies]
     shared = {
         "n_tokens": np.array([n_tokens]),
@@ -166,36 +168,22 @@ class _Tally:
         self._nulls = sums(len(subject.nulls.kind), 3 + 3 * heads)
         self._sources = source_sums(self._d_vocab, len(self._totals), plan)
         self._pairs: list[tuple[Tensor, ...]] = []
-        self._summing: Future | None = None
         self._n_active = 0  # counted apart from the pairs, to check them
         self._thresholds = torch.tensor(plan.thresholds[1:], device=device, dtype=subject.sae.W_enc.dtype)
 
     def add(self, numbers: Int[np.ndarray, " row"], tokens: Tensor, text: Tensor, attention: Attention) -> None:
-        """Add a batch; its numbers are summed up while the next one is read."""
+        """Add a batch."""
         row, query, latent, f, pre, n_active = _active(self.subject.sae, attention.z, text)
         self._n_active += n_active
         found = _contributions(self.subject.weights, attention, (row, query, latent), self._plan.n_sources)
         block = torch.from_numpy(numbers).to(row.device)[row]
         self._pairs.append((latent, block * tokens.shape[1] + query, f, found.heads))
-        self._wait()
-        source_tokens = tokens[row[:, None], found.source]
-        self._summing = _in_background(
-            row.device, self._sum, attention.z[text], found, source_tokens, (query, latent, f, pre)
-        )
-
-    def _wait(self) -> None:
-        """Until what is summed up in the background is; what went wrong there is raised here."""
-        if self._summing is not None:
-            self._summing.result()
-
-    def _sum(self, z: Tensor, found: "_Contributions", token: Tensor, pairs: tuple[Tensor, ...]) -> None:
-        query, latent, f, pre = pairs
-        null, p, heads = self.subject.nulls.active(z, self.subject.weights.offset)
-        self._nulls.index_add_(0, null, _moment_rows(p, heads, powers=2))
         check_sum(pre - found.heads.sum(1) - self.subject.weights.bias[latent], found.heads)
-        self._add_sources(found, token, query, latent, f)
+        self._add_sources(found, tokens[row[:, None], found.source], query, latent, f)
         moments = [_moment_rows(f, None, powers=2), _moment_rows(pre, found.heads, powers=2)[:, 1:]]
         self._moments.index_add_(0, latent, torch.cat(moments, 1))
+        null, p, heads = self.subject.nulls.active(attention.z[text], self.subject.weights.offset)
+        self._nulls.index_add_(0, null, _moment_rows(p, heads, powers=2))
 
     def _add_sources(self, found: "_Contributions", token: Tensor, query: Tensor, latent: Tensor, f: Tensor) -> None:
         """Add the kept sources of the pairs of a batch, and their totals, by latent, threshold and token."""
@@ -214,7 +202,6 @@ class _Tally:
 
     def result(self) -> dict[str, np.ndarray]:
         """The arrays of the part."""
-        self._wait()
         latent, position, f, heads = (torch.cat(column) for column in zip(*self._pairs, strict=True))
         latent, order = latent.sort(stable=True)
         d_sae = self.subject.sae.d_sae
@@ -225,12 +212,12 @@ class _Tally:
             "counts": torch.bincount(latent, minlength=d_sae),
             "position": position[order],
             "activation": f[order].float(),
-            "heads": heads[order].float(),
+            "heads": heads.index_select(0, order).float(),
             "maximum": maximum,
             "moments": self._moments,
             "source_totals": self._totals,
             "source_keys": key,
-            "source_sums": values,
+            "source_sums": values.to(f.dtype),
             "null_moments": self._nulls,
         }
         return {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
@@ -277,67 +264,34 @@ def _contributions(
         found = []
         for q, j in zip(queries.split(_PAIRS), latents.split(_PAIRS), strict=True) if len(queries) else ():
             n = int(q[-1]) + 1  # later sources contribute 0
-            pattern = attention.pattern[i, :, :, :n]
-            dfa = attribution.dfa_of_sequence(weights, value[:n], pattern, q, j)
-            found.append(_contributions_of(dfa, pattern, q, k))
+            pattern = attention.pattern[i, :, :, :n].index_select(1, q)
+            dfa = attribution.dfa_of_sequence(weights, value[:n], pattern, j)
+            found.append(_contributions_of(dfa, pattern, k))
         return found
 
-    sequences = (range(len(n_pairs)), query.split(n_pairs), latent.split(n_pairs))
-    columns = [piece for found in _in_threads(query.device, of_sequence, *sequences) for piece in found]
+    sequences = zip(query.split(n_pairs), latent.split(n_pairs), strict=True)
+    columns = [piece for i, (queries, latents) in enumerate(sequences) for piece in of_sequence(i, queries, latents)]
     if not columns:
         return _Contributions.none(attention, len(weights.offset))
     return _Contributions(*(torch.cat(column) for column in zip(*columns, strict=True)))
 
 
 def _contributions_of(
-    dfa: Float[Tensor, "head pair source"],
-    pattern: Float[Tensor, "head query source"],
-    query: Int[Tensor, " pair"],
-    k: int,
+    dfa: Float[Tensor, "head pair source"], pattern: Float[Tensor, "head pair source"], k: int
 ) -> _Contributions:
     summed, missing = dfa.sum(0), max(0, k - dfa.shape[2])
     if missing:  # early queries have fewer sources than are kept: later ones, which contribute 0, fill up
         summed, dfa, pattern = (torch.nn.functional.pad(t, (0, missing)) for t in (summed, dfa, pattern))
     top = largest_sources(summed, k)
+    of_heads = top.expand(len(dfa), -1, -1)
     kept = (
         top,
         summed.gather(1, top),
-        dfa.gather(2, top[None].expand(len(dfa), -1, -1)).permute(1, 2, 0),
-        pattern[:, query[:, None], top].permute(1, 2, 0),
+        dfa.gather(2, of_heads).permute(1, 2, 0),
+        pattern.gather(2, of_heads).permute(1, 2, 0),
     )
     squares = torch.linalg.vector_norm(dfa, dim=-1).square().T
     return _Contributions(dfa.sum(-1).T, squares, summed.square().sum(1), *kept)
-
-
-def _in_threads(device: torch.device, function: Callable[..., T], *arguments: Sequence) -> list[T]:
-    """`map` on as many threads as torch may use, each computing alone: that serves small operations better."""
-    n = torch.get_num_threads()
-    if device.type != "cpu" or n == 1:
-        return list(map(function, *arguments))
-    return list(_threads(n).map(function, *arguments))
-
-
-def _in_background(device: torch.device, function: Callable[..., None], *arguments: Any) -> Future | None:
-    """Call it on one of the threads of `_in_threads`, or at once where there are none."""
-    n = torch.get_num_threads()
-    if device.type != "cpu" or n == 1:
-        function(*arguments)
-        return None
-    return _threads(n).submit(function, *arguments)
-
-
-@cache
-def _threads(n: int) -> ThreadPoolExecutor:
-    together = Barrier(n)
-
-    def alone() -> None:
-        torch.set_num_threads(1)
-        together.wait()
-
-    pool = ThreadPoolExecutor(n, initializer=alone)
-    list(pool.map(int, range(n)))
-    torch.set_num_threads(n)  # it is also what threads to come begin with
-    return pool
 
 
 def _active(
@@ -351,9 +305,10 @@ def _active(
         f = sae.activation(pre)
         active = (f > 0) & is_text[start : start + _ROWS, None]
         token, latent = active.nonzero(as_tuple=True)
-        return token + start, latent, f[token, latent], pre[token, latent], int(active.sum())
+        at = token * sae.d_sae + latent
+        return token + start, latent, f.flatten()[at], pre.flatten()[at], int(active.sum())
 
-    *columns, counts = zip(*_in_threads(z.device, of_rows, range(0, len(flat), _ROWS)), strict=True)
+    *columns, counts = zip(*map(of_rows, range(0, len(flat), _ROWS)), strict=True)
     token, latent, f, pre = (torch.cat(column) for column in columns)
     return token // z.shape[1], token % z.shape[1], latent, f, pre, sum(counts)
 
@@ -415,6 +370,7 @@ def read_examples(
     latent: Int[np.ndarray, " example"],
     position: Int[np.ndarray, " example"],
     plan: IndexPlan,
+    on_batch: OnBatch = lambda _n: None,
 ) -> dict[str, np.ndarray]:
     """DFA by head and source, and attention, of some (latent, position), sorted by position: columns sorted by latent.
 
@@ -429,6 +385,7 @@ def read_examples(
         attention = model.attentions(tokens, [subject.layer])[subject.layer]
         where = torch.from_numpy(np.stack([row, query[own], latent[own]]).astype(np.int64)).to(model.device)
         columns.append(_examples(subject, attention, where, plan.n_sources or _EXAMPLE_SOURCES))
+        on_batch(len(numbers))
     names = columns[0] if columns else {}
     joined = {name: torch.cat([column[name] for column in columns]).cpu().numpy() for name in names}
     order = np.lexsort((position, latent))

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_COMPACT_ROWS = 1 << 20
+_COMPACT_ROWS = 1 << 19
 
 
 def merge_by_key(
@@ -14,7 +14,7 @@ def merge_by_key(
     key, order = key.sort(stable=True)
     unique, which = torch.unique_consecutive(key, return_inverse=True)
     merged = torch.zeros(len(unique), values.shape[1], dtype=values.dtype, device=values.device)
-    return unique, merged.index_add_(0, which, values[order])
+    return unique, merged.index_add_(0, which, values.index_select(0, order))
 
 
 def keep_largest(
@@ -26,7 +26,7 @@ def keep_largest(
     starts = torch.cat([owner.new_zeros(1), torch.unique_consecutive(owner, return_counts=True)[1].cumsum(0)])
     start_of = torch.repeat_interleave(starts[:-1], starts.diff())
     keep = by_owner[torch.arange(len(key), device=key.device) - start_of < n].sort().values
-    return key[keep], values[keep]
+    return key[keep], values.index_select(0, keep)
 
 
 class SourceSums:

@@ -57,14 +57,15 @@ def watching(model: PreTrainedModel, steps: Mapping[nn.Module, Steps]) -> Iterat
     if not steps:
         yield
         return
-    outer = dict(_watched)
+    outer = {module: _watched[module] for module in steps if module in _watched}
     implementation = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
     _watched.update(steps)
     try:
         yield
     finally:
-        _watched.clear()
+        for module in steps:  # those of models that other threads run stay
+            del _watched[module]
         _watched.update(outer)
         model.set_attn_implementation(implementation)  # pyright: ignore[reportArgumentType] - a loaded model has one
 

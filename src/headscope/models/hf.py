@@ -4,6 +4,7 @@ The fast path is SDPA and hooks: z is the *input* of the output projection. Only
 scores or pattern are read or edited has its attention function exchanged (`attention.py`).
 """
 
+import copy
 import hashlib
 import json
 import operator
@@ -115,6 +116,11 @@ class Model:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.module.device
+
+    def replica(self) -> "Model":
+        """A model that shares the weights of this one and nothing else: for another thread to run at the same time."""
+        shared = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}
+        return Model(copy.deepcopy(self.module, shared), self.tokenizer, self.bos, self.spec.name)
 
     def fingerprint(self) -> str:
         """`sha256:<hex>` of all that decides what the model computes: its configuration, BOS, weights and buffers."""
