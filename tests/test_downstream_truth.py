@@ -16,6 +16,7 @@ from headscope.sae.formats import load_sae
 from headscope.site import Site
 from headscope.studies.ablation import downstream
 from headscope.studies.direct_path import Pairs, direct_loss_changes
+from headscope.studies.downstream import logit_effect
 from headscope.studies.paths import BaselineRun
 from planted import BOS, V, induction_sequences, planted_model, planted_sae
 from test_judges import TINY, assert_same_scale, needs, random_tokens, run_judge
@@ -81,13 +82,26 @@ def test_the_share_on_the_copied_token_is_the_whole_and_on_others_nothing(plante
     for part, value in ((own, 1.0), (other, 0.0)):
         for share in (part.positive, part.net):
             assert share.value == pytest.approx(value, abs=1e-12)
-            assert share.low == pytest.approx(value, abs=1e-12)
+            assert share.low is None  # all documents are alike
+            assert "not all alike" in share.missing
             assert share.null.value == value
     [misled] = downstream(live, [V + b])  # "the current token is b", which never comes next: ablating it only helps
     share = misled.share("total", misled.next_is(b))
     assert share.positive.value is None
     assert "nothing to take a share of" in share.positive.missing
     assert share.net.value == 0
+
+
+def test_an_induction_features_top_logit_is_the_token_it_copies(planted):
+    live, second = planted
+    b = int(torch.bincount(second, minlength=V).argmax())
+    effect = logit_effect(live.index, b)
+    assert effect.top[0] == (b, pytest.approx(1 - 1 / V))
+    assert effect.copied
+    assert effect.top_source == b
+    assert effect.prominence == pytest.approx((V - 1) ** 0.5)
+    dead = logit_effect(live.index, 2 * V) if live.index.feature(2 * V).n_active == 0 else None
+    assert dead is None or (dead.top_source, dead.copied) == (None, None)
 
 
 # ----------------------------------------------------------------------------------------------------- TransformerLens
