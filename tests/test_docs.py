@@ -20,6 +20,7 @@ from headscope.sae.formats import load_sae, sae_hash
 
 ROOT = Path(__file__).parents[1]
 FORMAT = (ROOT / "docs" / "index-format.md").read_text(encoding="utf-8")
+DIVES = (ROOT / "docs" / "deep-dives.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LATENT = 1582
 BLOCK = 256
@@ -30,7 +31,11 @@ def fenced(text: str, language: str) -> list[str]:
 
 
 QUERIES = fenced(FORMAT, "sql")
-SNIPPETS = fenced(FORMAT, "python") + [s for s in fenced(README, "python") if "FeatureIndex.open" in s]
+SNIPPETS = (
+    fenced(FORMAT, "python")
+    + fenced(DIVES, "python")
+    + [s for s in fenced(README, "python") if "FeatureIndex.open" in s]
+)
 
 
 @pytest.fixture(scope="module")
