@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from headscope import figures
 from headscope.errors import FigureError
 from headscope.stats import Measure
+from headscope.studies.downstream import Downstream, LogitEffect, PathEffect
 from headscope.studies.specificity import SpecificityPlan, expected_value
 from headscope.studies.specificity_records import PredictionGroup, Predictions
 from test_specificity import Case
@@ -134,3 +135,45 @@ def test_without_plotly_the_extra_is_named(study, name, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     with pytest.raises(FigureError, match=r"headscope\[plots\]"):
         OF_A_STUDY[name](study)
+
+
+def effect(path: str, change: list[float]) -> PathEffect:
+    return PathEffect(path, path, np.array(change), None, Measure("mean", len(change)))
+
+
+def changed(**paths: list[float]) -> Downstream:
+    n = len(next(iter(paths.values())))
+    numbers = np.arange(n)
+    return Downstream(
+        latent=3,
+        layer=1,
+        baseline="error kept",
+        where="everywhere",
+        norms="recomputed",
+        n_active=9,
+        position=numbers,
+        activation=np.ones(n),
+        next_token=numbers,
+        document=numbers,
+        loss=np.ones(n),
+        paths={name: effect(name, change) for name, change in paths.items()},
+        notes=("<b>note</b>",),
+    )
+
+
+def test_loss_changes_are_counted_in_bins_that_all_paths_share() -> None:
+    figure = figures.loss_changes(changed(total=[0.0, 1.0, 1.0], direct=[0.0, 0.0, 4.0]), bins=4)
+    assert [trace.name for trace in figure.data] == ["total", "direct"]
+    for trace, counts in zip(figure.data, ([1, 2, 0, 0, 0], [2, 0, 0, 1, 0]), strict=True):
+        assert_allclose(trace.x, [0, 1, 2, 3, 4])
+        assert_array_equal(trace.y, counts)
+    assert figure.data[0].line.color != figure.data[1].line.color
+    assert "&lt;b&gt;note" in figure.layout.title.text
+    assert len(figures.loss_changes(changed(total=[])).data) == 0
+
+
+def test_logit_bars_run_from_the_most_raised_to_the_most_lowered() -> None:
+    found = LogitEffect(3, ((7, 2.0), (8, 1.0)), ((5, -3.0), (6, -1.0)), 4.0, 9.0, 7, True, 0.0)
+    figure = figures.logit_effect(found, {7: "<i>", 8: "b", 5: "c", 6: "b"})
+    assert [list(trace.x) for trace in figure.data] == [[2.0, 1.0], [-1.0, -3.0]]
+    assert [list(trace.y) for trace in figure.data] == [["&lt;i&gt; (#7)", "b (#8)"], ["b (#6)", "c (#5)"]]

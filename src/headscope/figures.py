@@ -5,12 +5,15 @@ tell apart: orange where the proxy is true, blue where it is false.
 """
 
 import html
+from collections.abc import Mapping
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 
 from headscope.errors import FigureError
+from headscope.studies.downstream import Downstream, LogitEffect
 from headscope.studies.specificity_records import Curve, ExpectedValue, Histogram, Predictions, Specificity
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ Values = Float[np.ndarray, " point"]
 TRUE, FALSE, OTHER = "#E69F00", "#0072B2", "#767676"
 _BAND = "rgba(230, 159, 0, 0.25)"
 _LEGEND = {"orientation": "h", "y": 1.0, "yanchor": "bottom"}
+_PATHS = ("#000000", FALSE, "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 NAMES = {TRUE: "proxy true", FALSE: "proxy false"}
 
 
@@ -157,6 +161,49 @@ def next_token_probabilities(found: Predictions) -> "go.Figure":
             marker={"color": colour},
         )
     return figure.update_layout(barmode="group").update_xaxes(range=[0, 1])
+
+
+def loss_changes(found: Downstream, *, bins: int = 100) -> "go.Figure":
+    """Tokens by what ablating the feature does to their loss, one outline for each path.
+
+    Args:
+        found: `studies.ablation.downstream` of a feature.
+        bins: of equal width, over the changes of all paths.
+
+    Raises:
+        FigureError: plotly is not installed.
+    """
+    lines = (f"{found.n:,} tokens of {found.n_active:,} active ones", found.definition, *found.notes)
+    title = f"Feature {found.latent}: loss change by path" + "".join(f"<br><sup>{_plain(t)}</sup>" for t in lines)
+    figure = _figure(title, "change of the loss, nats", "tokens")
+    edges, counts = found.histogram(bins) if found.n else (np.zeros(1), {})
+    for (path, of_path), colour in zip(counts.items(), cycle(_PATHS)):
+        line = {"color": colour, "shape": "hv"}
+        figure.add_scatter(x=edges, y=np.append(of_path, 0), mode="lines", line=line, name=path)
+    return figure
+
+
+def logit_effect(found: LogitEffect, names: Mapping[int, str]) -> "go.Figure":
+    """The tokens that a feature raises and lowers most by the direct path, as bars.
+
+    Args:
+        found: `studies.downstream.logit_effect` of a feature.
+        names: what to call each of its tokens.
+
+    Raises:
+        FigureError: plotly is not installed.
+    """
+    title = f"Feature {found.latent}: direct logit effect<br><sup>{_plain(found.definition)}</sup>"
+    figure = _figure(title, "logits at activation 1", "")
+    for pairs, colour, name in ((found.top, TRUE, "raised most"), (found.bottom[::-1], FALSE, "lowered most")):
+        figure.add_bar(
+            x=[value for _, value in pairs],
+            y=[f"{_plain(names[token])} (#{token})" for token, _ in pairs],  # two tokens may be called the same
+            orientation="h",
+            marker={"color": colour},
+            name=name,
+        )
+    return figure.update_yaxes(autorange="reversed", type="category")
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
