@@ -182,7 +182,8 @@ def test_columns_of_studies_come_with_their_definitions(index: FeatureIndex, tmp
         "1860",
     )
     (copy.folder / "columns" / "effects.parquet").write_bytes(b"no table")
-    assert "damaged" in IndexDives(copy).start(4)["columns"]["effects"]["refused"]
+    with pytest.warns(UserWarning, match="effects are left out"):
+        assert "damaged" in IndexDives(copy).start(4)["columns"]["effects"]["refused"]
 
 
 def test_the_table_shows_the_main_columns_of_studies(index: FeatureIndex, tmp_path: Path) -> None:
