@@ -231,7 +231,7 @@ def test_what_is_not_there_is_named(last):
     for wrong in ({"baseline": "none"}, {"where": "here"}, {"norms": "none"}):
         with pytest.raises(HeadscopeError, match="expected: one of"):
             downstream(live, [0], **wrong)
-    [record] = downstream(live, [0])
+    [record] = downstream(live, [busiest(live)])
     with pytest.raises(HeadscopeError, match=r"total, direct, mlp\.2"):
         record.share("attn.9", record.next_is(3))
     with pytest.raises(HeadscopeError, match="mask of 3"):
