@@ -32,7 +32,7 @@ _MAX_SUBTYPES = 6
 # columns that `headscope proxies` writes
 _SEARCHED = ("proxy", "induction_proxy", "local_proxy", "context_proxy", "token_proxy")
 _KEPT = 8  # records of effects
-_MOST = 2000  # tokens at which a feature is removed
+_MOST = 500  # tokens at which a feature is removed, each in a block of its own that the model must read
 _LARGE = 0.05  # of the squared DFA: a source token with less is not suggested
 _ADVICE = (
     "`headscope effects INDEX --model MODEL` writes the exact effect by the direct path of every feature into the "

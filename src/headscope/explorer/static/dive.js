@@ -37,6 +37,7 @@ export class Dive {
   async update(view) {
     this.#view = view;
     this.bench.hidden = view.tab === "logits";
+    if (this.body.dataset.tabShown !== view.tab) this.#clear(); // until it is computed, another tab's content is not this one's
     try {
       this.start ??= await this.data.start(this.feature.latent);
       if (this.#view === view) await this.#show(view);
@@ -127,11 +128,15 @@ export class Dive {
     this.body.dataset.tabShown = tab;
   }
 
-  /** Say what is wrong with a proxy: where, what was expected, what to do. */
-  #fail({ message, expected, do: advice, column }) {
+  #clear() {
     this.#drawn = "";
     this.body.replaceChildren();
     delete this.body.dataset.tabShown;
+  }
+
+  /** Say what is wrong with a proxy: where, what was expected, what to do. */
+  #fail({ message, expected, do: advice, column }) {
+    this.#clear();
     const text = this.#view.p;
     const at = Number.isInteger(column) ? Math.max(0, column - 1) : null;
     if (expected) this.input.setAttribute("aria-invalid", "true");
