@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from headscope.errors import CorpusError, HeadscopeError, ModelError, SAEError
+from headscope.sae.model import SAE
 from headscope.site import Site
 from headscope.studies.corruptions import (
     FeatureMetric,
@@ -20,8 +21,9 @@ from headscope.studies.corruptions import (
     swap_earlier,
     unused_token,
 )
+from headscope.studies.feature_patching import patch_features
 from headscope.studies.patching import Node, average, interaction, nodes_of, patch, role
-from planted import V, induction_sequences, planted_model, planted_sae
+from planted import OUT, Head, V, induction_sequences, planted_model, planted_sae
 
 EXACT = {"atol": 1e-10, "rtol": 0}
 
@@ -201,7 +203,7 @@ def test_each_patch_is_a_run_of_its_own_with_that_patch(random_model, random_sae
     prompts = random_pair(random_model, random_sae, family, site=site, length=9)
     model, metric = prompts.metric.model, prompts.metric
     kinds = ["q", "k", "v", "pattern", "z", "attn_out", "mlp_out", "resid_mid"]
-    nodes = list(nodes_of(prompts, kinds, by_position=True))[:: 7 if family == "llama" else 13]
+    nodes = list(nodes_of(prompts, kinds, by_position=True))[::7]
     assert {node.kind for node in nodes} == set(kinds)
     found = patch(prompts, nodes)
     runs = ((found.noising, prompts.clean, prompts.corrupted), (found.denoising, prompts.corrupted, prompts.clean))
@@ -355,3 +357,90 @@ def test_corruptions(planted):
     assert len(drawn) > 5
     with pytest.raises(HeadscopeError, match="vocabulary"):
         unused_token(planted[0], torch.arange(V))
+
+
+# --------------------------------------------------------------------------------------------------- features as nodes
+def detector():
+    """The planted model with an MLP in layer 0 that marks token 7, and induction carrying the mark; SAEs of both.
+
+    The SAE of the MLP has the mark four fifths (latent 0; the rest is error), a feature that nothing reads (1), and one
+    that is never active (2).
+    """
+    model, sae = planted_model(), planted_sae()
+    block = model.module.transformer.h[0].mlp
+    block.c_fc.weight.data[7, 0], block.c_fc.bias.data[0] = 20.0, -10.0
+    block.c_proj.weight.data[0, OUT.start] = 0.1  # gelu(10) is 10: the mark is 1
+    Head(model.module.transformer.h[1].attn, 0).value[OUT.start, V + 1] = 1.0
+    encoder = torch.zeros_like(sae.W_enc)
+    encoder[V + 1, 0] = 1.0
+    marked = dataclasses.replace(sae, W_enc=encoder)
+    into, out = torch.zeros(sae.d_in, 3, dtype=torch.float64), torch.zeros(3, sae.d_in, dtype=torch.float64)
+    into[OUT.start, :2] = 1.0
+    out[0, OUT.start], out[1, OUT.start + 3], out[2, OUT.start] = 0.8, 1.0, 1.0
+    upstream = SAE(
+        into, -torch.tensor([0.0, 0.0, 1.0]).double(), out, sae.b_dec, sae.activation, Site("mlp_out", 0), "planted"
+    )
+    return model, marked, upstream
+
+
+def test_the_mlp_feature_that_detects_the_token_is_found_and_its_error_told_apart():
+    model, marked, upstream = detector()
+    clean = torch.tensor([0, 5, 3, 7, 9, 3])
+    prompts = pair(FeatureMetric(model, marked, 0), clean, replace_tokens(clean, {3: 8}))
+    assert patch(prompts, [Node("mlp_out", 0)]).roles() == ("necessary and sufficient",)
+    for positions in (None, [3]):
+        found = patch_features(prompts, upstream, positions)
+        assert found.latents.tolist() == [0, 1]
+        assert_allclose(found.change, [1, 1], **EXACT)
+        assert_allclose(found.noising.pre_score, [0.2, 1], **EXACT)
+        assert_allclose(found.denoising.pre_score, [0.8, 0], **EXACT)
+        assert_allclose(found.denoising.activation_score, [0.6, 0], **EXACT)
+        assert found.bar("site") == pytest.approx((0, 1))
+        assert found.bar("features") == pytest.approx((0.2, 0.8))
+        assert found.bar("error") == pytest.approx((0.8, 0.2))
+        assert found.few == 1
+    nothing = patch_features(prompts, upstream, [1, 5])
+    assert len(nothing.latents) == 0
+    assert nothing.bar("site") == pytest.approx((1, 0))
+    assert nothing.few is None
+
+
+@pytest.mark.parametrize("upstream_site", [Site("mlp_out", 0), Site("z", 1), Site("resid_pre", 2)])
+def test_upstream_features_are_patched_as_edits_would(random_model, random_sae, upstream_site):
+    prompts = random_pair(random_model, random_sae, "gpt_neox", length=8)
+    model, metric = prompts.metric.model, prompts.metric
+    upstream = random_sae(model, 60, site=upstream_site, seed=5)
+    found = patch_features(prompts, upstream)
+    x, other = (model.read(t[None], [upstream.site])[upstream.site] for t in (prompts.clean, prompts.corrupted))
+    f, g = upstream.encode(x), upstream.encode(other)
+    assert set(found.latents) == set((f != g).any(1)[0].nonzero()[:, 0].tolist())
+    assert_allclose(found.change, (f - g).sum(1)[0, found.latents], **EXACT)
+    for number in (0, 1, len(found.latents) - 1):
+        j = found.latents[number]
+        edited = x + (g - f)[..., j, None] * upstream.W_dec[j]
+        with model.edit({upstream.site: lambda _x, edited=edited: edited}):
+            assert metric.read(prompts.clean, prompts.query).pre == pytest.approx(found.noising.pre[number], abs=1e-10)
+    whole = patch(prompts, [Node(upstream_site.kind, upstream_site.layer)])
+    assert found.bar("site") == pytest.approx((whole.noising.pre_score[0], whole.denoising.pre_score[0]), abs=1e-10)
+    everything = x + (g - f) @ upstream.W_dec
+    with model.edit({upstream.site: lambda _x: everything}):
+        pre = metric.read(prompts.clean, prompts.query).pre
+    assert found.bars_noising.pre[1] == pytest.approx(pre, abs=1e-10)
+    with model.edit({upstream.site: lambda _x: other + (f - g) @ upstream.W_dec}):
+        pre = metric.read(prompts.clean, prompts.query).pre
+    assert found.bars_noising.pre[2] == pytest.approx(pre, abs=1e-10)
+    assert_allclose(found.together_noising.pre[0], found.noising.pre[0], **EXACT)
+
+
+def test_upstream_saes_that_cannot_be_used():
+    model, marked, upstream = detector()
+    clean = torch.tensor([0, 5, 3, 7, 9, 3])
+    prompts = pair(FeatureMetric(model, marked, 0), clean, replace_tokens(clean, {3: 8}))
+    for site in (Site("z", 1), Site("mlp_out", 1)):
+        with pytest.raises(HeadscopeError, match="before blocks"):
+            patch_features(prompts, dataclasses.replace(upstream, site=site))
+    with pytest.raises(ModelError, match="layer 2"):
+        patch_features(prompts, dataclasses.replace(upstream, site=Site("mlp_out", 2)))
+    for positions in ([6], []):
+        with pytest.raises(HeadscopeError, match="positions"):
+            patch_features(prompts, upstream, positions)

@@ -132,8 +132,8 @@ class PrefixCurves:
     """How long a repeated prefix each head needs to attend to what followed it the first time.
 
     In random text without repetition, p tokens are copied to a later place; from the last of them, attention is
-    measured to the token after the first copy. A head that needs one matching token (short prefix) has the same curve at every
-    p; one that matches several (long prefix) rises with p.
+    measured to the token after the first copy. A head that needs one matching token (short prefix) has the same curve
+    at every p; one that matches several (long prefix) rises with p.
     """
 
     attention: Float[Tensor, "prefix layer head"]
