@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from headscope.errors import CorpusError, HeadscopeError, ModelError, SAEError
+from headscope.models.load import load_model
 from headscope.sae.model import SAE
 from headscope.site import Site
 from headscope.studies.corruptions import (
@@ -24,6 +25,7 @@ from headscope.studies.corruptions import (
 from headscope.studies.feature_patching import patch_features
 from headscope.studies.patching import Node, average, interaction, nodes_of, patch, role
 from planted import OUT, Head, V, induction_sequences, planted_model, planted_sae
+from test_judges import needs, run_judge
 
 EXACT = {"atol": 1e-10, "rtol": 0}
 
@@ -444,3 +446,28 @@ def test_upstream_saes_that_cannot_be_used():
     for positions in ([6], []):
         with pytest.raises(HeadscopeError, match="positions"):
             patch_features(prompts, upstream, positions)
+
+
+# -------------------------------------------------------------------------------------------------- TransformerLens 3.9
+@pytest.mark.slow
+@needs("transformer_lens")
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
+def test_patches_are_those_of_transformerlens(random_model, random_sae, save_model, tmp_path, family):
+    """Every head and position of layer 0, one run of theirs each."""
+    folder = save_model(random_model(family), tmp_path / "model")
+    model = load_model(str(folder))
+    sae = random_sae(model, 200)
+    clean, corrupted = torch.randint(1, 98, (2, 7), generator=torch.Generator().manual_seed(1))
+    f = sae.encode(model.read(torch.stack([clean, corrupted]), [sae.site])[sae.site][:, -1])
+    prompts = pair(FeatureMetric(model, sae, int((f[0] * (f[1] == 0)).argmax())), clean, corrupted)
+    direction = sae.W_enc[:, prompts.metric.latent]
+    np.savez(tmp_path / "in.npz", clean=clean.numpy(), corrupted=corrupted.numpy(), direction=direction.numpy())
+    run_judge("transformer_lens_patching.py", folder, tmp_path / "in.npz", tmp_path / "out.npz")
+    theirs = np.load(tmp_path / "out.npz")
+    scale = theirs["clean"] - theirs["corrupted"]
+    for kind in ("z", "v", "pattern", "attn_out", "mlp_out", "resid_post"):
+        found = patch(prompts, nodes_of(prompts, [kind], layers=[0], by_position=True))
+        for way, scores in (("noising", found.noising), ("denoising", found.denoising)):
+            expected = (theirs[f"{way} {kind}"] - theirs["corrupted"]) / scale
+            assert np.ptp(expected) > 0.01
+            assert_allclose(scores.pre_score, expected, atol=1e-4, rtol=0)

@@ -12,7 +12,7 @@ from headscope.index.build import SAERecord, build_index
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.studies.upstream import compare_heads, head_shares, source_shares
-from planted import BOS, induction_sequences, planted_model, planted_sae
+from planted import BOS, V, induction_sequences, planted_model, planted_sae
 
 B = 5
 """The token that is next by induction."""
@@ -62,9 +62,10 @@ def test_one_source_makes_the_planted_feature(planted):
         assert measure.value == pytest.approx(1.0)
         assert measure.low == pytest.approx(1.0)
         assert measure.n == n
-        assert measure.null.value < 0.9
+    assert found.summed.null.value < 0.9
+    assert found.heads[0].squared.null.low == pytest.approx(1.0)  # a head that looks nowhere else brings nothing else
     assert found.bos.value == pytest.approx(0.0)
-    assert found.frequency.value == pytest.approx(1 / 23)
+    assert found.frequency.value == pytest.approx(1 / 24)
     assert "nothing" in found.heads[1].squared.missing
     attention = found.heads[0].attention
     assert (attention.active.value, attention.visible.value) == pytest.approx((1.0, 1.0))
@@ -108,7 +109,7 @@ def live(request, random_model, random_corpus, random_sae, tmp_path_factory):
 
 
 def slow(live, corpus, latent, threshold):
-    """(block, query) of each active token, its C [head, source] and its pattern; by the formula, one token at a time."""
+    """Block, query, C [head, source] and pattern of each active token, and of each inactive one; token by token."""
     model, sae = live.model, live.sae
     weights = HeadWeights.of(sae, model)
     rows = []
@@ -234,7 +235,7 @@ def test_what_cannot_be_asked(live):
 
 def test_a_feature_that_is_never_active_has_no_numbers(planted):
     live, _, _ = planted
-    (found,) = source_shares(live, BOS, [B])
+    (found,) = source_shares(live, V, [B])  # the current token is the BOS: no text token is
     assert (found.n, found.top) == (0, ())
     assert found.summed.value is None
     assert "0 tokens" in found.summed.missing
