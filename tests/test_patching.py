@@ -141,6 +141,7 @@ def test_averages_over_pairs(sequences):
     for effect in average(results):
         matters = effect.patch[0] in (Node("z", 0, 0), Node("z", 1, 0))
         assert effect.noising.n == 12
+        assert (effect.noising.null.value, effect.denoising_activation.null.value) == (1, 0)
         assert effect.noising.value == pytest.approx(0 if matters else 1)
         assert effect.denoising_activation.value == pytest.approx(1 if matters else 0)
         assert effect.denoising.low == pytest.approx(effect.denoising.high)
@@ -390,7 +391,7 @@ def test_the_mlp_feature_that_detects_the_token_is_found_and_its_error_told_apar
     clean = torch.tensor([0, 5, 3, 7, 9, 3])
     prompts = pair(FeatureMetric(model, marked, 0), clean, replace_tokens(clean, {3: 8}))
     assert patch(prompts, [Node("mlp_out", 0)]).roles() == ("necessary and sufficient",)
-    for positions in (None, [3]):
+    for positions in (None, [3], [3, 3]):
         found = patch_features(prompts, upstream, positions)
         assert found.latents.tolist() == [0, 1]
         assert_allclose(found.change, [1, 1], **EXACT)

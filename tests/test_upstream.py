@@ -62,6 +62,7 @@ def test_one_source_makes_the_planted_feature(planted):
         assert measure.value == pytest.approx(1.0)
         assert measure.low == pytest.approx(1.0)
         assert measure.n == n
+    assert found.linear.null is found.heads[0].linear.null is None
     assert found.summed.null.value < 0.9
     assert found.heads[0].squared.null.low == pytest.approx(1.0)  # a head that looks nowhere else brings nothing else
     assert found.bos.value == pytest.approx(0.0)

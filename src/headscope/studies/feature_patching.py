@@ -91,7 +91,7 @@ def patch_features(pair: PromptPair, upstream: SAE, positions: Sequence[int] | N
             do="pass an SAE of an earlier layer or site",
         )
     shared = [p for p in range(pair.query + 1) if pair.counterpart[p] >= 0]
-    chosen = shared if positions is None else [int(p) for p in positions]
+    chosen = shared if positions is None else sorted({int(p) for p in positions})
     wrong = sorted(set(chosen) - set(shared))
     if wrong or not chosen:
         raise HeadscopeError(

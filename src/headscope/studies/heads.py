@@ -95,12 +95,16 @@ def head_scores(model: Model, *, n: int = 100, n_sequences: int = 32, seed: int 
     for pattern in _patterns(model, tokens):
         for name, (query, source) in places.items():
             found[name].append(pattern[..., query, source].mean(-1))
-    by_sequence = {name: torch.cat(parts) for name, parts in found.items()}  # [sequence, layer, head]
+    by_sequence: dict[ScoreName, Tensor] = {name: torch.cat(parts) for name, parts in found.items()}
     draws = torch.from_numpy(unit_draws(n_sequences, n_samples=_SAMPLES, seed=seed)) / n_sequences
+    intervals: dict[ScoreName, Tensor] = {name: _interval(values, draws) for name, values in by_sequence.items()}
+    even: dict[ScoreName, float] = {name: float((1 / (query + 1)).mean()) for name, (query, _) in places.items()}
     return HeadScores(
-        **{name: values.mean(0) for name, values in by_sequence.items()},
-        intervals={name: _interval(values, draws) for name, values in by_sequence.items()},
-        even={name: float((1 / (query + 1)).mean()) for name, (query, _) in places.items()},
+        previous_token=by_sequence["previous_token"].mean(0),
+        induction=by_sequence["induction"].mean(0),
+        duplicate_token=by_sequence["duplicate_token"].mean(0),
+        intervals=intervals,
+        even=even,
         copy_loss=model.losses(tokens)[:, n + 1 :].mean().item(),
         n_sequences=n_sequences,
         n=n,

@@ -13,7 +13,7 @@ patches are the rows of one batch, each batch run from the layer of its first pa
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 from headscope.errors import HeadscopeError, ModelError
 from headscope.models.hf import Edit, Model, Restart
 from headscope.site import Site
-from headscope.stats import MINIMUM_UNITS, Measure, resampled, unit_draws
+from headscope.stats import MINIMUM_UNITS, Estimate, Measure, resampled, unit_draws
 from headscope.studies.corruptions import FeatureMetric, PromptPair
 
 NodeKind = Literal[
@@ -424,7 +424,7 @@ class AverageEffect:
 def average(results: Sequence[Patching], *, n_samples: int = 1000, seed: int = 0) -> tuple[AverageEffect, ...]:
     """Mean scores of the same patches over pairs of prompts, with intervals by resampling the pairs.
 
-    The null of a score is exact: 1 for noising and 0 for denoising, what a patch that nothing depends on has.
+    The null of a score is what a patch that nothing depends on has: exactly 1 for noising and 0 for denoising.
 
     Raises:
         HeadscopeError: no result, or results of other patches.
@@ -439,7 +439,9 @@ def average(results: Sequence[Patching], *, n_samples: int = 1000, seed: int = 0
 
     def measured(direction: Callable[[Patching], Scores], name: str, what: str) -> list[Measure]:
         values = np.stack([getattr(direction(result), name) for result in results])  # [pair, patch]
-        return [_mean(f"mean over pairs of prompts of the {what}", own, draws) for own in values.T]
+        nothing = float(what.startswith("noising"))
+        null = Estimate(nothing, nothing, nothing)
+        return [replace(_mean(f"mean over pairs of prompts of the {what}", own, draws), null=null) for own in values.T]
 
     columns = zip(
         results[0].patches,

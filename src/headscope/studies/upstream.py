@@ -95,11 +95,12 @@ _COVARIANCE = "Cov(C_h, pre) / Var(pre)"
 
 
 def _range(shares: Sequence[Float[np.ndarray, " head"]], n_heads: int) -> list[Estimate | None]:
-    """Mean and range over null directions, head by head."""
+    """Mean over null directions and the range that holds 95 % of them, head by head."""
     if not shares:
         return [None] * n_heads
     stacked = np.stack(shares)
-    return [Estimate(float(own.mean()), float(own.min()), float(own.max())) for own in stacked.T]
+    low, high = np.percentile(stacked, [2.5, 97.5], axis=0)
+    return [Estimate(*ends) for ends in zip(stacked.mean(0).tolist(), low.tolist(), high.tolist(), strict=True)]
 
 
 def _covariance(
@@ -246,7 +247,8 @@ def source_shares(
     """How much of a feature comes from source tokens of a set, and how much attention they are paid.
 
     Runs the model over the blocks in which the feature is active, and over as many others that hold the set. The null
-    of a share is that of random directions of z at the same tokens: mean and range over them.
+    of a share of squares is that of random directions of z at the same tokens: mean and range over them. Linear shares
+    have none: what random directions sum to is near 0, and so its ratios are anything.
 
     Args:
         live: the index with its model and SAE.
@@ -369,9 +371,12 @@ class _Sources:
     def _record(self, number: int, rows: _Rows | None, baselines: Sequence[_Baseline], n_blocks: int) -> SourceShares:
         threshold, n_heads = self.thresholds[number], self.model.spec.n_heads
         rows = self._empty() if rows is None else rows
+        linear = {2, *range(3 + n_heads, 3 + 2 * n_heads)}  # of `_quantities`
 
         def share(quantity: int, definition: str) -> Measure:
             inside, total = rows.inside[..., quantity], rows.total[..., quantity]
+            if quantity in linear:
+                return ratio(rows.document, inside[:, 0], total[:, 0], definition=definition)
             with np.errstate(divide="ignore", invalid="ignore"):
                 random = inside[:, 1:].sum(0) / total[:, 1:].sum(0)
             random = random[np.isfinite(random)]
