@@ -1,5 +1,6 @@
 """A made-up, deterministic index, with every kind of token that has ever broken such a page, and its cards."""
 
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -307,7 +308,7 @@ class FakeIndex(FeatureIndex):
         examples = tuple(self._example(latent, salt + i, level) for i, level in enumerate(levels))
         if kind == "quantile" and number == 0:  # what is strongest is in several groups
             examples = (self._example(latent, 0, top), *examples[1:])
-        return ExampleGroup(kind, number, low * top, high * top, n, share, share, examples)
+        return ExampleGroup(kind, number, low * top, high * top, n, share, share, False, examples)
 
     def _example(self, latent: int, number: int, activation: float) -> Example:
         turn, block = divmod(number, N_BLOCKS)
@@ -375,9 +376,8 @@ class FakeSource(IndexCards):
 
 
 def _with(group: ExampleGroup, *, low: float, high: float, shares: tuple[float, float]) -> ExampleGroup:
-    return ExampleGroup(
-        group.kind, group.number, low, high, group.n, float(shares[0]), float(shares[1]), group.examples
-    )
+    active, mass = (float(share) for share in shares)
+    return replace(group, low=low, high=high, share_active=active, share_mass=mass)
 
 
 def _histogram(latent: int, top: float) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from headscope.errors import IndexFormatError
+from headscope.errors import IndexFormatError, ModelError
 from headscope.index.build import SAERecord, build_index
 from headscope.index.config import DEFINITIONS, N_BINS, N_SOURCE_TOKENS, QUANTILES, IndexPlan
 from headscope.index.passes import subjects_of
@@ -524,6 +524,15 @@ def test_building_twice_gives_the_same_bytes(case, tmp_path):
     assert own == other
 
 
+def test_what_people_said_outlives_an_index_built_anew(case, tmp_path):
+    out = tmp_path / "index"
+    build(case.naive.model, {"random": case.naive.sae}, case.naive.corpus, out)
+    (out / "labels.jsonl").write_text("said\n")
+    record = SAERecord("random", "sha256:0")
+    build_index(case.naive.model, [(case.naive.sae, record)], case.naive.corpus, out, overwrite=True, plan=PLAN)
+    assert (out / "labels.jsonl").read_text() == "said\n"
+
+
 def test_several_saes_in_one_pass_are_each_alone(random_model, random_corpus, random_sae, tmp_path):
     model = random_model("gpt2", dtype=torch.float64)
     corpus = random_corpus(model, n_blocks=9, block_size=12)
@@ -540,6 +549,24 @@ def test_several_saes_in_one_pass_are_each_alone(random_model, random_corpus, ra
     for index, (name, sae) in zip(together, saes.items(), strict=True):
         alone = build(model, {name: sae}, corpus, tmp_path / name, plan)[0]
         same(index, alone)  # within rounding: alone, the layers before are computed by SDPA
+
+
+def test_an_sae_is_read_in_the_precision_of_its_model(random_model, random_corpus, random_sae, tmp_path):
+    model = random_model("gpt2", dtype=torch.float64)
+    corpus = random_corpus(model, n_blocks=9, block_size=12)
+    narrow = random_sae(model, 10, "relu").to(torch.float32)
+    found, expected = (
+        build(model, {name: sae}, corpus, tmp_path / name)[0]
+        for name, sae in (("narrow", narrow), ("wide", narrow.to(torch.float64)))
+    )
+    same(found, expected)
+
+
+def test_a_model_too_coarse_for_sums_to_close_is_refused(random_model, random_corpus, random_sae, tmp_path):
+    model = random_model("gpt2", dtype=torch.bfloat16)
+    corpus = random_corpus(model, n_blocks=9, block_size=12)
+    with pytest.raises(ModelError, match=r"bfloat16\n  expected: float32 or float64"):
+        build(model, {"any": random_sae(model, 10, "relu")}, corpus, tmp_path / "index")
 
 
 # ---------------------------------------------------------------------------------------------------------- symmetries
@@ -670,6 +697,8 @@ def test_latents_with_more_rows_than_are_held_at_a_time(case, tmp_path):
             assert (a is None) == (b is None)
             if a is not None:
                 near(a, b, {"rtol": 1e-9, "atol": 1e-9})
+        sampled = ("random", "quantile", "interval")  # what ends show is found among all
+        assert all(g.sampled == (j in large and g.kind in sampled) for g in again.examples(j))
         if j not in large:
             shown = [[[e.position for e in g.examples] for g in i.examples(j)] for i in (again, case.index)]
             assert shown[0] == shown[1]

@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from headscope.artefact import check_output, file_hash, move_into_place, read_json, write_json
 from headscope.capture import check_corpus
 from headscope.corpus import Corpus
-from headscope.errors import CorpusError, IndexFormatError, OutputError, SAEError
-from headscope.index import tables, writing
+from headscope.errors import CorpusError, IndexFormatError, ModelError, OutputError, SAEError
+from headscope.index import labels, tables, writing
 from headscope.index.config import DEFINITIONS, FORMAT_VERSION, N_CORRELATED, IndexPlan
 from headscope.index.correlations import most_correlated
 from headscope.index.parts import Parts, SortedParts, Workers, leave_after_first, leave_first, locked
@@ -85,10 +86,16 @@ def build_index(
 
     Raises:
         SAEError: not a z SAE, or of another width than the model's z; or two of one name.
-        CorpusError, ModelError: the corpus or the layer does not fit the model.
+        CorpusError, ModelError: the corpus or the layer does not fit the model, which must be in float32 or float64.
         OutputError: the folder holds something, cannot be written, or is being built by another process.
         IndexFormatError: DFA does not sum to the pre-activation, or activations are not finite.
     """
+    if model.module.dtype not in (torch.float32, torch.float64):
+        raise ModelError(
+            f"{model.spec.name} in {model.module.dtype}",
+            expected="float32 or float64, in which DFA sums to the pre-activation",
+            do="load it in float32",
+        )
     for sae, _ in saes:
         check_fits(sae, model)
         if sae.site.kind != "z":
@@ -130,7 +137,7 @@ class _Build:
         workers: Workers,
     ) -> None:
         self.model, self.corpus, self.folder, self.plan, self.workers = model, corpus, folder, plan, workers
-        self.saes = [sae.to(model.device) for sae, _ in saes]
+        self.saes = [sae.to(model.device).to(model.module.dtype) for sae, _ in saes]
         self.records = [record for _, record in saes]
         self.partial = folder.with_name(f"{folder.name}.partial")
         self.final = self.partial / "final"
@@ -211,14 +218,25 @@ class _Build:
             leave_after_first(self.partial, self.workers, self.partial / "plan.json")
         else:
             leave_first(self.partial, self.workers)
-            check_output(self.folder, overwrite=overwrite)  # it may have been filled meanwhile
-            (self.final / "whole").unlink()
-            try:
-                move_into_place(self.final, self.folder)
-            except OSError:
-                (self.final / "whole").touch()
-                raise
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self._finish(overwrite=overwrite)
+
+    def _finish(self, *, overwrite: bool) -> None:
+        """Move the index to its place and clear the build folder."""
+        check_output(self.folder, overwrite=overwrite)  # it may have been filled meanwhile
+        for name, output in zip(self.names, self.outputs, strict=True):
+            said = output / labels.FILE
+            if said.is_file() and not said.is_symlink():  # by people, who are not to be asked again
+                shutil.copyfile(said, self.final / name / labels.FILE)
+        (self.final / "whole").unlink()
+        try:
+            move_into_place(self.final, self.folder)
+        except OSError:
+            (self.final / "whole").touch()
+            raise
+        for child in self.partial.iterdir():
+            if child.is_dir():
+                shutil.rmtree(child, ignore_errors=True)  # before the plan, which says that a build left the rest
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def _blocks(self, part: int) -> np.ndarray:
         start = part * self._blocks_a_part

@@ -6,7 +6,7 @@ from typing import Any
 
 from headscope.errors import IndexFormatError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 N_BINS = 50
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 N_LOGITS = 20

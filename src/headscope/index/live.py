@@ -67,7 +67,7 @@ class LiveIndex:
                 expected=f"{index.manifest['site']} with {index.n_latents}",
                 do="pass the SAE that the index was built with",
             )
-        self.index, self.model, self.sae = index, model, sae.to(model.device)
+        self.index, self.model, self.sae = index, model, sae.to(model.device).to(model.module.dtype)
         self._weights = attribution.HeadWeights.of(self.sae, model)
 
     def dfa(self, position: int, latents: Int[np.ndarray, " n"] | list[int]) -> tuple[TokenDFA, ...]:

@@ -201,6 +201,8 @@ class ExampleGroup:
     """Of the feature's active tokens."""
     share_mass: float
     """Of its summed activation."""
+    sampled: bool
+    """The three are estimated from an even sample of its active tokens, which were too many to be held at once."""
     examples: tuple[Example, ...]
 
 

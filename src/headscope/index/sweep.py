@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from headscope.index.config import N_BINS, QUANTILES, IndexPlan
 from headscope.index.parts import SortedParts
@@ -35,6 +35,8 @@ class Groups:
     """Active tokens in the group."""
     mass: Float[np.ndarray, " group"]
     """Their summed activation."""
+    sampled: Bool[np.ndarray, " group"]
+    """Both are estimated from an even sample of the latent's active tokens."""
     n_chosen: Int[np.ndarray, " group"]
     position: Int[np.ndarray, " chosen"]
     """Of the chosen examples, strongest first, group after group."""
@@ -261,6 +263,7 @@ def _groups(
         high=np.maximum.reduceat(f, start),
         n=np.rint(length * scale[order][start]).astype(np.int64),
         mass=np.add.reduceat(f, start) * scale[order][start],
+        sampled=scale[order][start] != 1,
         n_chosen=np.bincount(group[picked], minlength=len(start)),
         position=rows["position"][order][picked],
         duplicates=np.zeros(len(picked), np.int64),
@@ -315,7 +318,8 @@ def _text_hash(latent: Int[np.ndarray, " n"], position: Int[np.ndarray, " n"], b
 def _concatenated(groups: list[Groups]) -> Groups:
     names = Groups.__dataclass_fields__
     if not groups:
-        return Groups(**{name: np.empty(0, float if name in ("low", "high", "mass") else int) for name in names})
+        kinds = {"low": float, "high": float, "mass": float, "sampled": bool}
+        return Groups(**{name: np.empty(0, kinds.get(name, int)) for name in names})
     return Groups(**{name: np.concatenate([getattr(g, name) for g in groups]) for name in names})
 
 

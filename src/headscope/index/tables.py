@@ -289,7 +289,7 @@ def null_table(subject: Subject, pairs: SortedParts, n_heads: int) -> pa.Table:
         share, covariance, _ = head_shares(n, p, p2, sums[:, 3:].reshape(len(sums), 3, n_heads))
     return pa.table(
         {
-            "kind": [NULL_KINDS[k] for k in subject.nulls.kind.tolist()],
+            "kind": pa.array([NULL_KINDS[k] for k in subject.nulls.kind.tolist()], pa.string()),
             "latent": pa.array(subject.nulls.latent.cpu().numpy(), pa.int32()),
             "n_active": pa.array(n.astype(np.int64)),
             "dfa_share": nullable_lists(share),
@@ -312,6 +312,7 @@ def group_table(groups: Groups, totals: Totals) -> pa.Table:
             "n": pa.array(groups.n, pa.int64()),
             "share_active": pa.array(groups.n / whole[:, MOMENTS.index("n")], pa.float64()),
             "share_mass": pa.array(groups.mass / whole[:, MOMENTS.index("f")], pa.float64()),
+            "sampled": pa.array(groups.sampled, pa.bool_()),
             "positions": lists(groups.position, groups.n_chosen, pa.int64()),
             "duplicates": lists(groups.duplicates, groups.n_chosen, pa.int32()),
         }
