@@ -135,6 +135,10 @@ def test_roles_by_the_two_directions(loss, gain, expected):
     assert role(loss, gain, threshold=0.3) == ("no effect" if expected in ("AND", "OR") else expected)
 
 
+def moved(scores, by):
+    return dataclasses.replace(scores, pre_score=scores.pre_score + 0.1 * by)
+
+
 def test_averages_over_pairs(sequences):
     kinds = ["z", "mlp_out"]
     results = [patch(prompts, nodes_of(prompts, kinds)) for prompts, _ in sequences]
@@ -144,7 +148,11 @@ def test_averages_over_pairs(sequences):
         assert (effect.noising.null.value, effect.denoising_activation.null.value) == (1, 0)
         assert effect.noising.value == pytest.approx(0 if matters else 1)
         assert effect.denoising_activation.value == pytest.approx(1 if matters else 0)
-        assert effect.denoising.low == pytest.approx(effect.denoising.high)
+        ends = effect.denoising.low, effect.denoising.high  # none if all pairs are alike to the last bit
+        assert ends == (None, None) or ends == pytest.approx((effect.denoising.value,) * 2)
+    apart = [dataclasses.replace(r, noising=moved(r.noising, i)) for i, r in enumerate(results)]
+    spread = average(apart)[0].noising
+    assert spread.low < spread.value < spread.high
     few = average(results[:3])[0].noising
     assert few.low is None
     assert "3 pairs" in few.missing

@@ -458,8 +458,10 @@ def _mean(definition: str, values: Float[np.ndarray, " unit"], draws: Float[np.n
     n, value = len(values), float(values.mean())
     if n < MINIMUM_UNITS:
         return Measure(definition, n, value, missing=f"no interval: {n} pairs, at least {MINIMUM_UNITS} are needed")
-    low, high = resampled(lambda sums: sums[:, 0] / n, values[:, None], draws) or (None, None)
-    return Measure(definition, n, value, low, high, "pairs resampled, 95 %")
+    found = resampled(lambda sums: sums[:, 0] / n, values[:, None], draws)
+    if found is None:
+        return Measure(definition, n, value, missing="no interval: all pairs alike")
+    return Measure(definition, n, value, *found, interval="pairs resampled, 95 %")
 
 
 # ------------------------------------------------------------------------------------------------------------- and, or

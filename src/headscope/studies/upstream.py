@@ -118,7 +118,7 @@ def _covariance(
     found = resampled(_covariance_share, sums, unit_draws(len(sums), n_samples=N_SAMPLES, seed=0))
     value = float((x * y).sum() / (y * y).sum())
     if found is None:
-        few = f"no interval: {len(sums)} documents, at least {MINIMUM_UNITS} are needed"
+        few = f"no interval: {len(sums)} documents; it needs {MINIMUM_UNITS} that are not all alike"
         return Measure(_COVARIANCE, n, value, missing=few)
     return Measure(_COVARIANCE, n, value, *found, interval="95 %, documents resampled 1,000 times")
 
