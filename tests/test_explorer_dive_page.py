@@ -3,30 +3,36 @@
 import csv
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from browsing import CHROMIUM, launched, quiet_page, serving
-from dive_index import COMMON, DEAD, HOSTILE_NAME, RARE, built
+from dive_index import COMMON, DEAD, HOSTILE_NAME, N_LATENTS, RARE, built
 from headscope import jobs
 from headscope.explorer.cards import IndexCards
 from headscope.explorer.dives import IndexDives
 from headscope.explorer.server import make_app
+from headscope.index.columns import add_columns
 from headscope.index.store import FeatureIndex
 from headscope.proxies import Proxy
-from headscope.stats import Measure
-from headscope.studies.downstream import Downstream, PathEffect
+from headscope.stats import Estimate, Measure
+from headscope.studies.downstream import Downstream, PathEffect, logit_effect
+from headscope.studies.sensitivity import adjudicate
+from headscope.studies.specificity import specificity
 from headscope.studies.specificity_records import PredictionGroup, Predictions
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 
 PROXY = 'token_in(["a", "b", "c", "d", "e", "f"])'
 OTHER = '~token_in(["a"])'
+NULL = Estimate(0.125, -0.25, 0.5)
 HOSTILE = '<img src=x onerror=alert(1)></script>"\u202e'
 
 
@@ -44,7 +50,7 @@ class FakeEffects:
         position, activation = active.position[kept], active.activation[kept].astype(np.float64)
         tokens = np.concatenate([self.index.tokens_of(block) for block in range(self.index.n_blocks)])
         change = np.where(tokens[position] % 2 == 0, -activation, activation)
-        mean = Measure("mean change of the loss", len(position), value=float(change.mean()))
+        mean = Measure("mean change of the loss", len(position), value=float(change.mean()), null=NULL)
         return Downstream(
             latent=latent,
             layer=1,
@@ -187,7 +193,7 @@ def test_expected_value_has_both_normalisations(page: Page, address: str) -> Non
     assert "norm=1" in page.url
 
 
-def test_sensitivity_and_verdicts(page: Page, address: str, dives: IndexDives) -> None:
+def test_sensitivity_and_verdicts(page: Page, address: str, index: FeatureIndex, dives: IndexDives) -> None:
     dive = dives.dive(COMMON, PROXY)
     page.goto(link(address, "sensitivity"))
     opened(page, "sensitivity")
@@ -195,14 +201,20 @@ def test_sensitivity_and_verdicts(page: Page, address: str, dives: IndexDives) -
         expect(page.locator(f"[data-chart={chart}] .curve")).to_have_attribute("d", re.compile("^M"))
     expect(page.locator("[data-measure]")).to_have_count(6)
     expect(page.locator("[data-subtypes] tr")).to_have_count(1 + len(dive["subtypes"]))
-    first = dive["misses"]["rows"][0]
+    first, second = dive["misses"]["rows"][:2]
     page.click(f"[data-choice='verdict-{first}:miss']")
-    expect(page.locator("[data-verdicts]")).to_contain_text("1 judged: 1 missed")
+    page.click(f"[data-choice='verdict-{second}:proxy wrong']")
+    expect(page.locator("[data-verdicts]")).to_have_text("2 judged: 1 miss, 1 proxy wrong, 0 unclear")
     page.reload()
     opened(page, "sensitivity")
     expect(page.locator(f"[data-choice='verdict-{first}:miss']")).to_have_attribute("aria-pressed", "true")
     rows = downloaded(page)
-    assert [row[0] for row in rows if row and row[0] in ("miss", "right", "unclear")] == ["miss"]
+    at = next(i for i, row in enumerate(rows) if row[:2] == ["verdict", "corpus_position"])
+    given: Any = {int(row[1]): row[0] for row in rows[at + 1 :] if row[0]}
+    found = specificity(index, COMMON, PROXY).sensitivity
+    assert given == {int(found.sample[0]): "miss", int(found.sample[1]): "proxy wrong"}
+    judged = adjudicate(found, given)
+    assert (judged.n_judged, judged.misses and judged.misses.value) == (2, 0.5)
 
 
 def test_every_tab_states_what_it_is_and_gives_its_data_and_its_call(page: Page, address: str) -> None:
@@ -233,7 +245,14 @@ def test_logits_are_listed_whole(page: Page, address: str, index: FeatureIndex) 
     opened(page, "logits")
     expect(page.locator("[data-logit-list=positive] li")).to_have_count(20)
     expect(page.locator("[data-proxy]")).to_be_hidden()
+    effect = logit_effect(index, COMMON)
+    expect(page.locator("[data-prominence]")).to_have_text(f"{effect.prominence:.3f}")
+    expect(page.locator("[data-copied-source]")).to_have_attribute("data-copied-source", str(effect.copied).lower())
+    expect(page.locator("[data-copied-source]")).to_contain_text("Copied: " if effect.copied else "Not copied: ")
     rows = downloaded(page)
+    said = {row[0]: row[1] for row in rows if row}
+    assert (said["copied"], said["top_source"]) == (str(effect.copied).lower(), str(effect.top_source))
+    assert float(said["prominence"]) == pytest.approx(effect.prominence, rel=1e-5)
     assert [float(row[3]) for row in rows[1:21]] == pytest.approx(
         [value for _, value in index.feature(COMMON).logit_top], rel=1e-3
     )
@@ -248,6 +267,25 @@ def test_without_a_model_the_tab_says_how_to_get_one(page: Page, address: str) -
     expect(page.locator("[data-nothing]")).to_contain_text("no loss effects yet")
     expect(page.locator("[data-advice]")).to_contain_text("headscope effects")
     expect(page.locator("[data-advice]")).to_contain_text("serve --model")
+
+
+def test_columns_of_effects_say_the_n_of_this_feature(page: Page, index: FeatureIndex, tmp_path: Path) -> None:
+    copy = FeatureIndex.open(shutil.copytree(index.folder, tmp_path / "copy"))
+    own = {
+        "n": [1234 + latent for latent in range(N_LATENTS)],
+        "sampled": [500] * N_LATENTS,
+        "mean": [0.25] * N_LATENTS,
+    }
+    table = pa.table({"latent": pa.array(range(N_LATENTS), pa.int32()), **own})
+    add_columns(copy, "effects", table, {"settings": {}, "definitions": dict.fromkeys(own, "-"), "n": 15_491_274})
+    corpus = copy.manifest["corpus"]
+    with serving(make_app(IndexCards(copy), dives=IndexDives(copy))) as address:
+        page.goto(link(address, "ablation"))
+        opened(page, "ablation")
+        said = f"n = 500 of {1234 + COMMON:,} active tokens of {corpus['name']}, {corpus['split']}."
+        expect(page.locator("[data-definition]")).to_contain_text(said)
+        expect(page.locator("[data-definition]")).not_to_contain_text("15")
+        expect(page.locator("[data-provenance=effects]")).to_contain_text("n over all features = 15,491,274;")
 
 
 def test_effects_of_a_model_by_path(page: Page, index: FeatureIndex) -> None:
@@ -269,6 +307,10 @@ def test_effects_of_a_model_by_path(page: Page, index: FeatureIndex) -> None:
         blue = row.locator(".tok.better").evaluate_all("tokens => tokens.map(token => +token.dataset.pos)")
         assert red == [p + 1 for p, change in worst["change"] if change > 0 and p < worst["dst"] + 16]
         assert blue == [p + 1 for p, change in worst["change"] if change < 0 and p < worst["dst"] + 16]
+        rows = downloaded(page)
+        assert rows[0][6:9] == ["null", "null_low", "null_high"]
+        total = next(row for row in rows if row[:2] == ["total", "mean change"])
+        assert [float(value) for value in total[6:9]] == [NULL.value, NULL.low, NULL.high]
         page.click("[data-tab=sensitivity]")
         expect(page.locator("[data-predictions] [data-measure='true positives'] td b")).to_have_text("50.0\u202f%")
         expect(page.locator("[data-predictions] [data-measure=auc] [data-missing]")).to_have_text("too few")

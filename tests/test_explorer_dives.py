@@ -133,6 +133,8 @@ def test_the_python_of_each_tab_makes_its_numbers_again(dives: IndexDives) -> No
         ('token_in(["a"])', []),
         ('token_in(["a"]) | induction("b")', ['token_in(["a"])', 'induction("b")']),
         ('induction("b", fuzzy=True)', ['induction("b")']),
+        ('within_after(["a", "b"], n=3)', ['within_after(["a"], n=3)', 'within_after(["b"], n=3)']),
+        ('within_after(["a"], n=3)', []),
         ('~token_in(["a"])', []),
     ],
 )
@@ -154,6 +156,26 @@ def test_what_is_empty_says_so_and_has_no_nan(dives: IndexDives) -> None:
     always = strict(dives.dive(COMMON, 'token_in(["a"]) | ~token_in(["a"])'))
     assert any("every token" in note for note in always["notes"])
     assert strict(dives.dive(DEAD, 'document("no such document")'))["misses"] == {"n": 0, "rows": []}
+
+
+def test_the_start_says_whether_the_top_logit_is_copied(index: FeatureIndex, dives: IndexDives) -> None:
+    for latent in (COMMON, DEAD):
+        start, feature, sources = strict(dives.start(latent)), index.feature(latent), index.sources(latent)
+        top, value = feature.logit_top[0]
+        source = sources.tokens[0].token if sources and sources.tokens else None
+        said = start["logits"]
+        assert said["prominence"] == pytest.approx((value - feature.logit_mean) / feature.logit_std, rel=1e-5)
+        assert (said["top_source"], said["copied"]) == (source, None if source is None else source == top)
+        if feature.copy_rank is None:
+            assert said["copy_rank"] is None
+        else:
+            assert said["copy_rank"] == pytest.approx(feature.copy_rank, rel=1e-5)
+        *lines, last = start["python"]["logits"].splitlines()
+        made: dict[str, Any] = {}
+        exec("\n".join([*lines, f"shown = {last}"]), made)
+        assert made["shown"][0] == feature.logit_top
+        assert made["shown"][3:5] == (said["copied"], source)
+    assert strict(dives.start(DEAD))["logits"]["copied"] is None
 
 
 def test_too_few_activations_name_the_minimum(dives: IndexDives) -> None:
@@ -243,8 +265,8 @@ def test_a_server_without_dives_has_no_such_routes() -> None:
     ("path", "status", "said"),
     [
         ("dive/7", 400, "0 proxies given"),
-        ("dive/7?proxy=", 400, "expected one"),
-        ("dive/7?proxy=%20", 400, "expected one"),
+        ("dive/7?proxy=", 400, "the proxy is empty"),
+        ("dive/7?proxy=%20", 400, "the proxy is empty"),
         (f"dive/7?proxy={PROXY}&proxy={PROXY}", 400, "2 proxies given"),
         (f"dive/7?proxy={'a' * (MAX_PROXY + 1)}", 400, f"at most {MAX_PROXY:,}"),
         ("dive/7?proxy=induction(1)", 400, "column 11"),

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from headscope.errors import HeadscopeError, IndexFormatError, StudyError
 from headscope.explorer.answers import Json
-from headscope.explorer.study_json import effects_json, predictions_json, specificity_json
+from headscope.explorer.study_json import effects_json, logits_json, predictions_json, specificity_json
 from headscope.index.columns import read_columns, studies
 from headscope.index.store import FeatureIndex
 from headscope.proxies import (
@@ -22,8 +22,8 @@ from headscope.proxies import (
     vocabulary_of,
     within_after,
 )
-from headscope.proxies.families import AfterAny, Induction, NextTokenIn, TokenIn
-from headscope.studies.downstream import Downstream
+from headscope.proxies.families import AfterAny, Induction, NextTokenIn, TokenIn, WithinAfter
+from headscope.studies.downstream import Downstream, logit_effect
 from headscope.studies.specificity import specificity
 from headscope.studies.specificity_records import Predictions
 
@@ -62,16 +62,17 @@ class IndexDives:
         self._found: OrderedDict[int, Downstream] = OrderedDict()
 
     def start(self, latent: int) -> Json:
-        """Proxies to try, what studies added to the index, and whether there is a model."""
+        """Proxies to try, what studies added to the index, whether the top logit is copied, whether there is a model."""
         self._check(latent)
         opened = _open(str(self._index.folder))
         return {
             "proxies": list(self._suggested(latent)),
             "columns": {study: self._columns(study, latent) for study in studies(self._index.folder)},
+            "logits": logits_json(logit_effect(self._index, latent)),
             "live": self._effects is not None,
             "advice": _ADVICE,
             "python": {
-                "logits": f"{opened}\nfeature = index.feature({latent})\nfeature.logit_top, feature.logit_bottom",
+                "logits": _python_of_logits(str(self._index.folder), latent),
                 "ablation": f'{opened}\nindex.columns("effects").slice({latent}, 1).to_pylist()',
             },
         }
@@ -209,7 +210,7 @@ def _subtypes(proxy: Proxy) -> dict[str, Proxy]:
             parts = list(proxy.parts)
         case Induction(fuzzy=True):
             parts = [induction_of(proxy.token)]
-        case TokenIn() | NextTokenIn() | AfterAny():
+        case TokenIn() | NextTokenIn() | AfterAny() | WithinAfter():
             parts = [replace(proxy, tokens=(token,)) for token in proxy.tokens] if len(proxy.tokens) > 1 else []
         case _:
             parts = []
@@ -241,6 +242,16 @@ def _python(folder: str, latent: int, proxy: Proxy) -> dict[str, str]:
         ),
         "sensitivity": f"{whole}found.sensitivity, found.curve, found.auc, found.pearson",
     }
+
+
+def _python_of_logits(folder: str, latent: int) -> str:
+    return (
+        "from headscope import FeatureIndex\n"
+        "from headscope.studies.downstream import logit_effect\n\n"
+        f"index = FeatureIndex.open({folder!r})\n"
+        f"found = logit_effect(index, {latent})\n"
+        "found.top, found.bottom, found.prominence, found.copied, found.top_source, found.copy_rank"
+    )
 
 
 def _python_of_effects(folder: str, latent: int) -> str:

@@ -76,8 +76,10 @@ class StudyRoutes:
             if isinstance(latent, Response):
                 return latent
             arguments = [] if name == "start" else request.query_params.getlist("proxy")
-            if name != "start" and (len(arguments) != 1 or not arguments[0].strip()):
+            if name != "start" and len(arguments) != 1:
                 return failure(400, f"{len(arguments)} proxies given: expected one, as in ?proxy=token_in([...])")
+            if name != "start" and not arguments[0].strip():
+                return failure(400, "the proxy is empty: expected one, as in ?proxy=token_in([...])")
             if len("".join(arguments)) > MAX_PROXY:
                 return failure(400, f"a proxy of {len(arguments[0]):,} characters: expected at most {MAX_PROXY:,}")
             return await self._answer(request, (name, latent, *arguments), lambda: method(latent, *arguments))

@@ -12,7 +12,7 @@ from headscope.explorer.numbers import short, significant
 from headscope.index.records import Activations
 from headscope.index.store import FeatureIndex
 from headscope.stats import Estimate, Measure
-from headscope.studies.downstream import Downstream, PathEffect
+from headscope.studies.downstream import Downstream, LogitEffect, PathEffect
 from headscope.studies.specificity import expected_value
 from headscope.studies.specificity_records import (
     Curve,
@@ -78,6 +78,12 @@ def effects_json(found: Downstream, index: FeatureIndex, mask: Bool[np.ndarray, 
         "best": _extremes(found, found.best(), places),
         **places.as_json(_changes(found)),
     }
+
+
+def logits_json(found: LogitEffect) -> Json:
+    """How far the top logit token stands out, and whether it is copied; the card has the tokens."""
+    numbers = {name: short(getattr(found, name), _DIGITS) for name in ("prominence", "copy_rank")}
+    return numbers | {"copied": found.copied, "top_source": found.top_source}
 
 
 def predictions_json(found: Predictions, block_size: int) -> Json:

@@ -13,10 +13,10 @@ export function drawAblation(effects, start, view, needs) {
 }
 
 /** Without a model: what the index holds, and how to get the rest. */
-function drawKept({ columns, python, advice }, { feature, vocab }) {
+function drawKept({ columns, python, advice }, { feature, vocab, about: { corpus } }) {
   const own = columns.effects;
   const head = own?.values && studyHead({
-    definition: `Exact loss change by the direct path when the feature is removed, as headscope effects wrote it into the index; n = ${own.n}.`, python: python.ablation, name: `ablation-${feature.latent}`,
+    definition: `Exact loss change by the direct path when the feature is removed, as headscope effects wrote it into the index. n = ${int(own.values.sampled)} of ${int(own.values.n)} active tokens of ${corpus.name}, ${corpus.split}.`, python: python.ablation, name: `ablation-${feature.latent}`,
     rows: () => [["column", "value", "definition"], ...Object.entries(own.values).map(([name, value]) => [name, value, own.definitions[name]])],
   });
   const kept = drawColumns(columns, "effects", vocab);
@@ -29,7 +29,7 @@ function drawEffects(effects, view, needs) {
   const list = (found, side) => found.rows.map((row, i) => [side, ...names.map((name) => found.change[name][i]), found.loss[i], quoted(needs.vocab.text(found.next[i])), ...contextCells(contexts[row], needs)]);
   const head = studyHead({
     definition: `Loss of the next token with the feature removed, less without (nats); ${effects.definition}. n = ${int(effects.n)} of ${int(effects.n_active)} active tokens of ${effects.corpus}.`, python: effects.python.ablation, name: `ablation-${effects.latent}`,
-    rows: () => [["path", "what", "of", "value", "low", "high", "n", "definition"], ...paths.flatMap((path) => [[path.path, "mean change", "all", ...numbers(path.mean)],
+    rows: () => [["path", "what", "of", "value", "low", "high", "null", "null_low", "null_high", "n", "definition"], ...paths.flatMap((path) => [[path.path, "mean change", "all", ...numbers(path.mean)],
       ...Object.entries(path.shares).flatMap(([of, { positive, net }]) => [[path.path, "share of increase", of, ...numbers(positive)], [path.path, "share of net", of, ...numbers(net)]])]),
     [], ["bin_low", "bin_high", ...names], ...histogram.edges.slice(1).map((edge, i) => [histogram.edges[i], edge, ...names.map((name) => histogram.counts[name][i])]),
     [], ["side", ...names, "loss", "next_token", ...CONTEXT_HEADINGS], ...list(worst, "worst"), ...list(best, "best")],
@@ -39,7 +39,7 @@ function drawEffects(effects, view, needs) {
   return [head, ...notes, drawPaths(effects, needs), drawChanges(effects, view, needs), ...drawExtremes("Where the loss rises most", worst, effects, needs), ...drawExtremes("Where it falls most", best, effects, needs)];
 }
 
-const numbers = ({ value, low, high, n, definition }) => [value, low, high, n, definition];
+const numbers = ({ value, low, high, null: chance, n, definition }) => [value, low, high, chance?.value, chance?.low, chance?.high, n, definition];
 
 /** A row a path: mean change, and how much of it is on the top token and on the proxy. */
 function drawPaths({ paths, token, n, n_of: counts, interaction }, { vocab }) {

@@ -5,17 +5,17 @@ import { choice, el } from "./dom.js";
 import { int, num, pct } from "./format.js";
 import { empty, measureRows, measureTable, measureText, studyHead } from "./study.js";
 
-const VERDICTS = [["miss", "miss", "the feature should have fired here"], ["right", "right", "it rightly stays silent: the proxy is too wide"], ["unclear", "?", "unclear"]];
+const VERDICTS = [["miss", "miss", "the feature should have fired here"], ["proxy wrong", "proxy wrong", "the proxy is true where it should not be"], ["unclear", "unclear", "one cannot say"]]; // as studies.sensitivity.adjudicate takes them
 
 export function drawSensitivity(dive, view, needs) {
   const { counts, curve, measures, misses, subtypes } = dive;
   const scores = ["recall", "auc", "average_precision", "pearson", "phi", "pearson_above"].map((name) => [name, { recall: "recall", auc: "AUC (ROC)", average_precision: "average precision", pearson: "Pearson, all tokens", phi: "phi, active or not", pearson_above: `Pearson, f > ${num(dive.tau, 2)}` }[name], measures[name]]);
-  const verdicts = new Verdicts(dive);
+  const verdicts = new Verdicts(dive, needs.about.corpus.block_size);
   const head = studyHead({
     definition: `Recall: share of the ${int(counts.n_proxy)} proxy tokens on which the feature is active; ${int(counts.n_proxy - counts.n_both)} are missed; ${int(counts.n_tokens)} tokens of ${dive.corpus}.`, python: dive.python.sensitivity, name: `sensitivity-${dive.latent}`,
     rows: () => [...measureRows([...scores, ...subtypes.map((part) => [part.name, part.name, part.recall])]), [], ["threshold", "n", "n_both", "precision", "recall", "false_positive_rate"],
       ...(curve?.threshold ?? []).map((t, i) => [t, curve.n[i], curve.n_both[i], curve.precision[i], curve.recall[i], curve.false_positive_rate[i]]),
-      [], ["verdict", ...CONTEXT_HEADINGS], ...misses.rows.map((row) => [verdicts.of(row), ...contextCells(dive.contexts[row], needs)])],
+      [], ["verdict", "corpus_position", ...CONTEXT_HEADINGS], ...misses.rows.map((row) => [verdicts.of(row), verdicts.places.get(row), ...contextCells(dive.contexts[row], needs)])],
   });
   return [head, curve ? el("div", { class: "plots" }, drawPR(curve, measures, needs), drawROC(curve, measures, needs)) : null, measureTable(scores), subtypes.length > 0 && drawSubtypes(subtypes), el("div", { "data-predictions": "" }), ...drawMisses(dive, needs, verdicts)].filter(Boolean);
 }
@@ -63,16 +63,16 @@ function drawMisses({ misses, contexts, maximum, counts }, needs, verdicts) {
     return drawContext(contexts[row], { ...needs, maximum }, { aside: buttons });
   });
   summary.textContent = verdicts.summary();
-  return [title, el("p", { class: "hint" }, `${int(misses.rows.length)} of ${int(misses.n)}, in random order. Judge them by eye: a miss of the feature, or a proxy that is too wide? Verdicts stay in this browser and go into the CSV.`), summary, contextKey(maximum), contextList(rows, 12)];
+  return [title, el("p", { class: "hint" }, `${int(misses.rows.length)} of ${int(misses.n)}, in random order. Judge them by eye: a miss of the feature, or a proxy that is wrong there? Verdicts stay in this browser and go into the CSV, by corpus position, as studies.sensitivity.adjudicate takes them.`), summary, contextKey(maximum), contextList(rows, 12)];
 }
 
 /** What a reader said of the misses, kept in the browser where it allows that. */
 class Verdicts {
   #said = {};
 
-  constructor({ latent, hash, identity, misses, contexts }) {
+  constructor({ latent, hash, identity, misses, contexts }, blockSize) {
     this.key = `headscope verdicts ${identity} ${latent} ${hash}`;
-    this.places = new Map(misses.rows.map((row) => [row, `${contexts[row].block}.${contexts[row].dst}`]));
+    this.places = new Map(misses.rows.map((row) => [row, contexts[row].block * blockSize + contexts[row].dst])); // positions in the corpus
     try {
       this.#said = JSON.parse(localStorage.getItem(this.key)) ?? {};
     } catch { /* what cannot be read was never said */ }
@@ -92,6 +92,6 @@ class Verdicts {
   summary() {
     const said = [...this.places.keys()].map((row) => this.of(row)).filter(Boolean);
     const count = (name) => said.filter((verdict) => verdict === name).length;
-    return said.length === 0 ? "none judged yet" : `${said.length} judged: ${count("miss")} missed by the feature, ${count("right")} rightly silent, ${count("unclear")} unclear`;
+    return said.length === 0 ? "none judged yet" : `${said.length} judged: ${VERDICTS.map(([name]) => `${count(name)} ${name}`).join(", ")}`;
   }
 }

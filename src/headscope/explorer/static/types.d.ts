@@ -101,6 +101,8 @@ export interface Start {
   proxies: { proxy: string; why: string }[];
   /** By study: the row of this feature with definitions, or why it is refused. */
   columns: Record<string, { values: Record<string, any>; definitions: Record<string, string>; n: string; created: string; headscope: string } | { refused: string }>;
+  /** Whether the top logit token is the top source token; null where no source is known. */
+  logits: { prominence: number; copied: boolean | null; top_source: number | null; copy_rank: number | null };
   /** Whether a model computes effects. */
   live: boolean;
   advice: string; python: Record<string, string>;
