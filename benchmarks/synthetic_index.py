@@ -79,6 +79,7 @@ def _write_corpus(folder: Path, shape: Shape, rng: np.random.Generator) -> None:
     last = np.zeros(size, bool)
     last[starts + shape.block_size - 1] = True
     document, offset = np.divmod(np.arange(size), 1000)
+    offset += 1  # documents without a BOS of their own: 0 would be one
     offset[starts] = -1
     columns = {"token": tokens, "document": document, "offset": offset}
     table = {name: pa.array(values, pa.int32()) for name, values in columns.items()}

@@ -191,6 +191,30 @@ class Demo:
             jobs.serve(result.index, port=self.port)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Effects:
+    """Measure what every feature of an index does to the loss by its direct path, exactly; added to the index."""
+
+    index: Annotated[Path, tyro.conf.Positional]
+    """An index folder; gets the columns `effects`."""
+    model: str | None = None
+    """The model; the one the index names when not given. Its weights must be those the index was built with."""
+    sae: str | None = None
+    """The SAE, likewise."""
+    max_work: float = 1e11
+    """Active tokens times vocabulary, beyond which features with many active tokens are sampled."""
+
+    def run(self) -> None:
+        """Measure with a progress bar."""
+        with Display() as display:
+            found = jobs.effects(
+                self.index, model=self.model, sae=self.sae, max_work=self.max_work, on_progress=display.on_progress
+            )
+        which = "all" if found.most is None else f"at most {found.most:,} of each feature"
+        display.say(f"effects: {found.n_pairs:,} active tokens ({which}) of {(found.n > 0).sum():,} features")
+        display.say(f"columns: {self.index}/columns/effects.parquet")
+
+
 class Display:
     """Progress bars and printed lines."""
 
@@ -245,7 +269,7 @@ class Display:
         self.say("* Kissane et al. (2024): gelu-2l layer 1, d_sae 16,384, C4 and code; another model and corpus")
 
 
-Command = Demo | Train | Eval | Index | Serve | Export
+Command = Demo | Train | Eval | Index | Serve | Export | Effects
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,6 +7,8 @@ HeadscopeError
  ├── OutputError      a folder that already holds a run, cannot be written, or a disk that is full
  ├── TrainingError    training that cannot go on (not finite, no data)
  ├── IndexFormatError an index that is incomplete, damaged, or of another version
+ ├── StudyError       a study asked for with options or data that do not fit
+ ├── ProxyError       a proxy that cannot be read, names no token, or cannot be evaluated
  ├── ServerError      a port that cannot be had
  └── ExportError      a page that cannot be written as asked
 
@@ -45,6 +47,14 @@ class TrainingError(HeadscopeError):
 
 class IndexFormatError(HeadscopeError):
     """An index that is incomplete, damaged, or of another version."""
+
+
+class StudyError(HeadscopeError):
+    """A study asked for with options or data that do not fit."""
+
+
+class ProxyError(HeadscopeError):
+    """A proxy that cannot be read, names no token of the vocabulary, or cannot be evaluated."""
 
 
 class ServerError(HeadscopeError):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from headscope.models.hf import Model
     from headscope.sae.quality import Quality
     from headscope.sae.train import Status, TrainResult
+    from headscope.studies.effects import DirectEffects
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, the work done and the work in all."""
@@ -259,3 +260,25 @@ def _most_active(source: "IndexCards", n: int | None) -> list[int]:
         raise ExportError("no feature is alive on this corpus", expected="at least one", do="index more text")
     alive.sort(key=lambda i: -table["n_active"][i])
     return sorted(alive[:n])
+
+
+def effects(
+    index: str | Path,
+    *,
+    model: str | None = None,
+    sae: str | Path | None = None,
+    max_work: float = 1e11,
+    on_progress: Progress | None = None,
+) -> "DirectEffects":
+    """The exact direct-path loss effect of every live feature of an index, added to it as the columns `effects`.
+
+    Raises:
+        HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
+    """
+    from headscope.studies.effects import direct_effects, write_effects
+
+    opened = live(index, model=model, sae=sae)
+    on_pairs = None if on_progress is None else lambda done, total: on_progress("effects", done, total)
+    found = direct_effects(opened, max_work=max_work, on_progress=on_pairs)
+    write_effects(opened, found)
+    return found

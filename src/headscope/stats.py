@@ -1,9 +1,17 @@
-"""Estimates with intervals; numpy only."""
+"""Estimates with intervals, and the sums they are made of; numpy only."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int, Shaped
+
+MINIMUM = 30
+"""Ratios and correlations of fewer tokens than this are not given."""
+MINIMUM_UNITS = 10
+"""Intervals by resampling fewer documents than this are not given."""
+_Z = 1.959963984540054
+_UNDEFINED = 0.05  # resamples in which a number does not exist: with more of them there is no interval
 
 
 @dataclass(frozen=True)
@@ -19,17 +27,51 @@ class Estimate:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A number with its interval, its n, its null and its definition, or the reason why there is none."""
+
+    definition: str
+    n: int
+    """What it is a number of: the denominator of a ratio, the tokens of a correlation."""
+    value: float | None = None
+    low: float | None = None
+    """95 %; None where no interval can be had."""
+    high: float | None = None
+    interval: str | None = None
+    """How `low` and `high` were made."""
+    by_document: tuple[float, float] | None = None
+    """For a ratio of counts, the interval by resampling documents: tokens of one are not independent."""
+    null: Estimate | None = None
+    """The same number where there is nothing to find: mean and range."""
+    missing: str | None = None
+    """Why there is no value, or no interval."""
+
+
+# -------------------------------------------------------------------------------------------------------------- wilson
 def wilson(successes: int, n: int) -> Estimate:
     """A proportion with its Wilson 95 % interval (Wilson 1927); n = 0 gives the whole range."""
     if n == 0:
         return Estimate(float("nan"), 0.0, 1.0)
-    z = 1.959963984540054
+    low, high = wilson_bounds(np.array([successes]), np.array([n]))
+    return Estimate(successes / n, float(low[0]), float(high[0]))
+
+
+def wilson_bounds(
+    successes: Int[np.ndarray, " point"], n: Int[np.ndarray, " point"]
+) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"]]:
+    """Lower and upper ends of Wilson 95 % intervals; no n may be 0.
+
+    `(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)`.
+    """
     p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Estimate(p, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+    centre = (p + _Z * _Z / (2 * n)) / (1 + _Z * _Z / n)
+    half = _Z / (1 + _Z * _Z / n) * np.sqrt(p * (1 - p) / n + _Z * _Z / (4 * n * n))
+    # in exact arithmetic the interval holds p; at 0 and 1 its end is p, and rounding must not move it
+    return np.clip(centre - half, 0, p), np.clip(centre + half, p, 1)
 
 
+# ----------------------------------------------------------------------------------------------------------- bootstrap
 def bootstrap_ratio(
     numerator: Float[np.ndarray, " block"],
     denominator: Float[np.ndarray, " block"],
@@ -38,11 +80,238 @@ def bootstrap_ratio(
     seed: int = 0,
 ) -> Estimate:
     """sum(numerator) / sum(denominator) with a 95 % percentile interval, resampling whole blocks."""
-    rng = np.random.default_rng(seed)
-    n = len(numerator)
-    weights = rng.multinomial(n, np.full(n, 1 / n), size=n_samples).astype(np.float64)
+    draws = unit_draws(len(numerator), n_samples=n_samples, seed=seed)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = (weights @ numerator) / (weights @ denominator)
+        ratios = (draws @ numerator) / (draws @ denominator)
         value = float(numerator.sum() / denominator.sum())
     low, high = np.nanpercentile(ratios, [2.5, 97.5]) if np.isfinite(ratios).any() else (np.nan, np.nan)
     return Estimate(value, float(low), float(high))
+
+
+def unit_draws(n_units: int, *, n_samples: int, seed: int) -> Float[np.ndarray, "sample unit"]:
+    """How often each unit is drawn in resamples of n_units with replacement: rows sum to n_units."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=n_samples).astype(np.float64)
+
+
+def resampled(
+    statistic: Callable[[Shaped[np.ndarray, "sample sum"]], Float[np.ndarray, " sample"]],
+    sums: Float[np.ndarray, "unit sum"],
+    draws: Float[np.ndarray, "sample unit"],
+) -> tuple[float, float] | None:
+    """The 95 % percentile interval of a function of sums over units, such as documents, when units are resampled.
+
+    Args:
+        statistic: of the sums of each sample; NaN where it does not exist.
+        sums: of each unit.
+        draws: as of `unit_draws`.
+
+    Returns:
+        None with fewer than `MINIMUM_UNITS` units, or when the statistic does not exist in one of 20 samples.
+    """
+    if len(sums) < MINIMUM_UNITS:
+        return None
+    values = statistic(draws @ sums)
+    defined = values[np.isfinite(values)]
+    if len(defined) < (1 - _UNDEFINED) * len(values):
+        return None
+    low, high = np.percentile(defined, [2.5, 97.5])
+    return float(low), float(high)
+
+
+# ---------------------------------------------------------------------------------------------------------- pair sums
+PAIR_SUMS = ("n", "true", "active", "both", "mass", "mass_true", "centred", "centred_true", "centred_square")
+
+
+@dataclass(frozen=True)
+class PairSums:
+    """Sums over tokens of an activation f >= 0 and a mask y, from which their ratios and correlations follow.
+
+    Sums of parts add up to those of the whole, however it is cut; so each row of `values` can be a document. Ratios and
+    correlations are NaN where they do not exist.
+    """
+
+    values: Float[np.ndarray, "*unit sum"]
+    """`PAIR_SUMS`: n, sum y, sum [f > 0], sum [f > 0] y, sum f, sum f y, sum g, sum g y, sum g^2; g = f - shift, with
+    the same shift everywhere, near the mean of f, so that nothing cancels."""
+
+    @classmethod
+    def of(
+        cls,
+        unit: Int[np.ndarray, " active"],
+        f: Float[np.ndarray, " active"],
+        y: Bool[np.ndarray, " active"],
+        silent: Int[np.ndarray, " unit"],
+        silent_true: Int[np.ndarray, " unit"],
+        *,
+        shift: float,
+    ) -> "PairSums":
+        """Sums by unit.
+
+        Args:
+            unit: of each active token.
+            f: its activation.
+            y: whether the mask is true there.
+            silent: tokens of each unit with f = 0.
+            silent_true: of these, how many the mask is true at.
+            shift: see `values`.
+        """
+        of_true, g = unit[y], f.astype(np.float64) - shift
+        n_units = len(silent)
+
+        def total(of: Int[np.ndarray, " token"], weights: Float[np.ndarray, " token"] | None = None) -> np.ndarray:
+            return np.bincount(of, weights, minlength=n_units)
+
+        active, both = total(unit), total(of_true)
+        sums = {
+            "n": silent + active,
+            "true": silent_true + both,
+            "active": active,
+            "both": both,
+            "mass": total(unit, f),
+            "mass_true": total(of_true, f[y]),
+            "centred": total(unit, g) - shift * silent,
+            "centred_true": total(of_true, g[y]) - shift * silent_true,
+            "centred_square": total(unit, g * g) + shift * shift * silent,
+        }
+        return cls(np.stack([sums[name].astype(np.float64) for name in PAIR_SUMS], axis=-1))
+
+    def total(self) -> "PairSums":
+        """Of all units."""
+        return PairSums(self.values.sum(0))
+
+    def __getitem__(self, name: str) -> Float[np.ndarray, "*unit"]:
+        """One of `PAIR_SUMS`."""
+        return self.values[..., PAIR_SUMS.index(name)]
+
+    def precision(self) -> Float[np.ndarray, "*unit"]:
+        """P(y | f > 0)."""
+        return _ratio(self["both"], self["active"])
+
+    def recall(self) -> Float[np.ndarray, "*unit"]:
+        """P(f > 0 | y)."""
+        return _ratio(self["both"], self["true"])
+
+    def mass_share(self) -> Float[np.ndarray, "*unit"]:
+        """`sum f y / sum f`."""
+        return _ratio(self["mass_true"], self["mass"])
+
+    def pearson(self) -> Float[np.ndarray, "*unit"]:
+        """Correlation of f and y over the tokens of a unit, zeros included."""
+        mean, p = _ratio(self["centred"], self["n"]), _ratio(self["true"], self["n"])
+        covariance = _ratio(self["centred_true"], self["n"]) - mean * p
+        variance = _ratio(self["centred_square"], self["n"]) - mean * mean
+        return _correlation(covariance, variance, p * (1 - p))
+
+    def phi(self) -> Float[np.ndarray, "*unit"]:
+        """Correlation of [f > 0] and y over the tokens of a unit."""
+        a, p = _ratio(self["active"], self["n"]), _ratio(self["true"], self["n"])
+        return _correlation(_ratio(self["both"], self["n"]) - a * p, a * (1 - a), p * (1 - p))
+
+
+def _ratio(numerator: np.ndarray | np.generic, denominator: np.ndarray | np.generic) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.divide(numerator, denominator)
+
+
+def _correlation(covariance: np.ndarray, *variances: np.ndarray) -> np.ndarray:
+    a, b = (np.sqrt(np.maximum(v, 0)) for v in variances)
+    return np.clip(_ratio(covariance, a * b), -1, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- ranking
+@dataclass(frozen=True)
+class Ranking:
+    """Tokens put in order by activation, those of equal activation as one group: what PR and ROC curves are made of.
+
+    Groups are in falling order; the last may hold the tokens with f = 0.
+    """
+
+    threshold: Float[np.ndarray, " group"]
+    """The activation of the group."""
+    n: Int[np.ndarray, " group"]
+    """Tokens of this group and all above."""
+    true: Int[np.ndarray, " group"]
+    """Of these, with the mask true."""
+
+    @classmethod
+    def of(
+        cls, f: Float[np.ndarray, " active"], y: Bool[np.ndarray, " active"], n_silent: int, n_silent_true: int
+    ) -> "Ranking":
+        """Rank active tokens, and the silent ones as one last group.
+
+        Args:
+            f: activations, above 0 and in falling order.
+            y: whether the mask is true at each.
+            n_silent: tokens with f = 0.
+            n_silent_true: of these, with the mask true.
+        """
+        last = np.flatnonzero(np.append(f[1:] != f[:-1], True)) if len(f) else np.zeros(0, dtype=np.int64)
+        true = np.cumsum(y)[last]
+        threshold, n = f[last].astype(np.float64), last + 1
+        if n_silent:
+            both = int(true[-1]) if len(true) else 0
+            threshold, n, true = (
+                np.append(threshold, 0),
+                np.append(n, len(f) + n_silent),
+                np.append(true, both + n_silent_true),
+            )
+        return cls(threshold, n, true)
+
+    def auc(self) -> float:
+        """P(f at a true token > f at a false one) + P(equal) / 2: the area under the ROC curve by the trapezium rule.
+
+        NaN when the mask is never or always true.
+        """
+        true, false = self.true, self.n - self.true
+        area = (np.diff(false, prepend=0) * (true + np.append(0, true[:-1]))).sum()  # twice, in whole numbers
+        return float(_ratio(np.float64(area), 2.0 * true[-1] * false[-1]))
+
+    def average_precision(self) -> float:
+        """`sum (recall_i - recall_{i-1}) precision_i` over groups; NaN when the mask is never true."""
+        return float(_ratio((np.diff(self.true, prepend=0) * (self.true / self.n)).sum(), np.float64(self.true[-1])))
+
+    def placements(self) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, " group"]]:
+        """Of a true token of each group, the share of false tokens below it; of a false one, that of true ones above.
+
+        Equal tokens count a half. The mean of either over its tokens is the AUC.
+        """
+        shares = []
+        for counts in (self.n - self.true, self.true):
+            middle = (counts + np.append(0, counts[:-1])) / 2
+            shares.append(_ratio(middle, np.float64(counts[-1])))
+        return 1 - shares[0], shares[1]
+
+
+def clustered_auc(
+    auc: float,
+    true_placements: Float[np.ndarray, " unit"],
+    false_placements: Float[np.ndarray, " unit"],
+    n_true: Int[np.ndarray, " unit"],
+    n_false: Int[np.ndarray, " unit"],
+) -> tuple[float, float] | None:
+    """The 95 % interval of an AUC over tokens that come in units, such as documents.
+
+    Obuchowski (1997), Biometrics 53:567, "Nonparametric analysis of clustered ROC curve data": the variance of the
+    sums of placements over units, and a normal interval, cut to [0, 1].
+
+    Args:
+        auc: of all tokens.
+        true_placements: sum over the true tokens of a unit (`Ranking.placements`).
+        false_placements: the same over its false tokens.
+        n_true: true tokens of the unit.
+        n_false: false tokens of it.
+
+    Returns:
+        None with fewer than `MINIMUM_UNITS` units, or fewer than two that have true tokens, or false ones.
+    """
+    units, with_true, with_false = len(n_true), int((n_true > 0).sum()), int((n_false > 0).sum())
+    if units < MINIMUM_UNITS or min(with_true, with_false) < 2:
+        return None
+    m, n = float(n_true.sum()), float(n_false.sum())
+    above, below = true_placements - n_true * auc, false_placements - n_false * auc
+    variance = with_true / (with_true - 1) * (above @ above) / m**2
+    variance += with_false / (with_false - 1) * (below @ below) / n**2
+    variance += 2 * units / (units - 1) * (above @ below) / (m * n)
+    half = _Z * max(0.0, float(variance)) ** 0.5
+    return max(0.0, auc - half), min(1.0, auc + half)

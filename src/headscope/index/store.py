@@ -20,6 +20,7 @@ from jaxtyping import Int
 
 from headscope.artefact import file_hash
 from headscope.errors import IndexFormatError
+from headscope.index.columns import read_columns, studies
 from headscope.index.reading import (
     TABLES,
     ActivationRows,
@@ -368,8 +369,25 @@ class FeatureIndex:
         )
 
     def table(self) -> pa.Table:
-        """One row a latent, with the columns a list of features shows."""
-        return self._table
+        """One row a latent, with the columns a list of features shows, and those of studies as `<study>.<column>`.
+
+        Raises:
+            IndexFormatError: the columns of a study are not of this index.
+        """
+        table = self._table
+        for study in studies(self.folder):
+            own = self.columns(study)
+            for name in own.column_names[1:]:
+                table = table.append_column(f"{study}.{name}", own[name])
+        return table
+
+    def columns(self, study: str) -> pa.Table:
+        """What a study added, one row a latent; `columns.read_columns` also tells its provenance.
+
+        Raises:
+            IndexFormatError: no such study, or of another index.
+        """
+        return read_columns(self.folder, study)[0]
 
     def search(
         self,

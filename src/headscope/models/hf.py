@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from headscope.errors import ModelError
 from headscope.models.attention import Attention, repeat_heads
 from headscope.models.families import family_of
-from headscope.models.hooks import Hooks
+from headscope.models.hooks import Hooks, norm_numerator, norm_scale, normed
 from headscope.site import Kind, Site
 
 _LOSS_ROWS = 512  # [rows, d_vocab] logits at a time: they stay in the cache and are never held for a whole batch
@@ -261,13 +261,81 @@ class Model:
 
         With `restart`, from a run on the same tokens, only its layer and later ones are computed again.
         """
-        hidden = (self._body(tokens) if restart is None else self._continue(restart))[:, :-1].flatten(0, 1)
-        targets = tokens[:, 1:].flatten()
+        return self._next_losses(self._body(tokens) if restart is None else self._continue(restart), tokens)
+
+    def _next_losses(self, normed: Float[Tensor, "batch position d_model"], tokens: Tensor) -> Tensor:
+        return self._losses_of(normed[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).view(tokens.shape[0], -1)
+
+    def _losses_of(self, normed: Float[Tensor, "row d_model"], targets: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
         chunks = [
             nn.functional.cross_entropy(self._unembedding(h), t, reduction="none")
-            for h, t in zip(hidden.split(_LOSS_ROWS), targets.split(_LOSS_ROWS), strict=True)
+            for h, t in zip(normed.split(_LOSS_ROWS), targets.split(_LOSS_ROWS), strict=True)
         ]
-        return torch.cat(chunks).view(tokens.shape[0], -1)
+        return torch.cat(chunks)
+
+    def loss_gradient(self, tokens: Int[Tensor, "batch position"], site: Site) -> Float[Tensor, "batch position d"]:
+        """Gradient of the summed losses of a batch by the value at a site of the residual stream, or by z.
+
+        At [b, q] it is of the losses at q and all later positions of row b, which are all that the value can reach.
+
+        Raises:
+            ModelError: a site that the model does not have.
+        """
+        leaves: list[Tensor] = []
+
+        def watch(value: Tensor) -> Tensor:
+            leaves.append(value.detach().requires_grad_())
+            return leaves[0]
+
+        with torch.enable_grad(), self.edit({site: watch}):
+            total = self._next_losses(self._body(tokens), tokens).sum()
+            return torch.autograd.grad(total, leaves[0])[0]
+
+    # --------------------------------------------------------------------------------------- the end of a run, by rows
+    @torch.no_grad()
+    def mlp(
+        self, layer: int, x: Float[Tensor, "row d_model"], scale: Float[Tensor, "row 1"] | None = None
+    ) -> Float[Tensor, "row d_model"]:
+        """What a layer's MLP, with the norm before it, puts out for given inputs; edits play no part.
+
+        Args:
+            layer: whose MLP.
+            x: what the norm reads: `mlp_in`.
+            scale: what the norm divides by, instead of what it would.
+
+        Raises:
+            ModelError: a layer that does not exist.
+        """
+        self.check_layer(layer)
+        part = self._blocks[layer]
+        with self._hooks.suspended():
+            return part.mlp(normed(part.mlp_norm, x, scale)[None])[0]
+
+    @torch.no_grad()
+    def final_losses(
+        self,
+        residual: Float[Tensor, "row d_model"],
+        targets: Int[Tensor, " row"],
+        scale: Float[Tensor, "row 1"] | None = None,
+    ) -> Float[Tensor, " row"]:
+        """Cross-entropy of predicting some tokens from the final residual stream, `resid_post` of the last layer.
+
+        Args:
+            residual: before the final norm.
+            targets: the token that follows each.
+            scale: what the final norm divides by, instead of what it would; edits play no part.
+        """
+        with self._hooks.suspended():
+            return self._losses_of(normed(self._final_norm, residual, scale), targets)
+
+    def final_parts(
+        self, residual: Float[Tensor, "row d_model"]
+    ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row 1"]]:
+        """(c, sigma): what the final norm divides, and by what.
+
+        `logits = c / sigma @ logit_directions + logit_bias`, but for a constant in each row.
+        """
+        return norm_numerator(self._final_norm, residual), norm_scale(self._final_norm, residual)
 
     @contextmanager
     def restartable(self, layer: int) -> Iterator[Restart]:
@@ -324,6 +392,15 @@ class Model:
         if isinstance(norm, nn.LayerNorm):
             folded = folded - folded.mean(0)
         return folded - folded.mean(1, keepdim=True)
+
+    @cached_property
+    def logit_bias(self) -> Float[Tensor, " d_vocab"]:
+        """The part of the logits that no residual stream makes: the final norm's bias through W_U, and b_U."""
+        bias = torch.zeros(self.spec.d_vocab, dtype=self.module.dtype, device=self.device)
+        norm_bias = getattr(self._final_norm, "bias", None)
+        if norm_bias is not None:
+            bias = bias + norm_bias @ self._unembedding.weight.T
+        return bias if self._unembedding.bias is None else bias + self._unembedding.bias
 
     def _output_projection(self, layer: int) -> nn.Module:
         return self._blocks[layer].output_projection

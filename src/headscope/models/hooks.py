@@ -147,11 +147,7 @@ class Hooks:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             scale = norm_scale(module, args[0])
             edited = self._run(site, scale)
-            if edited is scale:
-                return output
-            bias = getattr(module, "bias", None)
-            bias = 0 if bias is None else bias
-            return ((output - bias) * (scale / edited) + bias).to(output.dtype)
+            return output if edited is scale else _rescaled(module, output, scale / edited)
 
         return hook
 
@@ -193,12 +189,27 @@ def norm_scale(norm: nn.Module, x: Tensor) -> Tensor:
 
     `sqrt(mean((x - mean(x))^2) + eps)` for LayerNorm, `sqrt(mean(x^2) + eps)` for transformers' RMSNorms.
     """
+    eps = norm.eps if isinstance(norm, nn.LayerNorm) else cast(float, norm.variance_epsilon)
+    return (norm_numerator(norm, x).square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def norm_numerator(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a norm divides by its scale, in float32 at least: x, centred for LayerNorm."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if isinstance(norm, nn.LayerNorm):
-        centred, eps = x - x.mean(-1, keepdim=True), norm.eps
-    else:
-        centred, eps = x, cast(float, norm.variance_epsilon)
-    return (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    return x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+
+
+def normed(norm: nn.Module, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """What a norm makes of x; with another scale than its own, if one is given."""
+    output = norm(x)
+    return output if scale is None else _rescaled(norm, output, norm_scale(norm, x) / scale)
+
+
+def _rescaled(norm: nn.Module, output: Tensor, factor: Tensor) -> Tensor:
+    """The output of a norm, its part without the bias multiplied."""
+    bias = getattr(norm, "bias", None)
+    bias = 0 if bias is None else bias
+    return ((output - bias) * factor + bias).to(output.dtype)
 
 
 def check_like(edited: Tensor, value: Tensor, site: Site) -> None:

@@ -1,0 +1,144 @@
+"""Columns that a study adds to an index: one row a latent, in a file of their own that says where they come from.
+
+The index itself never changes. What a study found of every latent is written to `<index>/columns/<study>.parquet`,
+whole or not at all, with its provenance as JSON in the file's metadata. Provenance names the index that was studied, so
+that columns of another one are refused and not shown. No torch, no model.
+"""
+
+import hashlib
+import json
+import re
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from headscope.artefact import atomic_write
+from headscope.errors import IndexFormatError
+from headscope.index.reading import read_manifest, read_table
+
+if TYPE_CHECKING:
+    from headscope.index.store import FeatureIndex
+
+_FOLDER = "columns"
+_KEY = b"headscope"
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_SAID = ("settings", "definitions", "n")
+
+
+def add_columns(index: "FeatureIndex", study: str, table: pa.Table, provenance: dict[str, Any]) -> Path:
+    """Write what a study found of every latent; what the same study wrote before is replaced.
+
+    Args:
+        index: what was studied.
+        study: names the file; lower-case letters, digits and underscores, as do the columns.
+        table: `latent`, equal to the row number, and the study's columns; what does not exist is null, never NaN.
+        provenance: JSON with `settings` (what was asked), `definitions` (each column in one line) and `n` (what was
+            studied: tokens, or what the study says). The index studied, the date and the version are added.
+
+    Returns:
+        The file.
+
+    Raises:
+        IndexFormatError: a name, a table or a provenance that is not as said.
+        OutputError: it cannot be written.
+    """
+    _check_name("study", study)
+    _check_table(study, table, index.n_latents)
+    missing = [name for name in _SAID if name not in provenance]
+    defined = provenance.get("definitions", {})
+    missing += [f"a definition of {name}" for name in table.column_names[1:] if name not in defined]
+    if missing:
+        raise _refused(
+            f"provenance of {study!r} without {', '.join(missing)}", "settings, definitions of all columns, n"
+        )
+    whole = provenance | {
+        "index": index_identity(index.manifest),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "headscope": version("headscope"),
+    }
+    try:
+        said = json.dumps(whole, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise _refused(f"provenance of {study!r}: {error}", "strict JSON, without NaN") from error
+    path = index.folder / _FOLDER / f"{study}.parquet"
+    with atomic_write(path) as file:
+        pq.write_table(
+            table.replace_schema_metadata({_KEY: said.encode()}), file, compression="zstd", write_page_checksum=True
+        )
+    return path
+
+
+def read_columns(folder: str | Path, study: str) -> tuple[pa.Table, dict[str, Any]]:
+    """The columns of a study of the index in a folder, and their provenance.
+
+    Raises:
+        IndexFormatError: no index, no such study, a damaged file, or columns of another index: what differs is named.
+    """
+    folder = Path(folder)
+    _check_name("study", study)
+    if study not in studies(folder):
+        raise IndexFormatError(
+            f"no columns of {study!r} in {folder}",
+            expected=f"one of {', '.join(studies(folder)) or 'none: no study was made of it'}",
+            do="run the study on this index first",
+        )
+    path = folder / _FOLDER / f"{study}.parquet"
+    manifest = read_manifest(folder)
+    table = read_table(path)
+    try:
+        provenance = json.loads((table.schema.metadata or {})[_KEY])
+        found = dict(provenance["index"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _refused(f"{path} does not say where it comes from", "a file that `add_columns` wrote") from error
+    own = index_identity(manifest)
+    other = [name for name, digest in own.items() if found.get(name) != digest]
+    if other:
+        raise IndexFormatError(
+            f"{path} was made of an index with another {', '.join(other)}",
+            expected=f"columns of {folder} as it is",
+            do="run the study again, or remove the file",
+        )
+    _check_table(study, table, int(manifest["sae"]["d_sae"]))
+    return table, provenance
+
+
+def studies(folder: Path) -> tuple[str, ...]:
+    """The studies of which there are columns, by name."""
+    names = [path.stem for path in (folder / _FOLDER).glob("*.parquet") if path.is_file() and not path.is_symlink()]
+    return tuple(sorted(name for name in names if _NAME.fullmatch(name)))
+
+
+def index_identity(manifest: dict[str, Any]) -> dict[str, str]:
+    """What makes an index the one it is: hashes of its model, SAE and corpus, and of the activations it holds."""
+    files = sorted((name, digest) for name, (_, digest) in manifest["files"].items() if name.startswith("activations/"))
+    activations = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    named = {name: manifest[name]["hash"] for name in ("model", "sae", "corpus")}
+    return {**named, "activations": f"sha256:{activations}"}
+
+
+def _check_name(what: str, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise _refused(f"{what} {name!r}", "lower-case letters, digits and underscores, a letter first")
+
+
+def _check_table(study: str, table: pa.Table, n_latents: int) -> None:
+    """One row a latent in their order, no column twice, and nothing that is not a number where numbers are."""
+    names = table.column_names
+    if names[:1] != ["latent"] or table["latent"].to_pylist() != list(range(n_latents)):
+        raise _refused(f"columns of {study!r} with {len(table)} rows", f"latent first, from 0 to {n_latents - 1}")
+    if len(set(names)) < len(names):
+        raise _refused(f"a column of {study!r} twice", "each name once")
+    for name in names[1:]:
+        _check_name(f"column of {study}:", name)
+        column = table[name]
+        if pa.types.is_floating(column.type) and not np.isfinite(column.drop_null().to_numpy()).all():
+            raise _refused(f"{study}.{name} holds NaN or infinity", "null where there is no number")
+
+
+def _refused(got: str, expected: str) -> IndexFormatError:
+    return IndexFormatError(got, expected=expected, do="write the columns again")

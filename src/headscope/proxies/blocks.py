@@ -1,0 +1,121 @@
+"""What a proxy looks at: token blocks, where their documents are, and what the tokens are called. No torch, no model.
+
+A block is what the model saw at once: nothing before its first token is visible, and earlier documents that were packed
+into the same block are, for attention reaches them too. A token has the text of its bytes; a special token has none.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Int
+
+from headscope.errors import ProxyError
+
+Token = str | int
+"""A token by its text, leading space included, or by its id."""
+
+PUNCTUATION = ".,;:!?\n\r"
+"""What makes a token without letters and digits a stop: one of these characters."""
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """The tokens of a tokenizer by id."""
+
+    tokens: Sequence[bytes]
+    special: frozenset[int]
+    """Ids without a text."""
+    split: Callable[[str], list[str]]
+    """The pieces a text is cut into by the tokenizer: what is said of a text that is no token."""
+
+    def ids(self, tokens: Iterable[Token]) -> Int[np.ndarray, " id"]:
+        """All ids that are meant: those with exactly the bytes of a text (rarely more than one), or the given ones.
+
+        Raises:
+            ProxyError: a text is several tokens (its pieces are named), or there is no such id.
+        """
+        return np.array([i for token in tokens for i in self._of(token)], dtype=np.int64)
+
+    def table(self, tokens: Iterable[Token]) -> Bool[np.ndarray, " vocabulary"]:
+        """Of each id, whether it is meant; errors as `ids`."""
+        table = np.zeros(len(self.tokens), dtype=bool)
+        table[self.ids(tokens)] = True
+        return table
+
+    def name(self, token: int) -> Token:
+        """The text of an id if that names it alone, else the id."""
+        try:
+            text = self.tokens[token].decode()
+        except UnicodeDecodeError:
+            return token
+        return text if self._by_bytes.get(text.encode()) == (token,) else token
+
+    @cached_property
+    def stops(self) -> Bool[np.ndarray, " vocabulary"]:
+        """Tokens with a character of `PUNCTUATION` and no letter or digit; and special tokens."""
+        return np.array([i in self.special or _is_stop(t) for i, t in enumerate(self.tokens)])
+
+    @cached_property
+    def variants(self) -> Int[np.ndarray, "edit vocabulary"]:
+        """Each id under single edits of its text: itself, a space before it, stripped, capitalised, lower case.
+
+        An edit that makes no token leaves the id as it is. Edits are not composed.
+        """
+        edits: list[Callable[[str], str]] = [str, " {}".format, str.strip, str.capitalize, str.lower]
+        table = np.tile(np.arange(len(self.tokens), dtype=np.int64), (len(edits), 1))
+        for i in range(len(self.tokens)):
+            name = self.name(i)
+            if isinstance(name, str):
+                for row, edit in zip(table, edits, strict=True):
+                    row[i] = self._by_bytes.get(edit(name).encode(), (i,))[0]
+        return table
+
+    @cached_property
+    def texts(self) -> pa.Array:
+        """The bytes of each token, none for special ones."""
+        return pa.array([b"" if i in self.special else t for i, t in enumerate(self.tokens)], pa.large_binary())
+
+    @cached_property
+    def _by_bytes(self) -> dict[bytes, tuple[int, ...]]:
+        found: dict[bytes, tuple[int, ...]] = {}
+        for i, token in enumerate(self.tokens):
+            if i not in self.special:
+                found[token] = (*found.get(token, ()), i)
+        return found
+
+    def _of(self, token: Token) -> tuple[int, ...]:
+        if isinstance(token, int):
+            if 0 <= token < len(self.tokens):
+                return (token,)
+            raise ProxyError(f"token #{token}", expected=f"#0 to #{len(self.tokens) - 1}", do="name another token")
+        found = self._by_bytes.get(token.encode())
+        if found is not None:
+            return found
+        pieces = self.split(token)
+        raise ProxyError(
+            f"{token!r} is no token but {len(pieces)} pieces: {', '.join(map(repr, pieces[:20]))}",
+            expected="the text of one token, leading space included, or an id as #123",
+            do="name one of the pieces, try it with a leading space, or match text with regex(...)",
+        )
+
+
+def _is_stop(token: bytes) -> bool:
+    text = token.decode(errors="replace")
+    return any(c in PUNCTUATION for c in text) and not any(c.isalnum() for c in text)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Some blocks of a corpus."""
+
+    tokens: Int[np.ndarray, "block position"]
+    document: Int[np.ndarray, "block position"]
+    """Index into `documents`."""
+    text: Bool[np.ndarray, "block position"]
+    """False at special tokens, where no proxy is true."""
+    vocabulary: Vocabulary
+    documents: Sequence[str]
+    """Names of the documents of the corpus."""

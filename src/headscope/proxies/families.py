@@ -1,0 +1,384 @@
+"""The families of proxies: induction, contexts after given tokens, the tokens themselves, text, documents."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from headscope.errors import ProxyError
+from headscope.proxies.algebra import Proxy, moved, quoted, token_name
+from headscope.proxies.blocks import Blocks, Token
+from headscope.proxies.matching import check_pattern, match_tokens, matches
+
+Stop = Literal["punctuation"] | tuple[Token, ...]
+
+_NEVER = -(1 << 30)
+
+
+@dataclass(frozen=True)
+class Induction(Proxy):
+    """See `induction_of`."""
+
+    token: Token
+    fuzzy: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the token."""
+        _check_tokens((self.token,))
+
+    @property
+    def name(self) -> str:
+        """`induction("board")`, `induction("board", fuzzy=True)`."""
+        return f"induction({token_name(self.token)}{', fuzzy=True' if self.fuzzy else ''})"
+
+    def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
+        tokens, variants = blocks.tokens, blocks.vocabulary.variants
+        block, before = np.nonzero(blocks.vocabulary.table([self.token])[tokens[:, 1:]])
+        sources, number = np.unique(tokens[block, before], return_inverse=True)
+        # earliest[block, source]: the first position that holds the source and has the token after it
+        earliest = np.full((len(tokens), len(sources) + 1), tokens.shape[1])
+        np.minimum.at(earliest, (block, number), before)
+        column = np.full(variants.shape[1], len(sources))
+        column[sources] = np.arange(len(sources))
+        found = np.zeros(tokens.shape, dtype=bool)
+        rows, positions = np.arange(len(tokens))[:, None], np.arange(tokens.shape[1])
+        for variant in variants if self.fuzzy else variants[:1]:
+            found |= earliest[rows, column[variant][tokens]] < positions
+        return found
+
+
+@dataclass(frozen=True)
+class WithinAfter(Proxy):
+    """See `within_after`."""
+
+    tokens: tuple[Token, ...]
+    n: int = 10
+    stop: Stop = "punctuation"
+
+    def __post_init__(self) -> None:
+        """Check, and put tokens in order."""
+        _set_tokens(self)
+        _at_least_one("n", self.n)
+        if self.stop != "punctuation":
+            _check_tokens(self.stop)
+            object.__setattr__(self, "stop", _ordered(self.stop))
+
+    @property
+    def name(self) -> str:
+        """`within_after(["Which"], n=10)`, `within_after(["Which"], n=10, stop=["."])`."""
+        stop = "" if self.stop == "punctuation" else f", stop={_list(self.stop)}"
+        return f"within_after({_list(self.tokens)}, n={self.n}{stop})"
+
+    def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
+        vocabulary = blocks.vocabulary
+        stops = vocabulary.stops if self.stop == "punctuation" else vocabulary.table(self.stop)
+        trigger = _latest_before(vocabulary.table(self.tokens)[blocks.tokens])
+        stop = _latest(stops[blocks.tokens] | ~blocks.text)
+        near = np.arange(blocks.tokens.shape[1]) - trigger <= self.n
+        return near & (trigger >= 0) & (stop <= trigger)
+
+
+@dataclass(frozen=True)
+class AfterAny(Proxy):
+    """See `after_any`."""
+
+    tokens: tuple[Token, ...]
+
+    def __post_init__(self) -> None:
+        """Check, and put tokens in order."""
+        _set_tokens(self)
+
+    @property
+    def name(self) -> str:
+        """`after_any(["cat", "dog"])`."""
+        return f"after_any({_list(self.tokens)})"
+
+    def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
+        return _latest_before(blocks.vocabulary.table(self.tokens)[blocks.tokens]) >= 0
+
+
+@dataclass(frozen=True)
+class TokenIn(Proxy):
+    """See `token_in`."""
+
+    tokens: tuple[Token, ...]
+
+    def __post_init__(self) -> None:
+        """Check, and put tokens in order."""
+        _set_tokens(self)
+
+    @property
+    def name(self) -> str:
+        """`token_in([","])`."""
+        return f"token_in({_list(self.tokens)})"
+
+    def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
+        return blocks.vocabulary.table(self.tokens)[blocks.tokens]
+
+
+@dataclass(frozen=True)
+class NextTokenIn(Proxy):
+    """See `next_token_in`."""
+
+    tokens: tuple[Token, ...]
+
+    def __post_init__(self) -> None:
+        """Check, and put tokens in order."""
+        _set_tokens(self)
+
+    @property
+    def name(self) -> str:
+        """`next_token_in(["board"])`."""
+        return f"next_token_in({_list(self.tokens)})"
+
+    def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
+        return moved(blocks.vocabulary.table(self.tokens)[blocks.tokens], -1)
+
+
+@dataclass(frozen=True)
+class Bigram(Proxy):
+    """See `bigram`."""
+
+    previous: Token
+    token: Token
+
+    def __post_init__(self) -> None:
+        """Check the tokens."""
+        _check_tokens((self.previous, self.token))
+
+    @property
+    def name(self) -> str:
+        """`bigram("self", ".")`."""
+        return f"bigram({token_name(self.previous)}, {token_name(self.token)})"
+
+    def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
+        previous, present = (blocks.vocabulary.table([t])[blocks.tokens] for t in (self.previous, self.token))
+        return moved(previous, 1) & present
+
+
+@dataclass(frozen=True)
+class InRepeat(Proxy):
+    """See `in_repeat`."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        """Check k."""
+        _at_least_one("k", self.k)
+
+    @property
+    def name(self) -> str:
+        """`in_repeat(3)`."""
+        return f"in_repeat({self.k})"
+
+    def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
+        n_blocks, size = blocks.tokens.shape
+        found = np.zeros((n_blocks, size), dtype=bool)
+        if self.k >= size:
+            return found
+        runs = _runs(blocks.tokens, self.k)  # [block, size - k + 1], of the run that ends at position k - 1 and later
+        order = np.argsort(runs, axis=1, kind="stable")
+        ordered = np.take_along_axis(runs, order, axis=1)
+        repeated = np.zeros(runs.shape, dtype=bool)
+        np.put_along_axis(repeated, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+        found[:, self.k - 1 :] = repeated
+        return found
+
+
+@dataclass(frozen=True)
+class Regex(Proxy):
+    """See `regex`."""
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        """Check the pattern."""
+        check_pattern(self.pattern)
+
+    @property
+    def name(self) -> str:
+        r"""`regex("def \\w+")`."""
+        return f"regex({quoted(self.pattern)})"
+
+    def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
+        return match_tokens(self.pattern, blocks)
+
+
+@dataclass(frozen=True)
+class Document(Proxy):
+    """See `document`."""
+
+    glob: str
+
+    def __post_init__(self) -> None:
+        """Check the pattern."""
+        _check_text(self.glob)
+
+    @property
+    def name(self) -> str:
+        """`document("json.*")`."""
+        return f"document({quoted(self.glob)})"
+
+    def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
+        wild = {"*": ".*", "?": "."}
+        pattern = "".join(wild.get(c, f"\\x{{{ord(c):x}}}") for c in self.glob)
+        return _of_documents(f"(?s)^(?:{pattern})$", blocks)
+
+
+@dataclass(frozen=True)
+class DocumentRegex(Proxy):
+    """See `document_regex`."""
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        """Check the pattern."""
+        check_pattern(self.pattern)
+
+    @property
+    def name(self) -> str:
+        r"""`document_regex("^json\\.")`."""
+        return f"document_regex({quoted(self.pattern)})"
+
+    def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
+        return _of_documents(self.pattern, blocks)
+
+
+# ---------------------------------------------------------------------------------------------------------- by hand
+def induction_of(token: Token, *, fuzzy: bool = False) -> Induction:
+    """Whether `token` is next by induction: `... A token ... A` is true at the last A.
+
+    True at t if some earlier t' < t in the block has `tokens[t' + 1] == token` and `tokens[t'] == tokens[t]`; t' + 1
+    may be t. `fuzzy`: `tokens[t']` may be any of five single edits of the present token (`Vocabulary.variants`), as the
+    post's authors (Kissane et al., 2024) have it.
+    """
+    return Induction(token, fuzzy)
+
+
+def within_after(
+    tokens: Iterable[Token], n: int = 10, stop: Literal["punctuation"] | Iterable[Token] = "punctuation"
+) -> WithinAfter:
+    """Whether one of `tokens` stands 1 to n tokens earlier in the block, and nothing stopped it since.
+
+    The token itself does not count (`| token_in(tokens)` adds it). A stop ends the run and is not in it; stops are the
+    tokens given, or those with one of `PUNCTUATION` and no letter or digit, and always special tokens: a window never
+    leaves its document.
+    """
+    return WithinAfter(tuple(tokens), n, stop if stop == "punctuation" else tuple(stop))  # pyright: ignore
+
+
+def after_any(tokens: Iterable[Token]) -> AfterAny:
+    """Whether one of `tokens` stands anywhere earlier in the block, in an earlier document of it too."""
+    return AfterAny(tuple(tokens))
+
+
+def token_in(tokens: Iterable[Token]) -> TokenIn:
+    """Whether the token is one of these."""
+    return TokenIn(tuple(tokens))
+
+
+def next_token_in(tokens: Iterable[Token]) -> NextTokenIn:
+    """Whether the next token of the block is one of these; false at the last of a block."""
+    return NextTokenIn(tuple(tokens))
+
+
+def bigram(previous: Token, token: Token) -> Bigram:
+    """Whether the token is `token` and the one before it in the block is `previous`."""
+    return Bigram(previous, token)
+
+
+def in_repeat(k: int) -> InRepeat:
+    """Whether this token and the k - 1 before it stood earlier in the block, in this order and together.
+
+    The two runs may overlap; special tokens are compared like others.
+    """
+    return InRepeat(k)
+
+
+def regex(pattern: str) -> Regex:
+    r"""Whether the token's text overlaps a match of a regular expression.
+
+    Searched is the text between special tokens, block by block, so `^` is where a document, or what of it stands in the
+    block, begins. Matches are RE2's (https://github.com/google/re2/wiki/Syntax), leftmost and without overlap; they may
+    end after the token. Bytes that are not UTF-8 (a character cut by a block) match nothing.
+    """
+    return Regex(pattern)
+
+
+def document(glob: str) -> Document:
+    """Whether the document's whole name matches: `*` is any text, `?` any character, all else itself."""
+    return Document(glob)
+
+
+def document_regex(pattern: str) -> DocumentRegex:
+    """Whether a regular expression (RE2's syntax) matches anywhere in the document's name."""
+    return DocumentRegex(pattern)
+
+
+# ----------------------------------------------------------------------------------------------------------- inside
+def _latest(true: Bool[np.ndarray, "block position"]) -> Int[np.ndarray, "block position"]:
+    """The last position up to each at which it is true; far below 0 if there is none."""
+    positions = np.where(true, np.arange(true.shape[1], dtype=np.int32), np.int32(_NEVER))
+    return np.maximum.accumulate(positions, axis=1)
+
+
+def _latest_before(true: Bool[np.ndarray, "block position"]) -> Int[np.ndarray, "block position"]:
+    """The same, before each position."""
+    found = np.full(true.shape, _NEVER, dtype=np.int32)
+    found[:, 1:] = _latest(true)[:, :-1]
+    return found
+
+
+def _runs(tokens: Int[np.ndarray, "block position"], k: int) -> Int[np.ndarray, "block run"]:
+    """A number for each run of k tokens, equal for equal runs; a run is made of two shorter ones that may overlap."""
+    number, length = tokens.astype(np.int64), 1
+    while length < k:
+        step = min(length, k - length)
+        pair = number[:, :-step] * (int(number.max()) + 1) + number[:, step:]
+        number = np.unique(pair, return_inverse=True)[1].reshape(pair.shape)  # small again: nothing overflows
+        length += step
+    return number
+
+
+def _of_documents(pattern: str, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
+    return matches(pattern, blocks.documents)[blocks.document]
+
+
+def _set_tokens(proxy: WithinAfter | AfterAny | TokenIn | NextTokenIn) -> None:
+    _check_tokens(proxy.tokens)
+    if not proxy.tokens:
+        raise ProxyError("an empty list of tokens", expected="at least one token", do="name a token")
+    object.__setattr__(proxy, "tokens", _ordered(proxy.tokens))
+
+
+def _ordered(tokens: tuple[Token, ...]) -> tuple[Token, ...]:
+    """Each once, texts before ids."""
+    return tuple(sorted(set(tokens), key=lambda t: (isinstance(t, int), t)))
+
+
+def _check_tokens(tokens: tuple[Token, ...]) -> None:
+    for token in tokens:
+        if isinstance(token, str):
+            _check_text(token)
+        elif type(token) is not int or token < 0:
+            raise ProxyError(f"token {token!r}", expected="a text or an id from 0", do="name a token")
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ProxyError(
+            f"{text!r} is not text", expected="no lone surrogates", do="name tokens by id: #123"
+        ) from error
+
+
+def _at_least_one(what: str, value: int) -> None:
+    if type(value) is not int or value < 1:
+        raise ProxyError(f"{what}={value!r}", expected="a whole number from 1", do=f"raise {what}")
+
+
+def _list(tokens: tuple[Token, ...]) -> str:
+    return f"[{', '.join(map(token_name, tokens))}]"

@@ -1,0 +1,73 @@
+"""Where a feature is active and what comes next is text: the tokens at which the loss can say what the feature does."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from headscope.index.store import FeatureIndex
+
+
+@dataclass(frozen=True)
+class Text:
+    """The tokens of an index."""
+
+    tokens: Int[np.ndarray, "block position"]
+    document: Int[np.ndarray, "block position"]
+    is_text: Bool[np.ndarray, "block position"]
+    """Not a special token."""
+
+    @classmethod
+    def of(cls, index: FeatureIndex) -> "Text":
+        """Read it: 9 bytes a token are held."""
+        table = index.sql('SELECT token, document, "offset" > 0 AS is_text FROM tokens')
+        shape = index.n_blocks, index.block_size
+        return cls(*(table[name].to_numpy().reshape(shape) for name in ("token", "document", "is_text")))
+
+    @property
+    def counted(self) -> Bool[np.ndarray, "block position"]:
+        """Text whose next token is text of the same block: the loss there is that of a token of the text."""
+        counted = np.zeros_like(self.is_text)
+        counted[:, :-1] = self.is_text[:, :-1] & self.is_text[:, 1:]
+        return counted
+
+    def next_token(self, position: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The tokens after some counted positions."""
+        return self.tokens.reshape(-1)[position + 1]
+
+
+def drawn(n: int, most: int | None, key: tuple[int, ...]) -> Int[np.ndarray, " drawn"]:
+    """Numbers below n, rising: all of them, or `most` drawn without replacement; the same for the same key."""
+    if most is None or n <= most:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(key).choice(n, most, replace=False))
+
+
+@dataclass(frozen=True)
+class ActiveTokens:
+    """The counted active tokens of a feature, or a sample of them."""
+
+    n: int
+    """In all."""
+    position: Int[np.ndarray, " token"]
+    activation: Float[np.ndarray, " token"]
+
+    @classmethod
+    def of(
+        cls,
+        index: FeatureIndex,
+        counted: Bool[np.ndarray, " position"],
+        latent: int,
+        *,
+        most: int | None = None,
+        seed: int = 0,
+    ) -> "ActiveTokens":
+        """Of one latent; with `most`, that many drawn evenly if there are more.
+
+        Raises:
+            IndexFormatError: no such latent.
+        """
+        found = index.activations(latent)
+        kept = np.flatnonzero(counted[found.position])
+        chosen = kept[drawn(len(kept), most, (seed, latent))]
+        return cls(len(kept), found.position[chosen], found.activation[chosen])

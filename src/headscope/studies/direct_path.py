@@ -1,0 +1,119 @@
+"""What a feature's direct path to the logits does to the loss, exactly and without running the model again.
+
+Ablating latent j at one token takes `f u_j` from the final residual stream r there, `u_j = W_dec[j] @ W_O`, and leaves
+every other component as it was. The final norm divides c, r itself or (LayerNorm) r centred, by sigma, so with
+`g_j = u_j @ logit_directions` the logits become, but for a constant over the vocabulary,
+
+    logits' = sigma / sigma' * (logits - b) - f / sigma' * g_j + b
+    sigma'^2 = sigma^2 - 2 f mean(c(r) c(u_j)) + f^2 mean(c(u_j)^2)
+
+b is the part that no residual stream makes. That is one operation of the vocabulary's size for each pair of a token and
+a latent, and no matrix product. It is exact where attention writes linearly to the residual stream, as in all families
+of `models.families`, and of the logits before any soft cap.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope.models.hf import Model
+
+_TABLE = 1 << 26  # numbers held at a time for a stretch of the vocabulary: logits of tokens, and effects of directions
+_CHUNK = {"cpu": 1 << 18}  # numbers of logits' computed at a time: those of a processor's cache
+_CHUNK_ELSEWHERE = 1 << 26
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Tokens paired with directions that are taken from the residual stream there."""
+
+    token: Int[Tensor, " pair"]
+    """Row of the residual streams."""
+    direction: Int[Tensor, " pair"]
+    """Row of the directions."""
+    activation: Float[Tensor, " pair"]
+    """How much of it is taken."""
+
+
+@torch.no_grad()
+def direct_loss_changes(
+    model: Model,
+    directions: Float[Tensor, "direction d_model"],
+    residual: Float[Tensor, "token d_model"],
+    target: Int[Tensor, " token"],
+    pairs: Pairs,
+) -> Float[Tensor, " pair"]:
+    """Loss with `activation * direction` taken from the final residual stream of a token, less the loss as it is.
+
+    Args:
+        model: whose final norm and unembedding are used.
+        directions: u; what a latent writes at activation 1.
+        residual: `resid_post` of the last layer, before the final norm.
+        target: the token that follows each.
+        pairs: what to take where.
+
+    Returns:
+        In nats, in the model's precision and at least float32; positive where what was taken predicted the target.
+    """
+    end = _End(model, directions, residual, target)
+    keep, take = end.factors(pairs)
+    clean = end.target_logits()
+    after = keep * clean[pairs.token] - take * end.target_effects(pairs) + end.bias[target[pairs.token]]
+    before = end.bias[target] + clean
+    total = torch.full_like(after, -torch.inf)  # log of the summed exponentials of logits'
+    total_before = torch.full_like(before, -torch.inf)
+    for start in range(0, model.spec.d_vocab, end.width):
+        logits, effects, bias = end.stretch(start)
+        total_before = torch.logaddexp(total_before, (logits + bias).logsumexp(1))
+        rows = max(1, _CHUNK.get(residual.device.type, _CHUNK_ELSEWHERE) // logits.shape[1])
+        for low in range(0, len(after), rows):
+            own = slice(low, low + rows)
+            changed = torch.addcmul(bias, logits[pairs.token[own]], keep[own, None])
+            changed.addcmul_(effects[pairs.direction[own]], take[own, None], value=-1)
+            total[own] = torch.logaddexp(total[own], changed.logsumexp(1))
+    return (total - after) - (total_before - before)[pairs.token]
+
+
+class _End:
+    """The end of the model at some tokens: everything that the formula takes from there."""
+
+    def __init__(self, model: Model, directions: Tensor, residual: Tensor, target: Tensor) -> None:
+        """Norm the streams, and centre the directions as the norm does."""
+        self.centred, self.scale = model.final_parts(residual)  # [token, d_model], [token, 1]
+        self.directions = model.final_parts(directions)[0]
+        self.to_logits = model.logit_directions.to(self.centred)
+        self.bias = model.logit_bias.to(self.centred)
+        self.target = target
+        self.width = max(1, min(model.spec.d_vocab, _TABLE // (len(residual) + len(directions) + 1)))
+
+    def factors(self, pairs: Pairs) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
+        """`sigma / sigma'` and `f / sigma'`."""
+        f = pairs.activation.to(self.centred)
+        scale = self.scale[:, 0]
+        common = torch.cat(
+            [
+                (self.centred[t] * self.directions[d]).mean(1)
+                for t, d in zip(pairs.token.split(_TABLE >> 12), pairs.direction.split(_TABLE >> 12), strict=True)
+            ]
+        )
+        own = self.directions.square().mean(1)[pairs.direction]
+        after = (scale.square()[pairs.token] - 2 * f * common + f.square() * own).sqrt()
+        return scale[pairs.token] / after, f / after
+
+    def target_logits(self) -> Float[Tensor, " token"]:
+        """Of each token, the logit of what follows it, without the bias."""
+        return ((self.centred / self.scale) * self.to_logits.T[self.target]).sum(1)
+
+    def target_effects(self, pairs: Pairs) -> Float[Tensor, " pair"]:
+        """Of each pair, the direction's effect on the logit of what follows."""
+        target = self.target[pairs.token]
+        parts = zip(pairs.direction.split(_TABLE >> 12), target.split(_TABLE >> 12), strict=True)
+        return torch.cat([(self.directions[d] * self.to_logits.T[t]).sum(1) for d, t in parts])
+
+    def stretch(self, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the tokens without the bias, effects of the directions, and the bias, on a stretch of tokens."""
+        own = slice(start, start + self.width)
+        to_logits = self.to_logits[:, own]
+        return (self.centred / self.scale) @ to_logits, self.directions @ to_logits, self.bias[own]

@@ -1,0 +1,202 @@
+"""What ablating a feature does to the loss of each next token, by path: the records, and what is read off them.
+
+`studies.ablation` runs the model and makes them; no torch here. A change is the loss with the feature ablated less the
+loss of the baseline, in nats: positive where the feature helped to predict the token that came.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from headscope.errors import HeadscopeError
+from headscope.stats import MINIMUM, MINIMUM_UNITS, Estimate, Measure, resampled, unit_draws
+
+Baseline = Literal["error kept", "reconstruction"]
+Where = Literal["everywhere", "one"]
+Norms = Literal["recomputed", "frozen"]
+
+BASELINES: dict[Baseline, str] = {
+    "error kept": "the unchanged model: z - f_j W_dec[j], the SAE's error stays",
+    "reconstruction": "the model with z replaced by the SAE's reconstruction at all positions: x_hat - f_j W_dec[j]",
+}
+WHERES: dict[Where, str] = {
+    "everywhere": "ablated at all of its active tokens in the block at once",
+    "one": "ablated at one active token, the others as they were",
+}
+NORMS: dict[Norms, str] = {
+    "recomputed": "norms after the ablation see it",
+    "frozen": "norms after the ablation divide by what they divided by in the baseline",
+}
+N_SAMPLES = 1000
+_INTERVAL = "95 %, documents resampled 1,000 times"
+
+
+@dataclass(frozen=True)
+class PathEffect:
+    """What the ablation does by one path, other paths held at the baseline."""
+
+    path: str
+    """`total`; `direct`, to the logits; `mlp.L` or `attn.L`, through that component alone and from it to the logits."""
+    definition: str
+    change: Float[np.ndarray, " token"]
+    """Of the loss at each token of the record."""
+    later: Float[np.ndarray, " token"] | None
+    """Summed over the later tokens of the block, where one token is ablated and later ones can see it; else None."""
+    mean: Measure
+    """Of `change`. Its null is what directions of the same norm do at some of these tokens: mean, and the range that
+    holds 95 % of them."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of a path's effect falls on some of the tokens."""
+
+    positive: Measure
+    """Of the loss increase: tokens whose loss falls count as 0."""
+    net: Measure
+    """Of the summed change; may be negative or above 1."""
+
+
+@dataclass(frozen=True)
+class Downstream:
+    """What ablating one feature does, token by token; all arrays are in the order of `position`."""
+
+    latent: int
+    layer: int
+    baseline: Baseline
+    where: Where
+    norms: Norms
+    n_active: int
+    """Active tokens in the index whose next token is text in the same block: those that can be looked at."""
+    position: Int[np.ndarray, " token"]
+    """Looked at: active tokens, all or a sample; off the last layer, all tokens of blocks if ablated everywhere."""
+    activation: Float[np.ndarray, " token"]
+    next_token: Int[np.ndarray, " token"]
+    document: Int[np.ndarray, " token"]
+    loss: Float[np.ndarray, " token"]
+    """Of the baseline."""
+    paths: dict[str, PathEffect]
+    """`total` first, then `direct`, then components in the order of the model."""
+    notes: tuple[str, ...]
+    """What there is to know of these paths in this model."""
+
+    @property
+    def n(self) -> int:
+        """Tokens looked at."""
+        return len(self.position)
+
+    @property
+    def definition(self) -> str:
+        """What was done, in one line."""
+        return f"baseline: {BASELINES[self.baseline]}; {WHERES[self.where]}; {NORMS[self.norms]}"
+
+    @property
+    def interaction(self) -> Float[np.ndarray, " token"]:
+        """Total less the sum of the other paths: losses are not additive, though what paths write to the stream is."""
+        parts = [effect.change for name, effect in self.paths.items() if name != "total"]
+        return self.paths["total"].change - np.sum(parts, axis=0)
+
+    def next_is(self, tokens: int | list[int]) -> Bool[np.ndarray, " token"]:
+        """Where one of these is the right next token."""
+        return np.isin(self.next_token, tokens)
+
+    def holds(self, mask: Bool[np.ndarray, " position"]) -> Bool[np.ndarray, " token"]:
+        """Where a mask over the positions of the corpus, such as that of a proxy, is true."""
+        if self.n and len(mask) <= self.position.max():
+            raise HeadscopeError(
+                f"a mask of {len(mask)} positions", expected="one of all positions of the corpus", do="pass that"
+            )
+        return mask[self.position]
+
+    def share(self, path: str, chosen: Bool[np.ndarray, " token"]) -> Share:
+        """How much of a path's effect falls on the chosen tokens; the null is their share of all tokens looked at.
+
+        Args:
+            path: one of `paths`.
+            chosen: which tokens of the record: `next_is` or `holds` make it.
+
+        Raises:
+            HeadscopeError: no such path.
+        """
+        change = self._effect(path).change
+        rate = ratio(self.document, chosen.astype(np.float64), np.ones(self.n), definition="share of tokens")
+        null = None if rate.value is None else Estimate(rate.value, rate.low or 0.0, rate.high or 1.0)
+        increase = change.clip(min=0)
+        return Share(
+            positive=ratio(
+                self.document,
+                increase * chosen,
+                increase,
+                definition="share of the loss increase (max(change, 0)) that is on these tokens",
+                null=null,
+            ),
+            net=ratio(
+                self.document,
+                change * chosen,
+                change,
+                definition="share of the summed loss change that is on these tokens",
+                null=null,
+            ),
+        )
+
+    def worst(self, path: str = "total", k: int = 20) -> Int[np.ndarray, " k"]:
+        """Where the loss rises most, most first: numbers of tokens of this record."""
+        order = np.argsort(-self._effect(path).change, kind="stable")[:k]
+        return order[self._effect(path).change[order] > 0]
+
+    def best(self, path: str = "total", k: int = 20) -> Int[np.ndarray, " k"]:
+        """Where the loss falls most: where the feature misled."""
+        order = np.argsort(self._effect(path).change, kind="stable")[:k]
+        return order[self._effect(path).change[order] < 0]
+
+    def histogram(self, bins: int = 100) -> tuple[Float[np.ndarray, " edge"], dict[str, Int[np.ndarray, " bin"]]]:
+        """Edges of bins that hold the changes of all paths, and how many tokens each path has in each."""
+        everything = np.concatenate([effect.change for effect in self.paths.values()])
+        edges = np.histogram_bin_edges(everything, bins)
+        return edges, {name: np.histogram(effect.change, edges)[0] for name, effect in self.paths.items()}
+
+    def _effect(self, path: str) -> PathEffect:
+        if path not in self.paths:
+            raise HeadscopeError(f"path {path!r}", expected=f"one of {', '.join(self.paths)}", do="name one of these")
+        return self.paths[path]
+
+
+def ratio(
+    document: Int[np.ndarray, " token"],
+    numerator: Float[np.ndarray, " token"],
+    denominator: Float[np.ndarray, " token"],
+    *,
+    definition: str,
+    null: Estimate | None = None,
+) -> Measure:
+    """sum(numerator) / sum(denominator) with its interval by document.
+
+    There is none, and the record says why, with fewer than 30 tokens, or where the denominator is 0; and no interval
+    with fewer than 10 documents.
+    """
+    n, total = len(document), float(denominator.sum())
+    if n < MINIMUM or total == 0:
+        missing = f"{n} tokens; at least {MINIMUM} are needed" if n < MINIMUM else "nothing to take a share of"
+        return Measure(definition, n, null=null, missing=missing)
+    _, unit = np.unique(document, return_inverse=True)
+    sums = np.stack([np.bincount(unit, numerator), np.bincount(unit, denominator)], axis=1)
+    found = resampled(_quotient, sums, unit_draws(len(sums), n_samples=N_SAMPLES, seed=0))
+    low, high = found or (None, None)
+    few = f"{len(sums)} documents; an interval needs {MINIMUM_UNITS}, and a denominator that is not 0"
+    return Measure(
+        definition,
+        n,
+        value=float(numerator.sum()) / total,
+        low=low,
+        high=high,
+        interval=_INTERVAL if found else None,
+        null=null,
+        missing=None if found else few,
+    )
+
+
+def _quotient(sums: Float[np.ndarray, "sample 2"]) -> Float[np.ndarray, " sample"]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return sums[:, 0] / sums[:, 1]

@@ -1,0 +1,104 @@
+"""Does a feature fire wherever its proxy is true? Recall, its parts, and what it misses. No torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Bool
+
+from headscope.errors import StudyError
+from headscope.stats import Estimate, wilson
+from headscope.studies.measures import Measures
+from headscope.studies.specificity_records import Sensitivity, SubtypeRecall
+
+REST = "none of these"
+
+Verdict = Literal["miss", "proxy wrong", "unclear"]
+"""Of a false negative: the feature should have fired; the proxy is true where it should not be; one cannot say."""
+
+
+def sensitivity(
+    measures: Measures, subtypes: Mapping[str, Bool[np.ndarray, " token"]], *, n_examples: int, seed: int
+) -> Sensitivity:
+    """Recall over the whole proxy and by subtype, and the false negatives.
+
+    Args:
+        measures: of the feature and its proxy.
+        subtypes: masks; they may overlap, and only their part within the proxy counts.
+        n_examples: false negatives to draw for judging.
+        seed: of that draw.
+
+    Raises:
+        StudyError: a subtype that is called `none of these`.
+    """
+    if REST in subtypes:
+        raise StudyError(f"a subtype called {REST!r}", expected="another name", do="call it something else")
+    split = measures.split
+    parts = {name: mask & split.mask for name, mask in subtypes.items()}
+    if parts:
+        rest = split.mask & ~np.logical_or.reduce(list(parts.values()))
+        parts |= {REST: rest} if rest.any() else {}
+    silent = split.mask.copy()
+    silent[split.position] = False
+    missed = np.flatnonzero(silent)
+    rng = np.random.default_rng(seed)
+    return Sensitivity(
+        recall=measures.recall(),
+        subtypes=tuple(_subtype(measures, name, mask) for name, mask in parts.items()),
+        false_negatives=missed,
+        sample=rng.choice(missed, min(n_examples, len(missed)), replace=False),
+    )
+
+
+def _subtype(measures: Measures, name: str, mask: Bool[np.ndarray, " token"]) -> SubtypeRecall:
+    n_both = int(np.count_nonzero(mask[measures.split.position]))
+    return SubtypeRecall(name, int(np.count_nonzero(mask)), n_both, measures.recall_of(mask))
+
+
+# ------------------------------------------------------------------------------------------------------------ verdicts
+@dataclass(frozen=True)
+class Adjudication:
+    """What judging a sample of the false negatives says of all of them."""
+
+    n_judged: int
+    n_unclear: int
+    n_false_negatives: int
+    """All of them, judged or not."""
+    misses: Estimate
+    """Share of real misses among the judged ones that are clear; Wilson. NaN within [0, 1] when there are none."""
+    recall: Estimate | None
+    """TP / (TP + misses * FN): recall if the judged ones are a random part of the false negatives; the interval is that
+    of `misses` alone. None when the feature and the proxy never meet and nothing is missed."""
+    definition: str = "recall with the false negatives that are the proxy's fault taken away"
+
+
+def adjudicate(found: Sensitivity, verdicts: Mapping[int, Verdict]) -> Adjudication:
+    """Correct recall by verdicts on false negatives.
+
+    Args:
+        found: the study.
+        verdicts: by position. For the correction to hold they are a random part: the first ones of `found.sample`.
+
+    Raises:
+        StudyError: a position that is no false negative of the study, or an unknown verdict.
+    """
+    known = set(found.false_negatives.tolist())
+    for position, verdict in verdicts.items():
+        if position not in known or verdict not in get_args(Verdict):
+            raise StudyError(
+                f"verdict {verdict!r} at position {position}",
+                expected=f"{', '.join(get_args(Verdict))}, at a false negative of the study",
+                do="judge the positions of `sample`",
+            )
+    given = list(verdicts.values())
+    n_missed = given.count("miss")
+    misses = wilson(n_missed, n_missed + given.count("proxy wrong"))
+    n_missed_all, n_both = len(found.false_negatives), found.recall.n - len(found.false_negatives)
+
+    def corrected(share: float) -> float:
+        return n_both / (n_both + share * n_missed_all)
+
+    possible = n_both > 0 and not np.isnan(misses.value)
+    recall_ = Estimate(*map(corrected, (misses.value, misses.high, misses.low))) if possible else None
+    return Adjudication(len(given), given.count("unclear"), n_missed_all, misses, recall_)

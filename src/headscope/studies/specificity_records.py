@@ -1,0 +1,209 @@
+"""What a specificity study says, as records: plain values and numpy arrays, no torch.
+
+A *mask* is a proxy evaluated: of each corpus position whether it is true. Positions are
+`block * block_size + position in the block`. Whatever cannot be computed is None with its reason, never NaN.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from headscope.stats import Estimate, Measure
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Text tokens by whether the feature is active and whether the proxy is true."""
+
+    n_tokens: int
+    """Text tokens of the corpus: special ones are left out everywhere."""
+    n_documents: int
+    """With at least one text token."""
+    n_active: int
+    n_proxy: int
+    n_both: int
+    """True positives: active and proxy true."""
+
+    @property
+    def n_false_positives(self) -> int:
+        """Active where the proxy is false."""
+        return self.n_active - self.n_both
+
+    @property
+    def n_false_negatives(self) -> int:
+        """Not active where the proxy is true."""
+        return self.n_proxy - self.n_both
+
+    @property
+    def base_rate(self) -> float:
+        """Share of tokens where the proxy is true: the precision of a feature that fires at random."""
+        return self.n_proxy / self.n_tokens
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Active tokens by activation, in equal bins from 0 to the maximum, split by the proxy.
+
+    A bin holds `edges[i] <= f < edges[i + 1]`, the last one its upper edge too.
+    """
+
+    edges: Float[np.ndarray, " edge"]
+    """One more than there are bins."""
+    true: Int[np.ndarray, " bin"]
+    """Active tokens where the proxy is true."""
+    false: Int[np.ndarray, " bin"]
+    true_mass: Float[np.ndarray, " bin"]
+    """Summed activation of these tokens."""
+    false_mass: Float[np.ndarray, " bin"]
+    n: int
+    """Active tokens."""
+    definition: str = "active tokens (f > 0) by activation, split by whether the proxy is true"
+
+
+@dataclass(frozen=True)
+class ExpectedValue:
+    """Bin centre times count over N: what each range of activations adds to a mean.
+
+    With normalisation `joint`, N is all text tokens for both classes, and the stacked bars sum to the mean activation
+    (to the width of a bin). With `class`, the post's code, N is the number of active tokens in the class itself: the
+    bars of each class sum to its own mean over active tokens, so that a rare class looks large and stacking them means
+    nothing.
+    """
+
+    normalisation: str
+    edges: Float[np.ndarray, " edge"]
+    true: Float[np.ndarray, " bin"]
+    false: Float[np.ndarray, " bin"]
+    n_true: int
+    """What the bars of each class were divided by."""
+    n_false: int
+    definition: str
+
+
+@dataclass(frozen=True)
+class PrecisionByThreshold:
+    """P(proxy | f > t) with Wilson 95 % intervals; thresholds that no token exceeds are left out."""
+
+    threshold: Float[np.ndarray, " point"]
+    n: Int[np.ndarray, " point"]
+    """Tokens with f > t."""
+    n_both: Int[np.ndarray, " point"]
+    """Of these, with the proxy true."""
+    value: Float[np.ndarray, " point"]
+    low: Float[np.ndarray, " point"]
+    high: Float[np.ndarray, " point"]
+    base_rate: float
+    """P(proxy) over all tokens: what a feature firing at random would have."""
+    definition: str = "share of the tokens with f > t on which the proxy is true; Wilson 95 % interval"
+
+
+@dataclass(frozen=True)
+class TopPrecision:
+    """Precision among the most active tokens; ties with the k-th are all counted, so n may exceed k."""
+
+    k: int
+    n: int
+    n_both: int
+    precision: Estimate
+    """Wilson."""
+
+
+@dataclass(frozen=True)
+class FalsePositiveRange:
+    """Active tokens in one range of activations, `low <= f < high` (the last range has its upper end too)."""
+
+    low: float
+    high: float
+    n: int
+    n_false: int
+    """Of these, with the proxy false."""
+    share: Estimate | None
+    """n_false / n, Wilson; None for an empty range."""
+    position: Int[np.ndarray, " example"]
+    """Some of the false positives, drawn at random, strongest first."""
+    activation: Float[np.ndarray, " example"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """PR and ROC curve in one: predict the proxy wherever f >= t, t falling from the maximum to 0.
+
+    The last point has t = 0: every token, active or not, is predicted. Tokens of equal activation, the zeros among
+    them, enter together. Points are thinned; areas are of all of them.
+    """
+
+    threshold: Float[np.ndarray, " point"]
+    n: Int[np.ndarray, " point"]
+    """Tokens with f >= t."""
+    n_both: Int[np.ndarray, " point"]
+    precision: Float[np.ndarray, " point"]
+    recall: Float[np.ndarray, " point"]
+    false_positive_rate: Float[np.ndarray, " point"]
+    base_rate: float
+    n_tokens: int
+    definition: str = "predict the proxy wherever f >= t, over all text tokens; zeros are one tie"
+
+
+@dataclass(frozen=True)
+class SubtypeRecall:
+    """Recall on a part of the proxy: a subtype's tokens where the proxy itself is true."""
+
+    name: str
+    n: int
+    n_both: int
+    recall: Measure
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Where the proxy is true: does the feature fire?"""
+
+    recall: Measure
+    subtypes: tuple[SubtypeRecall, ...]
+    """As given, and last `none of these` where the subtypes do not cover the proxy."""
+    false_negatives: Int[np.ndarray, " n"]
+    """Positions of all of them: proxy true, f = 0; ascending."""
+    sample: Int[np.ndarray, " example"]
+    """Some of them in random order, for judging one by one: any first part of it is a random sample."""
+
+
+@dataclass(frozen=True)
+class Specificity:
+    """One feature against one proxy over the text tokens of an index."""
+
+    latent: int
+    proxy: str
+    """Its canonical text; `a mask` for a mask."""
+    proxy_hash: str | None
+    """None for a mask."""
+    corpus: str
+    counts: Counts
+    notes: tuple[str, ...]
+    """What is empty and so cannot be asked: a feature that is never active, a proxy that is never or always true."""
+    maximum: float
+    """Of the activation; 0 for a dead feature."""
+    histogram: Histogram
+    precision: Measure
+    """P(proxy | f > 0)."""
+    precision_by_threshold: PrecisionByThreshold
+    top: tuple[TopPrecision, ...]
+    ranges: tuple[FalsePositiveRange, ...]
+    mass_share: Measure
+    """Share of the summed activation at tokens where the proxy is true."""
+    sensitivity: Sensitivity
+    curve: Curve | None
+    """None when the feature is never active, or the proxy never or always true."""
+    auc: Measure
+    """Area under the ROC curve: P(f at a true token > f at a false one) + P(equal) / 2."""
+    average_precision: Measure
+    """Area under the PR curve, as steps."""
+    pearson: Measure
+    """Of the activation, zeros included, with the proxy, over all text tokens."""
+    phi: Measure
+    """Of being active with the proxy, over all text tokens."""
+    pearson_above: Measure
+    """Of the activation with the proxy, over the tokens with f > tau alone."""
+    tau: float
+    n_rotations: int
+    """Of the null: the proxy moved by so many random whole numbers of blocks."""
