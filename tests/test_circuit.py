@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from headscope.decomposition import Upstream
 from headscope.errors import HeadscopeError, ModelError, SAEError
 from headscope.interventions import add
+from headscope.models.hf import Model
 from headscope.site import Site
 from headscope.studies.circuit import PromptCircuit
 
@@ -33,21 +34,16 @@ class PreciseRMSNorm(nn.Module):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
 
-@pytest.fixture(scope="session")
-def precise_model(random_model):
-    """`precise_model(setting, n_layers=)`: float64 through and through."""
-
-    def make(setting: str, *, n_layers: int = 3, dtype: torch.dtype = torch.float64):
-        family, changes = SETTINGS[setting]
-        model = random_model(family, dtype=dtype, n_layers=n_layers, **changes)
-        if family == "llama" and dtype == torch.float64:
-            for layer in model.module.model.layers:
-                layer.input_layernorm = PreciseRMSNorm(layer.input_layernorm)
-                layer.post_attention_layernorm = PreciseRMSNorm(layer.post_attention_layernorm)
-            model = type(model)(model.module, model.tokenizer, model.bos, model.spec.name)
-        return model
-
-    return make
+def precise(random_model, setting: str, *, n_layers: int = 3, dtype: torch.dtype = torch.float64, **more) -> Model:
+    """A random model; in float64, precise through and through."""
+    family, changes = SETTINGS[setting]
+    model = random_model(family, dtype=dtype, n_layers=n_layers, **changes | more)
+    if family == "llama" and dtype == torch.float64:
+        for layer in model.module.model.layers:
+            layer.input_layernorm = PreciseRMSNorm(layer.input_layernorm)
+            layer.post_attention_layernorm = PreciseRMSNorm(layer.post_attention_layernorm)
+        return Model(model.module, model.tokenizer, model.bos, model.spec.name)
+    return model
 
 
 def text(model, length: int, seed: int = 0) -> Tensor:
@@ -57,9 +53,9 @@ def text(model, length: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
-def subject(request, precise_model, random_sae):
+def subject(request, random_model, random_sae):
     """A model of three layers, a z SAE of the last, and SAEs of two earlier components."""
-    model = precise_model(request.param)
+    model = precise(random_model, request.param)
     saes = [random_sae(model, 40, site=Site("mlp_out", 0)), random_sae(model, 30, "topk", site=Site("z", 1))]
     return model, random_sae(model, 20), saes
 
@@ -90,6 +86,7 @@ def test_children_sum_to_their_parent_at_every_level(subject, with_saes):
     assert ("position" in kinds) == (model.spec.family == "gpt2")
 
 
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**16), length=st.integers(1, 12), latent=st.integers(0, 19))
 def test_parts_heads_and_sources_sum_to_the_pre_activation(subject, seed, length, latent):
     model, sae, _ = subject
@@ -145,9 +142,9 @@ def test_a_tree_sums_to_the_feature_and_keeps_what_is_large(subject):
     assert not circuit.tree(2, 7, depth=1, threshold=0.0).children[0].children
 
 
-def test_single_precision_closes_too(precise_model, random_sae):
+def test_single_precision_closes_too(random_model, random_sae):
     for setting in SETTINGS:
-        model = precise_model(setting, dtype=torch.float32)
+        model = precise(random_model, setting, dtype=torch.float32)
         sae = random_sae(model, 20)
         circuit = PromptCircuit(model, sae, text(model, 12))
         root = circuit.root(1, 11)
@@ -179,6 +176,6 @@ def test_what_does_not_fit_is_refused(subject, random_sae, no_type_checks):
         circuit.tree(0, 5)
     with (
         model.edit({Site("resid_pre", 1): add(torch.ones(model.spec.d_model))}),
-        pytest.raises(ModelError, match="not the sum of its parts"),
+        pytest.raises(ModelError, match="not the sum of parts"),
     ):
         PromptCircuit(model, sae, tokens)

@@ -19,13 +19,13 @@ from headscope.errors import HeadscopeError, ModelError, SAEError
 from headscope.models.attention import Attention, repeat_heads
 from headscope.models.hf import Model
 from headscope.sae.model import SAE
-from headscope.site import AnyKind, Kind, Site
+from headscope.site import AnyKind, Site
 
-PartKind = Literal["embedding", "position", "head", "bias", "mlp", "feature", "features", "error", "b_dec"]
+PartKind = Literal["embedding", "position", "head", "bias", "mlp", "feature", "features", "error", "b_dec", "constant"]
 
 _TOLERANCE = 1e-4  # in float64 too: transformers' RMSNorm computes in float32
 _COARSE = 0.05  # of models in half precision
-_SPLIT: dict[Kind, tuple[PartKind, ...]] = {"z": ("head",), "attn_out": ("head", "bias"), "mlp_out": ("mlp",)}
+_SPLIT: dict[AnyKind, tuple[PartKind, ...]] = {"z": ("head",), "attn_out": ("head", "bias"), "mlp_out": ("mlp",)}
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Part:
     """One part of the residual stream."""
 
     kind: PartKind
-    """`features` are all of an SAE's together but for those that are told apart."""
+    """`features` are all of an SAE's together but for those that are told apart; `constant` is no part of the stream, but
+    what the biases of those that read it make."""
     layer: int | None = None
     """None for embedding and position."""
     head: int | None = None
@@ -45,7 +46,7 @@ class Part:
     def name(self) -> str:
         """`embedding`, `0.2` (a head), `bias 0`, `mlp 0`, `mlp_out 0 feature 17`, `mlp_out 0 error`."""
         match self.kind:
-            case "embedding" | "position":
+            case "embedding" | "position" | "constant":
                 return self.kind
             case "head":
                 return f"{self.layer}.{self.head}"
@@ -81,6 +82,19 @@ class Written:
             case _:
                 return self.f @ self.directions
 
+    def largest(self, most: int) -> list[tuple[Part, Float[Tensor, "position d_model"]]]:
+        """The features of the first row that write the longest vectors anywhere, and all others as one part."""
+        f, (kind, layer) = self.f[0], (self.site.kind, self.site.layer)
+        sizes = f.amax(0) * self.directions.norm(dim=1)
+        chosen = sizes.topk(min(most, int((sizes > 0).sum()))).indices
+        named = [
+            (Part("feature", layer, site=kind, latent=latent), f[:, latent, None] * self.directions[latent])
+            for latent in chosen.tolist()
+        ]
+        others = f.clone()
+        others[:, chosen] = 0
+        return [*named, (Part("features", layer, site=kind), others @ self.directions)]
+
     def active(self, row: int) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Float[Tensor, " pair"]]:
         """(position, latent, activation) of all that is active in a row."""
         position, latent = self.f[row].nonzero(as_tuple=True)
@@ -106,7 +120,7 @@ class Upstream:
         model.check_layer(layer)
         _check_saes(model, layer, saes)
         self.model, self.layer = model, layer
-        self.saes = [sae.to(model.device) for sae in saes]
+        self.saes = [sae.to(model.device).to(model.module.dtype) for sae in saes]
         heads = model.spec.n_heads, model.spec.d_head
         layers = range(layer + 1)
         self.offset = [model.value_offset(l).view(heads) for l in layers]
@@ -239,20 +253,26 @@ class Stream:
         total = total if self._position is None else total + self._position
         for l in range(self.upstream.layer):
             total = total + self.attention[l].z @ model.W_O(l) + model.b_O(l) + self._mlp_out[l]
-        check_closes(stream, total, what=f"a residual stream before layer {self.upstream.layer}")
+        check_closes(
+            stream,
+            total,
+            what="a residual stream",
+            do="leave out edits between the layers, or take a model of a family of headscope/models/families.py",
+        )
 
 
-def check_closes(total: Tensor, parts: Tensor, *, what: str) -> None:
-    """Raise ModelError where a sum of parts misses a total by more than 1e-4 of its largest entry and 1."""
+def check_closes(total: Tensor, parts: Tensor, *, what: str, do: str) -> None:
+    """Raise ModelError where a sum of parts misses a total, which may be infinite, by more than 1e-4 of 1 + its size."""
     finite = total.isfinite()
-    miss = (total - parts)[finite].abs().max().item() if finite.any() else 0.0
-    size = 1 + (total[finite].abs().max().item() if finite.any() else 0.0)
+    if not finite.any():
+        return
+    miss, size = (total - parts)[finite].abs().max().item(), 1 + total[finite].abs().max().item()
     tolerance = _COARSE if total.dtype in (torch.float16, torch.bfloat16) else _TOLERANCE
     if not miss <= tolerance * size:
         raise ModelError(
-            f"{what} that is not the sum of its parts: they miss it by {miss:.3g} of {size:.3g}",
-            expected="a model whose blocks add to the stream and whose attention is linear in what its norm puts out",
-            do="leave out edits between the layers, or take a family of headscope/models/families.py",
+            f"{what} that {'are' if what[-1] == 's' else 'is'} not the sum of parts: they miss by {miss:.3g}",
+            expected=f"at most {tolerance * size:.3g}: blocks add to the stream, and what reads it is linear behind the norm",
+            do=do,
         )
 
 

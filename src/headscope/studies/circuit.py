@@ -93,7 +93,7 @@ class PromptCircuit:
             HeadscopeError: no tokens, or too many.
         """
         check_z(sae)
-        self.model, self.sae = model, sae.to(model.device)
+        self.model, self.sae = model, sae.to(model.device).to(model.module.dtype)
         self.layer = sae.site.layer
         self.stream = Upstream(model, self.layer, saes).run(tokens[None])
         self._weights = HeadWeights.of(self.sae, model)
