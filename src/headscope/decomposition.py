@@ -33,7 +33,7 @@ class Part:
     """One part of the residual stream."""
 
     kind: PartKind
-    """`features` are all of an SAE's together but for those that are told apart; `constant` is no part of the stream, but
+    """`features` are all of an SAE's together but for those that are told apart; `constant` is no part of the stream:
     what the biases of those that read it make."""
     layer: int | None = None
     """None for embedding and position."""
@@ -84,7 +84,8 @@ class Written:
 
     def largest(self, most: int) -> list[tuple[Part, Float[Tensor, "position d_model"]]]:
         """The features of the first row that write the longest vectors anywhere, and all others as one part."""
-        f, (kind, layer) = self.f[0], (self.site.kind, self.site.layer)
+        f, layer = self.f[0], self.site.layer
+        kind: AnyKind = self.site.kind
         sizes = f.amax(0) * self.directions.norm(dim=1)
         chosen = sizes.topk(min(most, int((sizes > 0).sum()))).indices
         named = [
@@ -188,7 +189,7 @@ class Stream:
             whole += [Part("bias", l), Part("mlp", l)]
             found += [part for part in whole if part.kind not in gone]
             for site in (site for site in self.written if site.layer == l):
-                found += [Part(kind, l, site=site.kind) for kind in ("b_dec", "error")]
+                found += [Part("b_dec", l, site=site.kind), Part("error", l, site=site.kind)]
         return tuple(found)
 
     def vector(self, part: Part) -> Float[Tensor, "batch position d_model"]:
@@ -204,8 +205,10 @@ class Stream:
                 return self.upstream.bias[l].expand_as(self._embedding)
             case Part("mlp", int(l)):
                 return self._mlp_out[l]
-            case Part(kind, int(l), _, str(site), latent):
+            case Part(kind, int(l), _, site, latent) if site is not None:
                 return self.written[Site(site, l)].vector(kind, latent)
+            case _:
+                pass
         raise HeadscopeError(f"part {part.name}", expected="one of `parts`, or a feature", do="name one of these")
 
     def along(
@@ -262,7 +265,7 @@ class Stream:
 
 
 def check_closes(total: Tensor, parts: Tensor, *, what: str, do: str) -> None:
-    """Raise ModelError where a sum of parts misses a total, which may be infinite, by more than 1e-4 of 1 + its size."""
+    """Raise ModelError where a sum of parts misses a total, which may be infinite, by over 1e-4 of 1 + its size."""
     finite = total.isfinite()
     if not finite.any():
         return
@@ -271,7 +274,7 @@ def check_closes(total: Tensor, parts: Tensor, *, what: str, do: str) -> None:
     if not miss <= tolerance * size:
         raise ModelError(
             f"{what} that {'are' if what[-1] == 's' else 'is'} not the sum of parts: they miss by {miss:.3g}",
-            expected=f"at most {tolerance * size:.3g}: blocks add to the stream, and what reads it is linear behind the norm",
+            expected=f"at most {tolerance * size:.3g}: blocks add to the stream, and is read linearly",
             do=do,
         )
 
@@ -289,7 +292,8 @@ def _check_saes(model: Model, layer: int, saes: Sequence[SAE]) -> None:
     """Raise SAEError unless each SAE takes the place of a component of its own before the layer."""
     taken: set[tuple[int, PartKind]] = set()
     for sae in saes:
-        own = {(sae.site.layer, kind) for kind in _SPLIT.get(sae.site.kind, ())}
+        kinds = _SPLIT.get(sae.site.kind, ())
+        own: set[tuple[int, PartKind]] = {(sae.site.layer, kind) for kind in kinds}
         if not own or sae.site.layer >= layer or own & taken or sae.d_in != model.width(sae.site):
             raise SAEError(
                 f"an SAE of {sae.site.kind} of layer {sae.site.layer}, {sae.d_in} wide",

@@ -4,9 +4,9 @@ A score is bilinear in what the query and the key read, norms held at what they 
 
     scores[h, d, k] = scaling  sum over a, b of  q_a[d, h] . k_b[k, h]
 
-`a` and `b` over the parts of `headscope.decomposition` and the constant, which is what the biases of the norm and of the
-projections make. Models that rotate queries and keys rotate each part's: the model's own rotation is linear. Softmax is
-blind to what is the same for all keys, so a part says why a key is attended to only by contrast with other keys.
+`a` and `b` over the parts of `headscope.decomposition` and the constant, which is what the biases of the norm and of
+the projections make. Rotation by position is linear, so those of each part are rotated, by the model's own code.
+Softmax is blind to what is the same for all keys, so a part says why a key is attended to only by contrast with others.
 """
 
 from collections.abc import Sequence
