@@ -5,7 +5,8 @@
                      own; the clean run of each is not counted
     c  dictionary    the exact direct path at every active token of the index, `headscope.studies.effects`
 
-The two are compared by the pair, at one thread each, and have to agree. The index is built once into `--folder`.
+The two are compared by the pair, in the processor's time at one thread each, and have to agree. The index is built once
+into `--folder`.
 
     python benchmarks/downstream.py            some minutes, and as many again for the index the first time
     python benchmarks/downstream.py --quick    100 features at 10 tokens, on less text
@@ -90,7 +91,7 @@ def _index(folder: Path, tokens: int) -> LiveIndex:
 
 
 def _hooks(live: LiveIndex, records: tuple[Downstream, ...], n: int) -> tuple[float, float]:
-    """Processor-bound seconds a pair by hooks, in the median, and the largest difference of any loss change."""
+    """The processor's seconds a pair by hooks, in the median, and the largest difference of any loss change."""
     rng = np.random.default_rng(0)
     live_records = [record for record in records if record.n]
     chosen = [live_records[i] for i in rng.integers(len(live_records), size=n)]

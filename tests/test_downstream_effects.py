@@ -5,10 +5,12 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
+from headscope import cli
 from headscope.index.build import SAERecord, build_index
 from headscope.index.columns import read_columns
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
+from headscope.sae.formats import save_sae
 from headscope.site import Site
 from headscope.studies import direct_path, effects
 from headscope.studies.ablation import downstream
@@ -140,3 +142,26 @@ def test_the_null_has_a_number_wherever_the_feature_has_one(live, found):
     assert (np.isnan(found.values["null_mean"]) == (found.n == 0)).all()
     alive = found.n > 0
     assert not np.allclose(found.values["null_mean"][alive], found.values["mean"][alive], rtol=0.1)
+
+
+def test_the_command_adds_columns_and_refuses_other_weights(random_model, random_sae, save_model, tmp_path, capsys):
+    model = random_model("gpt_neox")
+    folder = save_model(model, tmp_path / "model")
+    save_sae(random_sae(model, D_SAE), tmp_path / "sae")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 60)
+    text = ["--corpus", str(tmp_path / "text.txt"), "--split", "all", "--block-size", "32"]
+    index = tmp_path / "index"
+    cli.main(["index", "--sae", str(tmp_path / "sae"), "--model", str(folder), "--out", str(index), *text])
+    cli.main(["effects", str(index), "--model", str(folder)])
+    assert "active tokens (all)" in capsys.readouterr().out
+    opened = FeatureIndex.open(index)
+    total = opened.columns("effects")["total"].to_numpy()
+    assert np.isfinite(total).any()
+    cli.main(["effects", str(index), "--model", str(folder), "--max-work", "4000"])
+    assert "at most" in capsys.readouterr().out
+    other = save_model(random_model("gpt_neox", seed=1), tmp_path / "other")
+    with pytest.raises(SystemExit):
+        cli.main(["effects", str(index), "--model", str(other)])
+    assert "with which" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["effects", str(tmp_path / "none"), "--model", str(folder)])

@@ -27,15 +27,12 @@ def test_an_estimate_is_the_slope_of_a_small_ablation(live):
     found = first_order(live, [0, 5], max_tokens=4)
     model, layer, size = live.model, live.sae.site.layer, live.index.block_size
     directions = live.sae.W_dec @ model.W_O(layer)
-    f = {
-        j: dict(zip(*(v.tolist() for v in (a.position, a.activation)), strict=True))
-        for j in (0, 5)
-        for a in [live.index.activations(j)]
-    }
+    active = {j: live.index.activations(j) for j in (0, 5)}
     for latent, position, estimate in zip(found.latent, found.position, found.estimate, strict=True):
         block, query = divmod(int(position), size)
         tokens = torch.from_numpy(live.index.tokens_of(block).astype(np.int64))[None]
-        write = f[latent][position] * directions[latent]
+        f = active[latent].activation[active[latent].position == position]
+        write = float(f[0]) * directions[latent]
         losses = []
         for step in (-1e-5, 1e-5):
             with model.edit({Site("attn_out", layer): at(add(-step * write), positions=query)}):

@@ -1,6 +1,7 @@
 """The command line: one frozen dataclass a command, whose fields are its options, over the functions of `jobs`."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -9,12 +10,13 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from headscope import demo, jobs
 from headscope.errors import HeadscopeError
 from headscope.index.config import IndexPlan
 from headscope.sae.config import TrainConfig
-from headscope.sae.quality_table import quality_rows
+from headscope.sae.quality_table import Row, quality_rows
 from headscope.site import Kind
 
 _Flat = tyro.conf.arg(name="")
@@ -127,6 +129,8 @@ class Serve:
 
     index: Path
     """An index folder."""
+    model: str | None = None
+    """The model the index was built with, to remove features from it in the tab "Ablation"; without one, no torch."""
     port: int | None = None
     """A free one when not given."""
     open: bool = False
@@ -134,7 +138,7 @@ class Serve:
 
     def run(self) -> None:
         """Serve."""
-        jobs.serve(self.index, port=self.port, open_browser=self.open)
+        jobs.serve(self.index, model=self.model, port=self.port, open_browser=self.open)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +159,32 @@ class Export:
         path = jobs.export(self.index, self.out, features=self.features, overwrite=self.overwrite)
         size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file())
         Display().say(f"page: {path} ({size / 1e6:.1f} MB)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proxies:
+    """Find the proxy that goes best with each feature, and say what kind of feature that makes it.
+
+    Proxies are chosen on one half of the documents and scored on the other. An interrupted run is gone on with.
+    """
+
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    """An index folder; what is found of all live features becomes its columns `proxies`."""
+    features: tuple[int, ...] = ()
+    """Print what is found of these latents, best proxy first, and write nothing."""
+
+    def run(self) -> None:
+        """Search with a progress bar."""
+        with Display() as display:
+            found = jobs.proxies(self.index, features=self.features, on_progress=display.on_progress)
+        if isinstance(found, tuple):
+            for feature in found:
+                for line in feature.lines():
+                    display.say(line)
+        else:
+            for kind, n in found.kinds.items():
+                display.say(f"{kind:<20} {n:>7,} of {found.n_alive:,} live features")
+            display.say(f"columns: {found.path}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +225,7 @@ class Demo:
 class Effects:
     """Measure what every feature of an index does to the loss by its direct path, exactly; added to the index."""
 
-    index: Annotated[Path, tyro.conf.Positional]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; gets the columns `effects`."""
     model: str | None = None
     """The model; the one the index names when not given. Its weights must be those the index was built with."""
@@ -213,6 +243,49 @@ class Effects:
         which = "all" if found.most is None else f"at most {found.most:,} of each feature"
         display.say(f"effects: {found.n_pairs:,} active tokens ({which}) of {(found.n > 0).sum():,} features")
         display.say(f"columns: {self.index}/columns/effects.parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dive:
+    """Write the deep dive into one feature, when it fires and what it does, as one HTML file."""
+
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    """An index folder."""
+    feature: Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURE")]
+    """Its latent."""
+    proxy: tuple[str, ...] = ()
+    """Rules that say where it should fire, such as 'induction("board")'; the page's suggestions when not given."""
+    model: str | None = None
+    """The model the index was built with, to remove the feature from it too."""
+    out: Path
+    """`page.html`."""
+    overwrite: bool = False
+    """Replace what is there."""
+
+    def run(self) -> None:
+        """Write and say how large it is."""
+        path = jobs.dive(
+            self.index, self.feature, self.out, proxies=self.proxy, model=self.model, overwrite=self.overwrite
+        )
+        Display().say(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """Print how many features of a sample are alive, how many people found interpretable, and how far they agree."""
+
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    """An index folder; features are labelled on the page that `headscope serve` opens."""
+    sample: str = "first:50"
+    """`first:50` (the post's), `random:50:0` or `stratified:50:0` (by density): how drawn, how many, and the seed."""
+
+    def run(self) -> None:
+        """Tally and print."""
+        result = jobs.survey(self.index, sample=self.sample)
+        display = Display()
+        display.print_rows(f"survey of {self.sample}: {result.drawn.definition}", result.rows())
+        for note in result.notes:
+            display.say(note)
 
 
 class Display:
@@ -260,16 +333,20 @@ class Display:
 
     def print_quality(self, quality: dict, split: str) -> None:
         """Print the table of an SAE's quality, beside the post's figures."""
-        table = Table(title=f"quality on {split} text [95 % interval]", title_justify="left")
+        self.print_rows(f"quality on {split} text", quality_rows(quality))
+
+    def print_rows(self, title: str, rows: Sequence[Row]) -> None:
+        """Print figures beside the post's."""
+        table = Table(title=Text(f"{title} [95 % interval]"), title_justify="left")
         for heading in ("figure", "this SAE", "post*", "definition"):
             table.add_column(heading, overflow="fold")
-        for row in quality_rows(quality):
-            table.add_row(row.name, row.value, row.post, row.definition)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in (row.name, row.value, row.post, row.definition)))
         self._console.print(table)
         self.say("* Kissane et al. (2024): gelu-2l layer 1, d_sae 16,384, C4 and code; another model and corpus")
 
 
-Command = Demo | Train | Eval | Index | Serve | Export | Effects
+Command = Demo | Train | Eval | Index | Serve | Export | Proxies | Effects | Dive | Survey
 
 
 def main(arguments: list[str] | None = None) -> None:

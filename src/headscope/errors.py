@@ -7,13 +7,18 @@ HeadscopeError
  ├── OutputError      a folder that already holds a run, cannot be written, or a disk that is full
  ├── TrainingError    training that cannot go on (not finite, no data)
  ├── IndexFormatError an index that is incomplete, damaged, or of another version
+ ├── LabelError       a label, a sample of features or a labels.jsonl that is not as it must be
  ├── StudyError       a study asked for with options or data that do not fit
  ├── ProxyError       a proxy that cannot be read, names no token, or cannot be evaluated
+ ├── FigureError      a figure whose library is not installed
  ├── ServerError      a port that cannot be had
  └── ExportError      a page that cannot be written as asked
 
 Every message says what was got, what was expected, and what to do.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 
 class HeadscopeError(Exception):
@@ -23,6 +28,10 @@ class HeadscopeError(Exception):
         """Join the three parts into one message: what was `got`, what was `expected`, what to `do`."""
         super().__init__(f"{got}\n  expected: {expected}\n  do: {do}")
         self.got, self.expected, self.do = got, expected, do
+
+    def __reduce__(self) -> tuple[Callable[..., "HeadscopeError"], tuple]:
+        """So that one raised in another process arrives as itself."""
+        return partial(type(self), expected=self.expected, do=self.do), (self.got,)
 
 
 class ModelError(HeadscopeError):
@@ -49,12 +58,20 @@ class IndexFormatError(HeadscopeError):
     """An index that is incomplete, damaged, or of another version."""
 
 
+class LabelError(HeadscopeError):
+    """A label, a sample of features or a labels.jsonl that is not as it must be."""
+
+
 class StudyError(HeadscopeError):
     """A study asked for with options or data that do not fit."""
 
 
 class ProxyError(HeadscopeError):
     """A proxy that cannot be read, names no token of the vocabulary, or cannot be evaluated."""
+
+
+class FigureError(HeadscopeError):
+    """A figure whose library is not installed."""
 
 
 class ServerError(HeadscopeError):

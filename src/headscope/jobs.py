@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from headscope.artefact import check_output, check_run_folder, read_json, write_json
@@ -23,9 +24,15 @@ if TYPE_CHECKING:
     from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
     from headscope.models.hf import Model
+    from headscope.proxies import Proxy
+    from headscope.proxies.search_records import FeatureProxies
+    from headscope.proxies.search_table import Summary
     from headscope.sae.quality import Quality
     from headscope.sae.train import Status, TrainResult
+    from headscope.studies.downstream import Downstream
     from headscope.studies.effects import DirectEffects
+    from headscope.studies.specificity_records import Predictions
+    from headscope.studies.survey import Survey
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, the work done and the work in all."""
@@ -215,17 +222,67 @@ def _measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
         return None
 
 
-def serve(index: str | Path, *, port: int | None = None, open_browser: bool = False) -> None:
-    """Serve the explorer of an index on 127.0.0.1 until Ctrl-C.
+def proxies(
+    index: str | Path, *, features: Sequence[int] = (), on_progress: Progress | None = None
+) -> "tuple[FeatureProxies, ...] | Summary":
+    """Find the proxies that go best with features: of all live ones, into the index's columns `proxies`.
+
+    Args:
+        index: an index folder.
+        features: only these, and nothing is written.
+        on_progress: called after every feature.
+
+    Returns:
+        What was found of each of `features`, or a count of kinds.
 
     Raises:
-        IndexFormatError, ServerError: no index, or no such port.
+        IndexFormatError, OutputError: no index, no such feature, or columns that cannot be written.
+    """
+    from headscope.index.store import FeatureIndex
+    from headscope.proxies.search import search
+    from headscope.proxies.search_table import add_proxies
+
+    opened = FeatureIndex.open(index)
+    return tuple(search(opened, features)) if features else add_proxies(opened, on_progress=on_progress)
+
+
+class _Effects:
+    """What the page asks of a model: one feature at a time is removed from it."""
+
+    def __init__(self, index: str | Path, model: str) -> None:
+        self._live = live(index, model=model)
+        self._lock = Lock()
+
+    def downstream(self, latent: int, max_tokens: int) -> "Downstream":
+        """The effects of one feature."""
+        from headscope.studies.ablation import downstream
+
+        with self._lock:
+            return downstream(self._live, [latent], max_tokens=max_tokens)[0]
+
+    def predictions(self, latent: int, proxy: "Proxy") -> "Predictions":
+        """What the model predicts where one feature misses a proxy."""
+        from headscope.studies.predictions import predictions
+
+        with self._lock:
+            return predictions(self._live.index, self._live.model, latent, proxy)
+
+
+def serve(index: str | Path, *, model: str | None = None, port: int | None = None, open_browser: bool = False) -> None:
+    """Serve the explorer of an index on 127.0.0.1 until Ctrl-C; with a model, it also removes features from it.
+
+    Raises:
+        IndexFormatError, ModelError, SAEError, ServerError: no index, not its model or SAE, or no such port.
     """
     from headscope.explorer.cards import IndexCards
+    from headscope.explorer.dives import IndexDives
+    from headscope.explorer.labelling import LabelRoutes
     from headscope.explorer.server import serve as serve_cards
     from headscope.index.store import FeatureIndex
 
-    serve_cards(IndexCards(FeatureIndex.open(index)), port=port, open_browser=open_browser)
+    opened = FeatureIndex.open(index)
+    dives = IndexDives(opened, _Effects(index, model) if model else None)
+    serve_cards(IndexCards(opened), dives=dives, labels=LabelRoutes(opened), port=port, open_browser=open_browser)
 
 
 def export(index: str | Path, out: Path, *, features: Sequence[int] | None = None, overwrite: bool = False) -> Path:
@@ -250,6 +307,57 @@ def export(index: str | Path, out: Path, *, features: Sequence[int] | None = Non
     if one_file:
         return export_html(source, out, chosen)
     return export_folder(source, out, chosen, overwrite=overwrite)
+
+
+def dive(
+    index: str | Path,
+    feature: int,
+    out: Path,
+    *,
+    proxies: Sequence[str] = (),
+    model: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the card of one feature with its deep-dive tabs as one HTML file.
+
+    Args:
+        index: an index folder.
+        feature: its latent.
+        out: the file, whose name ends with .html.
+        proxies: those that the page suggests when none are given.
+        model: the index's, to remove the feature from it too.
+        overwrite: replace what is there.
+
+    Raises:
+        IndexFormatError, ProxyError, ExportError, OutputError: no index or feature, no proxy, or no place to write.
+        ModelError, SAEError: not the index's model or SAE.
+    """
+    from headscope.explorer.cards import IndexCards
+    from headscope.explorer.dives import IndexDives, packed
+    from headscope.explorer.export import export_html
+    from headscope.index.store import FeatureIndex
+
+    if out.suffix != ".html":
+        raise ExportError(f"a page called {out.name}", expected="a name that ends with .html", do="name it so")
+    check_output(out, overwrite=overwrite)
+    opened = FeatureIndex.open(index)
+    opened.check_latent(feature)
+    dives = IndexDives(opened, _Effects(index, model) if model else None)
+    return export_html(IndexCards(opened), out, [feature], dives=packed(dives, feature, proxies))
+
+
+def survey(index: str | Path, *, sample: str = "first:50") -> "Survey":
+    """Tally what was said of a sample of an index's features: how many are alive, and how many interpretable.
+
+    Raises:
+        IndexFormatError, LabelError: no index, no such sample, or a damaged file of labels.
+    """
+    from headscope.index.labels import LabelStore
+    from headscope.index.store import FeatureIndex
+    from headscope.studies import survey as study
+
+    chosen, opened = study.Sample.parse(sample), FeatureIndex.open(index)
+    return study.survey(opened, LabelStore(opened).read(), chosen)
 
 
 def _most_active(source: "IndexCards", n: int | None) -> list[int]:

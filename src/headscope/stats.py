@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import nan
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -107,7 +108,8 @@ def resampled(
         draws: as of `unit_draws`.
 
     Returns:
-        None with fewer than `MINIMUM_UNITS` units, or when the statistic does not exist in one of 20 samples.
+        None with fewer than `MINIMUM_UNITS` units, when the statistic does not exist in one of 20 samples, or when it
+        is the same in all of them: resampling then says nothing of what was not seen.
     """
     if len(sums) < MINIMUM_UNITS:
         return None
@@ -116,7 +118,7 @@ def resampled(
     if len(defined) < (1 - _UNDEFINED) * len(values):
         return None
     low, high = np.percentile(defined, [2.5, 97.5])
-    return float(low), float(high)
+    return (float(low), float(high)) if defined.min() < defined.max() else None
 
 
 # ---------------------------------------------------------------------------------------------------------- pair sums
@@ -131,7 +133,7 @@ class PairSums:
     correlations are NaN where they do not exist.
     """
 
-    values: Float[np.ndarray, "*unit sum"]
+    values: Float[np.ndarray, "unit sum"]
     """`PAIR_SUMS`: n, sum y, sum [f > 0], sum [f > 0] y, sum f, sum f y, sum g, sum g y, sum g^2; g = f - shift, with
     the same shift everywhere, near the mean of f, so that nothing cancels."""
 
@@ -177,39 +179,39 @@ class PairSums:
         return cls(np.stack([sums[name].astype(np.float64) for name in PAIR_SUMS], axis=-1))
 
     def total(self) -> "PairSums":
-        """Of all units."""
-        return PairSums(self.values.sum(0))
+        """Of all units, as one."""
+        return PairSums(self.values.sum(0, keepdims=True))
 
-    def __getitem__(self, name: str) -> Float[np.ndarray, "*unit"]:
+    def __getitem__(self, name: str) -> Float[np.ndarray, " unit"]:
         """One of `PAIR_SUMS`."""
         return self.values[..., PAIR_SUMS.index(name)]
 
-    def precision(self) -> Float[np.ndarray, "*unit"]:
+    def precision(self) -> Float[np.ndarray, " unit"]:
         """P(y | f > 0)."""
         return _ratio(self["both"], self["active"])
 
-    def recall(self) -> Float[np.ndarray, "*unit"]:
+    def recall(self) -> Float[np.ndarray, " unit"]:
         """P(f > 0 | y)."""
         return _ratio(self["both"], self["true"])
 
-    def mass_share(self) -> Float[np.ndarray, "*unit"]:
+    def mass_share(self) -> Float[np.ndarray, " unit"]:
         """`sum f y / sum f`."""
         return _ratio(self["mass_true"], self["mass"])
 
-    def pearson(self) -> Float[np.ndarray, "*unit"]:
+    def pearson(self) -> Float[np.ndarray, " unit"]:
         """Correlation of f and y over the tokens of a unit, zeros included."""
         mean, p = _ratio(self["centred"], self["n"]), _ratio(self["true"], self["n"])
         covariance = _ratio(self["centred_true"], self["n"]) - mean * p
         variance = _ratio(self["centred_square"], self["n"]) - mean * mean
         return _correlation(covariance, variance, p * (1 - p))
 
-    def phi(self) -> Float[np.ndarray, "*unit"]:
+    def phi(self) -> Float[np.ndarray, " unit"]:
         """Correlation of [f > 0] and y over the tokens of a unit."""
         a, p = _ratio(self["active"], self["n"]), _ratio(self["true"], self["n"])
         return _correlation(_ratio(self["both"], self["n"]) - a * p, a * (1 - a), p * (1 - p))
 
 
-def _ratio(numerator: np.ndarray | np.generic, denominator: np.ndarray | np.generic) -> np.ndarray:
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.divide(numerator, denominator)
 
@@ -265,11 +267,13 @@ class Ranking:
         """
         true, false = self.true, self.n - self.true
         area = (np.diff(false, prepend=0) * (true + np.append(0, true[:-1]))).sum()  # twice, in whole numbers
-        return float(_ratio(np.float64(area), 2.0 * true[-1] * false[-1]))
+        pairs = int(true[-1]) * int(false[-1])
+        return int(area) / (2 * pairs) if pairs else nan
 
     def average_precision(self) -> float:
         """`sum (recall_i - recall_{i-1}) precision_i` over groups; NaN when the mask is never true."""
-        return float(_ratio((np.diff(self.true, prepend=0) * (self.true / self.n)).sum(), np.float64(self.true[-1])))
+        area = (np.diff(self.true, prepend=0) * (self.true / self.n)).sum()
+        return float(area) / int(self.true[-1]) if self.true[-1] else nan
 
     def placements(self) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, " group"]]:
         """Of a true token of each group, the share of false tokens below it; of a false one, that of true ones above.
@@ -279,7 +283,7 @@ class Ranking:
         shares = []
         for counts in (self.n - self.true, self.true):
             middle = (counts + np.append(0, counts[:-1])) / 2
-            shares.append(_ratio(middle, np.float64(counts[-1])))
+            shares.append(middle / max(int(counts[-1]), 1))
         return 1 - shares[0], shares[1]
 
 
@@ -303,7 +307,8 @@ def clustered_auc(
         n_false: false tokens of it.
 
     Returns:
-        None with fewer than `MINIMUM_UNITS` units, or fewer than two that have true tokens, or false ones.
+        None with fewer than `MINIMUM_UNITS` units, fewer than two that have true tokens, or false ones, and when all
+        units agree, as at an AUC of 1.
     """
     units, with_true, with_false = len(n_true), int((n_true > 0).sum()), int((n_false > 0).sum())
     if units < MINIMUM_UNITS or min(with_true, with_false) < 2:
@@ -313,5 +318,7 @@ def clustered_auc(
     variance = with_true / (with_true - 1) * (above @ above) / m**2
     variance += with_false / (with_false - 1) * (below @ below) / n**2
     variance += 2 * units / (units - 1) * (above @ below) / (m * n)
-    half = _Z * max(0.0, float(variance)) ** 0.5
+    if not variance > 0:
+        return None
+    half = _Z * float(variance) ** 0.5
     return max(0.0, auc - half), min(1.0, auc + half)

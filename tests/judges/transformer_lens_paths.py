@@ -1,8 +1,8 @@
 """Write what TransformerLens' hooks make of writes to the last layer, one run at a time: `FOLDER CASE.npz OUT.npz`.
 
 The case has `tokens [block, position]` and, for each pair, `block`, `query` and `write [pair, d_model]`, added to what
-the last attention layer puts out. The result has the loss change at the pair by each path, and the seconds of each
-pair's three runs. A program of its own: booting a Bridge patches transformers for the whole process.
+the last attention layer puts out. The result has the loss change at the pair by each path, and the processor's
+seconds of each pair's three runs. A program of its own: booting a Bridge patches transformers for the whole process.
 """
 
 import sys
@@ -48,10 +48,10 @@ def main(folder: Path, case_file: Path, out: Path) -> None:
             "direct": [(last + "hook_attn_out", written), (last + "hook_mlp_out", held)],
             "mlp": [(last + "hook_mlp_in", written)],
         }
-        clean, start = loss(logits), time.perf_counter()
+        clean, start = loss(logits), time.process_time()
         for path, fwd_hooks in hooks.items():
             changes[path].append(loss(bridge.run_with_hooks(tokens, fwd_hooks=fwd_hooks)) - clean)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     np.savez(out, seconds=np.array(seconds), **{path: np.array(values) for path, values in changes.items()})
 
 

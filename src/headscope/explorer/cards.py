@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow as pa
 
 from headscope.errors import IndexFormatError
-from headscope.explorer.examples import LEAN, WHOLE, Runs, example_runs, examples_json, text_json, text_runs
+from headscope.explorer.answers import Json
+from headscope.explorer.examples import LEAN, WHOLE, corpus_json, example_runs, examples_json, text_runs
 from headscope.explorer.numbers import short, significant
-from headscope.explorer.server import Json
+from headscope.index.columns import read_columns
 from headscope.index.config import QUANTILES
 from headscope.index.records import ExampleGroup, Feature, Shares, Sources
 from headscope.index.store import FeatureIndex
@@ -77,13 +78,26 @@ class IndexCards:
     def table(self) -> Json:
         """One row a latent, by column."""
         table = self._index.table()
-        rows = {name: _values(table[name]) for name in table.column_names}
+        shown = [name for name in table.column_names if "." not in name or name in _STUDY_COLUMNS]
+        rows = {name: _values(table[name]) for name in shown}
         for name in ("top_head", "decoder_head"):
             rows[name] = [None if h is None else self._heads[h] for h in rows[name]]
         rows["alive"] = [n > 0 for n in rows["n_active"]]
         words = self._index.manifest["definitions"]
         columns = [column | {"definition": column["definition"] or words[column["name"]]} for column in _COLUMNS]
-        return {"columns": columns, "rows": rows}
+        added = self._study_columns(table)
+        listed, others = [[c for c in added if c["listed"] == yes] for yes in (True, False)]
+        return {"columns": [*columns[:1], *listed, *columns[1:], *others], "rows": rows}
+
+    def _study_columns(self, table: pa.Table) -> list[Json]:
+        """What studies added, as far as the list and the dashboard's axes show it, in the words of the study."""
+        made = []
+        for name, (label, kind, listed) in _STUDY_COLUMNS.items():
+            study, column = name.split(".")
+            if name in table.column_names:
+                definition = read_columns(self._index.folder, study)[1]["definitions"][column]
+                made.append(_column(name, label, kind, definition, listed=listed))
+        return made
 
     def feature(self, latent: int, *, lean: bool = False) -> Json:
         """The card of one latent; a lean one is for a file, and leaves detail out of all but top and random examples.
@@ -118,7 +132,7 @@ class IndexCards:
             "residual": short(max((abs(e.residual) for e in examples), default=None), 1),
             "examples": examples_json(examples, runs, brief, size, LEAN if lean else WHOLE),
             "groups": [_group(group, number) for group in groups],
-            **self._corpus_of(text_runs((e.position // size for e in examples), runs)),
+            **corpus_json(text_runs((e.position // size for e in examples), runs), self._index),
         }
 
     def context(self, block: int) -> Json:
@@ -129,17 +143,7 @@ class IndexCards:
         """
         if not 0 <= block < self._index.n_blocks:
             raise IndexError(f"blocks 0 to {self._index.n_blocks - 1}")
-        return self._corpus_of({block: [(0, self._block_size)]})
-
-    def _corpus_of(self, runs: Runs) -> Json:
-        """The text of some stretches, and the document that each of their blocks' positions is from."""
-        where, names = {}, {}
-        for block, own in runs.items():
-            document = self._index.documents_of(block)
-            starts = np.flatnonzero(np.diff(document, prepend=-1)).tolist()
-            where[block] = [[start, int(document[start])] for start in starts if start < own[-1][1]]
-            names |= {number: self._index.documents[number] for _, number in where[block]}
-        return {"text": text_json(runs, self._index.tokens_of), "document_at": where, "documents": names}
+        return corpus_json({block: [(0, self._block_size)]}, self._index)
 
     def _stats(self, feature: Feature) -> Json:
         n_tokens = self._index.manifest["corpus"]["n_tokens"]
@@ -236,6 +240,16 @@ def _column(name: str, label: str, kind: str, definition: str = "", *, listed: b
     """A column of the table; without a definition, the index has it under the column's name."""
     return {"name": name, "label": label, "kind": kind, "definition": definition, "listed": listed}
 
+
+_STUDY_COLUMNS = {
+    "proxies.kind": ("kind", "text", True),
+    "proxies.precision": ("proxy precision", "percent", False),
+    "proxies.recall": ("proxy recall", "percent", False),
+    "proxies.pearson": ("proxy Pearson", "float", False),
+    "effects.importance": ("loss effect", "float", False),
+    "effects.top_share": ("effect on top logit", "percent", False),
+}
+"""Columns of studies in the table: label, kind and whether the list shows them; a card shows all of them."""
 
 _COLUMNS = [
     _column("latent", "id", "int", "index of the dictionary entry"),

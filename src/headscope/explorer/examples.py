@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from headscope.explorer.server import Json
+from headscope.explorer.answers import Json
 from headscope.index.records import Example
+from headscope.index.store import FeatureIndex
 
 Runs = dict[int, list[tuple[int, int]]]
 """Stretches [start, end) of blocks, by block, sorted and disjoint."""
@@ -174,3 +175,14 @@ def text_json(runs: Runs, tokens_of: Callable[[int], Int[np.ndarray, " position"
         tokens = tokens_of(block)
         made += [[block, start, tokens[start:end].tolist()] for start, end in own]
     return made
+
+
+def corpus_json(runs: Runs, index: FeatureIndex) -> Json:
+    """The text of some stretches, and the document that each of their blocks' positions is from."""
+    where, names = {}, {}
+    for block, own in runs.items():
+        document = index.documents_of(block)
+        starts = np.flatnonzero(np.diff(document, prepend=-1)).tolist()
+        where[block] = [[start, int(document[start])] for start in starts if start < own[-1][1]]
+        names |= {number: index.documents[number] for _, number in where[block]}
+    return {"text": text_json(runs, index.tokens_of), "document_at": where, "documents": names}

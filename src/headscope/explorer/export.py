@@ -11,48 +11,65 @@ import gzip
 import hashlib
 import html
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from headscope.artefact import atomic_write, new_folder
 from headscope.errors import ExportError
-from headscope.explorer.server import CardSource, Json, about_of, dump_json, static_files
+from headscope.explorer.answers import Json, dump_json
+from headscope.explorer.server import CardSource, about_of, static_files
 
 MAX_FEATURES = 2000
 """More features than this make a file that is slow to open; `export_folder` has no such limit."""
 
 _PACK = 64  # features unpacked together
 _IMPORT = re.compile(r'^import \{([^}]*)\} from "\./(\w+\.js)";\n', re.MULTILINE)
+_LAZY = re.compile(r'^[ \t]*const \{[^}]*\} = await import\("\./(\w+\.js)"\);\n', re.MULTILINE)
 _ASIDE = re.compile(r"^[ \t]*//[^\n]*\n|^[ \t]*/\*\*(?:(?!\*/).)*\*/\n|^[ \t]+", re.MULTILINE | re.DOTALL)
+_DIVE = "dive.js"
+_LABELS = "labels.js"  # writes, and so needs a server
 _STYLE_LINK = '<link rel="stylesheet" href="/static/style.css">'
 _SCRIPT_LINK = '<script type="module" src="/static/app.js"></script>'
 _TOKEN = re.compile(r'<meta name="headscope-token"[^>]*>\n')
+_START = '<meta name="headscope-start" content="/f/{latent}?tab=specificity">\n'
 _IN_FOLDER = '<meta name="headscope-folder" content="packs">\n'
 
 
-def export_html(source: CardSource, path: Path, features: Sequence[int] | None = None) -> Path:
+def export_html(
+    source: CardSource, path: Path, features: Sequence[int] | None = None, *, dives: Mapping[int, Json] | None = None
+) -> Path:
     """Write the explorer with the cards of `features` (all when None) into one HTML file.
+
+    Args:
+        source: what to show.
+        path: the file.
+        features: their latents.
+        dives: what the deep-dive tabs show of each of them (`headscope.explorer.dives.packed`); without, the cards
+            have no such tabs.
 
     Raises:
         ExportError: more than `MAX_FEATURES` features, none, or a latent that does not exist.
         OutputError: the file cannot be written.
     """
-    chosen, core = _chosen(source, features)
+    chosen, core = _chosen(source, features, dives=dives is not None)
     if len(chosen) > MAX_FEATURES:
         raise ExportError(
             f"{len(chosen):,} features to export",
             expected=f"at most {MAX_FEATURES:,} features in one file",
             do="pass fewer features, export a folder, or serve the whole index",
         )
-    before, after = _page_around(core["about"]["title"], connect="'none'", mark="")
+    start = _START.format(latent=chosen[0]) if dives else ""
+    before, after = _page_around(core["about"]["title"], connect="'none'", mark=start, dives=dives is not None)
     text = _Text(core["about"]["corpus"]["block_size"])
     with atomic_write(Path(path)) as file:
         file.write(before)
         file.write(_data_block("data-core", dump_json(core)))
         for number, pack in enumerate(_packs_of(chosen)):
             file.write(_data_block(f"data-pack-{number}", dump_json(_cards(source, pack, text))))
+        if dives is not None:
+            file.write(_data_block("data-dives", dump_json(dives)))
         places, ids = text.as_bytes()
         file.write(_data_block("data-text", dump_json(places)))
         file.write(_data_block("data-ids", ids))
@@ -87,9 +104,9 @@ def export_folder(
     return Path(path)
 
 
-def _chosen(source: CardSource, features: Sequence[int] | None) -> tuple[list[int], Json]:
+def _chosen(source: CardSource, features: Sequence[int] | None, *, dives: bool = False) -> tuple[list[int], Json]:
     """The features to export, and all that the page needs besides their cards."""
-    about, table = about_of(source), source.table()
+    about, table = about_of(source, dives=dives), source.table()
     chosen = list(dict.fromkeys(table["rows"]["latent"] if features is None else features))
     if not chosen:
         raise ExportError("no features to export", expected="at least one", do="pass the latents to export")
@@ -178,16 +195,17 @@ def _data_block(name: str, content: bytes) -> bytes:
     return b'<script type="application/octet-stream" id="%s">%s</script>\n' % (name.encode(), packed)
 
 
-def _page_around(title: str, *, connect: str, mark: str) -> tuple[bytes, bytes]:
+def _page_around(title: str, *, connect: str, mark: str, dives: bool = False) -> tuple[bytes, bytes]:
     """Return the page before and after its data, style and script inlined and allowed by their hashes.
 
     Args:
         title: of the page.
         connect: what its policy lets it fetch.
-        mark: the element that tells the page where its data is.
+        mark: the element that tells the page where its data is, or with which view it opens.
+        dives: whether its cards have deep-dive tabs, and so the scripts of these.
     """
     files = {name: body.decode() for name, body in static_files().items()}
-    script, style = _one_script(files), files["style.css"]
+    script, style = _one_script(files, dives=dives), files["style.css"]
     policy = "; ".join(
         [
             "default-src 'none'",
@@ -209,22 +227,23 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _one_script(files: dict[str, str]) -> str:
+def _one_script(files: dict[str, str], *, dives: bool) -> str:
     """Concatenate the modules that app.js needs, each after those it imports.
 
     The modules import by plain name from their own folder and export declarations only, so that dropping
-    `import` and `export` leaves one module with the same meaning. No text of theirs spans lines, so that comments
-    and indentation can go too.
+    `import` and `export` leaves one module with the same meaning; one that is imported when it is first needed comes
+    like the others, the deep-dive tabs only where there are `dives`, the labelling queue never. No text of theirs spans
+    lines, so that comments and indentation can go too.
     """
     done: dict[str, str] = {}
 
     def add(name: str) -> None:
-        if name in done:
+        if name in done or name == _LABELS or (name == _DIVE and not dives):
             return
-        for _, needed in _IMPORT.findall(files[name]):
+        for needed in [n for _, n in _IMPORT.findall(files[name])] + _LAZY.findall(files[name]):
             add(needed)
-        body = re.sub(r"^export ", "", _IMPORT.sub("", files[name]), flags=re.MULTILINE)
-        done[name] = _ASIDE.sub("", body)
+        body = _LAZY.sub("", _IMPORT.sub("", files[name]))
+        done[name] = _ASIDE.sub("", re.sub(r"^export ", "", body, flags=re.MULTILINE))
 
     add("app.js")
     return "\n".join(done.values())

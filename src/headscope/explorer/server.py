@@ -6,8 +6,6 @@ behind it.
 """
 
 import errno
-import hashlib
-import json
 import secrets
 import socket
 import sys
@@ -16,7 +14,7 @@ import webbrowser
 from collections.abc import Callable
 from functools import partial
 from importlib import resources
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import uvicorn
 from starlette.applications import Starlette
@@ -30,8 +28,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headscope.errors import HeadscopeError, ServerError
-
-Json = dict[str, Any]
+from headscope.explorer.answers import Json, answer, dump_json, failure, number_of
+from headscope.explorer.labelling import LabelRoutes
+from headscope.explorer.studies import DiveSource, StudyRoutes
 
 TOKEN_HEADER = "x-headscope-token"
 """Where a request that writes gives the token of the page."""
@@ -108,15 +107,11 @@ class CardSource(Protocol):
         ...
 
 
-def dump_json(content: Any) -> bytes:
-    """Encode as compact, strict JSON: a NaN is an error here, not in the reader's browser."""
-    return json.dumps(content, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def about_of(source: CardSource) -> Json:
-    """Return what `source` says of itself, with a definition for every word of the page."""
+def about_of(source: CardSource, *, dives: bool = False, labels: bool = False) -> Json:
+    """Return what `source` says of itself, a definition for every word of the page, and what else the page has."""
     about = source.about()
-    return about | {"definitions": DEFINITIONS | about.get("definitions", {})}
+    definitions = DEFINITIONS | about.get("definitions", {})
+    return about | {"definitions": definitions, "dives": dives, "labels": labels}
 
 
 def static_files() -> dict[str, bytes]:
@@ -166,70 +161,64 @@ class _Guard:
 class _Pages:
     """The answers to each route. Calls of the source are made one at a time, off the event loop."""
 
-    def __init__(self, source: CardSource, token: str) -> None:
-        self.source = source
+    def __init__(self, source: CardSource, token: str, *, dives: bool, labels: bool) -> None:
+        self.source, self.about = source, partial(about_of, source, dives=dives, labels=labels)
         self.files = static_files()
         self.page = self.files["index.html"].replace(_TOKEN_MARK, token.encode())
         self.lock = threading.Lock()
         self.kept: dict[str, bytes] = {}
 
     async def shell(self, request: Request) -> Response:
-        return _answer(request, self.page, "text/html")
+        return answer(request, self.page, "text/html")
 
     async def static(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name not in self.files:
-            return _failure(404, f"no file {name}")
-        return _answer(request, self.files[name], _MEDIA[_suffix(name)])
+            return failure(404, f"no file {name}")
+        return answer(request, self.files[name], _MEDIA[_suffix(name)])
 
     async def whole(self, request: Request, *, name: str) -> Response:
         """`/api/about`, `/api/vocab`, `/api/table`: made once, then kept."""
         if name not in self.kept:
-            made = partial(about_of, self.source) if name == "about" else getattr(self.source, name)
+            made = self.about if name == "about" else getattr(self.source, name)
             try:
                 self.kept[name] = await run_in_threadpool(self._read, made)
             except HeadscopeError as error:
-                return _failure(500, str(error))
-        return _answer(request, self.kept[name], "application/json")
+                return failure(500, str(error))
+        return answer(request, self.kept[name], "application/json")
 
     async def one(self, request: Request, *, name: str) -> Response:
         """`/api/feature/{number}` and `/api/context/{number}`."""
-        text = request.path_params["number"]
-        if not (text.isascii() and text.isdigit() and len(text) < 19):
-            return _failure(404, f"{text} is not the number of a {name}: expected 0, 1, 2, ...")
+        number = number_of(request, name)
+        if isinstance(number, Response):
+            return number
         try:
-            body = await run_in_threadpool(self._read, getattr(self.source, name), int(text))
+            body = await run_in_threadpool(self._read, getattr(self.source, name), number)
         except IndexError as error:
-            return _failure(404, f"there is no {name} {text}: {error}")
+            return failure(404, f"there is no {name} {number}: {error}")
         except HeadscopeError as error:
-            return _failure(500, str(error))
-        return _answer(request, body, "application/json")
+            return failure(500, str(error))
+        return answer(request, body, "application/json")
 
     def _read(self, method: Callable[..., Json], *arguments: int) -> bytes:
         with self.lock:
             return dump_json(method(*arguments))
 
 
-def _answer(request: Request, body: bytes, media: str) -> Response:
-    """Return `body`, or 304 when the browser holds the same bytes already."""
-    tag = f'W/"{hashlib.sha256(body).hexdigest()[:20]}"'
-    headers = {"etag": tag, "cache-control": "no-cache"}
-    if tag in request.headers.get("if-none-match", ""):
-        return Response(status_code=304, headers=headers)
-    return Response(body, media_type=media, headers=headers)
-
-
-def _failure(status: int, message: str) -> Response:
-    return Response(dump_json({"error": message}), status_code=status, media_type="application/json")
-
-
-def make_app(source: CardSource, token: str | None = None) -> Starlette:
+def make_app(
+    source: CardSource,
+    token: str | None = None,
+    *,
+    dives: DiveSource | None = None,
+    labels: LabelRoutes | None = None,
+) -> Starlette:
     """Make the web application: the page, its scripts, and the JSON of `source`.
 
-    The page has `token` (a new random one when None) in its `headscope-token` meta element.
+    The page has `token` (a new random one when None) in its `headscope-token` meta element. With `dives`, its cards
+    have the deep-dive tabs; with `labels`, it has the labelling queue.
     """
     token = token or secrets.token_urlsafe(32)
-    pages = _Pages(source, token)
+    pages = _Pages(source, token, dives=dives is not None, labels=labels is not None)
     wholes = [Route(f"/api/{name}", partial(pages.whole, name=name)) for name in ("about", "vocab", "table")]
     ones = [Route(f"/api/{name}/{{number}}", partial(pages.one, name=name)) for name in ("feature", "context")]
     return Starlette(
@@ -240,6 +229,8 @@ def make_app(source: CardSource, token: str | None = None) -> Starlette:
             Route("/static/{name}", pages.static),
             *wholes,
             *ones,
+            *(StudyRoutes(dives).routes() if dives else []),
+            *([Route("/label", pages.shell), *labels.routes()] if labels else []),
         ],
         middleware=[Middleware(_Guard, token=token), Middleware(GZipMiddleware, minimum_size=1000)],
     )
@@ -261,6 +252,8 @@ class _Server(uvicorn.Server):
 def serve(
     source: CardSource,
     *,
+    dives: DiveSource | None = None,
+    labels: LabelRoutes | None = None,
     port: int | None = None,
     open_browser: bool = False,
     ready: Callable[[str], None] | None = None,
@@ -269,6 +262,8 @@ def serve(
 
     Args:
         source: what to show.
+        dives: what its deep-dive tabs show, if it is to have them.
+        labels: where labels go, if it is to have the labelling queue.
         port: where to listen; None takes a free port.
         open_browser: open the page in the default browser.
         ready: called with the URL once the page can be opened.
@@ -288,7 +283,7 @@ def serve(
             ready(url)
 
     config = uvicorn.Config(
-        make_app(source),
+        make_app(source, dives=dives, labels=labels),
         log_level="warning",
         lifespan="off",
         ws="none",

@@ -53,9 +53,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise FileNotFoundError("manifest.json is not a file of this folder")
         manifest = read_json(folder / "manifest.json")
         if "indexes" in manifest:
-            raise IndexFormatError(
-                f"{folder} holds several indexes", expected="one", do=f"open one of: {', '.join(manifest['indexes'])[:500]}"
-            )
+            names = ", ".join(manifest["indexes"])[:500]
+            raise IndexFormatError(f"{folder} holds several indexes", expected="one", do=f"open one of: {names}")
         found = manifest["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IndexFormatError(

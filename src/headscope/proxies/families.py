@@ -15,6 +15,7 @@ from headscope.proxies.matching import check_pattern, match_tokens, matches
 Stop = Literal["punctuation"] | tuple[Token, ...]
 
 _NEVER = -(1 << 30)
+_PART = 1 << 15  # positions looked at together where tables grow with what stands in them
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,14 @@ class Induction(Proxy):
         return f"induction({token_name(self.token)}{', fuzzy=True' if self.fuzzy else ''})"
 
     def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
-        tokens, variants = blocks.tokens, blocks.vocabulary.variants
-        block, before = np.nonzero(blocks.vocabulary.table([self.token])[tokens[:, 1:]])
-        sources, number = np.unique(tokens[block, before], return_inverse=True)
-        # earliest[block, source]: the first position that holds the source and has the token after it
-        earliest = np.full((len(tokens), len(sources) + 1), tokens.shape[1])
-        np.minimum.at(earliest, (block, number), before)
-        column = np.full(variants.shape[1], len(sources))
-        column[sources] = np.arange(len(sources))
-        found = np.zeros(tokens.shape, dtype=bool)
-        rows, positions = np.arange(len(tokens))[:, None], np.arange(tokens.shape[1])
-        for variant in variants if self.fuzzy else variants[:1]:
-            found |= earliest[rows, column[variant][tokens]] < positions
+        vocabulary, (n_blocks, size) = blocks.vocabulary, blocks.tokens.shape
+        is_target = vocabulary.table([self.token])
+        variants = vocabulary.variants if self.fuzzy else vocabulary.variants[:1]
+        found = np.zeros((n_blocks, size), dtype=bool)
+        rows = np.flatnonzero(is_target[blocks.tokens].any(1))
+        step = max(1, _PART // size)
+        for part in (rows[i : i + step] for i in range(0, len(rows), step)):
+            found[part] = _follows(blocks.tokens[part], is_target, variants)
         return found
 
 
@@ -74,10 +71,14 @@ class WithinAfter(Proxy):
     def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
         vocabulary = blocks.vocabulary
         stops = vocabulary.stops if self.stop == "punctuation" else vocabulary.table(self.stop)
-        trigger = _latest_before(vocabulary.table(self.tokens)[blocks.tokens])
-        stop = _latest(stops[blocks.tokens] | ~blocks.text)
-        near = np.arange(blocks.tokens.shape[1]) - trigger <= self.n
-        return near & (trigger >= 0) & (stop <= trigger)
+        triggers = vocabulary.table(self.tokens)[blocks.tokens]
+        found = np.zeros(triggers.shape, dtype=bool)
+        rows = np.flatnonzero(triggers.any(1))
+        latest = _latest_before(triggers[rows])
+        stopped = _latest(stops[blocks.tokens[rows]] | ~blocks.text[rows])
+        near = np.arange(triggers.shape[1]) - latest <= self.n
+        found[rows] = near & (latest >= 0) & (stopped <= latest)
+        return found
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class AfterAny(Proxy):
         return f"after_any({_list(self.tokens)})"
 
     def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
-        return _latest_before(blocks.vocabulary.table(self.tokens)[blocks.tokens]) >= 0
+        return moved(np.logical_or.accumulate(blocks.vocabulary.table(self.tokens)[blocks.tokens], axis=1), 1)
 
 
 @dataclass(frozen=True)
@@ -176,14 +177,13 @@ class InRepeat(Proxy):
     def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
         n_blocks, size = blocks.tokens.shape
         found = np.zeros((n_blocks, size), dtype=bool)
-        if self.k >= size:
-            return found
-        runs = _runs(blocks.tokens, self.k)  # [block, size - k + 1], of the run that ends at position k - 1 and later
-        order = np.argsort(runs, axis=1, kind="stable")
-        ordered = np.take_along_axis(runs, order, axis=1)
-        repeated = np.zeros(runs.shape, dtype=bool)
-        np.put_along_axis(repeated, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
-        found[:, self.k - 1 :] = repeated
+        if self.k < size:
+            number, length = _numbered(blocks.tokens), 1  # of the run of `length` tokens that begins at each position
+            while length < self.k:  # a run is two shorter ones that may overlap
+                step = min(length, self.k - length)
+                number = _numbered(number[:, :-step] << _bits(size) | number[:, step:])
+                length += step
+            found[:, self.k - 1 :] = number != np.arange(number.shape[1])
         return found
 
 
@@ -331,15 +331,42 @@ def _latest_before(true: Bool[np.ndarray, "block position"]) -> Int[np.ndarray, 
     return found
 
 
-def _runs(tokens: Int[np.ndarray, "block position"], k: int) -> Int[np.ndarray, "block run"]:
-    """A number for each run of k tokens, equal for equal runs; a run is made of two shorter ones that may overlap."""
-    number, length = tokens.astype(np.int64), 1
-    while length < k:
-        step = min(length, k - length)
-        pair = number[:, :-step] * (int(number.max()) + 1) + number[:, step:]
-        number = np.unique(pair, return_inverse=True)[1].reshape(pair.shape)  # small again: nothing overflows
-        length += step
-    return number
+def _follows(
+    tokens: Int[np.ndarray, "block position"],
+    is_target: Bool[np.ndarray, " vocabulary"],
+    variants: Int[np.ndarray, "edit vocabulary"],
+) -> Bool[np.ndarray, "block position"]:
+    """Whether a variant of the token stood earlier in the block, with the target after it."""
+    block, before = np.nonzero(is_target[tokens[:, 1:]])
+    sources, number = np.unique(tokens[block, before], return_inverse=True)
+    column = np.full(variants.shape[1], len(sources), dtype=np.int32)  # of a token that is no source: the last, empty
+    column[sources] = np.arange(len(sources))
+    earliest = np.full((len(tokens), len(sources) + 1), tokens.shape[1], dtype=np.int32)
+    np.minimum.at(earliest, (block, number), before)
+    found = np.zeros(tokens.shape, dtype=bool)
+    for variant in variants:
+        found |= np.take_along_axis(earliest, column[variant][tokens], axis=1) < np.arange(tokens.shape[1])
+    return found
+
+
+def _numbered(values: Int[np.ndarray, "block position"]) -> Int[np.ndarray, "block position"]:
+    """Of each value, the first position of its block that holds it. Values are below 2^63 / block size, from 0."""
+    size = values.shape[1]
+    bits = _bits(size)
+    keys = values.astype(np.int64) << bits | np.arange(size)
+    keys.sort(axis=1)
+    position = keys & ((1 << bits) - 1)
+    new = np.ones(keys.shape, dtype=bool)
+    new[:, 1:] = keys[:, 1:] >> bits != keys[:, :-1] >> bits
+    start = np.maximum.accumulate(np.where(new, np.arange(size), 0), axis=1)
+    first = np.empty_like(keys)
+    np.put_along_axis(first, position, np.take_along_axis(position, start, axis=1), axis=1)
+    return first
+
+
+def _bits(size: int) -> int:
+    """Enough to number positions."""
+    return max(1, (size - 1).bit_length())
 
 
 def _of_documents(pattern: str, blocks: Blocks) -> Bool[np.ndarray, "block position"]:

@@ -27,7 +27,7 @@ from headscope.studies.split import Rotations, Split
 RECALL = "P(f > 0 | proxy): the share of the proxy's tokens on which the feature is active"
 BY_DOCUMENT = "bootstrap over documents, 95 %"
 
-Statistic = Callable[[PairSums], Float[np.ndarray, "*unit"]]
+Statistic = Callable[[PairSums], Float[np.ndarray, " unit"]]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Measures:
         """Fill in a statistic of sums by unit, and of those of its null."""
         if few:
             return replace(measure, missing=few)
-        value = float(statistic(sums.total()))
+        value = statistic(sums.total()).item()
         if not isfinite(value):
             return replace(measure, missing="it does not exist: the activation or the proxy is the same on all tokens")
         measure = _with_null(replace(measure, value=value), statistic(null))
@@ -130,7 +130,7 @@ class Measures:
             return replace(measure, low=bounds[0], high=bounds[1], interval=how)
         n = self.split.text.n_documents
         few = f"{n} documents, at least {MINIMUM_UNITS} are needed"
-        rare = "active tokens, or those where the proxy is true, lie in too few documents"
+        rare = "what is counted lies in too few documents, or is the same in all"
         return replace(measure, missing=f"no interval: {few if n < MINIMUM_UNITS else rare}")
 
     def _placements(self) -> tuple[Float[np.ndarray, " unit"], Float[np.ndarray, " unit"]]:

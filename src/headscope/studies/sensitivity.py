@@ -65,11 +65,11 @@ class Adjudication:
     n_unclear: int
     n_false_negatives: int
     """All of them, judged or not."""
-    misses: Estimate
-    """Share of real misses among the judged ones that are clear; Wilson. NaN within [0, 1] when there are none."""
+    misses: Estimate | None
+    """Share of real misses among the judged ones that are clear; Wilson. None when there are none."""
     recall: Estimate | None
     """TP / (TP + misses * FN): recall if the judged ones are a random part of the false negatives; the interval is that
-    of `misses` alone. None when the feature and the proxy never meet and nothing is missed."""
+    of `misses` alone. None without clear verdicts, or when the feature is never active where the proxy is true."""
     definition: str = "recall with the false negatives that are the proxy's fault taken away"
 
 
@@ -92,13 +92,11 @@ def adjudicate(found: Sensitivity, verdicts: Mapping[int, Verdict]) -> Adjudicat
                 do="judge the positions of `sample`",
             )
     given = list(verdicts.values())
-    n_missed = given.count("miss")
-    misses = wilson(n_missed, n_missed + given.count("proxy wrong"))
-    n_missed_all, n_both = len(found.false_negatives), found.recall.n - len(found.false_negatives)
-
-    def corrected(share: float) -> float:
-        return n_both / (n_both + share * n_missed_all)
-
-    possible = n_both > 0 and not np.isnan(misses.value)
-    recall_ = Estimate(*map(corrected, (misses.value, misses.high, misses.low))) if possible else None
-    return Adjudication(len(given), given.count("unclear"), n_missed_all, misses, recall_)
+    n_clear = len(given) - given.count("unclear")
+    misses = wilson(given.count("miss"), n_clear) if n_clear else None
+    n_missed, n_both = len(found.false_negatives), found.recall.n - len(found.false_negatives)
+    corrected = None
+    if misses and n_both:
+        shares = (misses.value, misses.high, misses.low)  # the more are real, the lower is recall
+        corrected = Estimate(*(n_both / (n_both + share * n_missed) for share in shares))
+    return Adjudication(len(given), given.count("unclear"), n_missed, misses, corrected)

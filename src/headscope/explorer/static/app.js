@@ -1,7 +1,6 @@
 /** The page: routes between the table and the cards, keys, history. */
-import { Card, TAB_NAMES, WINDOW_NAMES } from "./card.js";
+import { Card, STUDY_NAMES, TAB_NAMES, WINDOW_NAMES } from "./card.js";
 import { Corpus } from "./corpus.js";
-import { Dashboard } from "./dashboard.js";
 import { openData } from "./data.js";
 import { button, el } from "./dom.js";
 import { int } from "./format.js";
@@ -13,13 +12,15 @@ import { Tip } from "./tip.js";
 import { Vocab } from "./vocab.js";
 
 const TABLE = { page: "table", latent: null };
-const FRESH = { ex: "", dst: "", head: "", d: "" }; // what does not outlive a card
+const UNMARKED = { ex: "", dst: "", d: "" };
+const FRESH = { ...UNMARKED, head: "", p: "", at: "" }; // what does not outlive a card
 
 class App {
   #turn = 0;
   #table = null;
   #card = null;
   #dashboard = null;
+  #labelling = null;
   #list = null;
   #timer = 0;
 
@@ -28,8 +29,7 @@ class App {
     this.top = el("div", { class: "top" });
     this.page = el("div", { class: "page" });
     this.toast = el("output", { class: "toast", "data-toast": "", hidden: true });
-    this.help = helpDialog(this.#keys());
-    root.append(this.top, this.page, this.help, this.toast);
+    root.append(this.top, this.page, this.toast);
     addEventListener("popstate", () => this.#arrive());
     addEventListener("hashchange", () => this.#arrive());
     document.addEventListener("click", (event) => this.#click(event));
@@ -42,6 +42,8 @@ class App {
     } catch (error) {
       return this.#fail(error);
     }
+    this.help = helpDialog(this.#keys());
+    this.page.after(this.help);
     bindKeys(this.#keys());
     this.#drawTop();
     return this.#show();
@@ -52,6 +54,7 @@ class App {
     const part = exported < sae.d_sae ? ` · ${int(exported)} of its features in this file` : "";
     this.top.append(el("a", { class: "brand", href: this.#link(TABLE), "data-page": "table" }, "headscope"),
       el("span", { class: "facts" }, el("b", {}, model.name), ` · ${site} · ${sae.architecture} SAE of ${int(sae.d_sae)}${part} · ${corpus.name}, ${int(corpus.n_tokens)} tokens`),
+      ...(this.about.labels ? [button({ class: "button", "data-label": "", onclick: () => this.#label() }, "label ", el("kbd", {}, "n"))] : []),
       button({ class: "button", onclick: () => this.#search() }, "search ", el("kbd", {}, "/")),
       button({ class: "button", onclick: () => this.help.showModal() }, "keys ", el("kbd", {}, "?")));
   }
@@ -89,7 +92,7 @@ class App {
     const turn = ++this.#turn;
     const late = () => turn !== this.#turn;
     try {
-      await { table: () => this.#showTable(late), dashboard: () => this.#showDashboard(late), card: () => this.#showCard(late) }[this.view.page]();
+      await { table: () => this.#showTable(late), dashboard: () => this.#showDashboard(late), card: () => this.#showCard(late), label: () => this.#showLabelling(late) }[this.view.page]();
     } catch (error) {
       if (!late()) this.#fail(error);
     }
@@ -109,6 +112,7 @@ class App {
 
   async #showDashboard(late) {
     const { features } = await this.#listed();
+    const { Dashboard } = await import("./dashboard.js");
     if (late()) return;
     this.#dashboard ??= new Dashboard(features, this.about, {
       change: (patch) => this.#go(patch), open: (latent) => this.#open(latent), link: (patch) => this.#link({ latent: null, ...FRESH, ...patch }), tip: this.tip,
@@ -116,6 +120,16 @@ class App {
     this.#put(this.#dashboard.element, `dashboard · ${this.about.title}`);
     this.#dashboard.update(this.view);
     this.#card = null;
+  }
+
+  async #showLabelling(late) {
+    const { Labelling } = await import("./labels.js");
+    if (late()) return;
+    const { about, vocab, corpus, tip, data } = this;
+    this.#labelling ??= new Labelling({ about, vocab, corpus, tip, data, link: (other) => this.#cardLink(other) }, (patch) => this.#go(patch));
+    this.#card = null;
+    this.#put(this.#labelling.element, `labelling · ${about.title}`);
+    await this.#labelling.update(this.view);
   }
 
   #cardLink(latent) {
@@ -127,8 +141,8 @@ class App {
     if (this.#card?.feature.latent !== latent) {
       const feature = await this.data.feature(latent);
       if (late()) return;
-      const { about, vocab, corpus, tip, data: { context } } = this;
-      this.#card = new Card(feature, { about, vocab, corpus, tip, context, link: (other) => this.#cardLink(other) }, (patch) => this.#go(patch));
+      const { about, vocab, corpus, tip, data } = this;
+      this.#card = new Card(feature, { about, vocab, corpus, tip, data, context: data.context, link: (other) => this.#cardLink(other) }, (patch) => this.#go(patch));
       this.#put(this.#card.element, `${latent} · ${about.title}`);
       scrollTo(0, 0);
     }
@@ -178,6 +192,11 @@ class App {
     const { features: { rows }, latents, order } = await this.#listed();
     const alive = (order.length > 0 ? order : [...latents.keys()]).filter((row) => rows.alive[row]);
     if (alive.length > 0) this.#open(latents[alive[Math.floor(Math.random() * alive.length)]]);
+  }
+
+  /** Label the feature of the card, or a sample. */
+  #label() {
+    if (this.view.page !== "label") this.#go({ page: "label", latent: null, n: String(this.view.latent ?? ""), ...(this.view.latent !== null && { s: "" }) }, true);
   }
 
   async #search() {
@@ -232,7 +251,12 @@ class App {
       { keys: ["g"], help: "go to a number", run: () => askLatent(this.about.sae.d_sae, (latent) => this.#open(latent)) },
       { keys: ["r"], help: "a random live feature of the list", run: () => this.#random() },
       { keys: ["o"], help: "dashboard of the whole SAE", run: () => this.#go({ page: "dashboard", latent: null }, true) },
-      { keys: ["1", "2", "3", "4"], help: "top and random, quantiles, intervals, near threshold", run: onCard(({ key }) => ({ ...FRESH, head: this.view.head, tab: TAB_NAMES[key - 1] })) },
+      ...(this.about.labels ? [{ keys: ["n"], help: "label this feature, or a sample", run: () => this.#label() }] : []),
+      { keys: ["1", "2", "3", "4"], help: "top and random, quantiles, intervals, near threshold", run: onCard(({ key }) => ({ ...UNMARKED, tab: TAB_NAMES[key - 1] })) },
+      ...(this.about.dives ? [
+        { keys: ["5", "6", "7", "8", "9"], help: "specificity, expected value, sensitivity, logits, ablation", run: onCard(({ key }) => ({ ...UNMARKED, tab: STUDY_NAMES[key - 5] })) },
+        { keys: ["p"], help: "write a proxy", run: () => this.#card?.feature.alive && this.#card.writeProxy() },
+      ] : []),
       { keys: ["w"], help: "window: short, medium, full", run: onCard(() => ({ w: WINDOW_NAMES[(WINDOW_NAMES.indexOf(this.view.w) + 1) % 3] })) },
       { keys: ["h"], help: "sources of one head, the largest first", run: onCard(() => ({ head: this.#card.nextHead() })) },
       { keys: ["d"], help: "DFA and attention of an example, heads × sources", run: () => this.#card?.feature.alive && this.#card.toggleMap() },

@@ -11,10 +11,12 @@ import { ExampleRow } from "./tokens.js";
 const TABS = {
   top: ["Top and random", ["top", "random"]], quantile: ["Quantiles", ["quantile"]], interval: ["Intervals", ["interval"]], threshold: ["Near threshold", ["threshold"]],
 };
+const STUDIES = { specificity: "Specificity", expected: "Expected value", sensitivity: "Sensitivity", logits: "Logits", ablation: "Ablation" };
 const WINDOWS = [["5", "short", "5 tokens on each side"], ["16", "medium", "16 tokens on each side"], ["full", "full", "the whole block"]];
 
-/** Names of the tabs and of the windows, in order. */
+/** Names of the tabs, of the deep-dive tabs and of the windows, in order. */
 export const TAB_NAMES = Object.keys(TABS);
+export const STUDY_NAMES = Object.keys(STUDIES);
 export const WINDOW_NAMES = WINDOWS.map(([name]) => name);
 
 export class Card {
@@ -23,11 +25,12 @@ export class Card {
   #hovered = null;
   #mark = () => {};
   #watcher = null;
+  #dive = null;
 
   /**
    * @param {import("./types").Feature} feature
    * @param {{about: import("./types").About, vocab: import("./vocab.js").Vocab, corpus: import("./corpus.js").Corpus, tip: import("./tip.js").Tip,
-   *   context: ((block: number) => Promise<any>)|null, link: (latent: number) => string}} needs
+   *   data: import("./types").Data, context: ((block: number) => Promise<any>)|null, link: (latent: number) => string}} needs
    * @param {(patch: object) => void} change asks for another view
    */
   constructor(feature, needs, change) {
@@ -105,16 +108,28 @@ export class Card {
   #main() {
     const { groups, stats } = this.feature;
     const count = (kinds) => groups.reduce((n, { kind, examples }) => n + (kinds.includes(kind) ? examples.length : 0), 0);
-    this.tabs = el("div", { class: "tabs", role: "tablist" }, Object.entries(TABS).map(([name, [label, kinds]]) =>
-      button({ role: "tab", "data-tab": name, onclick: () => this.change({ tab: name, ex: "", dst: "", d: "" }) }, label, el("small", {}, int(count(kinds))))));
+    const tab = (name, ...label) => button({ role: "tab", id: `tab-${name}`, "aria-controls": "tab-panel", "data-tab": name, onclick: () => this.change({ tab: name, ex: "", dst: "", d: "" }) }, label);
+    this.tabs = el("div", { class: "tabs", role: "tablist", "aria-label": "examples and studies", onkeydown: (event) => this.#moveTab(event) },
+      Object.entries(TABS).map(([name, [label, kinds]]) => tab(name, label, el("small", {}, int(count(kinds))))),
+      this.about.dives && Object.entries(STUDIES).map(([name, label]) => tab(name, label)));
     this.windows = el("span");
     this.filter = button({ class: "filter", "data-head-filter": "", onclick: () => this.change({ head: "" }) });
     const hover = (event) => this.#hover(event.target);
     this.groups = el("div", { class: "groups", "data-groups": "", onpointerover: hover, onfocusin: hover, onpointerleave: () => this.#hover(null), onclick: (event) => this.#click(event) });
     const key = (kind, label) => el("span", {}, el("i", { class: kind }), label);
-    return el("div", { class: "main" }, el("header", { class: "bar" }, this.tabs, this.filter, this.windows),
-      el("p", { class: "legend key" }, key("ramp", `activation, 0 to ${num(stats.max, 2)}`), key("src", "DFA of a source"), key("src minus", "negative DFA"),
-        key("dst", "destination"), el("span", {}, el("b", {}, "next"), " token"), el("span", {}, "…9… tokens left out")), this.groups);
+    this.study = el("div", { class: "study", "data-study": "" });
+    this.panel = el("div", { id: "tab-panel", role: "tabpanel" }, el("p", { class: "legend key" }, key("ramp", `activation, 0 to ${num(stats.max, 2)}`), key("src", "DFA of a source"), key("src minus", "negative DFA"),
+        key("dst", "destination"), el("span", {}, el("b", {}, "next"), " token"), el("span", {}, "…9… tokens left out")), this.groups, this.study);
+    return el("div", { class: "main" }, el("header", { class: "bar" }, this.tabs, this.filter, this.windows), this.panel);
+  }
+
+  /** Left and right move through the tabs, as in any strip of tabs. */
+  #moveTab({ key }) {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[key];
+    const all = [...this.tabs.children];
+    const next = all[all.indexOf(document.activeElement) + step];
+    next?.click();
+    next?.focus();
   }
 
   #deadPage() {
@@ -132,6 +147,8 @@ export class Card {
     const [histogram, sources, groups, paint, map] = [changed("log", "mass"), changed("t", "head"), changed("tab", "w"), changed("head"), changed("ex", "d", "tab", "w")];
     const first = this.#view.w === undefined;
     this.#view = view;
+    if (groups) this.#showTab(view.tab);
+    if (this.#studies(view.tab)) this.#showStudy(view);
     if (histogram) this.#drawHistogram(view);
     if (sources) this.#drawSources(view);
     if (groups) this.#drawGroups(view);
@@ -140,6 +157,37 @@ export class Card {
     for (const row of this.#rows) row.element.classList.toggle("current", row.key === view.ex);
     if (map) for (const row of this.#rows) row.showMap(view.d === "1" && row.key === this.#current(), this.tip);
     if (first && view.ex) requestAnimationFrame(() => this.#restore(view));
+  }
+
+  /** Whether a tab is one of the deep dive. */
+  #studies(tab) {
+    return this.about.dives && tab in STUDIES;
+  }
+
+  #showTab(tab) {
+    const study = this.#studies(tab);
+    for (const one of this.tabs.children) {
+      const selected = one.dataset.tab === (study || tab in TABS ? tab : "top");
+      one.setAttribute("aria-selected", String(selected));
+      one.tabIndex = selected ? 0 : -1;
+      if (selected) this.panel.setAttribute("aria-labelledby", one.id);
+    }
+    this.panel.classList.toggle("of-study", study);
+    this.windows.hidden = study;
+  }
+
+  /** The deep-dive tabs: their scripts come when the first of them is opened. */
+  async #showStudy(view) {
+    const { Dive } = await import("./dive.js");
+    this.#dive ??= new Dive(this.feature, this, this.study);
+    if (this.#view === view) this.#dive.update(view);
+  }
+
+  /** Go to the proxy of the deep-dive tabs. */
+  async writeProxy() {
+    if (!this.#studies(this.#view.tab) || this.#view.tab === "logits") this.change({ tab: "specificity", ex: "", dst: "", d: "" });
+    await this.#showStudy(this.#view);
+    this.#dive.write();
   }
 
   /** The example that a map opens for: the marked one, else the first. */
@@ -171,13 +219,12 @@ export class Card {
 
   #drawGroups({ tab, w }) {
     const name = tab in TABS ? tab : "top";
-    const groups = this.feature.groups.filter(({ kind }) => TABS[name][1].includes(kind));
+    const groups = this.#studies(tab) ? [] : this.feature.groups.filter(({ kind }) => TABS[name][1].includes(kind));
     if (name !== "top") groups.sort((a, b) => b.hi - a.hi);
     this.tip.hide();
     this.#watcher?.disconnect();
     this.#rows = [];
     this.groups.replaceChildren(...groups.map((group) => this.#drawGroup(group)));
-    for (const one of this.tabs.children) one.setAttribute("aria-selected", String(one.dataset.tab === name));
     this.windows.replaceChildren(choice("window", WINDOWS, w, (value) => this.change({ w: value })));
     const blocks = w === "full" && this.context !== null;
     this.groups.classList.toggle("blocks", blocks);

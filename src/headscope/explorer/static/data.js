@@ -30,23 +30,28 @@ class ServerData {
   table = () => this.#get("/api/table");
   feature = async (latent) => this.#kept(await this.#get(`/api/feature/${latent}`));
   context = async (block) => this.#kept(await this.#get(`/api/context/${block}`));
+  start = (latent) => this.#get(`/api/start/${latent}`);
+  dive = async (latent, proxy, signal) => this.#kept(await this.#get(`/api/dive/${latent}?${new URLSearchParams({ proxy })}`, signal));
+  effects = async (latent, proxy, signal) => this.#kept(await this.#get(`/api/effects/${latent}?${new URLSearchParams({ proxy })}`, signal));
+
+  predictions = (latent, proxy, signal) => this.#get(`/api/predictions/${latent}?${new URLSearchParams({ proxy })}`, signal);
 
   #kept(answer) {
     this.corpus.add(answer);
     return answer;
   }
 
-  #get(path) {
-    return this.#answers.get(path, () => fetchJson(path));
+  #get(path, signal) {
+    return this.#answers.get(path, () => fetchJson(path, signal));
   }
 }
 
-async function fetchJson(path) {
-  const answer = await fetch(path).catch(() => {
-    throw new Error("The server does not answer. Start it again and reload.");
+async function fetchJson(path, signal) {
+  const answer = await fetch(path, { signal }).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("The server does not answer. Start it again and reload.");
   });
   const body = await answer.json().catch(() => ({ error: "The server failed; its terminal says why." }));
-  if (!answer.ok) throw new Error(body.error);
+  if (!answer.ok) throw Object.assign(new Error(body.error), body);
   return body;
 }
 
@@ -80,6 +85,23 @@ class FileData extends Exported {
   async cards(pack) {
     await this.text();
     return this.#unpack(`data-pack-${pack}`);
+  }
+
+  start = async (latent) => (await this.#studies(latent)).start;
+  dive = (latent, proxy) => this.#study(latent, "dives", proxy);
+  effects = (latent, proxy) => this.#study(latent, "effects", proxy);
+  predictions = (latent, proxy) => this.#study(latent, "predictions", proxy);
+
+  async #studies(latent) {
+    return (await this.#unpack("data-dives"))[latent];
+  }
+
+  async #study(latent, name, proxy) {
+    const found = (await this.#studies(latent))[name][proxy];
+    if (!found) throw new Error("This file does not hold that: headscope serve computes it.");
+    await this.text();
+    this.corpus.add({ text: [], document_at: {}, documents: {}, ...found });
+    return found;
   }
 
   async #readText() {

@@ -13,6 +13,8 @@ export interface About {
   /** Directions that mean nothing, by kind: their top heads' shares of DFA, sorted, and their 5 %, 50 % and 95 % quantiles. */
   nulls: { kind: string; top_head_share: number[]; range: [number, number, number] }[];
   definitions: Record<string, string>;
+  /** Whether cards have deep-dive tabs. */
+  dives: boolean;
   /** How many features an export holds. */
   exported?: number;
 }
@@ -84,6 +86,68 @@ export interface Feature extends Text {
   examples: Examples; groups: Group[];
 }
 
+/** A number with its interval and its null, or why there is none. */
+export interface Measure {
+  definition: string; n: number; value: number | null; low: number | null; high: number | null; interval: string | null;
+  by_document: [number, number] | null; null: { value: number; low: number; high: number } | null; missing: string | null;
+}
+
+/** A place in the corpus: where the feature is active around it, [position in the block, activation], and where the proxy is true. */
+export interface Context { block: number; dst: number; act: number; on: [number, number][]; proxy: number[] }
+
+/** What a dive begins with. */
+export interface Start {
+  /** In the order in which they are offered; the first is taken when none is typed. */
+  proxies: { proxy: string; why: string }[];
+  /** By study: the row of this feature with definitions, or why it is refused. */
+  columns: Record<string, { values: Record<string, any>; definitions: Record<string, string>; n: string; created: string; headscope: string } | { refused: string }>;
+  /** Whether a model computes effects. */
+  live: boolean;
+  advice: string; python: Record<string, string>;
+}
+
+/** What a proxy says of a feature; numbers `rows` are indices into `contexts`. */
+export interface DiveStudy extends Text {
+  latent: number; proxy: string; hash: string; identity: string; corpus: string; notes: string[]; maximum: number; tau: number;
+  counts: { n_tokens: number; n_documents: number; n_active: number; n_proxy: number; n_both: number; base_rate: number };
+  histogram: { edges: number[]; true: number[]; false: number[]; true_mass: number[]; false_mass: number[]; n: number; definition: string };
+  expected: Record<"joint" | "class", { edges: number[]; true: number[]; false: number[]; n_true: number; n_false: number; normalisation: string; definition: string }>;
+  by_threshold: { threshold: number[]; n: number[]; n_both: number[]; value: number[]; low: number[]; high: number[]; base_rate: number; definition: string };
+  top: { k: number; n: number; n_both: number; value: number; low: number; high: number }[];
+  ranges: { low: number; high: number; n: number; n_false: number; share: { value: number; low: number; high: number } | null; rows: number[] }[];
+  measures: Record<string, Measure>;
+  subtypes: { name: string; n: number; n_both: number; recall: Measure }[];
+  curve: { threshold: number[]; n: number[]; n_both: number[]; precision: number[]; recall: number[]; false_positive_rate: number[]; base_rate: number; definition: string } | null;
+  misses: { n: number; rows: number[] };
+  contexts: Context[];
+  python: Record<string, string>;
+}
+
+/** What removing a feature does to the loss, by path; numbers `rows` are indices into `contexts`. */
+export interface Effects extends Text {
+  latent: number; proxy: string; hash: string; corpus: string; definition: string; notes: string[]; maximum: number; n: number; n_active: number;
+  /** The top logit token, and on how many tokens it comes next ("top") or the proxy is true ("proxy"). */
+  token: number; n_of: Record<"top" | "proxy", number>;
+  paths: { path: string; definition: string; mean: Measure; later: number | null; shares: Record<"top" | "proxy", { positive: Measure; net: Measure }> }[];
+  interaction: number | null;
+  histogram: { edges: number[]; counts: Record<string, number[]> };
+  worst: Extremes; best: Extremes;
+  /** `change`: [position, change of the loss of the token after it] around. */
+  contexts: (Context & { change: [number, number][] })[];
+  python: { ablation: string };
+}
+
+/** Tokens at which the loss changes most: the token that came next, its loss with the feature, the change by path. */
+export interface Extremes { rows: number[]; next: number[]; loss: number[]; change: Record<string, number[]> }
+
+/** Where the page's JSON comes from. */
+export interface Data {
+  embedded: boolean; context: ((block: number) => Promise<any>) | null;
+  about(): Promise<About>; table(): Promise<Table>; feature(latent: number): Promise<Feature>;
+  start(latent: number): Promise<Start>; dive(latent: number, proxy: string, signal?: AbortSignal): Promise<DiveStudy>; 
+  effects(latent: number, proxy: string, signal?: AbortSignal): Promise<Effects>; predictions(latent: number, proxy: string, signal?: AbortSignal): Promise<any>;
+}
+
 /** What the table is filtered and sorted by; all text, as in the link. */
 export interface Listing {
   q: string; in: string;
@@ -98,7 +162,7 @@ export interface Listing {
 }
 
 export interface View {
-  page: "table" | "card" | "dashboard"; latent: number | null;
+  page: "table" | "card" | "dashboard" | "label"; latent: number | null;
   tab: string; w: "5" | "16" | "full"; log: string; mass: string;
   /** The marked example, as "top.3", and the position in its block whose numbers are pinned. */
   ex: string; dst: string;
@@ -108,8 +172,12 @@ export interface View {
   d: string;
   /** Which threshold of the source tokens. */
   t: string;
+  /** The proxy of the deep-dive tabs (empty: the first suggested one), the threshold read off by number, "1": one normalisation a class. */
+  p: string; at: string; norm: string;
   /** The dashboard's axes, and "1" where one is logarithmic. */
   x: string; y: string; lx: string; ly: string;
+  /** The labelling queue: its sample, the feature (of the sample, or alone), the annotator, and "1" where blind. */
+  s: string; n: string; who: string; blind: string;
   list: Listing;
 }
 

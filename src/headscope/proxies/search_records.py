@@ -1,0 +1,118 @@
+"""What a search for proxies is asked and what it found."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from headscope.proxies.algebra import Proxy
+
+Family = Literal["induction", "local context", "high-level context", "token"]
+Kind = Literal[Family, "unexplained"]
+
+FAMILIES: tuple[Family, ...] = ("induction", "local context", "high-level context", "token")
+STATISTICS = ("precision", "recall", "f1", "auc", "pearson", "phi")
+
+DEFINITIONS = {
+    "precision": "P(proxy | f > 0) over the text tokens of the scoring half",
+    "recall": "P(f > 0 | proxy) over the text tokens of the scoring half",
+    "f1": "2 |f > 0 and proxy| / (|f > 0| + |proxy|) in the scoring half",
+    "auc": "P(f at a token where the proxy holds > f at one where it does not) + P(equal) / 2, in the scoring half",
+    "pearson": "correlation of f, zeros included, with the proxy over the text tokens of the scoring half",
+    "phi": "correlation of [f > 0] with the proxy over the text tokens of the scoring half",
+}
+"""Each statistic in one line; the scoring half is the documents that nothing was chosen on."""
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What is tried, and what counts as an explanation."""
+
+    window: int = 10
+    """Tokens after a source token, for local context."""
+    n_sources: int = 3
+    """Source tokens of a feature that are tried one by one, largest share of squared DFA first."""
+    source_sets: tuple[int, ...] = (3, 10)
+    """And together, this many of them."""
+    max_tokens: int = 16
+    """Tokens in a set of present, or next, tokens."""
+    max_bigrams: int = 4
+    min_repeats: int = 5
+    """Active tokens of the fitting half that a token or bigram needs to be put in a set,"""
+    min_documents: int = 2
+    """and documents that these are in."""
+    min_active: int = 30
+    """A feature with fewer active tokens in one of the halves is not classified."""
+    min_pearson: float = 0.3
+    """The smallest correlation that explains."""
+    n_rotations: int = 20
+    """Of the activations against the text, for the null."""
+    n_resamples: int = 200
+    """Of documents, for intervals."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number on the scoring half; None where it does not exist."""
+
+    value: float | None
+    low: float | None = None
+    """95 % interval by documents; None with fewer than ten."""
+    high: float | None = None
+    null: float | None = None
+    """Its mean when the activations are moved along the corpus by a random number of blocks."""
+
+
+@dataclass(frozen=True)
+class FamilyScores:
+    """The best proxy of a family, chosen on one half of the documents and scored on the other."""
+
+    family: Family
+    proxy: Proxy
+    fit_pearson: float
+    """The correlation it was chosen by."""
+    n_proxy: int
+    """Tokens of the scoring half at which it holds."""
+    n_both: int
+    """Of these, with the feature active."""
+    scores: dict[str, Score]
+    """By `STATISTICS`."""
+
+
+@dataclass(frozen=True)
+class FeatureProxies:
+    """What was found of a feature.
+
+    `kind` is the family whose best proxy correlates most with the activation on the fitting half, if on the scoring
+    half it still does: at least `min_pearson`, and the lower end of its interval above all rotations. Else it is
+    `unexplained`, and None with fewer than `min_active` active tokens in a half.
+    """
+
+    latent: int
+    kind: Kind | None
+    n: int
+    """Text tokens of the scoring half."""
+    n_active: int
+    """Of these, with the feature active."""
+    n_active_fit: int
+    """In the fitting half."""
+    null_high: float | None
+    """The largest correlation of the best proxy with rotated activations."""
+    families: tuple[FamilyScores, ...]
+    """Best on the fitting half first."""
+
+    def lines(self) -> list[str]:
+        """What was found, in words: the feature, then a line a family."""
+        kind = self.kind or "too rare to be classified"
+        lines = [f"feature {self.latent}: {kind}; active on {self.n_active:,} of {self.n:,} tokens of the scoring half"]
+        for family in self.families:
+            scores = "  ".join(f"{name} {_said(family.scores[name])}" for name in STATISTICS)
+            lines += [f"  {family.family}: {family.proxy.name}", f"    holds on {family.n_proxy:,}  {scores}"]
+        return lines
+
+
+def _said(score: Score) -> str:
+    if score.value is None:
+        return "-"
+    interval = "" if score.low is None else f" [{score.low:.3f}, {score.high:.3f}]"
+    null = "" if score.null is None else f" (null {score.null:.3f})"
+    return f"{score.value:.3f}{interval}{null}"
