@@ -15,6 +15,7 @@ from headscope.models.hf import Model
 from headscope.site import Site
 from headscope.studies.qk import CONSTANT, PromptScores
 from test_circuit import EXACT, SETTINGS, precise, text
+from test_judges import assert_same_scale, judged, named, needs  # noqa: F401 - judged is a fixture
 
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}}
 
@@ -154,3 +155,25 @@ def test_what_there_is_not_is_named(random_model, no_type_checks):
     ):
         with pytest.raises(HeadscopeError, match=match):
             wrong()
+
+
+@pytest.mark.slow
+@needs("transformer_lens")
+def test_scores_and_parts_are_transformerlens(judged) -> None:
+    model, tokens, theirs = judged
+    n_heads, length = model.spec.n_heads, tokens.shape[1]
+    for layer in range(model.spec.n_layers):
+        prompt = PromptScores(model, layer, tokens[0])
+        scores = named(Site("scores", layer), model, theirs)[0]
+        for head in range(n_heads):
+            for query in (0, 5, length - 1):
+                ours = torch.from_numpy(prompt.split(head, query).pairs.sum((0, 1)))
+                assert_same_scale(ours, scores[head, query, : query + 1], 1e-4)
+        total = sum(prompt.stream.vector(part)[0] for part in prompt.stream.parts())
+        assert_same_scale(total, named(Site("resid_pre", layer), model, theirs)[0], 1e-5)
+        for earlier in range(layer):
+            z = named(Site("z", earlier), model, theirs)[0].reshape(length, n_heads, -1)
+            z = z - model.value_offset(earlier).view(n_heads, -1)
+            for head in range(n_heads):
+                expected = z[:, head] @ model.W_O(earlier).view(n_heads, -1, model.spec.d_model)[head]
+                assert_same_scale(prompt.stream.vector(Part("head", earlier, head))[0], expected, 1e-5)
