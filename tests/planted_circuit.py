@@ -1,7 +1,7 @@
 """The planted induction transformer with norms that can be held, and a feature that reads what an earlier head wrote.
 
-L1H1, which attends to itself, also copies PT, so its z says which token came before: latent `PREVIOUS + b`, made by L0H0
-at the same position out of the embedding of b one position earlier.
+L1H1, which attends to itself, also copies PT, so its z says which token came before: latent `PREVIOUS + b`, made by
+L0H0 at the same position out of the embedding of b one position earlier.
 """
 
 from dataclasses import replace

@@ -159,7 +159,7 @@ def test_what_there_is_not_is_named(random_model, no_type_checks):
 
 @pytest.mark.slow
 @needs("transformer_lens")
-def test_scores_and_parts_are_transformerlens(judged) -> None:
+def test_scores_and_parts_are_transformerlens(judged) -> None:  # noqa: F811
     model, tokens, theirs = judged
     n_heads, length = model.spec.n_heads, tokens.shape[1]
     for layer in range(model.spec.n_layers):

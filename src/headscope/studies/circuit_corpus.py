@@ -174,8 +174,10 @@ class _Work:
             stream = self.upstream.run(tokens.to(self.model.device))
             self.parts = stream.parts()
             along = self._along(stream)
-            for row, query in enumerate(queries[start : start + _BLOCKS]):
-                self._look(found, stream, along[:, row], row, torch.from_numpy(query).to(self.model.device))
+            looked = [torch.from_numpy(query).to(self.model.device) for query in queries[start : start + _BLOCKS]]
+            for row, query in enumerate(looked):
+                self._look(found, stream, along[:, row], row, query)
+            self._origins(found, stream, looked)
         report(len(blocks), len(blocks))
         return found
 
@@ -187,73 +189,76 @@ class _Work:
     def _look(self, found: _Found, stream: Stream, along: Tensor, row: int, query: Int[Tensor, " token"]) -> None:
         """The tokens of one block."""
         pattern = stream.attention[self.layer].pattern[row, :, query]  # [head, token, source]
+        pairs = [each.active(row) for each in stream.written.values()]
+        written = [each.directions for each in stream.written.values()]  # [latent, d_model]
+        weight = pattern / stream.scale[self.layer][row, :, 0]
         for number in range(len(self.of_z)):
             by_part = einsum(pattern, along[:, :, number], "h n s, p s h -> n p s")
-            by_feature = self._by_feature(stream, pattern, row, number)
+            by_feature = [
+                einsum(
+                    weight[..., source], (directions @ self.read[number].T)[latent] * f[:, None], "h n p, p h -> n p"
+                )
+                for (source, latent, f), directions in zip(pairs, written, strict=True)
+            ]
             if number:
                 squares = [by_part.square().sum((0, 2)), *(values.square().sum()[None] for values in by_feature)]
                 found.null[number - 1] = found.null.get(number - 1, 0) + torch.cat(squares).cpu().numpy()
                 continue
-            self._keep_features(found, stream, by_feature, row)
+            self._keep_features(found, pairs, by_feature)
             found.by_part.append(by_part.cpu().numpy())
             found.by_head.append(einsum(pattern.sum(1), along[:, :, 0], "h s, p s h -> p h").cpu().numpy())
             pre = self.sae.pre_activations(stream.attention[self.layer].z[row, query])[:, self.latent]
             total = by_part.sum((1, 2)) + sum(values.sum(1) for values in by_feature) + self.constant
             check_closes(pre, total, what="pre-activations", do="pass the model and SAEs that the index was built with")
             found.pre.append(pre.cpu().numpy())
-        self._origins(found, stream, pattern, row)
         found.n += len(query)
 
-    def _by_feature(
-        self, stream: Stream, pattern: Float[Tensor, "head token source"], row: int, number: int
-    ) -> list[Float[Tensor, "token pair"]]:
-        """For each SAE, what the features active at the sources add along a direction."""
-        weight, found = pattern / stream.scale[self.layer][row, :, 0], []
-        for written in stream.written.values():
-            source, latent, f = written.active(row)
-            along = (written.directions @ self.read[number].T)[latent] * f[:, None]  # [pair, head]
-            found.append(einsum(weight[..., source], along, "h n p, p h -> n p"))
-        return found
-
-    def _keep_features(self, found: _Found, stream: Stream, by_feature: list[Tensor], row: int) -> None:
+    def _keep_features(
+        self, found: _Found, pairs: list[tuple[Tensor, Tensor, Tensor]], by_feature: list[Tensor]
+    ) -> None:
         """An entry for each token looked at and each feature that adds to it at a source."""
-        for number, (written, values) in enumerate(zip(stream.written.values(), by_feature, strict=True)):
-            source, latent, _ = (each.cpu().numpy() for each in written.active(row))
-            token, pair = np.nonzero(values.cpu().numpy())  # later sources add nothing
-            columns = (token + found.n, np.full_like(token, number), latent[pair], source[pair])
+        for number, (pair, added) in enumerate(zip(pairs, by_feature, strict=True)):
+            source, latent = (each.cpu().numpy() for each in pair[:2])
+            values = added.cpu().numpy()
+            token, i = np.nonzero(values)  # later sources add nothing
+            columns = (token + found.n, np.full_like(token, number), latent[i], source[i])
             found.by_feature.append(np.stack(columns, axis=1))
-            found.feature_values.append(values.cpu().numpy()[token, pair])
+            found.feature_values.append(values[token, i])
 
-    def _origins(self, found: _Found, stream: Stream, pattern: Tensor, row: int) -> None:
+    def _origins(self, found: _Found, stream: Stream, queries: list[Int[Tensor, " token"]]) -> None:
         """What each source of each earlier head adds, by all paths that lead through the head."""
-        own: list[Tensor] = []
-        weight = pattern / stream.scale[self.layer][row, :, 0]  # [head, token, source]
+        own: list[list[Tensor]] = [[] for _ in queries]
+        top = stream.attention[self.layer].pattern / stream.scale[self.layer][:, None, None, :, 0]
         for part in self._earlier():
             l, head = part.layer or 0, part.head or 0
             of_z = self.read[0] @ self.upstream.output[l][head].T  # [top head, d_head]
-            reached = weight @ stream.attention[l].pattern[row, head]  # [top head, token, source of the head]
-            along = stream.value(l)[row, :, head] @ of_z.T  # [source of the head, top head]
-            own.append(einsum(reached, along, "t n s, s t -> n s"))
+            along = stream.value(l)[:, :, head] @ of_z.T  # [row, source of the head, top head]
+            reached_in_all = []
+            for row, query in enumerate(queries):
+                reached = top[row, :, query] @ stream.attention[l].pattern[row, head]  # [top head, token, source]
+                own[row].append(einsum(reached, along[row], "t n s, s t -> n s"))
+                reached_in_all.append(reached.sum(1))
             before = found.through.setdefault(part, {})
-            for read, value in self._through(stream, reached.sum(1), row, part, of_z).items():
+            for read, value in self._through(stream, torch.stack(reached_in_all), part, of_z).items():
                 before[read] = before.get(read, 0.0) + value
-        if own:
-            found.by_origin.append(torch.stack(own, dim=1).cpu().numpy())
+        found.by_origin += [torch.stack(row, dim=1).cpu().numpy() for row in own if row]
 
     def _earlier(self) -> list[Part]:
         """The parts that are heads."""
         return [part for part in self.parts if part.kind == "head"]
 
-    def _through(self, stream: Stream, reached: Tensor, row: int, part: Part, of_z: Tensor) -> dict[Part, float]:
+    def _through(
+        self, stream: Stream, reached: Float[Tensor, "row top_head source"], part: Part, of_z: Tensor
+    ) -> dict[Part, float]:
         """What each part of the stream before an earlier head adds through it."""
         l, head = part.layer or 0, part.head or 0
         read = self.upstream.read_by(l, head, of_z)  # [top head, d_model]
-        weight = reached / stream.scale[l][row, :, 0]  # [top head, source]
-        values = einsum(weight, stream.along(read, l)[:, row], "t s, p s t -> p").tolist()
+        weight = reached / stream.scale[l][:, None, :, 0]
+        values = einsum(weight, stream.along(read, l), "b t s, p b s t -> p").tolist()
         found = dict(zip(stream.parts(l), values, strict=True))
         for site in (site for site in stream.written if site.layer < l):
             features = Part("features", site.layer, site=site.kind)
-            found[features] = einsum(weight, stream.vector(features)[row] @ read.T, "t s, s t -> ").item()
+            found[features] = einsum(weight, stream.vector(features) @ read.T, "b t s, b s t -> ").item()
         return found
 
     # --------------------------------------------------------------------------------------------------------- records
