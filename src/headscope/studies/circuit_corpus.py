@@ -225,7 +225,7 @@ class _Work:
             found.by_feature.append(np.stack(columns, axis=1))
             found.feature_values.append(values[token, i])
 
-    def _origins(self, found: _Found, stream: Stream, queries: list[Int[Tensor, " token"]]) -> None:
+    def _origins(self, found: _Found, stream: Stream, queries: list[Tensor]) -> None:
         """What each source of each earlier head adds, by all paths that lead through the head."""
         own: list[list[Tensor]] = [[] for _ in queries]
         top = stream.attention[self.layer].pattern / stream.scale[self.layer][:, None, None, :, 0]
