@@ -13,12 +13,12 @@ from headscope.index.store import FeatureIndex
 from headscope.interventions import at, replace
 from headscope.site import Site
 from headscope.studies.head_ablation import (
-    Replacement,
     firing_under_ablation,
     head_effects,
     loss_table,
     other_features,
 )
+from headscope.studies.replacement import Replacement
 
 KINDS = ("mean", "position mean", "zero", "resample")
 DEAD = 7

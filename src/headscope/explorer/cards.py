@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 
 from headscope.errors import IndexFormatError
-from headscope.explorer.answers import Json
 from headscope.explorer.examples import LEAN, WHOLE, corpus_json, example_runs, examples_json, text_runs
 from headscope.explorer.numbers import short, significant
+from headscope.explorer.answers import Json
 from headscope.index.columns import read_columns
 from headscope.index.config import QUANTILES
 from headscope.index.records import ExampleGroup, Feature, Shares, Sources

@@ -55,7 +55,7 @@ def _definitions(plan: SearchPlan) -> dict[str, str]:
 
 def _schema(plan: SearchPlan) -> pa.Schema:
     def type_of(name: str) -> pa.DataType:
-        text = name in ("kind", "proxy") or (name.endswith("_proxy") and name not in _COUNTS)
+        text = name in ("kind", "proxy") or name.endswith("_proxy") and name not in _COUNTS
         return pa.string() if text else pa.int64() if name in _COUNTS else pa.float64()
 
     return pa.schema([("latent", pa.int32()), *((name, type_of(name)) for name in _definitions(plan))])

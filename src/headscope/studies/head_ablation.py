@@ -19,127 +19,23 @@ from torch import Tensor
 from headscope.attribution import HeadWeights
 from headscope.errors import StudyError
 from headscope.index.live import LiveIndex
-from headscope.interventions import at
-from headscope.models.hf import SiteEdit
 from headscope.sae.model import SAE, JumpReLU, TopK
 from headscope.site import Site
 from headscope.stats import MINIMUM, Estimate, Measure, wilson
 from headscope.studies.active import ActiveTokens, Text, drawn
 from headscope.studies.downstream import ratio
-
-Kind = Literal["mean", "position mean", "zero", "resample"]
-"""What stands in the place of a head's z: its mean over text tokens, its mean at that position of a block, the constant
-c (so that its DFA is 0, the post's zero), or its z at another text token, drawn at random."""
+from headscope.studies.replacement import Kind, Replacement, batches, tokens_of
 
 OffRule = Literal["every token", "most tokens", "most activation"]
 """When a feature counts as off: at every token where it was active; at more than half of them; or when its summed
 activation is less than half of what it was."""
 
-N_RESAMPLED = 4096
-"""Text tokens from which those of `resample` are drawn."""
 STORED_BITS = 14
 """Significant bits of the contributions that an index stores: the error of each is at most 2^-14 of it."""
-_BATCH_TOKENS = 2048
 _ROWS = 256  # rows of pre-activations of all latents held at a time
 
 Progress = Callable[[int, int], None]
 """Called with the blocks done and the blocks in all."""
-
-
-# --------------------------------------------------------------------------------------------------------- replacement
-@dataclass(frozen=True)
-class Replacement:
-    """What stands in the place of each head's z."""
-
-    kind: Kind
-    z: Float[Tensor, "row head d_head"]
-    """One row for all tokens; with `position mean` one for each position of a block; with `resample` those drawn from."""
-    n: int
-    """Text tokens they are from; 0 for `zero`."""
-    row: Int[np.ndarray, " position"]
-    """Which row each position of the corpus takes."""
-
-    @classmethod
-    def of(cls, live: LiveIndex, kind: Kind = "mean", *, max_blocks: int | None = None, seed: int = 0) -> "Replacement":
-        """Read z of the whole corpus, or of some blocks of it, once; `zero` needs none.
-
-        The means are over text tokens. A position at which there is no text takes the mean over all positions.
-
-        Raises:
-            StudyError: an unknown kind.
-        """
-        if kind not in get_args(Kind):
-            raise StudyError(
-                f"ablation {kind!r}", expected=f"one of {', '.join(get_args(Kind))}", do="name one of these"
-            )
-        index, spec = live.index, live.model.spec
-        size, n_positions = index.block_size, index.n_blocks * index.block_size
-        shape = spec.n_heads, spec.d_head
-        if kind == "zero":
-            offset = live.model.value_offset(live.sae.site.layer).to(live.sae.W_enc)
-            return cls(kind, offset.view(1, *shape), 0, np.zeros(n_positions, np.int32))
-        text = Text.of(index)
-        blocks = drawn(index.n_blocks, max_blocks, (seed,))
-        sums, counts, sample = _z_sums(
-            live, text, blocks, n_sampled=N_RESAMPLED if kind == "resample" else 0, seed=seed
-        )
-        n = int(counts.sum())
-        if n == 0:
-            raise StudyError("blocks without text", expected="text tokens to take z of", do="read more blocks")
-        mean = sums.sum(0) / n
-        if kind == "resample":
-            row = np.random.default_rng((seed, 1)).integers(0, len(sample), n_positions, dtype=np.int32)
-            return cls(kind, sample.to(live.sae.W_enc).view(-1, *shape), n, row)
-        if kind == "mean":
-            return cls(kind, mean.to(live.sae.W_enc).view(1, *shape), n, np.zeros(n_positions, np.int32))
-        by_position = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], mean)
-        row = np.tile(np.arange(size, dtype=np.int32), index.n_blocks)
-        return cls(kind, by_position.to(live.sae.W_enc).view(-1, *shape), n, row)
-
-    def contributions(
-        self, weights: HeadWeights, latent: int, position: Int[np.ndarray, " n"]
-    ) -> Float[np.ndarray, "n head"]:
-        """R_h, which takes the place of C_h, at some positions of the corpus."""
-        by_row = torch.einsum("rhe,he->rh", self.z - weights.offset, weights.encoder[:, latent])
-        return by_row.double().cpu().numpy()[self.row[position]]
-
-    def values(self, blocks: Int[np.ndarray, " block"], size: int) -> Float[Tensor, "block position z"]:
-        """What stands in the place of z in some blocks."""
-        rows = self.row.reshape(-1, size)[blocks]
-        return self.z[torch.from_numpy(rows.astype(np.int64)).to(self.z.device)].flatten(2)
-
-    def edit(self, blocks: Int[np.ndarray, " block"], size: int, heads: Sequence[int]) -> SiteEdit:
-        """For `Model.edit` of z in a run on some blocks: put it in the place of some heads, at all positions."""
-        values = self.values(blocks, size)
-        return at(lambda z: values.to(z), heads=list(heads))
-
-
-def _z_sums(
-    live: LiveIndex, text: Text, blocks: Int[np.ndarray, " block"], *, n_sampled: int, seed: int
-) -> tuple[Float[Tensor, "position z"], Float[Tensor, " position"], Float[Tensor, "sample z"]]:
-    """Sums of z over text tokens by position, their number, and z at some of them."""
-    size, site = live.index.block_size, live.sae.site
-    places = np.flatnonzero(text.is_text[blocks].reshape(-1))
-    chosen = places[drawn(len(places), n_sampled, (seed, 2))] if n_sampled else places[:0]
-    sums = torch.zeros(size, live.sae.d_in, dtype=torch.float64)
-    counts, sample = torch.zeros(size, dtype=torch.float64), [torch.zeros(0, live.sae.d_in, dtype=torch.float64)]
-    for start, own in _batches(blocks, size):
-        is_text = torch.from_numpy(text.is_text[own])
-        z = live.model.read(_tokens(live, text, own), [site])[site].double().cpu()
-        sums += (z * is_text[..., None]).sum(0)
-        counts += is_text.sum(0)
-        low, high = np.searchsorted(chosen, [start * size, (start + len(own)) * size])
-        sample.append(z.flatten(0, 1)[torch.from_numpy(chosen[low:high] - start * size)])
-    return sums, counts, torch.cat(sample)
-
-
-def _batches(blocks: Int[np.ndarray, " block"], size: int) -> list[tuple[int, Int[np.ndarray, " own"]]]:
-    step = max(1, _BATCH_TOKENS // size)
-    return [(start, blocks[start : start + step]) for start in range(0, len(blocks), step)]
-
-
-def _tokens(live: LiveIndex, text: Text, blocks: Int[np.ndarray, " block"]) -> Int[Tensor, "block position"]:
-    return torch.from_numpy(text.tokens[blocks].astype(np.int64)).to(live.model.device)
 
 
 def activation_thresholds(sae: SAE) -> Float[np.ndarray, " latent"]:
@@ -360,10 +256,10 @@ def firing_under_ablation(
     counts = torch.zeros(1 + 2 * n_heads, sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
     mass = torch.zeros(1 + n_heads, sae.d_sae, dtype=torch.float64, device=sae.W_enc.device)
     n_tokens = 0
-    for start, own in _batches(blocks, size):
+    for start, own in batches(blocks, size):
         report(start, len(blocks))
         is_text = torch.from_numpy(text.is_text[own]).to(sae.W_enc.device)
-        z = live.model.read(_tokens(live, text, own), [site])[site][is_text]
+        z = live.model.read(tokens_of(live, text, own), [site])[site][is_text]
         moved = replacement.values(own, size)[is_text].to(z) - z
         n_tokens += len(z)
         for rows, change in zip(z.split(_ROWS), moved.split(_ROWS), strict=True):
@@ -502,9 +398,9 @@ def loss_table(
     blocks = holding[drawn(len(holding), max_blocks, (seed,))]
     losses = np.zeros((1 + len(heads), len(blocks), size))
     site = live.sae.site
-    for start, own in _batches(blocks, size):
+    for start, own in batches(blocks, size):
         report(start, len(blocks))
-        tokens, place = _tokens(live, text, own), slice(start, start + len(own))
+        tokens, place = tokens_of(live, text, own), slice(start, start + len(own))
         with live.model.restartable(site.layer) as restart:
             losses[0, place, :-1] = live.model.losses(tokens).double().cpu().numpy()
         for i, head in enumerate(heads):
