@@ -215,9 +215,8 @@ def _corrupt(live: LiveIndex, text: Text, places: _Places, n_latents: int, seed:
         for i, pair in enumerate(pairs):
             rng = np.random.default_rng((seed, int(places.latent[pair]), int(places.position[pair])))
             is_text = text.is_text[places.position[pair] // size]
-            kept[pair] = _replace(
-                tokens[:, i], is_text, int(places.position[pair] % size), places.token[pair], pool, rng
-            )
+            own, b = int(places.position[pair] % size), int(places.token[pair])
+            kept[pair] = _replace(tokens[:, i], is_text, own, b, pool, rng)
         query = torch.from_numpy(np.tile(places.position[pairs] % size, 2)).to(live.model.device)
         latent = torch.from_numpy(np.tile(places.latent[pairs], 2)).to(live.model.device)
         batch = torch.from_numpy(tokens.reshape(-1, size).astype(np.int64)).to(live.model.device)
@@ -241,7 +240,7 @@ def _replace(
     is_text: Bool[np.ndarray, " position"],
     query: int,
     b: int,
-    pool: Int[np.ndarray, " token"],
+    pool: Int[np.ndarray, " text"],
     rng: np.random.Generator,
 ) -> bool:
     """Replace the A's before earlier B's in the first version, as many other tokens in the second; False if too few."""

@@ -1,8 +1,8 @@
-"""Features made by several heads at once: how many heads, whether they read the same sources, whether each is needed.
+"""Features of several heads: how many, whether they read the same sources, whether each of them is needed.
 
-The pre-activation is linear in the heads, so on it several ablations add up exactly. On the activation, which is 0 below
-a threshold, they do not: heads that are each enough alone are redundant, and heads that are all needed are an AND. Each
-figure stands beside that of directions of z that mean nothing and are active as often (`index.nulls`).
+The pre-activation is linear in the heads, so on it several ablations add up exactly. On the activation, which is 0
+below a threshold, they do not: heads that are each enough alone are redundant, and heads that are all needed are an
+AND. Each figure stands beside that of directions of z that mean nothing and are active as often (`index.nulls`).
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ DEFINITIONS = tuple(field.name for field in fields(Shares))
 CONTRIBUTES = 0.1
 """A head makes a part of a feature when its share of squared DFA is at least this."""
 N_BINS = 20
-_NULL_BLOCKS = 64
+_NULL_BLOCKS = 192
 _GAUSSIAN = 512  # directions whose norms by head are the null of shares of weights
 _PAIRS = 512
 
@@ -152,8 +152,9 @@ class JointAblation:
 
     @property
     def super_additivity(self) -> Float[np.ndarray, " n"]:
-        """`(lost jointly - lost singly) / lost jointly`: above 0 where heads stand in for each other, below 0 where
-        each alone is needed; NaN where nothing is lost.
+        """`(lost jointly - lost singly) / lost jointly`; NaN where nothing is lost.
+
+        Above 0 where heads stand in for each other, below 0 where each alone is needed.
         """
         with np.errstate(invalid="ignore", divide="ignore"):
             found = (self.lost_jointly - self.lost_singly) / self.lost_jointly
@@ -195,7 +196,7 @@ def redundancy(live: LiveIndex, replacement: Replacement, *, least: int = MINIMU
         live: the index with its model and SAE.
         replacement: what stands in the place of a head: `mean` or `zero`.
         least: active tokens that a feature must have.
-        seed: of the null directions, and of the blocks that they are read on (64).
+        seed: of the null directions, and of the blocks that they are read on (192).
 
     Raises:
         StudyError: a TopK SAE, or a replacement that differs between tokens.
@@ -250,13 +251,8 @@ def _null_pairs(
         own = (null == i).cpu()
         if int(own.sum()) >= least:
             f, of_heads = (values[own].double().cpu().numpy() for values in (p, heads))
-            yield _Pairs(
-                int(directions.latent[i]),
-                f,
-                of_heads,
-                instead[i].double().cpu().numpy(),
-                float(directions.threshold[i]),
-            )
+            replaced, threshold = instead[i].double().cpu().numpy(), float(directions.threshold[i])
+            yield _Pairs(int(directions.latent[i]), f, of_heads, replaced, threshold)
 
 
 def _jointly(of: Iterator[_Pairs], n_heads: int) -> tuple[JointAblation, int]:
