@@ -20,7 +20,7 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	@sh scripts/ensure_chromium.sh
-	$(BIN)/python -m pytest -m "not gpu and not network" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not network" -n auto --dist loadfile $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -53,11 +53,8 @@ class Row:
     unit: str
     cpu: float | None = None
     """Of a time, that of the processor: what does not depend on who else is at work."""
-
-    @property
-    def target(self) -> float | None:
-        """What it has to stay below."""
-        return TARGETS.get(self.name)
+    target: float | None = None
+    """What it has to stay below."""
 
 
 # -------------------------------------------------------------------------------------------------------------- measure
@@ -117,7 +114,12 @@ def _timed(ask: Callable[..., object], of: object) -> tuple[float, float]:
 
 def _row(name: str, times: list[tuple[float, float]], percentile: int = 50) -> Row:
     wall, cpu = np.percentile(times, percentile, axis=0).tolist()
-    return Row(name, wall, "ms", cpu)
+    return Row(name, wall, "ms", cpu, TARGETS.get(name))
+
+
+def timed_row(name: str, work: Callable[[], object]) -> Row:
+    """One figure: how long some work takes, once."""
+    return _row(name, [_timed(lambda _: work(), None)])
 
 
 def _forget(folder: Path) -> None:
@@ -187,17 +189,18 @@ def main(arguments: Arguments) -> None:
     if arguments.quick:
         arguments = replace(arguments, features=2_048, tokens=500_000)
     folder = (arguments.folder / f"{arguments.features}x{arguments.tokens}").absolute()
-    rows = _in_new_process(_write, folder, arguments) + _in_new_process(measure, folder)
+    rows = in_new_process(write, folder, arguments) + in_new_process(measure, folder)
     for row in rows:
         if arguments.json:
-            print(json.dumps(vars(row) | {"target": row.target}))
+            print(json.dumps(vars(row)))
         else:
             cpu = "" if row.cpu is None else f"{row.cpu:>12.1f} CPU"
             aim = "" if row.target is None else f"   below {row.target:g}"
             print(f"{row.name:<32}{row.value:>12.1f} {row.unit:<3}{cpu}{aim}")
 
 
-def _write(folder: Path, arguments: Arguments) -> list[Row]:
+def write(folder: Path, arguments: Arguments) -> list[Row]:
+    """Write the index, or leave the one that stands there."""
     from synthetic_index import Shape, write_index  # imports torch, which the reader must do without
 
     start = time.perf_counter()
@@ -205,7 +208,8 @@ def _write(folder: Path, arguments: Arguments) -> list[Row]:
     return [Row("writing it", time.perf_counter() - start, "s")]
 
 
-def _in_new_process(work: Callable[..., list[Row]], *arguments: object) -> list[Row]:
+def in_new_process(work: Callable[..., list[Row]], *arguments: object) -> list[Row]:
+    """What some work gives, done in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from headscope.artefact import file_hash, new_folder, read_json, write_json
 from headscope.index.config import DEFINITIONS, FORMAT_VERSION, N_BINS, QUANTILES, IndexPlan
-from headscope.index.tables import ActivationWriter, write_table
+from headscope.index.writing import ActivationWriter, write_table
 
 _RANGE_ROWS = 1 << 20
 _POOL_ROWS = 1 << 18
@@ -289,8 +289,8 @@ def _write_sources(folder: Path, shape: Shape, counts: np.ndarray, rng: np.rando
     live = np.flatnonzero(counts)
     n, k = len(live) * 20, 20
 
-    def by_head() -> pa.Array:
-        return _lists(rng.random((n, shape.heads), dtype=np.float32), np.full(n, shape.heads))
+    def by_head(rows: int = n) -> pa.Array:
+        return _lists(rng.random((rows, shape.heads), dtype=np.float32), np.full(rows, shape.heads))
 
     sources = {
         "latent": pa.array(np.repeat(live, k), pa.int32()),
@@ -312,6 +312,8 @@ def _write_sources(folder: Path, shape: Shape, counts: np.ndarray, rng: np.rando
         "n_active": counts,
         "kept": pa.array(np.full(shape.features, 0.98), mask=dead),
         "bos_share": pa.array(rng.random(shape.features) / 10, mask=dead),
+        "kept_by_head": by_head(shape.features),
+        "bos_share_by_head": by_head(shape.features),
     }
     write_table(folder / "source_totals.parquet", pa.table(totals))
 

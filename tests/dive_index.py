@@ -14,24 +14,24 @@ HOSTILE_NAME = "</script><img src=x onerror=alert(1)>"
 
 
 def built(random_model, random_corpus, random_sae, folder: Path) -> FeatureIndex:
-    """60 blocks of 32 random characters; feature 3 is dead, 5 fires less than 30 times, 7 on about half of the tokens."""
+    """60 blocks of 32 random characters; feature 3 is dead, 5 fires on 12 tokens, 7 on half of them."""
     model = random_model("gpt_neox")
     corpus = random_corpus(model, 60, 32, seed=1)
     names = tuple(f"{HOSTILE_NAME} {i}" for i in range(len(corpus.documents)))
     sae = random_sae(model, N_LATENTS)
-    sae.b_enc[DEAD] = -1e4
-    sae.b_enc[COMMON] = 0.0
-    _fire_seldom(model, corpus, sae)
+    _set_biases(model, corpus, sae)
     build_index(model, [(sae, SAERecord("made up", "sha256:0"))], replace(corpus, documents=names), folder)
     return FeatureIndex.open(folder)
 
 
-def _fire_seldom(model, corpus, sae) -> None:
-    """Set the bias of one feature so that it fires on 12 tokens."""
+def _set_biases(model, corpus, sae) -> None:
+    """One feature never fires, one on 12 tokens, one on half of them."""
     tokens = torch.from_numpy(corpus.blocks.astype(np.int64))
-    z = model.read(tokens, [sae.site])[sae.site]
-    pre = sae.pre_activations(z)[..., RARE][tokens != corpus.bos]
-    sae.b_enc[RARE] -= pre.sort(descending=True).values[11:13].mean()
+    pre = sae.pre_activations(model.read(tokens, [sae.site])[sae.site])[tokens != corpus.bos]
+    ranked = pre.sort(dim=0, descending=True).values
+    sae.b_enc[DEAD] = -1e4
+    sae.b_enc[RARE] -= ranked[11:13, RARE].mean()
+    sae.b_enc[COMMON] -= ranked[len(ranked) // 2, COMMON]
 
 
 def text_positions(index: FeatureIndex) -> np.ndarray:

@@ -91,7 +91,7 @@ def test_the_help_of_a_command_shows_every_field_with_its_docstring(
     monkeypatch.setenv("COLUMNS", "400")
     shown = help_of(capsys, command.__name__.lower())
     for name, doc in documented_fields(command):
-        assert re.search(rf"--(no-)?{name.replace('_', '-')}\b", shown), name
+        assert re.search(rf"--(no-)?{name.replace('_', '-')}\b|\b{name.upper()}\b", shown), name
         assert doc, f"{command.__name__}.{name} has no docstring"
         assert words(doc) in words(shown), name
 

@@ -79,10 +79,11 @@ def test_a_study_made_again_replaces_its_columns(index):
 
 
 def test_an_index_with_columns_opens_verifies_and_answers_in_sql(index):
-    path = add_columns(index, "effects", table(), SAID)
     again = FeatureIndex.open(index.folder)
+    add_columns(index, "effects", table(), SAID)
     again.verify()
-    assert again.sql(f"SELECT count(score) FROM read_parquet('{path}')").to_pydict() == {"count(score)": [D_SAE - 1]}
+    query = "SELECT count(score) FROM features JOIN effects_columns USING (latent)"
+    assert again.sql(query).to_pydict() == {"count(score)": [D_SAE - 1]}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -96,9 +97,13 @@ def test_columns_of_another_index_are_refused_and_what_differs_is_named(
     if seed == 0:  # the same index built again, at another place
         assert read_columns(other, "effects")[0].to_pydict() == table().to_pydict()
         return
-    for read in (FeatureIndex.open(other).table, lambda: read_columns(other, "effects")):
-        with pytest.raises(IndexFormatError, match="another sae, corpus, activations"):
-            read()
+    with pytest.raises(IndexFormatError, match="another sae, corpus, activations"):
+        read_columns(other, "effects")
+    opened = FeatureIndex.open(other)
+    with pytest.warns(UserWarning, match="effects are left out.*\n?.*another sae, corpus, activations"):
+        assert "effects.score" not in opened.table().column_names
+    with pytest.warns(UserWarning, match="effects are left out"):
+        assert len(opened.sql("SELECT 1")) == 1
 
 
 def test_a_study_that_was_not_made_is_named(index):

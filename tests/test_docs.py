@@ -20,6 +20,7 @@ from headscope.sae.formats import load_sae, sae_hash
 
 ROOT = Path(__file__).parents[1]
 FORMAT = (ROOT / "docs" / "index-format.md").read_text(encoding="utf-8")
+DIVES = (ROOT / "docs" / "deep-dives.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LATENT = 1582
 BLOCK = 256
@@ -30,7 +31,7 @@ def fenced(text: str, language: str) -> list[str]:
 
 
 QUERIES = fenced(FORMAT, "sql")
-SNIPPETS = fenced(FORMAT, "python") + [s for s in fenced(README, "python") if "FeatureIndex.open" in s]
+SNIPPETS = [s for page in (FORMAT, DIVES, README) for s in fenced(page, "python") if "runs/tiny" in s]
 
 
 @pytest.fixture(scope="module")
@@ -257,4 +258,5 @@ def test_files_of_the_manifest_are_all_files(index):
 def test_copies_of_the_index_table_are_named_in_the_folder_table(index):
     section = FORMAT.split("## The folder")[1].split("##")[0]
     named = set(re.findall(r"^\| `([^`]+)`", section, re.MULTILINE))
-    assert {re.sub(r"part-\d+", "part-NNNN", name) for name in index.manifest["files"]} | {"manifest.json"} == named
+    built = {re.sub(r"part-\d+", "part-NNNN", name) for name in index.manifest["files"]} | {"manifest.json"}
+    assert named == built | {"columns/<study>.parquet", "labels.jsonl"}, "and what is added later"

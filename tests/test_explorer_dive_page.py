@@ -18,8 +18,10 @@ from headscope.explorer.cards import IndexCards
 from headscope.explorer.dives import IndexDives
 from headscope.explorer.server import make_app
 from headscope.index.store import FeatureIndex
+from headscope.proxies import Proxy
 from headscope.stats import Measure
 from headscope.studies.downstream import Downstream, PathEffect
+from headscope.studies.specificity_records import PredictionGroup, Predictions
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 
@@ -61,6 +63,13 @@ class FakeEffects:
             },
             notes=("what there is to know",),
         )
+
+    def predictions(self, latent: int, proxy: Proxy) -> Predictions:
+        groups = [
+            PredictionGroup(name, 40, np.arange(2), np.array([0.25, p]), Measure("mean p", 40, value=p))
+            for name, p in (("false negatives", 0.125), ("true positives", 0.5), ("elsewhere", 0.0))
+        ]
+        return Predictions(latent, proxy.name, (5,), *groups, Measure("which is larger", 80, missing="too few"))
 
 
 @pytest.fixture(scope="module")
@@ -252,15 +261,21 @@ def test_effects_of_a_model_by_path(page: Page, index: FeatureIndex) -> None:
         expect(page.locator("[data-interaction]")).to_be_visible()
         record, found = effects.downstream(COMMON, 0), dives.effects(COMMON, PROXY)
         worst = found["contexts"][found["worst"]["rows"][0]]
-        assert worst["block"] * index.block_size + worst["dst"] == record.position[np.argmax(record.paths["total"].change)]
+        assert (
+            worst["block"] * index.block_size + worst["dst"] == record.position[np.argmax(record.paths["total"].change)]
+        )
         row = page.locator(f"[data-context='{worst['block']}.{worst['dst']}']").first
         red = row.locator(".tok.worse").evaluate_all("tokens => tokens.map(token => +token.dataset.pos)")
         blue = row.locator(".tok.better").evaluate_all("tokens => tokens.map(token => +token.dataset.pos)")
         assert red == [p + 1 for p, change in worst["change"] if change > 0 and p < worst["dst"] + 16]
         assert blue == [p + 1 for p, change in worst["change"] if change < 0 and p < worst["dst"] + 16]
+        page.click("[data-tab=sensitivity]")
+        expect(page.locator("[data-predictions] [data-measure='true positives'] td b")).to_have_text("50.0\u202f%")
+        expect(page.locator("[data-predictions] [data-measure=auc] [data-missing]")).to_have_text("too few")
+        page.click("[data-tab=ablation]")
         page.fill("[data-proxy]", OTHER)
-        expect(page.locator("[data-paths] th").last).to_contain_text("proxy true")
-        page.wait_for_function("location.search.includes('%7E')")
+        expect(page.locator("[data-paths] th[scope=col]").last).to_contain_text("proxy true")
+        expect(page).to_have_url(re.compile(r"[?&].*%7E"))
         assert effects.asked.count(COMMON) == 2, "the model was run once, whatever the proxy; once more by this test"
 
 
@@ -311,7 +326,14 @@ def test_what_is_wrong_with_a_proxy_is_said_with_its_place(page: Page, address: 
 
 @pytest.mark.parametrize(
     "proxy",
-    [HOSTILE, f'regex("{HOSTILE[:-2]}")', "__import__('os').system('true')", "((((" * 400, "\x00\ud7ff", "'; DROP TABLE"],
+    [
+        HOSTILE,
+        f'regex("{HOSTILE[:-2]}")',
+        "__import__('os').system('true')",
+        "((((" * 400,
+        "\x00\ud7ff",
+        "'; DROP TABLE",
+    ],
 )
 def test_hostile_proxies_are_harmless(page: Page, address: str, proxy: str) -> None:
     page.goto(f"{address}/f/{COMMON}?tab=specificity")
@@ -341,7 +363,7 @@ def test_a_slow_answer_does_not_overtake_a_later_one(page: Page, address: str) -
     opened(page, "specificity")
     page.route(re.compile("proxy=token_in.*%22b%22"), late)
     page.fill("[data-proxy]", 'token_in(["b"])')
-    page.wait_for_function("location.search.includes('b')")
+    expect(page).to_have_url(re.compile(r"%22b%22"))
     page.fill("[data-proxy]", OTHER)
     expect(page.locator("[data-suggested] ~ [data-said]")).to_contain_text("proxy true on 1,7")
     page.wait_for_timeout(900)
@@ -403,7 +425,7 @@ def test_a_link_brings_the_dive_back(page: Page, address: str) -> None:
     page.keyboard.press("7")
     opened(page, "sensitivity")
     page.fill("[data-proxy]", PROXY)
-    page.wait_for_function("location.search.includes('p=')")
+    expect(page).to_have_url(re.compile(r"[?&].*p="))
     url = page.url
     page.goto("about:blank")
     page.goto(url)

@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 from browsing import serving
 from dive_index import COMMON, DEAD, N_LATENTS, RARE, built, dense, text_positions
 from explorer_source import FakeSource
-from headscope import jobs
+from headscope import cli, jobs
 from headscope.errors import ExportError, IndexFormatError, OutputError, ProxyError
 from headscope.explorer import studies
 from headscope.explorer.cards import IndexCards
@@ -112,6 +112,8 @@ def test_contexts_show_what_is_there(index: FeatureIndex, dives: IndexDives) -> 
 def test_the_python_of_each_tab_makes_its_numbers_again(dives: IndexDives) -> None:
     dive = dives.dive(COMMON, PROXY)
     for name, code in dive["python"].items():
+        if name == "predictions":  # it needs the model; see the file of a dive with one
+            continue
         *lines, last = code.splitlines()
         made: dict[str, Any] = {}
         exec("\n".join([*lines, f"shown = {last}"]), made)
@@ -180,7 +182,45 @@ def test_columns_of_studies_come_with_their_definitions(index: FeatureIndex, tmp
         "1860",
     )
     (copy.folder / "columns" / "effects.parquet").write_bytes(b"no table")
-    assert "damaged" in IndexDives(copy).start(4)["columns"]["effects"]["refused"]
+    with pytest.warns(UserWarning, match="effects are left out"):
+        assert "damaged" in IndexDives(copy).start(4)["columns"]["effects"]["refused"]
+
+
+def test_the_table_shows_the_main_columns_of_studies(index: FeatureIndex, tmp_path: Path) -> None:
+    copy = FeatureIndex.open(shutil.copytree(index.folder, tmp_path / "copy"))
+    kinds = ["token", None] * (N_LATENTS // 2)
+    columns = {"kind": kinds, "auc": [0.5] * N_LATENTS, "recall": [0.25] * N_LATENTS}
+    table = pa.table({"latent": pa.array(range(N_LATENTS), pa.int32()), **columns})
+    said = {"settings": {}, "definitions": {name: f"what {name} is" for name in columns}, "n": 1}
+    add_columns(copy, "proxies", table, said)
+    shown = strict(IndexCards(copy).table())
+    by_name = {column["name"]: column for column in shown["columns"]}
+    assert [column["name"] for column in shown["columns"]][:2] == ["latent", "proxies.kind"]
+    assert by_name["proxies.kind"]["definition"] == "what kind is"
+    assert not by_name["proxies.recall"]["listed"]
+    assert shown["rows"]["proxies.kind"] == kinds
+    assert "proxies.auc" not in shown["rows"], "it would be sent with every page; the card has it"
+    found = strict(IndexDives(copy).start(COMMON))["columns"]["proxies"]["values"]
+    assert found == {"kind": None, "auc": 0.5, "recall": 0.25}
+
+
+def test_proxies_that_a_search_found_come_first(index: FeatureIndex, tmp_path: Path) -> None:
+    copy = FeatureIndex.open(shutil.copytree(index.folder, tmp_path / "copy"))
+    found = {
+        "kind": "token",
+        "proxy": 'token_in(["b"])',
+        "induction_proxy": 'induction("b")',
+        "token_proxy": 'token_in(["b"])',
+    }
+    table = {
+        name: [value if latent == COMMON else None for latent in range(N_LATENTS)] for name, value in found.items()
+    }
+    said = {"settings": {}, "definitions": {name: "-" for name in found}, "n": 1}
+    add_columns(copy, "proxies", pa.table({"latent": pa.array(range(N_LATENTS), pa.int32()), **table}), said)
+    suggested = IndexDives(copy).start(COMMON)["proxies"]
+    assert [one["proxy"] for one in suggested] == ['token_in(["b"])', 'induction("b")']
+    assert "kind: token" in suggested[0]["why"]
+    assert len(IndexDives(copy).start(RARE)["proxies"]) > 2, "where a search found none, the card suggests some"
 
 
 # --- the routes
@@ -245,6 +285,9 @@ class Slow(FakeSource):
         return {}
 
     def effects(self, latent: int, proxy: str) -> dict[str, Any]:
+        return {}
+
+    def predictions(self, latent: int, proxy: str) -> dict[str, Any]:
         return {}
 
     def dive(self, latent: int, proxy: str) -> dict[str, Any]:
@@ -359,3 +402,34 @@ def test_a_dive_that_cannot_be_leaves_nothing(index: FeatureIndex, tmp_path: Pat
     with pytest.raises(ExportError, match=r"\.html"):
         jobs.dive(index.folder, COMMON, tmp_path / "dive", proxies=[PROXY])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_the_file_and_says_what_is_wrong(
+    index: FeatureIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "dive.html"
+    cli.main(["dive", str(index.folder), str(COMMON), "--proxy", PROXY, "--out", str(out)])
+    assert set(unpacked(out, "data-dives")) == {str(COMMON)}
+    assert str(out) in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["dive", str(index.folder), str(COMMON), "--proxy", "a b", "--out", str(tmp_path / "other.html")])
+    assert ended.value.code == 2
+    assert "column" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_dive_with_the_model_holds_its_effects(tmp_path: Path) -> None:
+    [index] = jobs.index(["tiny-z1"], tmp_path / "index", text=jobs.CorpusChoice(max_tokens=8_000))
+    latent = int(np.argmax(index.table()["n_active"].to_numpy() * (index.table()["density"].to_numpy() < 0.2)))
+    page = jobs.dive(index.folder, latent, tmp_path / "dive.html", proxies=['token_in([" "])'], model="tiny")
+    held = unpacked(page, "data-dives")[str(latent)]
+    [effects], [predictions] = held["effects"].values(), held["predictions"].values()
+    assert effects["n"] > 30
+    assert [path["path"] for path in effects["paths"]] == ["total", "direct", "mlp.1"]
+    assert {group["name"] for group in predictions["groups"]} == {"false negatives", "true positives", "elsewhere"}
+    made: dict[str, Any] = {}
+    exec(effects["python"]["ablation"], made)
+    assert made["found"].n == effects["n"]
+    mean = made["found"].paths["total"].mean.value
+    assert mean == pytest.approx(effects["paths"][0]["mean"]["value"], rel=1e-5)
+    exec(next(iter(held["dives"].values()))["python"]["predictions"], {})

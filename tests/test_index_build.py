@@ -524,6 +524,15 @@ def test_building_twice_gives_the_same_bytes(case, tmp_path):
     assert own == other
 
 
+def test_what_people_said_outlives_an_index_built_anew(case, tmp_path):
+    out = tmp_path / "index"
+    build(case.naive.model, {"random": case.naive.sae}, case.naive.corpus, out)
+    (out / "labels.jsonl").write_text("said\n")
+    record = SAERecord("random", "sha256:0")
+    build_index(case.naive.model, [(case.naive.sae, record)], case.naive.corpus, out, overwrite=True, plan=PLAN)
+    assert (out / "labels.jsonl").read_text() == "said\n"
+
+
 def test_several_saes_in_one_pass_are_each_alone(random_model, random_corpus, random_sae, tmp_path):
     model = random_model("gpt2", dtype=torch.float64)
     corpus = random_corpus(model, n_blocks=9, block_size=12)

@@ -153,7 +153,7 @@ def test_the_post_s_rule_is_perfect_on_paper(planted):
     n_false = len(judged.latents) - (V - 1)
     assert ruled.auc.value == pytest.approx(1 - 1 / (2 * n_false))  # latent 0 is all that head's too: where it rests
     other = compare_rule(head_share(planted.index, 1)[judged.latents], judged.verdict)
-    assert other.auc.value == pytest.approx(0.0)
+    assert other.auc.value == pytest.approx(1 / (2 * n_false))
 
 
 def test_random_weights_have_no_induction_features(random):

@@ -95,6 +95,7 @@ def test_what_is_told_is_kept_and_tallied(client: TestClient, index: FakeIndex) 
 def test_a_label_of_another_card_is_stale(client: TestClient, index: FakeIndex) -> None:
     post(client, "labels", SAID)
     index.manifest["sae"]["hash"] = "sha256:another"
+    client = TestClient(make_app(FakeSource(), TOKEN, labels=LabelRoutes(index)), base_url=BASE)
     (label,) = client.get("/api/queue?sample=first:10&annotator=ann").json()["labels"]
     assert label["stale"] is True
     notes = client.get("/api/survey?sample=first:50").json()["notes"]

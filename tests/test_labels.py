@@ -280,11 +280,12 @@ import os, signal, sys
 from headscope.index import labels
 from headscope.index.store import FeatureIndex
 write, n = os.write, int(sys.argv[2])
+store = labels.LabelStore(FeatureIndex.open(sys.argv[1]))
 def cut_off(handle, line):
     write(handle, line[:n])
     os.kill(os.getpid(), signal.SIGKILL)
 labels.os.write = cut_off
-labels.LabelStore(FeatureIndex.open(sys.argv[1])).add(5, "bob", labels.Judgement(verdict="unsure"))
+store.add(5, "bob", labels.Judgement(verdict="unsure"))
 """
 
 

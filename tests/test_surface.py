@@ -1,3 +1,4 @@
+import pickle
 import re
 import subprocess
 import sys
@@ -73,3 +74,9 @@ def test_the_tree_of_errors_is_drawn_as_it_is() -> None:
 def test_a_message_says_what_was_got_what_was_expected_and_what_to_do() -> None:
     error = errors.SAEError("a teapot", expected="an SAE", do="train one")
     assert str(error) == "a teapot\n  expected: an SAE\n  do: train one"
+
+
+def test_an_error_from_another_process_arrives_as_itself() -> None:
+    error = pickle.loads(pickle.dumps(errors.ProxyError("a", expected="b", do="c")))
+    assert type(error) is errors.ProxyError
+    assert (error.got, error.expected, error.do, str(error)) == ("a", "b", "c", "a\n  expected: b\n  do: c")

@@ -168,7 +168,7 @@ class Proxies:
     Proxies are chosen on one half of the documents and scored on the other. An interrupted run is gone on with.
     """
 
-    index: Annotated[Path, tyro.conf.Positional]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; what is found of all live features becomes its columns `proxies`."""
     features: tuple[int, ...] = ()
     """Print what is found of these latents, best proxy first, and write nothing."""
@@ -222,15 +222,39 @@ class Demo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Effects:
+    """Measure what every feature of an index does to the loss by its direct path, exactly; added to the index."""
+
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    """An index folder; gets the columns `effects`."""
+    model: str | None = None
+    """The model; the one the index names when not given. Its weights must be those the index was built with."""
+    sae: str | None = None
+    """The SAE, likewise."""
+    max_work: float = 1e11
+    """Active tokens times vocabulary, beyond which features with many active tokens are sampled."""
+
+    def run(self) -> None:
+        """Measure with a progress bar."""
+        with Display() as display:
+            found = jobs.effects(
+                self.index, model=self.model, sae=self.sae, max_work=self.max_work, on_progress=display.on_progress
+            )
+        which = "all" if found.most is None else f"at most {found.most:,} of each feature"
+        display.say(f"effects: {found.n_pairs:,} active tokens ({which}) of {(found.n > 0).sum():,} features")
+        display.say(f"columns: {self.index}/columns/effects.parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dive:
     """Write the deep dive into one feature, when it fires and what it does, as one HTML file."""
 
-    index: Annotated[Path, tyro.conf.Positional]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder."""
-    feature: Annotated[int, tyro.conf.Positional]
+    feature: Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURE")]
     """Its latent."""
     proxy: tuple[str, ...] = ()
-    """Rules that say where it should fire, such as 'induction("board")'; those that the page suggests when not given."""
+    """Rules that say where it should fire, such as 'induction("board")'; the page's suggestions when not given."""
     model: str | None = None
     """The model the index was built with, to remove the feature from it too."""
     out: Path
@@ -250,7 +274,7 @@ class Dive:
 class Survey:
     """Print how many features of a sample are alive, how many people found interpretable, and how far they agree."""
 
-    index: Annotated[Path, tyro.conf.Positional]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; features are labelled on the page that `headscope serve` opens."""
     sample: str = "first:50"
     """`first:50` (the post's), `random:50:0` or `stratified:50:0` (by density): how drawn, how many, and the seed."""
@@ -322,7 +346,7 @@ class Display:
         self.say("* Kissane et al. (2024): gelu-2l layer 1, d_sae 16,384, C4 and code; another model and corpus")
 
 
-Command = Demo | Train | Eval | Index | Serve | Export | Proxies | Dive | Survey
+Command = Demo | Train | Eval | Index | Serve | Export | Proxies | Effects | Dive | Survey
 
 
 def main(arguments: list[str] | None = None) -> None:

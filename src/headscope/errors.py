@@ -10,11 +10,15 @@ HeadscopeError
  ├── LabelError       a label, a sample of features or a labels.jsonl that is not as it must be
  ├── StudyError       a study asked for with options or data that do not fit
  ├── ProxyError       a proxy that cannot be read, names no token, or cannot be evaluated
+ ├── FigureError      a figure whose library is not installed
  ├── ServerError      a port that cannot be had
  └── ExportError      a page that cannot be written as asked
 
 Every message says what was got, what was expected, and what to do.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 
 class HeadscopeError(Exception):
@@ -24,6 +28,10 @@ class HeadscopeError(Exception):
         """Join the three parts into one message: what was `got`, what was `expected`, what to `do`."""
         super().__init__(f"{got}\n  expected: {expected}\n  do: {do}")
         self.got, self.expected, self.do = got, expected, do
+
+    def __reduce__(self) -> tuple[Callable[..., "HeadscopeError"], tuple]:
+        """So that one raised in another process arrives as itself."""
+        return partial(type(self), expected=self.expected, do=self.do), (self.got,)
 
 
 class ModelError(HeadscopeError):
@@ -60,6 +68,10 @@ class StudyError(HeadscopeError):
 
 class ProxyError(HeadscopeError):
     """A proxy that cannot be read, names no token of the vocabulary, or cannot be evaluated."""
+
+
+class FigureError(HeadscopeError):
+    """A figure whose library is not installed."""
 
 
 class ServerError(HeadscopeError):

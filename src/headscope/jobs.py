@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
     from headscope.models.hf import Model
+    from headscope.proxies import Proxy
     from headscope.proxies.search_records import FeatureProxies
     from headscope.proxies.search_table import Summary
     from headscope.sae.quality import Quality
     from headscope.sae.train import Status, TrainResult
     from headscope.studies.downstream import Downstream
+    from headscope.studies.effects import DirectEffects
+    from headscope.studies.specificity_records import Predictions
     from headscope.studies.survey import Survey
 
 Progress = Callable[[str, int, int], None]
@@ -257,6 +260,13 @@ class _Effects:
         with self._lock:
             return downstream(self._live, [latent], max_tokens=max_tokens)[0]
 
+    def predictions(self, latent: int, proxy: "Proxy") -> "Predictions":
+        """What the model predicts where one feature misses a proxy."""
+        from headscope.studies.predictions import predictions
+
+        with self._lock:
+            return predictions(self._live.index, self._live.model, latent, proxy)
+
 
 def serve(index: str | Path, *, model: str | None = None, port: int | None = None, open_browser: bool = False) -> None:
     """Serve the explorer of an index on 127.0.0.1 until Ctrl-C; with a model, it also removes features from it.
@@ -358,3 +368,25 @@ def _most_active(source: "IndexCards", n: int | None) -> list[int]:
         raise ExportError("no feature is alive on this corpus", expected="at least one", do="index more text")
     alive.sort(key=lambda i: -table["n_active"][i])
     return sorted(alive[:n])
+
+
+def effects(
+    index: str | Path,
+    *,
+    model: str | None = None,
+    sae: str | Path | None = None,
+    max_work: float = 1e11,
+    on_progress: Progress | None = None,
+) -> "DirectEffects":
+    """The exact direct-path loss effect of every live feature of an index, added to it as the columns `effects`.
+
+    Raises:
+        HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
+    """
+    from headscope.studies.effects import direct_effects, write_effects
+
+    opened = live(index, model=model, sae=sae)
+    on_pairs = None if on_progress is None else lambda done, total: on_progress("effects", done, total)
+    found = direct_effects(opened, max_work=max_work, on_progress=on_pairs)
+    write_effects(opened, found)
+    return found

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import nan
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Real, Shaped
 
 MINIMUM = 30
 """Ratios and correlations of fewer tokens than this are not given."""
@@ -50,8 +50,11 @@ class Measure:
 
 
 # -------------------------------------------------------------------------------------------------------------- wilson
-def wilson(successes: int, n: int) -> Estimate:
-    """A proportion with its Wilson 95 % interval (Wilson 1927); n = 0 gives the whole range."""
+def wilson(successes: float, n: float) -> Estimate:
+    """A proportion with its Wilson 95 % interval (Wilson 1927); n = 0 gives the whole range.
+
+    n need not be whole: of weighted observations it is their effective number.
+    """
     if n == 0:
         return Estimate(float("nan"), 0.0, 1.0)
     low, high = wilson_bounds(np.array([successes]), np.array([n]))
@@ -59,7 +62,7 @@ def wilson(successes: int, n: int) -> Estimate:
 
 
 def wilson_bounds(
-    successes: Int[np.ndarray, " point"], n: Int[np.ndarray, " point"]
+    successes: Real[np.ndarray, " point"], n: Real[np.ndarray, " point"]
 ) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"]]:
     """Lower and upper ends of Wilson 95 % intervals; no n may be 0.
 

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 
 from headscope.errors import IndexFormatError
+from headscope.explorer.answers import Json
 from headscope.explorer.examples import LEAN, WHOLE, corpus_json, example_runs, examples_json, text_runs
 from headscope.explorer.numbers import short, significant
-from headscope.explorer.answers import Json
 from headscope.index.columns import read_columns
 from headscope.index.config import QUANTILES
 from headscope.index.records import ExampleGroup, Feature, Shares, Sources
@@ -78,23 +78,25 @@ class IndexCards:
     def table(self) -> Json:
         """One row a latent, by column."""
         table = self._index.table()
-        rows = {name: _values(table[name]) for name in table.column_names}
+        shown = [name for name in table.column_names if "." not in name or name in _STUDY_COLUMNS]
+        rows = {name: _values(table[name]) for name in shown}
         for name in ("top_head", "decoder_head"):
             rows[name] = [None if h is None else self._heads[h] for h in rows[name]]
         rows["alive"] = [n > 0 for n in rows["n_active"]]
         words = self._index.manifest["definitions"]
         columns = [column | {"definition": column["definition"] or words[column["name"]]} for column in _COLUMNS]
-        return {"columns": columns + self._study_columns(table), "rows": rows}
+        added = self._study_columns(table)
+        listed, others = [[c for c in added if c["listed"] == yes] for yes in (True, False)]
+        return {"columns": [*columns[:1], *listed, *columns[1:], *others], "rows": rows}
 
     def _study_columns(self, table: pa.Table) -> list[Json]:
-        """What studies added, for the axes of the dashboard: numbers by name, with the definitions of the study."""
+        """What studies added, as far as the list and the dashboard's axes show it, in the words of the study."""
         made = []
-        for name in table.column_names:
-            study, _, column = name.partition(".")
-            if column and (pa.types.is_floating(table[name].type) or pa.types.is_integer(table[name].type)):
+        for name, (label, kind, listed) in _STUDY_COLUMNS.items():
+            study, column = name.split(".")
+            if name in table.column_names:
                 definition = read_columns(self._index.folder, study)[1]["definitions"][column]
-                kind = "float" if pa.types.is_floating(table[name].type) else "int"
-                made.append(_column(name, name, kind, definition, listed=False))
+                made.append(_column(name, label, kind, definition, listed=listed))
         return made
 
     def feature(self, latent: int, *, lean: bool = False) -> Json:
@@ -238,6 +240,16 @@ def _column(name: str, label: str, kind: str, definition: str = "", *, listed: b
     """A column of the table; without a definition, the index has it under the column's name."""
     return {"name": name, "label": label, "kind": kind, "definition": definition, "listed": listed}
 
+
+_STUDY_COLUMNS = {
+    "proxies.kind": ("kind", "text", True),
+    "proxies.precision": ("proxy precision", "percent", False),
+    "proxies.recall": ("proxy recall", "percent", False),
+    "proxies.pearson": ("proxy Pearson", "float", False),
+    "effects.importance": ("loss effect", "float", False),
+    "effects.top_share": ("effect on top logit", "percent", False),
+}
+"""Columns of studies in the table: label, kind and whether the list shows them; a card shows all of them."""
 
 _COLUMNS = [
     _column("latent", "id", "int", "index of the dictionary entry"),

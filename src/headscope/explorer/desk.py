@@ -10,11 +10,11 @@ from starlette.requests import Request
 _KEPT = 64  # answers
 
 
-class Busy(Exception):
+class BusyError(Exception):
     """Too many computations wait already."""
 
 
-class TookTooLong(Exception):
+class TooSlowError(Exception):
     """A computation did not end in time; it may still be at work, and keeps its place until it ends."""
 
 
@@ -26,7 +26,7 @@ class Desk:
 
         Args:
             places: computations at a time.
-            waiting: how many more may wait; beyond that `Busy` is raised.
+            waiting: how many more may wait; beyond that `BusyError` is raised.
             seconds: how long one may take, its wait included.
         """
         self.places, self.waiting, self.seconds = places, waiting, seconds
@@ -38,15 +38,15 @@ class Desk:
         """Do `work`, or return what it gave before under the same key.
 
         Raises:
-            Busy: as many as allowed wait already, or the asker has gone.
-            TookTooLong: it did not end in time.
+            BusyError: as many as allowed wait already, or the asker has gone.
+            TooSlowError: it did not end in time.
             Exception: what `work` raises.
         """
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
         if self._taken >= self.places + self.waiting:
-            raise Busy
+            raise BusyError
         self._taken += 1
         try:
             async with asyncio.timeout(self.seconds):
@@ -54,7 +54,7 @@ class Desk:
                 await self._still_asked(request)
                 body = await self._thread(work)
         except TimeoutError as error:
-            raise TookTooLong from error
+            raise TooSlowError from error
         finally:
             self._taken -= 1
         self._kept[key] = body
@@ -71,7 +71,7 @@ class Desk:
             if gone:
                 self._free.release()
         if gone:
-            raise Busy
+            raise BusyError
 
     def _thread(self, work: Callable[[], bytes]) -> asyncio.Future[bytes]:
         """Start `work`; its place is free again when it ends, whether or not someone still waits."""

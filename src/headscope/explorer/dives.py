@@ -4,17 +4,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
-
-import numpy as np
-from jaxtyping import Bool, Int
+from typing import Protocol, runtime_checkable
 
 from headscope.errors import HeadscopeError, IndexFormatError, StudyError
 from headscope.explorer.answers import Json
-from headscope.explorer.examples import corpus_json, text_runs
-from headscope.explorer.numbers import short, significant
+from headscope.explorer.study_json import effects_json, predictions_json, specificity_json
 from headscope.index.columns import read_columns, studies
-from headscope.index.records import Activations
 from headscope.index.store import FeatureIndex
 from headscope.proxies import (
     Or,
@@ -28,31 +23,21 @@ from headscope.proxies import (
     within_after,
 )
 from headscope.proxies.families import AfterAny, Induction, NextTokenIn, TokenIn
-from headscope.stats import Estimate, Measure
-from headscope.studies.downstream import Downstream, PathEffect
-from headscope.studies.specificity import expected_value, specificity
-from headscope.studies.specificity_records import Curve, ExpectedValue, FalsePositiveRange, Histogram, Specificity
+from headscope.studies.downstream import Downstream
+from headscope.studies.specificity import specificity
+from headscope.studies.specificity_records import Predictions
 
-_REACH = 16  # tokens shown on each side of a place
 _SUGGESTED = 5  # tokens of a suggested proxy
 _MAX_SUBTYPES = 6
-_SEARCHED = (
-    "proxy",
-    "induction_proxy",
-    "local_proxy",
-    "context_proxy",
-    "token_proxy",
-)  # columns of `headscope proxies`
+# columns that `headscope proxies` writes
+_SEARCHED = ("proxy", "induction_proxy", "local_proxy", "context_proxy", "token_proxy")
 _KEPT = 8  # records of effects
-_MOST = 2000  # tokens at which a feature is removed
-_BINS = 60  # of loss changes
+_MOST = 500  # tokens at which a feature is removed, each in a block of its own that the model must read
 _LARGE = 0.05  # of the squared DFA: a source token with less is not suggested
-_DIGITS = 6
 _ADVICE = (
-    "`headscope effects INDEX --model MODEL` writes the exact effect by the direct path of every feature into the index; "
-    "`headscope serve --model MODEL` also removes this feature from the model, for the proxy that is typed here."
+    "`headscope effects INDEX --model MODEL` writes the exact effect by the direct path of every feature into the "
+    "index; `headscope serve --model MODEL` also removes this feature from the model, for the proxy that is typed here."
 )
-_MEASURES = ("precision", "mass_share", "auc", "average_precision", "pearson", "phi", "pearson_above")
 
 
 @runtime_checkable
@@ -63,6 +48,10 @@ class EffectSource(Protocol):
         """Of one feature, at its active tokens, or about `max_tokens` of them drawn evenly."""
         ...
 
+    def predictions(self, latent: int, proxy: Proxy) -> Predictions:
+        """The probability of the feature's top logit token where the proxy is true."""
+        ...
+
 
 class IndexDives:
     """A `DiveSource` of one index."""
@@ -71,20 +60,19 @@ class IndexDives:
         """Dive into the features of an index; into their effects too where an object computes them."""
         self._index, self._effects = index, effects
         self._found: OrderedDict[int, Downstream] = OrderedDict()
-        self._name = index.manifest["corpus"]["name"]
 
     def start(self, latent: int) -> Json:
         """Proxies to try, what studies added to the index, and whether there is a model."""
         self._check(latent)
-        folder = str(self._index.folder)
+        opened = _open(str(self._index.folder))
         return {
             "proxies": list(self._suggested(latent)),
             "columns": {study: self._columns(study, latent) for study in studies(self._index.folder)},
             "live": self._effects is not None,
             "advice": _ADVICE,
             "python": {
-                "logits": f"{_open(folder)}\nfeature = index.feature({latent})\nfeature.logit_top, feature.logit_bottom",
-                "ablation": f'{_open(folder)}\nindex.columns("effects").slice({latent}, 1).to_pylist()',
+                "logits": f"{opened}\nfeature = index.feature({latent})\nfeature.logit_top, feature.logit_bottom",
+                "ablation": f'{opened}\nindex.columns("effects").slice({latent}, 1).to_pylist()',
             },
         }
 
@@ -92,86 +80,48 @@ class IndexDives:
         """Specificity and sensitivity, and places in the corpus to look at."""
         self._check(latent)
         parsed = parse(proxy)
-        mask = evaluate(parsed, self._index)
         found = specificity(self._index, latent, parsed, subtypes=_subtypes(parsed))
-        places = _Places(self._index, self._index.activations(latent), mask)
         manifest = self._index.manifest
-        measures = {name: getattr(found, name) for name in _MEASURES} | {"recall": found.sensitivity.recall}
         return {
-            "latent": latent,
-            "proxy": parsed.name,
-            "hash": parsed.hash,
+            **self._of(latent, parsed),
             "identity": f"{manifest['sae']['hash']} {manifest['corpus']['hash']}",
-            "corpus": f"{self._name}, {manifest['corpus']['split']}",
-            "counts": _counts(found),
-            "notes": list(found.notes),
-            "maximum": short(found.maximum, _DIGITS),
-            "histogram": _histogram(found.histogram),
-            "expected": {
-                name: _expected(expected_value(found.histogram, found.counts.n_tokens, name))
-                for name in ("joint", "class")
-            },
-            "by_threshold": _columns_of(
-                found.precision_by_threshold, ("threshold", "n", "n_both", "value", "low", "high")
-            )
-            | {
-                "base_rate": short(found.counts.base_rate, _DIGITS),
-                "definition": found.precision_by_threshold.definition,
-            },
-            "top": [{"k": t.k, "n": t.n, "n_both": t.n_both} | _estimate(t.precision) for t in found.top],
-            "ranges": [_range(r, places) for r in found.ranges],
-            "measures": {name: _measure(m) for name, m in measures.items()},
-            "tau": found.tau,
-            "subtypes": [
-                {"name": s.name, "n": s.n, "n_both": s.n_both, "recall": _measure(s.recall)}
-                for s in found.sensitivity.subtypes
-            ],
-            "curve": None if found.curve is None else _curve(found.curve),
-            "misses": {"n": found.counts.n_false_negatives, "rows": places.rows(found.sensitivity.sample)},
-            **places.as_json(),
+            **specificity_json(found, self._index, evaluate(parsed, self._index)),
             "python": _python(str(self._index.folder), latent, parsed),
         }
 
     def effects(self, latent: int, proxy: str) -> Json:
         """What removing the feature does to the loss, at tokens of the proxy and elsewhere."""
         self._check(latent)
+        model, parsed = self._model(), parse(proxy)
+        mask = evaluate(parsed, self._index)
+        found = self._found.get(latent) or model.downstream(latent, _MOST)
+        self._found[latent] = found
+        if len(self._found) > _KEPT:
+            self._found.popitem(last=False)
+        return {
+            **self._of(latent, parsed),
+            **effects_json(found, self._index, mask),
+            "python": {"ablation": _python_of_effects(str(self._index.folder), latent)},
+        }
+
+    def predictions(self, latent: int, proxy: str) -> Json:
+        """What the model predicts where the feature misses the proxy, against where it fires."""
+        self._check(latent)
+        return predictions_json(self._model().predictions(latent, parse(proxy)), self._index.block_size)
+
+    def _of(self, latent: int, proxy: Proxy) -> Json:
+        corpus = self._index.manifest["corpus"]
+        said = {"latent": latent, "proxy": proxy.name, "hash": proxy.hash}
+        return said | {"corpus": f"{corpus['name']}, {corpus['split']}"}
+
+    def _model(self) -> EffectSource:
         if self._effects is None:
             raise StudyError(
-                "no model to remove a feature from",
+                "no model to run",
                 expected="a server with the index's model",
                 do="start it with: headscope serve --model",
             )
-        parsed = parse(proxy)
-        mask = evaluate(parsed, self._index)
-        if latent not in self._found:
-            self._found[latent] = self._effects.downstream(latent, _MOST)
-            if len(self._found) > _KEPT:
-                self._found.popitem(last=False)
-        found = self._found[latent]
-        top = self._index.feature(latent).logit_top[0][0]
-        chosen = {"top": found.next_is(top), "proxy": found.holds(mask)}
-        places = _Places(self._index, self._index.activations(latent), mask)
-        edges, counts = found.histogram(_BINS) if found.n else (np.zeros(0), {})
-        return {
-            "latent": latent,
-            "proxy": parsed.name,
-            "hash": parsed.hash,
-            "corpus": f"{self._name}, {self._index.manifest['corpus']['split']}",
-            "definition": found.definition,
-            "notes": list(found.notes),
-            "maximum": short(self._index.feature(latent).maximum, _DIGITS),
-            "n": found.n,
-            "n_active": found.n_active,
-            "token": top,
-            "n_of": {name: int(of.sum()) for name, of in chosen.items()},
-            "paths": [_path(found, effect, chosen) for effect in found.paths.values()],
-            "interaction": short(float(found.interaction.mean()), _DIGITS) if found.n else None,
-            "histogram": {"edges": _list(edges), "counts": {name: _list(c) for name, c in counts.items()}},
-            "worst": _extremes(found, found.worst(), places),
-            "best": _extremes(found, found.best(), places),
-            **places.as_json(_changes(found)),
-            "python": {"ablation": _python_of_effects(str(self._index.folder), latent)},
-        }
+        return self._effects
 
     def _check(self, latent: int) -> None:
         try:
@@ -246,46 +196,10 @@ def packed(dives: IndexDives, latent: int, proxies: Iterable[str] = ()) -> dict[
         latent: {
             "start": start,
             "dives": {proxy: dives.dive(latent, proxy) for proxy in held},
-            "effects": {proxy: dives.effects(latent, proxy) for proxy in held} if start["live"] else {},
+            "effects": {proxy: dives.effects(latent, proxy) for proxy in held if start["live"]},
+            "predictions": {proxy: dives.predictions(latent, proxy) for proxy in held if start["live"]},
         }
     }
-
-
-class _Places:
-    """Positions of the corpus that a study shows, each once, with what is true around them."""
-
-    def __init__(self, index: FeatureIndex, active: Activations, mask: Bool[np.ndarray, " token"]) -> None:
-        self._index, self._active, self._mask = index, active, mask
-        self._row: dict[int, int] = {}
-
-    def rows(self, positions: Int[np.ndarray, " place"]) -> list[int]:
-        """Numbers of these positions in `as_json()["contexts"]`."""
-        return [self._row.setdefault(position, len(self._row)) for position in positions.tolist()]
-
-    def as_json(self, changes: dict[int, float] | None = None) -> Json:
-        """The places in order, the text around them, and what changes at the positions there."""
-        size = self._index.block_size
-        contexts, runs = [], []
-        for position in self._row:
-            block, offset = divmod(position, size)
-            start, end = max(0, offset - _REACH), min(size, offset + _REACH + 1)
-            context = self._context(block * size, offset, start, end) | {"block": block}
-            if changes is not None:
-                context["change"] = [
-                    [p, changes[block * size + p]] for p in range(start, end) if block * size + p in changes
-                ]
-            contexts.append(context)
-            runs.append([(start, end)])
-        blocks = [c["block"] for c in contexts]
-        return {"contexts": contexts, **corpus_json(text_runs(blocks, runs), self._index)}
-
-    def _context(self, base: int, offset: int, start: int, end: int) -> Json:
-        position, activation = self._active.position, self._active.activation
-        first, last = np.searchsorted(position, [base + start, base + end])
-        at = (position[first:last] - base).tolist()
-        on = list(zip(at, significant(activation[first:last]), strict=True))
-        true = (np.flatnonzero(self._mask[base + start : base + end]) + start).tolist()
-        return {"dst": offset, "act": dict(on).get(offset, 0.0), "on": on, "proxy": true}
 
 
 def _subtypes(proxy: Proxy) -> dict[str, Proxy]:
@@ -300,83 +214,6 @@ def _subtypes(proxy: Proxy) -> dict[str, Proxy]:
         case _:
             parts = []
     return {part.name: part for part in parts[:_MAX_SUBTYPES]}
-
-
-# ------------------------------------------------------------------------------------------------------------- records
-def _counts(found: Specificity) -> Json:
-    names = ("n_tokens", "n_documents", "n_active", "n_proxy", "n_both")
-    return {name: getattr(found.counts, name) for name in names} | {"base_rate": short(found.counts.base_rate, _DIGITS)}
-
-
-def _columns_of(record: Any, names: Iterable[str]) -> Json:
-    return {name: _list(getattr(record, name)) for name in names}
-
-
-def _list(values: np.ndarray) -> list:
-    """Counts stay whole numbers; what is not finite becomes None."""
-    return values.tolist() if values.dtype.kind in "iu" else significant(values, _DIGITS)
-
-
-def _histogram(h: Histogram) -> Json:
-    names = ("edges", "true", "false", "true_mass", "false_mass")
-    return _columns_of(h, names) | {"n": h.n, "definition": h.definition}
-
-
-def _expected(e: ExpectedValue) -> Json:
-    said = {name: getattr(e, name) for name in ("normalisation", "n_true", "n_false", "definition")}
-    return _columns_of(e, ("edges", "true", "false")) | said
-
-
-def _curve(c: Curve) -> Json:
-    names = ("threshold", "n", "n_both", "precision", "recall", "false_positive_rate")
-    return _columns_of(c, names) | {"base_rate": short(c.base_rate, _DIGITS), "definition": c.definition}
-
-
-def _range(r: FalsePositiveRange, places: _Places) -> Json:
-    numbers = {"low": short(r.low, _DIGITS), "high": short(r.high, _DIGITS), "n": r.n, "n_false": r.n_false}
-    return numbers | {"share": None if r.share is None else _estimate(r.share), "rows": places.rows(r.position)}
-
-
-def _estimate(e: Estimate) -> Json:
-    return dict(zip(("value", "low", "high"), significant([e.value, e.low, e.high], _DIGITS), strict=True))
-
-
-def _measure(m: Measure) -> Json:
-    return {
-        "definition": m.definition,
-        "n": m.n,
-        **{name: short(getattr(m, name), _DIGITS) for name in ("value", "low", "high")},
-        "interval": m.interval,
-        "by_document": None if m.by_document is None else significant(m.by_document, _DIGITS),
-        "null": None if m.null is None else _estimate(m.null),
-        "missing": m.missing,
-    }
-
-
-def _path(found: Downstream, effect: PathEffect, chosen: dict[str, np.ndarray]) -> Json:
-    shares = {name: found.share(effect.path, of) for name, of in chosen.items()}
-    return {
-        "path": effect.path,
-        "definition": effect.definition,
-        "mean": _measure(effect.mean),
-        "later": None if effect.later is None or not found.n else short(float(effect.later.mean()), _DIGITS),
-        "shares": {name: {"positive": _measure(s.positive), "net": _measure(s.net)} for name, s in shares.items()},
-    }
-
-
-def _extremes(found: Downstream, which: Int[np.ndarray, " k"], places: _Places) -> Json:
-    """Tokens of a record, with the change by each path there and the token that came next."""
-    return {
-        "rows": places.rows(found.position[which]),
-        "next": found.next_token[which].tolist(),
-        "loss": significant(found.loss[which], 4),
-        "change": {name: significant(effect.change[which], 4) for name, effect in found.paths.items()},
-    }
-
-
-def _changes(found: Downstream) -> dict[int, float]:
-    """The change of the loss at each position looked at, all paths together."""
-    return dict(zip(found.position.tolist(), significant(found.paths["total"].change, 3), strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- Python
@@ -398,6 +235,10 @@ def _python(folder: str, latent: int, proxy: Proxy) -> dict[str, str]:
         "specificity": f"{study}found.histogram, found.precision_by_threshold, found.ranges",
         "expected": f"{study}expected_value(found.histogram, found.counts.n_tokens)",
         "expected_class": f'{study}expected_value(found.histogram, found.counts.n_tokens, "class")',
+        "predictions": (
+            "from headscope import jobs\nfrom headscope.studies.predictions import predictions\n\n"
+            f"live = jobs.live({folder!r})\npredictions(live.index, live.model, {latent}, {proxy.name!r})"
+        ),
         "sensitivity": f"{whole}found.sensitivity, found.curve, found.auc, found.pearson",
     }
 

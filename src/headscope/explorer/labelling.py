@@ -22,9 +22,10 @@ from headscope.index.labels import (
     Label,
     LabelStore,
     Retraction,
+    card_hash,
 )
 from headscope.index.store import FeatureIndex
-from headscope.studies.survey import Sample, draw, is_stale, survey
+from headscope.studies.survey import Sample, draw, survey
 
 _JUDGED: dict[str, type] = {
     "latent": int,
@@ -46,6 +47,7 @@ class LabelRoutes:
     def __init__(self, index: FeatureIndex) -> None:
         """Labels go to the folder of `index`."""
         self.index, self.store = index, LabelStore(index)
+        self._cards: dict[tuple[int, bool], str] = {}  # hashes: the index does not change while it is served
 
     def routes(self) -> list[Route]:
         """For the application, whose guard asks for the page's token where something is written."""
@@ -119,7 +121,10 @@ class LabelRoutes:
         return self.store.retract(annotator, label)
 
     def _json(self, label: Label) -> Json:
-        return asdict(label) | {"stale": is_stale(self.index, label)}
+        seen = (label.latent, label.blind)
+        if seen not in self._cards:
+            self._cards[seen] = card_hash(self.index, label.latent, blind=label.blind)
+        return asdict(label) | {"stale": self._cards[seen] != label.card}
 
     def _number(self, text: str) -> int:
         """A latent of the index."""

@@ -10,8 +10,9 @@ from starlette.routing import Route
 
 from headscope.errors import HeadscopeError, ProxyError, StudyError
 from headscope.explorer.answers import Json, answer, dump_json, failure, number_of
-from headscope.explorer.desk import Busy, Desk, TookTooLong
+from headscope.explorer.desk import BusyError, Desk, TooSlowError
 
+_STUDIES = ("start", "dive", "effects", "predictions")
 MAX_PROXY = 2000
 """Characters of a proxy that the server reads."""
 
@@ -46,9 +47,18 @@ class DiveSource(Protocol):
         """
         ...
 
+    def predictions(self, latent: int, proxy: str) -> Json:
+        """What the model predicts where the feature misses the proxy, against where it fires; needs a model.
+
+        Raises:
+            IndexError: there is no such latent.
+            ProxyError: the text is no proxy, or it cannot be evaluated.
+        """
+        ...
+
 
 class StudyRoutes:
-    """`/api/start/18`, `/api/dive/18?proxy=...`, `/api/effects/18?proxy=...`."""
+    """`/api/start/18`, and with `?proxy=...`: `/api/dive/18`, `/api/effects/18`, `/api/predictions/18`."""
 
     def __init__(self, source: DiveSource, desk: Desk | None = None) -> None:
         """Answer from `source`, computing at `desk`."""
@@ -56,7 +66,7 @@ class StudyRoutes:
 
     def routes(self) -> list[Route]:
         """For the application."""
-        return [Route(f"/api/{name}/{{number}}", self._of(name)) for name in ("start", "dive", "effects")]
+        return [Route(f"/api/{name}/{{number}}", self._of(name)) for name in _STUDIES]
 
     def _of(self, name: str) -> Callable:
         method = getattr(self.source, name)
@@ -77,9 +87,9 @@ class StudyRoutes:
     async def _answer(self, request: Request, key: tuple, work: Callable[[], Json]) -> Response:
         try:
             body = await self.desk.run(key, lambda: dump_json(work()), request)
-        except Busy:
+        except BusyError:
             return failure(503, "the server computes other studies: ask again in a moment")
-        except TookTooLong:
+        except TooSlowError:
             return failure(504, f"this took more than {self.desk.seconds:g} s and was given up")
         except IndexError as error:
             return failure(404, f"there is no feature {key[1]}: {error}")

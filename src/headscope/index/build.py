@@ -30,7 +30,7 @@ from headscope.artefact import check_output, file_hash, move_into_place, read_js
 from headscope.capture import check_corpus
 from headscope.corpus import Corpus
 from headscope.errors import CorpusError, IndexFormatError, ModelError, OutputError, SAEError
-from headscope.index import tables, writing
+from headscope.index import labels, tables, writing
 from headscope.index.config import DEFINITIONS, FORMAT_VERSION, N_CORRELATED, IndexPlan
 from headscope.index.correlations import most_correlated
 from headscope.index.parts import Parts, SortedParts, Workers, leave_after_first, leave_first, locked
@@ -223,6 +223,10 @@ class _Build:
     def _finish(self, *, overwrite: bool) -> None:
         """Move the index to its place and clear the build folder."""
         check_output(self.folder, overwrite=overwrite)  # it may have been filled meanwhile
+        for name, output in zip(self.names, self.outputs, strict=True):
+            said = output / labels.FILE
+            if said.is_file() and not said.is_symlink():  # by people, who are not to be asked again
+                shutil.copyfile(said, self.final / name / labels.FILE)
         (self.final / "whole").unlink()
         try:
             move_into_place(self.final, self.folder)

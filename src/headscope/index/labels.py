@@ -36,7 +36,7 @@ LONGEST = {"annotator": 80, "text": 500, "notes": 5000, "queue": 80}
 MAX_LINE = 1 << 16
 """Bytes that a line may have, its end included."""
 
-_FILE = "labels.jsonl"
+FILE = "labels.jsonl"
 _ID = re.compile(r"[0-9a-f]{16}")
 _CARD = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -133,7 +133,7 @@ class LabelStore:
 
     def __init__(self, index: FeatureIndex) -> None:
         """Nothing is read or created yet."""
-        self.index, self.path = index, index.folder / _FILE
+        self.index, self.path = index, index.folder / FILE
 
     def read(self) -> Labels:
         """Read all labels.
@@ -148,7 +148,7 @@ class LabelStore:
             lines = list(_lines(handle, self.path))
         torn = None
         if lines and not lines[-1].endswith(b"\n") and not _is_record(lines[-1]):
-            torn = f"{_FILE} line {len(lines)} was cut off ({len(lines[-1])} bytes) and is left out"
+            torn = f"{FILE} line {len(lines)} was cut off ({len(lines[-1])} bytes) and is left out"
             lines.pop()
         labels: dict[str, Label] = {}
         standing: dict[str, Label] = {}

@@ -4,6 +4,7 @@ An index folder is untrusted: nothing in it is executed, nothing outside it is r
 against its tables.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import cached_property, wraps
@@ -171,14 +172,16 @@ class FeatureIndex:
     def sql(self, query: str, parameters: list[Any] | None = None) -> pa.Table:
         """Run one query over the views named in docs/index-format.md: tokens, features, activations, sources, ...
 
-        It reads the files of this index and no others, and writes none. DuckDB does not look at the checksums of pages;
-        `verify` does.
+        What studies added is there as `<study>_columns`. The query reads the files of this index and no others, and
+        writes none. DuckDB does not look at the checksums of pages; `verify` does.
 
         Raises:
             IndexFormatError: it is not one query, or DuckDB cannot run it.
         """
         with self._lock:
             try:
+                for study, own in self._studied():
+                    self._connection.register(f"{study}_columns", own)
                 kinds = [statement.type for statement in self._connection.extract_statements(query)]
                 if kinds == [duckdb.StatementType.SELECT]:
                     return self._connection.sql(query, params=parameters).to_arrow_table()
@@ -399,15 +402,20 @@ class FeatureIndex:
     def table(self) -> pa.Table:
         """One row a latent, with the columns a list of features shows, and those of studies as `<study>.<column>`.
 
-        Raises:
-            IndexFormatError: the columns of a study are not of this index.
+        Columns that are damaged or of another index are left out, with a warning.
         """
         table = self._table
-        for study in studies(self.folder):
-            own = self.columns(study)
+        for study, own in self._studied():
             for name in own.column_names[1:]:
                 table = table.append_column(f"{study}.{name}", own[name])
         return table
+
+    def _studied(self) -> Iterator[tuple[str, pa.Table]]:
+        for study in studies(self.folder):
+            try:
+                yield study, self.columns(study)
+            except IndexFormatError as error:
+                warnings.warn(f"columns of {study} are left out: {error}", stacklevel=3)
 
     def columns(self, study: str) -> pa.Table:
         """What a study added, one row a latent; `columns.read_columns` also tells its provenance.

@@ -289,7 +289,7 @@ def null_table(subject: Subject, pairs: SortedParts, n_heads: int) -> pa.Table:
         share, covariance, _ = head_shares(n, p, p2, sums[:, 3:].reshape(len(sums), 3, n_heads))
     return pa.table(
         {
-            "kind": [NULL_KINDS[k] for k in subject.nulls.kind.tolist()],
+            "kind": pa.array([NULL_KINDS[k] for k in subject.nulls.kind.tolist()], pa.string()),
             "latent": pa.array(subject.nulls.latent.cpu().numpy(), pa.int32()),
             "n_active": pa.array(n.astype(np.int64)),
             "dfa_share": nullable_lists(share),

@@ -2,7 +2,6 @@
 
 from headscope.proxies.algebra import And, Not, Or, Proxy, Shift, Where, where
 from headscope.proxies.blocks import Blocks, Token, Vocabulary
-from headscope.proxies.evaluate import evaluate, read_blocks, text_mask, vocabulary_of
 from headscope.proxies.families import (
     after_any,
     bigram,
@@ -15,6 +14,7 @@ from headscope.proxies.families import (
     token_in,
     within_after,
 )
+from headscope.proxies.masks import evaluate, read_blocks, text_mask, vocabulary_of
 from headscope.proxies.parse import parse
 
 __all__ = [

@@ -47,11 +47,8 @@ class Vocabulary:
 
     def name(self, token: int) -> Token:
         """The text of an id if that names it alone, else the id."""
-        try:
-            text = self.tokens[token].decode()
-        except UnicodeDecodeError:
-            return token
-        return text if self._by_bytes.get(text.encode()) == (token,) else token
+        text = _decoded(self.tokens[token])
+        return token if text is None or self._by_bytes.get(self.tokens[token]) != (token,) else text
 
     @cached_property
     def stops(self) -> Bool[np.ndarray, " vocabulary"]:
@@ -64,13 +61,13 @@ class Vocabulary:
 
         An edit that makes no token leaves the id as it is. Edits are not composed.
         """
-        edits: list[Callable[[str], str]] = [str, " {}".format, str.strip, str.capitalize, str.lower]
-        table = np.tile(np.arange(len(self.tokens), dtype=np.int64), (len(edits), 1))
-        for i in range(len(self.tokens)):
-            name = self.name(i)
-            if isinstance(name, str):
-                for row, edit in zip(table, edits, strict=True):
-                    row[i] = self._by_bytes.get(edit(name).encode(), (i,))[0]
+        edits: list[Callable[[str], str]] = [" {}".format, str.strip, str.capitalize, str.lower]
+        table = np.tile(np.arange(len(self.tokens), dtype=np.int64), (1 + len(edits), 1))
+        for i, token in enumerate(self.tokens):
+            text = None if i in self.special else _decoded(token)
+            if text is not None:
+                for row, edit in zip(table[1:], edits, strict=True):
+                    row[i] = self._by_bytes.get(edit(text).encode(), (i,))[0]
         return table
 
     @cached_property
@@ -100,6 +97,13 @@ class Vocabulary:
             expected="the text of one token, leading space included, or an id as #123",
             do="name one of the pieces, try it with a leading space, or match text with regex(...)",
         )
+
+
+def _decoded(token: bytes) -> str | None:
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _is_stop(token: bytes) -> bool:

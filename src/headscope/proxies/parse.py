@@ -143,8 +143,8 @@ class _Parser:
     def proxy(self) -> Proxy:
         """Terms joined by |."""
         self._depth += 1
-        if self._depth > 2 * MAX_DEPTH:
-            raise self._error(self._next.column, "too many levels", f"at most {2 * MAX_DEPTH}")
+        if self._depth > MAX_DEPTH:
+            raise self._error(self._next.column, "too many levels of ( and shift", f"at most {MAX_DEPTH}")
         terms = [self._term()]
         while self._takes("|"):
             terms.append(self._term())

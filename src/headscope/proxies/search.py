@@ -1,8 +1,8 @@
 """The proxy that goes best with a feature, for all features: chosen on one half of the documents, scored on the other.
 
-Tried are, of each feature: induction of its top logit token and of its top source token; the tokens within ten after a source token; everything
-after one of its source tokens; and sets of present tokens, next tokens and bigrams. Work is on active tokens and on
-counts, never on an array of features by tokens; a mask is made once for all features that need it.
+Tried are, of each feature: induction of its top logit token and of its top source token; the ten tokens after a source
+token; everything after one of its source tokens; and sets of present tokens, next tokens and bigrams. Work is on active
+tokens and on counts, never on an array of features by tokens; a mask is made once for all features that need it.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 from headscope.index.store import FeatureIndex
 from headscope.proxies.algebra import Or, Proxy
 from headscope.proxies.blocks import Blocks, Token
-from headscope.proxies.evaluate import read_blocks, vocabulary_of
 from headscope.proxies.families import after_any, bigram, induction_of, next_token_in, token_in, within_after
+from headscope.proxies.masks import read_blocks, vocabulary_of
 from headscope.proxies.search_records import FAMILIES, Family, FamilyScores, FeatureProxies, Kind, Score, SearchPlan
 from headscope.proxies.token_sets import Activation, best_set
 from headscope.stats import PairSums, Ranking, clustered_auc, resampled, unit_draws
@@ -281,7 +281,7 @@ class _Search:
         active, both = (np.bincount(u, minlength=len(true)) for u in (unit, unit[y]))
         shift = float(scored.f.sum() / max(1, self._n_scored))
         sums = PairSums.of(unit, scored.f, y, corpus.n_by_unit - active, true - both, shift=shift)
-        scores = {name: Score(_number(value)) for name, value in _statistics(sums.total()).items()}
+        scores = {name: Score(_number(value[0])) for name, value in _statistics(sums.total()).items()}
         for name, score in scores.items():
             interval = resampled(lambda drawn, of=name: _statistics(PairSums(drawn))[of], sums.values, self._draws)
             if score.value is not None and interval is not None:
@@ -324,7 +324,7 @@ class _Search:
                 np.zeros(len(g), np.int64), g, y, np.array([silent]), np.array([silent_true]), shift=f.sum() / n_text
             ).total()
             auc = Ranking.of(g, y, silent, silent_true).auc() if 0 < n_true < n_text else float("nan")
-            rows.append({name: float(value) for name, value in _statistics(sums).items()} | {"auc": auc})
+            rows.append({name: float(value[0]) for name, value in _statistics(sums).items()} | {"auc": auc})
         nulls = {name: np.array([row[name] for row in rows]) for name in found.scores} if rows else {}
         scores = {
             name: replace(score, null=_number(nulls[name].mean())) if name in nulls else score
@@ -346,7 +346,7 @@ def _statistics(sums: PairSums) -> dict[str, np.ndarray]:
     }
 
 
-def _number(value: np.ndarray | np.generic | float) -> float | None:
+def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 

@@ -55,7 +55,7 @@ def _definitions(plan: SearchPlan) -> dict[str, str]:
 
 def _schema(plan: SearchPlan) -> pa.Schema:
     def type_of(name: str) -> pa.DataType:
-        text = name in ("kind", "proxy") or name.endswith("_proxy") and name not in _COUNTS
+        text = name in ("kind", "proxy") or (name.endswith("_proxy") and name not in _COUNTS)
         return pa.string() if text else pa.int64() if name in _COUNTS else pa.float64()
 
     return pa.schema([("latent", pa.int32()), *((name, type_of(name)) for name in _definitions(plan))])
@@ -107,22 +107,22 @@ def add_proxies(
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     work = index.folder / "columns" / f".{STUDY}-{digest}"
     parts = [latents[i : i + _PART] for i in range(0, len(latents), _PART)]
-    tables = [_read(work / f"{i:06d}.parquet", part, schema) for i, part in enumerate(parts)]
-    missing = [latent for part, table in zip(parts, tables, strict=True) if table is None for latent in part]
-    done = len(latents) - len(missing)
+    standing = [_read(work / f"{i:06d}.parquet", part, schema) for i, part in enumerate(parts)]
+    missing = [latent for part, table in zip(parts, standing, strict=True) if table is None for latent in part]
     found = search(index, missing, plan)
-    for i, part in enumerate(parts):
-        if tables[i] is not None:
-            continue
-        rows = []
-        for _ in part:
-            rows.append(row_of(next(found)))
-            done += 1
-            if on_progress is not None:
-                on_progress("proxies", done, len(latents))
-        tables[i] = pa.Table.from_pylist(rows, schema)
-        with atomic_write(work / f"{i:06d}.parquet") as file:
-            pq.write_table(tables[i], file, write_page_checksum=True)
+    tables, done = [], len(latents) - len(missing)
+    for i, (part, table) in enumerate(zip(parts, standing, strict=True)):
+        if table is None:
+            rows = []
+            for _ in part:
+                rows.append(row_of(next(found)))
+                done += 1
+                if on_progress is not None:
+                    on_progress("proxies", done, len(latents))
+            table = pa.Table.from_pylist(rows, schema)
+            with atomic_write(work / f"{i:06d}.parquet") as file:
+                pq.write_table(table, file, write_page_checksum=True)
+        tables.append(table)
     path = add_columns(index, STUDY, _whole(index, tables, schema), _provenance(index, plan))
     shutil.rmtree(work, ignore_errors=True)
     kinds = Counter(kind or "too rare" for table in tables for kind in table["kind"].to_pylist())
@@ -153,6 +153,6 @@ def _provenance(index: FeatureIndex, plan: SearchPlan) -> dict[str, Any]:
     return {
         "settings": asdict(plan),
         "definitions": _definitions(plan),
-        "n": f"{index.manifest['corpus']['n_tokens']} text tokens; documents split by a hash of their names, about half "
-        "to choose proxies on and half to score them",
+        "n": f"{index.manifest['corpus']['n_tokens']} text tokens; documents split by a hash of their names: "
+        "about half to choose proxies on, the others to score them",
     }

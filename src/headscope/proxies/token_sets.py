@@ -58,6 +58,8 @@ def best_set(
     """
     mass = np.bincount(key, f, minlength=len(n_of))
     keys = np.flatnonzero((mass > 0) & allowed)
+    if not len(keys):
+        return keys, -1.0
     mass, n = mass[keys], n_of[keys]
     mean = mass / n
     best, found = -1.0, keys[:0]
@@ -66,7 +68,7 @@ def best_set(
         kept = np.argsort(-(mass - level * n), kind="stable")[:limit]
         kept = kept[np.argsort(-mean[kept], kind="stable")]
         pearson = np.nan_to_num(of.pearson(np.cumsum(n[kept]), np.cumsum(mass[kept])), nan=-1.0)
-        if len(pearson) and pearson.max() > best:
+        if pearson.max() > best:
             size = int(np.argmax(pearson)) + 1
             best, found = float(pearson[size - 1]), keys[kept[:size]]
     return found, best

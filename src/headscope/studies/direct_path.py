@@ -66,12 +66,14 @@ def direct_loss_changes(
     total_before = torch.full_like(before, -torch.inf)
     for start in range(0, model.spec.d_vocab, end.width):
         logits, effects, bias = end.stretch(start)
-        total_before = torch.logaddexp(total_before, (logits + bias).logsumexp(1))
         rows = max(1, _CHUNK.get(residual.device.type, _CHUNK_ELSEWHERE) // logits.shape[1])
+        for low in range(0, len(before), rows):
+            own = slice(low, low + rows)
+            total_before[own] = torch.logaddexp(total_before[own], (logits[own] + bias).logsumexp(1))
         for low in range(0, len(after), rows):
             own = slice(low, low + rows)
-            changed = torch.addcmul(bias, logits[pairs.token[own]], keep[own, None])
-            changed.addcmul_(effects[pairs.direction[own]], take[own, None], value=-1)
+            changed = logits.index_select(0, pairs.token[own]).mul_(keep[own, None]).add_(bias)
+            changed.addcmul_(effects.index_select(0, pairs.direction[own]), take[own, None], value=-1)
             total[own] = torch.logaddexp(total[own], changed.logsumexp(1))
     return (total - after) - (total_before - before)[pairs.token]
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from headscope.errors import HeadscopeError
+from headscope.index.store import FeatureIndex
 from headscope.stats import MINIMUM, MINIMUM_UNITS, Estimate, Measure, resampled, unit_draws
 
 Baseline = Literal["error kept", "reconstruction"]
@@ -163,6 +164,48 @@ class Downstream:
         return self.paths[path]
 
 
+@dataclass(frozen=True)
+class LogitEffect:
+    """What a feature writes to the logits by the direct path, at activation 1 and scale 1 of the final norm."""
+
+    definition = "W_dec W_O W_U, the final norm's gain and centring folded in, its scale left out, centred"
+    latent: int
+    top: tuple[tuple[int, float], ...]
+    """(token, logits), largest first."""
+    bottom: tuple[tuple[int, float], ...]
+    prominence: float
+    """Standard deviations over the vocabulary by which the top token stands above the mean."""
+    kurtosis: float
+    """Over the vocabulary: 3 where nothing stands out."""
+    top_source: int | None
+    """The source token with the largest share of DFA; None for a dead feature."""
+    copied: bool | None
+    """Whether the top token is that source token: what an induction feature copies."""
+    copy_rank: float | None
+    """Share of the vocabulary above the top token in the copying table of the feature's head: 0 for a copier."""
+
+
+def logit_effect(index: FeatureIndex, latent: int) -> LogitEffect:
+    """The direct logit effect of a feature, from the index alone.
+
+    Raises:
+        IndexFormatError: no such latent.
+    """
+    feature, sources = index.feature(latent), index.sources(latent)
+    token, value = feature.logit_top[0]
+    source = sources.tokens[0].token if sources is not None and sources.tokens else None
+    return LogitEffect(
+        latent=latent,
+        top=feature.logit_top,
+        bottom=feature.logit_bottom,
+        prominence=(value - feature.logit_mean) / feature.logit_std if feature.logit_std else 0.0,
+        kurtosis=feature.logit_kurtosis,
+        top_source=source,
+        copied=None if source is None else source == token,
+        copy_rank=feature.copy_rank,
+    )
+
+
 def ratio(
     document: Int[np.ndarray, " token"],
     numerator: Float[np.ndarray, " token"],
@@ -174,7 +217,7 @@ def ratio(
     """sum(numerator) / sum(denominator) with its interval by document.
 
     There is none, and the record says why, with fewer than 30 tokens, or where the denominator is 0; and no interval
-    with fewer than 10 documents.
+    with fewer than 10 documents, or documents all alike.
     """
     n, total = len(document), float(denominator.sum())
     if n < MINIMUM or total == 0:
@@ -184,7 +227,7 @@ def ratio(
     sums = np.stack([np.bincount(unit, numerator), np.bincount(unit, denominator)], axis=1)
     found = resampled(_quotient, sums, unit_draws(len(sums), n_samples=N_SAMPLES, seed=0))
     low, high = found or (None, None)
-    few = f"{len(sums)} documents; an interval needs {MINIMUM_UNITS}, and a denominator that is not 0"
+    few = f"no interval: {len(sums)} documents; it needs {MINIMUM_UNITS} that are not all alike"
     return Measure(
         definition,
         n,

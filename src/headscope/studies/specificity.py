@@ -10,11 +10,10 @@ from math import inf, isfinite
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool
 
 from headscope.errors import StudyError
 from headscope.index.store import FeatureIndex
-from headscope.proxies import Proxy, evaluate, parse
+from headscope.proxies import Proxy, parse
 from headscope.stats import unit_draws, wilson, wilson_bounds
 from headscope.studies.measures import Measures
 from headscope.studies.sensitivity import sensitivity
@@ -28,9 +27,7 @@ from headscope.studies.specificity_records import (
     Specificity,
     TopPrecision,
 )
-from headscope.studies.split import Split, TextTokens, as_mask
-
-Mask = Bool[np.ndarray, " token"]
+from headscope.studies.split import Mask, Split, read_mask
 
 CURVE_POINTS = 400
 N_THRESHOLDS = 50
@@ -100,15 +97,10 @@ def specificity(
     """
     plan = plan or SpecificityPlan()
     proxy = parse(proxy) if isinstance(proxy, str) else proxy
-    text, active = TextTokens.of(index), index.activations(latent)
-    parts = {name: _mask(of, index, text, f"subtype {name!r}") for name, of in (subtypes or {}).items()}
-    split = Split.of(text, _mask(proxy, index, text, "the proxy"), active.position, active.activation)
-    name, proxy_hash = (proxy.name, proxy.hash) if isinstance(proxy, Proxy) else ("a mask", None)
+    split, name = Split.read(index, latent, proxy)
+    parts = {part: read_mask(of, index, split.text, f"subtype {part!r}") for part, of in (subtypes or {}).items()}
+    proxy_hash = proxy.hash if isinstance(proxy, Proxy) else None
     return _study(split, parts, plan, _Subject(latent, name, proxy_hash, index.manifest["corpus"]["name"]))
-
-
-def _mask(proxy: Proxy | str | Mask, index: FeatureIndex, text: TextTokens, what: str) -> Mask:
-    return as_mask(evaluate(proxy, index) if isinstance(proxy, Proxy | str) else proxy, text, what)
 
 
 @dataclass(frozen=True)

@@ -207,3 +207,36 @@ class Specificity:
     tau: float
     n_rotations: int
     """Of the null: the proxy moved by so many random whole numbers of blocks."""
+
+
+@dataclass(frozen=True)
+class PredictionGroup:
+    """p(X) at tokens of one kind, or at a random part of them."""
+
+    name: str
+    n: int
+    """Of this kind in the corpus."""
+    position: Int[np.ndarray, " token"]
+    """Those that were looked at, ascending."""
+    probability: Float[np.ndarray, " token"]
+    """p(X) there: the model's, that the next token is one of X."""
+    mean: Measure
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The model's p(X) by whether a feature fires and whether its proxy is true."""
+
+    latent: int
+    proxy: str
+    tokens: tuple[int, ...]
+    """X."""
+    false_negatives: PredictionGroup
+    """Proxy true, f = 0."""
+    true_positives: PredictionGroup
+    """Proxy true, f > 0."""
+    elsewhere: PredictionGroup
+    """Proxy false, f = 0: the control."""
+    auc: Measure
+    """P(p(X) at a true positive > at a false negative) + P(equal) / 2: 0.5 when the feature misses at random, 1 when it
+    misses only what the model does not predict."""

@@ -12,9 +12,12 @@ from jaxtyping import Bool, Float, Int
 
 from headscope.errors import IndexFormatError, StudyError
 from headscope.index.store import FeatureIndex
+from headscope.proxies import Proxy, evaluate, parse
 from headscope.stats import PAIR_SUMS, PairSums, Ranking
 
 MAX_UNITS = 4096
+
+Mask = Bool[np.ndarray, " token"]
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,19 @@ class TextTokens:
 _held: "WeakKeyDictionary[FeatureIndex, TextTokens]" = WeakKeyDictionary()
 
 
-def as_mask(mask: Bool[np.ndarray, " token"], text: TextTokens, name: str) -> Bool[np.ndarray, " token"]:
-    """A mask of text tokens: it is held against the corpus, and special tokens are left out.
+def read_mask(proxy: Proxy | str | Mask, index: FeatureIndex, text: TextTokens, what: str) -> Mask:
+    """A mask of text tokens: a proxy is evaluated, a mask is held against the corpus, and special tokens are left out.
 
     Raises:
-        StudyError: it is not one bool a position.
+        ProxyError: a proxy that cannot be parsed or evaluated.
+        StudyError: a mask that is not one bool a position; `what` is its name.
     """
+    mask = evaluate(proxy, index) if isinstance(proxy, Proxy | str) else proxy
     size = len(text.is_text)
     if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != (size,):
         got = f"{mask.dtype} of shape {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
         raise StudyError(
-            f"{name}: {got}", expected=f"an array of {size} bool, one a position", do="pass a mask of the whole corpus"
+            f"{what}: {got}", expected=f"an array of {size} bool, one a position", do="pass a mask of the whole corpus"
         )
     return mask & text.is_text
 
@@ -88,17 +93,33 @@ class Split:
     """A feature's active tokens, strongest first, and a mask of all tokens."""
 
     text: TextTokens
-    mask: Bool[np.ndarray, " token"]
+    mask: Mask
     """False at special tokens."""
     position: Int[np.ndarray, " active"]
     activation: Float[np.ndarray, " active"]
     """float64, falling."""
 
     @classmethod
+    def read(cls, index: FeatureIndex, latent: int, proxy: Proxy | str | Mask) -> tuple["Split", str]:
+        """Of a feature of an index; and the proxy's name, `a mask` for a mask.
+
+        Raises:
+            IndexFormatError: no such latent, or activations that are damaged.
+            ProxyError: a proxy that cannot be parsed or evaluated.
+            StudyError: a mask that is not one bool a position.
+        """
+        proxy = parse(proxy) if isinstance(proxy, str) else proxy
+        text, active = TextTokens.of(index), index.activations(latent)
+        mask = read_mask(proxy, index, text, "the proxy")
+        return cls.of(text, mask, active.position, active.activation), proxy.name if isinstance(
+            proxy, Proxy
+        ) else "a mask"
+
+    @classmethod
     def of(
         cls,
         text: TextTokens,
-        mask: Bool[np.ndarray, " token"],
+        mask: Mask,
         position: Int[np.ndarray, " active"],
         activation: Float[np.ndarray, " active"],
     ) -> "Split":
@@ -197,14 +218,14 @@ class Split:
         shifts = 1 + rng.choice(n_others, min(n, n_others), replace=False) if n_others else np.zeros(0, dtype=np.int64)
         above = self.n_above(tau)
         centre, centre_above = self.shift, _centre(self.activation[:above], above)
+        total, total_above = self.sums.total(), self.sums_above(tau).total()
         rows, rows_above, areas = [], [], []
         for by in shifts * block:
             own = self.mask[(self.position + by) % size]
             n_true = self.n_true - int(np.count_nonzero(self.mask[(self.text.special + by) % size]))
-            rows.append(_moved(self.sums.total(), self.activation, own, n_true, centre))
-            of = own[:above]
-            total = self.sums_above(tau).total()
-            rows_above.append(_moved(total, self.activation[:above], of, int(np.count_nonzero(of)), centre_above))
+            rows.append(_moved(total, self.activation, own, n_true, centre))
+            of, n_true_above = own[:above], int(np.count_nonzero(own[:above]))
+            rows_above.append(_moved(total_above, self.activation[:above], of, n_true_above, centre_above))
             ranked = self._ranked(own, n_true)
             areas.append((ranked.auc(), ranked.average_precision()))
         width = len(PAIR_SUMS)

@@ -41,7 +41,6 @@ DEFINITIONS = {
 
 Design = Literal["first", "random", "stratified"]
 
-_Z = 1.959963984540054  # of 95 %
 _NAME = re.compile(r"(first):([1-9]\d{0,8})|(random|stratified):([1-9]\d{0,8}):(\d{1,9})")
 
 
@@ -292,7 +291,7 @@ def survey(index: FeatureIndex, labels: Labels, sample: Sample) -> Survey:
         if latent not in live:
             continue
         own = current.setdefault(annotator, {})
-        if is_stale(index, label):
+        if _is_stale(index, label):
             stale[annotator] = stale.get(annotator, 0) + 1
         else:
             own[latent] = label
@@ -306,7 +305,7 @@ def survey(index: FeatureIndex, labels: Labels, sample: Sample) -> Survey:
     return Survey(drawn, alive, tallies, tuple(pairs), tuple(_notes(drawn, tallies, labels)))
 
 
-def is_stale(index: FeatureIndex, label: Label) -> bool:
+def _is_stale(index: FeatureIndex, label: Label) -> bool:
     """Whether the card says otherwise than what the annotator saw."""
     return card_hash(index, label.latent, blind=label.blind) != label.card
 
@@ -341,9 +340,7 @@ def _weighted(verdicts: dict[int, str], strata: Sequence[Stratum]) -> Estimate:
         return wilson(0, 0)
     w = np.array(weight)
     p, n = float(w @ np.array(yes) / w.sum()), float(w.sum() ** 2 / (w**2).sum())
-    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * (p * (1 - p) / n + _Z**2 / (4 * n * n)) ** 0.5
-    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half))
+    return wilson(p * n, n)
 
 
 def _agreement(annotators: tuple[str, str], verdicts: Sequence[tuple[str, str]]) -> Agreement:

@@ -6,7 +6,7 @@ import { drawColumns } from "./effects.js";
 import { int, num, short, signed } from "./format.js";
 import { empty, measureText, quoted, studyHead } from "./study.js";
 
-const FEW = 8; // contexts shown first
+const FEW_CONTEXTS = 8; // contexts shown first
 
 export function drawAblation(effects, start, view, needs) {
   return effects === null ? drawKept(start, needs) : [...drawEffects(effects, view, needs), ...drawColumns(start.columns, "effects", needs.vocab)];
@@ -75,5 +75,5 @@ function drawExtremes(title, { rows, next, loss, change }, { contexts, maximum }
       };
       const paths = Object.entries(change).map(([name, own]) => `${name} ${signed(own[i])}`).join(" · ");
       return drawContext(contexts[row], { ...needs, maximum }, { marks, lead: signed(change.total[i], 2), aside: el("small", { class: "paths" }, `${paths} · next `, needs.vocab.label(next[i]), ` at loss ${num(loss[i], 2)}`) });
-    }), FEW)];
+    }), FEW_CONTEXTS)];
 }

@@ -34,6 +34,8 @@ class ServerData {
   dive = async (latent, proxy, signal) => this.#kept(await this.#get(`/api/dive/${latent}?${new URLSearchParams({ proxy })}`, signal));
   effects = async (latent, proxy, signal) => this.#kept(await this.#get(`/api/effects/${latent}?${new URLSearchParams({ proxy })}`, signal));
 
+  predictions = (latent, proxy, signal) => this.#get(`/api/predictions/${latent}?${new URLSearchParams({ proxy })}`, signal);
+
   #kept(answer) {
     this.corpus.add(answer);
     return answer;
@@ -88,6 +90,7 @@ class FileData extends Exported {
   start = async (latent) => (await this.#studies(latent)).start;
   dive = (latent, proxy) => this.#study(latent, "dives", proxy);
   effects = (latent, proxy) => this.#study(latent, "effects", proxy);
+  predictions = (latent, proxy) => this.#study(latent, "predictions", proxy);
 
   async #studies(latent) {
     return (await this.#unpack("data-dives"))[latent];

@@ -2,7 +2,7 @@
 import { drawAblation } from "./ablation.js";
 import { button, el } from "./dom.js";
 import { drawLogitsTab } from "./effects.js";
-import { drawSensitivity } from "./sensitivity.js";
+import { drawPredictions, drawSensitivity } from "./sensitivity.js";
 import { countsLine, drawExpected, drawSpecificity } from "./specificity.js";
 
 const TYPING = 350; // milliseconds of rest before what is typed is asked for
@@ -37,6 +37,7 @@ export class Dive {
   async update(view) {
     this.#view = view;
     this.bench.hidden = view.tab === "logits";
+    if (this.body.dataset.tabShown !== view.tab) this.#clear(); // until it is computed, another tab's content is not this one's
     try {
       this.start ??= await this.data.start(this.feature.latent);
       if (this.#view === view) await this.#show(view);
@@ -78,6 +79,18 @@ export class Dive {
     if (this.#view !== view) return;
     this.#say(el("span", {}, countsLine(dive)), dive.proxy !== proxy && el("span", { class: "canonical", "data-canonical": "" }, `read as ${dive.proxy}`), dive.notes.map((note) => el("span", { class: "note-text", "data-note": "" }, note)));
     this.#draw(view, dive.hash, () => DRAW[view.tab](dive, view, this.needs));
+    const place = this.body.querySelector("[data-predictions]:empty");
+    if (place && this.start.live) await this.#predictions(proxy, dive, place);
+  }
+
+  /** What the model says comes after the rest; that it cannot say it is no fault of the proxy. */
+  async #predictions(proxy, dive, place) {
+    try {
+      const found = await this.#ask("predictions", proxy, place);
+      place.replaceChildren(...drawPredictions(found, dive, this.needs));
+    } catch (error) {
+      if (error.name !== "AbortError") place.replaceChildren(el("p", { class: "nothing", "data-failed": "" }, error.message));
+    }
   }
 
   async #ablation(view, proxy) {
@@ -89,14 +102,14 @@ export class Dive {
   }
 
   /** Ask for a study; what was asked before and has not come is given up. */
-  async #ask(name, proxy) {
+  async #ask(name, proxy, place = this.body) {
     this.#asked?.abort();
-    this.#asked = new AbortController();
-    this.body.setAttribute("aria-busy", "true");
+    const asked = this.#asked = new AbortController();
+    place.setAttribute("aria-busy", "true");
     try {
-      return await this.data[name](this.feature.latent, proxy, this.#asked.signal);
+      return await this.data[name](this.feature.latent, proxy, asked.signal);
     } finally {
-      this.body.removeAttribute("aria-busy");
+      if (this.#asked === asked || place !== this.body) place.removeAttribute("aria-busy");
     }
   }
 
@@ -115,14 +128,18 @@ export class Dive {
     this.body.dataset.tabShown = tab;
   }
 
-  /** Say what is wrong with a proxy: where, what was expected, what to do. */
-  #fail({ message, expected, do: advice, column }) {
+  #clear() {
     this.#drawn = "";
     this.body.replaceChildren();
     delete this.body.dataset.tabShown;
+  }
+
+  /** Say what is wrong with a proxy: where, what was expected, what to do. */
+  #fail({ message, expected, do: advice, column }) {
+    this.#clear();
     const text = this.#view.p;
     const at = Number.isInteger(column) ? Math.max(0, column - 1) : null;
-    this.input.setAttribute("aria-invalid", "true");
+    if (expected) this.input.setAttribute("aria-invalid", "true");
     this.said.replaceChildren(el("div", { class: "wrong", role: "alert", "data-wrong": "" },
       at !== null && el("pre", { class: "caret" }, text.slice(0, at), el("mark", {}, text.slice(at, at + 1) || " "), text.slice(at + 1)),
       el("p", {}, el("b", {}, message)), expected && el("p", {}, `expected: ${expected}`), advice && el("p", {}, advice)));

@@ -25,7 +25,7 @@ export function drawColumns(columns, study, vocab) {
   const own = columns[study];
   if (!own) return [];
   if (own.refused) return [el("h3", {}, `${study} of the index`), empty(own.refused)];
-  return [el("h3", {}, `From the index: ${study}`), el("p", { class: "definition", "data-provenance": study }, `n = ${own.n}; ${own.created.slice(0, 10)}, headscope ${own.headscope}.`),
+  return [el("h3", {}, `From the index: ${study}`), el("p", { class: "definition", "data-provenance": study }, `n = ${/^\d+$/.test(own.n) ? int(Number(own.n)) : own.n}; ${own.created.slice(0, 10)}, headscope ${own.headscope}.`),
     el("table", { class: "measures wide", "data-columns": study }, Object.entries(own.values).map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name),
       el("td", {}, value === null ? "–" : /token$/.test(name) && Number.isInteger(value) ? vocab.label(value) : typeof value === "number" ? (Number.isInteger(value) ? int(value) : num(value, 5)) : String(value)), el("td", { class: "definition" }, own.definitions[name] ?? ""))))];
 }

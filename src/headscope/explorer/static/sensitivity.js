@@ -17,7 +17,7 @@ export function drawSensitivity(dive, view, needs) {
       ...(curve?.threshold ?? []).map((t, i) => [t, curve.n[i], curve.n_both[i], curve.precision[i], curve.recall[i], curve.false_positive_rate[i]]),
       [], ["verdict", ...CONTEXT_HEADINGS], ...misses.rows.map((row) => [verdicts.of(row), ...contextCells(dive.contexts[row], needs)])],
   });
-  return [head, curve ? el("div", { class: "plots" }, drawPR(curve, measures, needs), drawROC(curve, measures, needs)) : null, measureTable(scores), subtypes.length > 0 && drawSubtypes(subtypes), ...drawMisses(dive, needs, verdicts)].filter(Boolean);
+  return [head, curve ? el("div", { class: "plots" }, drawPR(curve, measures, needs), drawROC(curve, measures, needs)) : null, measureTable(scores), subtypes.length > 0 && drawSubtypes(subtypes), el("div", { "data-predictions": "" }), ...drawMisses(dive, needs, verdicts)].filter(Boolean);
 }
 
 function drawPR({ precision, recall, n, threshold, base_rate: base }, measures, { tip }) {
@@ -37,6 +37,15 @@ function drawROC({ false_positive_rate: wrong, recall, threshold, n }, measures,
 function drawSubtypes(subtypes) {
   return el("table", { class: "measures", "data-subtypes": "" }, el("tr", {}, ["part of the proxy", "tokens", "recall"].map((label) => el("th", { scope: "col" }, label))),
     subtypes.map(({ name, n, recall }) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, int(n)), el("td", {}, measureText(recall)))));
+}
+
+/** With a model: does it predict the feature's top token where the feature is silent? */
+export function drawPredictions({ tokens, groups, auc, rows }, { latent, python }, { vocab }) {
+  const measures = [...groups.map(({ name, n, mean }) => [name, `${name} (${int(n)})`, mean]), ["auc", "true positives above false negatives", auc]];
+  return [studyHead({
+    definition: ["p(next is ", tokens.map((token) => vocab.label(token)), "): the model's own probability where the feature misses the proxy, against where it fires and elsewhere."], python: python.predictions, name: `predictions-${latent}`,
+    rows: () => [...measureRows(measures), [], ["group", "block", "position", "probability"], ...rows],
+  }), measureTable(measures)];
 }
 
 function drawMisses({ misses, contexts, maximum, counts }, needs, verdicts) {

@@ -123,11 +123,29 @@ export interface DiveStudy extends Text {
   python: Record<string, string>;
 }
 
+/** What removing a feature does to the loss, by path; numbers `rows` are indices into `contexts`. */
+export interface Effects extends Text {
+  latent: number; proxy: string; hash: string; corpus: string; definition: string; notes: string[]; maximum: number; n: number; n_active: number;
+  /** The top logit token, and on how many tokens it comes next ("top") or the proxy is true ("proxy"). */
+  token: number; n_of: Record<"top" | "proxy", number>;
+  paths: { path: string; definition: string; mean: Measure; later: number | null; shares: Record<"top" | "proxy", { positive: Measure; net: Measure }> }[];
+  interaction: number | null;
+  histogram: { edges: number[]; counts: Record<string, number[]> };
+  worst: Extremes; best: Extremes;
+  /** `change`: [position, change of the loss of the token after it] around. */
+  contexts: (Context & { change: [number, number][] })[];
+  python: { ablation: string };
+}
+
+/** Tokens at which the loss changes most: the token that came next, its loss with the feature, the change by path. */
+export interface Extremes { rows: number[]; next: number[]; loss: number[]; change: Record<string, number[]> }
+
 /** Where the page's JSON comes from. */
 export interface Data {
   embedded: boolean; context: ((block: number) => Promise<any>) | null;
   about(): Promise<About>; table(): Promise<Table>; feature(latent: number): Promise<Feature>;
-  start(latent: number): Promise<Start>; dive(latent: number, proxy: string, signal?: AbortSignal): Promise<DiveStudy>; effects(latent: number, proxy: string, signal?: AbortSignal): Promise<any>;
+  start(latent: number): Promise<Start>; dive(latent: number, proxy: string, signal?: AbortSignal): Promise<DiveStudy>; 
+  effects(latent: number, proxy: string, signal?: AbortSignal): Promise<Effects>; predictions(latent: number, proxy: string, signal?: AbortSignal): Promise<any>;
 }
 
 /** What the table is filtered and sorted by; all text, as in the link. */

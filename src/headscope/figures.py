@@ -1,0 +1,264 @@
+"""Results as Plotly figures, for notebooks and papers: nothing is computed, shown or saved here.
+
+Plotly is an extra: `pip install 'headscope[plots]'`. Colours are those of Okabe & Ito (2008), which the colour-blind
+tell apart: orange where the proxy is true, blue where it is false.
+"""
+
+import html
+from collections.abc import Mapping
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from headscope.errors import FigureError
+from headscope.studies.downstream import Downstream, LogitEffect
+from headscope.studies.specificity_records import Curve, ExpectedValue, Histogram, Predictions, Specificity
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Values = Float[np.ndarray, " point"]
+
+TRUE, FALSE, OTHER = "#E69F00", "#0072B2", "#767676"
+_BAND = "rgba(230, 159, 0, 0.25)"
+_LEGEND = {"orientation": "h", "y": 1.0, "yanchor": "bottom"}
+_PATHS = ("#000000", FALSE, "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
+NAMES = {TRUE: "proxy true", FALSE: "proxy false"}
+
+
+def specificity(study: Specificity, *, log: bool = False) -> "go.Figure":
+    """Active tokens by activation, stacked by whether the proxy is true: the post's "Specificity" plot.
+
+    Args:
+        study: of a feature and a proxy.
+        log: counts on a logarithmic axis; the classes then stand before each other instead of stacked.
+
+    Raises:
+        FigureError: plotly is not installed.
+    """
+    histogram = study.histogram
+    title = f"Feature {study.latent}: {histogram.n:,} active tokens by activation"
+    figure = _figure(_of(title, study, histogram.definition), "activation", "tokens")
+    _add_classes(figure, histogram, histogram.true, histogram.false)
+    if log:
+        figure.update_yaxes(type="log")
+    return figure.update_layout(barmode="overlay" if log else "stack")
+
+
+def expected_value(study: Specificity, values: ExpectedValue) -> "go.Figure":
+    """Bin centre times count over N by whether the proxy is true; stacked only where N is the same for both.
+
+    Args:
+        study: of a feature and a proxy.
+        values: `studies.specificity.expected_value` of its histogram.
+
+    Raises:
+        FigureError: plotly is not installed.
+    """
+    title = f"Feature {study.latent}: what each range of activations adds to the mean"
+    figure = _figure(_of(title, study, values.definition), "activation", "bin centre * count / N")
+    _add_classes(figure, values, values.true, values.false)
+    return figure.update_layout(barmode="stack" if values.normalisation == "joint" else "overlay")
+
+
+def precision_by_threshold(study: Specificity) -> "go.Figure":
+    """P(proxy | f > t) with its Wilson band, and P(proxy) as a dashed line.
+
+    Raises:
+        FigureError: plotly is not installed.
+    """
+    found = study.precision_by_threshold
+    title = f"Feature {study.latent}: P(proxy | f > t)"
+    figure = _figure(_of(title, study, found.definition), "threshold t", "P(proxy | f > t)")
+    _add_band(figure, found.threshold, found.low, found.high)
+    shown = "t = %{x:.3g}<br>P = %{y:.3f}<br>%{customdata:,} tokens<extra></extra>"
+    figure.add_scatter(
+        x=found.threshold,
+        y=found.value,
+        mode="lines",
+        line={"color": TRUE},
+        customdata=found.n,
+        hovertemplate=shown,
+        name="P(proxy | f > t)",
+    )
+    _add_level(figure, found.base_rate, f"P(proxy) = {found.base_rate:.3g}")
+    return figure.update_yaxes(range=[0, 1.02])
+
+
+def precision_recall(study: Specificity) -> "go.Figure":
+    """The PR curve, and the precision of a feature that fires at random.
+
+    Raises:
+        FigureError: plotly is not installed.
+    """
+    area = study.average_precision.value
+    title = f"Feature {study.latent}: precision and recall" + ("" if area is None else f", area {area:.3f}")
+    curve = study.curve
+    figure = _figure(_of(title, study, _definition(curve)), "recall", "precision")
+    if curve is not None:
+        _add_curve(figure, curve, curve.recall, curve.precision)
+        _add_level(figure, curve.base_rate, f"P(proxy) = {curve.base_rate:.3g}")
+    return figure.update_xaxes(range=[0, 1.02]).update_yaxes(range=[0, 1.02])
+
+
+def roc(study: Specificity) -> "go.Figure":
+    """The ROC curve, and the diagonal of a feature that fires at random.
+
+    Raises:
+        FigureError: plotly is not installed.
+    """
+    area = study.auc.value
+    title = f"Feature {study.latent}: ROC" + ("" if area is None else f", area {area:.3f}")
+    curve = study.curve
+    figure = _figure(_of(title, study, _definition(curve)), "false positive rate", "recall")
+    if curve is not None:
+        _add_curve(figure, curve, np.append(0, curve.false_positive_rate), np.append(0, curve.recall))
+        figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line={"color": OTHER, "dash": "dash"}, name="at random")
+    return figure.update_xaxes(range=[0, 1.02]).update_yaxes(range=[0, 1.02])
+
+
+def recall_by_subtype(study: Specificity) -> "go.Figure":
+    """Recall of each part of the proxy as bars with their intervals, those with too few tokens left out.
+
+    Raises:
+        FigureError: plotly is not installed.
+    """
+    found = study.sensitivity
+    rows = [("all", found.recall), *((part.name, part.recall) for part in found.subtypes)]
+    rows = [(name, recall) for name, recall in rows if recall.value is not None]
+    title = f"Feature {study.latent}: recall"
+    figure = _figure(_of(title, study, found.recall.definition), "recall", "")
+    value = np.array([recall.value for _, recall in rows], dtype=float)
+    low, high = (np.array([getattr(recall, end) for _, recall in rows], dtype=float) for end in ("low", "high"))
+    figure.add_bar(
+        x=value,
+        y=[f"{name} ({recall.n:,})" for name, recall in rows],
+        orientation="h",
+        marker={"color": TRUE},
+        error_x={"array": high - value, "arrayminus": value - low},
+        hovertemplate="%{y}<br>%{x:.3f}<extra></extra>",
+    )
+    return figure.update_xaxes(range=[0, 1.02]).update_yaxes(autorange="reversed")
+
+
+def next_token_probabilities(found: Predictions) -> "go.Figure":
+    """The model's p(X) at false negatives, true positives and elsewhere, as shares of each kind in 20 equal bins.
+
+    Raises:
+        FigureError: plotly is not installed.
+    """
+    title = f"Feature {found.latent}: the model's p(X)<br><sup>{_plain(found.proxy)}</sup>"
+    figure = _figure(title, "p(X)", "share of the tokens of the kind")
+    kinds = ((found.false_negatives, FALSE), (found.true_positives, TRUE), (found.elsewhere, OTHER))
+    for group, colour in kinds:
+        figure.add_histogram(
+            x=group.probability,
+            name=f"{group.name} ({len(group.position):,})",
+            xbins={"start": 0, "end": 1, "size": 0.05},
+            histnorm="probability",
+            marker={"color": colour},
+        )
+    return figure.update_layout(barmode="group").update_xaxes(range=[0, 1])
+
+
+def loss_changes(found: Downstream, *, bins: int = 100) -> "go.Figure":
+    """Tokens by what ablating the feature does to their loss, one outline for each path.
+
+    Args:
+        found: `studies.ablation.downstream` of a feature.
+        bins: of equal width, over the changes of all paths.
+
+    Raises:
+        FigureError: plotly is not installed.
+    """
+    lines = (f"{found.n:,} tokens of {found.n_active:,} active ones", found.definition, *found.notes)
+    title = f"Feature {found.latent}: loss change by path" + "".join(f"<br><sup>{_plain(t)}</sup>" for t in lines)
+    figure = _figure(title, "change of the loss, nats", "tokens")
+    edges, counts = found.histogram(bins) if found.n else (np.zeros(1), {})
+    for (path, of_path), colour in zip(counts.items(), cycle(_PATHS)):
+        line = {"color": colour, "shape": "hv"}
+        figure.add_scatter(x=edges, y=np.append(of_path, 0), mode="lines", line=line, name=path)
+    return figure
+
+
+def logit_effect(found: LogitEffect, names: Mapping[int, str]) -> "go.Figure":
+    """The tokens that a feature raises and lowers most by the direct path, as bars.
+
+    Args:
+        found: `studies.downstream.logit_effect` of a feature.
+        names: what to call each of its tokens.
+
+    Raises:
+        FigureError: plotly is not installed.
+    """
+    title = f"Feature {found.latent}: direct logit effect<br><sup>{_plain(found.definition)}</sup>"
+    figure = _figure(title, "logits at activation 1", "")
+    for pairs, colour, name in ((found.top, TRUE, "raised most"), (found.bottom[::-1], FALSE, "lowered most")):
+        figure.add_bar(
+            x=[value for _, value in pairs],
+            y=[f"{_plain(names[token])} (#{token})" for token, _ in pairs],  # two tokens may be called the same
+            orientation="h",
+            marker={"color": colour},
+            name=name,
+        )
+    return figure.update_yaxes(autorange="reversed", type="category")
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+def _figure(title: str, x: str, y: str) -> "go.Figure":
+    try:
+        import plotly.graph_objects as go
+    except ImportError as error:
+        raise FigureError(
+            "plotly is not installed", expected="it, to make figures", do="pip install 'headscope[plots]'"
+        ) from error
+    figure = go.Figure()
+    figure.update_layout(title={"text": title}, template="simple_white", legend=_LEGEND, margin={"t": 130})
+    return figure.update_xaxes(title={"text": x}).update_yaxes(title={"text": y})
+
+
+def _of(title: str, study: Specificity, definition: str) -> str:
+    """A title with, smaller, the proxy, the corpus and the definition; and what is empty."""
+    said = [f"{study.proxy}; {study.counts.n_tokens:,} tokens of {study.corpus}", definition, *study.notes]
+    return title + "".join(f"<br><sup>{_plain(line)}</sup>" for line in said if line)
+
+
+def _plain(text: str) -> str:
+    """Text that Plotly, which reads some HTML, shows as it is."""
+    return html.escape(text, quote=False)
+
+
+def _definition(curve: Curve | None) -> str:
+    return "" if curve is None else curve.definition
+
+
+def _add_classes(figure: "go.Figure", bins: Histogram | ExpectedValue, true: np.ndarray, false: np.ndarray) -> None:
+    centre, width = (bins.edges[:-1] + bins.edges[1:]) / 2, np.diff(bins.edges)
+    for values, colour in ((true, TRUE), (false, FALSE)):
+        figure.add_bar(x=centre, y=values, width=width, marker={"color": colour}, name=NAMES[colour], opacity=0.85)
+    figure.update_layout(bargap=0)
+
+
+def _add_band(figure: "go.Figure", x: Values, low: Values, high: Values) -> None:
+    figure.add_scatter(
+        x=np.concatenate([x, x[::-1]]),
+        y=np.concatenate([high, low[::-1]]),
+        fill="toself",
+        fillcolor=_BAND,
+        line={"width": 0},
+        hoverinfo="skip",
+        name="95 %",
+    )
+
+
+def _add_curve(figure: "go.Figure", curve: Curve, x: Values, y: Values) -> None:
+    at = [""] * (len(x) - len(curve.threshold)) + [f"f >= {t:.3g}" for t in curve.threshold]
+    shown = "%{text}<br>%{x:.3f}, %{y:.3f}<extra></extra>"
+    figure.add_scatter(x=x, y=y, mode="lines", line={"color": TRUE}, text=at, hovertemplate=shown, name="feature")
+
+
+def _add_level(figure: "go.Figure", level: float, text: str) -> None:
+    """A dashed line at a height: what a feature that fires at random would have."""
+    figure.add_hline(y=level, line={"color": OTHER, "dash": "dash"}, annotation={"text": text, "showarrow": False})
