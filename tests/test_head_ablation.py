@@ -1,5 +1,7 @@
 """Head ablation: what is read off the index is what edited runs do, for every kind of ablation."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -13,12 +15,15 @@ from headscope.index.store import FeatureIndex
 from headscope.interventions import at, replace
 from headscope.site import Site
 from headscope.studies.head_ablation import (
+    OffRule,
     firing_under_ablation,
     head_effects,
     loss_table,
     other_features,
 )
 from headscope.studies.replacement import Replacement
+from induction_index import planted_live
+from planted import V
 
 KINDS = ("mean", "position mean", "zero", "resample")
 DEAD = 7
@@ -41,6 +46,11 @@ def case(request, random_model, random_corpus, random_sae, tmp_path_factory):
 @pytest.fixture(scope="module")
 def topk(random_model, random_corpus, random_sae, tmp_path_factory):
     return made(random_model, random_corpus, random_sae, tmp_path_factory.mktemp("ablation") / "i", "topk")
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    return planted_live(tmp_path_factory.mktemp("ablation") / "i")
 
 
 def of_runs(live, corpus, replacement, head):
@@ -200,6 +210,21 @@ def test_other_features_are_ranked_and_not_of_the_family(case):
         assert len(latents) == 5
         assert not set(latents) & {0, 3, DEAD}
         assert score[latents].tolist() == sorted(score[~family], reverse=True)[:5]
+
+
+def test_the_planted_head_turns_off_all_that_is_planted_in_it(planted):
+    replacement = Replacement.of(planted)
+    effects, firing = head_effects(planted, replacement), firing_under_ablation(planted, replacement)
+    induced, own = np.arange(1, V), np.arange(V + 1, 2 * V)
+    for rule in get_args(OffRule):
+        off = effects.is_off(rule)
+        assert_array_equal(off[induced], np.tile([True, False], (V - 1, 1)))
+        assert_array_equal(off[own], np.tile([False, True], (V - 1, 1)))
+    twice = effects.turned_off(np.tile(induced, 2), 0, "every token")
+    assert (twice.value, twice.null.value) == (1.0, 0.0)
+    assert_allclose(effects.retained[induced, 1], 1)
+    assert not firing.n_turned_on[1:V].any()
+    assert firing.silenced(np.tile(induced, 2), 0).value == 1
 
 
 def test_what_is_not_there_is_named(case, no_type_checks):

@@ -4,10 +4,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
-from headscope.corpus import Corpus
 from headscope.errors import StudyError
 from headscope.index.build import SAERecord, build_index
 from headscope.index.live import LiveIndex
@@ -24,20 +22,8 @@ from headscope.studies.induction import (
     targets,
 )
 from headscope.studies.induction_composite import Criteria, copy_ranks, induction_features, save
-from planted import BOS, V, induction_sequences, planted_model, planted_sae
-
-
-def planted_live(folder, n=400):
-    """Sequences `BOS ... A B ... A B`: B is there twice, so that the second A is expected to be on."""
-    tokens, _, second = induction_sequences(n)
-    blocks = torch.cat([tokens, second[:, None]], dim=1).numpy()
-    document = np.repeat(np.arange(n)[:, None], blocks.shape[1], axis=1)
-    offset = np.repeat(np.arange(blocks.shape[1])[None], n, axis=0)
-    names = tuple(f"sequence {i}" for i in range(n))
-    corpus = Corpus("planted", "all", blocks.astype(np.int32), names, document, offset, BOS)
-    model, sae = planted_model(), planted_sae()
-    build_index(model, [(sae, SAERecord("planted", "none"))], corpus, folder)
-    return LiveIndex(FeatureIndex.open(folder), model, sae)
+from induction_index import planted_live
+from planted import V
 
 
 @pytest.fixture(scope="module")
