@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import brentq
+from scipy.stats import norm
 
 from explorer_source import FakeIndex
 from headscope.errors import LabelError
@@ -226,7 +227,7 @@ def test_a_stratified_share_weighs_by_what_each_stands_for():
     effective = 1040**2 / (10 * 100**2 + 40)  # Kish
     # the ends of Wilson's interval are where the score test is at its limit
     for end, low, high in ((tally.interpretable.low, 1e-9, share), (tally.interpretable.high, share, 1 - 1e-9)):
-        root = brentq(lambda p: (share - p) ** 2 * effective - module._Z**2 * p * (1 - p), low, high)
+        root = brentq(lambda p: (share - p) ** 2 * effective - norm.ppf(0.975) ** 2 * p * (1 - p), low, high)
         assert end == pytest.approx(root, abs=1e-9)
 
 

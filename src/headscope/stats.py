@@ -50,7 +50,7 @@ class Measure:
 
 
 # -------------------------------------------------------------------------------------------------------------- wilson
-def wilson(successes: float, n: float) -> Estimate:
+def wilson(successes: int | float, n: int | float) -> Estimate:
     """A proportion with its Wilson 95 % interval (Wilson 1927); n = 0 gives the whole range.
 
     n need not be whole: of weighted observations it is their effective number.
