@@ -1,5 +1,6 @@
 """What the documents say of the index holds, and their examples run."""
 
+import dataclasses
 import re
 from collections import Counter
 from pathlib import Path
@@ -38,7 +39,9 @@ SNIPPETS = [s for page in (FORMAT, DIVES, README) for s in fenced(page, "python"
 def index(tmp_path_factory) -> FeatureIndex:
     """What the documents' command writes, of less text."""
     model, sae = load_model("tiny"), load_sae("tiny-z1")
-    corpus = load_corpus("python", model.tokenizer, bos=model.bos, split="heldout", block_size=BLOCK, max_tokens=6_000)
+    whole = load_corpus("python", model.tokenizer, bos=model.bos, split="heldout", block_size=BLOCK, max_tokens=400_000)
+    few = {name: getattr(whole, name)[::60] for name in ("blocks", "document", "offset")}  # of many documents
+    corpus = dataclasses.replace(whole, **few)
     folder = tmp_path_factory.mktemp("docs") / "index"
     plan = IndexPlan(losses=True, part_tokens=2_048)
     [folder] = build_index(model, [(sae, SAERecord("tiny-z1", sae_hash("tiny-z1")))], corpus, folder, plan=plan)

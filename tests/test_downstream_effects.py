@@ -6,6 +6,7 @@ import torch
 from numpy.testing import assert_allclose
 
 from headscope import cli
+from headscope.errors import StudyError
 from headscope.index.build import SAERecord, build_index
 from headscope.index.columns import read_columns
 from headscope.index.live import LiveIndex
@@ -165,3 +166,10 @@ def test_the_command_adds_columns_and_refuses_other_weights(random_model, random
     assert "with which" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["effects", str(tmp_path / "none"), "--model", str(folder)])
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize("max_work", [0.0, -5.0, np.nan, np.inf])
+def test_a_limit_that_is_none_is_refused_before_anything_is_computed(max_work):
+    with pytest.raises(StudyError, match="limit of"):
+        direct_effects(None, max_work=max_work)

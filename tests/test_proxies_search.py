@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from headscope import cli
 from headscope.corpus import Corpus
-from headscope.errors import IndexFormatError, ProxyError
+from headscope.errors import IndexFormatError, ProxyError, StudyError
 from headscope.index.build import SAERecord, build_index
 from headscope.index.columns import read_columns
 from headscope.index.records import Activations
@@ -270,14 +271,14 @@ def test_no_set_where_nothing_is_allowed() -> None:
 # ------------------------------------------------------------------------------------------------ a model built by hand
 @pytest.fixture(scope="module")
 def transformer_index(tmp_path_factory: pytest.TempPathFactory) -> FeatureIndex:
-    """The planted transformer on 1,200 blocks `BOS ... A B ... A`, in 40 documents of 30 blocks."""
-    blocks = induction_sequences(1200)[0].numpy().astype(np.int32)
-    document = np.repeat(np.arange(40, dtype=np.int32), 30)[:, None] + np.zeros_like(blocks)
+    """The planted transformer on 2,400 blocks `BOS ... A B ... A`, in 80 documents of 30 blocks."""
+    blocks = induction_sequences(2400)[0].numpy().astype(np.int32)
+    document = np.repeat(np.arange(80, dtype=np.int32), 30)[:, None] + np.zeros_like(blocks)
     corpus = Corpus(
         name="planted",
         split="all",
         blocks=blocks,
-        documents=tuple(f"part {i}" for i in range(40)),
+        documents=tuple(f"part {i}" for i in range(80)),
         document=document,
         offset=np.where(blocks == BOS, -1, 1).astype(np.int32),
         bos=BOS,
@@ -435,3 +436,14 @@ def test_the_command_without_an_index(tmp_path: Path, capsys: pytest.CaptureFixt
         cli.main(["proxies", str(tmp_path / "none")])
     assert ended.value.code == 2
     assert "headscope index" in capsys.readouterr().err
+
+
+def test_text_of_one_document_is_refused(random_model, random_corpus, random_sae, tmp_path):
+    model = random_model("gpt2")
+    corpus = dataclasses.replace(random_corpus(model, n_blocks=9, block_size=12), documents=("all of it",))
+    corpus.document[:] = 0
+    [folder] = build_index(
+        model, [(random_sae(model, 10, "relu"), SAERecord("any", "none"))], corpus, tmp_path / "index"
+    )
+    with pytest.raises(StudyError, match="1 documents, of which none is in the half"):
+        next(search(FeatureIndex.open(folder)))

@@ -62,7 +62,7 @@ class IndexDives:
         self._found: OrderedDict[int, Downstream] = OrderedDict()
 
     def start(self, latent: int) -> Json:
-        """Proxies to try, columns that studies added, whether the top logit is copied, whether there is a model."""
+        """Proxies to try, what studies added to the index, whether the top logit is copied, if there is a model."""
         self._check(latent)
         opened = _open(str(self._index.folder))
         return {

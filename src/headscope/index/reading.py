@@ -4,6 +4,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -186,6 +187,21 @@ class ActivationRows:
             if not (table["latent"].to_numpy() == latent).all():
                 raise ValueError(f"activations of latent {latent} are not where features.parquet says")
             return self._sizes.check(table)
+
+    def each(self) -> Iterator[pa.Table]:
+        """The rows of each latent in turn; no row group is read twice, and few are held."""
+        groups, held, begins = iter(self._groups), None, 0
+        for latent, (low, high) in enumerate(pairwise(self._starts)):
+            while held is None or begins + len(held) < high:
+                file, i = next(groups)
+                with self._lock, reading(self._folder):
+                    read = self._sizes.check(file.read_row_group(i, use_threads=False))
+                held, begins = (read, 0) if held is None else (pa.concat_tables([held.slice(low - begins), read]), low)
+            table = held.slice(low - begins, high - low)
+            if not (table["latent"].to_numpy() == latent).all():
+                with reading(self._folder):
+                    raise ValueError(f"activations of latent {latent} are not where features.parquet says")
+            yield table
 
 
 class TokenBlocks:

@@ -6,7 +6,7 @@ against its tables.
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property, wraps
 from pathlib import Path
 from tempfile import gettempdir
@@ -17,7 +17,7 @@ from uuid import uuid4
 import duckdb
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from headscope.artefact import file_hash
 from headscope.errors import IndexFormatError
@@ -197,6 +197,11 @@ class FeatureIndex:
         return int(self.manifest["sae"]["d_sae"])
 
     @property
+    def n_heads(self) -> int:
+        """Heads of the layer."""
+        return int(self.manifest["model"]["n_heads"])
+
+    @property
     def block_size(self) -> int:
         """Tokens in a block."""
         return int(self.manifest["corpus"]["block_size"])
@@ -292,8 +297,21 @@ class FeatureIndex:
             IndexFormatError: no such latent.
         """
         self.check_latent(latent)
-        table = self._activations.of(latent)
-        heads = [table[f"head_{h}"].to_numpy() for h in range(self.manifest["model"]["n_heads"])]
+        return self._read_activations(self._activations.of(latent))
+
+    def each_latent(self) -> Iterator[tuple[int, Activations]]:
+        """Every latent with its active tokens, dead ones too: for studies of the whole dictionary.
+
+        The activations are read once, in their order, and those of one latent are held at a time.
+
+        Raises:
+            IndexFormatError: they are damaged.
+        """
+        for latent, table in enumerate(self._activations.each()):
+            yield latent, self._read_activations(table)
+
+    def _read_activations(self, table: pa.Table) -> Activations:
+        heads = [table[f"head_{h}"].to_numpy() for h in range(self.n_heads)]
         return Activations(table["position"].to_numpy(), table["activation"].to_numpy(), np.stack(heads, axis=1))
 
     @_of_folder
@@ -322,6 +340,16 @@ class FeatureIndex:
             )
             for group in groups
         )
+
+    @cached_property
+    @_of_folder
+    def shares(self) -> dict[str, Float[np.ndarray, "latent head"]]:
+        """Of every latent, each share of `Shares`; NaN where there is none."""
+        return {
+            field.name: matrix(self._features[column], self.n_heads)
+            for field in fields(Shares)
+            for column in (field.name if field.name.startswith("dfa_") else f"{field.name}_share",)
+        }
 
     @_of_folder
     def nulls(self) -> tuple[Null, ...]:

@@ -405,6 +405,12 @@ class Model:
     def _output_projection(self, layer: int) -> nn.Module:
         return self._blocks[layer].output_projection
 
+    def b_O(self, layer: int) -> Float[Tensor, " d_model"]:  # noqa: N802 - the field's name
+        """Bias of the output projection of a layer; zero for models without one."""
+        self.check_layer(layer)
+        bias = getattr(self._output_projection(layer), "bias", None)
+        return torch.zeros(self.spec.d_model, dtype=self.module.dtype, device=self.device) if bias is None else bias
+
     def value_offset(self, layer: int) -> Float[Tensor, " z"]:
         """The constant part of z: `c = b_V + b_ln1 @ W_V`, one block a head; zero for models without these biases.
 
@@ -433,6 +439,66 @@ class Model:
         basis = torch.diag(torch.ones(width, dtype=dtype, device=self.device) if gain is None else gain)
         values = self._value_of(layer, basis) - self._value_of(layer, torch.zeros_like(basis[0]))
         return values.view(width, self.spec.n_heads, self.spec.d_head).transpose(0, 1)
+
+    def centred(self, layer: int, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What the norm before a layer's attention divides: x less its mean for LayerNorm, x itself for RMSNorm.
+
+        In float32 at least. It is a symmetric projection, so it also carries a direction that is read behind the norm
+        back to before it.
+        """
+        self.check_layer(layer)
+        return norm_numerator(self._blocks[layer].attention_norm, x)
+
+    @torch.no_grad()
+    def queries_and_keys(
+        self,
+        tokens: Int[Tensor, " position"],
+        layer: int,
+        parts: Float[Tensor, "part position d_model"],
+        scale: Float[Tensor, "position 1"],
+    ) -> tuple[Float[Tensor, "rows position head d_head"], Float[Tensor, "rows position head d_head"]]:
+        """What the queries and keys of a layer owe to parts of `resid_pre`, what the norm divides by held.
+
+        Each part goes through the model's own projections and rotation, without their biases; the last row is what
+        biases make (the norm's and the projection's, rotated). Queries and keys that are linear in what the norm puts
+        out are the sums over rows. Shared keys are repeated for each of their query heads. Edits play no part.
+
+        Args:
+            tokens: a sequence, for its positions alone.
+            layer: whose queries and keys.
+            parts: of its input.
+            scale: `ln1_scale` of the layer.
+
+        Raises:
+            ModelError: a layer that does not exist.
+        """
+        norm = self._blocks[layer].attention_norm
+        gain, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
+        normed = self.centred(layer, parts) / scale
+        normed = normed.to(self.module.dtype) if gain is None else (normed * gain).to(self.module.dtype)
+        rows = torch.cat([normed, torch.zeros_like(normed[:1])])
+        rows = rows if bias is None else rows + bias
+        found: dict[Site, Tensor] = {}
+        sites = Site("q", layer), Site("k", layer)
+
+        def stop(value: Tensor) -> None:
+            found[sites[1]] = value
+            raise _Stop
+
+        with self._hooks.suspended():
+            with self.restartable(layer) as restart:
+                self._read(tokens[None], [Site("resid_pre", layer)])
+            handle = norm.register_forward_hook(lambda _module, _args, _output: rows)
+            try:
+                args, kwargs = restart.calls[0]
+                functions = {sites[0]: lambda value: found.update({sites[0]: value}), sites[1]: stop}
+                with self._hooks.at(functions), suppress(_Stop):
+                    self._blocks[layer].block(rows, *args[1:], **kwargs)
+            finally:
+                handle.remove()
+        q, k = found[sites[0]], repeat_heads(found[sites[1]], self.spec.n_heads)
+        q, k = (torch.cat([value[:-1] - value[-1], value[-1:]]) for value in (q, k))
+        return q, k
 
     @torch.no_grad()
     def _value_of(self, layer: int, normed: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch z"]:

@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from headscope.errors import StudyError
 from headscope.index.store import FeatureIndex
 from headscope.proxies.algebra import Or, Proxy
 from headscope.proxies.blocks import Blocks, Token
@@ -21,7 +22,7 @@ from headscope.proxies.families import after_any, bigram, induction_of, next_tok
 from headscope.proxies.masks import read_blocks, vocabulary_of
 from headscope.proxies.search_records import FAMILIES, Family, FamilyScores, FeatureProxies, Kind, Score, SearchPlan
 from headscope.proxies.token_sets import Activation, best_set
-from headscope.stats import PairSums, Ranking, clustered_auc, resampled, unit_draws
+from headscope.stats import MINIMUM_UNITS, PairSums, Ranking, clustered_auc, resampled, unit_draws
 
 _CACHED = 1 << 29  # bytes of masks held
 
@@ -46,6 +47,7 @@ def search(
 
     Raises:
         IndexFormatError: no such latent.
+        StudyError: one half of the documents is empty.
     """
     if latents is None:
         latents = live_latents(index)
@@ -169,6 +171,13 @@ class _Search:
         self._vocabulary = vocabulary_of(index)
         self._masks: OrderedDict[Proxy, np.ndarray] = OrderedDict()
         self._n_fit, self._n_scored = int(corpus.fit.sum()), int(corpus.scored.sum())
+        if not self._n_fit or not self._n_scored:
+            raise StudyError(
+                f"{len(index.documents)} documents, of which none is in the half where proxies are "
+                f"{'scored' if self._n_fit else 'chosen'}",
+                expected="text of several documents: they are divided by a hash of their names",
+                do="index a folder with a file for each document",
+            )
         d_vocab, previous = len(self._vocabulary.tokens), corpus.neighbour(-1).astype(np.int64)
         self._present = _Keys(corpus.tokens, corpus, plan)
         self._next = _Keys(corpus.neighbour(1), corpus, plan)
@@ -211,6 +220,8 @@ class _Search:
             and surely is not None
             and pearson.value >= self._plan.min_pearson
             and (null_high is None or surely > null_high)
+            and families[0].n_proxy >= self._plan.min_active
+            and families[0].n_documents >= MINIMUM_UNITS
         )
         return families[0].family if explains else "unexplained"
 
@@ -287,7 +298,9 @@ class _Search:
             if score.value is not None and interval is not None:
                 scores[name] = replace(score, low=interval[0], high=interval[1])
         scores["auc"] = self._auc(scored, y, true)
-        return FamilyScores(family, proxy, fit_pearson, int(true.sum()), int(both.sum()), scores)
+        return FamilyScores(
+            family, proxy, fit_pearson, int(true.sum()), int(both.sum()), int(np.count_nonzero(true)), scores
+        )
 
     def _auc(self, scored: _Pairs, y: Bool[np.ndarray, " active"], true: Int[np.ndarray, " unit"]) -> Score:
         n_by_unit, n_units = self._corpus.n_by_unit, len(true)

@@ -74,6 +74,8 @@ class FamilyScores:
     """Tokens of the scoring half at which it holds."""
     n_both: int
     """Of these, with the feature active."""
+    n_documents: int
+    """Documents of the scoring half in which it holds somewhere."""
     scores: dict[str, Score]
     """By `STATISTICS`."""
 
@@ -83,8 +85,9 @@ class FeatureProxies:
     """What was found of a feature.
 
     `kind` is the family whose best proxy correlates most with the activation on the fitting half, if on the scoring
-    half it still does: at least `min_pearson`, and the lower end of its interval above all rotations. Else it is
-    `unexplained`, and None with fewer than `min_active` active tokens in a half.
+    half it still does: at least `min_pearson`, the lower end of its interval (the value itself, where no document moves
+    it) above all rotations, and on `min_active` tokens of ten documents. Else it is `unexplained`, and None with fewer
+    than `min_active` active tokens in a half.
     """
 
     latent: int

@@ -17,10 +17,11 @@ from headscope.index.columns import add_columns, index_identity
 from headscope.index.store import FeatureIndex
 from headscope.proxies.search import live_latents, search
 from headscope.proxies.search_records import DEFINITIONS, FAMILIES, STATISTICS, FeatureProxies, SearchPlan
+from headscope.stats import MINIMUM_UNITS
 
 STUDY = "proxies"
 _PART = 64  # features between two files
-_VERSION = 1  # of the parts: raised when a search finds something else than before
+_VERSION = 2  # of the parts: raised when a search finds something else than before
 _SHORT = {"induction": "induction", "local context": "local", "high-level context": "context", "token": "token"}
 _BY_FAMILY = ("precision", "recall", "auc", "pearson")
 _COUNTS = {
@@ -29,6 +30,7 @@ _COUNTS = {
     "n_active_fit": "text tokens of the fitting half with the feature active",
     "n_proxy": "text tokens of the scoring half where the best proxy holds",
     "n_both": "of these, with the feature active",
+    "n_documents": "documents of the scoring half in which the best proxy holds",
 }
 
 
@@ -36,8 +38,9 @@ def _definitions(plan: SearchPlan) -> dict[str, str]:
     """Each column in a line."""
     said = {
         "kind": "the family of the best proxy if pearson in the scoring half is at least "
-        f"{plan.min_pearson:g} and the lower end of its interval above pearson_null_high; else unexplained; "
-        f"null with fewer than {plan.min_active} active tokens in a half",
+        f"{plan.min_pearson:g}, the lower end of its interval above pearson_null_high, and the proxy true on "
+        f"{plan.min_active} tokens of {MINIMUM_UNITS} documents; else unexplained; null with fewer than "
+        f"{plan.min_active} active tokens in a half",
         "proxy": "the proxy, of all families, with the largest pearson in the fitting half",
         "fit_pearson": "its correlation with f in the fitting half, by which it was chosen",
         **_COUNTS,
@@ -72,7 +75,7 @@ def row_of(found: FeatureProxies) -> dict[str, Any]:
     if found.families:
         best = found.families[0]
         row |= {"proxy": best.proxy.name, "fit_pearson": best.fit_pearson}
-        row |= {"n_proxy": best.n_proxy, "n_both": best.n_both}
+        row |= {name: getattr(best, name) for name in ("n_proxy", "n_both", "n_documents")}
         for name, score in best.scores.items():
             row |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high, f"{name}_null": score.null}
     return row

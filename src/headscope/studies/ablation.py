@@ -59,6 +59,8 @@ class _Setting:
         ):
             if value not in known:
                 raise HeadscopeError(f"{name} {value!r}", expected=f"one of {', '.join(known)}", do="name one of these")
+        if self.most is not None and self.most < 1:
+            raise HeadscopeError(f"max_tokens {self.most}", expected="at least 1, or None for all", do="pass that")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from headscope.errors import HeadscopeError
 from headscope.index.store import FeatureIndex
-from headscope.stats import MINIMUM, MINIMUM_UNITS, Estimate, Measure, resampled, unit_draws
+from headscope.stats import MINIMUM, MINIMUM_UNITS, Estimate, Measure, resampled, unit_draws, wilson
 
 Baseline = Literal["error kept", "reconstruction"]
 Where = Literal["everywhere", "one"]
@@ -114,6 +114,8 @@ class Downstream:
     def share(self, path: str, chosen: Bool[np.ndarray, " token"]) -> Share:
         """How much of a path's effect falls on the chosen tokens; the null is their share of all tokens looked at.
 
+        The null's interval is by document, and Wilson's where documents are too few for that.
+
         Args:
             path: one of `paths`.
             chosen: which tokens of the record: `next_is` or `holds` make it.
@@ -123,7 +125,9 @@ class Downstream:
         """
         change = self._effect(path).change
         rate = ratio(self.document, chosen.astype(np.float64), np.ones(self.n), definition="share of tokens")
-        null = None if rate.value is None else Estimate(rate.value, rate.low or 0.0, rate.high or 1.0)
+        null = wilson(int(chosen.sum()), self.n) if self.n else None
+        if rate.value is not None and rate.low is not None and rate.high is not None:
+            null = Estimate(rate.value, rate.low, rate.high)
         increase = change.clip(min=0)
         return Share(
             positive=ratio(

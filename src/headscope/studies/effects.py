@@ -14,10 +14,11 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float, Int
 
+from headscope.errors import StudyError
 from headscope.index.columns import add_columns
 from headscope.index.live import LiveIndex
 from headscope.site import Site
-from headscope.stats import MINIMUM, MINIMUM_UNITS, unit_draws
+from headscope.stats import MINIMUM, MINIMUM_UNITS, resampled, unit_draws
 from headscope.studies.active import ActiveTokens, Text, drawn
 from headscope.studies.direct_path import Pairs, direct_loss_changes
 
@@ -107,7 +108,14 @@ def direct_effects(
         max_work: pairs times vocabulary; when all pairs are more, features with many active tokens are sampled.
         seed: of the draws.
         on_progress: called as pairs are done.
+
+    Raises:
+        StudyError: `max_work` is not above 0, or without end.
     """
+    if not 0 < max_work < np.inf:
+        raise StudyError(
+            f"a limit of {max_work:g} tokens times vocabulary", expected="a number above 0", do="1e11 is some minutes"
+        )
     index = live.index
     text = Text.of(index)
     counted = text.counted.reshape(-1)
@@ -260,10 +268,10 @@ class _Summary:
         document, unit = np.unique(self.text.document.reshape(-1)[position], return_inverse=True)
         sums = np.zeros((len(document), 6))
         np.add.at(sums, unit, columns)
-        enough = some and len(document) >= MINIMUM_UNITS
-        drawn_sums = self.draws[:, document] @ sums if enough else np.full((1, 6), np.nan)
+        draws = self.draws[:, document]
         for name, above, below in (("mean", 1, 0), ("top_share", 3, 2), ("top_share_net", 4, 1)):
-            found[f"{name}_low"], found[f"{name}_high"] = _interval(drawn_sums[:, above], drawn_sums[:, below])
+            interval = resampled(_quotient, sums[:, [above, below]], draws) if some else None
+            found[f"{name}_low"], found[f"{name}_high"] = interval or (np.nan, np.nan)
         return found
 
 
@@ -271,12 +279,6 @@ def _over(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else np.nan
 
 
-def _interval(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
-    """95 % of the quotients; NaN where one of twenty does not exist."""
+def _quotient(sums: Float[np.ndarray, "sample 2"]) -> Float[np.ndarray, " sample"]:
     with np.errstate(divide="ignore", invalid="ignore"):
-        quotient = numerator / denominator
-    defined = quotient[np.isfinite(quotient)]
-    if len(defined) < 0.95 * len(quotient):
-        return np.nan, np.nan
-    low, high = np.percentile(defined, [2.5, 97.5])
-    return float(low), float(high)
+        return sums[:, 0] / sums[:, 1]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from headscope.errors import StudyError
 from headscope.index.live import LiveIndex
 from headscope.site import Site
 from headscope.stats import MINIMUM
@@ -61,7 +62,10 @@ def first_order(live: LiveIndex, latents: Sequence[int], *, max_tokens: int = 50
 
     Raises:
         IndexFormatError: no such latent.
+        StudyError: no latents at all.
     """
+    if not latents:
+        raise StudyError("no features", expected="some", do="name latents of the SAE")
     records = downstream(live, latents, where="one", max_tokens=max_tokens, seed=seed)
     totals = [record.paths["total"] for record in records]
     latent = np.repeat([record.latent for record in records], [record.n for record in records])

@@ -57,12 +57,13 @@ class SpecificityPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse sizes below 1 and thresholds that are not rising from 0 or above."""
-        sizes = {name: getattr(self, name) for name in ("n_bins", "n_ranges", "n_samples")}
-        sizes |= {f"top {k}": k for k in self.top}
-        for name, value in sizes.items():
-            if value < 1:
-                raise StudyError(f"{name} {value}", expected="at least 1", do="pass a larger one")
+        """Refuse sizes too small and thresholds that are not rising from 0 or above."""
+        least = dict.fromkeys(("n_bins", "n_ranges", "n_samples"), 1)
+        least |= dict.fromkeys(("n_examples", "n_false_negatives", "n_rotations"), 0)
+        sizes = [(name, getattr(self, name), low) for name, low in least.items()] + [("top", k, 1) for k in self.top]
+        for name, value, low in sizes:
+            if value < low:
+                raise StudyError(f"{name} {value}", expected=f"at least {low}", do="pass a larger one")
         thresholds = (*(self.thresholds or ()), inf)
         rising = all(0 <= a < b for a, b in pairwise(thresholds))
         if not rising or not (isfinite(self.tau) and self.tau >= 0):

@@ -1,0 +1,464 @@
+"""Induction features found without naming a head: behaviour, DFA from earlier B's, copying, and a corrupted A.
+
+The post's footnote 9 asks that "most information is sourced from prior B tokens". Here every live feature is judged by
+four tests, each on its own: behaviour (`induction`), the share of DFA that comes from earlier B's, whether a head would
+raise the feature for B alone (copying), and whether the feature turns off when the A's before earlier B's are replaced.
+Which heads do it is then read off, not assumed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Bool, Float, Int
+
+from headscope import attribution
+from headscope.errors import StudyError
+from headscope.index.columns import add_columns
+from headscope.index.live import LiveIndex
+from headscope.index.store import FeatureIndex
+from headscope.stats import MINIMUM, Estimate, Measure, wilson
+from headscope.studies.active import Text, drawn
+from headscope.studies.induction import PASS, Behaviour, BigramFinder, Reading, behaviour, targets
+from headscope.studies.replacement import batches, tokens_of
+
+_PAIRS = 512  # pairs whose [head, source] contributions are held at a time
+_RUNS = 16  # corrupted blocks in one run
+_TABLE = 1 << 24  # entries of the copying table held at a time
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """What makes an induction feature; all that are asked must hold."""
+
+    rate: float = PASS
+    """The pass rate is above this,"""
+    reading: Reading = Reading()  # noqa: RUF009 - frozen
+    least: int = 10
+    """of at least so many expected A's."""
+    source_share: float = 0.5
+    """The median share of positive DFA that comes from earlier B's is at least this."""
+    copy_rank: float = 0.01
+    """The share of the vocabulary that raises the feature more than B does, through the head that brings most of it."""
+    off: float | None = 0.5
+    """With the A's before earlier B's replaced, the feature is off in more than this share; None: not asked."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no share."""
+        shares = {"rate": self.rate, "source_share": self.source_share, "copy_rank": self.copy_rank, "off": self.off}
+        for name, value in shares.items():
+            if value is not None and not 0 <= value <= 1:
+                raise StudyError(f"{name} {value}", expected="a share, from 0 to 1", do="pass another")
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+@dataclass(frozen=True)
+class PriorSources:
+    """Where the DFA of each feature comes from at later A's where it is active."""
+
+    n: Int[np.ndarray, " latent"]
+    """Later A's looked at."""
+    share: Float[np.ndarray, " latent"]
+    """The median over them of `sum over s with token B, s < q, of d(s) / sum_s max(d(s), 0)`, `d(s) = sum_h C[h, s]`;
+    NaN without any."""
+    chance: Float[np.ndarray, " latent"]
+    """The median share of such s among all s <= q: what sources that are all alike would give."""
+    from_a: Float[np.ndarray, " latent"]
+    """The median of the same with A in the place of B, q itself included: what a feature of its own token has."""
+    by_head: Float[np.ndarray, "latent head"]
+    """The DFA from those B's, summed over the A's, by head; its shares over heads. NaN without any."""
+
+    @property
+    def head(self) -> Int[np.ndarray, " latent"]:
+        """The head that brings most of it; -1 without any."""
+        return np.where(np.isnan(self.by_head).any(1), -1, np.nan_to_num(self.by_head).argmax(1))
+
+
+@dataclass(frozen=True)
+class _Places:
+    """(latent, position) pairs: later A's at which a feature is active."""
+
+    row: Int[np.ndarray, " pair"]
+    """Of the latent among those asked for."""
+    latent: Int[np.ndarray, " pair"]
+    token: Int[np.ndarray, " pair"]
+    """B."""
+    position: Int[np.ndarray, " pair"]
+    f: Float[np.ndarray, " pair"]
+
+    def at(self, chosen: np.ndarray) -> "_Places":
+        return _Places(*(values[chosen] for values in vars(self).values()))
+
+
+def _places(index: FeatureIndex, found: Behaviour, finder: BigramFinder, plan: "_Plan") -> _Places:
+    """At most so many of each feature, drawn evenly from the same blocks as its behaviour; by position."""
+    parts: list[list[np.ndarray]] = [[np.zeros(0, np.int64)] * 4 + [np.zeros(0)]]
+    before_b = plan.criteria.reading.expected == "before B"
+    row_of = {int(latent): row for row, latent in enumerate(found.latents)}
+    for latent, active in index.each_latent():
+        if latent not in row_of:
+            continue
+        row = row_of[latent]
+        token = int(found.token[row])
+        bigrams = finder.of(token, most=plan.n_blocks, seed=plan.seed)
+        later = bigrams.later[bigrams.before_b] if before_b else bigrams.later
+        on = np.flatnonzero(np.isin(active.position, later))
+        on = on[drawn(len(on), plan.n_places, (plan.seed, latent))]
+        same = [np.full(len(on), value) for value in (row, latent, token)]
+        parts.append([*same, active.position[on].astype(np.int64), active.activation[on].astype(np.float64)])
+    places = _Places(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return places.at(np.argsort(places.position, kind="stable"))
+
+
+def _prior_sources(live: LiveIndex, text: Text, places: _Places, n_latents: int) -> PriorSources:
+    weights, size = attribution.HeadWeights.of(live.sae, live.model), text.tokens.shape[1]
+    shares, heads = np.zeros((len(places.row), 3)), np.zeros((len(places.row), live.index.n_heads))
+    for _, own in batches(np.unique(places.position // size), size):
+        low, high = np.searchsorted(places.position, [own[0] * size, (own[-1] + 1) * size])
+        attention = live.model.attention(tokens_of(live, text, own), live.sae.site.layer)
+        for start in range(low, high, _PAIRS):
+            part = slice(start, min(start + _PAIRS, high))
+            block, query = np.divmod(places.position[part], size)
+            row = torch.from_numpy(np.searchsorted(own, block))
+            dfa = attribution.dfa_by_source(
+                weights,
+                attention,
+                row.to(live.model.device),
+                torch.from_numpy(query).to(live.model.device),
+                torch.from_numpy(places.latent[part]).to(live.model.device),
+            )
+            shares[part], heads[part] = _from_tokens(
+                dfa.double().cpu().numpy(), text.tokens[block], query, places.token[part]
+            )
+    n = np.bincount(places.row, minlength=n_latents)
+    by_head = np.stack([np.bincount(places.row, of, minlength=n_latents) for of in heads.T], axis=1)
+    medians = np.full((n_latents, 3), np.nan)
+    order = np.argsort(places.row, kind="stable")
+    for row, own in zip(np.flatnonzero(n), np.split(order, np.cumsum(n[n > 0])[:-1]), strict=True):
+        medians[row] = np.median(shares[own], axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        by_head = by_head / by_head.sum(1, keepdims=True)
+    by_head[~np.isfinite(by_head).all(1)] = np.nan
+    return PriorSources(n, *medians.T, by_head=by_head)
+
+
+def _from_tokens(
+    dfa: Float[np.ndarray, "pair head source"],
+    tokens: Int[np.ndarray, "pair source"],
+    query: Int[np.ndarray, " pair"],
+    b: Int[np.ndarray, " pair"],
+) -> tuple[Float[np.ndarray, "pair 3"], Float[np.ndarray, "pair head"]]:
+    """Share from B, share of B among sources, share from A; and the DFA from B by head."""
+    source = np.arange(tokens.shape[1])
+    seen, before = source <= query[:, None], source < query[:, None]
+    is_b = (tokens == b[:, None]) & before
+    is_a = (tokens == np.take_along_axis(tokens, query[:, None], 1)) & seen
+    by_source = dfa.sum(1)
+    positive = np.maximum(by_source, 0).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        from_b, from_a = ((by_source * of).sum(1) / positive for of in (is_b, is_a))
+    shares = np.stack([from_b, is_b.sum(1) / seen.sum(1), from_a], axis=1)
+    return np.nan_to_num(shares), (dfa * is_b[:, None]).sum(2)
+
+
+# ------------------------------------------------------------------------------------------------------------- copying
+def copy_ranks(
+    live: LiveIndex,
+    latents: Sequence[int] | Int[np.ndarray, " n"],
+    tokens: Sequence[int] | Int[np.ndarray, " n"],
+    heads: Sequence[int] | Int[np.ndarray, " n"],
+) -> Float[np.ndarray, " n"]:
+    """The share of the vocabulary that would raise a feature more than its token does, read alone through a head.
+
+    0 for a head that raises the feature most for exactly that token, about 1/2 for one that has nothing to do with it.
+    No text is read. NaN for head -1.
+    """
+    latent, token, head = (np.asarray(values, dtype=np.int64) for values in (latents, tokens, heads))
+    weights = attribution.HeadWeights.of(live.sae, live.model)
+    values = live.model.token_values(live.sae.site.layer)
+    ranks, step = np.full(len(latent), np.nan), max(1, _TABLE // live.model.spec.d_vocab)
+    for h in np.unique(head[head >= 0]).tolist():
+        rows = np.flatnonzero(head == h)
+        for own in (rows[i : i + step] for i in range(0, len(rows), step)):
+            j, t = (torch.from_numpy(of[own]).to(values.device) for of in (latent, token))
+            table = attribution.source_table(weights, values, h, j)
+            ranks[own] = (table > table.gather(1, t[:, None])).double().mean(1).cpu().numpy()
+    return ranks
+
+
+# -------------------------------------------------------------------------------------------------------------- causal
+@dataclass(frozen=True)
+class Corruption:
+    """What is left of each feature at later A's when earlier tokens are replaced by others of the text."""
+
+    n: Int[np.ndarray, " latent"]
+    """Later A's looked at; 0 for features that were not tested."""
+    n_off: Int[np.ndarray, " latent"]
+    """Off when all A's before earlier B's are replaced."""
+    kept: Float[np.ndarray, " latent"]
+    """`sum f' / sum f` then; NaN without any."""
+    n_off_control: Int[np.ndarray, " latent"]
+    """Off when as many other earlier tokens are replaced that are not B and not before B: the null."""
+    kept_control: Float[np.ndarray, " latent"]
+
+
+def _corrupt(live: LiveIndex, text: Text, places: _Places, n_latents: int, seed: int) -> Corruption:
+    size, flat = text.tokens.shape[1], text.tokens.reshape(-1)
+    f = np.zeros((len(places.row), 2))
+    pool = flat[text.is_text.reshape(-1)]
+    kept = np.zeros(len(places.row), dtype=bool)
+    for start in range(0, len(places.row), _RUNS):
+        pairs = np.arange(start, min(start + _RUNS, len(places.row)))
+        tokens = np.stack([text.tokens[places.position[pairs] // size]] * 2)  # [version, pair, position]
+        for i, pair in enumerate(pairs):
+            rng = np.random.default_rng((seed, int(places.latent[pair]), int(places.position[pair])))
+            is_text = text.is_text[places.position[pair] // size]
+            own, b = int(places.position[pair] % size), int(places.token[pair])
+            kept[pair] = _replace(tokens[:, i], is_text, own, b, pool, rng)
+        query = torch.from_numpy(np.tile(places.position[pairs] % size, 2)).to(live.model.device)
+        latent = torch.from_numpy(np.tile(places.latent[pairs], 2)).to(live.model.device)
+        batch = torch.from_numpy(tokens.reshape(-1, size).astype(np.int64)).to(live.model.device)
+        z = live.model.read(batch, [live.sae.site])[live.sae.site]
+        each = torch.arange(len(batch), device=batch.device)
+        found = live.sae.encode(z[each, query])[each, latent]
+        f[pairs] = found.double().cpu().numpy().reshape(2, -1).T
+    places, f = places.at(kept), f[kept]
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.bincount(places.row, values, minlength=n_latents)
+
+    with np.errstate(invalid="ignore"):
+        left = [total(f[:, i]) / total(places.f) for i in range(2)]
+    off = [total(f[:, i] == 0).astype(np.int64) for i in range(2)]
+    return Corruption(np.bincount(places.row, minlength=n_latents), off[0], left[0], off[1], left[1])
+
+
+def _replace(
+    versions: Int[np.ndarray, "2 position"],
+    is_text: Bool[np.ndarray, " position"],
+    query: int,
+    b: int,
+    pool: Int[np.ndarray, " text"],
+    rng: np.random.Generator,
+) -> bool:
+    """Replace the A's before earlier B's in the first version, as many other tokens in the second; False if too few."""
+    tokens = versions[0].copy()
+    a = tokens[query]
+    places = np.arange(query)
+    before_b = (tokens[1 : query + 1] == b) & is_text[1 : query + 1]
+    own = places[(tokens[:query] == a) & before_b & is_text[:query]]
+    other = places[is_text[:query] & (tokens[:query] != b) & ~before_b & (tokens[:query] != a)]
+    if not 0 < len(own) <= len(other):
+        return False
+    for version, at in zip(versions, (own, rng.choice(other, len(own), replace=False)), strict=True):
+        for place in at:
+            new = pool[rng.integers(len(pool), size=64)]
+            new = new[(new != a) & (new != b) & (new != tokens[place])]
+            if not len(new):
+                return False
+            version[place] = new[0]
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------- verdict
+@dataclass(frozen=True)
+class InductionFeatures:
+    """Every live feature judged by four tests."""
+
+    criteria: Criteria
+    behaviour: Behaviour
+    sources: PriorSources
+    copy_rank: Float[np.ndarray, " latent"]
+    corruption: Corruption
+    """Of those that pass the other three tests; `n` is 0 for all others, and for all where it is not asked."""
+    n_null: int | None
+    """Features that pass all tests for the B of another feature; None where that was not asked."""
+    definition: str = (
+        "live features with a pass rate, a share of DFA from earlier B's, a copying rank and a share off with A's "
+        "before earlier B's replaced as the criteria ask"
+    )
+
+    @property
+    def latents(self) -> Int[np.ndarray, " latent"]:
+        """Those judged; arrays are in their order."""
+        return self.behaviour.latents
+
+    @property
+    def tests(self) -> dict[str, Bool[np.ndarray, " latent"]]:
+        """Which features pass each test."""
+        asked = self.criteria
+        with np.errstate(invalid="ignore"):
+            found = {
+                "behaviour": self.behaviour.passes(asked.reading, above=asked.rate, least=asked.least),
+                "sources": self.sources.share >= asked.source_share,
+                "copying": self.copy_rank <= asked.copy_rank,
+            }
+        if asked.off is not None:
+            found["corruption"] = (self.corruption.n > 0) & (self.corruption.n_off > asked.off * self.corruption.n)
+        return found
+
+    @property
+    def verdict(self) -> Bool[np.ndarray, " latent"]:
+        """Which features pass all tests."""
+        return np.logical_and.reduce(list(self.tests.values()))
+
+    @property
+    def found(self) -> Int[np.ndarray, " n"]:
+        """The induction features."""
+        return self.latents[self.verdict]
+
+    def share(self) -> Measure:
+        """The share of live features that are induction features, Wilson 95 %.
+
+        The null is the share that passes when each feature is given the B of another one, with its interval.
+        """
+        n, k = len(self.latents), int(self.verdict.sum())
+        null = None if self.n_null is None else wilson(self.n_null, n)
+        if n < MINIMUM:
+            return Measure(self.definition, n, null=null, missing=f"{n} features; at least {MINIMUM} are needed")
+        found = wilson(k, n)
+        return Measure(self.definition, n, found.value, found.low, found.high, "Wilson 95 %", null=null)
+
+    def heads(self) -> Int[np.ndarray, " head"]:
+        """How many induction features each head brings most of."""
+        head = self.sources.head[self.verdict]
+        return np.bincount(head[head >= 0], minlength=self.sources.by_head.shape[1])
+
+
+def induction_features(
+    live: LiveIndex,
+    latents: Sequence[int] | Int[np.ndarray, " n"] | None = None,
+    *,
+    criteria: Criteria | None = None,
+    n_blocks: int | None = 200,
+    n_places: int = 32,
+    n_corrupted: int = 8,
+    null: bool = True,
+    seed: int = 0,
+) -> InductionFeatures:
+    """Judge features by all four tests, with no head named beforehand.
+
+    Args:
+        live: the index with its model and SAE.
+        latents: which; all live ones when None.
+        criteria: what makes an induction feature.
+        n_blocks: look at so many of the blocks that hold B (`behaviour`).
+        n_places: later A's of each feature whose DFA is looked at.
+        n_corrupted: later A's at which earlier ones are replaced.
+        null: also judge each feature by the B of another, to say how many pass by chance.
+        seed: of all draws.
+
+    Raises:
+        IndexFormatError: no such latent.
+        StudyError: no latents.
+    """
+    asked = criteria or Criteria()
+    index, text = live.index, Text.of(live.index)
+    chosen = np.flatnonzero(index.table()["n_active"].to_numpy() > 0) if latents is None else np.asarray(latents)
+    chosen = np.unique(chosen).astype(np.int64)
+    if not len(chosen):
+        raise StudyError("no latents", expected="at least one", do="name some, or index a corpus on which they fire")
+    finder = BigramFinder(text)
+    plan = _Plan(asked, n_blocks, n_places, n_corrupted, seed)
+    own = targets(index)[chosen]
+    judged = _judge(live, text, finder, chosen, own, plan)
+    if not null:
+        return judged
+    other = np.roll(own[np.random.default_rng((seed, 3)).permutation(len(own))], 1)
+    by_chance = _judge(live, text, finder, chosen, other, plan)
+    return replace(judged, n_null=int((by_chance.verdict & (other != own)).sum()))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    criteria: Criteria
+    n_blocks: int | None
+    n_places: int
+    n_corrupted: int
+    seed: int
+
+
+def _judge(
+    live: LiveIndex, text: Text, finder: BigramFinder, latents: np.ndarray, tokens: np.ndarray, plan: _Plan
+) -> InductionFeatures:
+    index, asked, n = live.index, plan.criteria, len(latents)
+    found = behaviour(index, latents, tokens=tokens, n_blocks=plan.n_blocks, seed=plan.seed, finder=finder)
+    places = _places(index, found, finder, plan)
+    sources = _prior_sources(live, text, places, n)
+    ranks = copy_ranks(live, latents, tokens, sources.head)
+    none = np.zeros(n, np.int64)
+    untested = Corruption(none, none, np.full(n, np.nan), none, np.full(n, np.nan))
+    judged = InductionFeatures(asked, found, sources, ranks, untested, None)
+    if asked.off is None:
+        return judged
+    so_far = np.logical_and.reduce([passed for name, passed in judged.tests.items() if name != "corruption"])
+    few = np.zeros(len(places.row), dtype=bool)
+    for row in np.flatnonzero(so_far):
+        own = np.flatnonzero(places.row == row)
+        few[own[drawn(len(own), plan.n_corrupted, (plan.seed, int(latents[row]), 4))]] = True
+    return replace(judged, corruption=_corrupt(live, text, places.at(few), n, plan.seed))
+
+
+# ------------------------------------------------------------------------------------------------------------- columns
+_COLUMNS = {
+    "token": "B: the token whose logit the feature raises most",
+    "n_expected": "later A's of groups A B ... A B of a block at which it should be on",
+    "rate": "share of those at which it is on, and off at the first A of the group",
+    "first_rate": "share of the first A's at which it is on",
+    "source_share": "median share of positive DFA from earlier B's, at later A's where it is active",
+    "head": "the head that brings most of it",
+    "copy_rank": "share of the vocabulary that would raise it more than B does, through that head",
+    "off": "share of later A's at which it turns off when the A's before earlier B's are replaced",
+    "off_control": "the same when as many other tokens are",
+    "verdict": "passes all tests",
+}
+
+
+def save(index: FeatureIndex, judged: InductionFeatures) -> None:
+    """Add what was found to the index as the columns `induction.*`; see `index.columns`.
+
+    Raises:
+        IndexFormatError: of another index.
+    """
+    reading = judged.criteria.reading
+    n, first, corruption = judged.behaviour.n_expected(reading), judged.behaviour.first, judged.corruption
+    with np.errstate(invalid="ignore"):
+        values = {
+            "token": judged.behaviour.token,
+            "n_expected": n,
+            "rate": judged.behaviour.rate(reading),
+            "first_rate": first[:, 1] / first[:, 0],
+            "source_share": judged.sources.share,
+            "head": judged.sources.head,
+            "copy_rank": judged.copy_rank,
+            "off": corruption.n_off / corruption.n,
+            "off_control": corruption.n_off_control / corruption.n,
+            "verdict": judged.verdict,
+        }
+    columns = {name: _spread(of, judged.latents, index.n_latents) for name, of in values.items()}
+    table = pa.table({"latent": pa.array(np.arange(index.n_latents), pa.int32()), **columns})
+    asked = {**vars(judged.criteria), "reading": vars(reading)}
+    add_columns(
+        index,
+        "induction",
+        table,
+        {"settings": asked, "definitions": _COLUMNS, "n": f"{len(judged.latents)} live features"},
+    )
+
+
+def _spread(values: np.ndarray, latents: np.ndarray, n: int) -> pa.Array:
+    """A value for each latent, null where there is none."""
+    whole, missing = np.zeros(n, dtype=values.dtype), np.ones(n, dtype=bool)
+    whole[latents] = values
+    missing[latents] = (
+        np.isnan(values) if values.dtype.kind == "f" else values == -1 if values.dtype.kind == "i" else False
+    )
+    return pa.array(np.where(missing, 0, whole).astype(values.dtype), mask=missing)
+
+
+def heads_of(judged: InductionFeatures) -> dict[int, Estimate]:
+    """Of each head that brings most of some induction feature, the share of them, Wilson 95 %."""
+    counts = judged.heads()
+    return {int(h): wilson(int(counts[h]), int(counts.sum())) for h in np.flatnonzero(counts)}

@@ -1,0 +1,203 @@
+"""Why a head attends where it does: its scores, split over parts of the stream at the query and at the key.
+
+A score is bilinear in what the query and the key read, norms held at what they are, so it splits exactly:
+
+    scores[h, d, k] = scaling  sum over a, b of  q_a[d, h] . k_b[k, h]
+
+`a` and `b` over the parts of `headscope.decomposition` and the constant, which is what the biases of the norm and of
+the projections make. Rotation by position is linear, so those of each part are rotated, by the model's own code.
+Softmax is blind to what is the same for all keys, so a part says why a key is attended to only by contrast with others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope.decomposition import Part, Upstream, check_closes
+from headscope.errors import HeadscopeError
+from headscope.models.hf import Model
+from headscope.sae.model import SAE
+from headscope.site import Site
+
+CONSTANT = Part("constant")
+_REFUSED = "take another model: with a norm or a cap on queries, keys or scores there is no exact split"
+
+
+@dataclass(frozen=True)
+class ScoreSplit:
+    """The scores of one head at one query, over the keys that it can see, by pairs of parts."""
+
+    layer: int
+    head: int
+    query: int
+    parts: tuple[Part, ...]
+    """Of the query and of the key; the last is the constant."""
+    keys: Int[np.ndarray, " key"]
+    """Positions."""
+    scores: Float[np.ndarray, " key"]
+    """As the model computed them: what softmax is applied to."""
+    pattern: Float[np.ndarray, " key"]
+    pairs: Float[np.ndarray, "query_part key_part key"]
+    """What each pair adds to each score: sums to `scores` over both parts."""
+
+    @property
+    def n(self) -> int:
+        """Keys."""
+        return len(self.keys)
+
+    @property
+    def residual(self) -> float:
+        """The largest |score - sum of its pairs|: what rounding leaves."""
+        return float(np.abs(self.scores - self.pairs.sum((0, 1))).max())
+
+    def contrast(self, key: int) -> Float[np.ndarray, "query_part key_part"]:
+        """What each pair adds to the score of a key, above its mean over all keys: why this one.
+
+        Sums to the score less the mean score.
+
+        Raises:
+            HeadscopeError: a key that the query does not see.
+        """
+        return self.pairs[..., self._number(key)] - self.pairs.mean(-1)
+
+    def attention(self, key: int) -> Float[np.ndarray, "query_part key_part"]:
+        """The first-order part of each pair in the attention to a key: `A_k (pair_k - sum over k' of A_k' pair_k')`.
+
+        What the pattern there would lose if a small share of the pair were taken out of all scores, by that share: the
+        derivative of softmax, `dA_k / ds_k' = A_k ([k = k'] - A_k')`. Near 0 where attention is nearly all on one key.
+
+        Raises:
+            HeadscopeError: a key that the query does not see.
+        """
+        i = self._number(key)
+        return self.pattern[i] * (self.pairs[..., i] - self.pairs @ self.pattern)
+
+    def top(self, key: int, k: int = 10) -> tuple[tuple[Part, Part, float], ...]:
+        """The pairs with the largest |contrast| at a key: (part of the query, part of the key, contrast)."""
+        contrast = self.contrast(key)
+        order = np.argsort(-np.abs(contrast).reshape(-1), kind="stable")[:k]
+        rows, columns = np.unravel_index(order, contrast.shape)
+        return tuple((self.parts[a], self.parts[b], float(contrast[a, b])) for a, b in zip(rows, columns, strict=True))
+
+    def _number(self, key: int) -> int:
+        found = np.flatnonzero(self.keys == key)
+        if not len(found):
+            raise HeadscopeError(
+                f"key {key} of query {self.query}", expected=f"one of {self.keys.tolist()}", do="name a visible key"
+            )
+        return int(found[0])
+
+
+class PromptScores:
+    """One sequence, and the scores of a layer's heads there by pairs of parts."""
+
+    def __init__(
+        self,
+        model: Model,
+        layer: int,
+        tokens: Int[Tensor, " position"],
+        *,
+        saes: Sequence[SAE] = (),
+        max_features: int = 64,
+    ) -> None:
+        """Run the model, and its projections on each part.
+
+        Args:
+            model: within an `edit` block, the edited one.
+            layer: whose heads.
+            tokens: the sequence, BOS included.
+            saes: of earlier components, whose features are parts (`decomposition.Upstream`).
+            max_features: features of each SAE that are parts of their own: those that write the longest vector
+                anywhere. The others are one part together, and the sum stays exact.
+
+        Raises:
+            ModelError: no such layer; scores that are not bilinear, as with a norm of queries or keys, or a cap.
+            SAEError: one of `saes` does not fit.
+            HeadscopeError: no tokens, or too many.
+        """
+        self.model, self.layer = model, layer
+        self.stream = Upstream(model, layer, saes).run(tokens[None])
+        named = [(part, self.stream.vector(part)[0]) for part in self.stream.parts()]
+        for written in self.stream.written.values():
+            named += written.largest(max_features)
+        self.parts: tuple[Part, ...] = (*(part for part, _ in named), CONSTANT)
+        self._scale = self.stream.scale[layer][0]
+        vectors = torch.stack([vector for _, vector in named])
+        self._q, self._k = model.queries_and_keys(self.stream.tokens[0], layer, vectors, self._scale)
+        scores = Site("scores", layer)
+        self.scores: Float[Tensor, "head query key"] = model.read(self.stream.tokens, [scores])[scores][0]
+        dots = einsum(self._q.sum(0), self._k.sum(0), "q h e, k h e -> h q k")
+        seen = self.scores.isfinite()
+        self._scaling = _slope(self.scores[seen], dots[seen])
+        check_closes(self.scores, self._scaling * dots, what="scores", do=_REFUSED)
+
+    def split(self, head: int, query: int) -> ScoreSplit:
+        """The scores of a head at a query.
+
+        Raises:
+            HeadscopeError: no such head or position.
+        """
+        self._check(head=head, query=query)
+        keys = self.scores[head, query].isfinite().nonzero()[:, 0]
+        pairs = einsum(self._q[:, query, head], self._k[:, keys, head], "a e, b k e -> a b k") * self._scaling
+        return ScoreSplit(
+            layer=self.layer,
+            head=head,
+            query=query,
+            parts=self.parts,
+            keys=keys.cpu().numpy(),
+            scores=self.scores[head, query, keys].cpu().numpy(),
+            pattern=self.stream.attention[self.layer].pattern[0, head, query, keys].cpu().numpy(),
+            pairs=pairs.cpu().numpy(),
+        )
+
+    def sources(
+        self, head: int, query: int, key: int, part: Part, *, side: Literal["query", "key"] = "key"
+    ) -> Float[Tensor, "other_part source"]:
+        """Where an earlier head got what it adds to a score: its part of the key (or query), by that head's sources.
+
+        Sums over sources to what the part adds to the score of the key, by part of the other side.
+
+        Args:
+            head: whose score.
+            query: at which query.
+            key: of which key.
+            part: an earlier head, one of `parts`.
+            side: where it stands.
+
+        Raises:
+            HeadscopeError: no such head or position, or the part is no head.
+        """
+        self._check(head=head, query=query, key=key)
+        if part.kind != "head" or part not in self.parts or part.layer is None or part.head is None:
+            raise HeadscopeError(
+                f"part {part.name}", expected="an earlier head among the parts", do="name one of these"
+            )
+        at = key if side == "key" else query
+        weight = self.stream.attention[part.layer].pattern[0, part.head, at]
+        carried = self.stream.value(part.layer)[0, :, part.head] @ self.stream.upstream.output[part.layer][part.head]
+        moved = torch.zeros(len(weight), *carried.shape, dtype=carried.dtype, device=carried.device)
+        moved[:, at] = weight[:, None] * carried
+        q, k = self.model.queries_and_keys(self.stream.tokens[0], self.layer, moved, self._scale)
+        own = (k if side == "key" else q)[:-1, at, head]
+        other = self._q[:, query, head] if side == "key" else self._k[:, key, head]
+        return other @ own.T * self._scaling
+
+    def _check(self, *, head: int, **positions: int) -> None:
+        for what, number, n in (
+            ("head", head, self.model.spec.n_heads),
+            *((name, position, len(self._scale)) for name, position in positions.items()),
+        ):
+            if not 0 <= number < n:
+                raise HeadscopeError(f"{what} {number}", expected=f"0 to {n - 1}", do=f"name another {what}")
+
+
+def _slope(scores: Float[Tensor, " entry"], dots: Float[Tensor, " entry"]) -> Float[Tensor, ""]:
+    """The scaling of scores: read off them, since families keep it in different places."""
+    return (scores @ dots) / (dots @ dots).clamp_min(torch.finfo(dots.dtype).tiny)

@@ -1,0 +1,125 @@
+"""What stands in the place of a head's z when the head is ablated: a mean, the constant part, another token's.
+
+One record serves runs of the model (`edit`) and sums read off an index (`contributions`), so that both ablate alike.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope.attribution import HeadWeights
+from headscope.errors import StudyError
+from headscope.index.live import LiveIndex
+from headscope.interventions import at
+from headscope.models.hf import SiteEdit
+from headscope.studies.active import Text, drawn
+
+Kind = Literal["mean", "position mean", "zero", "resample"]
+"""What stands in the place of a head's z: its mean over text tokens, its mean at that position of a block, the constant
+c (so that its DFA is 0, the post's zero), or its z at another text token, drawn at random."""
+
+N_RESAMPLED = 4096
+"""Text tokens from which those of `resample` are drawn."""
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What stands in the place of each head's z."""
+
+    kind: Kind
+    z: Float[Tensor, "row head d_head"]
+    """One row for all tokens; one for each position of a block (`position mean`); those drawn from (`resample`)."""
+    n: int
+    """Text tokens they are from; 0 for `zero`."""
+    row: Int[np.ndarray, " position"]
+    """Which row each position of the corpus takes."""
+
+    @classmethod
+    def of(cls, live: LiveIndex, kind: Kind = "mean", *, max_blocks: int | None = None, seed: int = 0) -> "Replacement":
+        """Read z of the whole corpus, or of some blocks of it, once; `zero` needs none.
+
+        The means are over text tokens. A position at which there is no text takes the mean over all positions.
+
+        Raises:
+            StudyError: an unknown kind.
+        """
+        if kind not in get_args(Kind):
+            raise StudyError(
+                f"ablation {kind!r}", expected=f"one of {', '.join(get_args(Kind))}", do="name one of these"
+            )
+        index, spec = live.index, live.model.spec
+        size, n_positions = index.block_size, index.n_blocks * index.block_size
+        shape = spec.n_heads, spec.d_head
+        if kind == "zero":
+            offset = live.model.value_offset(live.sae.site.layer).to(live.sae.W_enc)
+            return cls(kind, offset.view(1, *shape), 0, np.zeros(n_positions, np.int32))
+        text = Text.of(index)
+        blocks = drawn(index.n_blocks, max_blocks, (seed,))
+        sums, counts, sample = _z_sums(
+            live, text, blocks, n_sampled=N_RESAMPLED if kind == "resample" else 0, seed=seed
+        )
+        n = int(counts.sum())
+        if n == 0:
+            raise StudyError("blocks without text", expected="text tokens to take z of", do="read more blocks")
+        mean = sums.sum(0) / n
+        if kind == "resample":
+            row = np.random.default_rng((seed, 1)).integers(0, len(sample), n_positions, dtype=np.int32)
+            return cls(kind, sample.to(live.sae.W_enc).view(-1, *shape), n, row)
+        if kind == "mean":
+            return cls(kind, mean.to(live.sae.W_enc).view(1, *shape), n, np.zeros(n_positions, np.int32))
+        by_position = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], mean)
+        row = np.tile(np.arange(size, dtype=np.int32), index.n_blocks)
+        return cls(kind, by_position.to(live.sae.W_enc).view(-1, *shape), n, row)
+
+    def contributions(
+        self, weights: HeadWeights, latent: int, position: Int[np.ndarray, " n"]
+    ) -> Float[np.ndarray, "n head"]:
+        """R_h, which takes the place of C_h, at some positions of the corpus."""
+        by_row = torch.einsum("rhe,he->rh", self.z - weights.offset, weights.encoder[:, latent])
+        return by_row.double().cpu().numpy()[self.row[position]]
+
+    def values(self, blocks: Int[np.ndarray, " block"], size: int) -> Float[Tensor, "block position z"]:
+        """What stands in the place of z in some blocks."""
+        rows = self.row.reshape(-1, size)[blocks]
+        return self.z[torch.from_numpy(rows.astype(np.int64)).to(self.z.device)].flatten(2)
+
+    def edit(self, blocks: Int[np.ndarray, " block"], size: int, heads: Sequence[int]) -> SiteEdit:
+        """For `Model.edit` of z in a run on some blocks: put it in the place of some heads, at all positions."""
+        values = self.values(blocks, size)
+        return at(lambda z: values.to(z), heads=list(heads))
+
+
+def _z_sums(
+    live: LiveIndex, text: Text, blocks: Int[np.ndarray, " block"], *, n_sampled: int, seed: int
+) -> tuple[Float[Tensor, "position z"], Float[Tensor, " position"], Float[Tensor, "sample z"]]:
+    """Sums of z over text tokens by position, their number, and z at some of them."""
+    size, site = live.index.block_size, live.sae.site
+    places = np.flatnonzero(text.is_text[blocks].reshape(-1))
+    chosen = places[drawn(len(places), n_sampled, (seed, 2))] if n_sampled else places[:0]
+    sums = torch.zeros(size, live.sae.d_in, dtype=torch.float64)
+    counts, sample = torch.zeros(size, dtype=torch.float64), [torch.zeros(0, live.sae.d_in, dtype=torch.float64)]
+    for start, own in batches(blocks, size):
+        is_text = torch.from_numpy(text.is_text[own])
+        z = live.model.read(tokens_of(live, text, own), [site])[site].double().cpu()
+        sums += (z * is_text[..., None]).sum(0)
+        counts += is_text.sum(0)
+        low, high = np.searchsorted(chosen, [start * size, (start + len(own)) * size])
+        sample.append(z.flatten(0, 1)[torch.from_numpy(chosen[low:high] - start * size)])
+    return sums, counts, torch.cat(sample)
+
+
+def batches(blocks: Int[np.ndarray, " block"], size: int) -> list[tuple[int, Int[np.ndarray, " own"]]]:
+    """Blocks a few at a time: how many came before, and their numbers."""
+    step = max(1, _BATCH_TOKENS // size)
+    return [(start, blocks[start : start + step]) for start in range(0, len(blocks), step)]
+
+
+def tokens_of(live: LiveIndex, text: Text, blocks: Int[np.ndarray, " block"]) -> Int[Tensor, "block position"]:
+    """The tokens of some blocks, where the model is."""
+    return torch.from_numpy(text.tokens[blocks].astype(np.int64)).to(live.model.device)
