@@ -258,6 +258,25 @@ def test_logits_are_listed_whole(page: Page, address: str, index: FeatureIndex) 
     )
 
 
+@pytest.mark.parametrize(
+    ("copied", "source", "said"),
+    [(True, 5, "Copied: "), (False, 6, "Not copied: "), (None, None, "No source tokens are known")],
+)
+def test_whether_the_top_logit_is_copied_is_said(
+    page: Page, address: str, copied: bool | None, source: int | None, said: str
+) -> None:
+    def changed(route: Route) -> None:
+        start = route.fetch().json()
+        start["logits"] |= {"copied": copied, "top_source": source}
+        route.fulfill(json=start)
+
+    page.route(re.compile("/api/start/"), changed)
+    page.goto(link(address, "logits"))
+    opened(page, "logits")
+    expect(page.locator("[data-copied-source]")).to_have_text(re.compile(f"^{said}"))
+    assert len(downloaded(page)) > 40
+
+
 # --- ablation
 
 
