@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import nan
 
 import numpy as np
@@ -11,6 +12,8 @@ MINIMUM = 30
 """Ratios and correlations of fewer tokens than this are not given."""
 MINIMUM_UNITS = 10
 """Intervals by resampling fewer documents than this are not given."""
+N_SAMPLES = 1000
+"""Resamples of documents, where nothing else is asked for."""
 _Z = 1.959963984540054
 _UNDEFINED = 0.05  # resamples in which a number does not exist: with more of them there is no interval
 
@@ -92,10 +95,13 @@ def bootstrap_ratio(
     return Estimate(value, float(low), float(high))
 
 
+@lru_cache(maxsize=2)  # a study asks for the same ones for each of its numbers
 def unit_draws(n_units: int, *, n_samples: int, seed: int) -> Float[np.ndarray, "sample unit"]:
-    """How often each unit is drawn in resamples of n_units with replacement: rows sum to n_units."""
+    """How often each unit is drawn in resamples of n_units with replacement: rows sum to n_units; read only."""
     rng = np.random.default_rng(seed)
-    return rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=n_samples).astype(np.float64)
+    draws = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=n_samples).astype(np.float64)
+    draws.setflags(write=False)
+    return draws
 
 
 def resampled(
@@ -122,6 +128,45 @@ def resampled(
         return None
     low, high = np.percentile(defined, [2.5, 97.5])
     return (float(low), float(high)) if defined.min() < defined.max() else None
+
+
+def quotient(sums: Float[np.ndarray, "sample 2"]) -> Float[np.ndarray, " sample"]:
+    """The first sum over the second, for `resampled`; not finite where the second is 0."""
+    return _ratio(sums[:, 0], sums[:, 1])
+
+
+def ratio(
+    document: Int[np.ndarray, " token"],
+    numerator: Float[np.ndarray, " token"],
+    denominator: Float[np.ndarray, " token"],
+    *,
+    definition: str,
+    null: Estimate | None = None,
+) -> Measure:
+    """sum(numerator) / sum(denominator) with its interval by document.
+
+    There is none, and the record says why, with fewer than 30 tokens, or where the denominator is 0; and no interval
+    with fewer than 10 documents, or documents all alike.
+    """
+    n, total = len(document), float(denominator.sum())
+    if n < MINIMUM or total == 0:
+        missing = f"{n} tokens; at least {MINIMUM} are needed" if n < MINIMUM else "nothing to take a share of"
+        return Measure(definition, n, null=null, missing=missing)
+    _, unit = np.unique(document, return_inverse=True)
+    sums = np.stack([np.bincount(unit, numerator), np.bincount(unit, denominator)], axis=1)
+    found = resampled(quotient, sums, unit_draws(len(sums), n_samples=N_SAMPLES, seed=0))
+    low, high = found or (None, None)
+    few = f"no interval: {len(sums)} documents; it needs {MINIMUM_UNITS} that are not all alike"
+    return Measure(
+        definition,
+        n,
+        value=float(numerator.sum()) / total,
+        low=low,
+        high=high,
+        interval=f"95 %, documents resampled {N_SAMPLES:,} times" if found else None,
+        null=null,
+        missing=None if found else few,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- pair sums

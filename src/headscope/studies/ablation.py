@@ -18,7 +18,7 @@ from headscope.index.live import LiveIndex
 from headscope.interventions import reconstruction
 from headscope.models.hf import Edit
 from headscope.site import Site
-from headscope.stats import Estimate
+from headscope.stats import Estimate, ratio
 from headscope.studies.active import ActiveTokens, Text, drawn
 from headscope.studies.downstream import (
     BASELINES,
@@ -29,7 +29,6 @@ from headscope.studies.downstream import (
     Norms,
     PathEffect,
     Where,
-    ratio,
 )
 from headscope.studies.paths import BaselineRun, path_definition, path_names
 

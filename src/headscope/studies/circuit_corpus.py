@@ -18,10 +18,9 @@ from headscope.attribution import HeadWeights
 from headscope.decomposition import Part, Stream, Upstream, check_closes
 from headscope.index.live import LiveIndex
 from headscope.sae.model import SAE
-from headscope.stats import Estimate, Measure
+from headscope.stats import Estimate, Measure, ratio
 from headscope.studies.active import ActiveTokens, Text
 from headscope.studies.circuit import check_z, directions_read
-from headscope.studies.downstream import ratio
 
 SQUARES = "sum of R[s, r]^2 for this part / for all parts, over active tokens and sources, heads summed first"
 LINEAR = "sum of R[s, r] for this part / for all parts: of the pre-activation less its constant"

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from headscope.errors import HeadscopeError
 from headscope.index.store import FeatureIndex
-from headscope.stats import MINIMUM, MINIMUM_UNITS, Estimate, Measure, resampled, unit_draws, wilson
+from headscope.stats import Estimate, Measure, ratio, wilson
 
 Baseline = Literal["error kept", "reconstruction"]
 Where = Literal["everywhere", "one"]
@@ -30,8 +30,6 @@ NORMS: dict[Norms, str] = {
     "recomputed": "norms after the ablation see it",
     "frozen": "norms after the ablation divide by what they divided by in the baseline",
 }
-N_SAMPLES = 1000
-_INTERVAL = "95 %, documents resampled 1,000 times"
 
 
 @dataclass(frozen=True)
@@ -208,42 +206,3 @@ def logit_effect(index: FeatureIndex, latent: int) -> LogitEffect:
         copied=None if source is None else source == token,
         copy_rank=feature.copy_rank,
     )
-
-
-def ratio(
-    document: Int[np.ndarray, " token"],
-    numerator: Float[np.ndarray, " token"],
-    denominator: Float[np.ndarray, " token"],
-    *,
-    definition: str,
-    null: Estimate | None = None,
-) -> Measure:
-    """sum(numerator) / sum(denominator) with its interval by document.
-
-    There is none, and the record says why, with fewer than 30 tokens, or where the denominator is 0; and no interval
-    with fewer than 10 documents, or documents all alike.
-    """
-    n, total = len(document), float(denominator.sum())
-    if n < MINIMUM or total == 0:
-        missing = f"{n} tokens; at least {MINIMUM} are needed" if n < MINIMUM else "nothing to take a share of"
-        return Measure(definition, n, null=null, missing=missing)
-    _, unit = np.unique(document, return_inverse=True)
-    sums = np.stack([np.bincount(unit, numerator), np.bincount(unit, denominator)], axis=1)
-    found = resampled(_quotient, sums, unit_draws(len(sums), n_samples=N_SAMPLES, seed=0))
-    low, high = found or (None, None)
-    few = f"no interval: {len(sums)} documents; it needs {MINIMUM_UNITS} that are not all alike"
-    return Measure(
-        definition,
-        n,
-        value=float(numerator.sum()) / total,
-        low=low,
-        high=high,
-        interval=_INTERVAL if found else None,
-        null=null,
-        missing=None if found else few,
-    )
-
-
-def _quotient(sums: Float[np.ndarray, "sample 2"]) -> Float[np.ndarray, " sample"]:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return sums[:, 0] / sums[:, 1]

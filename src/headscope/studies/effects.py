@@ -18,7 +18,7 @@ from headscope.errors import StudyError
 from headscope.index.columns import add_columns
 from headscope.index.live import LiveIndex
 from headscope.site import Site
-from headscope.stats import MINIMUM, MINIMUM_UNITS, resampled, unit_draws
+from headscope.stats import MINIMUM, MINIMUM_UNITS, quotient, resampled, unit_draws
 from headscope.studies.active import ActiveTokens, Text, drawn
 from headscope.studies.direct_path import Pairs, direct_loss_changes
 
@@ -270,15 +270,10 @@ class _Summary:
         np.add.at(sums, unit, columns)
         draws = self.draws[:, document]
         for name, above, below in (("mean", 1, 0), ("top_share", 3, 2), ("top_share_net", 4, 1)):
-            interval = resampled(_quotient, sums[:, [above, below]], draws) if some else None
+            interval = resampled(quotient, sums[:, [above, below]], draws) if some else None
             found[f"{name}_low"], found[f"{name}_high"] = interval or (np.nan, np.nan)
         return found
 
 
 def _over(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else np.nan
-
-
-def _quotient(sums: Float[np.ndarray, "sample 2"]) -> Float[np.ndarray, " sample"]:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return sums[:, 0] / sums[:, 1]

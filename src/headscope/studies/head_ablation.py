@@ -21,9 +21,8 @@ from headscope.errors import StudyError
 from headscope.index.live import LiveIndex
 from headscope.sae.model import SAE, JumpReLU, TopK
 from headscope.site import Site
-from headscope.stats import MINIMUM, Estimate, Measure, wilson
+from headscope.stats import MINIMUM, Estimate, Measure, ratio, wilson
 from headscope.studies.active import ActiveTokens, Text, drawn
-from headscope.studies.downstream import ratio
 from headscope.studies.replacement import Kind, Replacement, batches, tokens_of
 
 OffRule = Literal["every token", "most tokens", "most activation"]

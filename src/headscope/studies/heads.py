@@ -96,7 +96,7 @@ def head_scores(model: Model, *, n: int = 100, n_sequences: int = 32, seed: int 
         for name, (query, source) in places.items():
             found[name].append(pattern[..., query, source].mean(-1))
     by_sequence: dict[ScoreName, Tensor] = {name: torch.cat(parts) for name, parts in found.items()}
-    draws = torch.from_numpy(unit_draws(n_sequences, n_samples=_SAMPLES, seed=seed)) / n_sequences
+    draws = torch.tensor(unit_draws(n_sequences, n_samples=_SAMPLES, seed=seed)) / n_sequences
     intervals: dict[ScoreName, Tensor] = {name: _interval(values, draws) for name, values in by_sequence.items()}
     even: dict[ScoreName, float] = {name: float((1 / (query + 1)).mean()) for name, (query, _) in places.items()}
     return HeadScores(
@@ -205,7 +205,7 @@ def prefix_curves(
         curves.append(values)
         nulls.append(untouched[p - 1].mean(0))
     by_sequence = torch.stack(curves, dim=1)  # [sequence, prefix, layer, head]
-    draws = torch.from_numpy(unit_draws(n_sequences, n_samples=_SAMPLES, seed=seed)) / n_sequences
+    draws = torch.tensor(unit_draws(n_sequences, n_samples=_SAMPLES, seed=seed)) / n_sequences
     return PrefixCurves(
         by_sequence.mean(0), _interval(by_sequence, draws), torch.stack(nulls), n_sequences=n_sequences, n_pairs=n_pairs
     )

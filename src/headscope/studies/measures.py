@@ -19,6 +19,7 @@ from headscope.stats import (
     Measure,
     PairSums,
     clustered_auc,
+    quotient,
     resampled,
     wilson,
 )
@@ -160,13 +161,8 @@ def _ratio_of_counts(
     if few:
         return Measure(definition, n, missing=few)
     whole = wilson(int(hits.sum()), n)
-    by_document = resampled(_first_by_second, np.stack([hits, of], axis=1).astype(np.float64), draws)
+    by_document = resampled(quotient, np.stack([hits, of], axis=1).astype(np.float64), draws)
     return Measure(definition, n, whole.value, whole.low, whole.high, "Wilson 95 %", by_document)
-
-
-def _first_by_second(sums: Float[np.ndarray, "sample 2"]) -> Float[np.ndarray, " sample"]:
-    with np.errstate(invalid="ignore"):
-        return sums[:, 0] / sums[:, 1]
 
 
 def _too_few(*counts: tuple[int, str]) -> str | None:

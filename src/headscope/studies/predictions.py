@@ -15,7 +15,7 @@ from headscope.errors import StudyError
 from headscope.index.store import FeatureIndex
 from headscope.models.hf import Model
 from headscope.proxies import Proxy, Token, vocabulary_of
-from headscope.stats import MINIMUM, MINIMUM_UNITS, Measure, Ranking, clustered_auc, resampled, unit_draws
+from headscope.stats import MINIMUM, MINIMUM_UNITS, Measure, Ranking, clustered_auc, quotient, resampled, unit_draws
 from headscope.studies.specificity_records import PredictionGroup, Predictions
 from headscope.studies.split import Split
 
@@ -109,7 +109,7 @@ def _mean(p: Float[np.ndarray, " token"], unit: Int[np.ndarray, " token"], seed:
         return replace(measure, missing=f"{len(p)} tokens: at least {MINIMUM} are needed")
     _, of = np.unique(unit, return_inverse=True)
     sums = np.stack([np.bincount(of, p), np.bincount(of).astype(np.float64)], axis=1)
-    bounds = resampled(lambda s: s[:, 0] / s[:, 1], sums, unit_draws(len(sums), n_samples=1000, seed=seed))
+    bounds = resampled(quotient, sums, unit_draws(len(sums), n_samples=1000, seed=seed))
     return _bounded(replace(measure, value=float(p.mean())), bounds, "bootstrap over documents, 95 %", len(sums))
 
 

@@ -16,9 +16,8 @@ from headscope.attribution import HeadWeights, dfa_of_sequence
 from headscope.errors import HeadscopeError, ModelError
 from headscope.index.live import LiveIndex, TokenDFA
 from headscope.index.store import FeatureIndex
-from headscope.stats import MINIMUM, MINIMUM_UNITS, Estimate, Measure, resampled, unit_draws
+from headscope.stats import MINIMUM, MINIMUM_UNITS, N_SAMPLES, Estimate, Measure, ratio, resampled, unit_draws
 from headscope.studies.active import Text, drawn
-from headscope.studies.downstream import N_SAMPLES, ratio
 
 _BATCH_TOKENS = 2048
 _TOP_TOKENS = 20
