@@ -10,11 +10,15 @@ from pathlib import Path
 
 from headscope import jobs
 from headscope.corpus import SEPARATOR, name_fraction
-from headscope.sae.config import TrainConfig
+from headscope.sae.config import TrainConfig, Variant
 from headscope.site import Kind
 from train_tiny import prose_documents
 
-SAES: dict[str, tuple[Kind, int, int]] = {"tiny-z1": ("z", 1, 24_000_000), "tiny-mlp0": ("mlp_out", 0, 10_000_000)}
+SAES: dict[str, tuple[Kind, int, Variant, int]] = {
+    "tiny-z1": ("z", 1, "batchtopk", 24_000_000),
+    "tiny-z1-relu": ("z", 1, "relu", 24_000_000),
+    "tiny-mlp0": ("mlp_out", 0, "batchtopk", 10_000_000),
+}
 PROSE_SHARE = 0.25
 
 
@@ -34,14 +38,14 @@ def main() -> None:
     args = parser.parse_args()
     mixture = args.out / "sae_text"
     write_mixture(args.text, mixture)
-    for name, (site, layer, tokens) in SAES.items():
+    for name, (site, layer, variant, tokens) in SAES.items():
         jobs.train(
             args.out / name,
             model="tiny",
             text=jobs.CorpusChoice(corpus=str(mixture), split="all"),
             site=site,
             layer=layer,
-            config=TrainConfig(tokens=tokens),
+            config=TrainConfig(variant=variant, tokens=tokens),
             on_step=lambda s, name=name: s.step % 500 or print(name, s.step, s.n_steps, s.l0, s.explained_variance),
         )
 

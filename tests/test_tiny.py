@@ -18,7 +18,7 @@ from headscope.sae.quality import evaluate
 from headscope.studies.heads import head_scores
 
 FOLDER = Path(str(resources.files("headscope.models") / "tiny"))
-SAES = ["tiny-z1", "tiny-mlp0"]
+SAES = ["tiny-z1", "tiny-z1-relu", "tiny-mlp0"]
 
 
 @pytest.fixture(scope="module")
