@@ -128,13 +128,14 @@ def test_the_identities_between_sites_hold(model, tokens):
         assert_close(at["pattern"], at["scores"].softmax(-1), **EXACT)
         assert_close(at["z"], torch.einsum("bhqs,bshe->bqhe", at["pattern"], v).flatten(2), **EXACT)
         bias = parts(model, layer)["projection"].bias
-        projected = (
-            at["z"] @ parts(model, layer)["projection"].weight.mT
-            if model.spec.post_norm
-            else at["z"] @ model.W_O(layer)
-        )
-        projected = projected + (0 if bias is None else bias)
-        assert_close(at["attn_out"], parts(model, layer).get("post1", torch.nn.Identity())(projected), **EXACT)
+        if model.spec.post_norm:
+            post = parts(model, layer)["post1"]
+            assert_close(at["attn_out"], post(parts(model, layer)["projection"](at["z"])), **EXACT)
+            one = at["z"] @ model.output_directions(layer)  # but for the scale of each token
+            assert_close(unit(one), unit(at["attn_out"]), atol=1e-6, rtol=1e-6)
+        else:
+            assert_close(at["attn_out"], at["z"] @ model.W_O(layer) + (0 if bias is None else bias), **EXACT)
+            assert torch.equal(model.W_O(layer), model.output_directions(layer))
         assert_close(at["resid_post"], at["resid_pre"] + at["attn_out"] + at["mlp_out"], **EXACT)
         if model.spec.parallel:
             assert_close(at["mlp_in"], at["resid_pre"], **EXACT)
@@ -142,6 +143,10 @@ def test_the_identities_between_sites_hold(model, tokens):
             assert_close(at["mlp_in"], at["resid_mid"], **EXACT)
             assert_close(at["resid_mid"], at["resid_pre"] + at["attn_out"], **EXACT)
     assert_close(read[Site("resid_post", 0)], read[Site("resid_pre", 1)], atol=0, rtol=0)
+
+
+def unit(vectors):
+    return vectors / vectors.norm(dim=-1, keepdim=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -249,7 +249,7 @@ class Running:
 
     def _losses_of(self, normed: Float[Tensor, "row d_model"], targets: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
         chunks = [
-            nn.functional.cross_entropy(self._capped(self._unembedding(h)), t, reduction="none")
+            nn.functional.cross_entropy(_precise(self._capped(self._unembedding(h))), t, reduction="none")
             for h, t in zip(normed.split(_LOSS_ROWS), targets.split(_LOSS_ROWS), strict=True)
         ]
         return torch.cat(chunks)
@@ -374,3 +374,8 @@ def _padding(attended: Bool[Tensor, "batch position"] | None) -> dict[str, Tenso
     if attended is None or bool(attended.all()):
         return {}
     return {"attention_mask": attended, "position_ids": (attended.cumsum(1) - 1).clamp_min(0)}
+
+
+def _precise(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
