@@ -79,7 +79,7 @@ def test_objects_of_transformerlens_are_what_they_compute(random_model, save_mod
     assert found.keys() == {"hooked", "hooked processed", *(f"bridge {name}" for name in BRIDGED)}
     for name, misses in found.items():
         shared = misses.pop("shared")
-        assert (shared > 0) == name.startswith("bridge"), name
+        assert shared > 0 or name.startswith("hooked"), name
         assert misses.pop("left as it was") == 0, name
         assert all(miss < 2e-4 for miss in misses.values()), (name, misses)
 
