@@ -160,7 +160,7 @@ def test_scores_are_split_or_refused(models, family):
     sites = Site("resid_pre", 1), Site("ln1_scale", 1), Site("q", 1)
     stream, scale, q = (model.read(tokens[None], [site])[site][0] for site in sites)
     if model.spec.qk_norm or model.spec.scores_cap is not None:
-        with pytest.raises(ModelError, match="queries and keys are normed|scores are capped"):
+        with pytest.raises(ModelError, match=r"queries and keys are normed|scores are capped"):
             model.queries_and_keys(tokens, 1, stream[None], scale)
         return
     found, _ = model.queries_and_keys(tokens, 1, stream[None], scale)

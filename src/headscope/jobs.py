@@ -70,7 +70,7 @@ class Hardware:
     device: str = "cpu"
     """`cpu`, `cuda`, `cuda:1`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the model. SAEs, losses, norms' scales and statistics are of float32 always; an index is only made in float32."""
+    """Of the model. SAEs, losses, norms' scales and statistics are of float32; an index is only made in float32."""
 
     def load(self, name: str) -> "Model":
         """Load a model.
@@ -93,7 +93,7 @@ class Hardware:
         return load_model(name, device=device, dtype=getattr(torch, self.dtype))
 
 
-def train(
+def train(  # noqa: PLR0913 - one argument an option of the command
     out: Path,
     *,
     model: str = "tiny",

@@ -57,6 +57,8 @@ class Family:
     mlp_post_norm: str | None = None
     transposed: bool = False
     """GPT-2's Conv1D keeps weights as [in, out]; torch's Linear as [out, in]."""
+    qk_norm: bool = False
+    """Queries and keys are normed: scores are not bilinear in what the attention norm puts out."""
     gain_from_one: bool = False
     """The weights of its norms are what their gains exceed 1 by."""
     not_mixed: str | None = None
@@ -127,18 +129,20 @@ FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": replace(_LLAMA, models="Mistral"),
     "qwen2": replace(_LLAMA, models="Qwen 2 and 2.5"),
-    "qwen3": replace(_LLAMA, models="Qwen 3"),
+    "qwen3": replace(_LLAMA, models="Qwen 3", qk_norm=True),
     "gemma2": _GEMMA,
-    "gemma3_text": replace(_GEMMA, models="Gemma 3, 270m and 1b"),
+    "gemma3_text": replace(_GEMMA, models="Gemma 3, 270m and 1b", qk_norm=True),
     "gemma3": replace(
         _GEMMA,
         models="Gemma 3, 4b and larger; text alone",
+        qk_norm=True,
         blocks="model.language_model.layers",
         final_norm="model.language_model.norm",
     ),
     "afmoe": replace(
         _GEMMA,
         models="Trinity",
+        qk_norm=True,
         mlp_norm="pre_mlp_layernorm",
         mlp_post_norm="post_mlp_layernorm",
         gain_from_one=False,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from headscope.models.families import Block, Family
@@ -58,7 +58,7 @@ class ModelSpec:
             context=config.max_position_embeddings,
             parallel=getattr(config, "use_parallel_residual", False),
             post_norm=block.attention_post_norm is not None,
-            qk_norm=isinstance(getattr(block.attention, "q_norm", None), nn.Module),
+            qk_norm=family.qk_norm,
             scores_cap=getattr(config, "attn_logit_softcapping", None),
             logits_cap=getattr(config, "final_logit_softcapping", None),
         )
