@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -58,9 +58,14 @@ def load_model(
         read = load_checkpoint(*checkpoint, dtype or torch.float32) if checkpoint else _load(name, dtype)
         module, tokenizer = read[0], read[1] if tokenizer is None else tokenizer
     bos = first_token(tokenizer, name)
-    check_vocabulary(tokenizer, module.get_input_embeddings().num_embeddings, name)
+    check_vocabulary(tokenizer, len(_embedding(module)), name)
     _check_weights(module, name)
-    return Model(module.to(device=device, dtype=dtype), tokenizer.backend_tokenizer, bos, name)
+    placed: Any = nn.Module.to(module, device=device, dtype=dtype)
+    return Model(placed, tokenizer.backend_tokenizer, bos, name)
+
+
+def _embedding(module: PreTrainedModel) -> Tensor:
+    return module.get_input_embeddings().weight  # pyright: ignore[reportReturnType]
 
 
 def _loaded(model: nn.Module) -> tuple[PreTrainedModel, Any, str]:
