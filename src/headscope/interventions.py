@@ -56,7 +56,11 @@ def reconstruction(sae: SAE, change: FeatureEdit | None = None, *, with_error: b
         change: what to make of the feature activations f before they are decoded, e.g. `pin(j)`.
         with_error: keep `x - x_hat`, so that only the change is felt: `x + (change(f) - f) @ W_dec`; exactly x without
             a change. Otherwise the error is dropped: `change(f) @ W_dec + b_dec`.
+
+    Raises:
+        SAEError: it reads activations of processed weights.
     """
+    sae.check_raw()
 
     def edit(value: Tensor) -> Tensor:
         f = sae.encode(value)

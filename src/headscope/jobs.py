@@ -107,24 +107,27 @@ def train(
 def eval(
     sae: str | Path, *, model: str | None = None, text: CorpusChoice | None = None, on_progress: Progress | None = None
 ) -> "Quality":
-    """Measure an SAE on held-out text; a folder of the user's own also gets `quality.json`.
+    """Measure an SAE on held-out text; beside files of the user's own `quality.json` is written.
 
     Raises:
         HeadscopeError: any of its kinds.
     """
+    from headscope.artefact import file_hash
     from headscope.models.load import load_model
-    from headscope.sae.formats import load_sae, sae_folder, sae_hash
+    from headscope.sae.convert import fitted
+    from headscope.sae.formats import load_sae, locate
     from headscope.sae.quality import evaluate
 
-    loaded_sae = load_sae(sae)
+    files, loaded_sae = locate(sae), load_sae(sae)
     loaded = load_model(model or loaded_sae.model_name)
+    loaded_sae = fitted(loaded_sae, loaded)
     corpus = (text or CorpusChoice()).load(loaded)
     on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
     quality = evaluate(loaded, loaded_sae, corpus, on_tokens)
-    record = {"sae_hash": sae_hash(sae), "corpus": corpus.fingerprint(), "quality": quality.as_dict()}
-    if sae_folder(str(sae)) == Path(sae):
+    record = {"sae_hash": file_hash(files.weights), "corpus": corpus.fingerprint(), "quality": quality.as_dict()}
+    if files.own:
         try:
-            write_json(Path(sae) / "quality.json", record)
+            write_json(files.quality, record)
         except OutputError as error:
             warnings.warn(f"the figures are not kept beside the SAE: {error}", stacklevel=2)
     return quality
@@ -151,6 +154,7 @@ def index(
     from headscope.index.parts import Workers
     from headscope.index.store import FeatureIndex
     from headscope.models.load import load_model
+    from headscope.sae.convert import fitted
     from headscope.sae.formats import load_sae, sae_hash
 
     text = text or CorpusChoice()
@@ -165,7 +169,7 @@ def index(
     folders = build_index(
         loaded,
         [
-            (loaded_sae, SAERecord(str(sae), sae_hash(sae), _measured_quality(sae, corpus)))
+            (fitted(loaded_sae, loaded), SAERecord(str(sae), sae_hash(sae), _measured_quality(sae, corpus)))
             for sae, loaded_sae in zip(saes, loaded_saes, strict=True)
         ],
         corpus,
@@ -198,19 +202,21 @@ def live(index: str | Path, *, model: str | None = None, sae: str | Path | None 
     from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
     from headscope.models.load import load_model
+    from headscope.sae.convert import fitted
     from headscope.sae.formats import load_sae, sae_hash
 
     opened = FeatureIndex.open(index)
     name = sae or opened.manifest["sae"]["name"]
     opened.check_same(sae_hash=sae_hash(name))
-    return LiveIndex(opened, load_model(model or opened.manifest["model"]["name"]), load_sae(name))
+    loaded = load_model(model or opened.manifest["model"]["name"])
+    return LiveIndex(opened, loaded, fitted(load_sae(name), loaded))
 
 
 def _measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
     """What `eval` found for exactly these weights on exactly this text, if it was run."""
-    from headscope.sae.formats import sae_folder, sae_hash
+    from headscope.sae.formats import locate, sae_hash
 
-    path = sae_folder(str(sae)) / "quality.json"
+    path = locate(sae).quality
     if not path.is_file():
         return None
     try:

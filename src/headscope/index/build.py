@@ -38,8 +38,8 @@ from headscope.index.passes import Subject, read_examples, read_part, subjects_o
 from headscope.index.readers import OnBatch, Readers
 from headscope.index.sweep import Distributions, Groups, sweep
 from headscope.models.hf import Model
+from headscope.sae.convert import check_fits
 from headscope.sae.model import SAE
-from headscope.sae.train import check_fits
 
 _POLL_SECONDS = 0.2
 Progress = Callable[[str, int, int], None]
