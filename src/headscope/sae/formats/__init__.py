@@ -17,7 +17,7 @@ from headscope.sae.formats.saelens import WEIGHTS, save_sae
 from headscope.sae.model import SAE
 from headscope.site import Site
 
-__all__ = ["FORMATS", "WEIGHTS", "Files", "Format", "find_sae", "load_sae", "locate", "sae_hash", "save_sae"]
+__all__ = ["FORMATS", "WEIGHTS", "Files", "Format", "find_sae", "is_sae", "load_sae", "locate", "sae_hash", "save_sae"]
 
 FORMATS: tuple[Format, ...] = (
     saelens.FORMAT,
@@ -93,6 +93,15 @@ def find_sae(name: str | Path) -> Files | None:
         if found is not None:
             return Files(format_, *found, own=path is not bundled)
     return None
+
+
+def is_sae(name: str | Path) -> bool:
+    """Whether a name is that of an SAE, here or on the hub, rather than of a model.
+
+    Raises:
+        SAEError: a folder with several, or a release without this id.
+    """
+    return find_sae(name) is not None or (not Path(name).exists() and entry_of(str(name)) is not None)
 
 
 def sae_hash(name: str | Path) -> str:

@@ -192,6 +192,6 @@ FORMAT = Format(
         "CrossCoder": "it reads several layers or models",
         "IdentityDict": "it has no weights",
     },
-    convention="the model's own; the site is taken from `submodule_name` where it is `attn_out_layer_3`, `mlp_out_...`, "
-    "`z_...` or a hook name, and must be said otherwise",
+    convention="the model's own; the site is taken from `submodule_name` where it is like `attn_out_layer_3` (also "
+    "`mlp_out`, `resid_pre`, `z`) or a hook name, and must be said otherwise",
 )

@@ -145,9 +145,9 @@ def check_names(tensors: Mapping[str, Tensor], expected: set[str], files: Files)
         raise KeyError(name)
 
 
-def refusal(files: Files, got: str) -> SAEError:
+def refusal(files: Files, got: object) -> SAEError:
     """An architecture that is not read, with the reason where one is known."""
-    why = files.format.refused.get(got)
+    why = files.format.refused.get(str(got))
     known = ", ".join(files.format.architectures)
     return SAEError(
         f"{files.where}: an SAE of architecture {got!r}" + (f": {why}" if why else ""),
@@ -183,7 +183,7 @@ def chosen_site(files: Files, found: Site | None, stated: Stated) -> Site:
         raise SAEError(
             f"{files.where} names no site (hook_name), and none was given",
             expected="the activation that the SAE reads",
-            do="say it: headscope convert SAE --site z --layer L --out FOLDER; in Python, load_sae(..., site=Site('z', L))",
+            do="say it: headscope convert SAE --site z --layer L --out FOLDER, or load_sae(..., site=Site('z', L))",
         )
     if found is not None and stated.site is not None and found != stated.site:
         raise SAEError(

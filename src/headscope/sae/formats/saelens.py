@@ -40,9 +40,19 @@ _RENAMED = {  # version 3 to 5 -> 6
     "activation_fn_str": "activation_fn",
 }
 _OF_METADATA = (
-    "model_name hook_name hook_head_index model_class_name model_from_pretrained_kwargs prepend_bos "
-    "exclude_special_tokens neuronpedia_id context_size dataset_path sae_lens_version sae_lens_training_version"
-).split()
+    "model_name",
+    "model_class_name",
+    "model_from_pretrained_kwargs",
+    "hook_name",
+    "hook_head_index",
+    "prepend_bos",
+    "exclude_special_tokens",
+    "context_size",
+    "dataset_path",
+    "neuronpedia_id",
+    "sae_lens_version",
+    "sae_lens_training_version",
+)
 
 
 def find(path: Path) -> tuple[Path, Path | None] | None:
@@ -118,7 +128,7 @@ def read(files: Files, stated: Stated) -> SAE:
     if architecture not in ARCHITECTURES:
         raise refusal(files, architecture)
     _check_settings(files, config, metadata)
-    tensors = _weights(files, config, architecture)
+    tensors = _weights(files, architecture)
     hook_name = metadata.get("hook_name")
     site = chosen_site(files, site_of(hook_name, files) if hook_name else None, stated)
     convention = _convention(files, metadata.get("model_from_pretrained_kwargs") or {}, site.kind)
@@ -200,7 +210,7 @@ def _check_settings(files: Files, config: Json, metadata: Json) -> None:
         raise unsupported(files, f"reshape_activations {reshape!r}", expected="'none' or 'hook_z'")
 
 
-def _weights(files: Files, config: Json, architecture: str) -> dict[str, Tensor]:
+def _weights(files: Files, architecture: str) -> dict[str, Tensor]:
     tensors = tensors_of(files.weights)
     scaling = tensors.pop("scaling_factor", None)  # of version 3 and 4: ones where it does nothing
     if scaling is not None and not (scaling == 1).all():
