@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_judges import assert_same_scale, needs, random_tokens, run_judge
 from tokenizers import Tokenizer
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
@@ -21,6 +20,7 @@ from headscope.sae.formats import load_sae, save_sae
 from headscope.sae.model import PROCESSED, SAE
 from headscope.sae.quality import evaluate
 from headscope.site import Kind, Site
+from test_judges import assert_same_scale, needs, random_tokens, run_judge
 
 RandomSAE = Callable[..., SAE]
 RandomModel = Callable[..., Model]

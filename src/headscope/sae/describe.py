@@ -103,7 +103,6 @@ def fit(sae: SAE, model: Model) -> Fit:
         same = known == model.fingerprint()
         lines.append(("same weights", "yes" if same else "no: the SAE was trained on others, or in another dtype"))
     if sae.processed:
-        lines.append(
-            ("conversion", f"c of {sae.site.hook_name} joins b_dec" if sae.site.kind == "z" else "W_enc is centred")
-        )
+        how = "the constant part of z joins its biases" if sae.site.kind == "z" else "its encoder is centred"
+        lines.append(("conversion", how))
     return Fit(True, lines)

@@ -4,6 +4,7 @@ Nothing is executed: pickles are opened with `weights_only=True`, arrays without
 """
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -108,10 +109,12 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return {name: tensor.float() for name, tensor in load_file(path).items()}
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.asarray(arrays[name])).float() for name in arrays.files}
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles it may not open: those that it does not are refused
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise SAEError(
             f"{path} is a pickle with more in it than tensors, or damaged; nothing of it was executed",
