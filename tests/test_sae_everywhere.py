@@ -237,7 +237,7 @@ def test_info_says_what_things_are_and_whether_they_fit(
     run("info", path, "--model", model_folder)
     said = capsys.readouterr().out
     for line in (
-        "the post's authors",
+        "The post's authors",
         "standard (ReLU)",
         "48 latents on vectors of 32",
         "blocks.1.attn.hook_z",

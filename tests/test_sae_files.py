@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from headscope.errors import SAEError
 from headscope.models.hf import Model
 from headscope.sae.formats import FORMATS, WEIGHTS, is_sae, load_sae, locate, sae_hash, save_sae
+from headscope.sae.formats.table import supported
 from headscope.sae.model import PROCESSED, SAE
 from headscope.site import Site
 from sae_files import (
@@ -391,6 +392,12 @@ def test_truncated_weights_are_refused(
     file = locate(path).weights
     file.write_bytes(file.read_bytes()[:left])
     refuses(path, "cannot read the SAE|more in it than tensors, or damaged")
+
+
+def test_the_documents_list_of_formats_is_current() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "saes.md").read_text(encoding="utf-8")
+    listed = page.split("<!-- formats -->\n")[1].split("\n<!-- end of formats -->")[0]
+    assert listed == supported(), "run: python scripts/saes_table.py"
 
 
 def test_every_format_says_what_it_is() -> None:

@@ -73,7 +73,10 @@ def read(files: Files, stated: Stated) -> SAE:
             do="copy both files again",
         )
     return SAE(
-        **tensors,
+        W_enc=tensors["W_enc"],
+        b_enc=tensors["b_enc"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
         activation=ReLU(),
         site=chosen_site(files, found, stated),
         model_name=chosen_model(config.get("model_name"), stated),
@@ -103,8 +106,8 @@ def _disagree(files: Files, name: str, own: Site) -> Site:
 
 
 FORMAT = Format(
-    name="the post's authors",
-    layout="`NAME.pt`, `NAME_cfg.json` (also Neel Nanda's for gelu-2l)",
+    name="The post's authors",
+    layout="`NAME.pt`, `NAME_cfg.json` (Neel Nanda's SAEs of gelu-2l too)",
     find=find,
     read=read,
     architectures={"AutoEncoder": "ReLU"},

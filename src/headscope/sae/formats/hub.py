@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import httpx
 import yaml
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -123,7 +124,7 @@ def fetch(entry: Entry) -> Path:
             expected="RELEASE/ID of SAELens' registry (with sae-lens installed), or USER/REPOSITORY/FOLDER on the hub",
             do="check the name; a private repository also asks for: hf auth login",
         ) from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
         raise _offline(entry) from error
 
 
