@@ -14,12 +14,12 @@ import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -35,6 +35,28 @@ settings.load_profile("headscope")
 BOS_TOKEN = "<|bos|>"
 
 _SHARED = {"vocab_size": 98, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "use_cache": False}
+_GROUPED = {"num_key_value_heads": 2, "head_dim": 12}
+_LOCAL = ["sliding_attention", "full_attention"]
+_CAPPED = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 20}
+_LIKE_LLAMA: dict[str, dict[str, Any]] = {
+    "llama": _GROUPED | {"attention_bias": True, "mlp_bias": True},
+    "mistral": _GROUPED | {"sliding_window": 7},
+    "qwen2": {"num_key_value_heads": 2, "sliding_window": 5, "use_sliding_window": True, "layer_types": _LOCAL},
+    "qwen3": _GROUPED,
+    "gemma2": _GROUPED | _CAPPED | {"sliding_window": 5, "layer_types": _LOCAL},
+    "gemma3_text": _GROUPED | {"query_pre_attn_scalar": 20, "sliding_window": 5, "layer_types": _LOCAL},
+    "afmoe": _GROUPED | {"num_dense_layers": 2, "layer_types": _LOCAL, "sliding_window": 5},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 6,
+        "first_k_dense_replace": 2,
+    },
+}
+"""What the configurations of these families say beside `_WIDTHS`: each with whatever sets it apart turned on."""
 _WIDTHS = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64}
 
 
@@ -49,11 +71,16 @@ def _untrained(family: str, n_layers: int, changes: dict[str, Any]) -> PreTraine
             sizes = {"n_embd": 32, "n_head": 4, "n_inner": 48, "n_positions": 64}
             dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
             return GPT2LMHeadModel(GPT2Config(**(_SHARED | sizes | dropout | changes), n_layer=n_layers))
-        case "llama":
-            grouped = {"num_key_value_heads": 2, "head_dim": 12, "attention_bias": True, "mlp_bias": True}
-            return LlamaForCausalLM(LlamaConfig(**(_SHARED | _WIDTHS | grouped | changes), num_hidden_layers=n_layers))
+        case "gemma3":
+            text = _SHARED | _WIDTHS | _LIKE_LLAMA["gemma3_text"] | changes | {"num_hidden_layers": n_layers}
+            vision = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+            vision |= {"image_size": 28, "patch_size": 14}
+            config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+            return AutoModelForCausalLM.from_config(config)
         case other:
-            raise ValueError(other)
+            sizes = _SHARED | _WIDTHS | _LIKE_LLAMA[other] | changes
+            config = AutoConfig.for_model(other, **sizes, num_hidden_layers=n_layers)
+            return AutoModelForCausalLM.from_config(config)
 
 
 def _randomise(module: PreTrainedModel, generator: torch.Generator) -> None:

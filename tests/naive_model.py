@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from headscope.models.hf import Model
 from headscope.site import Site
 
+_LLAMA = ("model.layers", "input_layernorm", "self_attn", "o_proj", "post_attention_layernorm", "mlp", "model.norm")
+_GEMMA = (*_LLAMA[:4], "pre_feedforward_layernorm", *_LLAMA[5:])
 PATHS = {
     "gpt2": ("transformer.h", "ln_1", "attn", "c_proj", "ln_2", "mlp", "transformer.ln_f"),
     "gpt_neox": (
@@ -20,22 +22,16 @@ PATHS = {
         "mlp",
         "gpt_neox.final_layer_norm",
     ),
-    "llama": (
-        "model.layers",
-        "input_layernorm",
-        "self_attn",
-        "o_proj",
-        "post_attention_layernorm",
-        "mlp",
-        "model.norm",
-    ),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA),
 }
 
 
 def parts(model: Model, layer: int) -> dict[str, nn.Module]:
-    """The modules of a layer by plain names, and the final norm."""
+    """The modules of a layer by plain names, and the final norm; `post1` and `post2` where the family has them."""
     blocks, norm1, attention, projection, norm2, mlp, final = PATHS[model.spec.family]
     block = operator.attrgetter(blocks)(model.module)[layer]
+    posts = {"post1": block.post_attention_layernorm, "post2": block.post_feedforward_layernorm} if gemma(model) else {}
     return {
         "block": block,
         "norm1": getattr(block, norm1),
@@ -44,7 +40,29 @@ def parts(model: Model, layer: int) -> dict[str, nn.Module]:
         "norm2": getattr(block, norm2),
         "mlp": getattr(block, mlp),
         "final": operator.attrgetter(final)(model.module),
+        **posts,
     }
+
+
+def gemma(model: Model) -> bool:
+    return model.spec.family.startswith("gemma")
+
+
+def scaling(model: Model) -> float:
+    return getattr(model.module.config, "query_pre_attn_scalar", model.spec.d_head) ** -0.5
+
+
+def capped(values: Tensor, cap: float | None) -> Tensor:
+    return values if cap is None else torch.tanh(values / cap) * cap
+
+
+def hidden(model: Model, layer: int, n: int) -> Tensor:
+    """[query, source]: what a query does not see, the future and what is before its window."""
+    config = model.module.config
+    local = getattr(config, "layer_types", None) or [f"{model.spec.family == 'mistral'}"] * model.spec.n_layers
+    window = config.sliding_window if local[layer] in ("sliding_attention", "True") else n
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    return (distance < 0) | (distance >= window)
 
 
 @torch.no_grad()
@@ -62,33 +80,36 @@ def naive(
     def normed(kind: str, layer: int, norm: nn.Module, x: Tensor) -> Tensor:
         layer_norm = isinstance(norm, nn.LayerNorm)
         centred = x - x.mean(-1, keepdim=True) if layer_norm else x
-        eps = norm.eps if layer_norm else norm.variance_epsilon
+        eps = norm.eps if layer_norm or gemma(model) else norm.variance_epsilon
         scale = at(kind, layer, ((centred**2).mean(-1, keepdim=True) + eps) ** 0.5)
         if Site(kind, layer) not in edits:
             return norm(x)
-        return centred / scale * norm.weight + (norm.bias if layer_norm else 0)
+        return centred / scale * (norm.weight + gemma(model)) + (norm.bias if layer_norm else 0)
 
     x = _embedded(model, tokens)
     for layer in range(model.spec.n_layers):
         p = parts(model, layer)
         x = at("resid_pre", layer, x)
-        q, k, v = _qkv(model, p["attention"], normed("ln1_scale", layer, p["norm1"], x))
+        q, k, v = _qkv(model, layer, p["attention"], normed("ln1_scale", layer, p["norm1"], x))
         z = _mixed(model, layer, at, at("q", layer, q), at("k", layer, k), at("v", layer, v))
-        attn_out = at("attn_out", layer, p["projection"](at("z", layer, z)))
+        attn_out = at("attn_out", layer, p.get("post1", nn.Identity())(p["projection"](at("z", layer, z))))
         mid = x if model.spec.parallel else at("resid_mid", layer, x + attn_out)
         mlp_in = at("mlp_in", layer, mid)
-        mlp_out = at("mlp_out", layer, p["mlp"](normed("ln2_scale", layer, p["norm2"], mlp_in)))
+        mlp_out = p["mlp"](normed("ln2_scale", layer, p["norm2"], mlp_in))
+        mlp_out = at("mlp_out", layer, p.get("post2", nn.Identity())(mlp_out))
         x = at("resid_post", layer, mid + mlp_out + (attn_out if model.spec.parallel else 0))
     final = normed("ln_final_scale", model.spec.n_layers - 1, parts(model, 0)["final"], x)
-    return found, model.module.get_output_embeddings()(final)
+    logits = model.module.get_output_embeddings()(final)
+    return found, capped(logits, getattr(model.module.config, "final_logit_softcapping", None))
 
 
 def _embedded(model: Model, tokens: Tensor) -> Tensor:
-    x = model.module.get_input_embeddings()(tokens)
+    x = model.module.get_input_embeddings().weight[tokens]
+    x = x * torch.tensor(model.spec.d_model**0.5).to(x) if gemma(model) else x  # transformers keeps it in float32
     return x + model.module.transformer.wpe.weight[: tokens.shape[1]] if model.spec.family == "gpt2" else x
 
 
-def _qkv(model: Model, attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _qkv(model: Model, layer: int, attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[batch, position, head, d_head] each, rotated."""
     n_heads, n_kv_heads, d_head = model.spec.n_heads, model.spec.n_kv_heads, model.spec.d_head
     match model.spec.family:
@@ -97,12 +118,15 @@ def _qkv(model: Model, attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor,
         case "gpt_neox":
             q, k, v = attention.query_key_value(x).unflatten(-1, (n_heads, 3, d_head)).unbind(3)
             rotary = model.module.gpt_neox.rotary_emb
-        case "llama":
+        case _:
             q = attention.q_proj(x).unflatten(-1, (n_heads, d_head))
             k = attention.k_proj(x).unflatten(-1, (n_kv_heads, d_head))
             v = attention.v_proj(x).unflatten(-1, (n_kv_heads, d_head))
+            if model.spec.family in ("qwen3", "gemma3_text"):
+                q, k = attention.q_norm(q), attention.k_norm(k)
             rotary = model.module.model.rotary_emb
-    cos, sin = rotary(x, torch.arange(x.shape[1])[None])
+    kind = [model.module.config.layer_types[layer]] if model.spec.family == "gemma3_text" else []
+    cos, sin = rotary(x, torch.arange(x.shape[1])[None], *kind)
     return _rotated(q, cos, sin), _rotated(k, cos, sin), v
 
 
@@ -116,11 +140,11 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _mixed(model: Model, layer: int, at: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scores, pattern and z, one head at a time."""
     n_heads, groups = model.spec.n_heads, model.spec.n_heads // model.spec.n_kv_heads
-    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
     scores = torch.stack(
-        [q[:, :, h] @ k[:, :, h // groups].transpose(1, 2) / model.spec.d_head**0.5 for h in range(n_heads)], 1
+        [q[:, :, h] @ k[:, :, h // groups].transpose(1, 2) * scaling(model) for h in range(n_heads)], 1
     )
-    scores = at("scores", layer, scores.masked_fill(future, -torch.inf))
+    scores = capped(scores, getattr(model.module.config, "attn_logit_softcapping", None))
+    scores = at("scores", layer, scores.masked_fill(hidden(model, layer, q.shape[1]), -torch.inf))
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     pattern = at("pattern", layer, weights / weights.sum(-1, keepdim=True))
     return torch.cat([pattern[:, h] @ v[:, :, h // groups] for h in range(n_heads)], -1)

@@ -22,7 +22,8 @@ from headscope.models.hf import Model
 from headscope.models.load import load_model
 from headscope.site import KINDS, AnyKind, Site
 
-FAMILIES = ("gpt_neox", "gpt2", "llama")
+LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+FAMILIES = ("gpt_neox", "gpt2", *LIKE_LLAMA, "gemma3")
 JUDGES = Path(__file__).parent / "judges"
 TINY = Path(headscope.models.__file__).parent / "tiny"
 PYTHIAS = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
@@ -30,7 +31,7 @@ RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox-parallel": ("gpt_neox", {"use_parallel_residual": True, "rope_parameters": PYTHIAS}),
     "gpt2": ("gpt2", {}),
-    "llama": ("llama", {}),
+    **{name: (name, {}) for name in LIKE_LLAMA},
 }
 MODELS = [*RANDOM, *(["tiny"] if (TINY / "config.json").is_file() else [])]
 
@@ -155,8 +156,8 @@ def eager(model: Model, tokens: Tensor) -> tuple[list[Tensor], list[Tensor], Ten
     path = {
         "gpt_neox": ("gpt_neox.layers", "attention.dense"),
         "gpt2": ("transformer.h", "attn.c_proj"),
-        "llama": ("model.layers", "self_attn.o_proj"),
-    }[model.spec.family]
+        "gemma3": ("model.language_model.layers", "self_attn.o_proj"),
+    }.get(model.spec.family, ("model.layers", "self_attn.o_proj"))
     for block in operator.attrgetter(path[0])(module):
         operator.attrgetter(path[1])(block).register_forward_pre_hook(keep)
     with torch.no_grad():

@@ -11,14 +11,14 @@ from headscope.models import attention as attention_function
 from headscope.models.attention import ATTENTION_KINDS, repeat_heads
 from headscope.models.families import family_of
 from headscope.site import KINDS, Site
-from naive_model import naive, parts
+from naive_model import capped, hidden, naive, parts, scaling
 
 PYTHIAS = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
 FAMILIES = {
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox-parallel": ("gpt_neox", {"use_parallel_residual": True, "rope_parameters": PYTHIAS}),
     "gpt2": ("gpt2", {}),
-    "llama": ("llama", {}),
+    **{name: (name, {}) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")},
 }
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
 
@@ -121,14 +121,21 @@ def test_the_identities_between_sites_hold(model, tokens):
     for layer in range(model.spec.n_layers):
         at = {site.kind: value for site, value in read.items() if site.layer == layer}
         q, k, v = (repeat_heads(at[kind], model.spec.n_heads) for kind in ("q", "k", "v"))
-        future = torch.ones(17, 17, dtype=torch.bool).triu(1)
-        assert (at["scores"][..., future] == -torch.inf).all()
-        raw = torch.einsum("bqhe,bshe->bhqs", q, k) / model.spec.d_head**0.5
-        assert_close(at["scores"][..., ~future], raw[..., ~future], **EXACT)
+        unseen = hidden(model, layer, 17)
+        assert (at["scores"][..., unseen] == -torch.inf).all()
+        raw = capped(torch.einsum("bqhe,bshe->bhqs", q, k) * scaling(model), model.spec.scores_cap)
+        assert_close(at["scores"][..., ~unseen], raw[..., ~unseen], **EXACT)
         assert_close(at["pattern"], at["scores"].softmax(-1), **EXACT)
         assert_close(at["z"], torch.einsum("bhqs,bshe->bqhe", at["pattern"], v).flatten(2), **EXACT)
         bias = parts(model, layer)["projection"].bias
-        assert_close(at["attn_out"], at["z"] @ model.W_O(layer) + (0 if bias is None else bias), **EXACT)
+        if model.spec.post_norm:
+            post = parts(model, layer)["post1"]
+            assert_close(at["attn_out"], post(parts(model, layer)["projection"](at["z"])), **EXACT)
+            one = at["z"] @ model.output_directions(layer)  # but for the scale of each token
+            assert_close(unit(one), unit(at["attn_out"]), atol=1e-6, rtol=1e-6)
+        else:
+            assert_close(at["attn_out"], at["z"] @ model.W_O(layer) + (0 if bias is None else bias), **EXACT)
+            assert torch.equal(model.W_O(layer), model.output_directions(layer))
         assert_close(at["resid_post"], at["resid_pre"] + at["attn_out"] + at["mlp_out"], **EXACT)
         if model.spec.parallel:
             assert_close(at["mlp_in"], at["resid_pre"], **EXACT)
@@ -138,12 +145,17 @@ def test_the_identities_between_sites_hold(model, tokens):
     assert_close(read[Site("resid_post", 0)], read[Site("resid_pre", 1)], atol=0, rtol=0)
 
 
+def unit(vectors):
+    return vectors / vectors.norm(dim=-1, keepdim=True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_stops_after_the_deepest_site(model, tokens, kind):
     site = site_of(model, kind)
     called = []
     modules = {f"{name} {layer}": m for layer in (0, 1) for name, m in parts(model, layer).items() if name != "final"}
     modules |= {"final": parts(model, 0)["final"], "unembedding": model.module.get_output_embeddings()}
+    modules = {name: m for name, m in modules.items() if not name.startswith("post")}
     hooks = [m.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, m in modules.items()]
     model.read(tokens, [site, Site("resid_pre", 0)])
     for hook in hooks:
@@ -158,6 +170,8 @@ def test_a_run_stops_after_the_deepest_site(model, tokens, kind):
 
 
 def test_layers_that_need_no_steps_keep_their_fast_path(model, tokens, monkeypatch):
+    if model.spec.scores_cap is not None:
+        pytest.skip("SDPA cannot cap scores")
     calls = []
     fast = attention_function.sdpa_attention_forward
 
@@ -193,12 +207,13 @@ def test_patterns_are_causal_and_sum_to_one(model, tokens, layer):
 
 
 def eager_patterns(model, tokens):
+    implementation = model.module.config._attn_implementation
     model.module.set_attn_implementation("eager")
     try:
         with torch.no_grad():
             return model.module(tokens, output_attentions=True, use_cache=False).attentions
     finally:
-        model.module.set_attn_implementation("sdpa")
+        model.module.set_attn_implementation(implementation)
 
 
 def test_the_attention_of_several_layers_in_one_run_is_that_of_each(model, tokens):
@@ -262,8 +277,12 @@ EDITS = dict.fromkeys(KINDS, lambda value: 1.5 * value.roll(1, 1) + 0.3) | {
 
 
 def close_as_the_norm_is(model, kind):
-    """Llama's norm computes in float32 whatever the model does; an edited scale shows it."""
-    return {"atol": 1e-5, "rtol": 1e-5} if kind.endswith("scale") and model.spec.family == "llama" else EXACT
+    """RMSNorms compute in float32 whatever the model does; an edited scale shows it."""
+    return EXACT if layer_normed(model) or not kind.endswith("scale") else {"atol": 1e-5, "rtol": 1e-5}
+
+
+def layer_normed(model):
+    return isinstance(parts(model, 0)["norm1"], torch.nn.LayerNorm)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -350,10 +369,16 @@ def test_with_the_final_scale_frozen_logits_are_linear_in_the_stream(model, toke
     stream, scale = Site("resid_post", last), Site("ln_final_scale", last)
     frozen = model.read(tokens, [scale])[scale]
     delta = torch.randn(model.spec.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    cap = model.spec.logits_cap
+
+    def centred():
+        logits = model.logits(tokens) if cap is None else cap * torch.atanh(model.logits(tokens) / cap)
+        return logits - logits.mean(-1, keepdim=True)
+
     with model.edit({stream: lambda value: value + 3 * delta, scale: lambda _value: frozen}):
-        moved = model.logits(tokens) - model.logits(tokens).mean(-1, keepdim=True)
+        moved = centred()
     with model.edit({scale: lambda _value: frozen}):
-        clean = model.logits(tokens) - model.logits(tokens).mean(-1, keepdim=True)
+        clean = centred()
     expected = 3 * (delta @ model.logit_directions) / frozen
     assert_close(moved - clean, expected, **close_as_the_norm_is(model, "ln_final_scale"))
 
@@ -452,7 +477,8 @@ def test_the_model_is_bit_identical_after_edits_that_raise(model, tokens, kind):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(model.logits(tokens), clean)
-    assert model.module.config._attn_implementation == implementation == "sdpa"
+    assert model.module.config._attn_implementation == implementation
+    assert implementation == ("sdpa" if model.spec.scores_cap is None else attention_function.IMPLEMENTATION)
     assert not attention_function._watched
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
 
@@ -505,12 +531,12 @@ def test_values_are_linear_in_the_normed_stream_by_w_v(model, tokens, layer):
     resid, scale = Site("resid_pre", layer), Site("ln1_scale", layer)
     read = model.read(tokens, [resid, scale])
     centred = read[resid]
-    if model.spec.family != "llama":
+    if layer_normed(model):
         centred = centred - centred.mean(-1, keepdim=True)
     W_V = model.W_V(layer)  # noqa: N806 - the field's name
     assert W_V.shape == (model.spec.n_heads, model.spec.d_model, model.spec.d_head)
     value = torch.einsum("bsd,hde->bshe", centred / read[scale], W_V) + model.value_offset(layer).unflatten(0, (4, -1))
-    tolerance = {"atol": 1e-5, "rtol": 1e-5} if model.spec.family == "llama" else EXACT  # its norm is float32
+    tolerance = EXACT if layer_normed(model) else {"atol": 1e-5, "rtol": 1e-5}  # its norm is float32
     assert_close(model.attention(tokens, layer).value, value, **tolerance)
 
 

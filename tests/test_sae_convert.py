@@ -17,7 +17,7 @@ from headscope.models.hf import Model
 from headscope.models.load import load_model
 from headscope.sae.convert import check_fits, fitted
 from headscope.sae.formats import load_sae, save_sae
-from headscope.sae.model import PROCESSED, SAE
+from headscope.sae.model import MODULE_OUTPUT, PROCESSED, SAE
 from headscope.sae.quality import evaluate
 from headscope.site import Kind, Site
 from test_judges import assert_same_scale, needs, random_tokens, run_judge
@@ -107,6 +107,18 @@ def test_an_sae_of_another_model_is_refused_with_both_shapes(random_model: Rando
         fitted(random_sae(model), llama)
     with pytest.raises(ModelError, match="layer 5"):
         fitted(random_sae(model, site=Site("z", 5)), model)
+
+
+def test_a_modules_output_is_not_what_a_model_with_norms_behind_it_adds(
+    random_model: RandomModel, random_sae: RandomSAE
+) -> None:
+    gemma, llama = random_model("gemma2"), random_model("llama")
+    site = Site("attn_out", 0)
+    sae = replace(random_sae(gemma, site=site), metadata={"reads": MODULE_OUTPUT})
+    with pytest.raises(SAEError, match="has a norm after the module"):
+        check_fits(sae, gemma)
+    check_fits(random_sae(gemma, site=site), gemma)
+    check_fits(replace(random_sae(llama, site=site), metadata={"reads": MODULE_OUTPUT}), llama)
 
 
 # ------------------------------------------------------------------------------------------------- TransformerLens 3.9

@@ -115,9 +115,12 @@ def decoder_share(sae: SAE, n_heads: int) -> Float[Tensor, "d_sae head"]:
 
 
 def decoder_share_through_output(sae: SAE, model: Model) -> Float[Tensor, "d_sae head"]:
-    """`||W_dec[j, h, :] @ W_O[h]|| / sum over heads`: the same in the residual stream, free of the basis of z."""
+    """`||W_dec[j, h, :] @ W_O[h]|| / sum over heads`: the same in the residual stream, free of the basis of z.
+
+    W_O has the gain of a norm after it folded in, whose scale cancels (`Model.output_directions`).
+    """
     n_heads = model.spec.n_heads
-    output = model.W_O(sae.site.layer).reshape(n_heads, -1, model.spec.d_model)
+    output = model.output_directions(sae.site.layer).reshape(n_heads, -1, model.spec.d_model)
     return _share(_norm_through(sae.head_blocks(n_heads).decoder, output))
 
 
@@ -152,9 +155,10 @@ class LogitEffects:
 def direct_logit_effects(sae: SAE, model: Model, k: int = 20, rows: int = 128) -> LogitEffects:
     """The tokens each latent raises and lowers most by the direct path, `W_dec @ W_O @ W_U`.
 
-    The final norm's gain and centring are folded into W_U, its scale is left out (`Model.logit_directions`).
+    The final norm's gain and centring are folded into W_U, its scale is left out (`Model.logit_directions`), and so is
+    that of a norm after W_O, where there is one (`Model.output_directions`).
     """
-    written = sae.W_dec @ model.W_O(sae.site.layer)  # [d_sae, d_model]
+    written = sae.W_dec @ model.output_directions(sae.site.layer)  # [d_sae, d_model]
     k = min(k, model.spec.d_vocab)
     parts = []
     for chunk in written.split(rows):

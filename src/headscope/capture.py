@@ -55,7 +55,7 @@ def token_batches(
 def activations(
     model: Model, corpus: Corpus, site: Site, order: Int[np.ndarray, " n"] | None = None
 ) -> Iterator[tuple[Int[np.ndarray, " n"], Int[Tensor, "n position"], Float[Tensor, "n position d"]]]:
-    """Yield (block numbers, tokens, activations of the site) batch by batch.
+    """Yield (block numbers, tokens, activations of the site) batch by batch; activations in float32 at least.
 
     Raises:
         CorpusError: the model cannot read the corpus.
@@ -63,4 +63,5 @@ def activations(
     """
     check_corpus(model, corpus)
     for numbers, tokens in token_batches(corpus, model.device, order):
-        yield numbers, tokens, model.read(tokens, [site])[site]
+        values = model.read(tokens, [site])[site]
+        yield numbers, tokens, values.to(torch.promote_types(values.dtype, torch.float32))

@@ -36,6 +36,7 @@ class Train:
     layer: int | None = None
     """Layer of the site; the last one when not given."""
     config: Annotated[TrainConfig, _Flat] = field(default_factory=TrainConfig)
+    hardware: Annotated[jobs.Hardware, _Flat] = field(default_factory=jobs.Hardware)
     overwrite: bool = False
     """Replace what `out` holds."""
 
@@ -49,6 +50,7 @@ class Train:
                 site=self.site,
                 layer=self.layer,
                 config=self.config,
+                hardware=self.hardware,
                 overwrite=self.overwrite,
                 on_step=display.on_step,
             )
@@ -66,11 +68,14 @@ class Eval:
     model: str | None = None
     """The model; the one the SAE names when not given."""
     text: Annotated[jobs.CorpusChoice, _Flat] = field(default_factory=jobs.CorpusChoice)
+    hardware: Annotated[jobs.Hardware, _Flat] = field(default_factory=jobs.Hardware)
 
     def run(self) -> None:
         """Measure and print."""
         with Display() as display:
-            quality = jobs.eval(self.sae, model=self.model, text=self.text, on_progress=display.on_progress)
+            quality = jobs.eval(
+                self.sae, model=self.model, text=self.text, hardware=self.hardware, on_progress=display.on_progress
+            )
         display.print_quality(quality.as_dict(), self.text.split)
 
 
@@ -146,6 +151,7 @@ class Index:
     """Count all sources of every active token, not its 8 largest: slow, and much to write."""
     losses: bool = False
     """Run the model to its logits too, and keep the loss of every next token."""
+    hardware: Annotated[jobs.Hardware, _Flat] = field(default_factory=jobs.Hardware)
     overwrite: bool = False
     """Replace what `out` holds, and what an interrupted run with other options left."""
 
@@ -163,6 +169,7 @@ class Index:
                 model=self.model,
                 text=self.text,
                 plan=plan,
+                hardware=self.hardware,
                 overwrite=self.overwrite,
                 on_progress=display.on_progress,
             )

@@ -57,15 +57,19 @@ def reconstruction(sae: SAE, change: FeatureEdit | None = None, *, with_error: b
         with_error: keep `x - x_hat`, so that only the change is felt: `x + (change(f) - f) @ W_dec`; exactly x without
             a change. Otherwise the error is dropped: `change(f) @ W_dec + b_dec`.
 
+    The SAE computes in its own precision, float32 beside a model in half precision, say.
+
     Raises:
         SAEError: it reads activations of processed weights.
     """
     sae.check_raw()
 
     def edit(value: Tensor) -> Tensor:
-        f = sae.encode(value)
+        f = sae.encode(value.to(sae.W_enc.dtype))
         changed = f if change is None else change(f)
-        return value + (changed - f) @ sae.W_dec if with_error else sae.decode(changed)
+        return (
+            value + ((changed - f) @ sae.W_dec).to(value.dtype) if with_error else sae.decode(changed).to(value.dtype)
+        )
 
     return edit
 

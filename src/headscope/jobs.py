@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from headscope.artefact import check_output, check_run_folder, file_hash, read_json, write_json
 from headscope.corpus import Corpus, Split, load_corpus
-from headscope.errors import ExportError, OutputError, SAEError
+from headscope.errors import ExportError, ModelError, OutputError, SAEError
 from headscope.index.config import IndexPlan
 from headscope.sae.config import TrainConfig
 from headscope.site import Kind, Site
@@ -65,6 +65,36 @@ class CorpusChoice:
         )
 
 
+@dataclass(frozen=True)
+class Hardware:
+    """Where and in what precision a model computes."""
+
+    device: str = "cpu"
+    """`cpu`, `cuda`, `cuda:1`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the model. SAEs, losses, norms' scales and statistics are of float32 always; an index is only made in float32."""
+
+    def load(self, name: str) -> "Model":
+        """Load a model.
+
+        Raises:
+            ModelError: no such model, or no such device.
+        """
+        import torch
+
+        from headscope.models.load import load_model
+
+        try:
+            device = torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(
+                f"device {self.device!r}: {str(error).splitlines()[0]}",
+                expected="cpu, or cuda on a machine that has it",
+                do="pass another --device",
+            ) from error
+        return load_model(name, device=device, dtype=getattr(torch, self.dtype))
+
+
 def train(
     out: Path,
     *,
@@ -73,6 +103,7 @@ def train(
     site: Kind = "z",
     layer: int | None = None,
     config: TrainConfig | None = None,
+    hardware: Hardware | None = None,
     overwrite: bool = False,
     on_step: Callable[["Status"], None] | None = None,
 ) -> "TrainResult":
@@ -83,13 +114,12 @@ def train(
     Raises:
         HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
     """
-    from headscope.models.load import load_model
     from headscope.sae.formats import save_sae
     from headscope.sae.train import train_sae
 
     text = text or CorpusChoice(split="train")
     check_run_folder(out, overwrite=overwrite, inputs=[model, text.corpus])
-    loaded = load_model(model)
+    loaded = (hardware or Hardware()).load(model)
     chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
     loaded.check_layer(chosen.layer)
     corpus = text.load(loaded)
@@ -107,20 +137,24 @@ def train(
 
 
 def eval(
-    sae: str | Path, *, model: str | None = None, text: CorpusChoice | None = None, on_progress: Progress | None = None
+    sae: str | Path,
+    *,
+    model: str | None = None,
+    text: CorpusChoice | None = None,
+    hardware: Hardware | None = None,
+    on_progress: Progress | None = None,
 ) -> "Quality":
     """Measure an SAE on held-out text; beside files of the user's own `quality.json` is written.
 
     Raises:
         HeadscopeError: any of its kinds.
     """
-    from headscope.models.load import load_model
     from headscope.sae.convert import fitted
     from headscope.sae.formats import load_sae, locate
     from headscope.sae.quality import evaluate
 
     files, loaded_sae = locate(sae), load_sae(sae)
-    loaded = load_model(model or loaded_sae.model_name)
+    loaded = (hardware or Hardware()).load(model or loaded_sae.model_name)
     loaded_sae = fitted(loaded_sae, loaded)
     corpus = (text or CorpusChoice()).load(loaded)
     on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
@@ -202,6 +236,7 @@ def index(
     model: str | None = None,
     text: CorpusChoice | None = None,
     plan: IndexPlan | None = None,
+    hardware: Hardware | None = None,
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> "tuple[FeatureIndex, ...]":
@@ -215,7 +250,6 @@ def index(
     from headscope.index.build import SAERecord, build_index
     from headscope.index.parts import Workers
     from headscope.index.store import FeatureIndex
-    from headscope.models.load import load_model
     from headscope.sae.convert import fitted
     from headscope.sae.formats import load_sae, sae_hash
 
@@ -225,7 +259,7 @@ def index(
     _check_remnant(out, overwrite=overwrite)
     check_run_folder(out, overwrite=overwrite, inputs=[*saes, text.corpus, *([model] if model else [])])
     loaded_saes = [load_sae(sae) for sae in saes]
-    loaded = load_model(model or loaded_saes[0].model_name)
+    loaded = (hardware or Hardware()).load(model or loaded_saes[0].model_name)
     corpus = text.load(loaded)
     workers = Workers.of_environment()
     folders = build_index(

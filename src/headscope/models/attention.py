@@ -1,7 +1,7 @@
 """Attention of a `transformers` model, step by step for the layers where a step is read or edited, SDPA for all others.
 
 `transformers` lets a model's attention function be exchanged by name. The one registered here calls SDPA, with SDPA's
-masks, unless its layer is watched; so the layers that are not keep their path, bit for bit.
+masks, unless its layer is watched or caps its scores; so the layers that are not keep their path, bit for bit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -77,14 +77,18 @@ def _attend(
     value: Tensor,
     attention_mask: Bool[Tensor, "batch 1 query source"] | None,
     scaling: float,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`transformers`' attention function, on `[batch, head, position, d_head]`; no mask means a causal one."""
+    """`transformers`' attention function, on `[batch, head, position, d_head]`; no mask means a causal one.
+
+    A query that sees nothing, as of padding, has a pattern of zeros, as in SDPA.
+    """
     steps = _watched.get(module, {})
     query = _by_position(steps, "q", query)
     key = _by_position(steps, "k", key)
     value = _by_position(steps, "v", value)
-    if not steps.keys() & {"scores", "pattern"}:
+    if softcap is None and not steps.keys() & {"scores", "pattern"}:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     n_heads, n_queries, n_sources = query.shape[1], query.shape[2], key.shape[2]
     key, value = (repeat_heads(t.transpose(1, 2), n_heads).transpose(1, 2) for t in (key, value))
@@ -92,10 +96,15 @@ def _attend(
     if visible is None:
         visible = torch.ones(n_queries, n_sources, dtype=torch.bool, device=query.device)
         visible = visible.tril(n_sources - n_queries)
-    scores = (query @ key.transpose(2, 3) * scaling).masked_fill_(~visible, -torch.inf)
-    scores = _step(steps, "scores", scores)
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    scores = _step(steps, "scores", scores.masked_fill_(~visible, -torch.inf))
     precise = torch.promote_types(scores.dtype, torch.float32)
-    pattern = _step(steps, "pattern", scores.softmax(-1, dtype=precise).to(query.dtype))
+    pattern = scores.softmax(-1, dtype=precise).to(query.dtype)
+    if attention_mask is not None:
+        pattern = pattern.masked_fill(~visible.any(-1, keepdim=True), 0)
+    pattern = _step(steps, "pattern", pattern)
     return (pattern @ value).transpose(1, 2).contiguous(), pattern
 
 

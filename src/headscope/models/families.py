@@ -1,18 +1,15 @@
 """Where the parts of an attention layer lie in each `transformers` model family: one row a family.
 
-To add a family: check that the input of the output projection is `pattern @ value` of each head, concatenated
-head-major (no gate or norm between), that the outputs of the projection and of the MLP are added to the residual stream
-as they are (no norm after them), that its norms are LayerNorms or have a `variance_epsilon`, and that its attention
-calls an `AttentionInterface` function. Then add a row, and a random-weight model of it to `tests/test_models.py` with
-its parts in `tests/naive_model.py`.
+docs/models.md says what to check before a row is added, and shows the table as it is.
 """
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from headscope.errors import ModelError
+from headscope.models.norms import Norm
 
 
 @dataclass(frozen=True)
@@ -20,18 +17,33 @@ class Block:
     """The parts of one layer."""
 
     block: nn.Module
-    attention_norm: nn.Module
+    attention_norm: Norm
     attention: nn.Module
     output_projection: nn.Module
     """Its input is z."""
-    mlp_norm: nn.Module
+    attention_post_norm: Norm | None
+    """Between the output projection and the residual stream."""
+    mlp_norm: Norm
     mlp: nn.Module
+    mlp_post_norm: Norm | None
+
+    @property
+    def attention_out(self) -> nn.Module:
+        """Its output is what attention adds to the residual stream."""
+        return self.output_projection if self.attention_post_norm is None else self.attention_post_norm.module
+
+    @property
+    def mlp_out(self) -> nn.Module:
+        """Its output is what the MLP adds to the residual stream."""
+        return self.mlp if self.mlp_post_norm is None else self.mlp_post_norm.module
 
 
 @dataclass(frozen=True)
 class Family:
     """Dotted paths of the parts; those below `blocks` are relative to one block."""
 
+    models: str
+    """Those people know it by."""
     blocks: str
     attention_norm: str
     attention: str
@@ -40,24 +52,59 @@ class Family:
     mlp_norm: str
     mlp: str
     final_norm: str
+    attention_post_norm: str | None = None
+    """A norm between the output projection and the residual stream: what attention adds is not linear in z."""
+    mlp_post_norm: str | None = None
     transposed: bool = False
     """GPT-2's Conv1D keeps weights as [in, out]; torch's Linear as [out, in]."""
+    gain_from_one: bool = False
+    """The weights of its norms are what their gains exceed 1 by."""
+    not_mixed: str | None = None
+    """Why z is not `pattern @ v` with v linear in the normed stream; then there is no DFA by source."""
 
     def parts(self, block: nn.Module) -> Block:
         """Find the parts of a block."""
-        attention = operator.attrgetter(self.attention)(block)
+
+        def part(path: str) -> nn.Module:
+            return operator.attrgetter(path)(block)
+
+        def norm(path: str) -> Norm:
+            return Norm(part(path), self.gain_from_one)
+
         return Block(
             block=block,
-            attention_norm=operator.attrgetter(self.attention_norm)(block),
-            attention=attention,
-            output_projection=operator.attrgetter(self.output_projection)(attention),
-            mlp_norm=operator.attrgetter(self.mlp_norm)(block),
-            mlp=operator.attrgetter(self.mlp)(block),
+            attention_norm=norm(self.attention_norm),
+            attention=part(self.attention),
+            output_projection=part(f"{self.attention}.{self.output_projection}"),
+            attention_post_norm=norm(self.attention_post_norm) if self.attention_post_norm else None,
+            mlp_norm=norm(self.mlp_norm),
+            mlp=part(self.mlp),
+            mlp_post_norm=norm(self.mlp_post_norm) if self.mlp_post_norm else None,
         )
 
 
+_LLAMA = Family(
+    models="Llama 1 to 3",
+    blocks="model.layers",
+    attention_norm="input_layernorm",
+    attention="self_attn",
+    output_projection="o_proj",
+    mlp_norm="post_attention_layernorm",
+    mlp="mlp",
+    final_norm="model.norm",
+)
+_GEMMA = replace(
+    _LLAMA,
+    models="Gemma 2",
+    mlp_norm="pre_feedforward_layernorm",
+    attention_post_norm="post_attention_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+    gain_from_one=True,
+)
+
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
+        models="GPT-2; TransformerLens checkpoints",
         blocks="transformer.h",
         attention_norm="ln_1",
         attention="attn",
@@ -68,6 +115,7 @@ FAMILIES: dict[str, Family] = {
         transposed=True,
     ),
     "gpt_neox": Family(
+        models="Pythia, GPT-NeoX",
         blocks="gpt_neox.layers",
         attention_norm="input_layernorm",
         attention="attention",
@@ -76,14 +124,30 @@ FAMILIES: dict[str, Family] = {
         mlp="mlp",
         final_norm="gpt_neox.final_layer_norm",
     ),
-    "llama": Family(
-        blocks="model.layers",
-        attention_norm="input_layernorm",
-        attention="self_attn",
-        output_projection="o_proj",
-        mlp_norm="post_attention_layernorm",
-        mlp="mlp",
-        final_norm="model.norm",
+    "llama": _LLAMA,
+    "mistral": replace(_LLAMA, models="Mistral"),
+    "qwen2": replace(_LLAMA, models="Qwen 2 and 2.5"),
+    "qwen3": replace(_LLAMA, models="Qwen 3"),
+    "gemma2": _GEMMA,
+    "gemma3_text": replace(_GEMMA, models="Gemma 3, 270m and 1b"),
+    "gemma3": replace(
+        _GEMMA,
+        models="Gemma 3, 4b and larger; text alone",
+        blocks="model.language_model.layers",
+        final_norm="model.language_model.norm",
+    ),
+    "afmoe": replace(
+        _GEMMA,
+        models="Trinity",
+        mlp_norm="pre_mlp_layernorm",
+        mlp_post_norm="post_mlp_layernorm",
+        gain_from_one=False,
+        not_mixed="a gate multiplies what the heads put out, before the output projection",
+    ),
+    "deepseek_v3": replace(
+        _LLAMA,
+        models="DeepSeek 3",
+        not_mixed="its values are made of a compressed stream with a norm of its own (MLA)",
     ),
 }
 """By the `model_type` of a model's config.json."""
@@ -99,6 +163,6 @@ def family_of(model_type: str) -> Family:
         raise ModelError(
             f"a model of type {model_type!r}",
             expected=f"one of {', '.join(sorted(FAMILIES))}",
-            do="add its row to headscope/models/families.py, which says what to check first",
+            do='add its row to headscope/models/families.py; docs/models.md says how, under "To add a family"',
         )
     return FAMILIES[model_type]

@@ -1,121 +1,31 @@
-"""A `transformers` causal language model: read and edit what it computes, compute losses, know the weights.
-
-The fast path is SDPA and hooks: z is the *input* of the output projection. Only a layer whose queries, keys, values,
-scores or pattern are read or edited has its attention function exchanged (`attention.py`).
-"""
+"""A `transformers` causal language model: what it computes (`running.py`), and what its weights say."""
 
 import copy
 import hashlib
 import json
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import cached_property
-from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from tokenizers import Tokenizer
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from headscope.errors import ModelError
 from headscope.models.attention import Attention, repeat_heads
-from headscope.models.families import family_of
-from headscope.models.hooks import Hooks, norm_numerator, norm_scale, normed
-from headscope.site import Kind, Site
+from headscope.models.running import Running, Stop
+from headscope.models.spec import Edit, ModelSpec, Restart, SiteEdit
+from headscope.site import Site
 
-_LOSS_ROWS = 512  # [rows, d_vocab] logits at a time: they stay in the cache and are never held for a whole batch
+__all__ = ["Attention", "Edit", "Model", "ModelSpec", "Restart", "SiteEdit"]
+
 _TOKEN_ROWS = 4096  # one-token sequences at a time
-
-Edit = Callable[[Tensor], Tensor]
-"""Is given the value at a site, shaped as `Site` says, and returns what is to stand in its place, shaped alike."""
 
 # What a configuration says that does not decide what is computed.
 _NOT_COMPUTED = {"architectures", "dtype", "name_or_path", "torch_dtype", "transformers_version", "use_cache"}
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """Sizes of a model."""
-
-    name: str
-    family: str
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_model: int
-    d_vocab: int
-    context: int
-    """Longest sequence the model was made for, in tokens."""
-    parallel: bool
-    """Attention and MLP both read `resid_pre`; there is no `resid_mid`."""
-
-
-@dataclass(frozen=True)
-class Restart:
-    """A run that can be continued from a layer on, again and again: what each block from there was called with."""
-
-    layer: int
-    calls: list[tuple[tuple, dict[str, Any]]]
-
-
-@runtime_checkable
-class SiteEdit(Protocol):
-    """An edit that must know where it is to be made; `Model.edit` asks it for the edit of its site."""
-
-    def bind(self, site: Site, spec: ModelSpec) -> Edit:
-        """The edit for this site of a model of these sizes."""
-        ...
-
-
-class _Stop(Exception):  # noqa: N818 - control flow, not an error
-    """Raised by the hook of the deepest site asked for: nothing after it is computed."""
-
-
-class Model:
+class Model(Running):
     """One interface for every backend; this one holds a `transformers` model in evaluation mode."""
-
-    def __init__(self, module: PreTrainedModel, tokenizer: Tokenizer, bos: int, name: str) -> None:
-        """Wrap a loaded model; use `headscope.load_model` to load one.
-
-        Raises:
-            ModelError: the family is not known, or there is no unembedding.
-        """
-        config = module.config
-        self.family = family_of(config.model_type)
-        self.module, self.tokenizer, self.bos = module.eval(), tokenizer, bos
-        self.module.requires_grad_(False)
-        self.module.set_attn_implementation("sdpa")
-        unembedding = module.get_output_embeddings()
-        if not isinstance(unembedding, nn.Linear):
-            raise ModelError(
-                f"{name} has no linear unembedding", expected="a causal language model", do="pass another --model"
-            )
-        self._unembedding = unembedding
-        heads = config.num_attention_heads
-        self.spec = ModelSpec(
-            name=name,
-            family=config.model_type,
-            n_layers=config.num_hidden_layers,
-            n_heads=heads,
-            n_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            d_head=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            d_model=config.hidden_size,
-            d_vocab=unembedding.out_features,
-            context=config.max_position_embeddings,
-            parallel=getattr(config, "use_parallel_residual", False),
-        )
-        self._blocks = [self.family.parts(block) for block in operator.attrgetter(self.family.blocks)(module)]
-        self._final_norm = operator.attrgetter(self.family.final_norm)(module)
-        self._hooks = Hooks(module, self._blocks, self._final_norm)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.module.device
 
     def replica(self) -> "Model":
         """A model that shares the weights of this one and nothing else: for another thread to run at the same time."""
@@ -132,252 +42,35 @@ class Model:
             digest.update(raw.numpy())
         return f"sha256:{digest.hexdigest()}"
 
-    # ------------------------------------------------------------------------------------------------------- reading
-    def check_layer(self, layer: int) -> None:
-        """Raise ModelError when the model has no such layer."""
-        if not 0 <= layer < self.spec.n_layers:
-            raise ModelError(
-                f"layer {layer} of {self.spec.name}",
-                expected=f"0 to {self.spec.n_layers - 1}: the model has {self.spec.n_layers} layers",
-                do="pass another --layer",
-            )
-
-    def check_site(self, site: Site) -> None:
-        """Raise ModelError when the model has no such site."""
-        self.check_layer(site.layer)
-        last = self.spec.n_layers - 1
-        if site.kind == "ln_final_scale" and site.layer != last:
-            raise ModelError(
-                f"the final norm's scale in layer {site.layer} of {self.spec.name}",
-                expected=f"layer {last}, the last, after which that norm stands",
-                do=f"name Site('ln_final_scale', {last})",
-            )
-        if site.kind == "resid_mid" and self.spec.parallel:
-            raise ModelError(
-                f"resid_mid of {self.spec.name}, whose attention and MLP stand side by side",
-                expected="a site that parallel blocks have: both read resid_pre and add to it",
-                do="use resid_pre, mlp_in or resid_post",
-            )
-
-    def width(self, site: Site) -> int:
-        """Components of the vectors at a site of SAEs.
-
-        Raises:
-            ModelError: a site where no SAE can sit.
-        """
-        if site.kind not in get_args(Kind):
-            raise ModelError(
-                f"an SAE of {site.kind}", expected=f"one of {', '.join(get_args(Kind))}", do="pass another --site"
-            )
-        return self.spec.n_heads * self.spec.d_head if site.kind == "z" else self.spec.d_model
-
-    @torch.no_grad()
-    def read(self, tokens: Int[Tensor, "batch position"], sites: Sequence[Site]) -> dict[Site, Float[Tensor, "..."]]:
-        """Activations at some sites, shaped as `Site` says; the run stops after the deepest one.
-
-        Within `edit` blocks a site that is edited is read as edited.
-
-        Raises:
-            ModelError: a site that the model does not have.
-        """
-        return self._read(tokens, sites)
-
-    def attention(self, tokens: Int[Tensor, "batch position"], layer: int) -> Attention:
-        """Pattern, value and z of one layer, computed explicitly; the run stops at z.
-
-        Raises:
-            ModelError: a layer that does not exist.
-        """
-        return self.attentions(tokens, [layer])[layer]
-
-    @torch.no_grad()
-    def attentions(self, tokens: Int[Tensor, "batch position"], layers: Sequence[int]) -> dict[int, Attention]:
-        """Pattern, value and z of several layers in one run, which stops at the last of them.
-
-        Raises:
-            ModelError: a layer that does not exist.
-        """
-        found = self._read(tokens, [Site(kind, layer) for layer in layers for kind in ("v", "pattern", "z")])
-        return {
-            layer: Attention(
-                pattern=found[Site("pattern", layer)],
-                value=repeat_heads(found[Site("v", layer)], self.spec.n_heads),
-                z=found[Site("z", layer)],
-            )
-            for layer in layers
-        }
-
-    def _read(self, tokens: Tensor, sites: Sequence[Site], **inputs: Tensor) -> dict[Site, Tensor]:
-        for site in sites:
-            self.check_site(site)
-        found: dict[Site, Tensor] = {}
-        deepest = max(sites, key=lambda site: site.depth, default=None)
-        if deepest is None:
-            return found
-
-        def keep(site: Site) -> Callable[[Tensor], None]:
-            def record(value: Tensor) -> None:
-                found[site] = value
-                if site == deepest:
-                    raise _Stop
-
-            return record
-
-        with self._hooks.at({site: keep(site) for site in sites}), suppress(_Stop):
-            self._body(tokens, **inputs)
-        return found
-
-    # ------------------------------------------------------------------------------------------------------- running
-    @contextmanager
-    def edit(self, edits: Mapping[Site, Edit | SiteEdit]) -> Iterator[None]:
-        """Within the block, each run replaces the value at a site by the function of it; what follows is changed too.
-
-        Blocks nest: at one site the outer block's edit comes first, the inner one is given its result. Of edits at
-        different sites the one that is computed first comes first (`AnyKind` is in that order). A scale is edited by
-        dividing the norm's output by the one and multiplying it by the other. Scores are edited with the mask in
-        them: where an edit writes over minus infinity, a query sees its future.
-
-        The model is bit-identical afterwards, also when the block raised.
-
-        Raises:
-            ModelError: a site that the model does not have; in a run, an edit that returns another shape or type.
-        """
-        for site in edits:
-            self.check_site(site)
-        functions = {s: e.bind(s, self.spec) if isinstance(e, SiteEdit) else e for s, e in edits.items()}
-        with self._hooks.at(functions):
-            yield
-
-    @torch.no_grad()
-    def logits(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position d_vocab"]:
-        """Next-token logits."""
-        return self.module(input_ids=tokens, use_cache=False).logits
-
-    @torch.no_grad()
-    def losses(
-        self, tokens: Int[Tensor, "batch position"], restart: Restart | None = None
-    ) -> Float[Tensor, "batch predicting"]:
-        """Cross-entropy in nats of predicting token t+1 at t, for all positions but the last.
-
-        With `restart`, from a run on the same tokens, only its layer and later ones are computed again.
-        """
-        return self._next_losses(self._body(tokens) if restart is None else self._continue(restart), tokens)
-
-    def _next_losses(self, normed: Float[Tensor, "batch position d_model"], tokens: Tensor) -> Tensor:
-        return self._losses_of(normed[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).view(tokens.shape[0], -1)
-
-    def _losses_of(self, normed: Float[Tensor, "row d_model"], targets: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-        chunks = [
-            nn.functional.cross_entropy(self._unembedding(h), t, reduction="none")
-            for h, t in zip(normed.split(_LOSS_ROWS), targets.split(_LOSS_ROWS), strict=True)
-        ]
-        return torch.cat(chunks)
-
-    def loss_gradient(self, tokens: Int[Tensor, "batch position"], site: Site) -> Float[Tensor, "batch position d"]:
-        """Gradient of the summed losses of a batch by the value at a site of the residual stream, or by z.
-
-        At [b, q] it is of the losses at q and all later positions of row b, which are all that the value can reach.
-
-        Raises:
-            ModelError: a site that the model does not have.
-        """
-        leaves: list[Tensor] = []
-
-        def watch(value: Tensor) -> Tensor:
-            leaves.append(value.detach().requires_grad_())
-            return leaves[0]
-
-        with torch.enable_grad(), self.edit({site: watch}):
-            total = self._next_losses(self._body(tokens), tokens).sum()
-            return torch.autograd.grad(total, leaves[0])[0]
-
-    # --------------------------------------------------------------------------------------- the end of a run, by rows
-    @torch.no_grad()
-    def mlp(
-        self, layer: int, x: Float[Tensor, "row d_model"], scale: Float[Tensor, "row 1"] | None = None
-    ) -> Float[Tensor, "row d_model"]:
-        """What a layer's MLP, with the norm before it, puts out for given inputs; edits play no part.
-
-        Args:
-            layer: whose MLP.
-            x: what the norm reads: `mlp_in`.
-            scale: what the norm divides by, instead of what it would.
-
-        Raises:
-            ModelError: a layer that does not exist.
-        """
-        self.check_layer(layer)
-        part = self._blocks[layer]
-        with self._hooks.suspended():
-            return part.mlp(normed(part.mlp_norm, x, scale)[None])[0]
-
-    @torch.no_grad()
-    def final_losses(
-        self,
-        residual: Float[Tensor, "row d_model"],
-        targets: Int[Tensor, " row"],
-        scale: Float[Tensor, "row 1"] | None = None,
-    ) -> Float[Tensor, " row"]:
-        """Cross-entropy of predicting some tokens from the final residual stream, `resid_post` of the last layer.
-
-        Args:
-            residual: before the final norm.
-            targets: the token that follows each.
-            scale: what the final norm divides by, instead of what it would; edits play no part.
-        """
-        with self._hooks.suspended():
-            return self._losses_of(normed(self._final_norm, residual, scale), targets)
-
-    def final_parts(
-        self, residual: Float[Tensor, "row d_model"]
-    ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row 1"]]:
-        """(c, sigma): what the final norm divides, and by what.
-
-        `logits = c / sigma @ logit_directions + logit_bias`, but for a constant in each row.
-        """
-        return norm_numerator(self._final_norm, residual), norm_scale(self._final_norm, residual)
-
-    @contextmanager
-    def restartable(self, layer: int) -> Iterator[Restart]:
-        """The one run made within the block can be continued from a layer on afterwards.
-
-        What was edited before the layer stays edited; at the layer and after it, the edits that hold when it is
-        continued are made.
-
-        Raises:
-            ModelError: a layer that does not exist.
-        """
-        self.check_layer(layer)
-        restart = Restart(layer, [])
-
-        def keep(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            restart.calls.append((args, kwargs))
-
-        handles = [
-            part.block.register_forward_pre_hook(keep, with_kwargs=True, prepend=True) for part in self._blocks[layer:]
-        ]
-        try:
-            yield restart
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _continue(self, restart: Restart) -> Tensor:
-        """As `_body`, from the input of a block on."""
-        hidden = restart.calls[0][0][0]
-        for part, (args, kwargs) in zip(self._blocks[restart.layer :], restart.calls, strict=True):
-            hidden = part.block(hidden, *args[1:], **kwargs)
-        return self._final_norm(hidden)
-
-    def _body(self, tokens: Tensor, **inputs: Tensor) -> Tensor:
-        """Everything but the unembedding: the normed final residual stream."""
-        return self.module.base_model(input_ids=tokens, use_cache=False, **inputs).last_hidden_state
-
     # ------------------------------------------------------------------------------------------------------- weights
     def W_O(self, layer: int) -> Float[Tensor, "z d_model"]:  # noqa: N802 - the field's name
-        """Output projection of a layer: `attn_out = z @ W_O + b_O`."""
+        """Output projection of a layer: `attn_out = z @ W_O + b_O`.
+
+        Raises:
+            ModelError: a layer that does not exist, or a norm between the projection and the stream.
+        """
         self.check_layer(layer)
-        weight: Tensor = self._output_projection(layer).weight  # pyright: ignore[reportAssignmentType]
+        if self.spec.post_norm:
+            raise ModelError(
+                f"what {self.spec.name} adds to its stream, as a sum over heads: a norm after the output projection "
+                "divides by the size of the whole",
+                expected="a family whose attn_out is linear in z",
+                do="edit z and run the model instead; `output_directions` leaves that norm's scale out",
+            )
+        return self._output_weight(layer)
+
+    def output_directions(self, layer: int) -> Float[Tensor, "z d_model"]:
+        """What a direction of z adds to the residual stream, when the norm after the output projection has scale 1.
+
+        W_O where there is no such norm. Else `W_O * gain` of it; its scale, which differs by token, is left out, as
+        `logit_directions` leaves out the final norm's. So ratios of one token's parts are exact, their sizes not.
+        """
+        self.check_layer(layer)
+        norm, weight = self._blocks[layer].attention_post_norm, self._output_weight(layer)
+        return weight if norm is None or norm.gain is None else weight * norm.gain
+
+    def _output_weight(self, layer: int) -> Float[Tensor, "z d_model"]:
+        weight: Tensor = self._blocks[layer].output_projection.weight  # pyright: ignore[reportAssignmentType]
         return weight if self.family.transposed else weight.T
 
     @cached_property
@@ -385,11 +78,12 @@ class Model:
         """What a residual direction adds to the logits when the final norm's scale is 1: `centre(u) * gain @ W_U`.
 
         The final norm's gain and (for LayerNorm) centring are folded in, its scale is left out, and the result is
-        centred over the vocabulary, to which softmax is blind. So TransformerLens' processed `W_U`.
+        centred over the vocabulary, to which softmax is blind. So TransformerLens' processed `W_U`. Of a model that
+        caps its logits, these are those before the cap.
         """
         norm = self._final_norm
-        folded = norm.weight[:, None] * self._unembedding.weight.T
-        if isinstance(norm, nn.LayerNorm):
+        folded = self._unembedding.weight.T if norm.gain is None else norm.gain[:, None] * self._unembedding.weight.T
+        if norm.centres:
             folded = folded - folded.mean(0)
         return folded - folded.mean(1, keepdim=True)
 
@@ -397,18 +91,15 @@ class Model:
     def logit_bias(self) -> Float[Tensor, " d_vocab"]:
         """The part of the logits that no residual stream makes: the final norm's bias through W_U, and b_U."""
         bias = torch.zeros(self.spec.d_vocab, dtype=self.module.dtype, device=self.device)
-        norm_bias = getattr(self._final_norm, "bias", None)
+        norm_bias = self._final_norm.bias
         if norm_bias is not None:
             bias = bias + norm_bias @ self._unembedding.weight.T
         return bias if self._unembedding.bias is None else bias + self._unembedding.bias
 
-    def _output_projection(self, layer: int) -> nn.Module:
-        return self._blocks[layer].output_projection
-
     def b_O(self, layer: int) -> Float[Tensor, " d_model"]:  # noqa: N802 - the field's name
         """Bias of the output projection of a layer; zero for models without one."""
         self.check_layer(layer)
-        bias = getattr(self._output_projection(layer), "bias", None)
+        bias = getattr(self._blocks[layer].output_projection, "bias", None)
         return torch.zeros(self.spec.d_model, dtype=self.module.dtype, device=self.device) if bias is None else bias
 
     def value_offset(self, layer: int) -> Float[Tensor, " z"]:
@@ -421,7 +112,7 @@ class Model:
             ModelError: a layer that does not exist.
         """
         self.check_layer(layer)
-        bias = getattr(self._blocks[layer].attention_norm, "bias", None)
+        bias = self._blocks[layer].attention_norm.bias
         return self._value_of(layer, torch.zeros(self.spec.d_model) if bias is None else bias)
 
     def W_V(self, layer: int) -> Float[Tensor, "head d_model d_head"]:  # noqa: N802 - the field's name
@@ -431,10 +122,11 @@ class Model:
         heads that share a value head have the same weights. Read off the model itself; edits play no part.
 
         Raises:
-            ModelError: a layer that does not exist.
+            ModelError: a layer that does not exist, or a family whose z is not pattern @ v.
         """
         self.check_layer(layer)
-        gain = getattr(self._blocks[layer].attention_norm, "weight", None)
+        self.check_mixed()
+        gain = self._blocks[layer].attention_norm.gain
         width, dtype = self.spec.d_model, self.module.dtype
         basis = torch.diag(torch.ones(width, dtype=dtype, device=self.device) if gain is None else gain)
         values = self._value_of(layer, basis) - self._value_of(layer, torch.zeros_like(basis[0]))
@@ -447,7 +139,7 @@ class Model:
         back to before it.
         """
         self.check_layer(layer)
-        return norm_numerator(self._blocks[layer].attention_norm, x)
+        return self._blocks[layer].attention_norm.numerator(x)
 
     @torch.no_grad()
     def queries_and_keys(
@@ -470,10 +162,12 @@ class Model:
             scale: `ln1_scale` of the layer.
 
         Raises:
-            ModelError: a layer that does not exist.
+            ModelError: a layer that does not exist, queries and keys that are normed, or scores that are capped.
         """
+        self.check_layer(layer)
+        self._check_bilinear()
         norm = self._blocks[layer].attention_norm
-        gain, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
+        gain, bias = norm.gain, norm.bias
         normed = self.centred(layer, parts) / scale
         normed = normed.to(self.module.dtype) if gain is None else (normed * gain).to(self.module.dtype)
         rows = torch.cat([normed, torch.zeros_like(normed[:1])])
@@ -483,16 +177,16 @@ class Model:
 
         def stop(value: Tensor) -> None:
             found[sites[1]] = value
-            raise _Stop
+            raise Stop
 
         with self._hooks.suspended():
             with self.restartable(layer) as restart:
                 self._read(tokens[None], [Site("resid_pre", layer)])
-            handle = norm.register_forward_hook(lambda _module, _args, _output: rows)
+            handle = norm.module.register_forward_hook(lambda _module, _args, _output: rows)
             try:
                 args, kwargs = restart.calls[0]
                 functions = {sites[0]: lambda value: found.update({sites[0]: value}), sites[1]: stop}
-                with self._hooks.at(functions), suppress(_Stop):
+                with self._hooks.at(functions), suppress(Stop):
                     self._blocks[layer].block(rows, *args[1:], **kwargs)
             finally:
                 handle.remove()
@@ -500,11 +194,20 @@ class Model:
         q, k = (torch.cat([value[:-1] - value[-1], value[-1:]]) for value in (q, k))
         return q, k
 
+    def _check_bilinear(self) -> None:
+        if self.spec.qk_norm or self.spec.scores_cap is not None:
+            why = "queries and keys are normed" if self.spec.qk_norm else "scores are capped"
+            raise ModelError(
+                f"the scores of {self.spec.name} as a sum over parts of what queries and keys are made of: {why}",
+                expected="scores that are bilinear in the normed stream",
+                do="leave this study out for this model, or patch q and k instead",
+            )
+
     @torch.no_grad()
     def _value_of(self, layer: int, normed: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch z"]:
         """The values that a layer makes of what the norm before it puts out: z where a token sees only itself."""
         rows = normed.view(-1, self.spec.d_model).to(self.device, self.module.dtype)
-        norm = self._blocks[layer].attention_norm
+        norm = self._blocks[layer].attention_norm.module
         handle = norm.register_forward_hook(lambda _module, _args, _output: rows[:, None])
         try:
             with self._hooks.suspended():
@@ -528,9 +231,10 @@ class Model:
             tokens: which tokens; the whole vocabulary if None.
 
         Raises:
-            ModelError: a layer that does not exist.
+            ModelError: a layer that does not exist, or a family whose z is not pattern @ v.
         """
         self.check_layer(layer)
+        self.check_mixed()
         tokens = torch.arange(self.spec.d_vocab) if tokens is None else tokens
         site, parts = Site("z", layer), []
         with self._hooks.suspended():

@@ -8,9 +8,8 @@ one that is computed first.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -18,18 +17,19 @@ from transformers import PreTrainedModel
 from headscope.errors import ModelError
 from headscope.models.attention import ATTENTION_KINDS, Steps, watching
 from headscope.models.families import Block
+from headscope.models.norms import Norm
 from headscope.site import AnyKind, Site
 
 Function = Callable[[Tensor], Tensor | None]
 """Is given the value at a site; what it returns, unless None, replaces the value."""
 
-_Point = Literal["block in", "norm 1", "z", "projection", "norm 2 in", "norm 2", "mlp", "block out", "final norm"]
+_Point = Literal["block in", "norm 1", "z", "attention", "norm 2 in", "norm 2", "mlp", "block out", "final norm"]
 
 _POINTS: dict[AnyKind, tuple[_Point, ...]] = {
     "resid_pre": ("block in",),
     "ln1_scale": ("norm 1",),
     "z": ("z",),
-    "attn_out": ("projection",),
+    "attn_out": ("attention",),
     "resid_mid": ("norm 2 in", "mlp", "block out"),
     "mlp_in": ("norm 2 in",),
     "ln2_scale": ("norm 2",),
@@ -43,7 +43,7 @@ _POINTS: dict[AnyKind, tuple[_Point, ...]] = {
 class Hooks:
     """The sites of one model, and the functions that are at them now."""
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[Block], final_norm: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[Block], final_norm: Norm) -> None:
         """Put no function anywhere yet."""
         self._model, self._blocks, self._final_norm = model, blocks, final_norm
         self._functions: dict[Site, tuple[Function, ...]] = {}
@@ -109,21 +109,21 @@ class Hooks:
             case "block in":
                 return block.block.register_forward_pre_hook(self._first_argument("resid_pre", layer))
             case "norm 1":
-                return block.attention_norm.register_forward_hook(self._norm("ln1_scale", layer))
+                return self._norm(block.attention_norm, "ln1_scale", layer)
             case "z":
                 return block.output_projection.register_forward_pre_hook(self._first_argument("z", layer))
-            case "projection":
-                return block.output_projection.register_forward_hook(self._output("attn_out", layer))
+            case "attention":
+                return block.attention_out.register_forward_hook(self._output("attn_out", layer))
             case "norm 2 in":
-                return block.mlp_norm.register_forward_pre_hook(self._into_mlp(layer))
+                return block.mlp_norm.module.register_forward_pre_hook(self._into_mlp(layer))
             case "norm 2":
-                return block.mlp_norm.register_forward_hook(self._norm("ln2_scale", layer))
+                return self._norm(block.mlp_norm, "ln2_scale", layer)
             case "mlp":
-                return block.mlp.register_forward_hook(self._mlp(layer))
+                return block.mlp_out.register_forward_hook(self._mlp(layer))
             case "block out":
                 return block.block.register_forward_hook(self._block(layer))
             case "final norm":
-                return self._final_norm.register_forward_hook(self._norm("ln_final_scale", layer))
+                return self._norm(self._final_norm, "ln_final_scale", layer)
 
     def _first_argument(self, kind: AnyKind, layer: int) -> Callable[..., tuple]:
         site = Site(kind, layer)
@@ -141,15 +141,15 @@ class Hooks:
 
         return hook
 
-    def _norm(self, kind: AnyKind, layer: int) -> Callable[..., Tensor]:
+    def _norm(self, norm: Norm, kind: AnyKind, layer: int) -> RemovableHandle:
         site = Site(kind, layer)
 
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            scale = norm_scale(module, args[0])
+        def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            scale = norm.scale(args[0])
             edited = self._run(site, scale)
-            return output if edited is scale else _rescaled(module, output, scale / edited)
+            return output if edited is scale else norm.rescaled(output, scale / edited)
 
-        return hook
+        return norm.module.register_forward_hook(hook)
 
     def _into_mlp(self, layer: int) -> Callable[..., tuple]:
         """resid_mid and mlp_in: one tensor of the model, which is also what the MLP's output is added to."""
@@ -182,34 +182,6 @@ class Hooks:
             return self._run(site, self._after_edited_mid.pop(layer, output))
 
         return hook
-
-
-def norm_scale(norm: nn.Module, x: Tensor) -> Tensor:
-    """What a norm divides by, `[..., 1]`, in float32 at least, as norms compute it.
-
-    `sqrt(mean((x - mean(x))^2) + eps)` for LayerNorm, `sqrt(mean(x^2) + eps)` for transformers' RMSNorms.
-    """
-    eps = norm.eps if isinstance(norm, nn.LayerNorm) else cast(float, norm.variance_epsilon)
-    return (norm_numerator(norm, x).square().mean(-1, keepdim=True) + eps).sqrt()
-
-
-def norm_numerator(norm: nn.Module, x: Tensor) -> Tensor:
-    """What a norm divides by its scale, in float32 at least: x, centred for LayerNorm."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
-
-
-def normed(norm: nn.Module, x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """What a norm makes of x; with another scale than its own, if one is given."""
-    output = norm(x)
-    return output if scale is None else _rescaled(norm, output, norm_scale(norm, x) / scale)
-
-
-def _rescaled(norm: nn.Module, output: Tensor, factor: Tensor) -> Tensor:
-    """The output of a norm, its part without the bias multiplied."""
-    bias = getattr(norm, "bias", None)
-    bias = 0 if bias is None else bias
-    return ((output - bias) * factor + bias).to(output.dtype)
 
 
 def check_like(edited: Tensor, value: Tensor, site: Site) -> None:

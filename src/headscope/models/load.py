@@ -1,47 +1,83 @@
-"""Load a model by name: a bundled one, a Hugging Face folder, a TransformerLens checkpoint, or a name on the hub."""
+"""Load a model: by name, from a folder or a file, or from an object that a user has loaded already."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from headscope.errors import ModelError
+from headscope.models import transformer_lens
 from headscope.models.families import family_of
 from headscope.models.hf import Model
+from headscope.models.hub import advice
 from headscope.models.tl_checkpoint import find_checkpoint, load_checkpoint
+from headscope.models.vocabulary import check_vocabulary, first_token, no_tokenizer
 
 _BUNDLED = Path(__file__).parent
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """Load a causal language model with its tokenizer.
+def load_model(
+    model: str | Path | nn.Module,
+    *,
+    tokenizer: Any = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """Load a causal language model with its tokenizer, or take one that is loaded.
 
     Args:
-        name: `tiny` (bundled), the path of a Hugging Face folder, a folder or weights file that TransformerLens saved,
-            `gelu-2l` or another of `tl_checkpoint.HUB`, or a name on the hub (the last two need the network).
-        device: where to put the weights.
-        dtype: of the weights and of all that is computed.
+        model: `tiny` (bundled), the path of a Hugging Face folder, a folder or weights file that TransformerLens saved,
+            `gelu-2l` or another of `tl_checkpoint.HUB`, or a name on the hub (the last two need the network). Or an
+            object: a `PreTrainedModel` of transformers, whose weights are shared and which is left as it is; or a
+            HookedTransformer or TransformerBridge of TransformerLens.
+        tokenizer: a fast tokenizer of transformers, for a `PreTrainedModel`, which has none; otherwise the model's own
+            is taken. Blocks of text start with its BOS, or with its EOS where it has none.
+        device: where to put the weights; the processor, or where an object's are.
+        dtype: of the weights and of what the model computes with them (losses, scales of norms and all statistics are
+            of float32 at least); float32, or an object's.
 
     Raises:
-        ModelError: the model is missing, truncated, of an unknown family, or has no tokenizer with a BOS.
+        ModelError: the model is missing, truncated, of an unknown family, has weights that are not finite, or has no
+            tokenizer that fits.
     """
-    transformers_logging.disable_progress_bar()
-    checkpoint = find_checkpoint(name)
-    if checkpoint:
-        module, tokenizer = load_checkpoint(*checkpoint, dtype)
+    if isinstance(model, nn.Module):
+        module, own, name = _loaded(model)
+        tokenizer = own if tokenizer is None else tokenizer
     else:
-        module, tokenizer = _load(name, dtype)
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if bos is None or not hasattr(tokenizer, "backend_tokenizer"):
-        raise _no_tokenizer(name)
-    return Model(module.to(device), tokenizer.backend_tokenizer, bos, name)
+        transformers_logging.disable_progress_bar()
+        name = str(model)
+        _check_dtype(dtype or torch.float32)
+        checkpoint = find_checkpoint(name)
+        read = load_checkpoint(*checkpoint, dtype or torch.float32) if checkpoint else _load(name, dtype)
+        module, tokenizer = read[0], read[1] if tokenizer is None else tokenizer
+    bos = first_token(tokenizer, name)
+    check_vocabulary(tokenizer, module.get_input_embeddings().num_embeddings, name)
+    _check_weights(module, name)
+    return Model(module.to(device=device, dtype=dtype), tokenizer.backend_tokenizer, bos, name)
 
 
-def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _loaded(model: nn.Module) -> tuple[PreTrainedModel, Any, str]:
+    """A model that shares the weights of a user's object and nothing else; its tokenizer, if it has one; its name."""
+    if isinstance(model, PreTrainedModel):
+        shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+        return copy.deepcopy(model, shared), None, model.config.name_or_path or model.config.model_type
+    if transformer_lens.is_bridge(model) or transformer_lens.is_hooked(model):
+        return transformer_lens.unwrap(model)
+    raise ModelError(
+        f"a model that is a {type(model).__name__}",
+        expected="a PreTrainedModel of transformers, a HookedTransformer or a TransformerBridge",
+        do="pass one of these, or the name of a model",
+    )
+
+
+def _load(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
     """What `transformers` itself reads: a folder, or a name on the hub."""
     folder = _folder(name)
     source = str(folder or name)
@@ -49,15 +85,17 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(source, **local)
         family_of(config.model_type)
+        if getattr(config, "quantization_config", None) is not None:
+            raise _quantised(name)
         module, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            source, dtype=dtype, output_loading_info=True, attn_implementation="sdpa", **local
+            source, dtype=dtype or torch.float32, output_loading_info=True, attn_implementation="eager", **local
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **local)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         raise ModelError(
             f"cannot load the model {name!r}: {str(error).strip().splitlines()[0] if str(error) else type(error)}",
             expected="`tiny`, a folder with config.json (or tl_config.json), weights and tokenizer.json, or a hub name",
-            do="check the name, and for a hub name the network",
+            do=advice(error, name, otherwise="check the name, and for a hub name the network"),
         ) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         raise ModelError(
@@ -66,16 +104,36 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             do="fetch or save the model again",
         )
     if folder is not None and not (folder / "tokenizer.json").is_file():  # transformers invents an empty one
-        raise _no_tokenizer(name)
+        raise no_tokenizer(name)
     return module, tokenizer
 
 
-def _no_tokenizer(name: str) -> ModelError:
+def _quantised(name: str) -> ModelError:
     return ModelError(
-        f"the tokenizer of {name!r}",
-        expected="a fast tokenizer (tokenizer.json) with a BOS or EOS token",
-        do="save the model with such a tokenizer",
+        f"the model {name!r}, whose weights are quantised",
+        expected="weights in float32, bfloat16 or float16, of which W_O and W_V can be read",
+        do="load the model it was made from",
     )
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in _DTYPES:
+        raise ModelError(
+            f"dtype {dtype}", expected=", ".join(str(d).removeprefix("torch.") for d in _DTYPES), do="pass one of these"
+        )
+
+
+def _check_weights(module: nn.Module, name: str) -> None:
+    """Raise ModelError where weights are quantised, not there, or not finite."""
+    for key, tensor in module.state_dict().items():
+        if tensor.is_meta or not (tensor.is_floating_point() and tensor.dtype.itemsize > 1):
+            if tensor.dtype == torch.bool:
+                continue
+            raise _quantised(name)
+        if not tensor.isfinite().all():
+            raise ModelError(
+                f"NaN or infinity in {key} of {name!r}", expected="finite weights", do="fetch or save the model again"
+            )
 
 
 def _folder(name: str) -> Path | None:

@@ -26,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from headscope.artefact import read_json
 from headscope.errors import ModelError
+from headscope.models.hub import advice
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2", "silu", "solu_ln")
 
@@ -190,7 +191,7 @@ def _download(repository: str) -> tuple[Path, Path]:
         raise ModelError(
             f"cannot fetch {repository} from the Hugging Face hub: {_first_line(error)}",
             expected=f"config.json and {_FINAL} on the hub, or in its cache",
-            do="check the network, or pass a folder with these two files and tokenizer.json",
+            do=advice(error, repository, otherwise="pass a folder with these two files and tokenizer.json"),
         ) from error
     return weights, config
 
@@ -202,25 +203,64 @@ def load_checkpoint(weights: Path, config_file: Path, dtype: torch.dtype) -> tup
     Raises:
         ModelError: files that are damaged, disagree with each other, or are of a model that is not read here.
     """
-    config = _read_config(config_file)
-    state = _read_weights(weights)
-    _check_weights(state, config, weights)
-    module = _empty_model(config)
-    state = {name: t.detach().to(dtype) for name, t in state.items()}
-    module.load_state_dict(_converted(_completed(state, config), config), assign=True)
+    raw, state = _read_json(config_file), _read_weights(weights)
+    config = _config(raw, str(config_file))
+    module = _built(config, state, str(weights), dtype, most_bytes=weights.stat().st_size)
     return module, _tokenizer(config_file.parent, config)
 
 
-def _read_config(file: Path) -> _Config:
+def build(raw: Mapping[str, Any], state: Mapping[str, Tensor], source: str, dtype: torch.dtype) -> GPT2LMHeadModel:
+    """A model of weights in TransformerLens' layout that are in memory.
+
+    Args:
+        raw: their configuration, in TransformerLens' names.
+        state: the state dict of a HookedTransformer.
+        source: where the two are from, for messages.
+        dtype: of the model.
+
+    Raises:
+        ModelError: as `load_checkpoint`.
+    """
+    weights = {name: t.detach() for name, t in state.items() if not _BUFFERS.fullmatch(name)}
+    return _built(_config(raw, source), weights, source, dtype)
+
+
+def _built(
+    config: _Config, state: Mapping[str, Tensor], source: str, dtype: torch.dtype, *, most_bytes: int | None = None
+) -> GPT2LMHeadModel:
+    _check_weights(state, config, source, most_bytes)
+    module = _empty_model(config)
+    state = {name: t.detach().to(dtype) for name, t in state.items()}
+    module.load_state_dict(_converted(_completed(state, config), config), assign=True)
+    return module
+
+
+def _read_json(file: Path) -> Any:
     try:
-        raw = read_json(file)
+        return read_json(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(str(file), error) from error
+
+
+def _unreadable(source: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"cannot read {source}: {_first_line(error)}",
+        expected=f"a TransformerLens configuration with {', '.join(_SIZES)}",
+        do="write it from the model's HookedTransformerConfig",
+    )
+
+
+def _config(raw: Any, source: str) -> _Config:
+    try:
+        if not isinstance(raw, Mapping):
+            raise TypeError(f"a {type(raw).__name__}")
         sizes = {"n_heads": -1, "d_mlp": None} | {name: raw[name] for name in _SIZES if name in raw}
         if sizes["n_heads"] == -1:
             sizes["n_heads"] = sizes["d_model"] // sizes["d_head"]
         if sizes["d_mlp"] is None or raw.get("attn_only"):
             sizes["d_mlp"] = 4 * sizes["d_model"]
         act_fn, eps = raw.get("act_fn"), raw.get("eps", raw.get("ln_eps", 1e-5))
-        _check_config(raw, {name: sizes[name] for name in _SIZES}, act_fn, eps, file)
+        _check_config(raw, {name: sizes[name] for name in _SIZES}, act_fn, eps, source)
         return _Config(
             **sizes,
             act_fn=act_fn or "",
@@ -229,20 +269,16 @@ def _read_config(file: Path) -> _Config:
             eps=float(eps),
             tokenizer_name=raw.get("tokenizer_name"),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
-        raise ModelError(
-            f"cannot read {file}: {_first_line(error)}",
-            expected=f"a TransformerLens configuration with {', '.join(_SIZES)}",
-            do="write it from the model's HookedTransformerConfig",
-        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise _unreadable(source, error) from error
 
 
-def _check_config(raw: Mapping[str, Any], sizes: Mapping[str, Any], act_fn: Any, eps: Any, file: Path) -> None:
+def _check_config(raw: Mapping[str, Any], sizes: Mapping[str, Any], act_fn: Any, eps: Any, source: str) -> None:
     """Raise ModelError at the first field that is not of a model read here."""
 
     def require(fits: bool, name: str, value: Any, expected: str) -> None:
         if not fits:
-            raise ModelError(f"{file}: {name} is {value!r}", expected=expected, do="pass another model")
+            raise ModelError(f"{source}: {name} is {value!r}", expected=expected, do="pass another model")
 
     for name, size in sizes.items():
         require(type(size) is int and size > 0, name, size, "a whole number from 1")
@@ -303,7 +339,7 @@ def _kind(name: str) -> str:
     return re.sub(r"^blocks\.\d+\.", "blocks.", name)
 
 
-def _check_weights(state: Mapping[str, Tensor], config: _Config, file: Path) -> None:
+def _check_weights(state: Mapping[str, Tensor], config: _Config, source: str, most_bytes: int | None) -> None:
     """Raise ModelError where the tensors are not those of the configuration.
 
     A bias that no layer has is zero: the published models have no b_U. One that only some layers have is missing.
@@ -312,7 +348,7 @@ def _check_weights(state: Mapping[str, Tensor], config: _Config, file: Path) -> 
     def refuse(what: str, names: list[str]) -> None:
         if names:
             raise ModelError(
-                f"the weights in {file} {what} {', '.join(map(str, names[:3]))}",
+                f"the weights in {source} {what} {', '.join(map(str, names[:3]))}",
                 expected="a HookedTransformer of " + ", ".join(f"{size} {getattr(config, size)}" for size in _SIZES),
                 do="check that the two files are of one model",
             )
@@ -326,8 +362,8 @@ def _check_weights(state: Mapping[str, Tensor], config: _Config, file: Path) -> 
     needed = [n for n in shapes if n.rpartition(".")[2][0] != "b" or _kind(n) in kinds]
     refuse("lack", [name for name in needed if name not in state])
     refuse("have in another shape", [f"{n} {tuple(t.shape)}" for n, t in state.items() if t.shape != shapes[n]])
-    size = file.stat().st_size  # of a tensor that repeats its numbers, the file does not hold as many as it has
-    dense = {n: t.layout == torch.strided and t.is_cpu and t.is_floating_point() for n, t in state.items()}
+    size = most_bytes or math.inf  # of a tensor that repeats its numbers, a file does not hold as many as it has
+    dense = {n: t.layout == torch.strided and not t.is_meta and t.is_floating_point() for n, t in state.items()}
     refuse("are not plain numbers:", [n for n, t in state.items() if not dense[n] or t.nbytes > size])
     refuse("are not finite in", [n for n, t in state.items() if not t.isfinite().all()])
 
@@ -392,19 +428,12 @@ def _tokenizer(folder: Path, config: _Config) -> Any:
     source = str(folder if local else config.tokenizer_name)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source, local_files_only=local)
-        ids = [tokenizer.bos_token_id or 0, *tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()]
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise ModelError(
             f"no tokenizer from {source}: {_first_line(error)}",
             expected=f"tokenizer.json and tokenizer_config.json in {folder}, or a tokenizer_name that is on the hub",
-            do="save the model's tokenizer there, or check the network",
+            do=advice(error, source, otherwise="save the model's tokenizer there, or check the network"),
         ) from error
-    if max(ids) >= config.d_vocab:
-        raise ModelError(
-            f"a tokenizer with the token {max(ids)}, from {source}",
-            expected=f"tokens below d_vocab, {config.d_vocab}",
-            do="save the model's own tokenizer there",
-        )
     return tokenizer
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from headscope.errors import SAEError
 from headscope.models.hf import Model
-from headscope.sae.model import SAE
+from headscope.sae.model import MODULE_OUTPUT, SAE
 
 
 def check_shape(sae: SAE, model: Model) -> None:
@@ -22,7 +22,7 @@ def check_shape(sae: SAE, model: Model) -> None:
 
     Raises:
         ModelError: the model has no such layer.
-        SAEError: the widths differ.
+        SAEError: the widths differ, or it reads a module whose output a norm follows.
     """
     model.check_layer(sae.site.layer)
     width, spec = model.width(sae.site), model.spec
@@ -32,6 +32,12 @@ def check_shape(sae: SAE, model: Model) -> None:
             f"an SAE for vectors of {sae.d_in} ({sae.site.hook_name} of {sae.model_name})",
             expected=f"{width}{made}, the width of that site in {spec.name}",
             do="pass the model it was trained on",
+        )
+    if spec.post_norm and sae.metadata.get("reads") == MODULE_OUTPUT:
+        raise SAEError(
+            f"an SAE of a module's output at {sae.site.hook_name}, where {spec.name} has a norm after the module",
+            expected="an SAE of what is added to the residual stream, behind that norm",
+            do="use an SAE of another site",
         )
 
 

@@ -85,6 +85,9 @@ Activation = ReLU | JumpReLU | TopK
 PROCESSED = "transformer_lens_processed"
 """The `z_convention` of an SAE trained on the activations of a model whose weights TransformerLens had processed."""
 
+MODULE_OUTPUT = "module output"
+"""What an SAE's metadata says it `reads` when that is a module's own output, before any norm that follows it."""
+
 
 @dataclass(frozen=True)
 class HeadBlocks:

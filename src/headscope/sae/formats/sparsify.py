@@ -20,7 +20,7 @@ from headscope.sae.formats.files import (
     tensors_of,
     unsupported,
 )
-from headscope.sae.model import SAE, TopK
+from headscope.sae.model import MODULE_OUTPUT, SAE, TopK
 from headscope.site import Kind, Site
 
 _WEIGHTS, _CONFIG, _RUN = "sae.safetensors", "cfg.json", "config.json"
@@ -64,7 +64,12 @@ def read(files: Files, stated: Stated) -> SAE:
         activation=TopK(int(config["k"])),
         site=chosen_site(files, _site(files), stated),
         model_name=chosen_model(run.get("model"), stated),
-        metadata={"z_convention": "raw", "context_size": run.get("ctx_len"), "training": {"config": config}},
+        metadata={
+            "z_convention": "raw",
+            "reads": MODULE_OUTPUT,
+            "context_size": run.get("ctx_len"),
+            "training": {"config": config},
+        },
     )
     latents = config.get("num_latents") or config["d_in"] * config["expansion_factor"]
     if (config["d_in"], latents) != (sae.d_in, sae.d_sae):

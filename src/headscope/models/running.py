@@ -1,0 +1,381 @@
+"""Run a `transformers` causal language model: read what it computes at any site, edit it, and take its losses.
+
+The fast path is SDPA and hooks: z is the *input* of the output projection. Only a layer whose queries, keys, values,
+scores or pattern are read or edited has its attention function exchanged (`attention.py`), and every layer of a model
+that caps its scores, which SDPA cannot.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from headscope.errors import ModelError
+from headscope.models.attention import IMPLEMENTATION, Attention, repeat_heads
+from headscope.models.families import family_of
+from headscope.models.hooks import Hooks
+from headscope.models.norms import Norm
+from headscope.models.spec import Edit, ModelSpec, Restart, SiteEdit
+from headscope.site import Kind, Site
+
+_LOSS_ROWS = 512  # [rows, d_vocab] logits at a time: they stay in the cache and are never held for a whole batch
+
+
+class Stop(Exception):  # noqa: N818 - control flow, not an error
+    """Raised by the hook of the deepest site asked for: nothing after it is computed."""
+
+
+class Running:
+    """What a loaded model computes; `headscope.models.hf.Model` adds what its weights say."""
+
+    def __init__(self, module: PreTrainedModel, tokenizer: Tokenizer, bos: int, name: str) -> None:
+        """Take a loaded model; use `headscope.load_model` to load one.
+
+        Raises:
+            ModelError: the family is not known, or there is no unembedding.
+        """
+        self.family = family_of(module.config.model_type)
+        self.module, self.tokenizer, self.bos = module.eval(), tokenizer, bos
+        self.module.requires_grad_(False)
+        unembedding = module.get_output_embeddings()
+        if not isinstance(unembedding, nn.Linear):
+            raise ModelError(
+                f"{name} has no linear unembedding", expected="a causal language model", do="pass another --model"
+            )
+        self._unembedding = unembedding
+        self._blocks = [self.family.parts(block) for block in operator.attrgetter(self.family.blocks)(module)]
+        self._final_norm = Norm(operator.attrgetter(self.family.final_norm)(module), self.family.gain_from_one)
+        self.spec = ModelSpec.of(module, name, self.family, self._blocks[0])
+        self.module.set_attn_implementation("sdpa" if self.spec.scores_cap is None else IMPLEMENTATION)
+        self._hooks = Hooks(module, self._blocks, self._final_norm)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.module.device
+
+    # ------------------------------------------------------------------------------------------------------- reading
+    def check_layer(self, layer: int) -> None:
+        """Raise ModelError when the model has no such layer."""
+        if not 0 <= layer < self.spec.n_layers:
+            raise ModelError(
+                f"layer {layer} of {self.spec.name}",
+                expected=f"0 to {self.spec.n_layers - 1}: the model has {self.spec.n_layers} layers",
+                do="pass another --layer",
+            )
+
+    def check_site(self, site: Site) -> None:
+        """Raise ModelError when the model has no such site."""
+        self.check_layer(site.layer)
+        last = self.spec.n_layers - 1
+        if site.kind == "ln_final_scale" and site.layer != last:
+            raise ModelError(
+                f"the final norm's scale in layer {site.layer} of {self.spec.name}",
+                expected=f"layer {last}, the last, after which that norm stands",
+                do=f"name Site('ln_final_scale', {last})",
+            )
+        if site.kind == "resid_mid" and self.spec.parallel:
+            raise ModelError(
+                f"resid_mid of {self.spec.name}, whose attention and MLP stand side by side",
+                expected="a site that parallel blocks have: both read resid_pre and add to it",
+                do="use resid_pre, mlp_in or resid_post",
+            )
+
+    def check_mixed(self) -> None:
+        """Raise ModelError where z is not `pattern @ v` with v linear in the normed stream: there is no DFA by source.
+
+        z, and SAEs of it, can be read there all the same.
+        """
+        if self.family.not_mixed:
+            raise ModelError(
+                f"what the heads of {self.spec.name} move from source to query: {self.family.not_mixed}",
+                expected="a family where z is pattern @ v",
+                do="train, load and evaluate SAEs of its z; leave out what goes by source token",
+            )
+
+    def width(self, site: Site) -> int:
+        """Components of the vectors at a site of SAEs.
+
+        Raises:
+            ModelError: a site where no SAE can sit.
+        """
+        if site.kind not in get_args(Kind):
+            raise ModelError(
+                f"an SAE of {site.kind}", expected=f"one of {', '.join(get_args(Kind))}", do="pass another --site"
+            )
+        return self.spec.n_heads * self.spec.d_head if site.kind == "z" else self.spec.d_model
+
+    @torch.no_grad()
+    def read(
+        self,
+        tokens: Int[Tensor, "batch position"],
+        sites: Sequence[Site],
+        *,
+        attended: Bool[Tensor, "batch position"] | None = None,
+        restart: Restart | None = None,
+    ) -> dict[Site, Float[Tensor, "..."]]:
+        """Activations at some sites, shaped as `Site` says; the run stops after the deepest one.
+
+        Within `edit` blocks a site that is edited is read as edited.
+
+        Args:
+            tokens: `[batch, position]`.
+            sites: any, in any order.
+            attended: False where a token is padding, on either side: no query sees it, and positions are counted
+                without it. What is read there means nothing.
+            restart: a run on the same tokens, from whose layer on it is made again; `attended` is what it was there.
+
+        Raises:
+            ModelError: a site that the model does not have, or one before the layer of `restart`.
+        """
+        return self._read(tokens, sites, restart, **_padding(attended))
+
+    def attention(
+        self,
+        tokens: Int[Tensor, "batch position"],
+        layer: int,
+        *,
+        attended: Bool[Tensor, "batch position"] | None = None,
+    ) -> Attention:
+        """Pattern, value and z of one layer, computed explicitly; the run stops at z.
+
+        Raises:
+            ModelError: a layer that does not exist, or a family where z is not pattern @ value.
+        """
+        return self.attentions(tokens, [layer], attended=attended)[layer]
+
+    @torch.no_grad()
+    def attentions(
+        self,
+        tokens: Int[Tensor, "batch position"],
+        layers: Sequence[int],
+        *,
+        attended: Bool[Tensor, "batch position"] | None = None,
+    ) -> dict[int, Attention]:
+        """Pattern, value and z of several layers in one run, which stops at the last of them.
+
+        Raises:
+            ModelError: a layer that does not exist, or a family where z is not pattern @ value.
+        """
+        self.check_mixed()
+        sites = [Site(kind, layer) for layer in layers for kind in ("v", "pattern", "z")]
+        found = self._read(tokens, sites, None, **_padding(attended))
+        return {
+            layer: Attention(
+                pattern=found[Site("pattern", layer)],
+                value=repeat_heads(found[Site("v", layer)], self.spec.n_heads),
+                z=found[Site("z", layer)],
+            )
+            for layer in layers
+        }
+
+    def _read(
+        self, tokens: Tensor, sites: Sequence[Site], restart: Restart | None = None, **inputs: Tensor
+    ) -> dict[Site, Tensor]:
+        for site in sites:
+            self.check_site(site)
+            if restart is not None and site.layer < restart.layer:
+                raise ModelError(
+                    f"{site.kind} of layer {site.layer} from a run that is continued at layer {restart.layer}",
+                    expected=f"sites of layers {restart.layer} and later",
+                    do="read it from the tokens",
+                )
+        found: dict[Site, Tensor] = {}
+        deepest = max(sites, key=lambda site: site.depth, default=None)
+        if deepest is None:
+            return found
+
+        def keep(site: Site) -> Callable[[Tensor], None]:
+            def record(value: Tensor) -> None:
+                found[site] = value
+                if site == deepest:
+                    raise Stop
+
+            return record
+
+        with self._hooks.at({site: keep(site) for site in sites}), suppress(Stop):
+            if restart is None:
+                self._body(tokens, **inputs)
+            else:
+                self._continue(restart)
+        return found
+
+    # ------------------------------------------------------------------------------------------------------- running
+    @contextmanager
+    def edit(self, edits: Mapping[Site, Edit | SiteEdit]) -> Iterator[None]:
+        """Within the block, each run replaces the value at a site by the function of it; what follows is changed too.
+
+        Blocks nest: at one site the outer block's edit comes first, the inner one is given its result. Of edits at
+        different sites the one that is computed first comes first (`AnyKind` is in that order). A scale is edited by
+        dividing the norm's output by the one and multiplying it by the other. Scores are edited with the mask in
+        them: where an edit writes over minus infinity, a query sees its future.
+
+        The model is bit-identical afterwards, also when the block raised.
+
+        Raises:
+            ModelError: a site that the model does not have; in a run, an edit that returns another shape or type.
+        """
+        for site in edits:
+            self.check_site(site)
+        functions = {s: e.bind(s, self.spec) if isinstance(e, SiteEdit) else e for s, e in edits.items()}
+        with self._hooks.at(functions):
+            yield
+
+    @torch.no_grad()
+    def logits(
+        self, tokens: Int[Tensor, "batch position"], *, attended: Bool[Tensor, "batch position"] | None = None
+    ) -> Float[Tensor, "batch position d_vocab"]:
+        """Next-token logits; `attended` as in `read`."""
+        return self.module(input_ids=tokens, use_cache=False, **_padding(attended)).logits
+
+    @torch.no_grad()
+    def losses(
+        self, tokens: Int[Tensor, "batch position"], restart: Restart | None = None
+    ) -> Float[Tensor, "batch predicting"]:
+        """Cross-entropy in nats of predicting token t+1 at t, for all positions but the last.
+
+        With `restart`, from a run on the same tokens, only its layer and later ones are computed again.
+        """
+        return self._next_losses(self._body(tokens) if restart is None else self._continue(restart), tokens)
+
+    def _next_losses(self, normed: Float[Tensor, "batch position d_model"], tokens: Tensor) -> Tensor:
+        return self._losses_of(normed[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).view(tokens.shape[0], -1)
+
+    def _losses_of(self, normed: Float[Tensor, "row d_model"], targets: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        chunks = [
+            nn.functional.cross_entropy(_precise(self._capped(self._unembedding(h))), t, reduction="none")
+            for h, t in zip(normed.split(_LOSS_ROWS), targets.split(_LOSS_ROWS), strict=True)
+        ]
+        return torch.cat(chunks)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self.spec.logits_cap
+        return logits if cap is None else cap * (logits / cap).tanh()
+
+    def loss_gradient(self, tokens: Int[Tensor, "batch position"], site: Site) -> Float[Tensor, "batch position d"]:
+        """Gradient of the summed losses of a batch by the value at a site of the residual stream, or by z.
+
+        At [b, q] it is of the losses at q and all later positions of row b, which are all that the value can reach.
+
+        Raises:
+            ModelError: a site that the model does not have.
+        """
+        leaves: list[Tensor] = []
+
+        def watch(value: Tensor) -> Tensor:
+            leaves.append(value.detach().requires_grad_())
+            return leaves[0]
+
+        with torch.enable_grad(), self.edit({site: watch}):
+            total = self._next_losses(self._body(tokens), tokens).sum()
+            return torch.autograd.grad(total, leaves[0])[0]
+
+    # --------------------------------------------------------------------------------------- the end of a run, by rows
+    @torch.no_grad()
+    def mlp(
+        self, layer: int, x: Float[Tensor, "row d_model"], scale: Float[Tensor, "row 1"] | None = None
+    ) -> Float[Tensor, "row d_model"]:
+        """What a layer's MLP, with the norms before and after it, adds for given inputs; edits play no part.
+
+        Args:
+            layer: whose MLP.
+            x: what the norm reads: `mlp_in`.
+            scale: what the norm divides by, instead of what it would.
+
+        Raises:
+            ModelError: a layer that does not exist.
+        """
+        self.check_layer(layer)
+        part = self._blocks[layer]
+        with self._hooks.suspended():
+            added = part.mlp(part.mlp_norm.apply(x, scale)[None])[0]
+            return added if part.mlp_post_norm is None else part.mlp_post_norm.apply(added)
+
+    @torch.no_grad()
+    def final_losses(
+        self,
+        residual: Float[Tensor, "row d_model"],
+        targets: Int[Tensor, " row"],
+        scale: Float[Tensor, "row 1"] | None = None,
+    ) -> Float[Tensor, " row"]:
+        """Cross-entropy of predicting some tokens from the final residual stream, `resid_post` of the last layer.
+
+        Args:
+            residual: before the final norm.
+            targets: the token that follows each.
+            scale: what the final norm divides by, instead of what it would; edits play no part.
+        """
+        with self._hooks.suspended():
+            return self._losses_of(self._final_norm.apply(residual, scale), targets)
+
+    def final_parts(
+        self, residual: Float[Tensor, "row d_model"]
+    ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row 1"]]:
+        """(c, sigma): what the final norm divides, and by what.
+
+        `logits = c / sigma @ logit_directions + logit_bias`, but for a constant in each row.
+
+        Raises:
+            ModelError: logits that are capped.
+        """
+        if self.spec.logits_cap is not None:
+            raise ModelError(
+                f"the logits of {self.spec.name} as a sum of parts: they are capped at {self.spec.logits_cap:g}",
+                expected="a model without a cap on its logits",
+                do="edit the model and take the losses of its runs instead",
+            )
+        return self._final_norm.numerator(residual), self._final_norm.scale(residual)
+
+    @contextmanager
+    def restartable(self, layer: int) -> Iterator[Restart]:
+        """The one run made within the block can be continued from a layer on afterwards.
+
+        What was edited before the layer stays edited; at the layer and after it, the edits that hold when it is
+        continued are made.
+
+        Raises:
+            ModelError: a layer that does not exist.
+        """
+        self.check_layer(layer)
+        restart = Restart(layer, [])
+
+        def keep(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            restart.calls.append((args, kwargs))
+
+        handles = [
+            part.block.register_forward_pre_hook(keep, with_kwargs=True, prepend=True) for part in self._blocks[layer:]
+        ]
+        try:
+            yield restart
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _continue(self, restart: Restart) -> Tensor:
+        """As `_body`, from the input of a block on."""
+        hidden = restart.calls[0][0][0]
+        for part, (args, kwargs) in zip(self._blocks[restart.layer :], restart.calls, strict=True):
+            hidden = part.block(hidden, *args[1:], **kwargs)
+        return self._final_norm.module(hidden)
+
+    def _body(self, tokens: Tensor, **inputs: Tensor) -> Tensor:
+        """Everything but the unembedding: the normed final residual stream."""
+        return self.module.base_model(input_ids=tokens, use_cache=False, **inputs).last_hidden_state
+
+
+def _padding(attended: Bool[Tensor, "batch position"] | None) -> dict[str, Tensor]:
+    """What `transformers` is told of padding: positions are counted from the first token that is not."""
+    if attended is None or bool(attended.all()):
+        return {}
+    return {"attention_mask": attended, "position_ids": (attended.cumsum(1) - 1).clamp_min(0)}
+
+
+def _precise(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,0 +1,60 @@
+"""What must hold between a tokenizer and a model, and which token starts a text."""
+
+from typing import Any
+
+from headscope.errors import ModelError
+
+_UNUSED = 0.1  # of a model's vocabulary: rows that pad it to a round number
+
+
+def check_vocabulary(tokenizer: Any, d_vocab: int, source: str) -> None:
+    """Refuse a tokenizer that is not the model's, as far as their sizes tell.
+
+    Tokens that were added to a tokenizer later may lie outside a model's vocabulary; a corpus with one is refused when
+    it is read.
+
+    Args:
+        tokenizer: a fast tokenizer of `transformers`.
+        d_vocab: tokens that the model knows.
+        source: where the tokenizer is from, for the message.
+
+    Raises:
+        ModelError: it has a token that the model lacks, or leaves more than a tenth of the model's tokens unused.
+    """
+    own = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
+    special = [tokenizer.bos_token_id or 0, tokenizer.eos_token_id or 0]
+    largest, known = max([*own, *special]), tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
+    if largest >= d_vocab:
+        raise ModelError(
+            f"a tokenizer with the token {largest}, from {source}",
+            expected=f"tokens below d_vocab, {d_vocab}",
+            do="save the model's own tokenizer there",
+        )
+    if known < (1 - _UNUSED) * d_vocab:
+        raise ModelError(
+            f"a tokenizer of {known} tokens, from {source}",
+            expected=f"about as many as the model has, d_vocab {d_vocab}",
+            do="save the model's own tokenizer there",
+        )
+
+
+def first_token(tokenizer: Any, source: str) -> int:
+    """The token that starts each block of text: the tokenizer's BOS, or its EOS where it has none (as Qwen's).
+
+    Raises:
+        ModelError: it has neither, or is not a fast tokenizer.
+    """
+    if hasattr(tokenizer, "backend_tokenizer"):
+        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+            if token is not None:
+                return token
+    raise no_tokenizer(source)
+
+
+def no_tokenizer(source: str) -> ModelError:
+    """The error for a model whose tokenizer cannot be used."""
+    return ModelError(
+        f"the tokenizer of {source!r}",
+        expected="a fast tokenizer (tokenizer.json) with a BOS or EOS token",
+        do="save the model with such a tokenizer, or pass one as tokenizer=",
+    )

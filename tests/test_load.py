@@ -1,0 +1,196 @@
+"""Loading: what a user names or has loaded already becomes the same model, or is refused with what to do."""
+
+import json
+import os
+import subprocess
+import sys
+
+import httpx
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch.testing import assert_close
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from headscope.errors import ModelError
+from headscope.models.load import load_model
+from headscope.site import Site
+from test_judges import needs, run_judge
+
+BRIDGED = ("gpt2", "gpt_neox", "llama", "gemma2", "qwen3")
+
+
+def fast(tokenizer, **special):
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), **special)
+
+
+@pytest.fixture
+def folder(random_model, save_model, tmp_path):
+    return save_model(random_model("llama"), tmp_path / "model")
+
+
+# ------------------------------------------------------------------------------------------------------ a user's object
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma3_text"])
+def test_a_users_model_shares_its_weights_and_is_left_as_it_is(random_model, tokenizer, family):
+    theirs = random_model(family).module.train().requires_grad_(True)
+    theirs.set_attn_implementation("eager")
+    tokens = torch.randint(1, 98, (2, 9), generator=torch.Generator().manual_seed(0))
+    ours = load_model(theirs, tokenizer=fast(tokenizer, bos_token="<|bos|>"))
+    with torch.no_grad():
+        expected = theirs.eval()(tokens, use_cache=False).logits
+    theirs.train()
+    assert_close(ours.logits(tokens), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+    pointers = {name: p.data_ptr() for name, p in theirs.named_parameters()}
+    assert pointers == {name: p.data_ptr() for name, p in ours.module.named_parameters()}
+    with ours.edit({Site("z", 0): torch.zeros_like, Site("pattern", 1): torch.zeros_like}):
+        ours.logits(tokens)
+    assert theirs.training
+    assert all(p.requires_grad for p in theirs.parameters())
+    assert theirs.config._attn_implementation == "eager"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in theirs.modules())
+
+
+def test_a_users_model_in_another_precision_leaves_theirs(random_model, tokenizer):
+    theirs = random_model("llama").module
+    ours = load_model(theirs, tokenizer=fast(tokenizer, bos_token="<|bos|>"), dtype=torch.float64)
+    assert (ours.module.dtype, theirs.dtype) == (torch.float64, torch.float32)
+
+
+def test_a_users_model_needs_a_tokenizer(random_model):
+    with pytest.raises(ModelError, match=r"the tokenizer of[\s\S]*fast tokenizer"):
+        load_model(random_model("llama").module)
+
+
+def test_another_module_is_refused():
+    with pytest.raises(ModelError, match=r"a Linear[\s\S]*HookedTransformer"):
+        load_model(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+@needs("transformer_lens")
+def test_objects_of_transformerlens_are_what_they_compute(random_model, save_model, tmp_path):
+    folders = [save_model(random_model(name), tmp_path / name) for name in BRIDGED]
+    run_judge("transformer_lens_objects.py", tmp_path / "out.json", *folders)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert "compatibility mode" in found.pop("refused compatibility")
+    assert "positional_embedding_type is 'rotary'" in found.pop("refused rotary")
+    assert found.keys() == {"hooked", "hooked processed", *(f"bridge {name}" for name in BRIDGED)}
+    for name, misses in found.items():
+        shared = misses.pop("shared")
+        assert shared > 0 or name.startswith("hooked"), name
+        assert misses.pop("left as it was") == 0, name
+        assert all(miss < 2e-4 for miss in misses.values()), (name, misses)
+
+
+# -------------------------------------------------------------------------------------------------------- first token
+def test_blocks_start_with_bos_or_with_eos_where_there_is_none(random_model, tokenizer):
+    module = random_model("llama").module
+    for special, expected in [
+        ({"bos_token": "A", "eos_token": "B"}, "A"),
+        ({"eos_token": "B"}, "B"),
+    ]:
+        assert load_model(module, tokenizer=fast(tokenizer, **special)).bos == tokenizer.token_to_id(expected)
+    with pytest.raises(ModelError, match="BOS or EOS"):
+        load_model(module, tokenizer=fast(tokenizer))
+
+
+# ---------------------------------------------------------------------------------------------------------- precision
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_and_losses_are_of_float32(folder, dtype):
+    model, half = load_model(folder), load_model(folder, dtype=dtype)
+    tokens = torch.randint(1, 98, (2, 20), generator=torch.Generator().manual_seed(0))
+    assert half.module.dtype == half.logits(tokens).dtype == dtype
+    assert half.losses(tokens).dtype == torch.float32
+    expected = torch.nn.functional.cross_entropy(
+        half.logits(tokens)[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
+    )
+    assert_close(half.losses(tokens).flatten(), expected, atol=1e-5, rtol=1e-5)
+    site = Site("z", 1)
+    z, near = model.read(tokens, [site])[site], half.read(tokens, [site])[site]
+    assert near.dtype == dtype
+    assert (near.float() - z).norm() < 0.05 * z.norm()
+    attention = half.attention(tokens, 1)
+    mixed = torch.einsum("bhqs,bshe->bqhe", attention.pattern.float(), attention.value.float()).flatten(2)
+    assert (mixed - attention.z.float()).norm() < 0.01 * mixed.norm()
+
+
+def test_a_dtype_that_does_not_compute_is_refused(folder):
+    with pytest.raises(ModelError, match=r"int8[\s\S]*bfloat16"):
+        load_model(folder, dtype=torch.int8)
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(folder, bad):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.self_attn.o_proj.weight"][3, 4] = bad
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"NaN or infinity in model.layers.1.self_attn.o_proj.weight"):
+        load_model(folder)
+
+
+def test_quantised_weights_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="quantised"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("d_vocab", "message"), [(60, r"the token 97[\s\S]*d_vocab, 60"), (300, r"of 98 tokens[\s\S]*d_vocab 300")]
+)
+def test_a_tokenizer_of_another_vocabulary_is_refused(random_model, save_model, tmp_path, d_vocab, message):
+    with pytest.raises(ModelError, match=message):
+        load_model(save_model(random_model("llama", vocab_size=d_vocab), tmp_path / "model"))
+
+
+def test_rows_that_pad_a_vocabulary_are_none_of_it(random_model, save_model, tmp_path):
+    assert load_model(save_model(random_model("llama", vocab_size=104), tmp_path / "model")).spec.d_vocab == 104
+
+
+def test_an_unknown_architecture_is_refused_with_the_how_to(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "bloom"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"type 'bloom'[\s\S]*families.py; docs/models.md"):
+        load_model(folder)
+
+
+RESPONSE = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (GatedRepoError("gated", response=RESPONSE), r"https://huggingface.co/some/model[\s\S]*hf auth login"),
+        (RepositoryNotFoundError("none", response=RESPONSE), r"check the name[\s\S]*private"),
+        (LocalEntryNotFoundError("not here"), r"hf download some/model --local-dir"),
+    ],
+)
+def test_what_the_hub_refuses_says_what_to_do(monkeypatch, cause, message):
+    def refuse(*_args, **_kwargs):
+        raise OSError("cannot") from cause
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(ModelError, match=message):
+        load_model("some/model")
+
+
+def test_without_the_network_a_name_says_how_to_use_a_folder():
+    with pytest.raises(ModelError, match=r"cannot load the model 'openai-community/none-such'[\s\S]*--local-dir"):
+        load_model("openai-community/none-such")
+
+
+# ------------------------------------------------------------------------------------------------------- the real thing
+@pytest.mark.network
+def test_gelu_2l_predicts_hello_world_as_published():
+    code = (
+        "from headscope import load_model; import torch; m = load_model('gelu-2l');"
+        "ids = [m.bos, *m.tokenizer.encode('Hello world!', add_special_tokens=False).ids];"
+        "print(m.losses(torch.tensor([ids])).mean().item())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert float(done.stdout) == pytest.approx(6.501802, abs=1e-4)
