@@ -26,7 +26,7 @@ from transformers import (
 
 from headscope.corpus import Corpus
 from headscope.models.hf import Model
-from headscope.sae.model import SAE, JumpReLU, ReLU, TopK
+from headscope.sae.model import SAE, Gated, JumpReLU, ReLU, TopK
 from headscope.site import Site
 
 settings.register_profile("headscope", deadline=None, max_examples=60, derandomize=True)
@@ -180,7 +180,7 @@ def random_corpus() -> Callable[..., Corpus]:
 
 @pytest.fixture(scope="session")
 def random_sae() -> Callable[..., SAE]:
-    """`random_sae(model, d_sae, activation, site=, dtype=, seed=)`; activation: `relu`, `jumprelu` or `topk`."""
+    """`random_sae(model, d_sae, activation, site=, dtype=, seed=)`; activation: `relu`, `jumprelu`, `topk`, `gated`."""
 
     def make(
         model: Model,
@@ -199,13 +199,14 @@ def random_sae() -> Callable[..., SAE]:
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype or model.module.dtype)
 
-        kind = {"relu": ReLU(), "jumprelu": JumpReLU(normal(d_sae).abs() * 0.3), "topk": TopK(5)}[activation]
+        threshold = normal(d_sae).abs() * 0.3
+        kinds = {"relu": ReLU(), "jumprelu": JumpReLU(threshold), "topk": TopK(5), "gated": Gated(threshold)}
         return SAE(
             W_enc=normal(d_in, d_sae) / d_in**0.5,
             b_enc=normal(d_sae) * 0.3 - 0.3,
             W_dec=normal(d_sae, d_in) / d_in**0.5,
             b_dec=normal(d_in) * 0.2,
-            activation=kind,
+            activation=kinds[activation],
             site=site,
             model_name=model.spec.name,
             apply_b_dec_to_input=apply_b_dec_to_input,

@@ -20,8 +20,6 @@ import headscope.models
 from headscope.interventions import at
 from headscope.models.hf import Model
 from headscope.models.load import load_model
-from headscope.sae.formats import load_sae, save_sae
-from headscope.sae.model import SAE
 from headscope.site import KINDS, AnyKind, Site
 from naive_model import hidden
 
@@ -144,53 +142,6 @@ def test_an_edit_does_what_it_does_in_transformerlens(
         ours = model.logits(tokens)
     assert (ours - model.logits(tokens)).abs().max() > 1e-3
     assert_same_scale(ours, theirs["edited " + site.hook_name.removeprefix("blocks.0.")], 1e-5)
-
-
-# --------------------------------------------------------------------------------------------------------- SAELens 6.54
-@pytest.fixture(scope="module")
-def judged_saes(
-    random_model: Callable[..., Model], random_sae: Callable[..., SAE], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A folder of our SAEs and theirs, each with what SAELens encodes and decodes."""
-    root = tmp_path_factory.mktemp("saes")
-    model = random_model("gpt_neox")
-    x = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
-    np.savez(root / "x.npz", x=x.numpy())
-    for activation in ("relu", "jumprelu", "topk"):
-        for centred in (True, False):
-            sae = random_sae(model, activation=activation, apply_b_dec_to_input=centred)
-            save_sae(sae, root / "ours" / f"{activation}-{'centred' if centred else 'uncentred'}")
-    save_sae(random_sae(model, activation="jumprelu"), root / "ours" / "jumprelu-bfloat16", dtype=torch.bfloat16)
-    save_sae(random_sae(model, site=Site("mlp_out", 0)), root / "ours" / "mlp_out")
-    run_judge("sae_lens_files.py", root)
-    return root
-
-
-def assert_judged(root: Path, kind: str, name: str) -> None:
-    x = torch.from_numpy(np.load(root / "x.npz")["x"])
-    judged = np.load(root / kind / f"{name}.npz")
-    sae = load_sae(root / kind / name)
-    f = sae.encode(x)
-    assert 0 < int((f > 0).sum()) < f.numel()
-    assert_same_scale(f, torch.from_numpy(judged["f"]), 1e-6)
-    assert_same_scale(sae.decode(f), torch.from_numpy(judged["x_hat"]), 1e-6)
-
-
-OURS = [f"{a}-{c}" for a in ("relu", "jumprelu", "topk") for c in ("centred", "uncentred")]
-
-
-@pytest.mark.slow
-@needs("sae_lens")
-@pytest.mark.parametrize("name", [*OURS, "jumprelu-bfloat16", "mlp_out"])
-def test_saelens_opens_what_is_saved_here(judged_saes: Path, name: str) -> None:
-    assert_judged(judged_saes, "ours", name)
-
-
-@pytest.mark.slow
-@needs("sae_lens")
-@pytest.mark.parametrize("name", ["standard", "standard-flat-uncentred", "jumprelu", "topk", "topk-rescaled"])
-def test_what_saelens_saves_opens_here(judged_saes: Path, name: str) -> None:
-    assert_judged(judged_saes, "theirs", name)
 
 
 # ------------------------------------------------------------------------------------------------- plain transformers

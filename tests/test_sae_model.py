@@ -12,7 +12,7 @@ from headscope.sae.model import SAE, JumpReLU, ReLU, TopK
 from headscope.site import Site
 
 RandomSAE = Callable[..., SAE]
-ACTIVATIONS = ("relu", "jumprelu", "topk")
+ACTIVATIONS = ("relu", "jumprelu", "topk", "gated")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 

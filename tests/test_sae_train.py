@@ -15,6 +15,7 @@ from headscope.corpus import Corpus
 from headscope.errors import CorpusError, ModelError, SAEError, TrainingError
 from headscope.models.hf import Model
 from headscope.sae.config import TrainConfig
+from headscope.sae.convert import check_fits
 from headscope.sae.model import SAE, JumpReLU, ReLU
 from headscope.sae.train import (
     DENSE_ABOVE,
@@ -24,7 +25,6 @@ from headscope.sae.train import (
     Parameters,
     Status,
     Trainer,
-    check_fits,
     dense_gradients,
     gradients,
     n_activations,

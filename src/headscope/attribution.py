@@ -34,8 +34,8 @@ class HeadWeights:
     def of(cls, sae: SAE, model: Model) -> "HeadWeights":
         """For a z SAE of this model."""
         offset = model.value_offset(sae.site.layer).to(sae.W_enc)
-        by_head = sae.W_enc.T.reshape(sae.d_sae, model.spec.n_heads, model.spec.d_head).transpose(0, 1).contiguous()
-        return cls(by_head, sae.bias + offset @ sae.W_enc, offset.view(model.spec.n_heads, model.spec.d_head))
+        encoder = sae.head_blocks(model.spec.n_heads).encoder.contiguous()
+        return cls(encoder, sae.bias + offset @ sae.W_enc, offset.view(model.spec.n_heads, model.spec.d_head))
 
 
 def dfa_by_head(
@@ -111,7 +111,7 @@ def decoder_share(sae: SAE, n_heads: int) -> Float[Tensor, "d_sae head"]:
 
     It depends on the basis of z: rescaling a head's W_V against its W_O changes it and not the model.
     """
-    return _share(sae.W_dec.view(sae.d_sae, n_heads, -1).norm(dim=-1))
+    return _share(sae.head_blocks(n_heads).decoder.norm(dim=-1).T)
 
 
 def decoder_share_through_output(sae: SAE, model: Model) -> Float[Tensor, "d_sae head"]:
@@ -121,7 +121,7 @@ def decoder_share_through_output(sae: SAE, model: Model) -> Float[Tensor, "d_sae
     """
     n_heads = model.spec.n_heads
     output = model.output_directions(sae.site.layer).reshape(n_heads, -1, model.spec.d_model)
-    return _share(_norm_through(sae.W_dec.view(sae.d_sae, n_heads, -1).transpose(0, 1), output))
+    return _share(_norm_through(sae.head_blocks(n_heads).decoder, output))
 
 
 def _norm_through(

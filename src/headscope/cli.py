@@ -80,6 +80,58 @@ class Eval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Info:
+    """Print what an SAE or a model is, its conventions, and whether the two fit one another."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    """A bundled SAE or model, a path, or a name on the hub."""
+    model: str | None = None
+    """Of an SAE: say whether it fits this model; status 1 if it does not."""
+
+    def run(self) -> None:
+        """Print."""
+        lines, fit = jobs.info(self.name, model=self.model)
+        display = Display()
+        for what, said in lines + (fit.lines if fit else []):
+            display.say(f"{what + ':':<24}{said}")
+        if fit is not None and not fit.fits:
+            sys.exit(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write an SAE of any format as a SAELens folder that reads the model's own activations and states all it knows."""
+
+    sae: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
+    """A path, or a name on the hub."""
+    out: Path
+    """Folder to write; must be new or empty."""
+    model: str | None = None
+    """The model whose processed weights it was trained on; the one the SAE names when not given."""
+    site: Kind | None = None
+    """What it reads, for files that do not say; with --layer."""
+    layer: int | None = None
+    """See --site."""
+    trained_on: str | None = None
+    """The model's name, for files that do not say or say another program's."""
+    overwrite: bool = False
+    """Replace what `out` holds."""
+
+    def run(self) -> None:
+        """Convert and say what was written."""
+        sae = jobs.convert(
+            self.sae,
+            self.out,
+            model=self.model,
+            site=self.site,
+            layer=self.layer,
+            trained_on=self.trained_on,
+            overwrite=self.overwrite,
+        )
+        Display().say(f"SAE: {self.out} ({sae.activation.name}, {sae.site.hook_name} of {sae.model_name})")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Index:
     """Index every feature of z SAEs on a corpus: activations, statistics, source tokens, examples with their DFA.
 
@@ -353,7 +405,7 @@ class Display:
         self.say("* Kissane et al. (2024): gelu-2l layer 1, d_sae 16,384, C4 and code; another model and corpus")
 
 
-Command = Demo | Train | Eval | Index | Serve | Export | Proxies | Effects | Dive | Survey
+Command = Demo | Train | Eval | Info | Convert | Index | Serve | Export | Proxies | Effects | Dive | Survey
 
 
 def main(arguments: list[str] | None = None) -> None:

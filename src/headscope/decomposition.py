@@ -300,4 +300,5 @@ def _check_saes(model: Model, layer: int, saes: Sequence[SAE]) -> None:
                 expected=f"one of {', '.join(_SPLIT)} of a layer before {layer}, and no other of that component",
                 do="pass the SAEs of what is to be taken apart upstream",
             )
+        sae.check_raw()
         taken |= own

@@ -58,7 +58,11 @@ def reconstruction(sae: SAE, change: FeatureEdit | None = None, *, with_error: b
             a change. Otherwise the error is dropped: `change(f) @ W_dec + b_dec`.
 
     The SAE computes in its own precision, float32 beside a model in half precision, say.
+
+    Raises:
+        SAEError: it reads activations of processed weights.
     """
+    sae.check_raw()
 
     def edit(value: Tensor) -> Tensor:
         f = sae.encode(value.to(sae.W_enc.dtype))

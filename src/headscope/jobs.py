@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
-from headscope.artefact import check_output, check_run_folder, read_json, write_json
+from headscope.artefact import check_output, check_run_folder, file_hash, read_json, write_json
 from headscope.corpus import Corpus, Split, load_corpus
 from headscope.errors import ExportError, ModelError, OutputError, SAEError
 from headscope.index.config import IndexPlan
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from headscope.proxies import Proxy
     from headscope.proxies.search_records import FeatureProxies
     from headscope.proxies.search_table import Summary
+    from headscope.sae.describe import Fit, Lines
+    from headscope.sae.model import SAE
     from headscope.sae.quality import Quality
     from headscope.sae.train import Status, TrainResult
     from headscope.studies.downstream import Downstream
@@ -142,26 +144,89 @@ def eval(
     hardware: Hardware | None = None,
     on_progress: Progress | None = None,
 ) -> "Quality":
-    """Measure an SAE on held-out text; a folder of the user's own also gets `quality.json`.
+    """Measure an SAE on held-out text; beside files of the user's own `quality.json` is written.
 
     Raises:
         HeadscopeError: any of its kinds.
     """
-    from headscope.sae.formats import load_sae, sae_folder, sae_hash
+    from headscope.sae.convert import fitted
+    from headscope.sae.formats import load_sae, locate
     from headscope.sae.quality import evaluate
 
-    loaded_sae = load_sae(sae)
+    files, loaded_sae = locate(sae), load_sae(sae)
     loaded = (hardware or Hardware()).load(model or loaded_sae.model_name)
+    loaded_sae = fitted(loaded_sae, loaded)
     corpus = (text or CorpusChoice()).load(loaded)
     on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
     quality = evaluate(loaded, loaded_sae, corpus, on_tokens)
-    record = {"sae_hash": sae_hash(sae), "corpus": corpus.fingerprint(), "quality": quality.as_dict()}
-    if sae_folder(str(sae)) == Path(sae):
+    record = {"sae_hash": file_hash(files.weights), "corpus": corpus.fingerprint(), "quality": quality.as_dict()}
+    if files.own:
         try:
-            write_json(Path(sae) / "quality.json", record)
+            write_json(files.quality, record)
         except OutputError as error:
             warnings.warn(f"the figures are not kept beside the SAE: {error}", stacklevel=2)
     return quality
+
+
+def convert(
+    sae: str | Path,
+    out: Path,
+    *,
+    model: str | None = None,
+    site: Kind | None = None,
+    layer: int | None = None,
+    trained_on: str | None = None,
+    overwrite: bool = False,
+) -> "SAE":
+    """Write an SAE of any format as a SAELens folder that states all, and that reads the model's own activations.
+
+    Args:
+        sae: see `load_sae`.
+        out: the folder.
+        model: to convert an SAE of processed weights with; the one the SAE names when not given.
+        site: what it reads, with `layer`, for files that do not say.
+        layer: see `site`.
+        trained_on: the model's name, for files that do not say or say another program's.
+        overwrite: replace what `out` holds.
+
+    Raises:
+        HeadscopeError: any of its kinds.
+    """
+    from headscope.models.load import load_model
+    from headscope.sae.convert import fitted
+    from headscope.sae.formats import load_sae, save_sae
+
+    if (site is None) != (layer is None):
+        raise SAEError(
+            "a site without a layer, or a layer without a site", expected="both", do="give --site and --layer"
+        )
+    check_run_folder(out, overwrite=overwrite, inputs=[sae, *([model] if model else [])])
+    stated = None if site is None or layer is None else Site(site, layer)
+    loaded = load_sae(sae, site=stated, model_name=trained_on)
+    if loaded.processed or model is not None:
+        loaded = fitted(loaded, load_model(model or loaded.model_name))
+    save_sae(loaded, out, overwrite=overwrite)
+    return loaded
+
+
+def info(name: str | Path, *, model: str | None = None) -> "tuple[Lines, Fit | None]":
+    """What an SAE or a model is; of an SAE, with a model, whether the two fit.
+
+    Raises:
+        SAEError, ModelError: neither is there, or it cannot be read.
+    """
+    from headscope.models.load import load_model
+    from headscope.sae import describe
+    from headscope.sae.formats import is_sae, load_sae, locate
+
+    if not is_sae(name):
+        return describe.describe_model(load_model(str(name))), None
+    sae, files = load_sae(name), locate(name)
+    lines = describe.describe_sae(sae, files)
+    if model is None:
+        return lines, None
+    loaded = load_model(model)
+    return lines + describe.describe_model(loaded), describe.fit(sae, loaded)
 
 
 def index(
@@ -185,6 +250,7 @@ def index(
     from headscope.index.build import SAERecord, build_index
     from headscope.index.parts import Workers
     from headscope.index.store import FeatureIndex
+    from headscope.sae.convert import fitted
     from headscope.sae.formats import load_sae, sae_hash
 
     text = text or CorpusChoice()
@@ -199,7 +265,7 @@ def index(
     folders = build_index(
         loaded,
         [
-            (loaded_sae, SAERecord(str(sae), sae_hash(sae), _measured_quality(sae, corpus)))
+            (fitted(loaded_sae, loaded), SAERecord(str(sae), sae_hash(sae), _measured_quality(sae, corpus)))
             for sae, loaded_sae in zip(saes, loaded_saes, strict=True)
         ],
         corpus,
@@ -232,19 +298,21 @@ def live(index: str | Path, *, model: str | None = None, sae: str | Path | None 
     from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
     from headscope.models.load import load_model
+    from headscope.sae.convert import fitted
     from headscope.sae.formats import load_sae, sae_hash
 
     opened = FeatureIndex.open(index)
     name = sae or opened.manifest["sae"]["name"]
     opened.check_same(sae_hash=sae_hash(name))
-    return LiveIndex(opened, load_model(model or opened.manifest["model"]["name"]), load_sae(name))
+    loaded = load_model(model or opened.manifest["model"]["name"])
+    return LiveIndex(opened, loaded, fitted(load_sae(name), loaded))
 
 
 def _measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
     """What `eval` found for exactly these weights on exactly this text, if it was run."""
-    from headscope.sae.formats import sae_folder, sae_hash
+    from headscope.sae.formats import locate, sae_hash
 
-    path = sae_folder(str(sae)) / "quality.json"
+    path = locate(sae).quality
     if not path.is_file():
         return None
     try:

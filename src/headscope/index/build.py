@@ -38,8 +38,8 @@ from headscope.index.passes import Subject, read_examples, read_part, subjects_o
 from headscope.index.readers import OnBatch, Readers
 from headscope.index.sweep import Distributions, Groups, sweep
 from headscope.models.hf import Model
+from headscope.sae.convert import check_fits
 from headscope.sae.model import SAE
-from headscope.sae.train import check_fits
 
 _POLL_SECONDS = 0.2
 Progress = Callable[[str, int, int], None]
@@ -384,7 +384,7 @@ class _Build:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "site": sae.site.hook_name,
             "layer": sae.site.layer,
-            "z_convention": sae.metadata.get("z_convention", "not stated; read as raw"),
+            "z_convention": _convention(sae),
             "special_tokens": "left out of all statistics",
             "dtype": str(model.module.dtype).removeprefix("torch."),
             "model": {
@@ -421,6 +421,13 @@ class _Build:
             "quality": record.quality,
             "definitions": DEFINITIONS,
         }
+
+
+def _convention(sae: SAE) -> str:
+    """What its activations are, as its files say."""
+    said = sae.metadata.get("z_convention", "not stated; read as raw")
+    converted = sae.metadata.get("converted")
+    return f"{said}, converted from {converted['from']}" if converted else said
 
 
 def _plan_of(partial: Path) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from headscope.errors import IndexFormatError
 from headscope.index.passes import check_sum
 from headscope.index.store import FeatureIndex
 from headscope.models.hf import Model
+from headscope.sae.convert import check_fits
 from headscope.sae.model import SAE
 
 
@@ -59,6 +60,7 @@ class LiveIndex:
 
         Raises:
             IndexFormatError: another model or SAE.
+            SAEError: one that reads activations of processed weights.
         """
         index.check_same(model_hash=model.fingerprint(), sae_hash=sae_hash)
         if (sae.d_sae, sae.site.hook_name) != (index.n_latents, index.manifest["site"]):
@@ -67,6 +69,7 @@ class LiveIndex:
                 expected=f"{index.manifest['site']} with {index.n_latents}",
                 do="pass the SAE that the index was built with",
             )
+        check_fits(sae, model)
         self.index, self.model, self.sae = index, model, sae.to(model.device).to(model.module.dtype)
         self._weights = attribution.HeadWeights.of(self.sae, model)
 

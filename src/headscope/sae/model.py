@@ -4,7 +4,8 @@
     f = activation(pre)
     x_hat = f @ W_dec + b_dec
 
-Names and layout are SAELens': `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]`.
+Names and layout are SAELens': `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]`. The pre-activation is linear in x for every
+activation here, which is what direct feature attribution asks for.
 """
 
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,10 @@ class ReLU:
 
 @dataclass(frozen=True)
 class JumpReLU:
-    """f = pre where pre exceeds the latent's threshold, else 0; never negative."""
+    """f = pre where pre exceeds the latent's threshold, else 0; never negative.
+
+    BatchTopK and Matryoshka BatchTopK are this when they are not trained: one threshold for all latents.
+    """
 
     threshold: Float[Tensor, " d_sae"]
     name = "jumprelu"
@@ -42,8 +46,30 @@ class JumpReLU:
 
 
 @dataclass(frozen=True)
+class Gated(JumpReLU):
+    """f = relu(magnitude) where the gate is above 0 (Rajamanoharan et al., 2024), written as a threshold.
+
+    The two paths share their directions, `gate = x W + b_gate` and `magnitude = x W exp(r_mag) + b_mag`, so the gate is
+    a line in the magnitude: it is open exactly where `magnitude > b_mag - exp(r_mag) b_gate`. With the magnitude as the
+    pre-activation (`W_enc = W exp(r_mag)`, `b_enc = b_mag`) that is a JumpReLU, and its pre-activation is linear in x.
+    """
+
+    name = "gated"
+
+    @classmethod
+    def of_paths(
+        cls, r_mag: Float[Tensor, " d_sae"], b_mag: Float[Tensor, " d_sae"], b_gate: Float[Tensor, " d_sae"]
+    ) -> "Gated":
+        """From the parameters of the two paths, as files hold them."""
+        return cls(b_mag - r_mag.exp() * b_gate)
+
+
+@dataclass(frozen=True)
 class TopK:
-    """f = the k largest of pre in each row, the rest 0; never negative."""
+    """f = the k largest of pre in each row, the rest 0; never negative.
+
+    Whether a latent is active depends on the others: what asks for a threshold of its own refuses it.
+    """
 
     k: int
     name = "topk"
@@ -55,6 +81,24 @@ class TopK:
 
 
 Activation = ReLU | JumpReLU | TopK
+
+PROCESSED = "transformer_lens_processed"
+"""The `z_convention` of an SAE trained on the activations of a model whose weights TransformerLens had processed."""
+
+MODULE_OUTPUT = "module output"
+"""What an SAE's metadata says it `reads` when that is a module's own output, before any norm that follows it."""
+
+
+@dataclass(frozen=True)
+class HeadBlocks:
+    """The dictionary of a z SAE cut into heads: what each latent reads from and writes to each head's z."""
+
+    encoder: Float[Tensor, "head d_sae d_head"]
+    decoder: Float[Tensor, "head d_sae d_head"]
+
+    def through(self, W_O: Float[Tensor, "z d_model"]) -> Float[Tensor, "head d_sae d_model"]:  # noqa: N803
+        """What each latent writes to the residual stream through each head, `W_dec[j, h, :] @ W_O[h]`."""
+        return self.decoder @ W_O.reshape(len(self.decoder), -1, W_O.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -120,6 +164,39 @@ class SAE:
         """x_hat: encode, then decode."""
         return self.decode(self.encode(x))
 
+    def error(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """What it leaves out, `x - x_hat`."""
+        return x - self(x)
+
+    def head_blocks(self, n_heads: int) -> HeadBlocks:
+        """Encoder and decoder of each head.
+
+        Raises:
+            SAEError: not an SAE of z, or its vectors cannot be cut into as many heads.
+        """
+        if self.site.kind != "z" or n_heads < 1 or self.d_in % n_heads:
+            raise SAEError(
+                f"an SAE of {self.d_in} components of {self.site.kind}, to be cut into {n_heads} heads",
+                expected="an SAE of z, n_heads * d_head wide",
+                do="pass one of attention's z, with the heads of its model",
+            )
+        by_head = (self.d_sae, n_heads, -1)
+        return HeadBlocks(self.W_enc.T.reshape(by_head).transpose(0, 1), self.W_dec.reshape(by_head).transpose(0, 1))
+
+    @property
+    def processed(self) -> bool:
+        """It reads activations as TransformerLens' processed weights give them (`headscope.sae.convert`)."""
+        return self.metadata.get("z_convention") == PROCESSED
+
+    def check_raw(self) -> None:
+        """Raise SAEError when it does not read the model's own activations."""
+        if self.processed:
+            raise SAEError(
+                f"an SAE trained on {self.site.kind} of weights that TransformerLens processed",
+                expected="one that reads the model's own activations",
+                do="convert it first: headscope.sae.convert.fitted(sae, model), or headscope convert",
+            )
+
     @property
     def bias(self) -> Float[Tensor, " d_sae"]:
         """The constant part of the pre-activation, `b_enc - b_dec @ W_enc`: `pre = x @ W_enc + bias`."""
@@ -130,5 +207,5 @@ class SAE:
         weights = {name: getattr(self, name).to(target) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
         activation = self.activation
         if isinstance(activation, JumpReLU):
-            activation = JumpReLU(activation.threshold.to(target))
+            activation = type(activation)(activation.threshold.to(target))
         return replace(self, **weights, activation=activation)

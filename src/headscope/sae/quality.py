@@ -23,8 +23,8 @@ from headscope.capture import activations, token_batches
 from headscope.corpus import Corpus
 from headscope.interventions import at, constant, reconstruction
 from headscope.models.hf import Edit, Model
+from headscope.sae.convert import check_fits
 from headscope.sae.model import SAE
-from headscope.sae.train import check_fits
 from headscope.stats import Estimate, bootstrap_ratio, wilson
 
 DENSITY_EDGES = np.linspace(-7, 0, 43)

@@ -24,7 +24,7 @@ from torch.nn.functional import embedding_bag
 
 from headscope.capture import activations, check_corpus
 from headscope.corpus import Corpus
-from headscope.errors import SAEError, TrainingError
+from headscope.errors import TrainingError
 from headscope.models.hf import Model
 from headscope.sae.config import TrainConfig
 from headscope.sae.model import SAE, JumpReLU, ReLU
@@ -441,6 +441,7 @@ def _provenance(model: Model, corpus: Corpus, config: TrainConfig, result: Train
     """What every artefact states about how it was made."""
     return {
         "z_convention": "raw",
+        "model_hash": model.fingerprint(),
         "n_heads": model.spec.n_heads,
         "d_head": model.spec.d_head,
         "context_size": corpus.block_size,
@@ -454,20 +455,3 @@ def _provenance(model: Model, corpus: Corpus, config: TrainConfig, result: Train
             "curve": result.curve,
         },
     }
-
-
-def check_fits(sae: SAE, model: Model) -> None:
-    """Refuse an SAE whose site or width the model does not have.
-
-    Raises:
-        ModelError: the model has no such layer.
-        SAEError: the widths differ.
-    """
-    model.check_layer(sae.site.layer)
-    width = model.width(sae.site)
-    if sae.d_in != width:
-        raise SAEError(
-            f"an SAE for vectors of {sae.d_in} ({sae.site.hook_name} of {sae.model_name})",
-            expected=f"{width}, the width of that site in {model.spec.name}",
-            do="pass the model it was trained on",
-        )

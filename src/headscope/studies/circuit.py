@@ -22,6 +22,7 @@ from headscope.attribution import HeadWeights
 from headscope.decomposition import Part, Upstream
 from headscope.errors import HeadscopeError, SAEError
 from headscope.models.hf import Model
+from headscope.sae.convert import check_fits
 from headscope.sae.model import SAE
 
 NodeKind = Literal["feature", "constant", "head", "source", "part"]
@@ -93,6 +94,7 @@ class PromptCircuit:
             HeadscopeError: no tokens, or too many.
         """
         check_z(sae)
+        check_fits(sae, model)
         self.model, self.sae = model, sae.to(model.device).to(model.module.dtype)
         self.layer = sae.site.layer
         self.stream = Upstream(model, self.layer, saes).run(tokens[None])

@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.corpus import encode
-from headscope.errors import CorpusError, HeadscopeError, SAEError
+from headscope.errors import CorpusError, HeadscopeError
 from headscope.models.hf import Model
+from headscope.sae.convert import check_fits
 from headscope.sae.model import SAE
 
 
@@ -53,22 +54,6 @@ class FeatureMetric:
         site = self.sae.site
         pre, activation = self.of(self.model.read(tokens[None], [site])[site][:, query])
         return Reading(pre.item(), activation.item())
-
-
-def check_fits(sae: SAE, model: Model) -> None:
-    """Refuse an SAE of another model.
-
-    Raises:
-        ModelError: the model has no such site.
-        SAEError: vectors there are of another width.
-    """
-    model.check_site(sae.site)
-    if model.width(sae.site) != sae.d_in:
-        raise SAEError(
-            f"an SAE of {sae.d_in} components at {sae.site.hook_name}",
-            expected=f"{model.width(sae.site)}, as {model.spec.name} has there",
-            do="pass an SAE of this model",
-        )
 
 
 def prompt(model: Model, text: str | Sequence[int] | Int[Tensor, " position"]) -> Int[Tensor, " position"]:

@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.errors import HeadscopeError
+from headscope.sae.convert import check_fits
 from headscope.sae.model import SAE
 from headscope.site import Site
-from headscope.studies.corruptions import PromptPair, check_fits
+from headscope.studies.corruptions import PromptPair
 from headscope.studies.patching import THRESHOLD, BaseRun, Scores, scored
 
 BarName = Literal["site", "features", "error"]

@@ -1,0 +1,80 @@
+"""Put an SAE to a model: do they fit, and does it read the activations that the model gives?
+
+TransformerLens folds constants and means out of a model's weights by default. With them folded, z is `z - c` with
+`c = b_V + b_ln1 @ W_V` (`Model.value_offset`), and what LayerNorm models write to the residual stream is less its mean.
+An SAE trained on that computes the same on the model's own activations after
+
+    z             b_dec += c;   where b_dec is not applied to the input, b_enc -= c @ W_enc
+    other sites   W_enc -= its mean over d_in;   where b_dec is applied, b_enc += b_dec @ (new W_enc - W_enc)
+
+and any scaling of activations is folded into the weights before, as the file is read.
+"""
+
+from dataclasses import replace
+
+from headscope.errors import SAEError
+from headscope.models.hf import Model
+from headscope.sae.model import MODULE_OUTPUT, SAE
+
+
+def check_shape(sae: SAE, model: Model) -> None:
+    """Refuse an SAE whose site or width the model does not have.
+
+    Raises:
+        ModelError: the model has no such layer.
+        SAEError: the widths differ, or it reads a module whose output a norm follows.
+    """
+    model.check_layer(sae.site.layer)
+    width, spec = model.width(sae.site), model.spec
+    if sae.d_in != width:
+        made = f" ({spec.n_heads} heads x {spec.d_head})" if sae.site.kind == "z" else ""
+        raise SAEError(
+            f"an SAE for vectors of {sae.d_in} ({sae.site.hook_name} of {sae.model_name})",
+            expected=f"{width}{made}, the width of that site in {spec.name}",
+            do="pass the model it was trained on",
+        )
+    if spec.post_norm and sae.metadata.get("reads") == MODULE_OUTPUT:
+        raise SAEError(
+            f"an SAE of a module's output at {sae.site.hook_name}, where {spec.name} has a norm after the module",
+            expected="an SAE of what is added to the residual stream, behind that norm",
+            do="use an SAE of another site",
+        )
+
+
+def check_fits(sae: SAE, model: Model) -> None:
+    """Refuse an SAE that cannot be put to a model as it is.
+
+    Raises:
+        ModelError, SAEError: as `check_shape`; or it reads activations of processed weights.
+    """
+    check_shape(sae, model)
+    sae.check_raw()
+
+
+def fitted(sae: SAE, model: Model) -> SAE:
+    """The SAE as it reads this model's own activations: itself, or converted from processed weights.
+
+    The conversion is recorded in its metadata.
+
+    Raises:
+        ModelError, SAEError: as `check_shape`.
+    """
+    check_shape(sae, model)
+    if not sae.processed:
+        return sae
+    converted = _shifted(sae, model) if sae.site.kind == "z" else _centred(sae, model)
+    said = {"from": sae.metadata["z_convention"], "model": model.spec.name, "model_hash": model.fingerprint()}
+    loaded_with = {"model_from_pretrained_kwargs": {}} if "model_from_pretrained_kwargs" in sae.metadata else {}
+    return replace(converted, metadata=sae.metadata | loaded_with | {"z_convention": "raw", "converted": said})
+
+
+def _shifted(sae: SAE, model: Model) -> SAE:
+    c = model.value_offset(sae.site.layer).to(sae.W_enc)
+    b_enc = sae.b_enc if sae.apply_b_dec_to_input else sae.b_enc - c @ sae.W_enc
+    return replace(sae, b_dec=sae.b_dec + c, b_enc=b_enc)
+
+
+def _centred(sae: SAE, model: Model) -> SAE:
+    encoder = model.centred(sae.site.layer, sae.W_enc.T).T
+    b_enc = sae.b_enc + sae.b_dec @ (encoder - sae.W_enc) if sae.apply_b_dec_to_input else sae.b_enc
+    return replace(sae, W_enc=encoder.contiguous(), b_enc=b_enc)

@@ -1,0 +1,109 @@
+"""SAEs as files: what is read of each public format, and the one that is written (SAELens').
+
+`load_sae` takes a bundled SAE by name, a folder or file, a release of SAELens' registry with an id
+(`gpt2-small-hook-z-kk/blocks.5.hook_z`), or a hub repository with a folder (`USER/REPOSITORY/FOLDER`). What is not
+understood is refused by name. Nothing is unpickled but tensors, and no code of a file is executed.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from headscope.artefact import file_hash
+from headscope.errors import SAEError
+from headscope.sae.formats import authors, dictionary_learning, gemma_scope, saelens, sparsify
+from headscope.sae.formats.files import UNREADABLE, Files, Format, Stated
+from headscope.sae.formats.hub import entry_of, fetch
+from headscope.sae.formats.saelens import WEIGHTS, save_sae
+from headscope.sae.model import SAE
+from headscope.site import Site
+
+__all__ = ["FORMATS", "WEIGHTS", "Files", "Format", "find_sae", "is_sae", "load_sae", "locate", "sae_hash", "save_sae"]
+
+FORMATS: tuple[Format, ...] = (
+    saelens.FORMAT,
+    authors.FORMAT,
+    gemma_scope.FIRST,
+    gemma_scope.SECOND,
+    dictionary_learning.FORMAT,
+    sparsify.FORMAT,
+)
+
+_BUNDLED = Path(__file__).parent.parent
+
+
+def load_sae(name: str | Path, *, site: Site | None = None, model_name: str | None = None) -> SAE:
+    """Read an SAE; all numbers become float32.
+
+    Args:
+        name: bundled, a path, or a name on the hub (see the module).
+        site: what it reads, for files that do not say.
+        model_name: of the model it was trained on, likewise.
+
+    Raises:
+        SAEError: none there, no network, files that are damaged, weights that are not finite or do not fit one another,
+            or anything in them that is not understood.
+    """
+    files = locate(name)
+    try:
+        sae = files.format.read(files, Stated(site, model_name))
+    except SAEError:
+        raise
+    except UNREADABLE as error:
+        raise SAEError(
+            f"cannot read the SAE in {files.where}: {type(error).__name__} {error}",
+            expected=f"{files.format.layout} as {files.format.name} writes them",
+            do="copy or train it again",
+        ) from error
+    said = {} if files.format is saelens.FORMAT else {"source_format": files.format.name}
+    return replace(sae, metadata=said | sae.metadata)
+
+
+def locate(name: str | Path) -> Files:
+    """The files of an SAE, fetched from the hub where its name says so.
+
+    Raises:
+        SAEError: there are none.
+    """
+    found = find_sae(name)
+    if found is not None:
+        return found
+    entry = entry_of(str(name))
+    if entry is not None and not Path(name).exists():
+        found = find_sae(fetch(entry))
+        if found is not None:
+            return replace(found, overrides=entry.overrides, scaling=entry.scaling, own=False)
+    known = ", ".join(sorted(p.parent.name for p in _BUNDLED.glob("*/cfg.json"))) or "none"
+    raise SAEError(
+        f"no SAE at {str(name)!r}",
+        expected=f"a bundled one ({known}), files of {', '.join(f.name for f in FORMATS)}, or a name on the hub",
+        do="check the path, or train one with `headscope train`",
+    )
+
+
+def find_sae(name: str | Path) -> Files | None:
+    """The files of a bundled SAE, or of a path on this machine, if there are any.
+
+    Raises:
+        SAEError: a folder with several.
+    """
+    bundled = _BUNDLED / str(name)
+    path = bundled if "/" not in str(name) and (bundled / saelens.CONFIG).is_file() else Path(name)
+    for format_ in FORMATS:
+        found = format_.find(path)
+        if found is not None:
+            return Files(format_, *found, own=path is not bundled)
+    return None
+
+
+def is_sae(name: str | Path) -> bool:
+    """Whether a name is that of an SAE, here or on the hub, rather than of a model.
+
+    Raises:
+        SAEError: a folder with several, or a release without this id.
+    """
+    return find_sae(name) is not None or (not Path(name).exists() and entry_of(str(name)) is not None)
+
+
+def sae_hash(name: str | Path) -> str:
+    """SHA-256 of the weights file."""
+    return file_hash(locate(name).weights)

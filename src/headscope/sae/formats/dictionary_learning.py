@@ -1,0 +1,197 @@
+"""dictionary_learning (Marks, Karvonen, Mueller): a folder of `ae.pt`, a state dict, and `config.json`.
+
+What is computed is what its own `load_dictionary` computes: the decoder of an `AutoEncoder` is given unit norm as it is
+loaded, BatchTopK takes its threshold, `AutoEncoderTopK` the k largest of each token.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.sae.formats.files import (
+    Files,
+    Format,
+    Json,
+    Stated,
+    check_names,
+    chosen_model,
+    chosen_site,
+    refusal,
+    site_of,
+    tensors_of,
+    unsupported,
+)
+from headscope.sae.model import SAE, Gated, JumpReLU, ReLU, TopK
+from headscope.site import Kind, Site
+
+_WEIGHTS, _CONFIG = "ae.pt", "config.json"
+_NAMED = re.compile(r"(attn_out|attention_out|mlp_out|resid_pre|hook_z|attn_z|z)_?(?:layer_?)?(\d+)")
+_KINDS: dict[str, Kind] = {
+    "attn_out": "attn_out",
+    "attention_out": "attn_out",
+    "mlp_out": "mlp_out",
+    "resid_pre": "resid_pre",
+    "hook_z": "z",
+    "attn_z": "z",
+    "z": "z",
+}
+_LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
+_DIRECT = {"W_enc", "b_enc", "W_dec", "b_dec"}
+
+
+def find(path: Path) -> tuple[Path, Path | None] | None:
+    """A folder with both files."""
+    found = path / _WEIGHTS, path / _CONFIG
+    return found if all(file.is_file() for file in found) else None
+
+
+def read(files: Files, stated: Stated) -> SAE:
+    """Read a folder.
+
+    Raises:
+        SAEError: a class that is not read, a k or sizes that differ from the configuration's, or no known site.
+        UNREADABLE: damaged files.
+    """
+    config, tensors = files.settings(), tensors_of(files.weights)
+    trainer: Json = config["trainer"]
+    name = trainer["dict_class"]
+    if name not in _CLASSES:
+        raise refusal(files, name)
+    expected, parts = _CLASSES[name]
+    check_names(tensors, expected, files)
+    if "k" in tensors and int(tensors["k"]) != trainer.get("k"):
+        raise unsupported(
+            files,
+            f"k = {int(tensors['k'])} in {_WEIGHTS}",
+            expected=f"{trainer.get('k')}, as {_CONFIG} says",
+            do="copy both files again",
+        )
+    sae = SAE(
+        **parts(tensors),
+        site=chosen_site(files, _site(files, trainer), stated),
+        model_name=chosen_model(trainer.get("lm_name"), stated),
+        metadata={
+            "z_convention": "raw",
+            "context_size": (config.get("buffer") or {}).get("ctx_len"),
+            "training": {"config": trainer},
+        },
+    )
+    sizes = tuple(trainer.get(key, own) for key, own in (("activation_dim", sae.d_in), ("dict_size", sae.d_sae)))
+    if sizes != (sae.d_in, sae.d_sae):
+        raise unsupported(
+            files,
+            f"weights of {sae.d_in} x {sae.d_sae}",
+            expected=f"{sizes[0]} x {sizes[1]}, as {_CONFIG} says",
+            do="copy both files again",
+        )
+    return _unit_norm(sae) if name == "AutoEncoder" else sae
+
+
+def _unit_norm(sae: SAE) -> SAE:
+    """Decoder norms folded into the encoder, where they are not 1."""
+    norms = sae.W_dec.norm(dim=1)
+    if torch.isclose(norms, torch.ones_like(norms)).all():
+        return sae
+    return replace(sae, W_enc=sae.W_enc * norms, b_enc=sae.b_enc * norms, W_dec=sae.W_dec / norms[:, None])
+
+
+def _site(files: Files, trainer: Json) -> Site | None:
+    """By `submodule_name`, which is the user's own word: None where it says nothing that is known."""
+    named, layer = str(trainer.get("submodule_name") or ""), trainer.get("layer")
+    if named.startswith("blocks."):
+        return site_of(named, files)
+    if named in _KINDS and isinstance(layer, int):
+        return Site(_KINDS[named], layer)
+    found = _NAMED.fullmatch(named)
+    if found is None:
+        return None
+    if isinstance(layer, int) and layer != int(found.group(2)):
+        raise unsupported(files, f"submodule_name {named!r}", expected=f"layer {layer}, as it says too")
+    return Site(_KINDS[found.group(1)], int(found.group(2)))
+
+
+Parts = dict[str, Any]
+
+
+def _linear(t: dict[str, Tensor], b_dec: str) -> Parts:
+    return {
+        "W_enc": t["encoder.weight"].T,
+        "b_enc": t["encoder.bias"],
+        "W_dec": t["decoder.weight"].T,
+        "b_dec": t[b_dec],
+    }
+
+
+def _direct(t: dict[str, Tensor]) -> Parts:
+    return {name: t[name] for name in _DIRECT}
+
+
+def _gated(t: dict[str, Tensor]) -> Parts:
+    return {
+        "W_enc": t["encoder.weight"].T * t["r_mag"].exp(),
+        "b_enc": t["mag_bias"],
+        "W_dec": t["decoder.weight"].T,
+        "b_dec": t["decoder_bias"],
+        "activation": Gated.of_paths(t["r_mag"], t["mag_bias"], t["gate_bias"]),
+    }
+
+
+def _same_threshold(t: dict[str, Tensor], n: int) -> JumpReLU:
+    return JumpReLU(t["threshold"].expand(n).contiguous())
+
+
+_CLASSES: dict[str, tuple[set[str], Callable[[dict[str, Tensor]], Parts]]] = {
+    "AutoEncoder": (_LINEAR | {"bias"}, lambda t: _linear(t, "bias") | {"activation": ReLU()}),
+    "AutoEncoderNew": (
+        _LINEAR | {"decoder.bias"},
+        lambda t: _linear(t, "decoder.bias") | {"activation": ReLU(), "apply_b_dec_to_input": False},
+    ),
+    "GatedAutoEncoder": (
+        {"encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "mag_bias", "gate_bias"},
+        _gated,
+    ),
+    "AutoEncoderTopK": (
+        _LINEAR | {"b_dec", "k", "threshold"},
+        lambda t: _linear(t, "b_dec") | {"activation": TopK(int(t["k"]))},
+    ),
+    "BatchTopKSAE": (
+        _LINEAR | {"b_dec", "k", "threshold"},
+        lambda t: _linear(t, "b_dec") | {"activation": _same_threshold(t, len(t["encoder.bias"]))},
+    ),
+    "MatryoshkaBatchTopKSAE": (
+        _DIRECT | {"k", "threshold", "group_sizes"},
+        lambda t: _direct(t) | {"activation": _same_threshold(t, len(t["b_enc"]))},
+    ),
+    "JumpReluAutoEncoder": (
+        _DIRECT | {"threshold"},
+        lambda t: _direct(t) | {"activation": JumpReLU(t["threshold"]), "apply_b_dec_to_input": False},
+    ),
+}
+"""By class: its tensors, and what they are here."""
+
+FORMAT = Format(
+    name="dictionary_learning",
+    layout=f"folder: `{_WEIGHTS}`, `{_CONFIG}`",
+    find=find,
+    read=read,
+    architectures={
+        "AutoEncoder": "ReLU; the decoder norms go to the encoder",
+        "AutoEncoderNew": "ReLU, b_dec not applied to the input",
+        "GatedAutoEncoder": "Gated",
+        "AutoEncoderTopK": "TopK",
+        "BatchTopKSAE": "JumpReLU, by its threshold",
+        "MatryoshkaBatchTopKSAE": "JumpReLU, by its threshold",
+        "JumpReluAutoEncoder": "JumpReLU, b_dec not applied to the input",
+    },
+    refused={
+        "CrossCoder": "it reads several layers or models",
+        "IdentityDict": "it has no weights",
+    },
+    convention="the model's own; the site is taken from `submodule_name` where it is like `attn_out_layer_3` (also "
+    "`mlp_out`, `resid_pre`, `z`) or a hook name, and must be said otherwise",
+)
