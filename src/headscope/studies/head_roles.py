@@ -28,7 +28,7 @@ ALPHA = 0.01
 LEAST = 0.25
 """A role also takes this much: of the attention, or of the tokens copied."""
 _TOP = 0.01
-_ROWS = 512  # tokens of the copying table held at a time
+_OTHERS = 1024  # tokens of the vocabulary against which copying is tested
 
 Progress = Callable[[int, int], None]
 """Called with the shuffled models done and all of them."""
@@ -69,22 +69,26 @@ def copying(model: Model, *, n_tokens: int = 512, seed: int = 0) -> Copying:
     return Copying(share, interval, len(copied))
 
 
-def _copied(model: Model, n_tokens: int, seed: int) -> Float[Tensor, "token layer head"]:
-    """Whether each head raises the logit of each of some tokens more than those of 99 % of the vocabulary: 0 or 1."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randperm(model.spec.d_vocab, generator=generator)[:n_tokens]
-    spec, directions = model.spec, model.logit_directions
+def _copied(model: Model, n_tokens: int, seed: int, n_others: int | None = None) -> Float[Tensor, "token layer head"]:
+    """Whether each head raises the logit of each of some tokens more than those of 99 % of the vocabulary: 0 or 1.
+
+    Equal logits count a half. With `n_others` the vocabulary is that many tokens of it, drawn evenly.
+    """
+    spec, generator = model.spec, torch.Generator().manual_seed(seed)
+    tokens = torch.randperm(spec.d_vocab, generator=generator)[:n_tokens].to(model.device)
+    others = torch.randperm(spec.d_vocab, generator=generator)[:n_others].to(model.device)
+    of_own, of_others = model.logit_directions[:, tokens].T, model.logit_directions[:, others]
     copied = torch.zeros(len(tokens), spec.n_layers, spec.n_heads, dtype=torch.float64)
     for layer in range(spec.n_layers):
         values = model.token_values(layer, tokens)
         outputs = model.W_O(layer).reshape(spec.n_heads, spec.d_head, -1)
-        for start in range(0, len(tokens), _ROWS):
-            rows = slice(start, start + _ROWS)
-            own = tokens[rows, None].to(values.device)
-            for head in range(spec.n_heads):
-                logits = (values[rows, head] @ outputs[head]) @ directions
-                above = (logits > logits.gather(1, own)).sum(1)
-                copied[rows, layer, head] = (above < _TOP * spec.d_vocab).double().cpu()
+        for head in range(spec.n_heads):
+            written = values[:, head] @ outputs[head]
+            own = (written * of_own).sum(1, keepdim=True)
+            logits = written @ of_others
+            is_own = tokens[:, None] == others
+            above = ((logits > own) & ~is_own).sum(1) + ((logits == own) & ~is_own).sum(1) / 2
+            copied[:, layer, head] = (above < _TOP * len(others)).double().cpu()
     return copied
 
 
@@ -173,7 +177,7 @@ def head_roles(
 
     def statistics(of: Model) -> dict[Role, np.ndarray]:
         found: dict[Role, Tensor] = {name: each.mean(0) for name, each in scores_by_sequence(of, tokens).items()}
-        found["copying"] = _copied(of, n_tokens, seed).mean(0)
+        found["copying"] = _copied(of, n_tokens, seed, _OTHERS).mean(0)
         return {role: values.double().cpu().numpy() for role, values in found.items()}
 
     own, nulls = statistics(model), []
