@@ -1,6 +1,7 @@
 """Tables of heads: they come back as written, belong to one index, and anything else is refused by name."""
 
 import shutil
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -129,3 +130,12 @@ def test_every_column_has_a_definition_and_every_key_is_a_column():
     for schema in SCHEMAS.values():
         assert all(said for _, said in schema.columns.values())
         assert not set(schema.key) & set(schema.values)
+
+
+def test_the_format_names_every_table_and_column():
+    text = (Path(__file__).parents[1] / "docs" / "index-format.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    for name, schema in SCHEMAS.items():
+        (row,) = (line for line in rows if f"`{name}`" in line.split("|")[1])
+        stems = {c for c in schema.columns if not any(c.startswith(f"{other}_") for other in schema.columns)}
+        assert not {c for c in stems if f"`{c}`" not in row}, name
