@@ -102,5 +102,5 @@ def test_a_family_without_a_member_and_other_weights(random_model, random_corpus
     with pytest.raises(IndexFormatError, match="another"):
         LiveIndex(FeatureIndex.open(index), random_model("gpt_neox", seed=1), random_sae(model, D_SAE))
     other_layer = replace(random_sae(model, D_SAE), site=Site("z", 0))
-    with pytest.raises(IndexFormatError, match="blocks.0.attn.hook_z"):
+    with pytest.raises(IndexFormatError, match=r"blocks\.0\.attn\.hook_z"):
         LiveIndex(FeatureIndex.open(index), model, other_layer)

@@ -21,7 +21,7 @@ from headscope.errors import StudyError
 from headscope.index.live import LiveIndex
 from headscope.sae.model import SAE, JumpReLU, TopK
 from headscope.site import Site
-from headscope.stats import MINIMUM, Estimate, Measure, ratio, wilson
+from headscope.stats import MINIMUM, Estimate, Measure, estimate_of, ratio, wilson
 from headscope.studies.active import ActiveTokens, Text, drawn
 from headscope.studies.replacement import Kind, Progress, Replacement, batches, tokens_of
 
@@ -447,8 +447,4 @@ def loss_table(
 
 def _null(document: Int[np.ndarray, " token"], change: Float[np.ndarray, " token"]) -> Estimate | None:
     """The mean change over all tokens, with its interval; the value alone stands for it where there is none."""
-    found = ratio(document, change, np.ones(len(change)), definition="")
-    if found.value is None:
-        return None
-    low, high = (found.value if end is None else end for end in (found.low, found.high))
-    return Estimate(found.value, low, high)
+    return estimate_of(ratio(document, change, np.ones(len(change)), definition=""))

@@ -281,6 +281,8 @@ class InductionFeatures:
     """Of those that pass the other three tests; `n` is 0 for all others, and for all where it is not asked."""
     n_null: int | None
     """Features that pass all tests for the B of another feature; None where that was not asked."""
+    null_tests: dict[str, int] | None = None
+    """Likewise for each test alone; that of copying is the null of the static tables of tokens."""
     definition: str = (
         "live features with a pass rate, a share of DFA from earlier B's, a copying rank and a share off with A's "
         "before earlier B's replaced as the criteria ask"
@@ -326,6 +328,16 @@ class InductionFeatures:
             return Measure(self.definition, n, null=null, missing=f"{n} features; at least {MINIMUM} are needed")
         found = wilson(k, n)
         return Measure(self.definition, n, found.value, found.low, found.high, "Wilson 95 %", null=null)
+
+    def passing(self, test: str) -> Measure:
+        """The share of live features that pass one of `tests`; the null is as of `share`."""
+        n = len(self.latents)
+        null = None if self.null_tests is None else wilson(self.null_tests[test], n)
+        definition = f"share of live features that pass the test of {test}"
+        if n < MINIMUM:
+            return Measure(definition, n, null=null, missing=f"{n} features; at least {MINIMUM} are needed")
+        found = wilson(int(self.tests[test].sum()), n)
+        return Measure(definition, n, found.value, found.low, found.high, "Wilson 95 %", null=null)
 
     def heads(self) -> Int[np.ndarray, " head"]:
         """How many induction features each head brings most of."""
@@ -379,7 +391,9 @@ def induction_features(  # noqa: PLR0913 - what is judged, by what, how much of 
     by_chance = _judge(
         live, text, finder, chosen, other, plan, lambda stage, done, total: report(f"null: {stage}", done, total)
     )
-    return replace(judged, n_null=int((by_chance.verdict & (other != own)).sum()))
+    another = other != own
+    tests = {name: int((passed & another).sum()) for name, passed in by_chance.tests.items()}
+    return replace(judged, n_null=int((by_chance.verdict & another).sum()), null_tests=tests)
 
 
 @dataclass(frozen=True)

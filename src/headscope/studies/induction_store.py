@@ -9,7 +9,6 @@ from headscope.errors import StudyError
 from headscope.index.head_table import add_head_table, measure_row
 from headscope.index.live import LiveIndex
 from headscope.stats import Measure
-from headscope.studies.head_ablation import share_of
 from headscope.studies.induction import (
     CONTROL,
     SELECTED,
@@ -64,8 +63,7 @@ def induction_family(live: LiveIndex, *, seed: int = 0, on_progress: Progress | 
     judged = induction_features(live, seed=seed, on_progress=on_progress)
     live_features = judged.latents
     measures = {"induction features": judged.share()}
-    for name, passed in judged.tests.items():
-        measures[f"pass {name}"] = share_of(f"share of live features that pass the test of {name}", passed)
+    measures |= {f"pass {name}": judged.passing(name) for name in judged.tests}
     counts = judged.heads()
     heads = [int(h) for h in np.argsort(-counts, kind="stable") if counts[h]]
     if not heads:

@@ -20,7 +20,7 @@ from headscope.index.live import LiveIndex
 from headscope.index.nulls import NullDirections
 from headscope.index.records import Shares
 from headscope.index.store import FeatureIndex
-from headscope.stats import MINIMUM, Estimate, Measure, resampled, unit_draws, wilson
+from headscope.stats import MINIMUM, Estimate, Measure, jensen_shannon, mean_interval, wilson
 from headscope.studies.active import Text, drawn
 from headscope.studies.head_ablation import activation_thresholds
 from headscope.studies.replacement import Progress, Replacement, batches, tokens_of
@@ -382,7 +382,7 @@ def _divergences(
         share = size / total[..., None]
     sums, counts = np.zeros((2, len(dfa))), np.zeros((2, len(dfa)))
     for a, b in combinations(range(dfa.shape[1]), 2):
-        between = _jensen_shannon(share[:, a], share[:, b])
+        between = jensen_shannon(share[:, a], share[:, b])
         exists = np.isfinite(between)
         both, one = chosen[:, a] & chosen[:, b] & exists, (chosen[:, a] ^ chosen[:, b]) & exists
         for i, which in enumerate((both, one)):
@@ -390,17 +390,6 @@ def _divergences(
             counts[i] += which
     with np.errstate(invalid="ignore"):
         return (sums / counts).T
-
-
-def _jensen_shannon(p: Float[np.ndarray, "n s"], q: Float[np.ndarray, "n s"]) -> Float[np.ndarray, " n"]:
-    """In bits; NaN where one is."""
-    middle = (p + q) / 2
-
-    def from_middle(of: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(of > 0, of * np.log2(of / middle), 0 * of).sum(1)
-
-    return (from_middle(p) + from_middle(q)) / 2
 
 
 def _mean_by(row: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
@@ -415,16 +404,10 @@ def _mean_measure(means: Float[np.ndarray, "n 2"]) -> Measure:
     other = means[np.isfinite(means[:, 1]), 1]
     null = None
     if len(other):
-        null = Estimate(float(other.mean()), *(_interval(other) or (float(other.min()), float(other.max()))))
+        null = Estimate(float(other.mean()), *(mean_interval(other) or (float(other.min()), float(other.max()))))
     if len(measured) < MINIMUM:
         return Measure(definition, len(measured), null=null, missing=f"{len(measured)} features; {MINIMUM} are needed")
-    found, value = _interval(measured[:, 0]), float(measured[:, 0].mean())
+    found, value = mean_interval(measured[:, 0]), float(measured[:, 0].mean())
     if found is None:
         return Measure(definition, len(measured), value, null=null, missing="no interval: all features agree")
     return Measure(definition, len(measured), value, *found, "bootstrap over features, 95 %", null=null)
-
-
-def _interval(values: Float[np.ndarray, " n"]) -> tuple[float, float] | None:
-    """Of a mean, features resampled."""
-    draws = unit_draws(len(values), n_samples=1000, seed=0)
-    return resampled(lambda sums: sums[:, 0] / len(values), values[:, None], draws)
