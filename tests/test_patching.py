@@ -243,7 +243,7 @@ def test_batches_of_any_size_give_the_same(random_model, random_sae, seed, lengt
     nodes = nodes_of(prompts, ["token", "z", "mlp_out"], by_position=True)[: 3 * rows]
     whole = patch(prompts, nodes)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("headscope.studies.patching._BATCH_TOKENS", rows * length)
+        monkeypatch.setattr("headscope.studies.patch_runs._BATCH_TOKENS", rows * length)
         pieces = patch(prompts, nodes)
     assert_allclose(pieces.noising.pre, whole.noising.pre, **EXACT)
     assert_allclose(pieces.denoising.pre, whole.denoising.pre, **EXACT)

@@ -51,6 +51,22 @@ class Measure:
     missing: str | None = None
     """Why there is no value, or no interval."""
 
+    def __str__(self) -> str:
+        """`0.912 [0.908, 0.916], n 312, null 0.01 [0, 0.02]`, or why there is no number."""
+        null = "" if self.null is None else f", null {self.null}"
+        if self.value is None:
+            return f"no number ({self.missing}){null}"
+        interval = "" if self.low is None or self.high is None else f" [{self.low:.4g}, {self.high:.4g}]"
+        return f"{self.value:.4g}{interval}, n {self.n:,}{null}"
+
+
+def estimate_of(measure: Measure) -> Estimate | None:
+    """A measure as the null of another: its value with its interval, the value alone where that is all; or None."""
+    if measure.value is None:
+        return None
+    low, high = (measure.value if end is None else end for end in (measure.low, measure.high))
+    return Estimate(measure.value, low, high)
+
 
 # -------------------------------------------------------------------------------------------------------------- wilson
 def wilson(successes: int | float, n: int | float) -> Estimate:
@@ -167,6 +183,30 @@ def ratio(
         null=null,
         missing=None if found else few,
     )
+
+
+def mean_interval(
+    values: Float[np.ndarray, " unit"], *, n_samples: int = 1000, seed: int = 0
+) -> tuple[float, float] | None:
+    """The 95 % percentile interval of a mean, units resampled; None as of `resampled`."""
+    draws = unit_draws(len(values), n_samples=n_samples, seed=seed)
+    return resampled(lambda sums: sums[:, 0] / len(values), values[:, None], draws)
+
+
+def jensen_shannon(
+    p: Float[np.ndarray, "*axes item"], q: Float[np.ndarray, "*axes item"]
+) -> Float[np.ndarray, "*axes"]:
+    """The Jensen-Shannon divergence of distributions in bits: 0 where they are alike, 1 where they share no item.
+
+    `(KL(p, m) + KL(q, m)) / 2`, m = (p + q) / 2 (Lin 1991). NaN where p or q is.
+    """
+    middle = (p + q) / 2
+
+    def from_middle(of: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(of > 0, of * np.log2(of / middle), 0 * of).sum(-1)
+
+    return (from_middle(p) + from_middle(q)) / 2
 
 
 # ---------------------------------------------------------------------------------------------------------- pair sums

@@ -18,8 +18,10 @@ from headscope.errors import HeadscopeError
 from headscope.sae.convert import check_fits
 from headscope.sae.model import SAE
 from headscope.site import Site
+from headscope.stats import Estimate
 from headscope.studies.corruptions import PromptPair
-from headscope.studies.patching import THRESHOLD, BaseRun, Scores, scored
+from headscope.studies.patch_runs import BaseRun
+from headscope.studies.patching import THRESHOLD, Scores, scored
 
 BarName = Literal["site", "features", "error"]
 BARS: tuple[BarName, ...] = ("site", "features", "error")
@@ -50,7 +52,17 @@ class FeaturePatching:
     together_noising: Scores
     """Of the first 1, 2, 3, ... of the latents together."""
     together_denoising: Scores
+    null_noising: Scores
+    """Of directions of the site without meaning: each adds, at each position, a random vector as long as what the first
+    of the latents adds there. Empty where no latent changes."""
+    null_denoising: Scores
     definition: str = "x + (f_other - f)_i W_dec[i] at the positions, the SAE's error kept"
+
+    @property
+    def null_effect(self) -> Estimate | None:
+        """The effect by which latents are ranked, of directions without meaning: mean and range."""
+        effect = ((1 - self.null_noising.pre_score) + self.null_denoising.pre_score) / 2
+        return Estimate(float(effect.mean()), float(effect.min()), float(effect.max())) if len(effect) else None
 
     def bar(self, name: BarName) -> tuple[float, float]:
         """Noising and denoising score of the pre-activation."""
@@ -71,13 +83,17 @@ class FeaturePatching:
         return int(np.argmax(enough)) + 1 if enough.any() else None
 
 
-def patch_features(pair: PromptPair, upstream: SAE, positions: Sequence[int] | None = None) -> FeaturePatching:
+def patch_features(
+    pair: PromptPair, upstream: SAE, positions: Sequence[int] | None = None, *, n_null: int = 32, seed: int = 0
+) -> FeaturePatching:
     """Patch each feature of an SAE of an earlier site between two prompts, both ways.
 
     Args:
         pair: the prompts, with the later feature as the metric.
         upstream: an SAE of the same model.
         positions: of the clean prompt, patched together; all up to the query that have a counterpart when None.
+        n_null: random directions, as long as what the feature with the largest effect adds.
+        seed: of these.
 
     Raises:
         SAEError: an SAE of another model.
@@ -111,6 +127,7 @@ def patch_features(pair: PromptPair, upstream: SAE, positions: Sequence[int] | N
     effect = (1 - singles[0].pre_score) + singles[1].pre_score
     order = np.argsort(-effect, kind="stable")
     latents = differ.cpu().numpy()[order]
+    nulls = [scored(pair, *moves.random(latents[:1].tolist(), n_null, seed)) for moves in (noised, denoised)]
     together = [latents[:k].tolist() for k in range(1, min(MOST, len(latents)) + 1)]
     return FeaturePatching(
         pair=pair,
@@ -124,6 +141,8 @@ def patch_features(pair: PromptPair, upstream: SAE, positions: Sequence[int] | N
         bars_denoising=scored(pair, *denoised.bars()),
         together_noising=scored(pair, *noised.read(together)),
         together_denoising=scored(pair, *denoised.read(together)),
+        null_noising=nulls[0],
+        null_denoising=nulls[1],
     )
 
 
@@ -152,6 +171,15 @@ class _Moves:
         """The feature with each of some sets of upstream features as in the other run."""
         moved = [self.change[:, latents] @ self.sae.W_dec[latents] for latents in sets]
         return self._added(torch.stack(moved) if moved else self.whole[None][:0])
+
+    def random(self, latents: list[int], n: int, seed: int) -> tuple[Tensor, Tensor]:
+        """The feature with random vectors added, as long at each position as what a latent would add; of none, none."""
+        if not latents or not n:
+            return self._added(self.whole[None][:0])
+        length = (self.change[:, latents] @ self.sae.W_dec[latents]).norm(dim=-1, keepdim=True)
+        noise = np.random.default_rng((seed, *latents)).standard_normal((n, 1, self.whole.shape[1]))
+        direction = torch.from_numpy(noise).to(self.whole)
+        return self._added(length * direction / direction.norm(dim=-1, keepdim=True))
 
     def bars(self) -> tuple[Tensor, Tensor]:
         """The feature with the whole site, all upstream features, and the error alone as in the other run."""

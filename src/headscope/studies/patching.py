@@ -11,75 +11,23 @@ Noising what does not matter scores 1, what is necessary 0; denoising what does 
 patches are the rows of one batch, each batch run from the layer of its first patch on.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from headscope.errors import HeadscopeError, ModelError
-from headscope.models.hf import Edit, Model, Restart
-from headscope.site import Site
-from headscope.stats import MINIMUM_UNITS, Estimate, Measure, resampled, unit_draws
-from headscope.studies.corruptions import FeatureMetric, PromptPair
+from headscope.stats import MINIMUM_UNITS, Estimate, Measure, mean_interval
+from headscope.studies.corruptions import PromptPair
+from headscope.studies.nodes import BY_HEAD, INPUTS, Node, NodeKind, Patch, n_heads, position_embedding
+from headscope.studies.patch_runs import BaseRun, Transplant
 
-NodeKind = Literal[
-    "token",
-    "position",
-    "resid_pre",
-    "q",
-    "k",
-    "v",
-    "pattern",
-    "z",
-    "attn_out",
-    "resid_mid",
-    "mlp_out",
-    "resid_post",
-]
-"""What can be patched: the embedding of the token; that of its position, where positions are embedded; or the value at
-a site of this name."""
-
-_BY_HEAD = ("q", "k", "v", "pattern", "z")
-_INPUTS = ("token", "position")
-_BATCH_TOKENS = 8192
 THRESHOLD = 0.1
 """Effects below this are none, when roles are told."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """A component at one position, or at all.
-
-    For pattern a position is a query; for k and v it is a source, and a head is a key-value head.
-    """
-
-    kind: NodeKind
-    layer: int = 0
-    head: int | None = None
-    """All heads when None."""
-    position: int | None = None
-    """Of the clean prompt; all positions when None."""
-
-    def __str__(self) -> str:
-        """`z 0.2 @5`: kind, layer and head, position."""
-        where = "" if self.kind in _INPUTS else f" {self.layer}" if self.head is None else f" {self.layer}.{self.head}"
-        return f"{self.kind}{where}" + ("" if self.position is None else f" @{self.position}")
-
-    @property
-    def site(self) -> Site:
-        """Where it is edited."""
-        if self.kind == "token" or self.kind == "position":
-            return Site("resid_pre", 0)
-        return Site(self.kind, self.layer)
-
-
-Patch = tuple[Node, ...]
-"""Nodes that are patched together in one run; none leaves the run as it is."""
 
 
 @dataclass(frozen=True)
@@ -175,17 +123,13 @@ def nodes_of(
     places = [p for p in range(pair.query + 1) if pair.counterpart[p] >= 0] if by_position else [None]
     found = []
     for kind in kinds:
-        for layer in [0] if kind in _INPUTS else range(last.layer + 1) if layers is None else layers:
+        for layer in [0] if kind in INPUTS else range(last.layer + 1) if layers is None else layers:
             node = Node(kind, layer)
             if node.site.depth > last.depth:
                 continue
-            heads = range(_n_heads(model, kind)) if kind in _BY_HEAD else [None]
+            heads = range(n_heads(model, kind)) if kind in BY_HEAD else [None]
             found += [Node(kind, layer, head, place) for head in heads for place in places]
     return tuple(found)
-
-
-def _n_heads(model: Model, kind: NodeKind) -> int:
-    return model.spec.n_kv_heads if kind in ("k", "v") else model.spec.n_heads
 
 
 def _check(pair: PromptPair, node: Node) -> None:
@@ -198,8 +142,8 @@ def _check(pair: PromptPair, node: Node) -> None:
         raise HeadscopeError(
             f"{node}, which is computed after {last.hook_name}", expected="what comes before it", do="name another node"
         )
-    if node.head is not None and (node.kind not in _BY_HEAD or not 0 <= node.head < _n_heads(model, node.kind)):
-        n = _n_heads(model, node.kind) if node.kind in _BY_HEAD else 0
+    if node.head is not None and (node.kind not in BY_HEAD or not 0 <= node.head < n_heads(model, node.kind)):
+        n = n_heads(model, node.kind) if node.kind in BY_HEAD else 0
         raise ModelError(
             f"head {node.head} of {node.kind} of layer {node.layer}",
             expected=f"0 to {n - 1}" if n else "no head: it has none",
@@ -221,18 +165,12 @@ def _check(pair: PromptPair, node: Node) -> None:
         raise HeadscopeError(
             "patterns of prompts of different lengths", expected="as many sources", do="patch q, k or z instead"
         )
-    if node.kind == "position" and not _position_embedding(model, pair.clean).any():
+    if node.kind == "position" and not position_embedding(model, pair.clean).any():
         raise ModelError(
             f"position embeddings of {model.spec.name}",
             expected="a model that adds them to its token embeddings",
             do="patch q and k, which is where positions enter",
         )
-
-
-def _position_embedding(model: Model, tokens: Int[Tensor, " position"]) -> Float[Tensor, "position d_model"]:
-    """What is added to the token embeddings."""
-    site = Site("resid_pre", 0)
-    return model.read(tokens[None], [site])[site][0] - model.module.get_input_embeddings()(tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------- patch
@@ -255,8 +193,8 @@ def patch(pair: PromptPair, patches: Sequence[Node | Patch]) -> Patching:
     back = torch.full_like(pair.corrupted, -1)
     shared = pair.counterpart >= 0
     back[pair.counterpart[shared]] = shared.nonzero()[:, 0]
-    noising = _Transplant(clean, corrupted, pair.counterpart, torch.arange(len(pair.clean), device=back.device))
-    denoising = _Transplant(corrupted, clean, back, pair.counterpart)
+    noising = Transplant(clean, corrupted, pair.counterpart, torch.arange(len(pair.clean), device=back.device))
+    denoising = Transplant(corrupted, clean, back, pair.counterpart)
     return Patching(
         pair,
         sets,
@@ -278,134 +216,6 @@ def scored(pair: PromptPair, pre: Float[Tensor, " patch"], activation: Float[Ten
 
 def _numpy(values: Tensor) -> np.ndarray:
     return values.double().cpu().numpy()
-
-
-class _Read(Exception):  # noqa: N818 - control flow, not an error
-    """The feature has been read: nothing after it is computed."""
-
-
-class BaseRun:
-    """One prompt, unedited: what is at some sites, and what its blocks were called with, to be run again from there."""
-
-    def __init__(self, metric: FeatureMetric, tokens: Int[Tensor, " position"], sites: Sequence[Site]) -> None:
-        """Run it once, up to the feature."""
-        self.metric, self.tokens = metric, tokens
-        with metric.model.restartable(0) as self._restart:
-            self.found = metric.model.read(tokens[None], [*sites, metric.sae.site])
-
-    def rows_at_once(self) -> int:
-        """How many runs fit in a batch."""
-        return max(1, _BATCH_TOKENS // len(self.tokens))
-
-    def again(
-        self, n_rows: int, edits: Mapping[Site, Edit], layer: int, query: int
-    ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-        """Pre-activation and activation at the query of n_rows runs with edits, from a layer on."""
-        rows = self.tokens.expand(n_rows, -1)
-        calls = [((args[0].expand(n_rows, -1, -1), *args[1:]), named) for args, named in self._restart.calls[layer:]]
-        return self._feature(rows, edits, query, Restart(layer, calls))
-
-    def with_tokens(
-        self, rows: Int[Tensor, "row position"], edits: Mapping[Site, Edit], query: int
-    ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-        """The same from the first layer on, with other tokens."""
-        return self._feature(rows, edits, query, None)
-
-    def _feature(
-        self, rows: Tensor, edits: Mapping[Site, Edit], query: int, restart: Restart | None
-    ) -> tuple[Tensor, Tensor]:
-        found: list[Tensor] = []
-
-        def keep(value: Tensor) -> Tensor:
-            found.append(value[:, query])
-            raise _Read
-
-        model = self.metric.model
-        with model.edit(edits), model.edit({self.metric.sae.site: keep}), suppress(_Read):
-            model.losses(rows, restart)
-        return self.metric.of(found[0])
-
-
-@dataclass(frozen=True)
-class _Transplant:
-    """Runs of one prompt with values from the run of another."""
-
-    base: BaseRun
-    other: BaseRun
-    source: Int[Tensor, " position"]
-    """Of each position of the base prompt, that of the other; -1 where there is none."""
-    of_clean: Int[Tensor, " clean"]
-    """Of each position of the clean prompt, that of the base prompt; -1 where there is none."""
-
-    def read(self, patches: Sequence[Patch], query: int) -> tuple[Tensor, Tensor]:
-        """Pre-activation and activation at the query, one run for each patch."""
-        starts = [self._start(patch) for patch in patches]
-        order = sorted(range(len(patches)), key=starts.__getitem__)
-        step = self.base.rows_at_once()
-        pre = torch.empty(len(patches), dtype=self.base.metric.sae.W_enc.dtype, device=self.base.tokens.device)
-        activation = torch.empty_like(pre)
-        for low in range(0, len(order), step):
-            chunk = order[low : low + step]
-            rows = torch.tensor(chunk, device=pre.device)
-            pre[rows], activation[rows] = self._rows([patches[i] for i in chunk], starts[chunk[0]], query)
-        return pre, activation
-
-    def _start(self, patch: Patch) -> int:
-        """The layer from which a run must be made again; -1 where its tokens change."""
-        if any(node.kind == "token" for node in patch):
-            return -1
-        return min((node.site.layer for node in patch), default=self.base.metric.sae.site.layer)
-
-    def _rows(self, patches: Sequence[Patch], start: int, query: int) -> tuple[Tensor, Tensor]:
-        groups: dict[NodeKind, dict[Site, list[tuple[int, Node]]]] = {}
-        for row, nodes in enumerate(patches):
-            for node in nodes:
-                groups.setdefault(node.kind, {}).setdefault(node.site, []).append((row, node))
-        edits: dict[Site, Edit] = {}
-        for kind in get_args(NodeKind)[1:]:  # an embedded position comes before what else is at its site
-            for site, chosen in groups.get(kind, {}).items():
-                edit = self._edit(kind, site, self._mask(chosen, len(patches), kind))
-                edits[site] = edit if site not in edits else _then(edits[site], edit)
-        if start >= 0:
-            return self.base.again(len(patches), edits, start, query)
-        chosen = [pair for pairs in groups["token"].values() for pair in pairs]
-        mask = self._mask(chosen, len(patches), "token")[:, :, 0]
-        tokens = torch.where(mask, self._taken(self.other.tokens, 0), self.base.tokens)
-        return self.base.with_tokens(tokens, edits, query)
-
-    def _mask(
-        self, chosen: Sequence[tuple[int, Node]], n_rows: int, kind: NodeKind
-    ) -> Bool[Tensor, "row position head"]:
-        """Where a site is patched, in each row; one head where a site has none."""
-        heads = _n_heads(self.base.metric.model, kind) if kind in _BY_HEAD else 1
-        mask = torch.zeros(n_rows, len(self.source), heads, dtype=torch.bool, device=self.source.device)
-        for row, node in chosen:
-            where = slice(None) if node.position is None else int(self.of_clean[node.position])
-            mask[row, where, slice(None) if node.head is None else node.head] = True
-        return mask & (self.source >= 0)[:, None]
-
-    def _taken(self, values: Tensor, axis: int) -> Tensor:
-        """Values of the other run, at the positions of this one; any where a position has no counterpart."""
-        return values.index_select(axis, self.source.clamp_min(0))
-
-    def _edit(self, kind: NodeKind, site: Site, mask: Bool[Tensor, "row position head"]) -> Edit:
-        model = self.base.metric.model
-        if kind == "position":
-            own, other = (_position_embedding(model, run.tokens) for run in (self.base, self.other))
-            moved = self._taken(other, 0) - own
-            return lambda value: value + mask * moved
-        if kind == "pattern":  # [row, head, query, source], of prompts of one length
-            return lambda value: torch.where(mask.transpose(1, 2)[..., None], self.other.found[site], value)
-        taken = self._taken(self.other.found[site], 1)
-        if kind == "z":
-            wide = mask.repeat_interleave(model.spec.d_head, dim=2)
-            return lambda value: torch.where(wide, taken, value)
-        laid = mask[..., None] if kind in _BY_HEAD else mask
-        return lambda value: torch.where(laid, taken, value)
-
-
-def _then(first: Edit, second: Edit) -> Edit:
-    return lambda value: second(first(value))
 
 
 # ----------------------------------------------------------------------------------------------------------- many pairs
@@ -435,13 +245,15 @@ def average(results: Sequence[Patching], *, n_samples: int = 1000, seed: int = 0
             expected="one or more, all of the same patches",
             do="patch nodes that all pairs have: at all positions, say",
         )
-    draws = unit_draws(len(results), n_samples=n_samples, seed=seed)
 
     def measured(direction: Callable[[Patching], Scores], name: str, what: str) -> list[Measure]:
         values = np.stack([getattr(direction(result), name) for result in results])  # [pair, patch]
         nothing = float(what.startswith("noising"))
         null = Estimate(nothing, nothing, nothing)
-        return [replace(_mean(f"mean over pairs of prompts of the {what}", own, draws), null=null) for own in values.T]
+        return [
+            replace(_mean(f"mean over pairs of prompts of the {what}", own, n_samples, seed), null=null)
+            for own in values.T
+        ]
 
     columns = zip(
         results[0].patches,
@@ -454,11 +266,11 @@ def average(results: Sequence[Patching], *, n_samples: int = 1000, seed: int = 0
     return tuple(AverageEffect(*column) for column in columns)
 
 
-def _mean(definition: str, values: Float[np.ndarray, " unit"], draws: Float[np.ndarray, "sample unit"]) -> Measure:
+def _mean(definition: str, values: Float[np.ndarray, " unit"], n_samples: int, seed: int) -> Measure:
     n, value = len(values), float(values.mean())
     if n < MINIMUM_UNITS:
         return Measure(definition, n, value, missing=f"no interval: {n} pairs, at least {MINIMUM_UNITS} are needed")
-    found = resampled(lambda sums: sums[:, 0] / n, values[:, None], draws)
+    found = mean_interval(values, n_samples=n_samples, seed=seed)
     if found is None:
         return Measure(definition, n, value, missing="no interval: all pairs alike")
     return Measure(definition, n, value, *found, interval="pairs resampled, 95 %")

@@ -20,10 +20,10 @@ from headscope.index.live import LiveIndex
 from headscope.index.nulls import NullDirections
 from headscope.index.records import Shares
 from headscope.index.store import FeatureIndex
-from headscope.stats import MINIMUM, Estimate, Measure, resampled, unit_draws, wilson
+from headscope.stats import MINIMUM, Estimate, Measure, jensen_shannon, mean_interval, wilson
 from headscope.studies.active import Text, drawn
 from headscope.studies.head_ablation import activation_thresholds
-from headscope.studies.replacement import Replacement, batches, tokens_of
+from headscope.studies.replacement import Progress, Replacement, batches, tokens_of
 
 DEFINITIONS = tuple(field.name for field in fields(Shares))
 CONTRIBUTES = 0.1
@@ -319,20 +319,33 @@ class SourceAgreement:
     """Of `divergence` over features; its null is that of `elsewhere`."""
 
 
-def source_agreement(live: LiveIndex, found: JointAblation, *, n_places: int = 16, seed: int = 0) -> SourceAgreement:
+def source_agreement(
+    live: LiveIndex,
+    found: JointAblation,
+    *,
+    n_places: int = 16,
+    max_blocks: int | None = None,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> SourceAgreement:
     """Compare the sources of the heads that make each feature, at some of its active tokens.
 
     Args:
         live: the index with its model and SAE.
         found: `Redundancy.features`: which features, and which heads of each.
         n_places: active tokens of each.
-        seed: of the draw.
+        max_blocks: look at this many blocks of the corpus alone, drawn evenly; at all when None.
+        seed: of the draws.
+        on_progress: called as blocks are done.
     """
+    report = on_progress or (lambda _done, _total: None)
     index, text = live.index, Text.of(live.index)
     size = index.block_size
+    looked_at = drawn(index.n_blocks, max_blocks, (seed, 2))
     places = [np.zeros((0, 2), dtype=np.int64)]
     for row, latent in enumerate(found.latents.tolist()):
         position = index.activations(latent).position
+        position = position[np.isin(position // size, looked_at)]
         own = position[drawn(len(position), n_places, (seed, latent))]
         places.append(np.stack([np.full(len(own), row), own], axis=1))
     row, position = np.concatenate(places).T
@@ -340,7 +353,9 @@ def source_agreement(live: LiveIndex, found: JointAblation, *, n_places: int = 1
     row, position = row[order], position[order]
     weights = attribution.HeadWeights.of(live.sae, live.model)
     between = np.full((len(row), 2), np.nan)
-    for _, own in batches(np.unique(position // size), size):
+    blocks = np.unique(position // size)
+    for done, own in batches(blocks, size):
+        report(done, len(blocks))
         low, high = np.searchsorted(position, [own[0] * size, (own[-1] + 1) * size])
         attention = live.model.attention(tokens_of(live, text, own), live.sae.site.layer)
         for start in range(low, high, _PAIRS):
@@ -351,6 +366,7 @@ def source_agreement(live: LiveIndex, found: JointAblation, *, n_places: int = 1
                 weights, attention, *(torch.from_numpy(of).to(live.model.device) for of in numbers)
             )
             between[part] = _divergences(dfa.double().cpu().numpy(), found.heads[row[part]])
+    report(len(blocks), len(blocks))
     n = np.bincount(row, minlength=len(found.latents))
     means = np.stack([_mean_by(row, of, len(n)) for of in between.T], axis=1)
     return SourceAgreement(found.latents, n, *means.T, mean=_mean_measure(means))
@@ -366,7 +382,7 @@ def _divergences(
         share = size / total[..., None]
     sums, counts = np.zeros((2, len(dfa))), np.zeros((2, len(dfa)))
     for a, b in combinations(range(dfa.shape[1]), 2):
-        between = _jensen_shannon(share[:, a], share[:, b])
+        between = jensen_shannon(share[:, a], share[:, b])
         exists = np.isfinite(between)
         both, one = chosen[:, a] & chosen[:, b] & exists, (chosen[:, a] ^ chosen[:, b]) & exists
         for i, which in enumerate((both, one)):
@@ -374,17 +390,6 @@ def _divergences(
             counts[i] += which
     with np.errstate(invalid="ignore"):
         return (sums / counts).T
-
-
-def _jensen_shannon(p: Float[np.ndarray, "n s"], q: Float[np.ndarray, "n s"]) -> Float[np.ndarray, " n"]:
-    """In bits; NaN where one is."""
-    middle = (p + q) / 2
-
-    def from_middle(of: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(of > 0, of * np.log2(of / middle), 0 * of).sum(1)
-
-    return (from_middle(p) + from_middle(q)) / 2
 
 
 def _mean_by(row: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
@@ -399,16 +404,10 @@ def _mean_measure(means: Float[np.ndarray, "n 2"]) -> Measure:
     other = means[np.isfinite(means[:, 1]), 1]
     null = None
     if len(other):
-        null = Estimate(float(other.mean()), *(_interval(other) or (float(other.min()), float(other.max()))))
+        null = Estimate(float(other.mean()), *(mean_interval(other) or (float(other.min()), float(other.max()))))
     if len(measured) < MINIMUM:
         return Measure(definition, len(measured), null=null, missing=f"{len(measured)} features; {MINIMUM} are needed")
-    found, value = _interval(measured[:, 0]), float(measured[:, 0].mean())
+    found, value = mean_interval(measured[:, 0]), float(measured[:, 0].mean())
     if found is None:
         return Measure(definition, len(measured), value, null=null, missing="no interval: all features agree")
     return Measure(definition, len(measured), value, *found, "bootstrap over features, 95 %", null=null)
-
-
-def _interval(values: Float[np.ndarray, " n"]) -> tuple[float, float] | None:
-    """Of a mean, features resampled."""
-    draws = unit_draws(len(values), n_samples=1000, seed=0)
-    return resampled(lambda sums: sums[:, 0] / len(values), values[:, None], draws)

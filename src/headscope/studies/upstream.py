@@ -16,11 +16,18 @@ from headscope.attribution import HeadWeights, dfa_of_sequence
 from headscope.errors import HeadscopeError, ModelError
 from headscope.index.live import LiveIndex, TokenDFA
 from headscope.index.store import FeatureIndex
-from headscope.stats import MINIMUM, MINIMUM_UNITS, N_SAMPLES, Estimate, Measure, ratio, resampled, unit_draws
+from headscope.stats import (
+    Estimate,
+    Measure,
+    estimate_of,
+    ratio,
+)
 from headscope.studies.active import Text, drawn
+from headscope.studies.share_measures import covariance, exchanged, head_ranges
 
 _BATCH_TOKENS = 2048
 _TOP_TOKENS = 20
+_SQUARED = "sum C_h^2 / sum over heads"
 N_NULL = 4
 """Random directions beside a feature."""
 _NULL_KEY, _ELSEWHERE_KEY = 1, 2  # tell the random numbers of nulls and of other blocks from those of samples
@@ -61,7 +68,8 @@ def head_shares(index: FeatureIndex, latent: int, thresholds: Sequence[float] = 
     """DFA by head of a feature over all its active tokens above each threshold; no model run.
 
     The null of the squared and the covariance share is that of the index's random directions, active as often as real
-    features: mean and range over them.
+    features: mean and range over them. That of the linear share is the linear shares of all live features with their
+    heads exchanged at random: 1 / n_heads, and the range that holds 95 % of them.
 
     Raises:
         IndexFormatError: no such latent.
@@ -69,8 +77,9 @@ def head_shares(index: FeatureIndex, latent: int, thresholds: Sequence[float] = 
     found = index.activations(latent)
     document = Text.of(index).document.reshape(-1)[found.position]
     nulls = [null for null in index.nulls() if null.kind == "random"]
-    squared = _range([null.dfa for null in nulls if null.dfa is not None], found.heads.shape[1])
-    covariance = _range([null.dfa_covariance for null in nulls if null.dfa_covariance is not None], len(squared))
+    squared = head_ranges([null.dfa for null in nulls if null.dfa is not None], found.heads.shape[1])
+    covariances = head_ranges([null.dfa_covariance for null in nulls if null.dfa_covariance is not None], len(squared))
+    alike = exchanged(index.shares["dfa_mean"])
     records = []
     for threshold in thresholds:
         kept = found.activation > threshold
@@ -79,53 +88,16 @@ def head_shares(index: FeatureIndex, latent: int, thresholds: Sequence[float] = 
         shares = [
             HeadShare(
                 head=h,
-                squared=ratio(own, squares[:, h], squares.sum(1), definition=_SQUARED, null=squared[h]),
-                covariance=replace(_covariance(own, heads[:, h], total), null=covariance[h]),
-                linear=ratio(own, heads[:, h], total, definition="sum C_h / sum over heads"),
+                squared=ratio(
+                    own, squares[:, h], squares.sum(1), definition="sum C_h^2 / sum over heads", null=squared[h]
+                ),
+                covariance=replace(covariance(own, heads[:, h], total), null=covariances[h]),
+                linear=ratio(own, heads[:, h], total, definition="sum C_h / sum over heads", null=alike),
             )
             for h in range(heads.shape[1])
         ]
         records.append(HeadShares(latent, threshold, int(kept.sum()), tuple(shares)))
     return tuple(records)
-
-
-_SQUARED = "sum C_h^2 / sum over heads"
-_COVARIANCE = "Cov(C_h, pre) / Var(pre)"
-
-
-def _range(shares: Sequence[Float[np.ndarray, " head"]], n_heads: int) -> list[Estimate | None]:
-    """Mean over null directions and the range that holds 95 % of them, head by head."""
-    if not shares:
-        return [None] * n_heads
-    stacked = np.stack(shares)
-    low, high = np.percentile(stacked, [2.5, 97.5], axis=0)
-    return [Estimate(*ends) for ends in zip(stacked.mean(0).tolist(), low.tolist(), high.tolist(), strict=True)]
-
-
-def _covariance(
-    document: Int[np.ndarray, " token"], part: Float[np.ndarray, " token"], whole: Float[np.ndarray, " token"]
-) -> Measure:
-    """Cov(part, whole) / Var(whole), with its interval by document."""
-    n = len(part)
-    if n < MINIMUM:
-        return Measure(_COVARIANCE, n, missing=f"{n} tokens; at least {MINIMUM} are needed")
-    x, y = part - part.mean(), whole - whole.mean()
-    if not np.square(y).mean() > (np.finfo(np.float32).eps * np.abs(whole).max()) ** 2:  # stored to 14 bits or more
-        return Measure(_COVARIANCE, n, missing="the pre-activation is the same on all tokens")
-    _, unit = np.unique(document, return_inverse=True)
-    sums = np.stack([np.bincount(unit, values) for values in (np.ones(n), x, y, x * y, y * y)], axis=1)
-    found = resampled(_covariance_share, sums, unit_draws(len(sums), n_samples=N_SAMPLES, seed=0))
-    value = float((x * y).sum() / (y * y).sum())
-    if found is None:
-        few = f"no interval: {len(sums)} documents; it needs {MINIMUM_UNITS} that are not all alike"
-        return Measure(_COVARIANCE, n, value, missing=few)
-    return Measure(_COVARIANCE, n, value, *found, interval="95 %, documents resampled 1,000 times")
-
-
-def _covariance_share(sums: Float[np.ndarray, "sample 5"]) -> Float[np.ndarray, " sample"]:
-    n, x, y, xy, yy = sums.T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (xy - x * y / n) / (yy - y * y / n)
 
 
 # -------------------------------------------------------------------------------------------------------------- sources
@@ -246,8 +218,9 @@ def source_shares(
     """How much of a feature comes from source tokens of a set, and how much attention they are paid.
 
     Runs the model over the blocks in which the feature is active, and over as many others that hold the set. The null
-    of a share of squares is that of random directions of z at the same tokens: mean and range over them. Linear shares
-    have none: what random directions sum to is near 0, and so its ratios are anything.
+    of a share of squares is that of random directions of z at the same tokens: mean and range over them. What such
+    directions sum to is near 0, and its ratios are anything, so the null of a linear share is `frequency`: that of
+    sources which all do alike.
 
     Args:
         live: the index with its model and SAE.
@@ -370,12 +343,14 @@ class _Sources:
     def _record(self, number: int, rows: _Rows | None, baselines: Sequence[_Baseline], n_blocks: int) -> SourceShares:
         threshold, n_heads = self.thresholds[number], self.model.spec.n_heads
         rows = self._empty() if rows is None else rows
+        frequency = ratio(rows.document, rows.n_inside, rows.n_sources, definition="sources in the set / all sources")
+        alike = estimate_of(frequency)
         linear = {2, *range(3 + n_heads, 3 + 2 * n_heads)}  # of `_quantities`
 
         def share(quantity: int, definition: str) -> Measure:
             inside, total = rows.inside[..., quantity], rows.total[..., quantity]
             if quantity in linear:
-                return ratio(rows.document, inside[:, 0], total[:, 0], definition=definition)
+                return ratio(rows.document, inside[:, 0], total[:, 0], definition=definition, null=alike)
             with np.errstate(divide="ignore", invalid="ignore"):
                 random = inside[:, 1:].sum(0) / total[:, 1:].sum(0)
             random = random[np.isfinite(random)]
@@ -414,9 +389,7 @@ class _Sources:
                 rows.total[:, 0, 0],
                 definition="sum over special s of (sum_h C[h, s])^2 / the same over all s",
             ),
-            frequency=ratio(
-                rows.document, rows.n_inside, rows.n_sources, definition="sources in the set / all sources"
-            ),
+            frequency=frequency,
             heads=tuple(
                 HeadSources(
                     head=h,
@@ -543,6 +516,4 @@ def _agreement(mass: Float[np.ndarray, "head source"]) -> Float[np.ndarray, "hea
     """1 - Jensen-Shannon divergence in bits between rows."""
     with np.errstate(divide="ignore", invalid="ignore"):
         p = mass / mass.sum(1, keepdims=True)
-        middle = (p[:, None] + p[None]) / 2  # [head, head, source]
-        surprise = np.where(p[:, None] > 0, p[:, None] * np.log2(p[:, None] / middle), 0 * p[:, None]).sum(-1)
-    return 1 - (surprise + surprise.T) / 2
+    return 1 - jensen_shannon(*np.broadcast_arrays(p[:, None], p[None]))
