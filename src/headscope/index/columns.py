@@ -8,6 +8,7 @@ that columns of another one are refused and not shown. No torch, no model.
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -49,12 +50,33 @@ def add_columns(index: "FeatureIndex", study: str, table: pa.Table, provenance: 
     """
     _check_name("study", study)
     _check_table(study, table, index.n_latents)
+    path = index.folder / _FOLDER / f"{study}.parquet"
+    write_with_origin(index, path, table, provenance, table.column_names[1:])
+    return path
+
+
+def write_with_origin(
+    index: "FeatureIndex", path: Path, table: pa.Table, provenance: dict[str, Any], defined: Sequence[str]
+) -> None:
+    """Write a table that a study of an index found, whole or not at all, with its provenance in the file's metadata.
+
+    Args:
+        index: what was studied.
+        path: the file; what is there is replaced.
+        table: what was found.
+        provenance: as of `add_columns`.
+        defined: the columns that must have a definition.
+
+    Raises:
+        IndexFormatError: a provenance that is not as said.
+        OutputError: it cannot be written.
+    """
     missing = [name for name in _SAID if name not in provenance]
-    defined = provenance.get("definitions", {})
-    missing += [f"a definition of {name}" for name in table.column_names[1:] if name not in defined]
+    definitions = provenance.get("definitions", {})
+    missing += [f"a definition of {name}" for name in defined if name not in definitions]
     if missing:
         raise _refused(
-            f"provenance of {study!r} without {', '.join(missing)}", "settings, definitions of all columns, n"
+            f"provenance of {path.stem!r} without {', '.join(missing)}", "settings, definitions of all columns, n"
         )
     whole = provenance | {
         "index": index_identity(index.manifest),
@@ -64,13 +86,11 @@ def add_columns(index: "FeatureIndex", study: str, table: pa.Table, provenance: 
     try:
         said = json.dumps(whole, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise _refused(f"provenance of {study!r}: {error}", "strict JSON, without NaN") from error
-    path = index.folder / _FOLDER / f"{study}.parquet"
+        raise _refused(f"provenance of {path.stem!r}: {error}", "strict JSON, without NaN") from error
     with atomic_write(path) as file:
         pq.write_table(
             table.replace_schema_metadata({_KEY: said.encode()}), file, compression="zstd", write_page_checksum=True
         )
-    return path
 
 
 def read_columns(folder: str | Path, study: str) -> tuple[pa.Table, dict[str, Any]]:
@@ -89,21 +109,31 @@ def read_columns(folder: str | Path, study: str) -> tuple[pa.Table, dict[str, An
         )
     path = folder / _FOLDER / f"{study}.parquet"
     manifest = read_manifest(folder)
+    table, provenance = read_with_origin(path, manifest)
+    _check_table(study, table, int(manifest["sae"]["d_sae"]))
+    return table, provenance
+
+
+def read_with_origin(path: Path, manifest: dict[str, Any]) -> tuple[pa.Table, dict[str, Any]]:
+    """A table that a study wrote beside the index with this manifest, and its provenance.
+
+    Raises:
+        IndexFormatError: a damaged file, or a table of another index: what differs is named.
+    """
     table = read_table(path)
     try:
         provenance = json.loads((table.schema.metadata or {})[_KEY])
         found = dict(provenance["index"])
     except (KeyError, TypeError, ValueError) as error:
-        raise _refused(f"{path} does not say where it comes from", "a file that `add_columns` wrote") from error
+        raise _refused(f"{path} does not say where it comes from", "a file that a study wrote") from error
     own = index_identity(manifest)
     other = [name for name, digest in own.items() if found.get(name) != digest]
     if other:
         raise IndexFormatError(
             f"{path} was made of an index with another {', '.join(other)}",
-            expected=f"columns of {folder} as it is",
+            expected=f"a study of the index in {path.parent.parent} as it is",
             do="run the study again, or remove the file",
         )
-    _check_table(study, table, int(manifest["sae"]["d_sae"]))
     return table, provenance
 
 

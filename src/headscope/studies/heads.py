@@ -83,22 +83,10 @@ def head_scores(model: Model, *, n: int = 100, n_sequences: int = 32, seed: int 
             do="raise n or n_sequences",
         )
     tokens = repeated_tokens(model, n, n_sequences, seed)
-    size = tokens.shape[1]
-    later = torch.arange(2, size, device=model.device)
-    second = torch.arange(n + 1, size, device=model.device)
-    places: dict[ScoreName, tuple[Tensor, Tensor]] = {
-        "previous_token": (later, later - 1),
-        "induction": (second, second - n + 1),
-        "duplicate_token": (second, second - n),
-    }
-    found: dict[ScoreName, list[Tensor]] = {name: [] for name in places}
-    for pattern in _patterns(model, tokens):
-        for name, (query, source) in places.items():
-            found[name].append(pattern[..., query, source].mean(-1))
-    by_sequence: dict[ScoreName, Tensor] = {name: torch.cat(parts) for name, parts in found.items()}
+    by_sequence = scores_by_sequence(model, tokens)
     draws = torch.tensor(unit_draws(n_sequences, n_samples=_SAMPLES, seed=seed)) / n_sequences
     intervals: dict[ScoreName, Tensor] = {name: _interval(values, draws) for name, values in by_sequence.items()}
-    even: dict[ScoreName, float] = {name: float((1 / (query + 1)).mean()) for name, (query, _) in places.items()}
+    even: dict[ScoreName, float] = {name: float((1 / (query + 1)).mean()) for name, (query, _) in _where(n).items()}
     return HeadScores(
         previous_token=by_sequence["previous_token"].mean(0),
         induction=by_sequence["induction"].mean(0),
@@ -109,6 +97,28 @@ def head_scores(model: Model, *, n: int = 100, n_sequences: int = 32, seed: int 
         n_sequences=n_sequences,
         n=n,
     )
+
+
+def scores_by_sequence(
+    model: Model, tokens: Int[Tensor, "sequence position"]
+) -> dict[ScoreName, Float[Tensor, "sequence layer head"]]:
+    """The scores of every head on each of some sequences of `repeated_tokens`."""
+    places = _where((tokens.shape[1] - 1) // 2)
+    found: dict[ScoreName, list[Tensor]] = {name: [] for name in places}
+    for pattern in _patterns(model, tokens):
+        for name, (query, source) in places.items():
+            found[name].append(pattern[..., query, source].mean(-1))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _where(n: int) -> dict[ScoreName, tuple[Int[Tensor, " query"], Int[Tensor, " query"]]]:
+    """The queries and the source of each that a score is the mean attention of."""
+    later, second = torch.arange(2, 2 * n + 1), torch.arange(n + 1, 2 * n + 1)
+    return {
+        "previous_token": (later, later - 1),
+        "induction": (second, second - n + 1),
+        "duplicate_token": (second, second - n),
+    }
 
 
 def _patterns(

@@ -1,0 +1,369 @@
+"""What studies found of heads, as records: read from the tables beside an index. No torch, no model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float
+
+from headscope.errors import IndexFormatError
+from headscope.index.head_table import ROLES, head_tables, read_head_table
+from headscope.index.reading import read_manifest
+from headscope.stats import Estimate, Measure
+
+
+@dataclass(frozen=True)
+class RoleScore:
+    """One score of a head beside its nulls."""
+
+    role: str
+    value: float
+    low: float | None
+    high: float | None
+    even: float | None
+    """Of a head that attends evenly; of a table without meaning, for copying."""
+    null: float | None
+    """Of this head with all weights shuffled: mean, and the largest."""
+    null_high: float | None
+    p: float | None
+    definition: str
+
+
+@dataclass(frozen=True)
+class PrefixCurve:
+    """Attention to what followed the first copy of 1, 2, ... tokens."""
+
+    attention: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    """Intervals; empty where there are none."""
+    null: tuple[float, ...]
+    """Before anything is copied."""
+
+
+@dataclass(frozen=True)
+class HeadScore:
+    """What one head does on text without meaning."""
+
+    layer: int
+    head: int
+    scores: tuple[RoleScore, ...]
+    """Of `head_table.ROLES`, those that were measured."""
+    roles: tuple[str, ...]
+    """Which of them the tests give it."""
+    prefix: PrefixCurve
+
+
+@dataclass(frozen=True)
+class StoredCluster:
+    """Features of one head of one family."""
+
+    family: str
+    n: int
+    share: float
+    latents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredCard:
+    """How many things one head of the SAE's layer does, by one way to weigh its features."""
+
+    layer: int
+    head: int
+    weights: str
+    n_features: int
+    effective_features: Measure
+    effective_families: Measure
+    largest: Measure
+    clusters: tuple[StoredCluster, ...]
+    """Largest share first."""
+    top: tuple[int, ...]
+    top_in_one: int
+
+
+@dataclass(frozen=True)
+class FeatureAblation:
+    """What is left of one feature when each head of its layer is ablated; None where there is no number."""
+
+    kind: str
+    latent: int
+    n_active: int
+    off: tuple[float | None, ...]
+    retained: tuple[float | None, ...]
+    undecided: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class TurnedOff:
+    """The share of a family of features that ablating a head turns off, by one rule."""
+
+    layer: int
+    head: int
+    kind: str
+    rule: str
+    family: str
+    off: Measure
+
+
+@dataclass(frozen=True)
+class AblatedHead:
+    """What fires on some blocks when a head is ablated, and the features outside of a family that it makes."""
+
+    layer: int
+    head: int
+    kind: str
+    n_tokens: int
+    n_clean: int
+    n_lost: int
+    n_gained: int
+    firing: tuple[int, ...]
+    lost: tuple[int, ...]
+    by_dfa: tuple[int, ...]
+    family: str
+    """What the lists leave out."""
+
+
+@dataclass(frozen=True)
+class StoredConcentration:
+    """On how few heads features, or directions without meaning, rest."""
+
+    weights: str
+    of: str
+    n: int
+    top: tuple[int, ...]
+    """By largest share, in 20 equal bins from 0 to 1."""
+    participation: tuple[float, ...]
+    """Quantiles 0, 0.1, ... 1."""
+
+
+class HeadTables:
+    """What was found of the heads of an index; each table is read when it is first asked for."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open those of the index in a folder.
+
+        Raises:
+            IndexFormatError: no index.
+        """
+        self.folder = Path(folder)
+        self._manifest = read_manifest(self.folder)
+        self._held: dict[str, tuple[pa.Table, dict[str, Any]]] = {}
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Those that there are; empty where the heads were not studied."""
+        return head_tables(self.folder)
+
+    def provenance(self, name: str) -> dict[str, Any]:
+        """Settings, definitions of all columns, n and date of a table.
+
+        Raises:
+            IndexFormatError: no such table, or one that is damaged or of another index.
+        """
+        return self._read(name)[1]
+
+    @cached_property
+    def scores(self) -> tuple[HeadScore, ...]:
+        """Of all heads of all layers, by layer and head.
+
+        Raises:
+            IndexFormatError: as of `provenance`.
+        """
+        table, said = self._read("scores")
+        return tuple(
+            _score(row, said["definitions"])
+            for row in _rows(table.sort_by([("layer", "ascending"), ("head", "ascending")]))
+        )
+
+    def score(self, layer: int, head: int) -> HeadScore:
+        """Of one head.
+
+        Raises:
+            IndexFormatError: no such head, or as of `provenance`.
+        """
+        for found in self.scores:
+            if (found.layer, found.head) == (layer, head):
+                return found
+        raise self._no_head(layer, head)
+
+    def cards(self, weights: str = "dfa") -> tuple[StoredCard, ...]:
+        """The catalogue: every head of the SAE's layer, by one way to weigh features.
+
+        Raises:
+            IndexFormatError: weights that were not catalogued, or as of `provenance`.
+        """
+        table, said = self._read("catalogue")
+        ways = sorted(set(table["weights"].to_pylist()))
+        if weights not in ways:
+            raise IndexFormatError(f"weights {weights!r}", expected=f"one of {', '.join(ways)}", do="name one of these")
+        clusters = self._read("clusters")[0]
+        clusters = clusters.filter(pc.equal(clusters["weights"], weights)).sort_by([("share", "descending")])
+        of_head: dict[int, list[StoredCluster]] = {}
+        for row in _rows(clusters):
+            of_head.setdefault(row["head"], []).append(
+                StoredCluster(row["family"], row["n"], row["share"], tuple(row["latents"]))
+            )
+        own = table.filter(pc.equal(table["weights"], weights)).sort_by("head")
+        return tuple(_card(row, of_head.get(row["head"], []), said["definitions"]) for row in _rows(own))
+
+    def card(self, head: int, weights: str = "dfa") -> StoredCard:
+        """Of one head of the SAE's layer.
+
+        Raises:
+            IndexFormatError: no such head, or as of `cards`.
+        """
+        for card in self.cards(weights):
+            if card.head == head:
+                return card
+        raise self._no_head(int(self._manifest["layer"]), head)
+
+    def ablation(self, latent: int) -> tuple[FeatureAblation, ...]:
+        """What each head's ablation leaves of a feature, one record for each kind of ablation; none for a dead one.
+
+        Raises:
+            IndexFormatError: as of `provenance`.
+        """
+        table = self._read("ablation")[0]
+        return tuple(
+            FeatureAblation(
+                row["kind"], row["latent"], row["n_active"], *(tuple(row[n]) for n in ("off", "retained", "undecided"))
+            )
+            for row in _rows(table.filter(pc.equal(table["latent"], latent)))
+        )
+
+    def ablation_matrix(self, kind: str = "mean", column: str = "retained") -> Float[np.ndarray, "latent head"]:
+        """Features x heads of one kind of ablation: `retained` or `off`; NaN where there is no number.
+
+        Raises:
+            IndexFormatError: no such kind or column, or as of `provenance`.
+        """
+        table = self._read("ablation")[0]
+        kinds = sorted(set(table["kind"].to_pylist()))
+        if kind not in kinds or column not in ("off", "retained", "undecided"):
+            raise IndexFormatError(
+                f"{column!r} under {kind!r} ablation",
+                expected=f"off, retained or undecided under {', '.join(kinds)}",
+                do="name one of these",
+            )
+        own = table.filter(pc.equal(table["kind"], kind))
+        n_heads = int(self._manifest["model"]["n_heads"])
+        whole = np.full((int(self._manifest["sae"]["d_sae"]), n_heads), np.nan)
+        values = own[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        whole[own["latent"].to_numpy()] = values.astype(np.float64).reshape(-1, n_heads)
+        return whole
+
+    def turned_off(self, head: int | None = None) -> tuple[TurnedOff, ...]:
+        """How many features of each family a head turns off; of all heads when None.
+
+        Raises:
+            IndexFormatError: as of `provenance`.
+        """
+        table, said = self._read("turned_off")
+        own = table if head is None else table.filter(pc.equal(table["head"], head))
+        return tuple(
+            TurnedOff(
+                *(row[name] for name in ("layer", "head", "kind", "rule", "family")),
+                measure_of(row, "off", said["definitions"]["off"]),
+            )
+            for row in _rows(own)
+        )
+
+    def ablated(self, head: int) -> AblatedHead:
+        """What fires when a head of the SAE's layer is ablated.
+
+        Raises:
+            IndexFormatError: no such head, or as of `provenance`.
+        """
+        table = self._read("ablated")[0]
+        for row in _rows(table.filter(pc.equal(table["head"], head))):
+            lists = {name: tuple(row.pop(name)) for name in ("firing", "lost", "by_dfa")}
+            return AblatedHead(**row, **lists)
+        raise self._no_head(int(self._manifest["layer"]), head)
+
+    def superposition(self) -> dict[str, Measure]:
+        """Measures of how many heads features rest on, and of whether they need them all, by name.
+
+        Raises:
+            IndexFormatError: as of `provenance`.
+        """
+        table = self._read("superposition")[0]
+        return {row["measure"]: measure_of(row, "value", row["definition"]) for row in _rows(table)}
+
+    def concentration(self) -> tuple[StoredConcentration, ...]:
+        """Largest shares and participation, of features and of their nulls.
+
+        Raises:
+            IndexFormatError: as of `provenance`.
+        """
+        table = self._read("concentration")[0]
+        return tuple(
+            StoredConcentration(row["weights"], row["of"], row["n"], tuple(row["top"]), tuple(row["participation"]))
+            for row in _rows(table)
+        )
+
+    def _read(self, name: str) -> tuple[pa.Table, dict[str, Any]]:
+        if name not in self._held:
+            self._held[name] = read_head_table(self.folder, name)
+        return self._held[name]
+
+    def _no_head(self, layer: int, head: int) -> IndexFormatError:
+        model = self._manifest["model"]
+        return IndexFormatError(
+            f"head {layer}.{head}",
+            expected=f"one of {model['n_heads']} heads, from 0, of {model['n_layers']} layers; features are of layer "
+            f"{self._manifest['layer']}",
+            do="name another head",
+        )
+
+
+def measure_of(row: Mapping[str, Any], name: str, definition: str) -> Measure:
+    """The measure that `head_table.measure_row` laid out."""
+    null = row[f"{name}_null"]
+    return Measure(
+        definition,
+        row[f"{name}_n"],
+        value=row[name],
+        low=row[f"{name}_low"],
+        high=row[f"{name}_high"],
+        interval=row[f"{name}_interval"],
+        null=None if null is None else Estimate(null, row[f"{name}_null_low"], row[f"{name}_null_high"]),
+        missing=row[f"{name}_missing"],
+    )
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any]]:
+    return table.to_pylist()
+
+
+def _score(row: dict[str, Any], definitions: Mapping[str, str]) -> HeadScore:
+    parts = ("low", "high", "even", "null", "null_high", "p")
+    return HeadScore(
+        row["layer"],
+        row["head"],
+        tuple(
+            RoleScore(name, row[name], *(row[f"{name}_{part}"] for part in parts), definition=definitions[name])
+            for name in ROLES
+            if row[name] is not None
+        ),
+        tuple(role for role in (row["roles"] or "").split(", ") if role),
+        PrefixCurve(*(tuple(row[name] or ()) for name in ("prefix", "prefix_low", "prefix_high", "prefix_null"))),
+    )
+
+
+def _card(row: dict[str, Any], clusters: list[StoredCluster], definitions: Mapping[str, str]) -> StoredCard:
+    names = ("effective_features", "effective_families", "largest")
+    return StoredCard(
+        row["layer"],
+        row["head"],
+        row["weights"],
+        row["n_features"],
+        *(measure_of(row, name, definitions[name]) for name in names),
+        clusters=tuple(clusters),
+        top=tuple(row["top"]),
+        top_in_one=row["top_in_one"],
+    )

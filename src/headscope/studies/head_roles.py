@@ -1,0 +1,196 @@
+"""Which heads have a role, told from what the same architecture does with weights that mean nothing.
+
+A head of a model at random also attends a little more here than there, so "more than evenly" is no test. The null is
+the model itself with the entries of each of its weights shuffled, many times over: for weights that are drawn
+independently, the model is one draw among its shuffles, and the rank of a head's score among theirs is a p-value that
+is exact whatever the architecture (a permutation test; Fisher 1935).
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from headscope.errors import HeadscopeError, ModelError
+from headscope.models.hf import Model
+from headscope.stats import MINIMUM_UNITS, resampled, unit_draws
+from headscope.studies.heads import repeated_tokens, scores_by_sequence
+
+Role = Literal["previous_token", "induction", "duplicate_token", "copying"]
+COPIES = "share of tokens whose own logit the head's output raises more than those of 99 % of the vocabulary"
+ALPHA = 0.01
+"""A test of one role of one head finds one where there is nothing in at most this share of cases."""
+LEAST = 0.25
+"""A role also takes this much: of the attention, or of the tokens copied."""
+_TOP = 0.01
+_ROWS = 512  # tokens of the copying table held at a time
+
+Progress = Callable[[int, int], None]
+"""Called with the shuffled models done and all of them."""
+
+
+# ------------------------------------------------------------------------------------------------------------- copying
+@dataclass(frozen=True)
+class Copying:
+    """How far each head's output raises the logit of the token it reads: `LN(e_t) W_V W_O` through the final norm."""
+
+    share: Float[Tensor, "layer head"]
+    """Of tokens whose own logit it raises more than those of 99 % of all; 1 % for a table without meaning."""
+    interval: Float[Tensor, "end layer head"]
+    """95 %, tokens resampled; NaN with fewer than 10 tokens."""
+    n: int
+    """Tokens looked at."""
+    definition: str = COPIES
+
+
+def copying(model: Model, *, n_tokens: int = 512, seed: int = 0) -> Copying:
+    """Score every head of every layer: each token is read alone, and what the head writes goes straight to the logits.
+
+    Args:
+        model: whose heads.
+        n_tokens: look at so many tokens, drawn without replacement; at all when the vocabulary has no more.
+        seed: of the draw.
+    """
+    copied = _copied(model, n_tokens, seed)
+    share = copied.mean(0)
+    interval = torch.full((2, *share.shape), torch.nan, dtype=torch.float64)
+    if len(copied) >= MINIMUM_UNITS:
+        draws = unit_draws(len(copied), n_samples=1000, seed=seed)
+        for layer in range(model.spec.n_layers):
+            for head in range(model.spec.n_heads):
+                sums = copied[:, layer, head, None].numpy()
+                ends = resampled(lambda s: s[:, 0] / len(copied), sums, draws)
+                interval[:, layer, head] = torch.tensor(ends or (share[layer, head].item(),) * 2)
+    return Copying(share, interval, len(copied))
+
+
+def _copied(model: Model, n_tokens: int, seed: int) -> Float[Tensor, "token layer head"]:
+    """Whether each head raises the logit of each of some tokens more than those of 99 % of the vocabulary: 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randperm(model.spec.d_vocab, generator=generator)[:n_tokens]
+    spec, directions = model.spec, model.logit_directions
+    copied = torch.zeros(len(tokens), spec.n_layers, spec.n_heads, dtype=torch.float64)
+    for layer in range(spec.n_layers):
+        values = model.token_values(layer, tokens)
+        outputs = model.W_O(layer).reshape(spec.n_heads, spec.d_head, -1)
+        for start in range(0, len(tokens), _ROWS):
+            rows = slice(start, start + _ROWS)
+            own = tokens[rows, None].to(values.device)
+            for head in range(spec.n_heads):
+                logits = (values[rows, head] @ outputs[head]) @ directions
+                above = (logits > logits.gather(1, own)).sum(1)
+                copied[rows, layer, head] = (above < _TOP * spec.d_vocab).double().cpu()
+    return copied
+
+
+# --------------------------------------------------------------------------------------------------------------- roles
+@dataclass(frozen=True)
+class RoleTest:
+    """One role of every head, against the same head of the model with its weights shuffled."""
+
+    role: Role
+    statistic: Float[np.ndarray, "layer head"]
+    """The score, on the same text as the null; a smaller sample than that of `heads.head_scores`."""
+    null: Float[np.ndarray, "shuffle layer head"]
+
+    @property
+    def p(self) -> Float[np.ndarray, "layer head"]:
+        """`(1 + shuffles with this score or more) / (1 + shuffles)`: at most alpha in a share alpha of cases by chance."""
+        return (1 + (self.null >= self.statistic).sum(0)) / (1 + len(self.null))
+
+    def found(self, alpha: float = ALPHA, least: float = LEAST) -> Bool[np.ndarray, "layer head"]:
+        """Which heads have the role: p at most alpha and a score of at least `least`."""
+        return (self.p <= alpha) & (self.statistic >= least)
+
+
+@dataclass(frozen=True)
+class HeadRoles:
+    """Every role of every head."""
+
+    tests: tuple[RoleTest, ...]
+    n_shuffles: int
+    definition: str = "score of a head beside those of the same head with all entries of each weight shuffled"
+
+    def of(self, role: Role) -> RoleTest:
+        """The test of one role."""
+        return next(test for test in self.tests if test.role == role)
+
+    def names(self, layer: int, head: int, alpha: float = ALPHA, least: float = LEAST) -> tuple[Role, ...]:
+        """The roles of one head; none where the tests find nothing.
+
+        Raises:
+            HeadscopeError: no such head.
+        """
+        shape = self.tests[0].statistic.shape
+        if not (0 <= layer < shape[0] and 0 <= head < shape[1]):
+            raise HeadscopeError(
+                f"head {layer}.{head}", expected=f"{shape[0]} layers of {shape[1]} heads, from 0", do="name another"
+            )
+        return tuple(test.role for test in self.tests if test.found(alpha, least)[layer, head])
+
+
+def head_roles(
+    model: Model,
+    *,
+    n: int | None = None,
+    n_sequences: int = 4,
+    n_tokens: int = 128,
+    n_shuffles: int = 99,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> HeadRoles:
+    """Test every role of every head of every layer.
+
+    Args:
+        model: whose heads.
+        n: tokens of each copy of the repeated text; 32, or what fits the context, when None.
+        n_sequences: of repeated tokens, the same for the model and its shuffles.
+        n_tokens: of the copying table.
+        n_shuffles: of the weights. The smallest p is 1 / (1 + n_shuffles): with fewer than 99 no role is found at 1 %.
+        seed: of the text and the shuffles.
+        on_progress: called after each shuffle.
+
+    Raises:
+        HeadscopeError: no shuffles.
+        ModelError: the text does not fit the context.
+    """
+    if n_shuffles < 1:
+        raise HeadscopeError(
+            f"{n_shuffles} shuffles", expected="at least one, 99 for a p of 1 %", do="raise n_shuffles"
+        )
+    size = min(32, (model.spec.context - 1) // 2) if n is None else n
+    if not 2 <= size <= (model.spec.context - 1) // 2:
+        raise ModelError(
+            f"two copies of {size} tokens", expected=f"copies of 2 to {(model.spec.context - 1) // 2}", do="pass such n"
+        )
+    tokens = repeated_tokens(model, size, n_sequences, seed)
+    report = on_progress or (lambda _done, _total: None)
+
+    def statistics(of: Model) -> dict[Role, np.ndarray]:
+        found: dict[Role, Tensor] = {name: each.mean(0) for name, each in scores_by_sequence(of, tokens).items()}
+        found["copying"] = _copied(of, n_tokens, seed).mean(0)
+        return {role: values.double().cpu().numpy() for role, values in found.items()}
+
+    own, nulls = statistics(model), []
+    for i, shuffled in enumerate(shuffles(model, n_shuffles, seed)):
+        nulls.append(statistics(shuffled))
+        report(i + 1, n_shuffles)
+    tests = tuple(RoleTest(role, own[role], np.stack([null[role] for null in nulls])) for role in own)
+    return HeadRoles(tests, n_shuffles)
+
+
+def shuffles(model: Model, n: int, seed: int) -> Iterator[Model]:
+    """The model with the entries of each of its parameters in another order, n times; each ends the one before it."""
+    module = copy.deepcopy(model.module)
+    held = Model(module, model.tokenizer, model.bos, f"{model.spec.name}, weights shuffled")
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        for own, shuffled in zip(model.module.parameters(), module.parameters(), strict=True):
+            order = torch.randperm(own.numel(), generator=generator).to(own.device)
+            shuffled.data = own.data.flatten()[order].view_as(own)
+        yield held.replica()  # nothing that a model keeps of its weights is left of the one before
