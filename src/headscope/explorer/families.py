@@ -102,7 +102,7 @@ class IndexFamilies:
             words = provenance["definitions"]
             if study == INDUCTION:
                 judged = table.filter(table["verdict"].is_valid())
-                return _Columns(judged, provenance, _bools(judged["verdict"]), words["verdict"])
+                return _Columns(judged, provenance, _bools(judged["verdict"]), _asked(provenance["settings"]))
             kind = PROXY_FAMILIES[name]
             judged = table.filter(table["kind"].is_valid())
             of_kind = np.array([found == kind for found in judged["kind"].to_pylist()], dtype=bool)
@@ -201,10 +201,10 @@ class IndexFamilies:
                 _column("verdict", "verdict", "bool", f"its kind is {kind}; kind: {words['kind']}"),
                 _column("precision", "precision", "percent", words[f"{column}_precision"]),
                 _column("recall", "recall", "percent", words[f"{column}_recall"]),
-                _column("kind", "kind", "text", words["kind"]),
                 _column("top_logit", "top logit", "token", "the token whose logit the feature raises most"),
                 _column("top_head", "head", "head", "the head with the largest share of squared DFA"),
                 _column("label", "label", "text", "what people say of it"),
+                _column("kind", "kind", "text", words["kind"]),
             ],
             "rows": {
                 "latent": latents.tolist(),
@@ -269,6 +269,18 @@ def _main_head(own: list[int | None], verdict: Bool[np.ndarray, " n"], shares: F
     if brought:
         return int(np.bincount(brought, minlength=shares.shape[1]).argmax())
     return int((shares >= SELECTED).sum(0).argmax())
+
+
+def _asked(criteria: dict[str, Any]) -> str:
+    """What makes an induction feature, in a line."""
+    off = criteria["off"]
+    tests = [
+        f"pass rate above {criteria['rate']:g} on at least {criteria['least']} later A's",
+        f"at least {criteria['source_share']:.0%} of positive DFA from earlier B's",
+        f"copy rank of B at most {criteria['copy_rank']:.1%}",
+        *([] if off is None else [f"off in more than {off:.0%} with the A's before earlier B's replaced"]),
+    ]
+    return f"passes all tests: {'; '.join(tests)}"
 
 
 def _tests(table: pa.Table, asked: dict[str, Any]) -> dict[str, list[bool | None]]:
