@@ -140,31 +140,35 @@ class App {
   }
 
   async #showFamily(late) {
-    const { features } = await this.#listed();
-    if (!this.about.pages) await this.data.page(this.view.page); // says why it is not there
+    await this.#checkPages();
     const { FamilyPages } = await import("./family.js");
-    if (late()) return;
-    this.#families ??= new FamilyPages(this.#needs(features), (family) => this.#go({ family: { ...this.view.family, ...family } }));
-    await this.#families.update(this.view, late);
-    if (late()) return;
-    this.#card = null;
-    this.#put(this.#families.element, `${this.#families.title} · ${this.about.title}`);
+    this.#families ??= new FamilyPages(await this.#needs(), (family) => this.#go({ family: { ...this.view.family, ...family } }));
+    await this.#showPages(this.#families, late);
   }
 
   async #showHead(late) {
-    const { features } = await this.#listed();
-    if (!this.about.pages) await this.data.page(this.view.page);
+    await this.#checkPages();
     const { HeadPages } = await import("./head.js");
-    if (late()) return;
-    this.#heads ??= new HeadPages(this.#needs(features), (grid) => this.#go({ grid: { ...this.view.grid, ...grid } }), (name) => this.#go({ page: "head", latent: null, name }, true));
-    await this.#heads.update(this.view, late);
+    this.#heads ??= new HeadPages(await this.#needs(), (grid) => this.#go({ grid: { ...this.view.grid, ...grid } }), (name) => this.#go({ page: "head", latent: null, name }, true));
+    await this.#showPages(this.#heads, late);
+  }
+
+  /** An export without these pages says so. */
+  #checkPages() {
+    return this.about.pages || this.data.page(this.view.page);
+  }
+
+  async #showPages(pages, late) {
+    await pages.update(this.view, late);
     if (late()) return;
     this.#card = null;
-    this.#put(this.#heads.element, `${this.#heads.title} · ${this.about.title}`);
+    this.#put(pages.element, `${pages.title} · ${this.about.title}`);
+    document.title = `${pages.title} · ${this.about.title}`; // also where one follows another
   }
 
   /** What the pages of families and heads need; `feature` links only to what the page has. */
-  #needs(features) {
+  async #needs() {
+    const { features } = await this.#listed();
     const { about, vocab, tip, data } = this;
     return {
       about, vocab, tip, data, open: (latent) => features.rowOf.has(latent) && this.#open(latent), feature: (latent) => (features.rowOf.has(latent) ? this.#cardLink(latent) : null),
