@@ -246,6 +246,61 @@ class Effects:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Families:
+    """Find the induction features of an index without naming a head, and hold the post's rule against them."""
+
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    """An index folder; gets the columns `induction`, and tables in `heads`."""
+    model: str | None = None
+    """The model; the one the index names when not given. Its weights must be those the index was built with."""
+    sae: str | None = None
+    """The SAE, likewise."""
+    seed: int = 0
+    """Of all draws."""
+
+    def run(self) -> None:
+        """Judge with a progress bar."""
+        with Display() as display:
+            found = jobs.families(
+                self.index, model=self.model, sae=self.sae, seed=self.seed, on_progress=display.on_progress
+            )
+        for line in found.lines():
+            display.say(line)
+        display.say(f"columns: {self.index}/columns/induction.parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """Study every head of the model: roles, the features it makes, what its ablation turns off, what is spread."""
+
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    """An index folder; gets tables in `heads`, and the columns `heads`. Families come first, if they are to count."""
+    model: str | None = None
+    """The model; the one the index names when not given. Its weights must be those the index was built with."""
+    sae: str | None = None
+    """The SAE, likewise."""
+    n_shuffles: int = 99
+    """Models with shuffled weights that roles are told from; with fewer than 99 none is found at 1 %."""
+    seed: int = 0
+    """Of all draws."""
+
+    def run(self) -> None:
+        """Study with a progress bar."""
+        with Display() as display:
+            found = jobs.heads(
+                self.index,
+                model=self.model,
+                sae=self.sae,
+                n_shuffles=self.n_shuffles,
+                seed=self.seed,
+                on_progress=display.on_progress,
+            )
+        for line in found.lines():
+            display.say(line)
+        display.say(f"tables: {self.index}/heads")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dive:
     """Write the deep dive into one feature, when it fires and what it does, as one HTML file."""
 
@@ -346,7 +401,7 @@ class Display:
         self.say("* Kissane et al. (2024): gelu-2l layer 1, d_sae 16,384, C4 and code; another model and corpus")
 
 
-Command = Demo | Train | Eval | Index | Serve | Export | Proxies | Effects | Dive | Survey
+Command = Demo | Train | Eval | Index | Serve | Export | Proxies | Effects | Families | Heads | Dive | Survey
 
 
 def main(arguments: list[str] | None = None) -> None:

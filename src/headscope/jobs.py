@@ -21,6 +21,7 @@ from headscope.site import Kind, Site
 
 if TYPE_CHECKING:
     from headscope.explorer.cards import IndexCards
+    from headscope.index.head_records import HeadTables
     from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
     from headscope.models.hf import Model
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from headscope.sae.train import Status, TrainResult
     from headscope.studies.downstream import Downstream
     from headscope.studies.effects import DirectEffects
+    from headscope.studies.induction_store import InductionFamily
     from headscope.studies.specificity_records import Predictions
     from headscope.studies.survey import Survey
 
@@ -406,3 +408,46 @@ def effects(
     found = direct_effects(opened, max_work=max_work, on_progress=on_pairs)
     write_effects(opened, found)
     return found
+
+
+def families(
+    index: str | Path,
+    *,
+    model: str | None = None,
+    sae: str | Path | None = None,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> "InductionFamily":
+    """Judge all live features of an index for induction, and keep it: columns `induction` and tables of heads.
+
+    Raises:
+        HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
+    """
+    from headscope.studies.induction_store import induction_family, save_family
+
+    opened = live(index, model=model, sae=sae)
+    found = induction_family(opened, seed=seed, on_progress=on_progress)
+    save_family(opened, found)
+    return found
+
+
+def heads(
+    index: str | Path,
+    *,
+    model: str | None = None,
+    sae: str | Path | None = None,
+    n_shuffles: int = 99,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> "HeadTables":
+    """Study every head of a model and all features of an index by head, and keep it beside the index.
+
+    Raises:
+        HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
+    """
+    from headscope.index.head_records import HeadTables
+    from headscope.studies.head_store import HeadPlan, study_heads
+
+    opened = live(index, model=model, sae=sae)
+    study_heads(opened, HeadPlan(n_shuffles=n_shuffles, seed=seed), on_progress)
+    return HeadTables(index)

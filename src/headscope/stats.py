@@ -51,6 +51,14 @@ class Measure:
     missing: str | None = None
     """Why there is no value, or no interval."""
 
+    def __str__(self) -> str:
+        """`0.912 [0.908, 0.916], n 312, null 0.01 [0, 0.02]`, or why there is no number."""
+        null = "" if self.null is None else f", null {self.null}"
+        if self.value is None:
+            return f"no number ({self.missing}){null}"
+        interval = "" if self.low is None or self.high is None else f" [{self.low:.4g}, {self.high:.4g}]"
+        return f"{self.value:.4g}{interval}, n {self.n:,}{null}"
+
 
 # -------------------------------------------------------------------------------------------------------------- wilson
 def wilson(successes: int | float, n: int | float) -> Estimate:

@@ -141,6 +141,25 @@ class StoredConcentration:
     """Quantiles 0, 0.1, ... 1."""
 
 
+@dataclass(frozen=True)
+class StoredRule:
+    """The post's selection by the decoder share of one head, held against the composite test."""
+
+    head: int
+    n: int
+    n_true: int
+    """Induction features, of n."""
+    at: float
+    """The post's threshold."""
+    threshold: tuple[float, ...]
+    """Falling; the next two are the ROC curve."""
+    true_rate: tuple[float, ...]
+    false_rate: tuple[float, ...]
+    auc: Measure
+    precision: Measure
+    recall: Measure
+
+
 class HeadTables:
     """What was found of the heads of an index; each table is read when it is first asked for."""
 
@@ -285,14 +304,33 @@ class HeadTables:
             return AblatedHead(**row, **lists)
         raise self._no_head(int(self._manifest["layer"]), head)
 
-    def superposition(self) -> dict[str, Measure]:
-        """Measures of how many heads features rest on, and of whether they need them all, by name.
+    def measures(self, study: str) -> dict[str, Measure]:
+        """Measures of the whole dictionary by name: of `induction`, or of `superposition`.
+
+        Raises:
+            IndexFormatError: a study without any, or as of `provenance`.
+        """
+        path = f"measures_{study}"
+        if path not in ("measures_induction", "measures_superposition"):
+            raise IndexFormatError(f"measures of {study!r}", expected="induction or superposition", do="name one")
+        return {row["measure"]: measure_of(row, "value", row["definition"]) for row in _rows(self._read(path)[0])}
+
+    def rules(self) -> tuple[StoredRule, ...]:
+        """The post's rule, by the decoder share of a head, held against the composite test: one record a head.
 
         Raises:
             IndexFormatError: as of `provenance`.
         """
-        table = self._read("superposition")[0]
-        return {row["measure"]: measure_of(row, "value", row["definition"]) for row in _rows(table)}
+        table, said = self._read("rules")
+        words = said["definitions"]
+        return tuple(
+            StoredRule(
+                *(row[name] for name in ("head", "n", "n_true", "at")),
+                *(tuple(row[name]) for name in ("threshold", "true_rate", "false_rate")),
+                *(measure_of(row, name, words[name]) for name in ("auc", "precision", "recall")),
+            )
+            for row in _rows(table)
+        )
 
     def concentration(self) -> tuple[StoredConcentration, ...]:
         """Largest shares and participation, of features and of their nulls.
@@ -305,6 +343,28 @@ class HeadTables:
             StoredConcentration(row["weights"], row["of"], row["n"], tuple(row["top"]), tuple(row["participation"]))
             for row in _rows(table)
         )
+
+    def lines(self) -> list[str]:
+        """A summary in words.
+
+        Raises:
+            IndexFormatError: as of `provenance`.
+        """
+        found = []
+        for score in self.scores:
+            if score.roles:
+                told = {of.role: of for of in score.scores}
+                roles = (f"{name} {told[name].value:.2f} (null {told[name].null:.2f})" for name in score.roles)
+                found.append(f"head {score.layer}.{score.head}: {', '.join(roles)}")
+        for card in self.cards():
+            of_head = [off for off in self.turned_off(card.head) if (off.kind, off.rule) == ("mean", "most tokens")]
+            off = next(off.off for off in of_head if off.family == "own")
+            largest = f"{card.clusters[0].family} {card.largest}" if card.clusters else "no family"
+            found.append(
+                f"head {card.layer}.{card.head}: {card.effective_features.value or 0:.0f} effective features; largest "
+                f"family {largest}; its own features off when ablated: {off}"
+            )
+        return found + [f"{name}: {measure}" for name, measure in self.measures("superposition").items()]
 
     def _read(self, name: str) -> tuple[pa.Table, dict[str, Any]]:
         if name not in self._held:

@@ -107,6 +107,11 @@ def _role(name: str, definition: str) -> dict[str, tuple[Type, str]]:
     }
 
 
+_MEASURES = Schema(
+    {"measure": ("text", "its name")},
+    {"definition": ("text", "of the measure"), **_measure("value", "as its definition says")},
+)
+
 SCHEMAS: dict[str, Schema] = {
     "scores": Schema(
         _HEAD,
@@ -176,9 +181,21 @@ SCHEMAS: dict[str, Schema] = {
             "family": ("text", "what is left out: induction (by the composite test), or nothing"),
         },
     ),
-    "superposition": Schema(
-        {"measure": ("text", "its name")},
-        {"definition": ("text", "of the measure"), **_measure("value", "as its definition says")},
+    "measures_induction": _MEASURES,
+    "measures_superposition": _MEASURES,
+    "rules": Schema(
+        {"head": ("int", "head of the SAE's layer whose decoder share is the score")},
+        {
+            "n": ("int", "features"),
+            "n_true": ("int", "induction features among them, by the composite test"),
+            "threshold": ("floats", "decoder shares, falling; at each, features with this share or more are chosen"),
+            "true_rate": ("floats", "of the induction features, the share chosen"),
+            "false_rate": ("floats", "of the others, the share chosen"),
+            **_measure("auc", "area under that curve"),
+            "at": ("float", "the post's threshold"),
+            **_measure("precision", "of the features chosen there, the share of induction features"),
+            **_measure("recall", "of the induction features, the share chosen there"),
+        },
     ),
     "concentration": Schema(
         {

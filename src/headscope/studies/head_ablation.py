@@ -7,7 +7,7 @@ active nowhere in the index, and takes one reading of z (`firing_under_ablation`
 (`loss_table`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -23,7 +23,7 @@ from headscope.sae.model import SAE, JumpReLU, TopK
 from headscope.site import Site
 from headscope.stats import MINIMUM, Estimate, Measure, ratio, wilson
 from headscope.studies.active import ActiveTokens, Text, drawn
-from headscope.studies.replacement import Kind, Replacement, batches, tokens_of
+from headscope.studies.replacement import Kind, Progress, Replacement, batches, tokens_of
 
 OffRule = Literal["every token", "most tokens", "most activation"]
 """When a feature counts as off: at every token where it was active; at more than half of them; or when its summed
@@ -32,9 +32,6 @@ activation is less than half of what it was."""
 STORED_BITS = 14
 """Significant bits of the contributions that an index stores: the error of each is at most 2^-14 of it."""
 _ROWS = 256  # rows of pre-activations of all latents held at a time
-
-Progress = Callable[[int, int], None]
-"""Called with the blocks done and the blocks in all."""
 
 
 def activation_thresholds(sae: SAE) -> Float[np.ndarray, " latent"]:
@@ -169,23 +166,41 @@ def head_effects(live: LiveIndex, replacement: Replacement) -> HeadEffects:
         StudyError: a TopK SAE.
         IndexFormatError: a damaged index.
     """
+    return effects_of(live, [replacement])[0]
+
+
+def effects_of(
+    live: LiveIndex, replacements: Sequence[Replacement], on_progress: Progress | None = None
+) -> tuple[HeadEffects, ...]:
+    """`head_effects` for several replacements; the activations are still read once. Progress is in latents.
+
+    Raises:
+        StudyError: a TopK SAE.
+        IndexFormatError: a damaged index.
+    """
     thresholds = activation_thresholds(live.sae)
     weights = HeadWeights.of(live.sae, live.model)
-    shape = live.index.n_latents, live.index.n_heads
-    n_active, n_off, undecided = np.zeros(shape[0], np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    shape = len(replacements), live.index.n_latents, live.index.n_heads
+    n_active, n_off, undecided = np.zeros(shape[1], np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     retained = np.full(shape, np.nan)
     for latent, active in live.index.each_latent():
+        if on_progress is not None and latent % 64 == 63:
+            on_progress(latent + 1, shape[1])
         n_active[latent] = len(active.position)
         if not len(active.position):
             continue
-        replaced = replacement.contributions(weights, latent, active.position)
-        f = active.activation.astype(np.float64)[:, None]
-        after = f - (active.heads - replaced)
-        off = after <= thresholds[latent]
-        n_off[latent] = off.sum(0)
-        undecided[latent] = (np.abs(after - thresholds[latent]) <= _rounding(f, active.heads)).sum(0)
-        retained[latent] = np.where(off, 0, after).sum(0) / f.sum()
-    return HeadEffects(replacement.kind, live.sae.site.layer, n_active, n_off, undecided, retained)
+        f, heads = active.activation.astype(np.float64)[:, None], active.heads
+        rounding = _rounding(f, heads)
+        for i, replacement in enumerate(replacements):
+            after = f - (heads - replacement.contributions(weights, latent, active.position))
+            off = after <= thresholds[latent]
+            n_off[i, latent] = off.sum(0)
+            undecided[i, latent] = (np.abs(after - thresholds[latent]) <= rounding).sum(0)
+            retained[i, latent] = np.where(off, 0, after).sum(0) / f.sum()
+    return tuple(
+        HeadEffects(of.kind, live.sae.site.layer, n_active, n_off[i], undecided[i], retained[i])
+        for i, of in enumerate(replacements)
+    )
 
 
 def _rounding(f: Float[np.ndarray, "n 1"], heads: Float[np.ndarray, "n head"]) -> Float[np.ndarray, "n head"]:

@@ -100,7 +100,7 @@ class RoleTest:
 
     @property
     def p(self) -> Float[np.ndarray, "layer head"]:
-        """`(1 + shuffles with this score or more) / (1 + shuffles)`: at most alpha in a share alpha of cases by chance."""
+        """`(1 + shuffles with this score or more) / (1 + shuffles)`: at most alpha in a share alpha of cases."""
         return (1 + (self.null >= self.statistic).sum(0)) / (1 + len(self.null))
 
     def found(self, alpha: float = ALPHA, least: float = LEAST) -> Bool[np.ndarray, "layer head"]:

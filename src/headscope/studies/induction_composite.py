@@ -6,7 +6,7 @@ raise the feature for B alone (copying), and whether the feature turns off when 
 Which heads do it is then read off, not assumed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,6 +27,9 @@ from headscope.studies.replacement import batches, tokens_of
 _PAIRS = 512  # pairs whose [head, source] contributions are held at a time
 _RUNS = 16  # corrupted blocks in one run
 _TABLE = 1 << 24  # entries of the copying table held at a time
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, what is done of it and all of it."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,12 @@ def _places(index: FeatureIndex, found: Behaviour, finder: BigramFinder, plan: "
     return places.at(np.argsort(places.position, kind="stable"))
 
 
-def _prior_sources(live: LiveIndex, text: Text, places: _Places, n_latents: int) -> PriorSources:
+def _prior_sources(live: LiveIndex, text: Text, places: _Places, n_latents: int, report: Progress) -> PriorSources:
     weights, size = attribution.HeadWeights.of(live.sae, live.model), text.tokens.shape[1]
     shares, heads = np.zeros((len(places.row), 3)), np.zeros((len(places.row), live.index.n_heads))
-    for _, own in batches(np.unique(places.position // size), size):
+    blocks = np.unique(places.position // size)
+    for done, own in batches(blocks, size):
+        report("sources", done + len(own), len(blocks))
         low, high = np.searchsorted(places.position, [own[0] * size, (own[-1] + 1) * size])
         attention = live.model.attention(tokens_of(live, text, own), live.sae.site.layer)
         for start in range(low, high, _PAIRS):
@@ -204,13 +209,14 @@ class Corruption:
     kept_control: Float[np.ndarray, " latent"]
 
 
-def _corrupt(live: LiveIndex, text: Text, places: _Places, n_latents: int, seed: int) -> Corruption:
+def _corrupt(live: LiveIndex, text: Text, places: _Places, n_latents: int, seed: int, report: Progress) -> Corruption:
     size, flat = text.tokens.shape[1], text.tokens.reshape(-1)
     f = np.zeros((len(places.row), 2))
     pool = flat[text.is_text.reshape(-1)]
     kept = np.zeros(len(places.row), dtype=bool)
     for start in range(0, len(places.row), _RUNS):
         pairs = np.arange(start, min(start + _RUNS, len(places.row)))
+        report("corruption", start + len(pairs), len(places.row))
         tokens = np.stack([text.tokens[places.position[pairs] // size]] * 2)  # [version, pair, position]
         for i, pair in enumerate(pairs):
             rng = np.random.default_rng((seed, int(places.latent[pair]), int(places.position[pair])))
@@ -327,7 +333,7 @@ class InductionFeatures:
         return np.bincount(head[head >= 0], minlength=self.sources.by_head.shape[1])
 
 
-def induction_features(
+def induction_features(  # noqa: PLR0913 - what is judged, by what, how much of it, and who is told
     live: LiveIndex,
     latents: Sequence[int] | Int[np.ndarray, " n"] | None = None,
     *,
@@ -337,6 +343,7 @@ def induction_features(
     n_corrupted: int = 8,
     null: bool = True,
     seed: int = 0,
+    on_progress: Progress | None = None,
 ) -> InductionFeatures:
     """Judge features by all four tests, with no head named beforehand.
 
@@ -349,6 +356,7 @@ def induction_features(
         n_corrupted: later A's at which earlier ones are replaced.
         null: also judge each feature by the B of another, to say how many pass by chance.
         seed: of all draws.
+        on_progress: called as blocks are read.
 
     Raises:
         IndexFormatError: no such latent.
@@ -363,11 +371,14 @@ def induction_features(
     finder = BigramFinder(text)
     plan = _Plan(asked, n_blocks, n_places, n_corrupted, seed)
     own = targets(index)[chosen]
-    judged = _judge(live, text, finder, chosen, own, plan)
+    report = on_progress or (lambda _stage, _done, _total: None)
+    judged = _judge(live, text, finder, chosen, own, plan, report)
     if not null:
         return judged
     other = np.roll(own[np.random.default_rng((seed, 3)).permutation(len(own))], 1)
-    by_chance = _judge(live, text, finder, chosen, other, plan)
+    by_chance = _judge(
+        live, text, finder, chosen, other, plan, lambda stage, done, total: report(f"null: {stage}", done, total)
+    )
     return replace(judged, n_null=int((by_chance.verdict & (other != own)).sum()))
 
 
@@ -381,12 +392,18 @@ class _Plan:
 
 
 def _judge(
-    live: LiveIndex, text: Text, finder: BigramFinder, latents: np.ndarray, tokens: np.ndarray, plan: _Plan
+    live: LiveIndex,
+    text: Text,
+    finder: BigramFinder,
+    latents: np.ndarray,
+    tokens: np.ndarray,
+    plan: _Plan,
+    report: Progress,
 ) -> InductionFeatures:
     index, asked, n = live.index, plan.criteria, len(latents)
     found = behaviour(index, latents, tokens=tokens, n_blocks=plan.n_blocks, seed=plan.seed, finder=finder)
     places = _places(index, found, finder, plan)
-    sources = _prior_sources(live, text, places, n)
+    sources = _prior_sources(live, text, places, n, report)
     ranks = copy_ranks(live, latents, tokens, sources.head)
     none = np.zeros(n, np.int64)
     untested = Corruption(none, none, np.full(n, np.nan), none, np.full(n, np.nan))
@@ -398,7 +415,7 @@ def _judge(
     for row in np.flatnonzero(so_far):
         own = np.flatnonzero(places.row == row)
         few[own[drawn(len(own), plan.n_corrupted, (plan.seed, int(latents[row]), 4))]] = True
-    return replace(judged, corruption=_corrupt(live, text, places.at(few), n, plan.seed))
+    return replace(judged, corruption=_corrupt(live, text, places.at(few), n, plan.seed, report))
 
 
 # ------------------------------------------------------------------------------------------------------------- columns

@@ -3,7 +3,7 @@
 One record serves runs of the model (`edit`) and sums read off an index (`contributions`), so that both ablate alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -22,6 +22,9 @@ from headscope.studies.active import Text, drawn
 Kind = Literal["mean", "position mean", "zero", "resample"]
 """What stands in the place of a head's z: its mean over text tokens, its mean at that position of a block, the constant
 c (so that its DFA is 0, the post's zero), or its z at another text token, drawn at random."""
+
+Progress = Callable[[int, int], None]
+"""Called with the blocks done and the blocks in all."""
 
 N_RESAMPLED = 4096
 """Text tokens from which those of `resample` are drawn."""
@@ -42,38 +45,57 @@ class Replacement:
 
     @classmethod
     def of(cls, live: LiveIndex, kind: Kind = "mean", *, max_blocks: int | None = None, seed: int = 0) -> "Replacement":
-        """Read z of the whole corpus, or of some blocks of it, once; `zero` needs none.
+        """Of one kind; see `several`."""
+        return cls.several(live, [kind], max_blocks=max_blocks, seed=seed)[kind]
+
+    @classmethod
+    def several(
+        cls,
+        live: LiveIndex,
+        kinds: Sequence[Kind],
+        *,
+        max_blocks: int | None = None,
+        seed: int = 0,
+        on_progress: Progress | None = None,
+    ) -> "dict[Kind, Replacement]":
+        """Read z of the whole corpus, or of some blocks of it, once for all kinds; `zero` alone needs none.
 
         The means are over text tokens. A position at which there is no text takes the mean over all positions.
 
         Raises:
             StudyError: an unknown kind.
         """
-        if kind not in get_args(Kind):
-            raise StudyError(
-                f"ablation {kind!r}", expected=f"one of {', '.join(get_args(Kind))}", do="name one of these"
-            )
+        for kind in kinds:
+            if kind not in get_args(Kind):
+                raise StudyError(
+                    f"ablation {kind!r}", expected=f"one of {', '.join(get_args(Kind))}", do="name one of these"
+                )
+        read = None
+        if set(kinds) - {"zero"}:
+            blocks = drawn(live.index.n_blocks, max_blocks, (seed,))
+            n_sampled = N_RESAMPLED if "resample" in kinds else 0
+            read = _z_sums(live, Text.of(live.index), blocks, n_sampled, seed, on_progress)
+            if read.counts.sum() == 0:
+                raise StudyError("blocks without text", expected="text tokens to take z of", do="read more blocks")
+        return {kind: cls._of(live, kind, read, seed) for kind in kinds}
+
+    @classmethod
+    def _of(cls, live: LiveIndex, kind: Kind, read: "_ZSums | None", seed: int) -> "Replacement":
         index, spec = live.index, live.model.spec
         size, n_positions = index.block_size, index.n_blocks * index.block_size
         shape = spec.n_heads, spec.d_head
-        if kind == "zero":
+        if read is None or kind == "zero":
             offset = live.model.value_offset(live.sae.site.layer).to(live.sae.W_enc)
-            return cls(kind, offset.view(1, *shape), 0, np.zeros(n_positions, np.int32))
-        text = Text.of(index)
-        blocks = drawn(index.n_blocks, max_blocks, (seed,))
-        sums, counts, sample = _z_sums(
-            live, text, blocks, n_sampled=N_RESAMPLED if kind == "resample" else 0, seed=seed
-        )
-        n = int(counts.sum())
-        if n == 0:
-            raise StudyError("blocks without text", expected="text tokens to take z of", do="read more blocks")
-        mean = sums.sum(0) / n
+            return cls("zero", offset.view(1, *shape), 0, np.zeros(n_positions, np.int32))
+        n = int(read.counts.sum())
+        mean = read.sums.sum(0) / n
         if kind == "resample":
-            row = np.random.default_rng((seed, 1)).integers(0, len(sample), n_positions, dtype=np.int32)
-            return cls(kind, sample.to(live.sae.W_enc).view(-1, *shape), n, row)
+            row = np.random.default_rng((seed, 1)).integers(0, len(read.sample), n_positions, dtype=np.int32)
+            return cls(kind, read.sample.to(live.sae.W_enc).view(-1, *shape), n, row)
         if kind == "mean":
             return cls(kind, mean.to(live.sae.W_enc).view(1, *shape), n, np.zeros(n_positions, np.int32))
-        by_position = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], mean)
+        counts = read.counts[:, None]
+        by_position = torch.where(counts > 0, read.sums / counts.clamp_min(1), mean)
         row = np.tile(np.arange(size, dtype=np.int32), index.n_blocks)
         return cls(kind, by_position.to(live.sae.W_enc).view(-1, *shape), n, row)
 
@@ -95,10 +117,24 @@ class Replacement:
         return at(lambda z: values.to(z), heads=list(heads))
 
 
+@dataclass(frozen=True)
+class _ZSums:
+    """Of z over text tokens."""
+
+    sums: Float[Tensor, "position z"]
+    counts: Float[Tensor, " position"]
+    sample: Float[Tensor, "sample z"]
+    """At some text tokens."""
+
+
 def _z_sums(
-    live: LiveIndex, text: Text, blocks: Int[np.ndarray, " block"], *, n_sampled: int, seed: int
-) -> tuple[Float[Tensor, "position z"], Float[Tensor, " position"], Float[Tensor, "sample z"]]:
-    """Sums of z over text tokens by position, their number, and z at some of them."""
+    live: LiveIndex,
+    text: Text,
+    blocks: Int[np.ndarray, " block"],
+    n_sampled: int,
+    seed: int,
+    on_progress: Progress | None,
+) -> _ZSums:
     size, site = live.index.block_size, live.sae.site
     places = np.flatnonzero(text.is_text[blocks].reshape(-1))
     chosen = places[drawn(len(places), n_sampled, (seed, 2))] if n_sampled else places[:0]
@@ -111,7 +147,9 @@ def _z_sums(
         counts += is_text.sum(0)
         low, high = np.searchsorted(chosen, [start * size, (start + len(own)) * size])
         sample.append(z.flatten(0, 1)[torch.from_numpy(chosen[low:high] - start * size)])
-    return sums, counts, torch.cat(sample)
+        if on_progress is not None:
+            on_progress(start + len(own), len(blocks))
+    return _ZSums(sums, counts, torch.cat(sample))
 
 
 def batches(blocks: Int[np.ndarray, " block"], size: int) -> list[tuple[int, Int[np.ndarray, " own"]]]:

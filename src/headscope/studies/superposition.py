@@ -23,7 +23,7 @@ from headscope.index.store import FeatureIndex
 from headscope.stats import MINIMUM, Estimate, Measure, resampled, unit_draws, wilson
 from headscope.studies.active import Text, drawn
 from headscope.studies.head_ablation import activation_thresholds
-from headscope.studies.replacement import Replacement, batches, tokens_of
+from headscope.studies.replacement import Progress, Replacement, batches, tokens_of
 
 DEFINITIONS = tuple(field.name for field in fields(Shares))
 CONTRIBUTES = 0.1
@@ -319,20 +319,33 @@ class SourceAgreement:
     """Of `divergence` over features; its null is that of `elsewhere`."""
 
 
-def source_agreement(live: LiveIndex, found: JointAblation, *, n_places: int = 16, seed: int = 0) -> SourceAgreement:
+def source_agreement(
+    live: LiveIndex,
+    found: JointAblation,
+    *,
+    n_places: int = 16,
+    max_blocks: int | None = None,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> SourceAgreement:
     """Compare the sources of the heads that make each feature, at some of its active tokens.
 
     Args:
         live: the index with its model and SAE.
         found: `Redundancy.features`: which features, and which heads of each.
         n_places: active tokens of each.
-        seed: of the draw.
+        max_blocks: look at this many blocks of the corpus alone, drawn evenly; at all when None.
+        seed: of the draws.
+        on_progress: called as blocks are done.
     """
+    report = on_progress or (lambda _done, _total: None)
     index, text = live.index, Text.of(live.index)
     size = index.block_size
+    looked_at = drawn(index.n_blocks, max_blocks, (seed, 2))
     places = [np.zeros((0, 2), dtype=np.int64)]
     for row, latent in enumerate(found.latents.tolist()):
         position = index.activations(latent).position
+        position = position[np.isin(position // size, looked_at)]
         own = position[drawn(len(position), n_places, (seed, latent))]
         places.append(np.stack([np.full(len(own), row), own], axis=1))
     row, position = np.concatenate(places).T
@@ -340,7 +353,9 @@ def source_agreement(live: LiveIndex, found: JointAblation, *, n_places: int = 1
     row, position = row[order], position[order]
     weights = attribution.HeadWeights.of(live.sae, live.model)
     between = np.full((len(row), 2), np.nan)
-    for _, own in batches(np.unique(position // size), size):
+    blocks = np.unique(position // size)
+    for done, own in batches(blocks, size):
+        report(done, len(blocks))
         low, high = np.searchsorted(position, [own[0] * size, (own[-1] + 1) * size])
         attention = live.model.attention(tokens_of(live, text, own), live.sae.site.layer)
         for start in range(low, high, _PAIRS):
@@ -351,6 +366,7 @@ def source_agreement(live: LiveIndex, found: JointAblation, *, n_places: int = 1
                 weights, attention, *(torch.from_numpy(of).to(live.model.device) for of in numbers)
             )
             between[part] = _divergences(dfa.double().cpu().numpy(), found.heads[row[part]])
+    report(len(blocks), len(blocks))
     n = np.bincount(row, minlength=len(found.latents))
     means = np.stack([_mean_by(row, of, len(n)) for of in between.T], axis=1)
     return SourceAgreement(found.latents, n, *means.T, mean=_mean_measure(means))

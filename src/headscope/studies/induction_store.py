@@ -1,0 +1,131 @@
+"""All live features judged for induction, the post's rule beside it, and control groups; kept beside the index."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from headscope.errors import StudyError
+from headscope.index.head_table import add_head_table, measure_row
+from headscope.index.live import LiveIndex
+from headscope.stats import Measure
+from headscope.studies.head_ablation import share_of
+from headscope.studies.induction import (
+    CONTROL,
+    SELECTED,
+    RuleComparison,
+    behaviour,
+    compare_rule,
+    control_group,
+    head_share,
+    selected,
+)
+from headscope.studies.induction_composite import InductionFeatures, induction_features, save
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, what is done of it and all of it."""
+
+
+@dataclass(frozen=True)
+class InductionFamily:
+    """The induction features of a dictionary, found without naming a head, and what the post's rule makes of them."""
+
+    judged: InductionFeatures
+    layer: int
+    head: int | None
+    """That brings most of the most induction features; None where there are none: the family has no member."""
+    rules: dict[int, RuleComparison]
+    """By head: its decoder share held against the composite test, for heads that bring most of some."""
+    measures: dict[str, Measure]
+    """By name: the composite test and each of its parts, and the post's rates for its groups."""
+
+    def lines(self) -> list[str]:
+        """A summary in words, a number a line."""
+        found = [f"{name}: {measure}" for name, measure in self.measures.items()]
+        counts = self.judged.heads()
+        heads = ", ".join(f"{self.layer}.{h}: {counts[h]}" for h in np.argsort(-counts, kind="stable") if counts[h])
+        found.append(f"heads that bring most of them: {heads or 'none: no feature passes all tests'}")
+        for head, rule in self.rules.items():
+            found.append(f"decoder share of {self.layer}.{head} against the composite test: AUC {rule.auc}")
+            found.append(f"  at {rule.at:g}: precision {rule.precision}; recall {rule.recall}")
+        return found
+
+
+def induction_family(live: LiveIndex, *, seed: int = 0, on_progress: Progress | None = None) -> InductionFamily:
+    """Judge all live features, then apply the post's rule to the heads that emerge.
+
+    The post's groups are of the head that brings most induction features: selected (decoder share of at least 0.6),
+    control (500 with less than 0.1), and control matched to the selected in density and in the frequency of B.
+
+    Raises:
+        StudyError: no live feature.
+        IndexFormatError: a damaged index.
+    """
+    judged = induction_features(live, seed=seed, on_progress=on_progress)
+    live_features = judged.latents
+    measures = {"induction features": judged.share()}
+    for name, passed in judged.tests.items():
+        measures[f"pass {name}"] = share_of(f"share of live features that pass the test of {name}", passed)
+    counts = judged.heads()
+    heads = [int(h) for h in np.argsort(-counts, kind="stable") if counts[h]]
+    if not heads:
+        return InductionFamily(judged, live.sae.site.layer, None, {}, measures)
+    head = heads[0]
+    measures |= _groups(live, head, seed)
+    rules = {
+        h: compare_rule(head_share(live.index, h)[live_features].astype(np.float64), judged.verdict) for h in heads
+    }
+    return InductionFamily(judged, live.sae.site.layer, head, rules, measures)
+
+
+def _groups(live: LiveIndex, head: int, seed: int) -> dict[str, Measure]:
+    """The post's pass rates for features selected by one head, and for two control groups."""
+    index = live.index
+    chosen = selected(index, head)
+    if not len(chosen):
+        nothing = Measure(f"no live feature has a decoder share of {SELECTED:g} of head {head}", 0, missing="no member")
+        return {"pass behaviour, selected": nothing}
+    control = behaviour(index, control_group(index, head, seed=seed), seed=seed) if _some(live, head, 1) else None
+    found = behaviour(index, chosen, seed=seed)
+    measures = {"pass behaviour, selected": found.passing(null=control)}
+    if control is not None:
+        measures["pass behaviour, control"] = control.passing()
+    if _some(live, head, len(chosen)):
+        matched = behaviour(index, control_group(index, head, chosen, seed=seed), seed=seed)
+        measures["pass behaviour, matched control"] = matched.passing()
+    return measures
+
+
+def _some(live: LiveIndex, head: int, n: int) -> bool:
+    """Whether there are so many features to make a control group of."""
+    share = head_share(live.index, head)
+    return int(((live.index.table()["n_active"].to_numpy() > 0) & (share < CONTROL)).sum()) >= n
+
+
+def save_family(live: LiveIndex, found: InductionFamily) -> None:
+    """Keep it: the columns `induction.*`, and the tables of heads `measures_induction` and `rules`.
+
+    Raises:
+        IndexFormatError: found in another index.
+        OutputError: it cannot be written.
+    """
+    index = live.index
+    if len(found.judged.latents) and int(found.judged.latents.max()) >= index.n_latents:
+        raise StudyError("features of another SAE", expected="those of the index", do="study this index")
+    save(index, found.judged)
+    provenance = {"settings": {"layer": found.layer}, "n": f"{len(found.judged.latents)} live features"}
+    rows = [
+        {"measure": name, "definition": measure.definition, **measure_row("value", measure)}
+        for name, measure in found.measures.items()
+    ]
+    add_head_table(index, "measures_induction", rows, provenance)
+    add_head_table(
+        index, "rules", [{"head": head, **_rule_row(rule)} for head, rule in found.rules.items()], provenance
+    )
+
+
+def _rule_row(rule: RuleComparison) -> dict:
+    curve = {name: getattr(rule, name).tolist() for name in ("threshold", "true_rate", "false_rate")}
+    plain = {"n": rule.n, "n_true": rule.n_true, "at": rule.at}
+    measured = (measure_row(name, getattr(rule, name)) for name in ("auc", "precision", "recall"))
+    return {**plain, **curve, **{key: value for row in measured for key, value in row.items()}}
