@@ -28,9 +28,8 @@ CRITERIA = {
     "off": 0.5,
     "reading": {"unit": "token", "first": "fails", "expected": "before B"},
 }
-_INDUCTION = (
-    "token n_expected rate first_rate source_share head copy_rank off off_control verdict"  # as `save` writes them
-).split()
+_NUMBERS = ("token", "n_expected", "rate", "first_rate", "source_share", "head", "copy_rank", "off", "off_control")
+_INDUCTION = (*_NUMBERS, "verdict")  # as `induction_composite.save` writes them
 
 
 def live_latents(index: FeatureIndex) -> list[int]:
@@ -136,6 +135,12 @@ def add_heads(index: FeatureIndex) -> None:
                 )
     add_head_table(index, "ablation", ablation, said)
     add_head_table(index, "turned_off", turned, said)
+    resting = {"measure": "made by several heads", "definition": "a share"}
+    several = Measure("", 20, 0.75, 0.5, 0.9, "Wilson 95 %", null=Estimate(0.9, 0.8, 1.0))
+    add_head_table(index, "measures_superposition", [resting | measure_row("value", several)], said)
+    passing = {"measure": "induction features", "definition": "a share"}
+    share = Measure("", 20, 0.2, 0.1, 0.3, "Wilson 95 %", null=Estimate(0.05, 0.0, 0.1))
+    add_head_table(index, "measures_induction", [passing | measure_row("value", share)], said)
     fires = {"kind": "mean", "n_tokens": 900, "n_clean": 400, "n_lost": 30, "n_gained": 20, "family": "induction"}
     lists = {"firing": live[:5], "lost": live[5:7], "by_dfa": []}
     add_head_table(index, "ablated", [{"layer": layer, "head": h, **fires, **lists} for h in range(n_heads)], said)
@@ -149,7 +154,14 @@ def _score(layer: int, head: int) -> dict[str, Any]:
     row: dict[str, Any] = {"layer": layer, "head": head, "roles": "induction, copying" if head == 1 else ""}
     for role in ROLES:
         value = score_of(layer, head, role)
-        parts = {"": value, "_low": value - 0.02, "_high": value + 0.02, "_even": 0.01, "_null": 0.02, "_null_high": 0.1}
+        parts = {
+            "": value,
+            "_low": value - 0.02,
+            "_high": value + 0.02,
+            "_even": 0.01,
+            "_null": 0.02,
+            "_null_high": 0.1,
+        }
         row |= {f"{role}{part}": number for part, number in parts.items()} | {f"{role}_p": 0.01}
     curve = [0.1, 0.4, 0.6]
     return row | {

@@ -97,7 +97,8 @@ def test_the_rule_is_that_of_the_head_and_agrees_with_the_study(index: FeatureIn
         assert (found["rule"]["n"], found["rule"]["n_true"], found["rule"]["at"]) == (len(share), len(MEMBERS), 0.6)
         apart = [None if s is None else d - s for d, s in zip(share, rows["source_share"], strict=True)]
         assert [a is None for a in rows["apart"]] == [a is None for a in apart]
-        assert [a for a in rows["apart"] if a is not None] == pytest.approx([a for a in apart if a is not None], rel=1e-3)
+        known = [a for a in apart if a is not None]
+        assert [a for a in rows["apart"] if a is not None] == pytest.approx(known, rel=1e-3)
 
 
 def test_the_head_shown_first_brings_most_members(index: FeatureIndex) -> None:
@@ -171,7 +172,7 @@ def test_damaged_columns_are_refused_in_words(bare: FeatureIndex) -> None:
     assert "refused" in found["missing"]
 
 
-def test_labels_are_in_the_rows_and_a_broken_file_of_them_is_no_failure(bare: FeatureIndex, index: FeatureIndex) -> None:
+def test_labels_are_in_the_rows_and_a_broken_file_of_them_is_none(bare: FeatureIndex, index: FeatureIndex) -> None:
     rows = IndexFamilies(index).family("induction")["rows"]
     assert dict(zip(rows["latent"], rows["label"], strict=True))[LABELLED] == HOSTILE
     add_induction(bare)
@@ -243,6 +244,16 @@ def test_what_was_stored_of_a_head_is_shown_as_it_is(index: FeatureIndex) -> Non
     assert lost["latent"] == sorted(left, key=lambda j: (left[j], j))[:25]
     assert lost["retained"] == pytest.approx([left[j] for j in lost["latent"]])
     assert found["ablation"]["fires"]["readings"]["by_dfa"]["latent"] == []
+
+
+def test_measures_of_all_features_are_beside_their_nulls(index: FeatureIndex, bare: FeatureIndex) -> None:
+    found = IndexFamilies(index).family("induction")["measures"]
+    assert found["induction features"]["null"] == {"value": 0.05, "low": 0.0, "high": 0.1}
+    grid = IndexHeads(index).heads()["superposition"]
+    assert grid["measures"]["made by several heads"]["value"] == 0.75
+    add_induction(bare)
+    assert IndexFamilies(bare).family("induction")["measures"] == {}
+    assert IndexHeads(bare).heads()["superposition"]["missing"]
 
 
 def test_a_head_of_another_layer_has_scores_only(index: FeatureIndex) -> None:
@@ -342,7 +353,9 @@ def unpacked(path: Path) -> Any:
     return json.loads(gzip.decompress(path.read_bytes()))
 
 
-def test_an_exported_folder_holds_what_the_server_answers(index: FeatureIndex, client: TestClient, tmp_path: Path) -> None:
+def test_an_exported_folder_holds_what_the_server_answers(
+    index: FeatureIndex, client: TestClient, tmp_path: Path
+) -> None:
     site = export_folder(IndexCards(index), tmp_path / "site", range(10), roles=pages_of(index))
     for path in PATHS:
         assert unpacked(site / "pages" / f"{path}.json.gz") == client.get(f"/api/{path}").json()

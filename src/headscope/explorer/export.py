@@ -91,8 +91,8 @@ def export_folder(
 
     `index.html`, `core.json.gz` (what is shown, the vocabulary and the table) and `packs/<number>.json.gz`, 64 features
     each with the text they show; with `roles`, also `pages/`: the pages of families and heads, which tell of all
-    features, of those that are not here by their numbers. A browser does not let a page read files beside it, so it has to be served, if only by
-    `python -m http.server`.
+    features, and link to those that are here. A browser does not let a page read files beside it, so it has to be
+    served, if only by `python -m http.server`.
 
     Raises:
         ExportError: no features, or a latent that does not exist.
@@ -249,8 +249,8 @@ def _one_script(files: dict[str, str], without: set[str]) -> str:
 
     The modules import by plain name from their own folder and export declarations only, so that dropping
     `import` and `export` leaves one module with the same meaning; one that is imported when it is first needed comes
-    like the others, unless the page is `without` it. No text of theirs spans lines, so that comments and indentation can
-    go too.
+    like the others, unless the page is `without` it. No text of theirs spans lines, so that comments and indentation
+    can go too.
     """
     done: dict[str, str] = {}
 

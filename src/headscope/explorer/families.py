@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
-from headscope.errors import HeadscopeError, LabelError
+from headscope.errors import HeadscopeError, IndexFormatError, LabelError
 from headscope.explorer.answers import Json
-from headscope.explorer.numbers import short, significant
+from headscope.explorer.numbers import significant
 from headscope.explorer.study_json import measure_json
 from headscope.index.columns import read_columns, studies
+from headscope.index.head_records import HeadTables
 from headscope.index.labels import LabelStore
 from headscope.index.store import FeatureIndex
 from headscope.proxies.search_records import FAMILIES
@@ -73,7 +74,7 @@ class IndexFamilies:
             raise KeyError(f"heads of this family are {heads}")
         try:
             columns = self._columns(name)
-        except _Missing as missing:
+        except _MissingError as missing:
             return {"name": name, **missing.json()}
         members = self._induction(columns, head) if name == INDUCTION else self._proxies(columns, name)
         provenance = columns.provenance
@@ -83,7 +84,7 @@ class IndexFamilies:
     def _summary(self, name: str) -> Json:
         try:
             columns = self._columns(name)
-        except _Missing as missing:
+        except _MissingError as missing:
             return {"name": name, **missing.json()}
         verdict = columns.verdict
         n, k = len(verdict), int(verdict.sum())
@@ -96,7 +97,7 @@ class IndexFamilies:
         folder = self._index.folder
         command = "headscope families INDEX --model MODEL" if study == INDUCTION else "headscope proxies INDEX"
         if study not in studies(folder):
-            raise _Missing(f"No study has looked for this family: the index has no columns {study!r}.", command)
+            raise _MissingError(f"No study has looked for this family: the index has no columns {study!r}.", command)
         try:
             table, provenance = read_columns(folder, study)
             words = provenance["definitions"]
@@ -108,9 +109,9 @@ class IndexFamilies:
             of_kind = np.array([found == kind for found in judged["kind"].to_pylist()], dtype=bool)
             return _Columns(judged, provenance, of_kind, words["kind"])
         except KeyError as error:
-            raise _Missing(f"The columns {study!r} of this index lack {error}.", command) from error
+            raise _MissingError(f"The columns {study!r} of this index lack {error}.", command) from error
         except HeadscopeError as error:
-            raise _Missing(f"The columns {study!r} are refused: {error.got}.", command) from error
+            raise _MissingError(f"The columns {study!r} are refused: {error.got}.", command) from error
 
     # ------------------------------------------------------------------------------------------------------- induction
     def _induction(self, columns: "_Columns", head: str | None) -> Json:
@@ -135,8 +136,9 @@ class IndexFamilies:
             ),
             "heads": self._heads,
             "head": name,
-            "by_head": [sum(h == i for h, is_member in zip(own, verdict, strict=True) if is_member) for i in self._each],
+            "by_head": _brought(own, verdict, len(self._heads)),
             "tests": [{"name": test, "definition": _TESTS[test]} for test in tests],
+            "measures": self._measures(),
             "columns": [
                 _column("latent", "id", "int", "index of the dictionary entry"),
                 _column("token", "predicts", "token", words["token"]),
@@ -167,9 +169,15 @@ class IndexFamilies:
             },
         }
 
-    @property
-    def _each(self) -> range:
-        return range(len(self._heads))
+    def _measures(self) -> Json:
+        """The share of all live features that pass, beside its null, and the groups of the post's rule, if stored."""
+        tables = HeadTables(self._index.folder)
+        if f"measures_{INDUCTION}" not in tables.tables:
+            return {}
+        try:
+            return {name: measure_json(measure) for name, measure in tables.measures(INDUCTION).items()}
+        except IndexFormatError:
+            return {}  # the columns stand by themselves
 
     # --------------------------------------------------------------------------------------------------------- proxies
     def _proxies(self, columns: "_Columns", name: str) -> Json:
@@ -194,6 +202,7 @@ class IndexFamilies:
             "head": None,
             "by_head": None,
             "tests": [],
+            "measures": {},
             "columns": [
                 _column("latent", "id", "int", "index of the dictionary entry"),
                 _column("proxy", "best proxy", "text", words[f"{column}_proxy"]),
@@ -221,7 +230,7 @@ class IndexFamilies:
 
     # ---------------------------------------------------------------------------------------------------------- labels
     def _labels(self, latents: Int[np.ndarray, " n"]) -> Json:
-        """What people say of each feature; nothing where their file cannot be read, which the labelling page reports."""
+        """What people say of each feature; nothing where their file cannot be read: the labelling page says why."""
         said: dict[int, list[str]] = {}
         try:
             for (_, latent), label in LabelStore(self._index).read().latest().items():
@@ -241,7 +250,7 @@ class _Columns:
     definition: str
 
 
-class _Missing(Exception):
+class _MissingError(Exception):
     """No study has looked, or what it wrote is of no use."""
 
     def __init__(self, message: str, command: str) -> None:
@@ -265,10 +274,14 @@ def member_of(table: pa.Table, latent: int) -> list[str]:
 
 def _main_head(own: list[int | None], verdict: Bool[np.ndarray, " n"], shares: Float[np.ndarray, "n head"]) -> int:
     """The head that brings most of the members; without any, that of which the post's rule selects most features."""
-    brought = [h for h, is_member in zip(own, verdict, strict=True) if is_member and h is not None]
-    if brought:
-        return int(np.bincount(brought, minlength=shares.shape[1]).argmax())
-    return int((shares >= SELECTED).sum(0).argmax())
+    brought = _brought(own, verdict, shares.shape[1])
+    return int(np.argmax(brought if any(brought) else (shares >= SELECTED).sum(0)))
+
+
+def _brought(own: list[int | None], verdict: Bool[np.ndarray, " n"], n_heads: int) -> list[int]:
+    """Of how many members each head brings most."""
+    heads = [h for h, is_member in zip(own, verdict, strict=True) if is_member and h is not None]
+    return np.bincount(np.array(heads, dtype=np.int64), minlength=n_heads).tolist()
 
 
 def _asked(criteria: dict[str, Any]) -> str:

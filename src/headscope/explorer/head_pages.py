@@ -31,6 +31,7 @@ _SHARED = 12  # features of a list of those that two heads make
 _BINS = 20
 _DIGITS = 4
 _CLUSTERS = 12
+_COUNTS = ("kind", "family", "n_tokens", "n_clean", "n_lost", "n_gained")
 _READINGS = ("firing", "lost", "by_dfa")
 _COMMAND = "headscope heads INDEX --model MODEL"
 
@@ -56,6 +57,7 @@ class IndexHeads:
                 **found,
                 "roles": [{"name": name, "definition": SCHEMAS["scores"].columns[name][1]} for name in ROLES],
             },
+            "superposition": self._section("measures_superposition", _superposition),
             "layers": [
                 [
                     {
@@ -214,10 +216,16 @@ class IndexHeads:
     def _fires(self, tables: HeadTables, head: int) -> Json:
         """What fires when the head is ablated, and the features outside of a family by several readings."""
         found = tables.ablated(head)
-        counts = {name: getattr(found, name) for name in ("kind", "family", "n_tokens", "n_clean", "n_lost", "n_gained")}
+        counts = {name: getattr(found, name) for name in _COUNTS}
         readings = {name: self._rows(np.array(getattr(found, name), dtype=np.int64), head) for name in _READINGS}
         words = {name: SCHEMAS["ablated"].columns[name][1] for name in _READINGS}
         return {**counts, "readings": readings, "definitions": words}
+
+
+def _superposition(tables: HeadTables) -> Json:
+    said = tables.provenance("measures_superposition")
+    measures = {name: measure_json(measure) for name, measure in tables.measures("superposition").items()}
+    return {"measures": measures, "n": str(said["n"]), "created": said["created"]}
 
 
 def _scored(tables: HeadTables, layer: int, head: int) -> Json:
@@ -253,12 +261,12 @@ def _prefix(curve: PrefixCurve) -> Json:
 
 def _card(card: StoredCard) -> Json:
     names = ("effective_features", "effective_families", "largest")
-    shown = card.clusters[:_CLUSTERS]
+    shown = [{"family": c.family, "n": c.n, "share": short(c.share), "latents": list(c.latents)} for c in card.clusters]
     return {
         "n_features": card.n_features,
         "measures": {name: measure_json(getattr(card, name)) for name in names},
         "n_families": len(card.clusters),
-        "clusters": [{"family": c.family, "n": c.n, "share": short(c.share), "latents": list(c.latents)} for c in shown],
+        "clusters": shown[:_CLUSTERS],
         "top": list(card.top),
         "top_in_one": card.top_in_one,
     }

@@ -202,7 +202,9 @@ def _path(found: Downstream, effect: PathEffect, chosen: dict[str, np.ndarray]) 
         "definition": effect.definition,
         "mean": measure_json(effect.mean),
         "later": None if effect.later is None or not found.n else short(float(effect.later.mean()), _DIGITS),
-        "shares": {name: {"positive": measure_json(s.positive), "net": measure_json(s.net)} for name, s in shares.items()},
+        "shares": {
+            name: {"positive": measure_json(s.positive), "net": measure_json(s.net)} for name, s in shares.items()
+        },
     }
 
 

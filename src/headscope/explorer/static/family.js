@@ -5,6 +5,7 @@ import { int, num, pct } from "./format.js";
 import { sortRows } from "./list.js";
 import { ratesAt, rocOf } from "./rates.js";
 import { cellText, Rows } from "./rows.js";
+import { measureTable } from "./study.js";
 
 const RULE_PAUSE = 150; // milliseconds of rest before a threshold that is moved goes into the link
 const SHOWN_ROWS = {
@@ -131,7 +132,8 @@ class Family {
         heads.map((name, i) => el("option", { value: name, selected: name === head }, `${name} — brings most of ${int(this.family.by_head[i])} members`)))), el("a", { href: this.needs.page("head", head), "data-page": "head", "data-name": head }, `head ${head}`)),
       el("h2", {}, term(`${rule.label} ≥`, rule.definition)), el("p", { class: "slider" }, this.slider, this.number, this.reset), this.reading,
       el("p", { class: "auc", "data-auc": "" }, term("AUC", auc.definition), " ", auc.value === null ? auc.missing : [el("b", {}, num(auc.value)), auc.low === null ? ` ${auc.missing}` : el("span", { title: auc.interval }, ` [${num(auc.low)}, ${num(auc.high)}]`), " · null 0.5"], ` · n = ${int(auc.n)}`),
-      rule.n_true > 0 && rule.n_true < rule.n && figure);
+      rule.n_true > 0 && rule.n_true < rule.n && figure, Object.keys(this.family.measures).length > 0 && [el("h2", {}, "Of all live features"),
+        el("div", { class: "wide-table", "data-family-measures": "" }, measureTable(Object.entries(this.family.measures).map(([name, measure]) => [name, name, measure])))]);
   }
 
   /** Another threshold: what depends on it is drawn at once, the link follows. */

@@ -1,6 +1,7 @@
 /** All heads of all layers in a grid: a number and a shade for what each scores, links to their pages. */
 import { choice, el, unit } from "./dom.js";
 import { int, num } from "./format.js";
+import { measureTable } from "./study.js";
 
 export const ROLE_NAMES = { previous_token: "previous token", induction: "induction", duplicate_token: "duplicate token", copying: "copying" };
 const ROLE_MARKS = { previous_token: "P", induction: "I", duplicate_token: "D", copying: "C" };
@@ -15,7 +16,16 @@ export class HeadGrid {
     this.grid = el("div", { class: "head-grid", role: "grid", "aria-label": "heads by layer", "data-grid": "", onkeydown: (event) => this.#key(event) });
     this.element = el("main", { class: "head-grid-page", "data-heads": "" }, el("h1", {}, "Heads"),
       missing && el("div", { "data-scores-missing": "" }, missing), el("p", { class: "of-grid" }, this.choices), this.definition, el("div", { class: "wide-table" }, this.grid),
-      el("p", { class: "legend grid-key" }, !missing && [Object.entries(ROLE_MARKS).map(([name, mark]) => el("span", {}, el("b", { class: "role-mark" }, mark), ` ${ROLE_NAMES[name]}`)), el("span", {}, "roles that a test against shuffled weights gives a head; darker is more")]));
+      el("p", { class: "legend grid-key" }, !missing && [Object.entries(ROLE_MARKS).map(([name, mark]) => el("span", {}, el("b", { class: "role-mark" }, mark), ` ${ROLE_NAMES[name]}`)), el("span", {}, "roles that a test against shuffled weights gives a head; darker is more")]),
+      this.#superposition() ?? "");
+  }
+
+  /** On how many heads the features rest. */
+  #superposition() {
+    const { superposition: found, layer } = this.found;
+    if (found.missing) return null;
+    return el("section", { class: "head-section", "data-superposition": "" }, el("header", {}, el("h2", {}, `Features that several heads of layer ${layer} make`), el("span", { class: "hint" }, found.n)),
+      el("div", { class: "wide-table" }, measureTable(Object.entries(found.measures).map(([name, measure]) => [name, name, measure, (value) => num(value)]))));
   }
 
   /** The names of all heads, in reading order. */
