@@ -241,7 +241,8 @@ def test_what_was_stored_of_a_head_is_shown_as_it_is(index: FeatureIndex) -> Non
     assert [cluster["share"] for cluster in card["clusters"]] == [0.5, 0.25, 0.125]
     lost = found["ablation"]["lost"]["mean"]
     left = {j: (j + 6) % 10 / 10 for j in live_latents(index)}
-    assert lost["latent"] == sorted(left, key=lambda j: (left[j], j))[:25]
+    n_active = index.table()["n_active"].to_numpy()
+    assert lost["latent"] == sorted(left, key=lambda j: (left[j], -n_active[j], j))[:25]
     assert lost["retained"] == pytest.approx([left[j] for j in lost["latent"]])
     assert found["ablation"]["fires"]["readings"]["by_dfa"]["latent"] == []
 

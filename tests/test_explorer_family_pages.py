@@ -156,7 +156,7 @@ def test_the_slider_recomputes_live_and_goes_into_the_link(page: Page, address: 
 def test_a_link_brings_back_threshold_head_sort_and_filter(page: Page, address: str, index: FeatureIndex) -> None:
     opened(page, address, "/family/induction")
     page.select_option("[data-rule-head]", "1.1")
-    expect(page.locator("[data-family-page] h2")).to_contain_text("head 1.1")
+    expect(page.locator("[data-family-page] h2").first).to_contain_text("head 1.1")
     page.click("[data-sort=apart]")
     expect(page.locator("[aria-sort=descending]")).to_have_text("apart")
     page.click("[data-choice='show:missed']")
@@ -303,12 +303,12 @@ def test_a_head_page_shows_all_that_was_stored(page: Page, address: str, index: 
     expect(page.locator("[data-catalogue=dfa] [data-measure=effective_features] td").first).to_have_text("6.50")
     assert page.locator("[data-shared]").count() == len(found["shared"]["others"])
     expect(page.locator("[data-measure='induction-every token'] [data-missing]")).to_contain_text("at least 30")
-    first = page.locator("[data-ablation] [data-feature]").first
+    first = page.locator("[data-lost] [data-feature]").first
     assert first.get_attribute("data-feature") == str(found["ablation"]["lost"]["mean"]["latent"][0])
     expect(page.locator("[data-reading=by_dfa]")).to_contain_text("none")
     page.click("[data-choice='ablation:zero']")
     expect(page).to_have_url(re.compile("by=zero"))
-    expect(page.locator("[data-ablation] [data-feature] td.number").first).to_have_text("1.0\u202f%")
+    expect(page.locator("[data-lost] [data-feature] td.bar-cell").first).to_have_text("1.0\u202f%")
 
 
 def test_heads_are_a_catalogue_that_keys_and_links_walk(page: Page, address: str, index: FeatureIndex) -> None:

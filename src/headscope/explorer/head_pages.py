@@ -205,10 +205,11 @@ class IndexHeads:
         }
 
     def _most_lost(self, tables: HeadTables, kind: str, head: int) -> Json:
-        """The features of which least is left, and how much is left of all."""
+        """The features of which least is left, those active most often first, and how much is left of all."""
         retained, off = (tables.ablation_matrix(kind, column)[:, head] for column in ("retained", "off"))
         known = np.flatnonzero(np.isfinite(retained))
-        order = known[np.argsort(retained[known], kind="stable")][:_TOP]
+        n_active = self._table["n_active"].to_numpy()[known]
+        order = known[np.lexsort((known, -n_active, np.round(retained[known], 3)))][:_TOP]
         counts, _ = np.histogram(np.clip(retained[known], 0, 1), bins=_BINS, range=(0, 1))
         numbers = {"retained": significant(retained[order], _DIGITS), "off": significant(off[order], _DIGITS)}
         return {"n": len(known), "histogram": counts.tolist(), **self._rows(order, head), **numbers}

@@ -98,7 +98,7 @@ class HeadPage {
   }
 
   #section(title, found, draw, name, extra) {
-    return el("section", { class: "head-section", "data-section": name }, el("header", {}, el("h2", {}, title), extra, !found.missing && el("span", { class: "hint" }, found.n)), found.missing ? drawMissing(found) : draw());
+    return el("section", { class: "head-section", "data-section": name }, el("header", {}, el("h2", {}, title), extra, !found.missing && name !== "scores" && el("span", { class: "hint" }, found.n.replace(/\d{4,}/g, (digits) => int(Number(digits))))), found.missing ? drawMissing(found) : draw());
   }
 
   // ---------------------------------------------------------------------------------------------------------- scores
@@ -137,11 +137,11 @@ class HeadPage {
 
   /** Features, one a row: what they predict and read, and some of their numbers as bars. */
   #table(list, columns, few = 12) {
-    const label = { dfa: "DFA", decoder: "decoder", retained: "left", off: "off" };
+    const label = { dfa: "DFA", decoder: "decoder", retained: "left", off: "off", n_active: "tokens" };
     const { vocab } = this.needs;
     return el("div", { class: "wide-table" }, el("table", { class: "feature-table" }, el("tr", {}, ["feature", "predicts", "reads"].map((name) => el("th", { scope: "col" }, name)), columns.map((name) => el("th", { scope: "col", class: "number", title: SHARE_WORDS[name] ?? this.head.ablation?.definitions?.[name] ?? null }, label[name]))),
       list.latent.slice(0, few).map((latent, i) => el("tr", { "data-feature": latent }, el("th", { scope: "row" }, this.#link(latent), list.families[i].map((family) => el("small", { class: "family-mark", title: `member of the family ${familyTitle(family)}` }, ` ${familyTitle(family)}`))),
-        el("td", { class: "token" }, vocab.label(list.token[i])), el("td", { class: "token" }, vocab.label(list.source[i])), columns.map((name) => el("td", { class: "number bar-cell", vars: { "--r": unit(list[name][i] ?? 0) } }, pct(list[name][i])))))));
+        el("td", { class: "token" }, vocab.label(list.token[i])), el("td", { class: "token" }, vocab.label(list.source[i])), columns.map((name) => (name === "n_active" ? el("td", { class: "number" }, int(list[name][i])) : el("td", { class: "number bar-cell", vars: { "--r": unit(list[name][i] ?? 0) } }, pct(list[name][i]))))))));
   }
 
   #catalogue() {
@@ -173,9 +173,10 @@ class HeadPage {
     const rows = all.filter((row) => row.kind === kind);
     const list = lost[kind];
     return [
-      el("h3", {}, term("Share of features that turn off", definitions.family)),
-      el("div", { class: "wide-table" }, measureTable(rows.map(({ rule, family, off }) => [`${family}-${rule}`, `${family}, ${rule}`, off]))),
-      el("h3", {}, term("What is left of each feature", definitions.retained)), el("div", { class: "side-by-side" }, el("div", {}, drawShares(list.histogram, `${int(list.n)} live features by the share of their activation that is left; what is above 1 counts as 1`)), el("div", {}, this.#table(list, ["retained", "off"], 25))),
+      el("div", { class: "side-by-side" }, el("div", {}, el("h3", {}, term("Share of features that turn off", definitions.family)),
+        el("div", { class: "wide-table" }, measureTable(rows.map(({ rule, family, off }) => [`${family}-${rule}`, `${family}, ${rule}`, off]))), el("h3", {}, term("What is left of each feature", definitions.retained)),
+        drawShares(list.histogram, `${int(list.n)} live features by the share of their activation that is left; what is above 1 counts as 1`)),
+      el("div", { "data-lost": "" }, el("h3", {}, "Features of which least is left"), this.#table(list, ["n_active", "retained", "off"], 18))),
       fires.missing ? drawMissing(fires) : el("div", { "data-readings": "" }, el("h3", {}, `What fires then, outside of ${fires.family || "no family"}`), el("p", { class: "definition" }, `${fires.kind} ablation on ${int(fires.n_tokens)} tokens: of ${int(fires.n_clean)} activations ${int(fires.n_lost)} are lost, ${int(fires.n_gained)} appear`),
         el("div", { class: "side-by-side thirds" }, Object.entries(fires.readings).map(([name, own]) => el("div", { "data-reading": name }, el("h4", {}, term(READING_NAMES[name], fires.definitions[name])), own.latent.length ? this.#table(own, ["dfa"], 10) : el("p", { class: "nothing" }, "none"))))),
     ];
