@@ -24,7 +24,7 @@ export class HeadGrid {
   #superposition() {
     const { superposition: found, layer } = this.found;
     if (found.missing) return null;
-    return el("section", { class: "head-section", "data-superposition": "" }, el("header", {}, el("h2", {}, `Features that several heads of layer ${layer} make`), el("span", { class: "hint" }, found.n)),
+    return el("section", { class: "head-section", "data-superposition": "" }, el("header", {}, el("h2", {}, `Features that several heads of layer ${layer} make`), el("span", { class: "hint" }, found.n.replace(/\d{4,}/g, (digits) => int(Number(digits))))),
       el("div", { class: "wide-table" }, measureTable(Object.entries(found.measures).map(([name, measure]) => [name, name, measure, (value) => num(value)]))));
   }
 

@@ -90,10 +90,10 @@ class HeadPage {
     const step = (name, sign, label) => (name === null ? el("span", { class: "button off", "data-step": label }, sign)
       : el("a", { class: "button", href: this.needs.page("head", name), "data-page": "head", "data-name": name, "data-step": label, title: `${label} head` }, sign));
     const { scores, families } = this.head;
-    const link = (page, name, text) => el("a", { class: "chip", href: this.needs.page("family", name), "data-page": page, "data-name": name }, text);
+    const link = (name, text) => el("a", { class: "chip", href: this.needs.page("family", name), "data-page": "family", "data-name": name, title: `of the ${int(families.n)} features whose largest share of DFA is this head's` }, text);
     return el("header", { class: "card-head" }, el("h1", {}, el("small", {}, "head"), this.head.name),
       el("span", { class: "chips" }, (scores.roles ?? []).map((role) => el("span", { class: "chip", "data-role": role, title: "role by a test against shuffled weights" }, `${ROLE_NAMES[role] ?? role} head`)),
-        families && Object.entries(families.verdicts).map(([family, n]) => n > 0 && link("family", family, `${int(n)} ${family} features`))),
+        families && Object.entries(families.verdicts).map(([family, n]) => n > 0 && link(family, `${int(n)} ${family} features`))),
       el("nav", { class: "place", "aria-label": "heads" }, step(previous, "‹", "previous"), el("span", { class: "position", "data-position": "" }, position), step(next, "›", "next"), el("a", { class: "button", href: this.needs.page("heads"), "data-page": "heads" }, "all heads")));
   }
 
