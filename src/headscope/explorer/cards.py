@@ -79,7 +79,7 @@ class IndexCards:
 
     def table(self) -> Json:
         """One row a latent, by column."""
-        table = self._index.table()
+        table = self._studied
         shown = [name for name in table.column_names if "." not in name or name in _STUDY_COLUMNS]
         rows = {name: _values(table[name]) for name in shown}
         for name in ("top_head", "decoder_head"):
@@ -140,7 +140,7 @@ class IndexCards:
 
     @cached_property
     def _studied(self) -> pa.Table:
-        """The table as it is when the first card is made, as that of the list is kept too."""
+        """The index's table with what studies added, as it is when it is first asked for; the list is kept too."""
         return self._index.table()
 
     def context(self, block: int) -> Json:
