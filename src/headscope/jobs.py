@@ -380,13 +380,24 @@ def serve(index: str | Path, *, model: str | None = None, port: int | None = Non
     """
     from headscope.explorer.cards import IndexCards
     from headscope.explorer.dives import IndexDives
+    from headscope.explorer.families import IndexFamilies
+    from headscope.explorer.head_pages import IndexHeads
     from headscope.explorer.labelling import LabelRoutes
+    from headscope.explorer.page_routes import PageRoutes
     from headscope.explorer.server import serve as serve_cards
     from headscope.index.store import FeatureIndex
 
     opened = FeatureIndex.open(index)
     dives = IndexDives(opened, _Effects(index, model) if model else None)
-    serve_cards(IndexCards(opened), dives=dives, labels=LabelRoutes(opened), port=port, open_browser=open_browser)
+    roles = PageRoutes(IndexFamilies(opened), IndexHeads(opened))
+    serve_cards(
+        IndexCards(opened),
+        dives=dives,
+        labels=LabelRoutes(opened),
+        roles=roles,
+        port=port,
+        open_browser=open_browser,
+    )
 
 
 def export(index: str | Path, out: Path, *, features: Sequence[int] | None = None, overwrite: bool = False) -> Path:
@@ -399,6 +410,9 @@ def export(index: str | Path, out: Path, *, features: Sequence[int] | None = Non
     """
     from headscope.explorer.cards import IndexCards
     from headscope.explorer.export import MAX_FEATURES, export_folder, export_html
+    from headscope.explorer.families import IndexFamilies
+    from headscope.explorer.head_pages import IndexHeads
+    from headscope.explorer.page_routes import PageRoutes
     from headscope.index.store import FeatureIndex
 
     one_file = out.suffix == ".html"
@@ -406,11 +420,13 @@ def export(index: str | Path, out: Path, *, features: Sequence[int] | None = Non
         check_output(out, overwrite=overwrite)
     else:
         check_run_folder(out, overwrite=overwrite, inputs=[index])
-    source = IndexCards(FeatureIndex.open(index))
+    opened = FeatureIndex.open(index)
+    source = IndexCards(opened)
     chosen = list(features) if features else _most_active(source, MAX_FEATURES if one_file else None)
     if one_file:
         return export_html(source, out, chosen)
-    return export_folder(source, out, chosen, overwrite=overwrite)
+    roles = PageRoutes(IndexFamilies(opened), IndexHeads(opened))
+    return export_folder(source, out, chosen, overwrite=overwrite, roles=roles)
 
 
 def dive(

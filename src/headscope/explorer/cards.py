@@ -1,5 +1,6 @@
 """From an index to what the page shows: records in, JSON-able dictionaries out. No torch."""
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyarrow as pa
 from headscope.errors import IndexFormatError
 from headscope.explorer.answers import Json
 from headscope.explorer.examples import LEAN, WHOLE, corpus_json, example_runs, examples_json, text_runs
+from headscope.explorer.families import member_of
 from headscope.explorer.numbers import short, significant
 from headscope.index.columns import read_columns
 from headscope.index.config import QUANTILES
@@ -77,7 +79,7 @@ class IndexCards:
 
     def table(self) -> Json:
         """One row a latent, by column."""
-        table = self._index.table()
+        table = self._studied
         shown = [name for name in table.column_names if "." not in name or name in _STUDY_COLUMNS]
         rows = {name: _values(table[name]) for name in shown}
         for name in ("top_head", "decoder_head"):
@@ -124,6 +126,7 @@ class IndexCards:
             "stats": self._stats(feature),
             "histogram": _histogram(feature),
             "heads": _heads(feature.shares),
+            "families": member_of(self._studied, latent),
             "logits": _logits(feature),
             "copying": {"top": _pairs(feature.copy_top), "rank": short(feature.copy_rank)},
             "sources": [_sources(sources) for sources in found if sources is not None],
@@ -134,6 +137,11 @@ class IndexCards:
             "groups": [_group(group, number) for group in groups],
             **corpus_json(text_runs((e.position // size for e in examples), runs), self._index),
         }
+
+    @cached_property
+    def _studied(self) -> pa.Table:
+        """The index's table with what studies added, as it is when it is first asked for; the list is kept too."""
+        return self._index.table()
 
     def context(self, block: int) -> Json:
         """All tokens of one block, in the form of a card's text.

@@ -19,6 +19,7 @@ import numpy as np
 from headscope.artefact import atomic_write, new_folder
 from headscope.errors import ExportError
 from headscope.explorer.answers import Json, dump_json
+from headscope.explorer.page_routes import PageRoutes
 from headscope.explorer.server import CardSource, about_of, static_files
 
 MAX_FEATURES = 2000
@@ -29,6 +30,7 @@ _IMPORT = re.compile(r'^import \{([^}]*)\} from "\./(\w+\.js)";\n', re.MULTILINE
 _LAZY = re.compile(r'^[ \t]*const \{[^}]*\} = await import\("\./(\w+\.js)"\);\n', re.MULTILINE)
 _ASIDE = re.compile(r"^[ \t]*//[^\n]*\n|^[ \t]*/\*\*(?:(?!\*/).)*\*/\n|^[ \t]+", re.MULTILINE | re.DOTALL)
 _DIVE = "dive.js"
+_PAGES, _PAGE_STYLE = ("family.js", "head.js"), "pages.css"
 _LABELS = "labels.js"  # writes, and so needs a server
 _STYLE_LINK = '<link rel="stylesheet" href="/static/style.css">'
 _SCRIPT_LINK = '<script type="module" src="/static/app.js"></script>'
@@ -78,20 +80,27 @@ def export_html(
 
 
 def export_folder(
-    source: CardSource, path: Path, features: Sequence[int] | None = None, *, overwrite: bool = False
+    source: CardSource,
+    path: Path,
+    features: Sequence[int] | None = None,
+    *,
+    overwrite: bool = False,
+    roles: PageRoutes | None = None,
 ) -> Path:
     """Write the explorer with the cards of `features` (all when None) into a folder that any static host can serve.
 
     `index.html`, `core.json.gz` (what is shown, the vocabulary and the table) and `packs/<number>.json.gz`, 64 features
-    each with the text they show. A browser does not let a page read files beside it, so it has to be served, if only by
-    `python -m http.server`.
+    each with the text they show; with `roles`, also `pages/`: the pages of families and heads, which tell of all
+    features, and link to those that are here. A browser does not let a page read files beside it, so it has to be
+    served, if only by `python -m http.server`.
 
     Raises:
         ExportError: no features, or a latent that does not exist.
         OutputError: the folder holds something and `overwrite` is false, or it cannot be written.
     """
-    chosen, core = _chosen(source, features)
-    before, after = _page_around(core["about"]["title"], connect="'self'", mark=_IN_FOLDER)
+    chosen, core = _chosen(source, features, pages=roles is not None)
+    has_pages = roles is not None
+    before, after = _page_around(core["about"]["title"], connect="'self'", mark=_IN_FOLDER, pages=has_pages)
     with new_folder(Path(path), overwrite=overwrite) as scratch:
         (scratch / "index.html").write_bytes(before + after)
         (scratch / "core.json.gz").write_bytes(_gzip(dump_json(core)))
@@ -101,12 +110,16 @@ def export_folder(
             cards = _cards(source, pack, text)
             packed = _gzip(dump_json({"cards": cards} | text.as_json()))
             (scratch / "packs" / f"{number}.json.gz").write_bytes(packed)
+        for name, page in roles.every() if roles else ():
+            file = scratch / "pages" / f"{name}.json.gz"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(_gzip(dump_json(page)))
     return Path(path)
 
 
-def _chosen(source: CardSource, features: Sequence[int] | None, *, dives: bool = False) -> tuple[list[int], Json]:
+def _chosen(source: CardSource, features: Sequence[int] | None, **more: bool) -> tuple[list[int], Json]:
     """The features to export, and all that the page needs besides their cards."""
-    about, table = about_of(source, dives=dives), source.table()
+    about, table = about_of(source, **more), source.table()
     chosen = list(dict.fromkeys(table["rows"]["latent"] if features is None else features))
     if not chosen:
         raise ExportError("no features to export", expected="at least one", do="pass the latents to export")
@@ -195,7 +208,9 @@ def _data_block(name: str, content: bytes) -> bytes:
     return b'<script type="application/octet-stream" id="%s">%s</script>\n' % (name.encode(), packed)
 
 
-def _page_around(title: str, *, connect: str, mark: str, dives: bool = False) -> tuple[bytes, bytes]:
+def _page_around(
+    title: str, *, connect: str, mark: str, dives: bool = False, pages: bool = False
+) -> tuple[bytes, bytes]:
     """Return the page before and after its data, style and script inlined and allowed by their hashes.
 
     Args:
@@ -203,9 +218,11 @@ def _page_around(title: str, *, connect: str, mark: str, dives: bool = False) ->
         connect: what its policy lets it fetch.
         mark: the element that tells the page where its data is, or with which view it opens.
         dives: whether its cards have deep-dive tabs, and so the scripts of these.
+        pages: whether it has the pages of families and heads, likewise.
     """
     files = {name: body.decode() for name, body in static_files().items()}
-    script, style = _one_script(files, dives=dives), files["style.css"]
+    without = {_LABELS, *(() if dives else (_DIVE,)), *(() if pages else _PAGES)}
+    script, style = _one_script(files, without), files["style.css"] + (files[_PAGE_STYLE] if pages else "")
     policy = "; ".join(
         [
             "default-src 'none'",
@@ -227,18 +244,18 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _one_script(files: dict[str, str], *, dives: bool) -> str:
+def _one_script(files: dict[str, str], without: set[str]) -> str:
     """Concatenate the modules that app.js needs, each after those it imports.
 
     The modules import by plain name from their own folder and export declarations only, so that dropping
     `import` and `export` leaves one module with the same meaning; one that is imported when it is first needed comes
-    like the others, the deep-dive tabs only where there are `dives`, the labelling queue never. No text of theirs spans
-    lines, so that comments and indentation can go too.
+    like the others, unless the page is `without` it. No text of theirs spans lines, so that comments and indentation
+    can go too.
     """
     done: dict[str, str] = {}
 
     def add(name: str) -> None:
-        if name in done or name == _LABELS or (name == _DIVE and not dives):
+        if name in done or name in without:
             return
         for needed in [n for _, n in _IMPORT.findall(files[name])] + _LAZY.findall(files[name]):
             add(needed)

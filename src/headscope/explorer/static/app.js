@@ -6,12 +6,14 @@ import { button, el } from "./dom.js";
 import { int } from "./format.js";
 import { askLatent, bindKeys, helpDialog } from "./keys.js";
 import { FeatureList } from "./list.js";
-import { linkOf, readView } from "./state.js";
+import { FRESH_FAMILY, linkOf, readView } from "./state.js";
 import { TableView } from "./table.js";
 import { Tip } from "./tip.js";
 import { Vocab } from "./vocab.js";
 
 const TABLE = { page: "table", latent: null };
+const NAV = [["table", "features", "/"], ["families", "families", "f"], ["heads", "heads", "a"]];
+const PARENT = { card: "table", dashboard: "table", family: "families", head: "heads" }; // under which entry a page is
 const UNMARKED = { ex: "", dst: "", d: "" };
 const FRESH = { ...UNMARKED, head: "", p: "", at: "" }; // what does not outlive a card
 
@@ -21,6 +23,8 @@ class App {
   #card = null;
   #dashboard = null;
   #labelling = null;
+  #families = null;
+  #heads = null;
   #list = null;
   #timer = 0;
 
@@ -52,7 +56,9 @@ class App {
   #drawTop() {
     const { model, sae, site, corpus, exported } = this.about;
     const part = exported < sae.d_sae ? ` · ${int(exported)} of its features in this file` : "";
-    this.top.append(el("a", { class: "brand", href: this.#link(TABLE), "data-page": "table" }, "headscope"),
+    const pages = NAV.filter(([page]) => page === "table" || this.about.pages);
+    this.nav = el("nav", { class: "pages", "aria-label": "pages" }, pages.map(([page, label, key]) => el("a", { href: this.#link({ page, latent: null }), "data-page": page, title: `key ${key}` }, label)));
+    this.top.append(el("a", { class: "brand", href: this.#link(TABLE), "data-page": "table" }, "headscope"), this.nav,
       el("span", { class: "facts" }, el("b", {}, model.name), ` · ${site} · ${sae.architecture} SAE of ${int(sae.d_sae)}${part} · ${corpus.name}, ${int(corpus.n_tokens)} tokens`),
       ...(this.about.labels ? [button({ class: "button", "data-label": "", onclick: () => this.#label() }, "label ", el("kbd", {}, "n"))] : []),
       button({ class: "button", onclick: () => this.#search() }, "search ", el("kbd", {}, "/")),
@@ -92,7 +98,8 @@ class App {
     const turn = ++this.#turn;
     const late = () => turn !== this.#turn;
     try {
-      await { table: () => this.#showTable(late), dashboard: () => this.#showDashboard(late), card: () => this.#showCard(late), label: () => this.#showLabelling(late) }[this.view.page]();
+      for (const link of this.nav.children) link.setAttribute("aria-current", link.dataset.page === (PARENT[this.view.page] ?? this.view.page) ? "page" : "false");
+      await { families: () => this.#showFamily(late), family: () => this.#showFamily(late), heads: () => this.#showHead(late), head: () => this.#showHead(late), table: () => this.#showTable(late), dashboard: () => this.#showDashboard(late), card: () => this.#showCard(late), label: () => this.#showLabelling(late) }[this.view.page]();
     } catch (error) {
       if (!late()) this.#fail(error);
     }
@@ -132,6 +139,47 @@ class App {
     await this.#labelling.update(this.view);
   }
 
+  async #showFamily(late) {
+    await this.#checkPages();
+    const { FamilyPages } = await import("./family.js");
+    this.#families ??= new FamilyPages(await this.#needs(), (family) => this.#go({ family: { ...this.view.family, ...family } }));
+    await this.#showPages(this.#families, late);
+  }
+
+  async #showHead(late) {
+    await this.#checkPages();
+    const { HeadPages } = await import("./head.js");
+    this.#heads ??= new HeadPages(await this.#needs(), (grid) => this.#go({ grid: { ...this.view.grid, ...grid } }), (name) => this.#go({ page: "head", latent: null, name }, true));
+    await this.#showPages(this.#heads, late);
+  }
+
+  /** An export without these pages says so. */
+  #checkPages() {
+    return this.about.pages || this.data.page(this.view.page);
+  }
+
+  async #showPages(pages, late) {
+    await pages.update(this.view, late);
+    if (late()) return;
+    this.#card = null;
+    this.#put(pages.element, `${pages.title} · ${this.about.title}`);
+    document.title = `${pages.title} · ${this.about.title}`; // also where one follows another
+  }
+
+  /** What the pages of families and heads need; `feature` links only to what the page has. */
+  async #needs() {
+    const { features } = await this.#listed();
+    const { about, vocab, tip, data } = this;
+    return {
+      about, vocab, tip, data, open: (latent) => features.rowOf.has(latent) && this.#open(latent), feature: (latent) => (features.rowOf.has(latent) ? this.#cardLink(latent) : null),
+      page: (page, name) => this.#pageLink(page, name),
+    };
+  }
+
+  #pageLink(page, name = "") {
+    return this.#link({ page, latent: null, name, family: FRESH_FAMILY });
+  }
+
   #cardLink(latent) {
     return this.#link({ page: "card", latent, ...FRESH });
   }
@@ -142,7 +190,7 @@ class App {
       const feature = await this.data.feature(latent);
       if (late()) return;
       const { about, vocab, corpus, tip, data } = this;
-      this.#card = new Card(feature, { about, vocab, corpus, tip, data, context: data.context, link: (other) => this.#cardLink(other) }, (patch) => this.#go(patch));
+      this.#card = new Card(feature, { about, vocab, corpus, tip, data, context: data.context, link: (other) => this.#cardLink(other), page: (page, name) => this.#pageLink(page, name) }, (patch) => this.#go(patch));
       this.#put(this.#card.element, `${latent} · ${about.title}`);
       scrollTo(0, 0);
     }
@@ -176,9 +224,15 @@ class App {
   }
 
   async #step(step) {
-    if (this.view.page === "table") return this.#table?.move(step);
+    const moving = this.#moving();
+    if (moving) return moving.move(step);
     const latent = await this.#near(step);
     if (latent !== null) this.#open(latent);
+  }
+
+  /** What of the page the keys move through, if not the cards. */
+  #moving() {
+    return { table: this.#table, families: this.#families, family: this.#families, heads: this.#heads, head: this.#heads }[this.view.page];
   }
 
   /** The next latent by number, among those the page has. */
@@ -215,11 +269,11 @@ class App {
   /** Follow links inside the page without loading it anew. */
   #click(event) {
     if (!this.tip.contains(event.target)) this.tip.hide();
-    const { nav, page } = event.target.closest("[data-nav], [data-page]")?.dataset ?? {};
+    const { nav, page, name = "" } = event.target.closest("[data-nav], [data-page]")?.dataset ?? {};
     if (!(nav || page) || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
     event.preventDefault();
     if (nav) this.#open(Number(nav));
-    else this.#go({ page, latent: null }, true);
+    else this.#go({ page, latent: null, name, family: FRESH_FAMILY }, true);
   }
 
   #escape({ target }) {
@@ -233,7 +287,7 @@ class App {
 
   /** Arrow keys move in the table and scroll a card. */
   #arrow(step) {
-    if (this.view.page === "table") this.#table?.move(step);
+    if (["table", "family"].includes(this.view.page)) this.#moving()?.move(step);
     else scrollBy(0, 60 * step);
   }
 
@@ -246,11 +300,15 @@ class App {
       { keys: ["K"], help: "previous by number", run: () => this.#stepById(-1) },
       { keys: ["ArrowDown"], label: "↓", help: "next row", run: () => this.#arrow(1) },
       { keys: ["ArrowUp"], label: "↑", help: "previous row", run: () => this.#arrow(-1) },
-      { keys: ["Enter"], help: "open the row", run: () => this.view.page === "table" && this.#table?.openCursor() },
+      { keys: ["Enter"], help: "open the row", run: () => this.#moving()?.openCursor() },
       { keys: ["/"], help: "search and list", run: () => this.#search() },
       { keys: ["g"], help: "go to a number", run: () => askLatent(this.about.sae.d_sae, (latent) => this.#open(latent)) },
       { keys: ["r"], help: "a random live feature of the list", run: () => this.#random() },
       { keys: ["o"], help: "dashboard of the whole SAE", run: () => this.#go({ page: "dashboard", latent: null }, true) },
+      ...(this.about.pages ? [
+        { keys: ["f"], help: "families of features", run: () => this.#go({ page: "families", latent: null }, true) },
+        { keys: ["a"], help: "attention heads", run: () => this.#go({ page: "heads", latent: null }, true) },
+      ] : []),
       ...(this.about.labels ? [{ keys: ["n"], help: "label this feature, or a sample", run: () => this.#label() }] : []),
       { keys: ["1", "2", "3", "4"], help: "top and random, quantiles, intervals, near threshold", run: onCard(({ key }) => ({ ...UNMARKED, tab: TAB_NAMES[key - 1] })) },
       ...(this.about.dives ? [

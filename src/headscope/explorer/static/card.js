@@ -30,7 +30,8 @@ export class Card {
   /**
    * @param {import("./types").Feature} feature
    * @param {{about: import("./types").About, vocab: import("./vocab.js").Vocab, corpus: import("./corpus.js").Corpus, tip: import("./tip.js").Tip,
-   *   data: import("./types").Data, context: ((block: number) => Promise<any>)|null, link: (latent: number) => string}} needs
+   *   data: import("./types").Data, context: ((block: number) => Promise<any>)|null, link: (latent: number) => string,
+   *   page?: (page: string, name: string) => string}} needs page: links to heads and families
    * @param {(patch: object) => void} change asks for another view
    */
   constructor(feature, needs, change) {
@@ -53,10 +54,20 @@ export class Card {
     const top = alive && largest(heads.dfa);
     const interval = () => el("span", { title: this.about.definitions.density_interval }, ` [${stats.density_interval.map(pct).join(", ")}]`);
     return el("header", { class: "card-head" }, el("h1", {}, el("small", {}, "feature"), String(latent)),
-      el("span", { class: "chips" }, alive ? chipsOf(this.feature, this.vocab) : el("span", { class: "chip" }, "dead")),
+      el("span", { class: "chips" }, alive ? [chipsOf(this.feature, this.vocab), this.#families()] : el("span", { class: "chip" }, "dead")),
       alive && el("dl", {}, item("density", "density", pct(stats.density), interval(), ` ${int(stats.n_active)} of ${int(stats.n_tokens)} tokens`),
         item("max", "max", num(stats.max)), item("mean", "mean", num(stats.mean)),
-        item("top_head", "top head", this.names[top], ` ${pct(heads.dfa[top])} of DFA`, this.#null())), this.place);
+        item("top_head", "top head", this.#page("head", this.names[top], {}, this.names[top]), ` ${pct(heads.dfa[top])} of DFA`, this.#null())), this.place);
+  }
+
+  /** A link to the page of a head or a family, where the page has such pages. */
+  #page(page, name, props, text) {
+    return this.about.pages && this.page ? el("a", { ...props, href: this.page(page, name), "data-page": page, "data-name": name }, text) : text;
+  }
+
+  /** The families that studies put it in; nothing where a label must not be led by them. */
+  #families() {
+    return this.page && (this.feature.families ?? []).map((name) => this.#page("family", name, { class: "chip", "data-family-chip": name, title: "member of this family" }, name.replaceAll("-", " ")));
   }
 
   /** What share a top head has by chance: of the kinds of null, the one with the largest. */

@@ -84,12 +84,12 @@ export function drawParts({ inside, outside, low = 0, high, log = false, facts, 
 export function drawCurve({ x: along, y: values, low, high, reference, facts, pick, step = false, tip, xRange = [0, 1], yRange = [0, 1], legend, ...labels }) {
   const axes = frame({ ...labels, x: xRange, y: yRange });
   const { x, y } = axes;
-  const line = (xs, ys) => xs.map((value, i) => [value, ys[i]]).filter(([, value]) => value !== null && value !== undefined)
-    .map(([at, value], i) => `${i ? (step ? `H${x(at).toFixed(1)}V` : `L${x(at).toFixed(1)} `) : `M${x(at).toFixed(1)} `}${y(value).toFixed(1)}`).join("");
+  const line = (xs, ys, stepped = step) => xs.map((value, i) => [value, ys[i]]).filter(([, value]) => value !== null && value !== undefined)
+    .map(([at, value], i) => `${i ? (stepped ? `H${x(at).toFixed(1)}V` : `L${x(at).toFixed(1)} `) : `M${x(at).toFixed(1)} `}${y(value).toFixed(1)}`).join("");
   const known = low ? along.map((at, i) => [at, low[i], high[i]]).filter(([, bottom]) => bottom !== null) : [];
   const band = known.length > 1 && svg("path", { class: "band", d: `${line(known.map(([at]) => at), known.map(([, bottom]) => bottom))}L${known.toReversed().map(([at, , top]) => `${x(at).toFixed(1)} ${y(top).toFixed(1)}`).join("L")}Z` });
   const marker = svg("line", { class: "marker", y1: y(yRange[1]), y2: y(yRange[0]), visibility: "hidden" });
-  axes.body.append(...[band, reference && svg("path", { class: "reference", d: line(reference.x, reference.y) }), svg("path", { class: "curve", d: line(along, values) }), marker].filter(Boolean));
+  axes.body.append(...[band, reference && svg("path", { class: "reference", d: line(reference.x, reference.y, false) }), svg("path", { class: "curve", d: line(along, values) }), marker].filter(Boolean));
   const nearest = (value) => along.reduce((best, at, i) => (Math.abs(at - value) < Math.abs(along[best] - value) ? i : best), 0);
   hover(axes, tip, (value) => (along.length ? facts(nearest(value)) : null));
   if (pick) axes.chart.addEventListener("click", (event) => axes.at(event) !== null && pick(nearest(axes.at(event))));

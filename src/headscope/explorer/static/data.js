@@ -34,6 +34,8 @@ class ServerData {
   dive = async (latent, proxy, signal) => this.#kept(await this.#get(`/api/dive/${latent}?${new URLSearchParams({ proxy })}`, signal));
   effects = async (latent, proxy, signal) => this.#kept(await this.#get(`/api/effects/${latent}?${new URLSearchParams({ proxy })}`, signal));
 
+  /** What a page of families or heads shows: "families", "family/token", "head/1.6". */
+  page = (path) => this.#get(`/api/${path}`);
   predictions = (latent, proxy, signal) => this.#get(`/api/predictions/${latent}?${new URLSearchParams({ proxy })}`, signal);
 
   #kept(answer) {
@@ -67,6 +69,10 @@ class Exported {
   about = async () => (await this.core()).about;
   vocab = async () => (await this.core()).vocab;
   table = async () => (await this.core()).table;
+
+  page = async (path) => {
+    throw new Error(`This export does not hold /${path}: headscope serve shows it, and an exported folder holds it.`);
+  };
 
   async feature(latent) {
     const { pack_of: packOf, about } = await this.core();
@@ -133,6 +139,7 @@ class FolderData extends Exported {
   #answers = new Answers();
 
   core = () => this.#answers.get("core", () => fetchPacked("core.json.gz"));
+  page = (path) => this.#answers.get(path, () => fetchPacked(`pages/${path}.json.gz`));
 
   cards(number) {
     return this.#answers.get(number, async () => {

@@ -2,6 +2,15 @@
 
 const natural = new Intl.Collator("en", { numeric: true });
 
+/** Sort rows in place by a key each; those without one come last. @param {number[]} order @param {any[]} keys by row */
+export function sortRows(order, keys, kind, down) {
+  const compare = ["text", "head", "token"].includes(kind) ? natural.compare : (a, b) => a - b;
+  order.sort((a, b) => {
+    const missing = (keys[a] === null) - (keys[b] === null);
+    return missing || (keys[a] !== null && (down ? -1 : 1) * compare(keys[a], keys[b])) || a - b;
+  });
+}
+
 export class FeatureList {
   #key = "";
   #found = null;
@@ -78,13 +87,7 @@ export class FeatureList {
 
   #sort(order, sort) {
     const column = this.columns.find(({ name }) => name === sort.replace("-", "")) ?? this.columns[0];
-    const keys = this.#keysOf(column);
-    const compare = ["text", "head", "token"].includes(column.kind) ? natural.compare : (a, b) => a - b;
-    const turn = sort.startsWith("-") ? -1 : 1;
-    order.sort((a, b) => {
-      const missing = (keys[a] === null) - (keys[b] === null);
-      return missing || (keys[a] !== null && turn * compare(keys[a], keys[b])) || a - b;
-    });
+    sortRows(order, this.#keysOf(column), column.kind, sort.startsWith("-"));
   }
 
   #keysOf({ name, kind }) {

@@ -3,10 +3,18 @@
 const CARD = { tab: "top", ex: "", dst: "", w: "5", head: "", d: "", t: "", log: "", mass: "", p: "", at: "", norm: "" };
 const PLANE = { x: "density", y: "top_head_share", lx: "1", ly: "0" };
 const QUEUE = { s: "", n: "", who: "", blind: "" };
+const FAMILY = { t: "", head: "", sort: "-score", show: "", q: "" };
+const GRID = { score: "", by: "" };
 const LIST = { q: "", sort: "latent", dead: "", share: "", in: "", dmin: "", dmax: "", box: "" };
 
 /** The filters of a list that hides nothing but the dead. */
 export const NO_FILTER = { ...LIST, sort: undefined };
+
+/** A family page as it is first opened. */
+export const FRESH_FAMILY = FAMILY;
+
+const NAMED = /^\/(family|head)\/([\w.-]{1,40})\/?$/;
+const PAGES = { "/dashboard": "dashboard", "/families": "families", "/heads": "heads" };
 
 /**
  * Read a link. Served, the path says which card and the hash holds the list (`/f/18?w=16#q=def`); in a file, all is in
@@ -17,16 +25,20 @@ export function readView(location, embedded) {
   const hash = location.hash.slice(1) || (document.querySelector("meta[name=headscope-start]")?.content ?? "");
   const [path, query = ""] = embedded ? hash.split(/\?(.*)/s) : [location.pathname, location.search];
   const latent = /^\/f\/(\d{1,9})\/?$/.exec(path);
-  const page = latent ? "card" : { "/dashboard": "dashboard", ...(!embedded && { "/label": "label" }) }[path] ?? "table";
+  const named = NAMED.exec(path);
+  const page = latent ? "card" : named ? named[1] : { ...PAGES, ...(!embedded && { "/label": "label" }) }[path] ?? "table";
   const card = chosen(CARD, query);
   if (card.ex && !new URLSearchParams(query).has("tab")) card.tab = card.ex.split(/[-.]/)[0].replace("random", "top");
-  return { page, latent: latent && Number(latent[1]), ...card, ...chosen(PLANE, query), ...chosen(QUEUE, query), list: chosen(LIST, embedded ? query : hash) };
+  return { page, latent: latent && Number(latent[1]), name: named?.[2] ?? "", family: chosen(FAMILY, page === "family" ? query : ""), grid: chosen(GRID, /^head/.test(page) ? query : ""), ...card, ...chosen(PLANE, query), ...chosen(QUEUE, query), list: chosen(LIST, embedded ? query : hash) };
 }
 
 /** The link of a view. @param {import("./types").View} view */
 export function linkOf(view, embedded) {
-  const [path, own] = { card: [`/f/${view.latent}`, CARD], dashboard: ["/dashboard", PLANE], label: ["/label", QUEUE], table: ["/", {}] }[view.page];
-  const [page, list] = [changed(own, view), changed(LIST, view.list)];
+  const [path, own, values = view] = {
+    card: [`/f/${view.latent}`, CARD], dashboard: ["/dashboard", PLANE], label: ["/label", QUEUE], table: ["/", {}], families: ["/families", {}],
+    family: [`/family/${view.name}`, FAMILY, view.family], heads: ["/heads", GRID, view.grid], head: [`/head/${view.name}`, GRID, view.grid],
+  }[view.page];
+  const [page, list] = [changed(own, values), changed(LIST, view.list)];
   if (embedded) return `#${path}?${page}&${list}`.replace(/\?&/, "?").replace(/[?&]$/, "");
   return path + (page && `?${page}`) + (list && `#${list}`);
 }

@@ -39,11 +39,13 @@ export function measureText(measure, name = "") {
   return `${write(measure.value)}${measure.low === null ? "" : ` [${write(measure.low)}, ${write(measure.high)}]`}`;
 }
 
-/** Measures, one a row: value, interval, null, n; the definition on hover. @param {[string, string, import("./types").Measure][]} rows */
+/**
+ * Measures, one a row: value, interval, null, n; the definition on hover.
+ * @param {[string, string, import("./types").Measure, ((value: number) => string)?][]} rows name, label, measure, how its numbers are written
+ */
 export function measureTable(rows) {
   return el("table", { class: "measures", "data-measures": "" }, el("tr", {}, ["", "value", "95 % interval", "null", "n"].map((label) => el("th", { scope: "col" }, label))),
-    rows.map(([name, label, m]) => {
-      const write = writer(name);
+    rows.map(([name, label, m, write = writer(name)]) => {
       const documents = m.by_document && `by document ${write(m.by_document[0])} to ${write(m.by_document[1])}`;
       return el("tr", { "data-measure": name }, el("th", { scope: "row" }, term(label, m.definition)),
         m.value === null ? el("td", { colspan: 3, class: "missing", "data-missing": "" }, m.missing ?? "none")

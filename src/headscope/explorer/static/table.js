@@ -1,11 +1,9 @@
 /** The index: what was read, how good the SAE is, and every feature as a row; only rows in sight are in the page. */
-import { button, el, setVars, term, unit } from "./dom.js";
+import { button, el, term, unit } from "./dom.js";
 import { int, num, pct } from "./format.js";
+import { cellText, Rows } from "./rows.js";
 import { NO_FILTER } from "./state.js";
 
-const ROW = 27;
-const WIDTHS = { int: "minmax(52px, .8fr)", float: "minmax(52px, .8fr)", percent: "minmax(76px, 1fr)", token: "minmax(92px, 1.5fr)", head: "minmax(56px, .7fr)", text: "minmax(110px, 2fr)", bool: "52px" };
-const WRITE = { int, percent: pct, float: num, bool: (flag) => (flag ? "yes" : "no"), head: String, text: String };
 const HINT = 'Searches the tokens of top logits, top source and examples. "def": exactly that token. id:, logit:, source: or example: in front: only there.';
 
 /** Facts and quality numbers. @param {import("./types").About} about */
@@ -24,8 +22,6 @@ export function drawAbout(about) {
 }
 
 export class TableView {
-  #order = [];
-  #cursor = 0;
   #list = null;
   #inputs = {};
 
@@ -36,13 +32,8 @@ export class TableView {
   constructor(features, about, on) {
     Object.assign(this, { features, on, columns: features.columns.filter(({ listed }) => listed) });
     this.count = el("output", { class: "count", "data-count": "" });
-    this.head = el("div", { class: "row header", role: "row" });
-    this.space = el("div", { class: "space", role: "rowgroup" });
-    this.view = el("div", {
-      class: "rows", role: "table", "aria-label": "features", "data-table": "", onscroll: () => requestAnimationFrame(() => this.#drawRows()),
-      vars: { "--cols": this.columns.map(({ kind }) => WIDTHS[kind]).join(" "), "--row": `${ROW}px` },
-    }, this.head, this.space);
-    new ResizeObserver(() => this.#drawRows()).observe(this.view);
+    this.table = new Rows("features", this.columns, { sort: (sort) => on.change({ sort }), open: on.open, link: on.link, id: (row) => features.rows.latent[row], cell: (row, column) => this.#cell(row, column) });
+    this.view = this.table.element;
     this.element = el("main", { class: "index" }, drawAbout(about), el("section", { class: "features" },
       el("header", {}, el("h1", {}, about.title), el("a", { class: "button", href: on.dashboard(), "data-page": "dashboard" }, "dashboard ", el("kbd", {}, "o")), this.count), this.#drawControls(), this.view));
   }
@@ -69,8 +60,8 @@ export class TableView {
   /** Arrow keys and Enter work while typing. */
   #searchKey(event) {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    if (step) this.move(step);
-    else if (event.key === "Enter") this.openCursor();
+    if (step) this.table.move(step);
+    else if (event.key === "Enter") this.table.openCursor();
     else return;
     event.preventDefault();
   }
@@ -79,7 +70,7 @@ export class TableView {
   update(list, latent) {
     const fresh = JSON.stringify(list) !== JSON.stringify(this.#list);
     const { order, hits, hidden } = this.features.find(list);
-    [this.#list, this.#order] = [list, order];
+    this.#list = list;
     for (const [key, input] of Object.entries(this.#inputs)) {
       if (input.type === "checkbox") input.checked = list[key] === "1";
       else if (input.value !== list[key]) input.value = list[key];
@@ -89,56 +80,25 @@ export class TableView {
     this.reset.hidden = Object.entries(NO_FILTER).every(([key, none]) => none === undefined || list[key] === none);
     const by = Object.entries(hits).filter(([name]) => name).map(([name, n]) => `${int(n)} by ${name}`).join(", ");
     this.count.replaceChildren(el("b", { "data-n": order.length }, int(order.length)), ` of ${int(this.features.size)}`, by && ` (${by})`, hidden > 0 ? ` · ${int(hidden)} dead hidden` : "");
-    this.#drawHead(list.sort);
-    setVars(this.space, { "--height": `${order.length * ROW}px` });
     const at = order.indexOf(this.features.rowOf.get(latent));
-    if (at >= 0) this.#cursor = at;
-    else if (fresh) this.#cursor = 0;
-    this.move(0);
+    this.table.update({ order, sort: list.sort, at: at >= 0 ? at : fresh ? 0 : null });
   }
 
-  #drawHead(sort) {
-    this.head.replaceChildren(...this.columns.map(({ name, kind, label, definition }) => {
-      const state = name !== sort.replace("-", "") ? "none" : sort.startsWith("-") ? "descending" : "ascending";
-      // Sizes sort from the largest first, names and ids from the first; a second press turns the order.
-      const down = state === "none" ? kind === "float" || kind === "percent" || name === "n_active" : state === "ascending";
-      return el("span", { role: "columnheader", "aria-sort": state, class: `cell ${kind}` },
-        button({ "data-sort": name, title: definition, onclick: () => this.on.change({ sort: (down ? "-" : "") + name }) }, label));
-    }));
-  }
-
-  #drawRows() {
-    const first = Math.max(0, Math.floor(this.view.scrollTop / ROW) - 8);
-    const last = Math.ceil((this.view.scrollTop + this.view.clientHeight) / ROW) + 8;
-    const rows = this.#order.slice(first, last).map((row, i) => this.#drawRow(row, first + i));
-    this.space.replaceChildren(...(this.#order.length ? rows : [el("p", { class: "empty", "data-empty": "" }, "No feature matches.")]));
-  }
-
-  #drawRow(row, i) {
+  #cell(row, { name, kind }) {
     const { rows, vocab } = this.features;
-    const latent = rows.latent[row];
-    return el("a", {
-      class: `row${i === this.#cursor ? " cursor" : ""}${rows.alive[row] ? "" : " dead"}`, role: "row", "data-latent": latent, "data-nav": latent,
-      href: this.on.link(latent), tabindex: i === this.#cursor ? 0 : -1, vars: { "--top": `${i * ROW}px` },
-    }, this.columns.map(({ name, kind }) => {
-      const value = rows[name][row];
-      const text = value !== null ? WRITE[kind]?.(value) : name === "maximum" && !rows.alive[row] ? "dead" : "";
-      const differs = name === "decoder_head" && value !== rows.top_head[row];
-      return el("span", { class: `cell ${kind}${differs ? " differs" : ""}`, role: "cell", "data-col": name, vars: /share$/.test(name) && value !== null ? { "--r": unit(value) } : {} },
-        kind === "token" ? vocab.label(value) : name === "latent" ? String(value) : text);
-    }));
+    const [value, dead] = [rows[name][row], !rows.alive[row]];
+    const text = value === null && name === "maximum" && dead ? "dead" : name === "latent" ? String(value) : cellText(value, kind);
+    const differs = name === "decoder_head" && value !== rows.top_head[row];
+    return { dead, class: differs && "differs", vars: /share$/.test(name) && value !== null ? { "--r": unit(value) } : {}, content: kind === "token" ? vocab.label(value) : text };
   }
 
   /** Move the cursor, and bring it into sight. */
   move(step) {
-    this.#cursor = Math.max(0, Math.min(this.#order.length - 1, this.#cursor + step));
-    const [top, room] = [this.#cursor * ROW, this.view.clientHeight - 2 * ROW];
-    if (room > 0) this.view.scrollTop = Math.min(top, Math.max(this.view.scrollTop, top + ROW - room));
-    this.#drawRows();
+    this.table.move(step);
   }
 
   /** Open the row under the cursor. */
   openCursor() {
-    if (this.#order.length > 0) this.on.open(this.features.rows.latent[this.#order[this.#cursor]]);
+    this.table.openCursor();
   }
 }

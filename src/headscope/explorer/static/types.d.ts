@@ -15,6 +15,8 @@ export interface About {
   definitions: Record<string, string>;
   /** Whether cards have deep-dive tabs. */
   dives: boolean;
+  /** Whether there are pages of families and heads. */
+  pages: boolean;
   /** How many features an export holds. */
   exported?: number;
 }
@@ -78,6 +80,8 @@ export interface Feature extends Text {
     dfa: number[]; dfa_cov: number[]; dfa_mean: number[]; decoder: number[]; decoder_out: number[]; encoder: number[]; encoder_in: number[];
     disagreement: number; participation: number;
   };
+  /** Families that studies put it in, by their names in an address. */
+  families: string[];
   logits: { top: [number, number][]; bottom: [number, number][]; mean: number; std: number; skew: number; kurtosis: number };
   copying: { top: [number, number][]; rank: number | null };
   sources: Sources[];
@@ -142,10 +146,63 @@ export interface Effects extends Text {
 /** Tokens at which the loss changes most: the token that came next, its loss with the feature, the change by path. */
 export interface Extremes { rows: number[]; next: number[]; loss: number[]; change: Record<string, number[]> }
 
+/** What no study has found yet, and the command that does. */
+export interface Missing { missing: string; command: string }
+
+/** Every family: its members among the features that were judged, and their share with a Wilson interval. */
+export interface Families { families: ({ name: string } & (Missing | { missing: null; n: number; members: number; share: [number, number, number] | null; definition: string }))[] }
+
+/** One family. `rows` has one value a judged feature by column; `score` is what the rule holds against a threshold. */
+export interface Family {
+  name: string; missing: null; n: string; created: string; headscope: string; settings: Record<string, any>;
+  rule: { label: string; definition: string; at: number; n: number; n_true: number; auc: Measure };
+  /** Where the rule names a head: all heads, the one of `score`, and of how many members each brings most. */
+  heads: string[] | null; head: string | null; by_head: number[] | null;
+  tests: { name: string; definition: string }[];
+  measures: Record<string, Measure>;
+  columns: { name: string; label: string; kind: string; definition: string }[];
+  /** `tests`: one value a test, null where it was not made. */
+  rows: { latent: number[]; score: (number | null)[]; verdict: boolean[]; tests?: (boolean | null)[][] } & Record<string, any[]>;
+}
+
+/** Every head by layer; `made` is for heads of the SAE's layer: features of which it has the largest share. */
+export interface Heads {
+  layer: number; n_features: number; scores: (Missing | { missing: null }) & { roles: { name: string; definition: string }[] };
+  superposition: Missing | { missing: null; measures: Record<string, Measure>; n: string; created: string };
+  layers: { name: string; scores: Record<string, { value: number; p: number | null }> | null; roles: string[]; made: { dfa: number; decoder: number } | null }[][];
+}
+
+/** Features by column, with this head's shares. */
+export interface HeadFeatures {
+  latent: number[]; token: number[]; source: (number | null)[]; n_active: number[]; dfa: number[]; decoder: number[]; families: string[][];
+}
+
+/** One head; of one of another layer than the SAE's, scores only. */
+export interface Head {
+  name: string; layer: number; head: number; of_layer: number;
+  scores: Missing | {
+    missing: null; n: string; created: string; roles: string[]; rows: { role: string; value: number; low: number | null; high: number | null; even: number | null; null: number | null; null_high: number | null; p: number | null; definition: string }[];
+    prefix: { attention: number[]; low: number[]; high: number[]; null: number[] };
+  };
+  features: { n: number; n_both: number; lists: Record<"dfa" | "decoder", HeadFeatures & { n: number; histogram: number[] }> } | null;
+  shared?: { n: number; alone: number; least: number; others: { head: string; n: number; latents: number[] }[] };
+  families?: { n: number; verdicts: Record<string, number>; kinds: Record<string, number> };
+  catalogue?: Missing | { missing: null; n: string; created: string; by: Record<string, {
+    n_features: number; n_families: number; measures: Record<string, Measure>; clusters: { family: string; n: number; share: number; latents: number[] }[]; top: number[]; top_in_one: number }> };
+  ablation?: Missing | {
+    missing: null; n: string; created: string; definitions: Record<string, string>; turned_off: { kind: string; rule: string; family: string; off: Measure }[];
+    /** By kind of ablation: features of which least is left. */
+    lost: Record<string, HeadFeatures & { n: number; histogram: number[]; retained: number[]; off: number[] }>;
+    fires: Missing | { missing: null; kind: string; family: string; n_tokens: number; n_clean: number; n_lost: number; n_gained: number; readings: Record<string, HeadFeatures>; definitions: Record<string, string> };
+  };
+}
+
 /** Where the page's JSON comes from. */
 export interface Data {
   embedded: boolean; context: ((block: number) => Promise<any>) | null;
   about(): Promise<About>; table(): Promise<Table>; feature(latent: number): Promise<Feature>;
+  /** "families", "family/token", "heads", "head/1.6"; exported folders hold each as a file. */
+  page(path: string): Promise<any>;
   start(latent: number): Promise<Start>; dive(latent: number, proxy: string, signal?: AbortSignal): Promise<DiveStudy>; 
   effects(latent: number, proxy: string, signal?: AbortSignal): Promise<Effects>; predictions(latent: number, proxy: string, signal?: AbortSignal): Promise<any>;
 }
@@ -164,7 +221,14 @@ export interface Listing {
 }
 
 export interface View {
-  page: "table" | "card" | "dashboard" | "label"; latent: number | null;
+  page: "table" | "card" | "dashboard" | "label" | "families" | "family" | "heads" | "head";
+  /** Of a family or a head. */
+  name: string;
+  /** A family page: threshold of the rule (empty: its own), its head, what rows are sorted by, which are shown, what is searched. */
+  family: { t: string; head: string; sort: string; show: string; q: string };
+  /** Pages of heads: what the grid shows, and by which kind of ablation. */
+  grid: { score: string; by: string };
+  latent: number | null;
   tab: string; w: "5" | "16" | "full"; log: string; mass: string;
   /** The marked example, as "top.3", and the position in its block whose numbers are pinned. */
   ex: string; dst: string;
