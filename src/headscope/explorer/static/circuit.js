@@ -2,7 +2,7 @@
 import { button, el, svg } from "./dom.js";
 import { int, num, pct, sci, signed } from "./format.js";
 
-const [TREE_WIDE, TREE_TALL] = [120, 12];
+const [TREE_WIDE, TREE_TALL] = [90, 12];
 const PATH_SEPARATOR = "~"; // between paths in a link; names have none
 
 /** Nodes that are open, for a link: those whose ancestors it implies are left out. @param {string[]} paths */
@@ -39,12 +39,18 @@ export class CircuitTree {
     this.#root = this.#row(level.node, "", level.node.value, 1);
     this.element.firstChild.replaceChildren(this.#root);
     this.#fill(this.#root, level, "");
-    for (const path of this.open) {
-      const row = this.#at(path);
-      if (row) await this.#expand(row, path);
-      else this.open.delete(path);
-    }
+    const open = [...this.open];
+    this.open.clear();
+    await this.show(open);
     return level;
+  }
+
+  /** Open some nodes, ancestors first; a path that there is not is left out. @param {string[]} paths */
+  async show(paths) {
+    for (const path of paths) {
+      const row = this.#at(path);
+      if (row?.getAttribute("aria-expanded") === "false") await this.#expand(row, path);
+    }
   }
 
   #at(path) {
