@@ -61,11 +61,11 @@ export class CircuitTree {
     const { value, kind, expands, attended } = node;
     const size = (Math.abs(value) / this.#scale) * (TREE_WIDE / 2 - 1);
     const head = el(expands ? "button" : "span", { class: "circuit-node", type: expands ? "button" : null, "data-node": node.name, onclick: expands ? () => this.#toggle(row, path) : null, tabindex: expands ? null : 0 },
-      el("span", { class: "circuit-sign", "aria-hidden": "true" }, expands ? "" : "·"), el("span", { class: `circuit-name ${kind}` }, this.#label(node)),
-      svg("svg", { class: "circuit-bar", width: TREE_WIDE, height: TREE_TALL, "aria-hidden": "true" }, svg("rect", { class: value < 0 ? "minus" : "plus", x: value < 0 ? TREE_WIDE / 2 - size : TREE_WIDE / 2, y: 2, width: Math.max(size, 0.6), height: TREE_TALL - 4 }), svg("line", { class: "zero", x1: TREE_WIDE / 2, x2: TREE_WIDE / 2, y1: 0, y2: TREE_TALL })),
+      el("span", { class: "circuit-sign", "aria-hidden": "true" }, expands ? "" : "·"), el("span", { class: "circuit-name" }, this.#label(node)),
+      svg("svg", { class: "circuit-bar", viewBox: `0 0 ${TREE_WIDE} ${TREE_TALL}`, "aria-hidden": "true" }, svg("rect", { class: value < 0 ? "minus" : "plus", x: value < 0 ? TREE_WIDE / 2 - size : TREE_WIDE / 2, y: 2, width: Math.max(size, 0.6), height: TREE_TALL - 4 }), svg("line", { class: "zero", x1: TREE_WIDE / 2, x2: TREE_WIDE / 2, y1: 0, y2: TREE_TALL })),
       el("b", { class: "circuit-value", "data-value": value }, signed(value)), el("small", {}, path && whole ? pct(value / whole) : ""));
     const row = el("li", { class: "circuit-row", role: "treeitem", "aria-level": depth, "aria-expanded": expands ? "false" : null, "data-path": path, "data-kind": kind, "data-depth": depth },
-      el("div", { class: "circuit-line" }, head, attended && this.on.attended && button({ class: "quiet", "data-why": path, title: "QK attribution: the score of this key, by parts of query and key", onclick: () => this.on.attended(attended) }, `why attended? ${attended.layer}.${attended.head}`)));
+      el("div", { class: "circuit-line" }, head, attended && this.on.attended && button({ class: "quiet", "data-why": path, title: `why head ${attended.layer}.${attended.head} attends here: QK attribution`, "aria-label": `why does head ${attended.layer}.${attended.head} attend to source ${attended.key}?`, onclick: () => this.on.attended(attended) }, "why?")));
     return row;
   }
 
