@@ -11,6 +11,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from browsing import CHROMIUM, launched, quiet_page, serving
 from dive_index import COMMON, DEAD, RARE, built_live
+from headscope.errors import HeadscopeError
 from headscope.explorer.cards import IndexCards
 from headscope.explorer.dives import IndexDives, packed
 from headscope.explorer.export import export_html
@@ -155,7 +156,7 @@ def test_attention_has_its_baselines_and_heads_side_by_side(
     first = upstream.compare(RARE, at)["heads"][0]
     row = page.locator("[data-comparison] [data-head-row]").first
     expect(row).to_have_attribute("data-head-row", f"1.{first['head']}")
-    expect(row.locator("b")).to_have_text(f"{first['contribution']:+.3f}".replace("-", "−"))
+    expect(row.locator("b")).to_have_text(f"{first['contribution']:+.3f}".replace("-", "\u2212"))
     page.select_option("[data-example]", "top.1")
     expect(page).to_have_url(f"{address}/f/{RARE}?tab=attention&ex=top.1")
 
@@ -194,12 +195,14 @@ def test_patches_are_drawn_both_ways_and_before_and_after_the_relu(
 def test_a_corruption_that_leaves_it_on_is_said_and_not_drawn(
     page: Page, address: str, upstream: IndexUpstream, live: LiveIndex
 ) -> None:
-    for i, example in enumerate(live.index.examples(COMMON)[0].examples):
+    def stays(position: int) -> bool:
         try:
-            upstream.patch(COMMON, example.position, "shuffle.0", "components")
-        except Exception as error:
-            if "still on" in str(error):
-                break
+            upstream.patch(COMMON, position, "shuffle.0", "components")
+        except HeadscopeError as error:
+            return "still on" in error.got
+        return False
+
+    i = next(i for i, e in enumerate(live.index.examples(COMMON)[0].examples) if stays(e.position))
     page.goto(f"{address}/f/{COMMON}?tab=upstream&how=shuffle&ex=top.{i}")
     expect(page.locator("[data-upstream] [data-wrong]")).to_contain_text("still on in the corrupted prompt")
     assert page.locator("[data-matrix]").count() == 0
