@@ -193,12 +193,15 @@ class IndexUpstream:
             proxy = parse(text) if text else None
             match proxy:
                 case Induction(token=token):
-                    return [self._index.token_id(token)]
+                    return [self._id(token)]
                 case AfterAny() | WithinAfter():
-                    return [self._index.token_id(token) for token in proxy.tokens][:MAX_TOKENS]
+                    return [self._id(token) for token in proxy.tokens][:MAX_TOKENS]
         except (ProxyError, IndexFormatError):
             pass  # a proxy that cannot be read suggests nothing; the tabs of proxies say why
         return []
+
+    def _id(self, token: str | int) -> int:
+        return token if isinstance(token, int) else self._index.token_id(token)
 
     def _python(self, latent: int, at: int, scores: tuple[int, int, int, int] | None = None) -> str:
         block, query = divmod(at, self._index.block_size)
