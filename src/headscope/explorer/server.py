@@ -29,9 +29,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headscope.errors import HeadscopeError, ServerError
 from headscope.explorer.answers import Json, answer, dump_json, failure, number_of
+from headscope.explorer.desk import Desk
 from headscope.explorer.labelling import LabelRoutes
 from headscope.explorer.page_routes import PageRoutes
 from headscope.explorer.studies import DiveSource, StudyRoutes
+from headscope.explorer.upstream import IndexUpstream, UpstreamRoutes
 
 TOKEN_HEADER = "x-headscope-token"
 """Where a request that writes gives the token of the page."""
@@ -108,11 +110,14 @@ class CardSource(Protocol):
         ...
 
 
-def about_of(source: CardSource, *, dives: bool = False, labels: bool = False, pages: bool = False) -> Json:
+def about_of(
+    source: CardSource, *, dives: bool = False, upstream: bool = False, labels: bool = False, pages: bool = False
+) -> Json:
     """Return what `source` says of itself, a definition for every word of the page, and what else the page has."""
     about = source.about()
     definitions = DEFINITIONS | about.get("definitions", {})
-    return about | {"definitions": definitions, "dives": dives, "labels": labels, "pages": pages}
+    parts = {"dives": dives, "upstream": upstream, "labels": labels, "pages": pages}
+    return about | {"definitions": definitions} | parts
 
 
 def static_files() -> dict[str, bytes]:
@@ -162,8 +167,8 @@ class _Guard:
 class _Pages:
     """The answers to each route. Calls of the source are made one at a time, off the event loop."""
 
-    def __init__(self, source: CardSource, token: str, **more: bool) -> None:
-        self.source, self.about = source, partial(about_of, source, **more)
+    def __init__(self, source: CardSource, token: str, **parts: bool) -> None:
+        self.source, self.about = source, partial(about_of, source, **parts)
         self.files = static_files()
         self.page = self.files["index.html"].replace(_TOKEN_MARK, token.encode())
         self.lock = threading.Lock()
@@ -211,16 +216,20 @@ def make_app(
     token: str | None = None,
     *,
     dives: DiveSource | None = None,
+    upstream: IndexUpstream | None = None,
     labels: LabelRoutes | None = None,
     roles: PageRoutes | None = None,
 ) -> Starlette:
     """Make the web application: the page, its scripts, and the JSON of `source`.
 
     The page has `token` (a new random one when None) in its `headscope-token` meta element. With `dives`, its cards
-    have the deep-dive tabs; with `labels`, it has the labelling queue; with `roles`, the pages of families and heads.
+    have the deep-dive tabs, with `upstream` those that say how features are computed; with `labels`, it has the
+    labelling queue; with `roles`, the pages of families and heads.
     """
     token = token or secrets.token_urlsafe(32)
-    pages = _Pages(source, token, dives=dives is not None, labels=labels is not None, pages=roles is not None)
+    parts = {"dives": dives, "upstream": upstream, "labels": labels, "pages": roles}
+    pages = _Pages(source, token, **{name: part is not None for name, part in parts.items()})
+    desk = Desk()  # one for all studies: what they compute at a time is of this machine, not of a tab
     wholes = [Route(f"/api/{name}", partial(pages.whole, name=name)) for name in ("about", "vocab", "table")]
     ones = [Route(f"/api/{name}/{{number}}", partial(pages.one, name=name)) for name in ("feature", "context")]
     return Starlette(
@@ -231,7 +240,8 @@ def make_app(
             Route("/static/{name}", pages.static),
             *wholes,
             *ones,
-            *(StudyRoutes(dives).routes() if dives else []),
+            *(StudyRoutes(dives, desk).routes() if dives else []),
+            *(UpstreamRoutes(upstream, desk).routes() if upstream else []),
             *([Route("/label", pages.shell), *labels.routes()] if labels else []),
             *(roles.routes(pages.shell) if roles else []),
         ],
@@ -256,6 +266,7 @@ def serve(
     source: CardSource,
     *,
     dives: DiveSource | None = None,
+    upstream: IndexUpstream | None = None,
     labels: LabelRoutes | None = None,
     roles: PageRoutes | None = None,
     port: int | None = None,
@@ -267,6 +278,7 @@ def serve(
     Args:
         source: what to show.
         dives: what its deep-dive tabs show, if it is to have them.
+        upstream: what its tabs upstream show, likewise.
         labels: where labels go, if it is to have the labelling queue.
         roles: what the pages of families and heads show, if it is to have them.
         port: where to listen; None takes a free port.
@@ -288,7 +300,7 @@ def serve(
             ready(url)
 
     config = uvicorn.Config(
-        make_app(source, dives=dives, labels=labels, roles=roles),
+        make_app(source, dives=dives, upstream=upstream, labels=labels, roles=roles),
         log_level="warning",
         lifespan="off",
         ws="none",

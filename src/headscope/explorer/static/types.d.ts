@@ -13,8 +13,8 @@ export interface About {
   /** Directions that mean nothing, by kind: their top heads' shares of DFA, sorted, and their 5 %, 50 % and 95 % quantiles. */
   nulls: { kind: string; top_head_share: number[]; range: [number, number, number] }[];
   definitions: Record<string, string>;
-  /** Whether cards have deep-dive tabs. */
-  dives: boolean;
+  /** Whether cards have deep-dive tabs, and those that say how features are computed. */
+  dives: boolean; upstream: boolean;
   /** Whether there are pages of families and heads. */
   pages: boolean;
   /** How many features an export holds. */
@@ -197,6 +197,69 @@ export interface Head {
   };
 }
 
+/** A part of the residual stream; `others` are all that are not told apart. */
+export interface Part { name: string; kind: string; layer: number | null; head: number | null; latent: number | null }
+
+/** One term of a pre-activation (circuit_json.py). `attended`: of a source, by which head from where. */
+export interface CircuitNode {
+  name: string; kind: "feature" | "constant" | "head" | "source" | "part"; position: number; value: number; part: Part | null; expands: boolean;
+  attended: { layer: number; head: number; query: number; key: number } | null;
+}
+
+/** A node of recursive DFA and what it is the sum of: `children` and `rest` add up to `sum`, the node less `residual`. */
+export interface Level { node: CircuitNode; children: CircuitNode[]; rest: { n: number; value: number }; sum: number; residual: number }
+
+/** The scores of a head at a token, over the keys it sees; of one key, pairs of parts: rows are of the query, columns of the key. */
+export interface Scores {
+  layer: number; head: number; query: number; key: number; keys: number[]; scores: number[]; pattern: number[]; score: number; mean: number; residual: number;
+  query_parts: Part[]; key_parts: Part[]; contrast: number[][]; attention: number[][];
+  /** What earlier heads, as parts of the key, add to its score: the largest of the tokens they read, [position, what it adds]. */
+  read: { part: string; value: number; sources: [number, number][] }[];
+}
+
+/** What the tabs upstream begin with; `command` starts a server with a model. */
+export interface UpstreamStart { live: boolean; saes: string[]; command: string; corpus: string; sets: { name: string; tokens: number[] }[] }
+
+/** DFA by head above thresholds; shares of the weights alone. */
+export interface HeadShares {
+  latent: number; corpus: string; python: string; weights: Record<"decoder" | "decoder_out" | "encoder" | "encoder_in", { definition: string; shares: number[] }>;
+  thresholds: { threshold: number; n: number; heads: Record<"squared" | "covariance" | "linear", Measure>[] }[];
+}
+
+/** Shares of a set of source tokens above thresholds, and the attention paid to them; top: [token, heads summed, head by head, linear]. */
+export interface SourceShares {
+  latent: number; corpus: string; python: string; tokens: number[]; n_blocks: number;
+  thresholds: {
+    threshold: number; n: number; n_active: number; summed: Measure; separate: Measure; linear: Measure; bos: Measure; frequency: Measure; top: [number, number, number, number][];
+    heads: { squared: Measure; linear: Measure; attention: Record<"active" | "visible" | "inactive" | "elsewhere", Measure> }[];
+  }[];
+}
+
+/** Heads beside each other at one token; sources: [position, DFA, attention]. */
+export interface HeadComparison {
+  latent: number; at: number; python: string; tokens: number[]; activation: number; pre: number; bias: number; residual: number; agreement: (number | null)[][];
+  heads: { head: number; contribution: number; share: number; sources: [number, number, number][] }[];
+}
+
+/** Two prompts between which something is patched. */
+interface Prompts { latent: number; at: number; how: string; python: string; clean: number[]; corrupted: number[]; changed: number[]; query: number; on: Reading; off: Reading; definition: string }
+interface Reading { pre: number; activation: number }
+type PatchScore = Record<"pre_score" | "activation_score", number>;
+type PatchScores = Record<"pre_score" | "activation_score", (number | null)[][]>;
+
+/** Components (rows) patched at all positions (the first column) and at `columns`. */
+export interface Patching extends Prompts {
+  n: number; rows: { name: string; kind: string; layer: number; head: number | null }[]; columns: number[]; noising: PatchScores; denoising: PatchScores;
+  roles: { role: string; loss: number; gain: number }[];
+  joint: { first: string; second: string; kind: string; excess: [number, number]; on_without: boolean[]; on_with: boolean[] } | null;
+}
+
+/** Features of an earlier SAE patched; `few`: how many of the first have 90 % of the effect of all. */
+export interface FeaturePatching extends Prompts {
+  sae: string; site: string; n_latents: number; positions: number[]; few: number | null; bars: { name: "site" | "features" | "error"; noising: PatchScore; denoising: PatchScore }[];
+  latents: { latent: number; change: number; noising: PatchScore; denoising: PatchScore; noising_together: PatchScore | null; denoising_together: PatchScore | null }[];
+}
+
 /** Where the page's JSON comes from. */
 export interface Data {
   embedded: boolean; context: ((block: number) => Promise<any>) | null;
@@ -204,6 +267,8 @@ export interface Data {
   /** "families", "family/token", "heads", "head/1.6"; exported folders hold each as a file. */
   page(path: string): Promise<any>;
   start(latent: number): Promise<Start>; dive(latent: number, proxy: string, signal?: AbortSignal): Promise<DiveStudy>; 
+  /** A study upstream by the name of its route, with its parameters. */
+  upstream(study: string, latent: number, asked: Record<string, any>, signal?: AbortSignal): Promise<any>;
   effects(latent: number, proxy: string, signal?: AbortSignal): Promise<Effects>; predictions(latent: number, proxy: string, signal?: AbortSignal): Promise<any>;
 }
 
@@ -240,6 +305,9 @@ export interface View {
   t: string;
   /** The proxy of the deep-dive tabs (empty: the first suggested one), the threshold read off by number, "1": one normalisation a class. */
   p: string; at: string; norm: string;
+  /** The tabs upstream: source tokens by id, the corruption and its draw ("shuffle.2"), which components, how they are read
+   * ("denoising-post"), the open nodes of recursive DFA, and the source asked about ("layer.head.query.key"). */
+  src: string; how: string; nodes: string; by: string; path: string; why: string;
   /** The dashboard's axes, and "1" where one is logarithmic. */
   x: string; y: string; lx: string; ly: string;
   /** The labelling queue: its sample, the feature (of the sample, or alone), the annotator, and "1" where blind. */
