@@ -142,6 +142,26 @@ export interface Effects extends Text {
 /** Tokens at which the loss changes most: the token that came next, its loss with the feature, the change by path. */
 export interface Extremes { rows: number[]; next: number[]; loss: number[]; change: Record<string, number[]> }
 
+/** A part of the residual stream; `others` are all that are not told apart. */
+export interface Part { name: string; kind: string; layer: number | null; head: number | null; latent: number | null }
+
+/** One term of a pre-activation (circuit_json.py). `attended`: of a source, by which head from where. */
+export interface CircuitNode {
+  name: string; kind: "feature" | "constant" | "head" | "source" | "part"; position: number; value: number; part: Part | null; expands: boolean;
+  attended: { layer: number; head: number; query: number; key: number } | null;
+}
+
+/** A node of recursive DFA and what it is the sum of: `children` and `rest` add up to `sum`, the node less `residual`. */
+export interface Level { node: CircuitNode; children: CircuitNode[]; rest: { n: number; value: number }; sum: number; residual: number }
+
+/** The scores of a head at a token, over the keys it sees; of one key, pairs of parts: rows are of the query, columns of the key. */
+export interface Scores {
+  layer: number; head: number; query: number; key: number; keys: number[]; scores: number[]; pattern: number[]; score: number; mean: number; residual: number;
+  query_parts: Part[]; key_parts: Part[]; contrast: number[][]; attention: number[][];
+  /** What earlier heads, as parts of the key, add to its score: the largest of the tokens they read, [position, what it adds]. */
+  read: { part: string; value: number; sources: [number, number][] }[];
+}
+
 /** Where the page's JSON comes from. */
 export interface Data {
   embedded: boolean; context: ((block: number) => Promise<any>) | null;

@@ -1,0 +1,129 @@
+"""Prompts taken apart as a page asks for it: recursive DFA node by node, and the scores of heads by pairs of parts."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from threading import Lock
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from headscope.errors import StudyError
+from headscope.models.hf import Model
+from headscope.sae.model import SAE
+from headscope.studies.circuit import Node, PromptCircuit
+from headscope.studies.corruptions import prompt
+from headscope.studies.qk import PromptScores, ScoreSplit
+
+_KEPT = 4  # prompts
+_T = TypeVar("_T")
+
+
+class PromptCircuits:
+    """A `CircuitSource` of one model: runs are made one at a time, those of the last few prompts are kept."""
+
+    def __init__(
+        self, model: Model, sae: SAE, *, saes: Sequence[SAE] = (), lock: AbstractContextManager | None = None
+    ) -> None:
+        """Take prompts of a model apart.
+
+        Args:
+            model: which model.
+            sae: of z, whose features are followed.
+            saes: of earlier components, whose features are told apart where they stand before what is read.
+            lock: held while the model runs, where others run it too.
+        """
+        self.model, self.sae, self.saes = model, sae, tuple(saes)
+        self._lock = lock or Lock()
+        self._circuits: OrderedDict[tuple[int, ...], PromptCircuit] = OrderedDict()
+        self._scores: OrderedDict[tuple[int, tuple[int, ...]], PromptScores] = OrderedDict()
+
+    def level(
+        self, tokens: tuple[int, ...], latent: int, query: int, path: tuple[str, ...]
+    ) -> tuple[Node, tuple[Node, ...]]:
+        """A node of the recursive DFA of a feature at a token, and all of its children.
+
+        Args:
+            tokens: the prompt, BOS included.
+            latent: the feature.
+            query: where.
+            path: the names of the nodes from the feature to the node, that of the feature left out.
+
+        Raises:
+            HeadscopeError: no such prompt, latent, token or node.
+        """
+        with self._lock:
+            circuit = self._circuit(tokens)
+            node = circuit.root(latent, query)
+            children = circuit.expand(node)
+            for name in path:
+                node = _named(children, name, node)
+                children = circuit.expand(node)
+        return node, children
+
+    def scores(self, tokens: tuple[int, ...], layer: int, head: int, query: int) -> ScoreSplit:
+        """The scores of a head at a token, by pairs of parts.
+
+        Raises:
+            HeadscopeError: no such prompt, head or token.
+            ModelError: no such layer, or scores that have no exact split.
+        """
+        with self._lock:
+            return self._prompt_scores(tokens, layer).split(head, query)
+
+    def read(
+        self, tokens: tuple[int, ...], layer: int, head: int, query: int, key: int, part: str
+    ) -> Float[np.ndarray, " source"]:
+        """What an earlier head, as a part of the key, adds to its score, by the tokens that it read itself.
+
+        Raises:
+            HeadscopeError: no such prompt, head or token, or the part is no earlier head.
+        """
+        with self._lock:
+            found = self._prompt_scores(tokens, layer)
+            chosen = next((p for p in found.parts if p.name == part), None)
+            if chosen is None:
+                raise StudyError(f"part {part!r}", expected="an earlier head, as 0.2", do="name one of these")
+            by_source = found.sources(head, query, key, chosen)
+        return by_source.sum(0).double().cpu().numpy()
+
+    def _circuit(self, tokens: tuple[int, ...]) -> PromptCircuit:
+        below = [sae for sae in self.saes if sae.site.layer < self.sae.site.layer]
+        return _kept(
+            self._circuits,
+            tokens,
+            lambda: PromptCircuit(self.model, self.sae, prompt(self.model, tokens), saes=below),
+        )
+
+    def _prompt_scores(self, tokens: tuple[int, ...], layer: int) -> PromptScores:
+        below = [sae for sae in self.saes if sae.site.layer < layer]
+        return _kept(
+            self._scores,
+            (layer, tokens),
+            lambda: PromptScores(self.model, layer, prompt(self.model, tokens), saes=below),
+        )
+
+
+def _named(children: Sequence[Node], name: str, parent: Node) -> Node:
+    found = next((child for child in children if child.name == name), None)
+    if found is None:
+        some = ", ".join(child.name for child in children[:4])
+        raise StudyError(
+            f"no node {name!r} below {parent.name}",
+            expected=f"one of its {len(children)}, as {some}" if children else "nothing: it is not the sum of others",
+            do="name the nodes from the feature on",
+        )
+    return found
+
+
+def _kept(kept: OrderedDict, key: tuple, make: Callable[[], _T]) -> _T:
+    """What was made for a key, made now if it is not kept."""
+    if key not in kept:
+        with torch.no_grad():
+            kept[key] = make()
+    kept.move_to_end(key)
+    while len(kept) > _KEPT:
+        kept.popitem(last=False)
+    return kept[key]
