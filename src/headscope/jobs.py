@@ -21,6 +21,7 @@ from headscope.site import Kind, Site
 
 if TYPE_CHECKING:
     from headscope.explorer.cards import IndexCards
+    from headscope.explorer.prompts import PromptRoutes
     from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
     from headscope.models.hf import Model
@@ -267,9 +268,18 @@ class _Effects:
         with self._lock:
             return predictions(self._live.index, self._live.model, latent, proxy)
 
+    def prompts(self) -> "PromptRoutes":
+        """What answers the prompt explorer: the same model, one run at a time."""
+        from headscope.explorer.prompts import PromptRoutes
+        from headscope.live_circuits import PromptCircuits
+        from headscope.studies.prompt import Prompts
+
+        circuits = PromptCircuits(self._live.model, self._live.sae, lock=self._lock)
+        return PromptRoutes(Prompts(self._live, lock=self._lock), circuits, folder=str(self._live.index.folder))
+
 
 def serve(index: str | Path, *, model: str | None = None, port: int | None = None, open_browser: bool = False) -> None:
-    """Serve the explorer of an index on 127.0.0.1 until Ctrl-C; with a model, it also removes features from it.
+    """Serve the explorer of an index on 127.0.0.1 until Ctrl-C; with a model, it also removes features and reads prompts.
 
     Raises:
         IndexFormatError, ModelError, SAEError, ServerError: no index, not its model or SAE, or no such port.
@@ -281,8 +291,15 @@ def serve(index: str | Path, *, model: str | None = None, port: int | None = Non
     from headscope.index.store import FeatureIndex
 
     opened = FeatureIndex.open(index)
-    dives = IndexDives(opened, _Effects(index, model) if model else None)
-    serve_cards(IndexCards(opened), dives=dives, labels=LabelRoutes(opened), port=port, open_browser=open_browser)
+    effects = _Effects(index, model) if model else None
+    serve_cards(
+        IndexCards(opened),
+        dives=IndexDives(opened, effects),
+        labels=LabelRoutes(opened),
+        prompts=effects.prompts() if effects else None,
+        port=port,
+        open_browser=open_browser,
+    )
 
 
 def export(index: str | Path, out: Path, *, features: Sequence[int] | None = None, overwrite: bool = False) -> Path:

@@ -29,7 +29,7 @@ _IMPORT = re.compile(r'^import \{([^}]*)\} from "\./(\w+\.js)";\n', re.MULTILINE
 _LAZY = re.compile(r'^[ \t]*const \{[^}]*\} = await import\("\./(\w+\.js)"\);\n', re.MULTILINE)
 _ASIDE = re.compile(r"^[ \t]*//[^\n]*\n|^[ \t]*/\*\*(?:(?!\*/).)*\*/\n|^[ \t]+", re.MULTILINE | re.DOTALL)
 _DIVE = "dive.js"
-_LABELS = "labels.js"  # writes, and so needs a server
+_SERVED = ("labels.js", "prompt.js")  # they write or compute, and so need a server
 _STYLE_LINK = '<link rel="stylesheet" href="/static/style.css">'
 _SCRIPT_LINK = '<script type="module" src="/static/app.js"></script>'
 _TOKEN = re.compile(r'<meta name="headscope-token"[^>]*>\n')
@@ -232,13 +232,13 @@ def _one_script(files: dict[str, str], *, dives: bool) -> str:
 
     The modules import by plain name from their own folder and export declarations only, so that dropping
     `import` and `export` leaves one module with the same meaning; one that is imported when it is first needed comes
-    like the others, the deep-dive tabs only where there are `dives`, the labelling queue never. No text of theirs spans
+    like the others, the deep-dive tabs only where there are `dives`, the labelling queue and the prompt explorer never. No text of theirs spans
     lines, so that comments and indentation can go too.
     """
     done: dict[str, str] = {}
 
     def add(name: str) -> None:
-        if name in done or name == _LABELS or (name == _DIVE and not dives):
+        if name in done or name in _SERVED or (name == _DIVE and not dives):
             return
         for needed in [n for _, n in _IMPORT.findall(files[name])] + _LAZY.findall(files[name]):
             add(needed)

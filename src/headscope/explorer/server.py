@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from headscope.errors import HeadscopeError, ServerError
 from headscope.explorer.answers import Json, answer, dump_json, failure, number_of
 from headscope.explorer.labelling import LabelRoutes
+from headscope.explorer.prompts import PromptRoutes
 from headscope.explorer.studies import DiveSource, StudyRoutes
 
 TOKEN_HEADER = "x-headscope-token"
@@ -107,11 +108,11 @@ class CardSource(Protocol):
         ...
 
 
-def about_of(source: CardSource, *, dives: bool = False, labels: bool = False) -> Json:
+def about_of(source: CardSource, *, dives: bool = False, labels: bool = False, prompts: bool = False) -> Json:
     """Return what `source` says of itself, a definition for every word of the page, and what else the page has."""
     about = source.about()
     definitions = DEFINITIONS | about.get("definitions", {})
-    return about | {"definitions": definitions, "dives": dives, "labels": labels}
+    return about | {"definitions": definitions, "dives": dives, "labels": labels, "prompts": prompts}
 
 
 def static_files() -> dict[str, bytes]:
@@ -161,8 +162,8 @@ class _Guard:
 class _Pages:
     """The answers to each route. Calls of the source are made one at a time, off the event loop."""
 
-    def __init__(self, source: CardSource, token: str, *, dives: bool, labels: bool) -> None:
-        self.source, self.about = source, partial(about_of, source, dives=dives, labels=labels)
+    def __init__(self, source: CardSource, token: str, **parts: bool) -> None:
+        self.source, self.about = source, partial(about_of, source, **parts)
         self.files = static_files()
         self.page = self.files["index.html"].replace(_TOKEN_MARK, token.encode())
         self.lock = threading.Lock()
@@ -211,14 +212,15 @@ def make_app(
     *,
     dives: DiveSource | None = None,
     labels: LabelRoutes | None = None,
+    prompts: PromptRoutes | None = None,
 ) -> Starlette:
     """Make the web application: the page, its scripts, and the JSON of `source`.
 
     The page has `token` (a new random one when None) in its `headscope-token` meta element. With `dives`, its cards
-    have the deep-dive tabs; with `labels`, it has the labelling queue.
+    have the deep-dive tabs; with `labels`, it has the labelling queue; with `prompts`, the prompt explorer answers.
     """
     token = token or secrets.token_urlsafe(32)
-    pages = _Pages(source, token, dives=dives is not None, labels=labels is not None)
+    pages = _Pages(source, token, dives=dives is not None, labels=labels is not None, prompts=prompts is not None)
     wholes = [Route(f"/api/{name}", partial(pages.whole, name=name)) for name in ("about", "vocab", "table")]
     ones = [Route(f"/api/{name}/{{number}}", partial(pages.one, name=name)) for name in ("feature", "context")]
     return Starlette(
@@ -226,11 +228,13 @@ def make_app(
             Route("/", pages.shell),
             Route("/f/{number}", pages.shell),
             Route("/dashboard", pages.shell),
+            Route("/prompt", pages.shell),
             Route("/static/{name}", pages.static),
             *wholes,
             *ones,
             *(StudyRoutes(dives).routes() if dives else []),
             *([Route("/label", pages.shell), *labels.routes()] if labels else []),
+            *(prompts.routes() if prompts else []),
         ],
         middleware=[Middleware(_Guard, token=token), Middleware(GZipMiddleware, minimum_size=1000)],
     )
@@ -254,6 +258,7 @@ def serve(
     *,
     dives: DiveSource | None = None,
     labels: LabelRoutes | None = None,
+    prompts: PromptRoutes | None = None,
     port: int | None = None,
     open_browser: bool = False,
     ready: Callable[[str], None] | None = None,
@@ -264,6 +269,7 @@ def serve(
         source: what to show.
         dives: what its deep-dive tabs show, if it is to have them.
         labels: where labels go, if it is to have the labelling queue.
+        prompts: what answers the prompt explorer, if there is a model.
         port: where to listen; None takes a free port.
         open_browser: open the page in the default browser.
         ready: called with the URL once the page can be opened.
@@ -283,7 +289,7 @@ def serve(
             ready(url)
 
     config = uvicorn.Config(
-        make_app(source, dives=dives, labels=labels),
+        make_app(source, dives=dives, labels=labels, prompts=prompts),
         log_level="warning",
         lifespan="off",
         ws="none",

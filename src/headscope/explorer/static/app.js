@@ -6,7 +6,7 @@ import { button, el } from "./dom.js";
 import { int } from "./format.js";
 import { askLatent, bindKeys, helpDialog } from "./keys.js";
 import { FeatureList } from "./list.js";
-import { linkOf, readView } from "./state.js";
+import { linkOf, NO_PROMPT, readView } from "./state.js";
 import { TableView } from "./table.js";
 import { Tip } from "./tip.js";
 import { Vocab } from "./vocab.js";
@@ -21,6 +21,7 @@ class App {
   #card = null;
   #dashboard = null;
   #labelling = null;
+  #prompting = null;
   #list = null;
   #timer = 0;
 
@@ -55,6 +56,7 @@ class App {
     this.top.append(el("a", { class: "brand", href: this.#link(TABLE), "data-page": "table" }, "headscope"),
       el("span", { class: "facts" }, el("b", {}, model.name), ` · ${site} · ${sae.architecture} SAE of ${int(sae.d_sae)}${part} · ${corpus.name}, ${int(corpus.n_tokens)} tokens`),
       ...(this.about.labels ? [button({ class: "button", "data-label": "", onclick: () => this.#label() }, "label ", el("kbd", {}, "n"))] : []),
+      el("a", { class: "button", href: this.#link({ page: "prompt", latent: null }), "data-page": "prompt" }, "prompt ", el("kbd", {}, "e")),
       button({ class: "button", onclick: () => this.#search() }, "search ", el("kbd", {}, "/")),
       button({ class: "button", onclick: () => this.help.showModal() }, "keys ", el("kbd", {}, "?")));
   }
@@ -92,7 +94,7 @@ class App {
     const turn = ++this.#turn;
     const late = () => turn !== this.#turn;
     try {
-      await { table: () => this.#showTable(late), dashboard: () => this.#showDashboard(late), card: () => this.#showCard(late), label: () => this.#showLabelling(late) }[this.view.page]();
+      await { table: () => this.#showTable(late), dashboard: () => this.#showDashboard(late), card: () => this.#showCard(late), label: () => this.#showLabelling(late), prompt: () => this.#showPrompt(late) }[this.view.page]();
     } catch (error) {
       if (!late()) this.#fail(error);
     }
@@ -132,6 +134,24 @@ class App {
     await this.#labelling.update(this.view);
   }
 
+  async #showPrompt(late) {
+    this.#card = null;
+    if (!this.about.prompts) return this.#put(drawNoModel(this.about, this.data.embedded), `prompt · ${this.about.title}`);
+    const { features } = await this.#listed();
+    const { PromptPage } = await import("./prompt.js");
+    if (late()) return;
+    const { about, vocab, tip, data } = this;
+    this.#prompting ??= new PromptPage({ about, vocab, tip, data, list: features, link: (other) => this.#cardLink(other), copy: () => this.#copy() }, (patch) => this.#go(patch));
+    this.#put(this.#prompting.element, `prompt · ${about.title}`);
+    await this.#prompting.update(this.view);
+  }
+
+  /** The link that opens an example's context in the prompt explorer, or null without a model. */
+  #promptLink(latent, { block, dst }) {
+    const upto = Math.min(dst + 4, this.about.corpus.block_size - 1);
+    return this.about.prompts ? this.#link({ page: "prompt", latent: null, ...NO_PROMPT, block: String(block), upto: String(upto), token: String(dst), feature: String(latent) }) : null;
+  }
+
   #cardLink(latent) {
     return this.#link({ page: "card", latent, ...FRESH });
   }
@@ -142,7 +162,7 @@ class App {
       const feature = await this.data.feature(latent);
       if (late()) return;
       const { about, vocab, corpus, tip, data } = this;
-      this.#card = new Card(feature, { about, vocab, corpus, tip, data, context: data.context, link: (other) => this.#cardLink(other) }, (patch) => this.#go(patch));
+      this.#card = new Card(feature, { about, vocab, corpus, tip, data, context: data.context, link: (other) => this.#cardLink(other), explore: (example) => this.#promptLink(latent, example) }, (patch) => this.#go(patch));
       this.#put(this.#card.element, `${latent} · ${about.title}`);
       scrollTo(0, 0);
     }
@@ -215,17 +235,27 @@ class App {
   /** Follow links inside the page without loading it anew. */
   #click(event) {
     if (!this.tip.contains(event.target)) this.tip.hide();
-    const { nav, page } = event.target.closest("[data-nav], [data-page]")?.dataset ?? {};
-    if (!(nav || page) || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
+    const link = event.target.closest("[data-nav], [data-page], [data-explore]");
+    const { nav, page, explore } = link?.dataset ?? {};
+    if (!(nav || page || explore !== undefined) || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
     event.preventDefault();
     if (nav) this.#open(Number(nav));
+    else if (explore !== undefined) this.#explore(link.getAttribute("href"));
     else this.#go({ page, latent: null }, true);
+  }
+
+  /** Open the prompt explorer by its link. */
+  #explore(href) {
+    this.view = readView(new URL(href, location.href), this.data.embedded);
+    history.pushState(null, "", href);
+    this.#show();
   }
 
   #escape({ target }) {
     if (this.tip.hide()) return;
     if (target.matches("[data-search]") && target.value) this.#go({ list: { ...this.view.list, q: "" } });
-    else if (target.matches("input, select")) target.blur();
+    else if (target.matches("input, select, textarea")) target.blur();
+    else if (this.view.page === "prompt" && this.view.feature) this.#go({ feature: "", tree: "", why: "" });
     else if (this.view.d) this.#go({ d: "" });
     else if (this.view.head) this.#go({ head: "" });
     else if (this.view.ex) this.#go({ ex: "", dst: "" });
@@ -234,10 +264,24 @@ class App {
   /** Arrow keys move in the table and scroll a card. */
   #arrow(step) {
     if (this.view.page === "table") this.#table?.move(step);
+    else if (this.#onPrompt()) this.#prompting.act(step > 0 ? "down" : "up");
     else scrollBy(0, 60 * step);
   }
 
+  #onPrompt() {
+    return this.view.page === "prompt" && this.#prompting !== null;
+  }
+
+  /** The prompt explorer, or the context of the card's current example in it. */
+  #toPrompt() {
+    const example = this.view.page === "card" && this.#card?.currentExample();
+    if (this.#onPrompt()) this.#prompting.act("write");
+    else if (example && this.about.prompts) this.#explore(this.#promptLink(this.view.latent, example));
+    else this.#go({ page: "prompt", latent: null }, true);
+  }
+
   #keys() {
+    const onPrompt = (name) => () => this.#onPrompt() && this.#prompting.act(name);
     const onCard = (patch) => (event) => this.#card?.feature.alive && this.#go(patch(event));
     return [
       { keys: ["j"], help: "next in the list", run: () => this.#step(1) },
@@ -246,7 +290,7 @@ class App {
       { keys: ["K"], help: "previous by number", run: () => this.#stepById(-1) },
       { keys: ["ArrowDown"], label: "↓", help: "next row", run: () => this.#arrow(1) },
       { keys: ["ArrowUp"], label: "↑", help: "previous row", run: () => this.#arrow(-1) },
-      { keys: ["Enter"], help: "open the row", run: () => this.view.page === "table" && this.#table?.openCursor() },
+      { keys: ["Enter"], help: "open the row", run: () => (this.view.page === "table" ? this.#table?.openCursor() : onPrompt("open")()) },
       { keys: ["/"], help: "search and list", run: () => this.#search() },
       { keys: ["g"], help: "go to a number", run: () => askLatent(this.about.sae.d_sae, (latent) => this.#open(latent)) },
       { keys: ["r"], help: "a random live feature of the list", run: () => this.#random() },
@@ -257,6 +301,14 @@ class App {
         { keys: ["5", "6", "7", "8", "9"], help: "specificity, expected value, sensitivity, logits, ablation", run: onCard(({ key }) => ({ ...UNMARKED, tab: STUDY_NAMES[key - 5] })) },
         { keys: ["p"], help: "write a proxy", run: () => this.#card?.feature.alive && this.#card.writeProxy() },
       ] : []),
+      { keys: ["e"], help: "prompt explorer: open it, of a card with the marked example's context; write in it", run: () => this.#toPrompt() },
+      ...(this.about.prompts ? [
+        { keys: ["ArrowLeft"], label: "←", help: "prompt: the token before", run: onPrompt("left") },
+        { keys: ["ArrowRight"], label: "→", help: "prompt: the token after", run: onPrompt("right") },
+        { keys: ["a"], help: "prompt: ablate the feature at this token, or keep it", run: onPrompt("here") },
+        { keys: ["A"], help: "prompt: ablate it at all tokens, or keep it", run: onPrompt("everywhere") },
+        { keys: ["x"], help: "prompt: take back the last ablation", run: onPrompt("undo") },
+      ] : []),
       { keys: ["w"], help: "window: short, medium, full", run: onCard(() => ({ w: WINDOW_NAMES[(WINDOW_NAMES.indexOf(this.view.w) + 1) % 3] })) },
       { keys: ["h"], help: "sources of one head, the largest first", run: onCard(() => ({ head: this.#card.nextHead() })) },
       { keys: ["d"], help: "DFA and attention of an example, heads × sources", run: () => this.#card?.feature.alive && this.#card.toggleMap() },
@@ -266,6 +318,14 @@ class App {
       { keys: ["Escape"], label: "Esc", help: "close, unpin, clear", run: (event) => this.#escape(event) },
     ];
   }
+}
+
+/** The prompt explorer needs a model: says so, and how to get one. */
+function drawNoModel({ model }, embedded) {
+  return el("main", { class: "dead-page", "data-no-model": "" }, el("h1", {}, "The prompt explorer needs the model"),
+    el("p", {}, embedded ? "This is an export, which holds no model and computes nothing. Serve the index that it was made from, with its model:" : "This server was started without one. Start it with the model of its index:"),
+    el("pre", { class: "python" }, `headscope serve INDEX --model ${model.name}`),
+    el("p", {}, "Then a prompt that is typed here is read token by token: which features are active and what computes them, and what ablating features and heads changes in what comes next."));
 }
 
 const corpus = new Corpus();

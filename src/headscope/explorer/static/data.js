@@ -34,6 +34,9 @@ class ServerData {
   dive = async (latent, proxy, signal) => this.#kept(await this.#get(`/api/dive/${latent}?${new URLSearchParams({ proxy })}`, signal));
   effects = async (latent, proxy, signal) => this.#kept(await this.#get(`/api/effects/${latent}?${new URLSearchParams({ proxy })}`, signal));
 
+  /** What the prompt explorer asks: `run`, `token`, `dfa`, `level`, `scores`. */
+  prompt = (name, content) => this.#answers.get(`${name} ${JSON.stringify(content)}`, () => fetchJson(`/api/prompt/${name}`, posted(content)));
+
   predictions = (latent, proxy, signal) => this.#get(`/api/predictions/${latent}?${new URLSearchParams({ proxy })}`, signal);
 
   #kept(answer) {
@@ -42,12 +45,18 @@ class ServerData {
   }
 
   #get(path, signal) {
-    return this.#answers.get(path, () => fetchJson(path, signal));
+    return this.#answers.get(path, () => fetchJson(path, { signal }));
   }
 }
 
-async function fetchJson(path, signal) {
-  const answer = await fetch(path, { signal }).catch((error) => {
+/** A request with content, and the token that says which page it is from. */
+function posted(content) {
+  const token = document.querySelector("meta[name=headscope-token]")?.content ?? "";
+  return { method: "POST", headers: { "content-type": "application/json", "x-headscope-token": token }, body: JSON.stringify(content) };
+}
+
+async function fetchJson(path, options) {
+  const answer = await fetch(path, options).catch((error) => {
     throw error.name === "AbortError" ? error : new Error("The server does not answer. Start it again and reload.");
   });
   const body = await answer.json().catch(() => ({ error: "The server failed; its terminal says why." }));

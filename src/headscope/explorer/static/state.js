@@ -3,7 +3,11 @@
 const CARD = { tab: "top", ex: "", dst: "", w: "5", head: "", d: "", t: "", log: "", mass: "", p: "", at: "", norm: "" };
 const PLANE = { x: "density", y: "top_head_share", lx: "1", ly: "0" };
 const QUEUE = { s: "", n: "", who: "", blind: "" };
+const PROMPT = { prompt: "", packed: "", block: "", upto: "", token: "", feature: "", target: "", edits: "", tree: "", why: "", pairs: "", paint: "" };
 const LIST = { q: "", sort: "latent", dead: "", share: "", in: "", dmin: "", dmax: "", box: "" };
+
+/** The prompt explorer with no prompt in it. */
+export const NO_PROMPT = PROMPT;
 
 /** The filters of a list that hides nothing but the dead. */
 export const NO_FILTER = { ...LIST, sort: undefined };
@@ -17,15 +21,15 @@ export function readView(location, embedded) {
   const hash = location.hash.slice(1) || (document.querySelector("meta[name=headscope-start]")?.content ?? "");
   const [path, query = ""] = embedded ? hash.split(/\?(.*)/s) : [location.pathname, location.search];
   const latent = /^\/f\/(\d{1,9})\/?$/.exec(path);
-  const page = latent ? "card" : { "/dashboard": "dashboard", ...(!embedded && { "/label": "label" }) }[path] ?? "table";
+  const page = latent ? "card" : { "/dashboard": "dashboard", "/prompt": "prompt", ...(!embedded && { "/label": "label" }) }[path] ?? "table";
   const card = chosen(CARD, query);
   if (card.ex && !new URLSearchParams(query).has("tab")) card.tab = card.ex.split(/[-.]/)[0].replace("random", "top");
-  return { page, latent: latent && Number(latent[1]), ...card, ...chosen(PLANE, query), ...chosen(QUEUE, query), list: chosen(LIST, embedded ? query : hash) };
+  return { page, latent: latent && Number(latent[1]), ...card, ...chosen(PLANE, query), ...chosen(QUEUE, query), ...chosen(PROMPT, query), list: chosen(LIST, embedded ? query : hash) };
 }
 
 /** The link of a view. @param {import("./types").View} view */
 export function linkOf(view, embedded) {
-  const [path, own] = { card: [`/f/${view.latent}`, CARD], dashboard: ["/dashboard", PLANE], label: ["/label", QUEUE], table: ["/", {}] }[view.page];
+  const [path, own] = { card: [`/f/${view.latent}`, CARD], dashboard: ["/dashboard", PLANE], label: ["/label", QUEUE], prompt: ["/prompt", PROMPT], table: ["/", {}] }[view.page];
   const [page, list] = [changed(own, view), changed(LIST, view.list)];
   if (embedded) return `#${path}?${page}&${list}`.replace(/\?&/, "?").replace(/[?&]$/, "");
   return path + (page && `?${page}`) + (list && `#${list}`);
