@@ -232,8 +232,8 @@ def _one_script(files: dict[str, str], *, dives: bool) -> str:
 
     The modules import by plain name from their own folder and export declarations only, so that dropping
     `import` and `export` leaves one module with the same meaning; one that is imported when it is first needed comes
-    like the others, the deep-dive tabs only where there are `dives`, the labelling queue and the prompt explorer never. No text of theirs spans
-    lines, so that comments and indentation can go too.
+    like the others, the deep-dive tabs only where there are `dives`, the labelling queue and the prompt explorer never.
+    No text of theirs spans lines, so that comments and indentation can go too.
     """
     done: dict[str, str] = {}
 

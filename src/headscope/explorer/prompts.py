@@ -28,6 +28,8 @@ from headscope.studies.prompt_records import (
 
 MAX_BODY = 400_000
 """Bytes of a request."""
+MOST_CHILDREN = 12
+"""Nodes of a level of recursive DFA that are named; the others are summed."""
 MAX_TEXT = 100_000
 """Characters of a prompt that are given to the tokenizer."""
 
@@ -155,7 +157,7 @@ class PromptRoutes:
         Raises:
             HeadscopeError: no such prompt, feature, position or node.
         """
-        return level_json(self.circuits.level(self._tokens(prompt), latent, query, path_of(path)))
+        return level_json(self.circuits.level(self._tokens(prompt), latent, query, path_of(path)), most=MOST_CHILDREN)
 
     def scores(self, *, prompt: Json, layer: int, head: int, query: int, key: int | None) -> Json:
         """Why a head attends to a key.

@@ -114,8 +114,9 @@ class Prompts:
             loss = self._losses(read.tokens)
             f, ablated_loss = read.f, loss
             if chosen:
-                with self._ablated(chosen, len(read.tokens), features=False):
-                    f = self.sae.encode(self.model.read(read.tokens[None], [self.sae.site])[self.sae.site][0])
+                if any(isinstance(a, HeadAblation) for a in chosen):
+                    with self._ablated(chosen, len(read.tokens), features=False):
+                        f = self.sae.encode(self.model.read(read.tokens[None], [self.sae.site])[self.sae.site][0])
                 f = f.masked_fill(self._mask(chosen, len(f)), 0)
                 with self._ablated(chosen, len(read.tokens)):
                     ablated_loss = self._losses(read.tokens)

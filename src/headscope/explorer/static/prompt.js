@@ -38,7 +38,7 @@ export class PromptPage {
     this.features = el("section", { "data-part": "features" });
     this.next = el("section", { "data-part": "next" });
     this.one = el("section", { class: "prompt-one", "data-part": "one", hidden: true });
-    this.body = el("div", { class: "prompting" }, this.legend, this.strip, this.ablations, el("div", { class: "prompt-columns" }, this.features, this.next), this.one);
+    this.body = el("div", { class: "prompt-body" }, this.legend, this.strip, this.ablations, el("div", { class: "prompt-columns" }, this.features, this.next), this.one);
     this.code = el("pre", { class: "python live", "data-python-text": "", hidden: true, tabindex: 0 });
     const tool = (label, name, title, run) => button({ class: "button", "data-tool": name, title, onclick: run }, label);
     this.tools = el("span", { class: "tools" }, tool("copy link", "link", "everything on this page is in its link", needs.copy), tool("HTML", "html", "one file with what is shown: no script, no server", () => this.#saveHtml()),
@@ -160,8 +160,7 @@ export class PromptPage {
     for (const part of [this.legend, this.strip, this.features, this.next]) part.replaceChildren();
     this.one.hidden = true;
     this.said.textContent = "";
-    this.ablations.replaceChildren(el("span", { class: "hint" }, "Or "), button({ class: "quiet", "data-example": "", onclick: () => this.change({ ...PLACE, block: "", upto: "", packed: "", prompt: EXAMPLE }) }, "read an example"),
-      el("span", { class: "hint" }, "; the examples on a feature's card open here too."));
+    this.ablations.replaceChildren(el("span", {}, button({ class: "quiet", "data-example": "", onclick: () => this.change({ ...PLACE, block: "", upto: "", packed: "", prompt: EXAMPLE }) }, "read an example"), el("span", { class: "hint" }, "The examples on a feature's card open here too.")));
   }
 
   #refuse(error) {

@@ -4,7 +4,8 @@ import { el } from "./dom.js";
 const LONG = 400; // characters of a prompt that a link holds as they are
 const MOST = 400_000; // characters of a prompt that a link may unpack to
 const SHEETS = ["style.css", "prompt.css"];
-const POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'";
+const POLICY = `<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">`;
+const VIEW = '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">';
 
 /** The part of a link that holds a prompt. @param {{text: string}|{ids: number[]}} prompt */
 export async function packed(prompt) {
@@ -41,15 +42,14 @@ async function textOf(stream) {
 export async function pageOf(element, { title, facts, prompt }) {
   const styles = await Promise.all(SHEETS.map(async (name) => (await fetch(`/static/${name}`)).text()));
   const copy = element.cloneNode(true);
-  for (const node of copy.querySelectorAll(".live, form, [hidden]")) node.remove();
+  for (const node of copy.querySelectorAll(".live, form, .choice, [data-why], [hidden]")) node.remove();
   for (const node of copy.querySelectorAll("a, button")) node.replaceWith(inert(node));
   for (const node of copy.querySelectorAll("[tabindex]")) node.removeAttribute("tabindex");
   const head = el("header", { class: "saved-head" }, el("h1", {}, title), el("p", { class: "definition" }, facts), el("pre", { class: "saved-prompt" }, prompt));
-  const page = document.implementation.createHTMLDocument(title);
-  page.documentElement.lang = "en";
-  page.head.append(el("meta", { charset: "utf-8" }), el("meta", { "http-equiv": "Content-Security-Policy", content: POLICY }), el("meta", { name: "viewport", content: "width=device-width, initial-scale=1" }), el("meta", { name: "color-scheme", content: "light dark" }), el("style", {}, styles.join("\n")));
-  page.body.append(el("div", { class: "page saved" }, head, copy));
-  return `<!doctype html>\n${page.documentElement.outerHTML}\n`;
+  const body = el("body", {}, el("div", { class: "page saved" }, head, copy));
+  const named = el("title", {}, title);
+  // the styles are text of this project; all else is serialised from nodes, which escapes what a prompt holds
+  return `<!doctype html>\n<html lang="en"><head><meta charset="utf-8">${POLICY}${VIEW}${named.outerHTML}<style>${styles.join("\n")}</style></head>${body.outerHTML}</html>\n`;
 }
 
 /** A link or button as it looks. */

@@ -40,7 +40,7 @@ export function drawStrip(run, { pieces, vocab, active, query, latent, sources, 
     const kind = paint === "loss" ? "costs" : Math.abs(value) < 1e-6 ? "" : value > 0 ? "worse" : "better";
     return { kind, vars: { "--c": unit(Math.abs(value) / most[paint]) } };
   };
-  const taken = (position) => run.ablations.map(ablationOf).some((one) => one.position === position || (one.position === null && (one.latent === null || active[position].some((feature) => feature.latent === one.latent && feature.activation > 0))));
+  const taken = (position) => run.ablations.map(ablationOf).some((one) => one.position === position || (one.position === null && active[position].some((feature) => feature.latent === one.latent && feature.activation > 0)));
   const said = (position) => [el("div", { class: "tip-title" }, vocab.label(run.tokens[position])), facts([
     ["position", position === 0 ? "0, put in front" : int(position)], ["token id", int(run.tokens[position])], ["active features", int(run.active[position])],
     ...(latent === null ? [] : [[`feature ${latent}`, num(at(position)?.activation ?? 0)], ...(run.ablated && at(position) ? [["with the ablations", num(at(position).ablated)]] : [])]),
@@ -78,7 +78,7 @@ export function drawFeatures(found, { run, active, latent: selected, names, voca
   const edited = run.ablated !== null;
   const [most, push] = [Math.max(...activation, 1e-9), Math.max(...effect.map(Math.abs), 1e-9)];
   const top = (row) => row.reduce((best, value, h) => (Math.abs(value) > Math.abs(row[best]) ? h : best), 0);
-  const head = (label, title) => el("th", { scope: "col", title }, label);
+  const head = (label, title, kind) => el("th", { scope: "col", title, class: kind }, label);
   const rows = latent.map((own, i) => {
     const h = top(heads[i]);
     return el("tr", { class: "prompt-feature", "data-feature": own, "aria-current": own === selected ? "true" : null, tabindex: own === selected || (i === 0 && !latent.includes(selected)) ? 0 : -1, onclick: (event) => event.target.closest("a, button") ?? pick(own) },
@@ -89,12 +89,12 @@ export function drawFeatures(found, { run, active, latent: selected, names, voca
       el("td", { ...tip.on(() => [el("div", { class: "tip-title" }, `feature ${own}`), headGrid(names, { heads: heads[i] })]) }, names[h], el("small", {}, ` ${signed(heads[i][h], 2)}`)),
       el("td", { class: "named" }, token(source[i]), el("small", {}, ` ${source[i]} ${signed(dfa[i], 2)}`)),
       el("td", { class: "effect", "data-effect": effect[i] }, signedBar(effect[i], push), signed(effect[i], 2)),
-      el("td", { class: "live" }, button({ class: "quiet", "data-ablate": own, title: "ablate it at this token", onclick: () => ablate(`f${own}@${query}`) }, "here"), " ",
+      el("td", { class: "live" }, button({ class: "quiet", "data-ablate": own, title: "ablate it at this token", onclick: () => ablate(`f${own}@${query}`) }, "here"), " · ",
         button({ class: "quiet", "data-ablate-all": own, title: "ablate it at all tokens", onclick: () => ablate(`f${own}`) }, "all")));
   });
   const appeared = active[query].filter(({ activation: before, ablated }) => before === 0 && ablated > 0);
-  return [el("div", { class: "wide-table" }, el("table", { class: "measures prompt-features", "data-features": query }, el("tr", {}, head("feature"), head("activation"), edited && head("now", "with the ablations"), head("top logit"), head("top head", "head with the largest DFA here; hover for all"),
-    head("top source", "token with the largest DFA, summed over heads"), el("th", { scope: "col", title: "what its direct path adds to this logit above the mean over the vocabulary, the final norm's scale held" }, "direct effect on ", vocab.label(target)), el("th", { scope: "col", class: "live" }, "ablate")), rows)),
+  return [el("div", { class: "wide-table" }, el("table", { class: "measures prompt-features", "data-features": query }, el("tr", {}, head("feature"), head("activation"), edited && head("now", "with the ablations"), head("top logit", "the token whose logit it raises most", "named"), head("top head", "head with the largest DFA here; hover for all"),
+    head("top source", "token with the largest DFA, summed over heads", "named"), el("th", { scope: "col", title: "what its direct path adds to this logit above the mean over the vocabulary, the final norm's scale held" }, "direct effect on ", vocab.label(target)), el("th", { scope: "col", class: "live" }, "ablate")), rows)),
   latent.length === 0 && el("p", { class: "nothing" }, "No feature is active here."),
   run.active[query] > latent.length && el("p", { class: "hint" }, `the ${int(latent.length)} most active of ${int(run.active[query])}`),
   appeared.length > 0 && el("p", { class: "definition", "data-appeared": "" }, "on only with the ablations: ", appeared.slice(0, 12).map((one, i) => [i > 0 && ", ", el("a", { href: link(one.latent), "data-nav": one.latent }, String(one.latent)), ` ${num(one.ablated, 2)}`]))];
