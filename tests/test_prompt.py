@@ -158,16 +158,16 @@ def test_the_target_at_the_end_is_the_likeliest_token(prompts: Prompts, tokens) 
 def test_a_context_of_the_corpus_is_what_the_index_says(prompts: Prompts) -> None:
     index = prompts.live.index
     n = 0
-    for latent in range(0, 40, 3):
+    for latent in range(0, 40, 8):
         stored = index.activations(latent)
-        for position, activation in list(zip(stored.position, stored.activation, strict=True))[::40]:
+        for position, activation in list(zip(stored.position, stored.activation, strict=True))[::150]:
             block, query = divmod(int(position), index.block_size)
             dfa = prompts.dfa(index.tokens_of(block)[: query + 1].tolist(), latent, query)
             assert_allclose(dfa.activation, activation, rtol=1e-5)
             [live] = prompts.live.dfa(int(position), [latent])
             assert_allclose(dfa.by_source, live.by_source, **EXACT)
             n += 1
-    assert n > 20
+    assert n > 8
 
 
 # --- ablations
@@ -178,7 +178,9 @@ def test_ablating_a_feature_is_the_splice(prompts: Prompts, tokens, everywhere: 
     latent = active_at(prompts, tokens)[0]
     ablation = FeatureAblation(latent, None if everywhere else QUERY)
     run = prompts.run(tokens, [ablation])
-    with spliced(prompts.model, prompts.sae.site.layer, without(prompts.sae, {latent: None if everywhere else [QUERY]})):
+    with spliced(
+        prompts.model, prompts.sae.site.layer, without(prompts.sae, {latent: None if everywhere else [QUERY]})
+    ):
         expected = losses(prompts.model, tokens)
         logits = prompts.model.module(input_ids=torch.tensor(tokens)[None]).logits[0]
     assert_allclose(run.ablated_loss, expected.detach(), **EXACT)
@@ -224,8 +226,12 @@ def test_ablating_a_head_puts_something_else_in_its_place(prompts: Prompts, toke
     assert_allclose(run.ablated_loss, expected, **EXACT)
     f = prompts.sae.encode(z).numpy()
     assert_allclose(run.ablated, f[run.position, run.latent], **EXACT)
-    assert len(run.latent) == ((f > 0) | (prompts.sae.encode(prompts.model.read(
-        torch.tensor(tokens)[None], [site])[site][0]).numpy() > 0)).sum(), "those that turn on are there too"
+    assert (
+        len(run.latent)
+        == (
+            (f > 0) | (prompts.sae.encode(prompts.model.read(torch.tensor(tokens)[None], [site])[site][0]).numpy() > 0)
+        ).sum()
+    ), "those that turn on are there too"
 
 
 def test_heads_are_ablated_before_the_features_of_what_is_left(prompts: Prompts, tokens) -> None:
@@ -268,7 +274,7 @@ def test_the_mean_is_that_of_the_head_ablation_study(prompts: Prompts) -> None:
     z, n = prompts.mean(prompts.sae.site.layer)
     assert n == expected.n
     assert_allclose(z, expected.z[0], **EXACT)
-    assert study.MEAN_BLOCKS < prompts.live.index.n_blocks, "a sample"
+    assert prompts.live.index.n_blocks > study.MEAN_BLOCKS, "a sample"
 
 
 def test_a_mean_is_taken_of_the_model_as_it_is(prompts: Prompts, tokens) -> None:

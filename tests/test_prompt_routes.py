@@ -29,7 +29,7 @@ from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.live_circuits import PromptCircuits
 from headscope.models.load import load_model
-from headscope.sae.formats import save_sae, sae_hash
+from headscope.sae.formats import sae_hash, save_sae
 from headscope.studies.prompt import Prompts
 from headscope.studies.prompt_records import parse_ablations
 
@@ -195,7 +195,9 @@ def test_token_ids_are_a_prompt_with_the_bos_put_in_front(client: TestClient, li
     assert np.array(run["activation"])[text] == pytest.approx(stored.activation[here], rel=1e-4)
 
 
-@pytest.mark.parametrize("text", ["<script>alert(1)</script>", "<|bos|>", "🦊 שלום \u202e", "\x00\x7f", "a\r\nb", "&amp;"])
+@pytest.mark.parametrize(
+    "text", ["<script>alert(1)</script>", "<|bos|>", "🦊 שלום \u202e", "\x00\x7f", "a\r\nb", "&amp;"]
+)
 def test_any_text_is_a_prompt(client: TestClient, text: str) -> None:
     run = ask(client, "run", ablations=[], prompt={"text": text})
     assert run["tokens"][0] == 0
@@ -368,7 +370,9 @@ def test_few_run_at_once_and_those_without_a_place_are_told(live: LiveIndex, cir
 
 
 def test_answers_of_many_threads_are_those_of_one(live: LiveIndex, source: Prompts, circuits: PromptCircuits) -> None:
-    app = make_app(IndexCards(live.index), TOKEN, prompts=PromptRoutes(source, circuits, desk=Desk(places=4, waiting=40)))
+    app = make_app(
+        IndexCards(live.index), TOKEN, prompts=PromptRoutes(source, circuits, desk=Desk(places=4, waiting=40))
+    )
     texts = [f"def f{i}(x): return {i}" for i in range(20)]
     with serving(app) as address, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda text: posted(address, text), texts))

@@ -236,5 +236,7 @@ def _object(body: bytes, fields: dict[str, tuple[type, ...]]) -> dict[str, Any]:
         if type(asked[name]) not in types:
             raise StudyError(f"{name} of another type", expected=types[0].__name__, do="correct it")
     if not all(isinstance(text, str) for text in asked.get("ablations", ())):
-        raise StudyError("an ablation that is no text", expected="f7, f7@12, h1.3=zero or h1.3=mean@12", do="correct it")
+        raise StudyError(
+            "an ablation that is no text", expected="f7, f7@12, h1.3=zero or h1.3=mean@12", do="correct it"
+        )
     return asked
