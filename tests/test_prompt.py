@@ -1,5 +1,6 @@
 """A prompt with features and heads ablated: the numbers against runs spliced by hand, and what is refused."""
 
+import re
 from contextlib import contextmanager
 
 import numpy as np
@@ -357,7 +358,7 @@ def test_places_that_there_are_not_are_refused(prompts: Prompts, tokens) -> None
 
 
 def test_an_sae_of_another_layer_is_refused(prompts: Prompts, random_sae) -> None:
-    with pytest.raises(IndexFormatError, match="blocks.0"):
+    with pytest.raises(IndexFormatError, match=r"blocks\.0"):
         LiveIndex(prompts.live.index, prompts.model, random_sae(prompts.model, 40, site=Site("z", 0)))
 
 
@@ -369,10 +370,11 @@ def test_ablations_are_read_as_they_are_written(number: int, position: int | Non
 
 @given(st.text(max_size=12))
 def test_other_texts_are_no_ablation(text: str) -> None:
-    try:
-        assert parse_ablation(text).name == text or text.lstrip("fh").startswith("0")
-    except StudyError as error:
-        assert "f7@12" in error.expected
+    for other in (text, f"f{text}", f"f7@{text}", f"h1.3={text}"):
+        if not re.fullmatch(r"f\d+(@\d+)?|h1\.3=(zero|mean)(@\d+)?", other, re.ASCII):
+            with pytest.raises(StudyError) as caught:
+                parse_ablation(other)
+            assert "f7@12" in caught.value.expected
 
 
 def test_several_ablations_are_each_made_once_in_one_order() -> None:

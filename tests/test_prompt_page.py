@@ -261,7 +261,7 @@ def test_prompts_that_cannot_be_read_are_said(page: Page, address: str) -> None:
     expect(page.locator("[data-wrong]")).to_be_hidden()
 
 
-@pytest.mark.parametrize("text", [HOSTILE, "🦊 ש\u202e𝔘", "<|bos|> &lt;b&gt;", "\t \r x"])
+@pytest.mark.parametrize("text", [HOSTILE, "🦊 ש\u202e😀", "<|bos|> &lt;b&gt;", "\t \r x"])
 def test_any_prompt_is_text(page: Page, address: str, text: str) -> None:
     opened(page, address, prompt=text, token=3, feature=4, edits="f4,h1.1=zero")
     expect(page.locator("[data-strip] .tok").first).to_be_visible()
@@ -321,9 +321,11 @@ def test_a_long_prompt_is_packed_into_its_link(page: Page, address: str) -> None
 def test_a_link_that_unpacks_to_too_much_is_refused(page: Page, address: str) -> None:
     page.goto(f"{address}/prompt")
     bomb = page.evaluate("""async () => {
-      const stream = new Blob([JSON.stringify({text: "x".repeat(20_000_000)})]).stream().pipeThrough(new CompressionStream("gzip"));
-      const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
-      return btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join("")).replaceAll("+", "-").replaceAll("/", "_");
+      const content = new Blob([JSON.stringify({text: "x".repeat(20_000_000)})]);
+      const packed = content.stream().pipeThrough(new CompressionStream("gzip"));
+      const bytes = new Uint8Array(await new Response(packed).arrayBuffer());
+      const text = btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
+      return text.replaceAll("+", "-").replaceAll("/", "_");
     }""")
     assert len(bomb) < 60_000
     page.goto(f"{address}/prompt?packed={bomb}")

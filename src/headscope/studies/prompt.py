@@ -187,9 +187,7 @@ class Prompts:
                 after = self._logits(known[: query + 1]) if seen else clean
         actual = None if query + 1 == n else int(known[query + 1])
         log_p, log_q = clean.log_softmax(0), after.log_softmax(0)
-        likeliest = torch.cat(
-            [clean.topk(min(_LIKELIEST, len(clean))).indices, after.topk(min(_LIKELIEST, len(after))).indices]
-        )
+        likeliest = torch.cat([logits.topk(min(_LIKELIEST, len(logits))).indices for logits in (clean, after)])
         wanted = torch.tensor([] if actual is None else [actual], dtype=torch.int64, device=clean.device)
         token = torch.cat([likeliest, wanted]).unique()
         token = token[clean[token].argsort(descending=True, stable=True)]

@@ -15,12 +15,12 @@ from jaxtyping import Float, Int
 from headscope.errors import StudyError
 
 By = Literal["zero", "mean"]
-"""What stands in the place of a head's z: the constant c of z, by which its DFA is 0 (the post's zero), or its mean over
-text tokens of the index's corpus."""
+"""What stands in the place of a head's z: the constant c of z, by which its DFA is 0 (the post's zero), or its mean
+over text tokens of the index's corpus."""
 
 MAX_ABLATIONS = 64
-_FEATURE = re.compile(r"f(\d{1,9})(?:@(\d{1,9}))?")
-_HEAD = re.compile(r"h(\d{1,4})\.(\d{1,4})=([a-z]+)(?:@(\d{1,9}))?")
+_FEATURE = re.compile(r"f(\d{1,9})(?:@(\d{1,9}))?", re.ASCII)
+_HEAD = re.compile(r"h(\d{1,4})\.(\d{1,4})=([a-z]+)(?:@(\d{1,9}))?", re.ASCII)
 
 
 @dataclass(frozen=True, order=True)
@@ -87,7 +87,7 @@ def parse_ablations(texts: Sequence[str]) -> tuple[Ablation, ...]:
     """Read several, each once, in a fixed order.
 
     Raises:
-        StudyError: one that is none, more than `MAX_ABLATIONS`, or two that put different things in the place of a head.
+        StudyError: one that is none, over `MAX_ABLATIONS`, or two that put different things in the place of a head.
     """
     if len(texts) > MAX_ABLATIONS:
         raise StudyError(f"{len(texts)} ablations", expected=f"at most {MAX_ABLATIONS}", do="remove some")
@@ -124,7 +124,7 @@ class PromptRun:
     """The BOS in front, as in the blocks of an index."""
     ablations: tuple[Ablation, ...]
     position: Int[np.ndarray, " active"]
-    """With `latent`: where which feature is active, with or without the ablations. By position, then the largest first."""
+    """With `latent`: where which feature is active, with or without the ablations; by position, the largest first."""
     latent: Int[np.ndarray, " active"]
     activation: Float[np.ndarray, " active"]
     """In the model as it is."""
@@ -150,8 +150,8 @@ class ActiveFeatures:
     target: int
     """The token whose logit `effect` is of."""
     effect: Float[np.ndarray, " feature"]
-    """What the feature's direct path adds to that logit above its mean over the vocabulary, the final norm's scale as it
-    is: `f_j centre(W_dec[j] W_O) . logit_directions[:, target] / sigma`."""
+    """What the feature's direct path adds to that logit above its mean over the vocabulary, the final norm's scale as
+    it is: `f_j centre(W_dec[j] W_O) . logit_directions[:, target] / sigma`."""
 
 
 @dataclass(frozen=True)
