@@ -62,8 +62,10 @@ def spliced(model: Model, layer: int, change):
     """Change z by hand: a hook on what goes into the output projection, no edit of this package."""
     projection = [m for name, m in model.module.named_modules() if name.endswith(OUTPUTS[model.spec.family])][layer]
     handle = projection.register_forward_pre_hook(lambda _module, args: (change(args[0]), *args[1:]))
-    yield
-    handle.remove()
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 OUTPUTS = {"gpt_neox": "attention.dense", "gpt2": "attn.c_proj", "llama": "self_attn.o_proj"}
@@ -238,11 +240,11 @@ def test_ablating_a_head_puts_something_else_in_its_place(prompts: Prompts, toke
 def test_heads_are_ablated_before_the_features_of_what_is_left(prompts: Prompts, tokens) -> None:
     site, model = prompts.sae.site, prompts.model
     own = slice(model.spec.d_head, 2 * model.spec.d_head)
-    latent = active_at(prompts, tokens)[0]
+    latent, instead = active_at(prompts, tokens)[0], model.value_offset(site.layer)
 
     def change(z: torch.Tensor) -> torch.Tensor:
         z = z.clone()
-        z[0, :, own] = model.value_offset(site.layer)[own]
+        z[0, :, own] = instead[own]
         return without(prompts.sae, {latent: None})(z)
 
     ablations = parse_ablations([f"f{latent}", f"h{site.layer}.1=zero"])

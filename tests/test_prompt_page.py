@@ -414,6 +414,8 @@ def test_without_a_model_the_page_says_what_it_takes(page: Page) -> None:
         page.goto(f"{address}/f/18?w=16")
         expect(page.locator(".example .tok").first).to_be_visible()
         assert page.locator("[data-explore]").count() == 0
+        expect(page.locator("[data-position]")).to_be_visible()
+        page.goto("about:blank")  # asks nothing of a server that has ended
 
 
 def test_an_export_says_so_too(page: Page, tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ class _Effects:
 
 
 def serve(index: str | Path, *, model: str | None = None, port: int | None = None, open_browser: bool = False) -> None:
-    """Serve the explorer of an index on 127.0.0.1 until Ctrl-C; with a model, it ablates features and reads prompts too.
+    """Serve the explorer of an index on 127.0.0.1 until Ctrl-C; with a model, it reads prompts and ablates features.
 
     Raises:
         IndexFormatError, ModelError, SAEError, ServerError: no index, not its model or SAE, or no such port.
