@@ -151,7 +151,7 @@ def test_a_selected_feature_shows_who_makes_it(page: Page, address: str, source:
     assert "tree=1.2" in page.url
     page.locator("[data-path^='1.2/source'] [data-why]").first.click()
     expect(page.locator("[data-qk='1.2']")).to_be_visible()
-    assert "why=1.2" in page.url
+    assert "scores=1.2" in page.url
     settled(page)
     before = page.locator("[data-part=one]").inner_text()
     page.reload()
@@ -386,7 +386,7 @@ def test_a_saved_page_needs_no_script_and_no_server(
 
 def test_saved_json_has_all_numbers(page: Page, address: str, source: Prompts) -> None:
     tokens, latent = source.encode(TEXT), active(source)[0]
-    opened(page, address, token=QUERY, feature=latent, edits="h0.2=zero", tree="1.2", why=f"1.2,{QUERY},3")
+    opened(page, address, token=QUERY, feature=latent, edits="h0.2=zero", tree="1.2", scores=f"1.2,{QUERY},3")
     expect(page.locator("[data-qk]")).to_be_visible()
     with page.expect_download() as caught:
         page.click("[data-tool=json]")

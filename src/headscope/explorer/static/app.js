@@ -255,7 +255,7 @@ class App {
     if (this.tip.hide()) return;
     if (target.matches("[data-search]") && target.value) this.#go({ list: { ...this.view.list, q: "" } });
     else if (target.matches("input, select, textarea")) target.blur();
-    else if (this.view.page === "prompt" && this.view.feature) this.#go({ feature: "", tree: "", why: "" });
+    else if (this.view.page === "prompt" && this.view.feature) this.#go({ feature: "", tree: "", scores: "" });
     else if (this.view.d) this.#go({ d: "" });
     else if (this.view.head) this.#go({ head: "" });
     else if (this.view.ex) this.#go({ ex: "", dst: "" });

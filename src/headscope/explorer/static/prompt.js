@@ -8,7 +8,7 @@ import { activeByToken, drawFeatures, drawNext, drawPins, drawStrip, PAINTS } fr
 import { drawQk } from "./qk.js";
 
 const EXAMPLE = "def add(first, second):\n    return first + second\n\ndef subtract(first, second):\n    return first";
-const PLACE = { token: "", feature: "", target: "", edits: "", tree: "", why: "", pairs: "" }; // what does not outlive a prompt
+const PLACE = { token: "", feature: "", target: "", edits: "", tree: "", scores: "", pairs: "" }; // what does not outlive a prompt
 
 export class PromptPage {
   #turn = 0;
@@ -84,8 +84,8 @@ export class PromptPage {
     const [query, last] = [this.#query(), this.#run.tokens.length - 1];
     const does = {
       left: () => query > 0 && this.#pick(query - 1), right: () => query < last && this.#pick(query + 1),
-      down: () => list.length > 0 && this.change({ feature: String(list[Math.min(at + 1, list.length - 1)]), tree: "", why: "" }),
-      up: () => list.length > 0 && this.change({ feature: String(list[Math.max(at - 1, 0)]), tree: "", why: "" }),
+      down: () => list.length > 0 && this.change({ feature: String(list[Math.min(at + 1, list.length - 1)]), tree: "", scores: "" }),
+      up: () => list.length > 0 && this.change({ feature: String(list[Math.max(at - 1, 0)]), tree: "", scores: "" }),
       open: () => (this.#latent() === null ? does.down() : this.one.scrollIntoView({ block: "start" })),
       here: () => this.#latent() !== null && this.#toggle(`f${this.#latent()}@${query}`), everywhere: () => this.#latent() !== null && this.#toggle(`f${this.#latent()}`),
       undo: () => this.#edits().length > 0 && this.#ablate(this.#edits().slice(0, -1)), write: () => this.text.focus(),
@@ -141,7 +141,7 @@ export class PromptPage {
   }
 
   #pick(position) {
-    return this.change({ token: String(position), target: "", tree: "", why: "" });
+    return this.change({ token: String(position), target: "", tree: "", scores: "" });
   }
 
   #ablate(names) {
@@ -182,7 +182,7 @@ export class PromptPage {
     this.strip.replaceChildren(drawStrip(run, { ...on, pieces: this.#pieces, sources: this.#sources(), paint: this.#paint(), pick: (position) => this.#pick(position) }));
     this.#drawLegend();
     this.features.replaceChildren(el("h2", {}, "Features at ", this.#token(this.#query()), el("small", {}, `position ${this.#query()} · ${int(run.active[this.#query()])} active`)),
-      el("div", { class: "prompt-scroll" }, ...drawFeatures(token.features, { ...on, chip: (latent) => this.#chip(latent), pick: (latent) => this.change({ feature: String(latent), tree: "", why: "" }), ablate: (name) => this.#ablate([...this.#edits(), name]) }).filter(Boolean)));
+      el("div", { class: "prompt-scroll" }, ...drawFeatures(token.features, { ...on, chip: (latent) => this.#chip(latent), pick: (latent) => this.change({ feature: String(latent), tree: "", scores: "" }), ablate: (name) => this.#ablate([...this.#edits(), name]) }).filter(Boolean)));
     this.next.replaceChildren(el("h2", {}, "Next token after ", this.#token(this.#query())), ...drawNext(token.next, { ...on, target: token.features.target, aim: (id) => this.change({ target: String(id) }) }));
     this.#drawAblations();
     [this.strip.firstChild.scrollTop, this.features.querySelector(".prompt-scroll").scrollTop] = scrolled;
@@ -269,7 +269,7 @@ export class PromptPage {
     if (this.#treeOf === of && pathsText([...this.#tree.open]) === this.view.tree) return this.#tree.element;
     const tree = new CircuitTree({
       token: this.#token, open: pathsOf(this.view.tree), opened: (paths) => this.change({ tree: pathsText(paths) }),
-      attended: (at) => this.change({ why: `${at.layer}.${at.head},${at.query},${at.key}` }),
+      attended: (at) => this.change({ scores: `${at.layer}.${at.head},${at.query},${at.key}` }),
       ask: async (path) => {
         levels[path] = await this.data.prompt("level", { prompt, latent, query, path });
         return levels[path];
@@ -283,14 +283,14 @@ export class PromptPage {
 
   /** Why a head attends to a key: the one asked for, else the top head here to its most attended key. */
   async #why(late) {
-    const [, layer, head, from, to] = /^(\d{1,4})\.(\d{1,4}),(\d{1,9})(?:,(\d{1,9}))?$/.exec(this.view.why) ?? [];
+    const [, layer, head, from, to] = /^(\d{1,4})\.(\d{1,4}),(\d{1,9})(?:,(\d{1,9}))?$/.exec(this.view.scores) ?? [];
     if (layer === undefined) return el("section", { "data-why-part": "" }, el("h3", {}, "QK attribution"), el("p", { class: "definition" }, "“why attended?” beside a source in the tree splits that head's score over parts of query and key."));
     const asked = { prompt: this.#prompt, layer: Number(layer), head: Number(head), query: Number(from), key: to === undefined ? null : Number(to) };
     const scores = await this.data.prompt("scores", asked).catch((error) => error);
     if (late()) return null;
     if (scores instanceof Error) return el("section", { "data-why-part": "" }, el("p", { class: "wrong" }, scores.message, scores.do ? ` ${scores.do}` : ""));
     this.#shown.scores = scores;
-    return el("section", { "data-why-part": "" }, drawQk(scores, { token: this.#token, tip: this.tip, mode: this.view.pairs, change: (mode) => this.change({ pairs: mode }), pick: (key) => this.change({ why: `${layer}.${head},${from},${key}` }) }));
+    return el("section", { "data-why-part": "" }, drawQk(scores, { token: this.#token, tip: this.tip, mode: this.view.pairs, change: (mode) => this.change({ pairs: mode }), pick: (key) => this.change({ scores: `${layer}.${head},${from},${key}` }) }));
   }
 
   // ----------------------------------------------------------------------------------------------------- keys and files
@@ -299,7 +299,7 @@ export class PromptPage {
     const row = event.target.closest(".prompt-feature");
     if (event.key === "Enter" && row === event.target) {
       event.preventDefault();
-      this.change({ feature: row.dataset.feature, tree: "", why: "" });
+      this.change({ feature: row.dataset.feature, tree: "", scores: "" });
     }
   }
 

@@ -3,7 +3,7 @@
 const CARD = { tab: "top", ex: "", dst: "", w: "5", head: "", d: "", t: "", log: "", mass: "", p: "", at: "", norm: "" };
 const PLANE = { x: "density", y: "top_head_share", lx: "1", ly: "0" };
 const QUEUE = { s: "", n: "", who: "", blind: "" };
-const PROMPT = { prompt: "", packed: "", block: "", upto: "", token: "", feature: "", target: "", edits: "", tree: "", why: "", pairs: "", paint: "" };
+const PROMPT = { prompt: "", packed: "", block: "", upto: "", token: "", feature: "", target: "", edits: "", tree: "", scores: "", pairs: "", paint: "" };
 const LIST = { q: "", sort: "latent", dead: "", share: "", in: "", dmin: "", dmax: "", box: "" };
 
 /** The prompt explorer with no prompt in it. */

@@ -225,7 +225,7 @@ export interface View {
   s: string; n: string; who: string; blind: string;
   /** The prompt explorer: the prompt as text, packed, or a block of the corpus up to a position; the token and the feature,
    * the token whose logit is looked at, ablations, open nodes of recursive DFA, "1.3,12,4": why head 1.3 attends from 12 to 4. */
-  prompt: string; packed: string; block: string; upto: string; token: string; feature: string; target: string; edits: string; tree: string; why: string;
+  prompt: string; packed: string; block: string; upto: string; token: string; feature: string; target: string; edits: string; tree: string; scores: string;
   pairs: string; paint: string;
   list: Listing;
 }
