@@ -435,7 +435,7 @@ def test_it_fits_the_screen(browser: Browser, address: str, source: Prompts, wid
             feature=active(source)[0],
             edits="f3,f5,f7@2,h1.1=mean,h0.0=zero@3",
             tree="1.2",
-            why=f"1.2,{QUERY}",
+            scores=f"1.2,{QUERY}",
         )
         expect(page.locator("[data-qk]")).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") <= width

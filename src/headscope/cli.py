@@ -130,7 +130,9 @@ class Serve:
     index: Path
     """An index folder."""
     model: str | None = None
-    """The model the index was built with, to remove features from it in the tab "Ablation"; without one, no torch."""
+    """The model the index was built with, to run it in the tabs that say what features do and how they are computed."""
+    upstream_sae: tuple[str, ...] = ()
+    """SAEs of earlier components of the model, such as `tiny-mlp0`, whose features are told apart upstream."""
     port: int | None = None
     """A free one when not given."""
     open: bool = False
@@ -138,7 +140,9 @@ class Serve:
 
     def run(self) -> None:
         """Serve."""
-        jobs.serve(self.index, model=self.model, port=self.port, open_browser=self.open)
+        jobs.serve(
+            self.index, model=self.model, upstream_saes=self.upstream_sae, port=self.port, open_browser=self.open
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ imports are inside the functions: `headscope --help` is quick, and a served page
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from headscope.explorer.prompts import PromptRoutes
     from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
+    from headscope.live_upstream import LiveUpstream
     from headscope.models.hf import Model
     from headscope.proxies import Proxy
     from headscope.proxies.search_records import FeatureProxies
@@ -250,9 +252,8 @@ def proxies(
 class _Effects:
     """What the page asks of a model: one feature at a time is removed from it."""
 
-    def __init__(self, index: str | Path, model: str) -> None:
-        self._live = live(index, model=model)
-        self._lock = Lock()
+    def __init__(self, opened: "LiveIndex", lock: AbstractContextManager) -> None:
+        self._live, self._lock = opened, lock
 
     def downstream(self, latent: int, max_tokens: int) -> "Downstream":
         """The effects of one feature."""
@@ -268,18 +269,23 @@ class _Effects:
         with self._lock:
             return predictions(self._live.index, self._live.model, latent, proxy)
 
-    def prompts(self) -> "PromptRoutes":
-        """What answers the prompt explorer: the same model, one run at a time."""
-        from headscope.explorer.prompts import PromptRoutes
-        from headscope.live_circuits import PromptCircuits
-        from headscope.studies.prompt import Prompts
 
-        circuits = PromptCircuits(self._live.model, self._live.sae, lock=self._lock)
-        return PromptRoutes(Prompts(self._live, lock=self._lock), circuits, folder=str(self._live.index.folder))
+def serve(
+    index: str | Path,
+    *,
+    model: str | None = None,
+    upstream_saes: Sequence[str] = (),
+    port: int | None = None,
+    open_browser: bool = False,
+) -> None:
+    """Serve the explorer of an index on 127.0.0.1 until Ctrl-C.
 
-
-def serve(index: str | Path, *, model: str | None = None, port: int | None = None, open_browser: bool = False) -> None:
-    """Serve the explorer of an index on 127.0.0.1 until Ctrl-C; with a model, it reads prompts and ablates features.
+    Args:
+        index: an index folder.
+        model: the index's, to ablate its features, to say how they are computed, and to read prompts.
+        upstream_saes: of earlier components of it, whose features are told apart.
+        port: where to listen; None takes a free one.
+        open_browser: open the page in the default browser.
 
     Raises:
         IndexFormatError, ModelError, SAEError, ServerError: no index, not its model or SAE, or no such port.
@@ -288,18 +294,35 @@ def serve(index: str | Path, *, model: str | None = None, port: int | None = Non
     from headscope.explorer.dives import IndexDives
     from headscope.explorer.labelling import LabelRoutes
     from headscope.explorer.server import serve as serve_cards
+    from headscope.explorer.upstream import IndexUpstream
     from headscope.index.store import FeatureIndex
 
     opened = FeatureIndex.open(index)
-    effects = _Effects(index, model) if model else None
+    if upstream_saes and not model:
+        raise SAEError("upstream SAEs without a model", expected="the model that they are of", do="pass --model too")
+    effects, upstream, prompts = _models(index, model, upstream_saes) if model else (None, None, None)
     serve_cards(
         IndexCards(opened),
         dives=IndexDives(opened, effects),
+        upstream=IndexUpstream(opened, upstream),
         labels=LabelRoutes(opened),
-        prompts=effects.prompts() if effects else None,
+        prompts=prompts,
         port=port,
         open_browser=open_browser,
     )
+
+
+def _models(index: str | Path, model: str, saes: Sequence[str]) -> "tuple[_Effects, LiveUpstream, PromptRoutes]":
+    """What a page asks of a model: it is loaded once, and run for one question at a time."""
+    from headscope.explorer.prompts import PromptRoutes
+    from headscope.live_upstream import LiveUpstream
+    from headscope.sae.formats import load_sae
+    from headscope.studies.prompt import Prompts
+
+    opened, lock = live(index, model=model), Lock()
+    upstream = LiveUpstream(opened, {name: load_sae(name) for name in saes}, lock=lock)
+    prompts = PromptRoutes(Prompts(opened, lock=lock), upstream.circuits, folder=str(index))
+    return _Effects(opened, lock), upstream, prompts
 
 
 def export(index: str | Path, out: Path, *, features: Sequence[int] | None = None, overwrite: bool = False) -> Path:
@@ -352,6 +375,7 @@ def dive(
     from headscope.explorer.cards import IndexCards
     from headscope.explorer.dives import IndexDives, packed
     from headscope.explorer.export import export_html
+    from headscope.explorer.upstream import IndexUpstream
     from headscope.index.store import FeatureIndex
 
     if out.suffix != ".html":
@@ -359,8 +383,10 @@ def dive(
     check_output(out, overwrite=overwrite)
     opened = FeatureIndex.open(index)
     opened.check_latent(feature)
-    dives = IndexDives(opened, _Effects(index, model) if model else None)
-    return export_html(IndexCards(opened), out, [feature], dives=packed(dives, feature, proxies))
+    dives = IndexDives(opened, _Effects(live(index, model=model), Lock()) if model else None)
+    pages = packed(dives, feature, proxies)
+    pages[feature]["upstream"] = IndexUpstream(opened).packed(feature)
+    return export_html(IndexCards(opened), out, [feature], dives=pages)
 
 
 def survey(index: str | Path, *, sample: str = "first:50") -> "Survey":

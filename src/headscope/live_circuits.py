@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from headscope.errors import StudyError
 from headscope.models.hf import Model
@@ -88,6 +89,14 @@ class PromptCircuits:
                 raise StudyError(f"part {part!r}", expected="an earlier head, as 0.2", do="name one of these")
             by_source = found.sources(head, query, key, chosen)
         return by_source.sum(0).double().cpu().numpy()
+
+    def by_source(self, tokens: tuple[int, ...], latent: int, query: int) -> Float[Tensor, " source"]:
+        """What comes to a feature at a token from each source: heads and parts summed. The caller holds the lock.
+
+        Raises:
+            HeadscopeError: no such prompt, latent or token.
+        """
+        return self._circuit(tokens).split(latent, query).sum((0, 2))
 
     def _circuit(self, tokens: tuple[int, ...]) -> PromptCircuit:
         below = [sae for sae in self.saes if sae.site.layer < self.sae.site.layer]

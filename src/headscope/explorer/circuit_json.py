@@ -16,7 +16,7 @@ from headscope.explorer.answers import Json
 from headscope.explorer.numbers import short, significant
 
 DIGITS = 7
-MOST_CHILDREN, MOST_PARTS, MOST_READ = 24, 8, 3
+MOST_CHILDREN, MOST_PARTS, MOST_READ = 12, 6, 3
 MAX_PATH = 1000
 """Characters of a path that are read."""
 

@@ -53,7 +53,8 @@ def export_html(
         ExportError: more than `MAX_FEATURES` features, none, or a latent that does not exist.
         OutputError: the file cannot be written.
     """
-    chosen, core = _chosen(source, features, dives=dives is not None)
+    upstream = dives is not None and all("upstream" in own for own in dives.values())
+    chosen, core = _chosen(source, features, dives=dives is not None, upstream=upstream)
     if len(chosen) > MAX_FEATURES:
         raise ExportError(
             f"{len(chosen):,} features to export",
@@ -104,9 +105,9 @@ def export_folder(
     return Path(path)
 
 
-def _chosen(source: CardSource, features: Sequence[int] | None, *, dives: bool = False) -> tuple[list[int], Json]:
+def _chosen(source: CardSource, features: Sequence[int] | None, **parts: bool) -> tuple[list[int], Json]:
     """The features to export, and all that the page needs besides their cards."""
-    about, table = about_of(source, dives=dives), source.table()
+    about, table = about_of(source, **parts), source.table()
     chosen = list(dict.fromkeys(table["rows"]["latent"] if features is None else features))
     if not chosen:
         raise ExportError("no features to export", expected="at least one", do="pass the latents to export")

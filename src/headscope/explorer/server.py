@@ -29,9 +29,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headscope.errors import HeadscopeError, ServerError
 from headscope.explorer.answers import Json, answer, dump_json, failure, number_of
+from headscope.explorer.desk import Desk
 from headscope.explorer.labelling import LabelRoutes
 from headscope.explorer.prompts import PromptRoutes
 from headscope.explorer.studies import DiveSource, StudyRoutes
+from headscope.explorer.upstream import IndexUpstream, UpstreamRoutes
 
 TOKEN_HEADER = "x-headscope-token"
 """Where a request that writes gives the token of the page."""
@@ -108,11 +110,14 @@ class CardSource(Protocol):
         ...
 
 
-def about_of(source: CardSource, *, dives: bool = False, labels: bool = False, prompts: bool = False) -> Json:
+def about_of(
+    source: CardSource, *, dives: bool = False, upstream: bool = False, labels: bool = False, prompts: bool = False
+) -> Json:
     """Return what `source` says of itself, a definition for every word of the page, and what else the page has."""
     about = source.about()
     definitions = DEFINITIONS | about.get("definitions", {})
-    return about | {"definitions": definitions, "dives": dives, "labels": labels, "prompts": prompts}
+    parts = {"dives": dives, "upstream": upstream, "labels": labels, "prompts": prompts}
+    return about | {"definitions": definitions} | parts
 
 
 def static_files() -> dict[str, bytes]:
@@ -211,16 +216,20 @@ def make_app(
     token: str | None = None,
     *,
     dives: DiveSource | None = None,
+    upstream: IndexUpstream | None = None,
     labels: LabelRoutes | None = None,
     prompts: PromptRoutes | None = None,
 ) -> Starlette:
     """Make the web application: the page, its scripts, and the JSON of `source`.
 
     The page has `token` (a new random one when None) in its `headscope-token` meta element. With `dives`, its cards
-    have the deep-dive tabs; with `labels`, it has the labelling queue; with `prompts`, the prompt explorer answers.
+    have the deep-dive tabs, with `upstream` those that say how features are computed; with `labels`, it has the
+    labelling queue; with `prompts`, the prompt explorer answers.
     """
     token = token or secrets.token_urlsafe(32)
-    pages = _Pages(source, token, dives=dives is not None, labels=labels is not None, prompts=prompts is not None)
+    parts = {"dives": dives, "upstream": upstream, "labels": labels, "prompts": prompts}
+    pages = _Pages(source, token, **{name: part is not None for name, part in parts.items()})
+    desk = Desk()  # one for all studies: what they compute at a time is of this machine, not of a tab
     wholes = [Route(f"/api/{name}", partial(pages.whole, name=name)) for name in ("about", "vocab", "table")]
     ones = [Route(f"/api/{name}/{{number}}", partial(pages.one, name=name)) for name in ("feature", "context")]
     return Starlette(
@@ -232,7 +241,8 @@ def make_app(
             Route("/static/{name}", pages.static),
             *wholes,
             *ones,
-            *(StudyRoutes(dives).routes() if dives else []),
+            *(StudyRoutes(dives, desk).routes() if dives else []),
+            *(UpstreamRoutes(upstream, desk).routes() if upstream else []),
             *([Route("/label", pages.shell), *labels.routes()] if labels else []),
             *(prompts.routes() if prompts else []),
         ],
@@ -257,6 +267,7 @@ def serve(
     source: CardSource,
     *,
     dives: DiveSource | None = None,
+    upstream: IndexUpstream | None = None,
     labels: LabelRoutes | None = None,
     prompts: PromptRoutes | None = None,
     port: int | None = None,
@@ -268,6 +279,7 @@ def serve(
     Args:
         source: what to show.
         dives: what its deep-dive tabs show, if it is to have them.
+        upstream: what its tabs upstream show, likewise.
         labels: where labels go, if it is to have the labelling queue.
         prompts: what answers the prompt explorer, if there is a model.
         port: where to listen; None takes a free port.
@@ -289,7 +301,7 @@ def serve(
             ready(url)
 
     config = uvicorn.Config(
-        make_app(source, dives=dives, labels=labels, prompts=prompts),
+        make_app(source, dives=dives, upstream=upstream, labels=labels, prompts=prompts),
         log_level="warning",
         lifespan="off",
         ws="none",

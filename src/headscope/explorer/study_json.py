@@ -44,10 +44,10 @@ def specificity_json(found: Specificity, index: FeatureIndex, mask: Bool[np.ndar
         "by_threshold": _by_threshold(found.precision_by_threshold),
         "top": [{"k": t.k, "n": t.n, "n_both": t.n_both} | _estimate(t.precision) for t in found.top],
         "ranges": [_range(r, places) for r in found.ranges],
-        "measures": {name: _measure(m) for name, m in measures.items()},
+        "measures": {name: measure_json(m) for name, m in measures.items()},
         "tau": found.tau,
         "subtypes": [
-            {"name": s.name, "n": s.n, "n_both": s.n_both, "recall": _measure(s.recall)}
+            {"name": s.name, "n": s.n, "n_both": s.n_both, "recall": measure_json(s.recall)}
             for s in found.sensitivity.subtypes
         ],
         "curve": None if found.curve is None else _curve(found.curve),
@@ -91,8 +91,8 @@ def predictions_json(found: Predictions, block_size: int) -> Json:
     groups = (found.false_negatives, found.true_positives, found.elsewhere)
     return {
         "tokens": list(found.tokens),
-        "groups": [{"name": g.name, "n": g.n, "mean": _measure(g.mean)} for g in groups],
-        "auc": _measure(found.auc),
+        "groups": [{"name": g.name, "n": g.n, "mean": measure_json(g.mean)} for g in groups],
+        "auc": measure_json(found.auc),
         "rows": [
             [g.name, *divmod(p, block_size), short(x, _DIGITS)]
             for g in groups
@@ -182,7 +182,8 @@ def _estimate(e: Estimate) -> Json:
     return dict(zip(("value", "low", "high"), significant([e.value, e.low, e.high], _DIGITS), strict=True))
 
 
-def _measure(m: Measure) -> Json:
+def measure_json(m: Measure) -> Json:
+    """A measure as JSON: `Measure` in static/types.d.ts."""
     return {
         "definition": m.definition,
         "n": m.n,
@@ -199,9 +200,11 @@ def _path(found: Downstream, effect: PathEffect, chosen: dict[str, np.ndarray]) 
     return {
         "path": effect.path,
         "definition": effect.definition,
-        "mean": _measure(effect.mean),
+        "mean": measure_json(effect.mean),
         "later": None if effect.later is None or not found.n else short(float(effect.later.mean()), _DIGITS),
-        "shares": {name: {"positive": _measure(s.positive), "net": _measure(s.net)} for name, s in shares.items()},
+        "shares": {
+            name: {"positive": measure_json(s.positive), "net": measure_json(s.net)} for name, s in shares.items()
+        },
     }
 
 

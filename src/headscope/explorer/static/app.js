@@ -1,5 +1,5 @@
 /** The page: routes between the table and the cards, keys, history. */
-import { Card, STUDY_NAMES, TAB_NAMES, WINDOW_NAMES } from "./card.js";
+import { Card, STUDY_NAMES, TAB_NAMES, UPSTREAM_NAMES, WINDOW_NAMES } from "./card.js";
 import { Corpus } from "./corpus.js";
 import { openData } from "./data.js";
 import { button, el } from "./dom.js";
@@ -13,7 +13,7 @@ import { Vocab } from "./vocab.js";
 
 const TABLE = { page: "table", latent: null };
 const UNMARKED = { ex: "", dst: "", d: "" };
-const FRESH = { ...UNMARKED, head: "", p: "", at: "" }; // what does not outlive a card
+const FRESH = { ...UNMARKED, head: "", p: "", at: "", src: "", how: "", path: "", why: "" }; // what does not outlive a card
 
 class App {
   #turn = 0;
@@ -309,6 +309,7 @@ class App {
         { keys: ["A"], help: "prompt: ablate it at all tokens, or keep it", run: onPrompt("everywhere") },
         { keys: ["x"], help: "prompt: take back the last ablation", run: onPrompt("undo") },
       ] : []),
+      ...(this.about.upstream ? [{ keys: ["u"], help: "how it is computed: DFA by head, by source, attention, patching, recursive DFA", run: onCard(() => ({ ...UNMARKED, tab: UPSTREAM_NAMES[(UPSTREAM_NAMES.indexOf(this.view.tab) + 1) % UPSTREAM_NAMES.length] })) }] : []),
       { keys: ["w"], help: "window: short, medium, full", run: onCard(() => ({ w: WINDOW_NAMES[(WINDOW_NAMES.indexOf(this.view.w) + 1) % 3] })) },
       { keys: ["h"], help: "sources of one head, the largest first", run: onCard(() => ({ head: this.#card.nextHead() })) },
       { keys: ["d"], help: "DFA and attention of an example, heads × sources", run: () => this.#card?.feature.alive && this.#card.toggleMap() },

@@ -12,11 +12,13 @@ const TABS = {
   top: ["Top and random", ["top", "random"]], quantile: ["Quantiles", ["quantile"]], interval: ["Intervals", ["interval"]], threshold: ["Near threshold", ["threshold"]],
 };
 const STUDIES = { specificity: "Specificity", expected: "Expected value", sensitivity: "Sensitivity", logits: "Logits", ablation: "Ablation" };
+const UPSTREAM = { heads: "DFA by head", source: "DFA by source", attention: "Attention", upstream: "Upstream", circuit: "Recursive DFA" };
 const WINDOWS = [["5", "short", "5 tokens on each side"], ["16", "medium", "16 tokens on each side"], ["full", "full", "the whole block"]];
 
 /** Names of the tabs, of the deep-dive tabs and of the windows, in order. */
 export const TAB_NAMES = Object.keys(TABS);
 export const STUDY_NAMES = Object.keys(STUDIES);
+export const UPSTREAM_NAMES = Object.keys(UPSTREAM);
 export const WINDOW_NAMES = WINDOWS.map(([name]) => name);
 
 export class Card {
@@ -26,6 +28,7 @@ export class Card {
   #mark = () => {};
   #watcher = null;
   #dive = null;
+  #upstream = null;
 
   /**
    * @param {import("./types").Feature} feature
@@ -108,18 +111,19 @@ export class Card {
   #main() {
     const { groups, stats } = this.feature;
     const count = (kinds) => groups.reduce((n, { kind, examples }) => n + (kinds.includes(kind) ? examples.length : 0), 0);
-    const tab = (name, ...label) => button({ role: "tab", id: `tab-${name}`, "aria-controls": "tab-panel", "data-tab": name, onclick: () => this.change({ tab: name, ex: "", dst: "", d: "" }) }, label);
+    const tab = (name, ...label) => button({ role: "tab", id: `tab-${name}`, "aria-controls": "tab-panel", "data-tab": name, onclick: () => this.change({ tab: name, dst: "", d: "", ...!(name in UPSTREAM && this.#view.tab in UPSTREAM) && { ex: "" } }) }, label);
     this.tabs = el("div", { class: "tabs", role: "tablist", "aria-label": "examples and studies", onkeydown: (event) => this.#moveTab(event) },
       Object.entries(TABS).map(([name, [label, kinds]]) => tab(name, label, el("small", {}, int(count(kinds))))),
-      this.about.dives && Object.entries(STUDIES).map(([name, label]) => tab(name, label)));
+      this.about.dives && Object.entries(STUDIES).map(([name, label]) => tab(name, label)), this.about.upstream && Object.entries(UPSTREAM).map(([name, label]) => tab(name, label)));
     this.windows = el("span");
     this.filter = button({ class: "filter", "data-head-filter": "", onclick: () => this.change({ head: "" }) });
     const hover = (event) => this.#hover(event.target);
     this.groups = el("div", { class: "groups", "data-groups": "", onpointerover: hover, onfocusin: hover, onpointerleave: () => this.#hover(null), onclick: (event) => this.#click(event) });
     const key = (kind, label) => el("span", {}, el("i", { class: kind }), label);
     this.study = el("div", { class: "study", "data-study": "" });
+    this.upstream = el("div", { class: "study", "data-upstream": "" });
     this.panel = el("div", { id: "tab-panel", role: "tabpanel" }, el("p", { class: "legend key" }, key("ramp", `activation, 0 to ${num(stats.max, 2)}`), key("src", "DFA of a source"), key("src minus", "negative DFA"),
-        key("dst", "destination"), el("span", {}, el("b", {}, "next"), " token"), el("span", {}, "…9… tokens left out")), this.groups, this.study);
+        key("dst", "destination"), el("span", {}, el("b", {}, "next"), " token"), el("span", {}, "…9… tokens left out")), this.groups, this.study, this.upstream);
     return el("div", { class: "main" }, el("header", { class: "bar" }, this.tabs, this.filter, this.windows), this.panel);
   }
 
@@ -161,7 +165,7 @@ export class Card {
 
   /** Whether a tab is one of the deep dive. */
   #studies(tab) {
-    return this.about.dives && tab in STUDIES;
+    return (this.about.dives && tab in STUDIES) || (this.about.upstream && tab in UPSTREAM);
   }
 
   #showTab(tab) {
@@ -170,6 +174,7 @@ export class Card {
       const selected = one.dataset.tab === (study || tab in TABS ? tab : "top");
       one.setAttribute("aria-selected", String(selected));
       one.tabIndex = selected ? 0 : -1;
+      if (selected) this.tabs.scrollLeft = one.offsetLeft - this.tabs.offsetLeft - 40; // where the strip scrolls
       if (selected) this.panel.setAttribute("aria-labelledby", one.id);
     }
     this.panel.classList.toggle("of-study", study);
@@ -178,14 +183,23 @@ export class Card {
 
   /** The deep-dive tabs: their scripts come when the first of them is opened. */
   async #showStudy(view) {
+    const up = view.tab in UPSTREAM;
+    [this.study.hidden, this.upstream.hidden] = [up, !up];
+    if (up) return this.#showUpstream(view);
     const { Dive } = await import("./dive.js");
     this.#dive ??= new Dive(this.feature, this, this.study);
     if (this.#view === view) this.#dive.update(view);
   }
 
+  async #showUpstream(view) {
+    const { Upstream } = await import("./upstream.js");
+    this.#upstream ??= new Upstream(this.feature, this, this.upstream);
+    if (this.#view === view) this.#upstream.update(view);
+  }
+
   /** Go to the proxy of the deep-dive tabs. */
   async writeProxy() {
-    if (!this.#studies(this.#view.tab) || this.#view.tab === "logits") this.change({ tab: "specificity", ex: "", dst: "", d: "" });
+    if (!(this.#view.tab in STUDIES) || this.#view.tab === "logits") this.change({ tab: "specificity", ex: "", dst: "", d: "" });
     await this.#showStudy(this.#view);
     this.#dive.write();
   }

@@ -2,7 +2,7 @@
 import { button, el, svg } from "./dom.js";
 import { int, num, pct, sci, signed } from "./format.js";
 
-const [TREE_WIDE, TREE_TALL] = [120, 12];
+const [TREE_WIDE, TREE_TALL] = [90, 12];
 const PATH_SEPARATOR = "~"; // between paths in a link; names have none
 
 /** Nodes that are open, for a link: those whose ancestors it implies are left out. @param {string[]} paths */
@@ -39,12 +39,18 @@ export class CircuitTree {
     this.#root = this.#row(level.node, "", level.node.value, 1);
     this.element.firstChild.replaceChildren(this.#root);
     this.#fill(this.#root, level, "");
-    for (const path of this.open) {
-      const row = this.#at(path);
-      if (row) await this.#expand(row, path);
-      else this.open.delete(path);
-    }
+    const open = [...this.open];
+    this.open.clear();
+    await this.show(open);
     return level;
+  }
+
+  /** Open some nodes, ancestors first; a path that there is not is left out. @param {string[]} paths */
+  async show(paths) {
+    for (const path of paths) {
+      const row = this.#at(path);
+      if (row?.getAttribute("aria-expanded") === "false") await this.#expand(row, path);
+    }
   }
 
   #at(path) {
@@ -55,11 +61,11 @@ export class CircuitTree {
     const { value, kind, expands, attended } = node;
     const size = (Math.abs(value) / this.#scale) * (TREE_WIDE / 2 - 1);
     const head = el(expands ? "button" : "span", { class: "circuit-node", type: expands ? "button" : null, "data-node": node.name, onclick: expands ? () => this.#toggle(row, path) : null, tabindex: expands ? null : 0 },
-      el("span", { class: "circuit-sign", "aria-hidden": "true" }, expands ? "" : "·"), el("span", { class: `circuit-name ${kind}` }, this.#label(node)),
-      svg("svg", { class: "circuit-bar", width: TREE_WIDE, height: TREE_TALL, "aria-hidden": "true" }, svg("rect", { class: value < 0 ? "minus" : "plus", x: value < 0 ? TREE_WIDE / 2 - size : TREE_WIDE / 2, y: 2, width: Math.max(size, 0.6), height: TREE_TALL - 4 }), svg("line", { class: "zero", x1: TREE_WIDE / 2, x2: TREE_WIDE / 2, y1: 0, y2: TREE_TALL })),
+      el("span", { class: "circuit-sign", "aria-hidden": "true" }, expands ? "" : "·"), el("span", { class: "circuit-name" }, this.#label(node)),
+      svg("svg", { class: "circuit-bar", viewBox: `0 0 ${TREE_WIDE} ${TREE_TALL}`, "aria-hidden": "true" }, svg("rect", { class: value < 0 ? "minus" : "plus", x: value < 0 ? TREE_WIDE / 2 - size : TREE_WIDE / 2, y: 2, width: Math.max(size, 0.6), height: TREE_TALL - 4 }), svg("line", { class: "zero", x1: TREE_WIDE / 2, x2: TREE_WIDE / 2, y1: 0, y2: TREE_TALL })),
       el("b", { class: "circuit-value", "data-value": value }, signed(value)), el("small", {}, path && whole ? pct(value / whole) : ""));
     const row = el("li", { class: "circuit-row", role: "treeitem", "aria-level": depth, "aria-expanded": expands ? "false" : null, "data-path": path, "data-kind": kind, "data-depth": depth },
-      el("div", { class: "circuit-line" }, head, attended && this.on.attended && button({ class: "quiet", "data-why": path, title: "QK attribution: the score of this key, by parts of query and key", onclick: () => this.on.attended(attended) }, `why attended? ${attended.layer}.${attended.head}`)));
+      el("div", { class: "circuit-line" }, head, attended && this.on.attended && button({ class: "quiet", "data-why": path, title: `why head ${attended.layer}.${attended.head} attends here: QK attribution`, "aria-label": `why does head ${attended.layer}.${attended.head} attend to source ${attended.key}?`, onclick: () => this.on.attended(attended) }, "why?")));
     return row;
   }
 

@@ -39,6 +39,8 @@ class ServerData {
 
   predictions = (latent, proxy, signal) => this.#get(`/api/predictions/${latent}?${new URLSearchParams({ proxy })}`, signal);
 
+  upstream = (study, latent, asked, signal) => this.#get(`/api/upstream/${study}/${latent}?${new URLSearchParams(asked)}`, signal);
+
   #kept(answer) {
     this.corpus.add(answer);
     return answer;
@@ -100,6 +102,12 @@ class FileData extends Exported {
   dive = (latent, proxy) => this.#study(latent, "dives", proxy);
   effects = (latent, proxy) => this.#study(latent, "effects", proxy);
   predictions = (latent, proxy) => this.#study(latent, "predictions", proxy);
+
+  async upstream(study, latent) {
+    const found = (await this.#studies(latent)).upstream?.[study];
+    if (!found) throw new Error("This file does not hold that: headscope serve --model computes it.");
+    return found;
+  }
 
   async #studies(latent) {
     return (await this.#unpack("data-dives"))[latent];

@@ -2,7 +2,7 @@
 import { button, choice, el, svg, unit } from "./dom.js";
 import { int, num, pct, sci, signed } from "./format.js";
 
-const [PAIR_WIDE, PAIR_TALL, PAIR_LEFT, PAIR_ABOVE] = [64, 20, 118, 76];
+const [PAIR_WIDE, PAIR_TALL, PAIR_LEFT, PAIR_ABOVE] = [46, 20, 112, 76];
 const FEW_KEYS = 8; // keys shown first
 
 /**

@@ -1,6 +1,6 @@
 /** What the page shows, and its link: every view has a URL that brings it back. */
 
-const CARD = { tab: "top", ex: "", dst: "", w: "5", head: "", d: "", t: "", log: "", mass: "", p: "", at: "", norm: "" };
+const CARD = { tab: "top", ex: "", dst: "", w: "5", head: "", d: "", t: "", log: "", mass: "", p: "", at: "", norm: "", src: "", how: "", nodes: "", by: "", path: "", why: "" };
 const PLANE = { x: "density", y: "top_head_share", lx: "1", ly: "0" };
 const QUEUE = { s: "", n: "", who: "", blind: "" };
 const PROMPT = { prompt: "", packed: "", block: "", upto: "", token: "", feature: "", target: "", edits: "", tree: "", scores: "", pairs: "", paint: "" };

@@ -13,8 +13,8 @@ export interface About {
   /** Directions that mean nothing, by kind: their top heads' shares of DFA, sorted, and their 5 %, 50 % and 95 % quantiles. */
   nulls: { kind: string; top_head_share: number[]; range: [number, number, number] }[];
   definitions: Record<string, string>;
-  /** Whether cards have deep-dive tabs; whether a model answers the prompt explorer. */
-  dives: boolean; prompts: boolean;
+  /** Whether cards have deep-dive tabs, and those that say how features are computed; whether a model answers prompts. */
+  dives: boolean; upstream: boolean; prompts: boolean;
   /** How many features an export holds. */
   exported?: number;
 }
@@ -185,11 +185,56 @@ export interface NextTokens {
   ablated_probability: number[]; ablated_logit: number[]; ablated_rank: number[]; divergence: number;
 }
 
+/** What the tabs upstream begin with; `command` starts a server with a model. */
+export interface UpstreamStart { live: boolean; saes: string[]; command: string; corpus: string; sets: { name: string; tokens: number[] }[] }
+
+/** DFA by head above thresholds; shares of the weights alone. */
+export interface HeadShares {
+  latent: number; corpus: string; python: string; weights: Record<"decoder" | "decoder_out" | "encoder" | "encoder_in", { definition: string; shares: number[] }>;
+  thresholds: { threshold: number; n: number; heads: Record<"squared" | "covariance" | "linear", Measure>[] }[];
+}
+
+/** Shares of a set of source tokens above thresholds, and the attention paid to them; top: [token, heads summed, head by head, linear]. */
+export interface SourceShares {
+  latent: number; corpus: string; python: string; tokens: number[]; n_blocks: number;
+  thresholds: {
+    threshold: number; n: number; n_active: number; summed: Measure; separate: Measure; linear: Measure; bos: Measure; frequency: Measure; top: [number, number, number, number][];
+    heads: { squared: Measure; linear: Measure; attention: Record<"active" | "visible" | "inactive" | "elsewhere", Measure> }[];
+  }[];
+}
+
+/** Heads beside each other at one token; sources: [position, DFA, attention]. */
+export interface HeadComparison {
+  latent: number; at: number; python: string; tokens: number[]; activation: number; pre: number; bias: number; residual: number; agreement: (number | null)[][];
+  heads: { head: number; contribution: number; share: number; sources: [number, number, number][] }[];
+}
+
+/** Two prompts between which something is patched. */
+interface Prompts { latent: number; at: number; how: string; python: string; clean: number[]; corrupted: number[]; changed: number[]; query: number; on: Reading; off: Reading; definition: string }
+interface Reading { pre: number; activation: number }
+type PatchScore = Record<"pre_score" | "activation_score", number>;
+type PatchScores = Record<"pre_score" | "activation_score", (number | null)[][]>;
+
+/** Components (rows) patched at all positions (the first column) and at `columns`. */
+export interface Patching extends Prompts {
+  n: number; rows: { name: string; kind: string; layer: number; head: number | null }[]; columns: number[]; noising: PatchScores; denoising: PatchScores;
+  roles: { role: string; loss: number; gain: number }[];
+  joint: { first: string; second: string; kind: string; excess: [number, number]; on_without: boolean[]; on_with: boolean[] } | null;
+}
+
+/** Features of an earlier SAE patched; `few`: how many of the first have 90 % of the effect of all. */
+export interface FeaturePatching extends Prompts {
+  sae: string; site: string; n_latents: number; positions: number[]; few: number | null; bars: { name: "site" | "features" | "error"; noising: PatchScore; denoising: PatchScore }[];
+  latents: { latent: number; change: number; noising: PatchScore; denoising: PatchScore; noising_together: PatchScore | null; denoising_together: PatchScore | null }[];
+}
+
 /** Where the page's JSON comes from. */
 export interface Data {
   embedded: boolean; context: ((block: number) => Promise<any>) | null;
   about(): Promise<About>; table(): Promise<Table>; feature(latent: number): Promise<Feature>;
   start(latent: number): Promise<Start>; dive(latent: number, proxy: string, signal?: AbortSignal): Promise<DiveStudy>; 
+  /** A study upstream by the name of its route, with its parameters. */
+  upstream(study: string, latent: number, asked: Record<string, any>, signal?: AbortSignal): Promise<any>;
   effects(latent: number, proxy: string, signal?: AbortSignal): Promise<Effects>; predictions(latent: number, proxy: string, signal?: AbortSignal): Promise<any>;
 }
 
@@ -219,6 +264,9 @@ export interface View {
   t: string;
   /** The proxy of the deep-dive tabs (empty: the first suggested one), the threshold read off by number, "1": one normalisation a class. */
   p: string; at: string; norm: string;
+  /** The tabs upstream: source tokens by id, the corruption and its draw ("shuffle.2"), which components, how they are read
+   * ("denoising-post"), the open nodes of recursive DFA, and the source asked about ("layer.head.query.key"). */
+  src: string; how: string; nodes: string; by: string; path: string; why: string;
   /** The dashboard's axes, and "1" where one is logarithmic. */
   x: string; y: string; lx: string; ly: string;
   /** The labelling queue: its sample, the feature (of the sample, or alone), the annotator, and "1" where blind. */
