@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from headscope.index.build import SAERecord, build_index
+from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 
 N_LATENTS, DEAD, RARE, COMMON = 24, 3, 5, 7
@@ -15,13 +16,18 @@ HOSTILE_NAME = "</script><img src=x onerror=alert(1)>"
 
 def built(random_model, random_corpus, random_sae, folder: Path) -> FeatureIndex:
     """60 blocks of 32 random characters; feature 3 is dead, 5 fires on 12 tokens, 7 on half of them."""
+    return built_live(random_model, random_corpus, random_sae, folder).index
+
+
+def built_live(random_model, random_corpus, random_sae, folder: Path) -> LiveIndex:
+    """The same with its model and SAE."""
     model = random_model("gpt_neox")
     corpus = random_corpus(model, 60, 32, seed=1)
     names = tuple(f"{HOSTILE_NAME} {i}" for i in range(len(corpus.documents)))
     sae = random_sae(model, N_LATENTS)
     _set_biases(model, corpus, sae)
     build_index(model, [(sae, SAERecord("made up", "sha256:0"))], replace(corpus, documents=names), folder)
-    return FeatureIndex.open(folder)
+    return LiveIndex(FeatureIndex.open(folder), model, sae)
 
 
 def _set_biases(model, corpus, sae) -> None:

@@ -174,6 +174,12 @@ class LiveUpstream:
         """A corruption that turns the feature off, or the reason why there is none."""
         free = unused_token(self._live.model, clean, seed=seed)
         if name == "swap":
+            if len(earlier_copies(clean)) == 0:
+                raise StudyError(
+                    "the token at the feature does not stand earlier in its block: there is no first A of A B ... A",
+                    expected="an earlier copy of it",
+                    do="choose another corruption, or another example",
+                )
             return pair(metric, clean, swap_earlier(clean, free))
         if name == "shuffle":
             return pair(metric, clean, shuffle(clean, seed=seed))

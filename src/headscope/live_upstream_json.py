@@ -1,6 +1,7 @@
 """The records of upstream studies as JSON for the explorer's tabs; explorer/static/types.d.ts has their fields."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from headscope.explorer.numbers import short, significant
 from headscope.explorer.study_json import measure_json
 from headscope.studies.corruptions import PromptPair, Reading
 from headscope.studies.feature_patching import BARS, FeaturePatching
-from headscope.studies.patching import Interaction, Node, Patch, Patching, Scores, role
+from headscope.studies.patching import Interaction, Patch, Patching, Scores, role
 from headscope.studies.upstream import HeadComparison, SourceShares
 
 _WHOLE = ("summed", "separate", "linear", "bos", "frequency")
@@ -83,10 +84,9 @@ def patching_json(found: Patching, columns: Sequence[int], joint: Interaction | 
         joint: two of them alone and together.
     """
     number = {nodes[0]: i for i, nodes in enumerate(found.patches)}
-    rows = list(dict.fromkeys((n.kind, n.layer, n.head) for n in number))
+    whole = list(dict.fromkeys(replace(node, position=None) for node in number))
     places = [None, *columns]
-    at = [[number.get(Node(*row, place)) for place in places] for row in rows]
-    whole = [Node(*row) for row in rows]
+    at = [[number.get(replace(node, position=place)) for place in places] for node in whole]
     return {
         **_prompts(found.pair),
         "n": found.n,

@@ -202,26 +202,24 @@ class IndexUpstream:
 
     def _python(self, latent: int, at: int, scores: tuple[int, int, int, int] | None = None) -> str:
         block, query = divmod(at, self._index.block_size)
-        lines = [
-            "import torch",
-            "from headscope import jobs",
-            "from headscope.studies.circuit import PromptCircuit" if scores is None else None,
-            None if scores is None else "from headscope.studies.qk import PromptScores",
-            "",
-            f"live = jobs.live({str(self._index.folder)!r})",
-            f"tokens = torch.tensor(live.index.tokens_of({block})[:{query + 1}].astype(int))",
-        ]
+        saes = [] if self._model is None else list(self._model.saes)
         if scores is None:
-            lines += [
-                "circuit = PromptCircuit(live.model, live.sae, tokens)",
-                f"circuit.expand(circuit.root({latent}, {query}))",
-            ]
+            study = "from headscope.studies.circuit import PromptCircuit"
+            calls = (
+                "circuit = PromptCircuit(live.model, live.sae, tokens, saes=saes)\n"
+                f"circuit.expand(circuit.root({latent}, {query}))"
+            )
         else:
             layer, head, at_query, key = scores
-            lines.append(
-                f"PromptScores(live.model, {layer}, tokens).split({head}, {at_query}).top({key})",
-            )
-        return "\n".join(line for line in lines if line is not None)
+            study = "from headscope.studies.qk import PromptScores"
+            before = f"[sae for sae in saes if sae.site.layer < {layer}]"
+            calls = f"PromptScores(live.model, {layer}, tokens, saes={before}).split({head}, {at_query}).top({key})"
+        return (
+            f"import torch\nfrom headscope import jobs\nfrom headscope.sae.formats import load_sae\n{study}\n\n"
+            f"live = jobs.live({str(self._index.folder)!r})\n"
+            f"saes = [load_sae(name) for name in {saes!r}]\n"
+            f"tokens = torch.tensor(live.index.tokens_of({block})[:{query + 1}].astype(int))\n{calls}"
+        )
 
 
 def head_shares_json(found: HeadShares) -> Json:

@@ -34,7 +34,7 @@ export function drawPatching(found, view, { vocab, tip, change }) {
   return [head, drawPrompts(found, vocab), el("p", { class: "patch-choices" }, choice("direction", DIRECTIONS, d, (value) => put(value, post)), choice("metric", METRICS, post, (value) => put(d, value))),
     el("p", { class: "legend key" }, el("span", {}, el("i", { class: "effect" }), direction === "noising" ? "1 − score: lost with the corrupted value" : "score: brought back with the clean value"), el("span", {}, el("i", { class: "effect minus" }), "the other way"), el("span", {}, el("i", { class: "dst" }), "changed token")),
     el("div", { class: "wide-table", tabindex: 0, role: "group", "aria-label": "patches by position" }, drawMatrix(scores, direction, found, { vocab, tip })),
-    el("div", { class: "beside" }, drawEffects(scores, direction, found, vocab), drawRoles(found))];
+    el("div", { class: "beside" }, drawLargest(scores, direction, found, vocab), drawRoles(found))];
 }
 
 /** Both prompts, one under the other: what was changed is marked in both. */
@@ -70,7 +70,7 @@ function drawMatrix(scores, direction, { rows, columns, clean, corrupted, change
 }
 
 /** The largest cells in words: what the colours say, for who cannot see them. */
-function drawEffects(scores, direction, { rows, columns, clean }, vocab) {
+function drawLargest(scores, direction, { rows, columns, clean }, vocab) {
   const cells = scores.flatMap((row, i) => row.slice(1).map((score, j) => [effectOf(score, direction), i, columns[j]])).filter(([effect]) => effect !== null && Math.abs(effect) >= 0.01).sort((a, b) => Math.abs(b[0]) - Math.abs(a[0])).slice(0, FEW_EFFECTS);
   return el("div", {}, el("h3", {}, "Largest at one position"), cells.length === 0 ? empty("Nothing at a single position does as much as 1 %.") : el("table", { class: "measures", "data-effects": "" }, el("tr", {}, ["component", "position", direction === "noising" ? "lost" : "brought back"].map((label) => el("th", { scope: "col" }, label))),
     cells.map(([effect, i, p]) => el("tr", {}, el("th", { scope: "row" }, rows[i].name), el("td", {}, vocab.label(clean[p]), ` ${p}`), el("td", {}, el("b", {}, pct(effect)))))));

@@ -34,7 +34,7 @@ export function drawSet(ids, sets, { vocab, change, embedded }) {
 
 const setText = (found, vocab) => ["{", ...found.tokens.flatMap((id, i) => [i > 0 && ", ", vocab.label(id)]), "}"];
 
-export function drawSources(found, view, needs) {
+export function drawSourceShares(found, view, needs) {
   const { thresholds, latent, corpus, n_blocks: blocks } = found;
   const { names, tip, change, vocab, feature } = needs;
   const byHead = [...names.keys()].sort((a, b) => feature.heads.dfa[b] - feature.heads.dfa[a]);

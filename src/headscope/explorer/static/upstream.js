@@ -38,8 +38,8 @@ export class Upstream {
   }
 
   async _source(view) {
-    const { drawSources } = await import("./upsources.js");
-    await this.#ofSet(view, (found) => drawSources(found, view, this.needs));
+    const { drawSourceShares } = await import("./upsources.js");
+    await this.#ofSet(view, (found) => drawSourceShares(found, view, this.needs));
   }
 
   async _attention(view) {
