@@ -23,9 +23,9 @@ from headscope.index.records import Example
 
 SOURCE = FakeSource()
 MINUS = "\u2212"
-SCRIPT_BUDGET = 99_500  # bytes of JavaScript that a page loads before it shows anything, comments counted
-LATER_BUDGET = 145_000  # the same of what comes when first needed: dashboard, deep-dive tabs, labelling queue, ...
-EXPORTED_SCRIPT_BUDGET = 93_000  # in an export without deep-dive tabs, comments and indentation left out
+SCRIPT_BUDGET = 104_500  # bytes of JavaScript that a page loads before it shows anything, comments counted
+LATER_BUDGET = 180_000  # the same of what comes when first needed: dashboard, deep-dive tabs, labelling queue, ...
+EXPORTED_SCRIPT_BUDGET = 97_000  # in an export without deep-dive tabs, comments and indentation left out
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 
