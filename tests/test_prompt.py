@@ -45,6 +45,7 @@ def prompts(request, random_model, random_corpus, random_sae, tmp_path_factory) 
         for block in model.module.model.layers:
             block.input_layernorm = PreciseRMSNorm(block.input_layernorm)
             block.post_attention_layernorm = PreciseRMSNorm(block.post_attention_layernorm)
+        model.module.model.norm = PreciseRMSNorm(model.module.model.norm)
         model = Model(model.module, model.tokenizer, model.bos, model.spec.name)
     sae = random_sae(model, 40, activation, site=Site("z", layer))
     folder = tmp_path_factory.mktemp("prompt") / "index"

@@ -325,7 +325,7 @@ class App {
 function drawNoModel({ model }, embedded) {
   return el("main", { class: "dead-page", "data-no-model": "" }, el("h1", {}, "The prompt explorer needs the model"),
     el("p", {}, embedded ? "This is an export, which holds no model and computes nothing. Serve the index that it was made from, with its model:" : "This server was started without one. Start it with the model of its index:"),
-    el("pre", { class: "python" }, `headscope serve INDEX --model ${model.name}`),
+    el("pre", { class: "python" }, `headscope serve --index INDEX --model ${model.name}`),
     el("p", {}, "Then a prompt that is typed here is read token by token: which features are active and what computes them, and what ablating features and heads changes in what comes next."));
 }
 
