@@ -22,6 +22,7 @@ from headscope.sae.formats import load_sae, sae_hash
 ROOT = Path(__file__).parents[1]
 FORMAT = (ROOT / "docs" / "index-format.md").read_text(encoding="utf-8")
 DIVES = (ROOT / "docs" / "deep-dives.md").read_text(encoding="utf-8")
+PROMPTS = (ROOT / "docs" / "prompt-explorer.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LATENT = 1582
 BLOCK = 256
@@ -32,7 +33,7 @@ def fenced(text: str, language: str) -> list[str]:
 
 
 QUERIES = fenced(FORMAT, "sql")
-SNIPPETS = [s for page in (FORMAT, DIVES, README) for s in fenced(page, "python") if "runs/tiny" in s]
+SNIPPETS = [s for page in (FORMAT, DIVES, PROMPTS, README) for s in fenced(page, "python") if "runs/tiny" in s]
 
 
 @pytest.fixture(scope="module")

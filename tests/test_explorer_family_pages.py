@@ -209,7 +209,7 @@ def test_keys_move_open_and_come_back(page: Page, address: str) -> None:
     expect(page).to_have_url(re.compile("sort=latent"))
     page.keyboard.press("f")
     expect(page.locator("[data-families]")).to_be_visible()
-    page.keyboard.press("a")
+    page.keyboard.press("H")
     expect(page.locator("[data-heads]")).to_be_visible()
 
 

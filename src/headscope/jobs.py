@@ -22,6 +22,7 @@ from headscope.site import Kind, Site
 
 if TYPE_CHECKING:
     from headscope.explorer.cards import IndexCards
+    from headscope.explorer.prompts import PromptRoutes
     from headscope.index.head_records import HeadTables
     from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
@@ -385,7 +386,7 @@ def serve(
 
     Args:
         index: an index folder.
-        model: the index's, to remove features from it and to say how they are computed.
+        model: the index's, to ablate its features, to say how they are computed, and to read prompts.
         upstream_saes: of earlier components of it, whose features are told apart.
         port: where to listen; None takes a free one.
         open_browser: open the page in the default browser.
@@ -406,25 +407,30 @@ def serve(
     opened = FeatureIndex.open(index)
     if upstream_saes and not model:
         raise SAEError("upstream SAEs without a model", expected="the model that they are of", do="pass --model too")
-    effects, upstream = _models(index, model, upstream_saes) if model else (None, None)
+    effects, upstream, prompts = _models(index, model, upstream_saes) if model else (None, None, None)
     serve_cards(
         IndexCards(opened),
         dives=IndexDives(opened, effects),
         upstream=IndexUpstream(opened, upstream),
         labels=LabelRoutes(opened),
         roles=PageRoutes(IndexFamilies(opened), IndexHeads(opened)),
+        prompts=prompts,
         port=port,
         open_browser=open_browser,
     )
 
 
-def _models(index: str | Path, model: str, saes: Sequence[str]) -> "tuple[_Effects, LiveUpstream]":
+def _models(index: str | Path, model: str, saes: Sequence[str]) -> "tuple[_Effects, LiveUpstream, PromptRoutes]":
     """What a page asks of a model: it is loaded once, and run for one question at a time."""
+    from headscope.explorer.prompts import PromptRoutes
     from headscope.live_upstream import LiveUpstream
     from headscope.sae.formats import load_sae
+    from headscope.studies.prompt import Prompts
 
     opened, lock = live(index, model=model), Lock()
-    return _Effects(opened, lock), LiveUpstream(opened, {name: load_sae(name) for name in saes}, lock=lock)
+    upstream = LiveUpstream(opened, {name: load_sae(name) for name in saes}, lock=lock)
+    prompts = PromptRoutes(Prompts(opened, lock=lock), upstream.circuits, folder=str(index))
+    return _Effects(opened, lock), upstream, prompts
 
 
 def export(index: str | Path, out: Path, *, features: Sequence[int] | None = None, overwrite: bool = False) -> Path:

@@ -29,9 +29,9 @@ _PACK = 64  # features unpacked together
 _IMPORT = re.compile(r'^import \{([^}]*)\} from "\./(\w+\.js)";\n', re.MULTILINE)
 _LAZY = re.compile(r'^[ \t]*const \{[^}]*\} = await import\("\./(\w+\.js)"\);\n', re.MULTILINE)
 _ASIDE = re.compile(r"^[ \t]*//[^\n]*\n|^[ \t]*/\*\*(?:(?!\*/).)*\*/\n|^[ \t]+", re.MULTILINE | re.DOTALL)
-_DIVE = "dive.js"
+_DIVES = ("dive.js", "upstream.js")
 _PAGES, _PAGE_STYLE = ("family.js", "head.js"), "pages.css"
-_LABELS = "labels.js"  # writes, and so needs a server
+_SERVED = ("labels.js", "prompt.js")  # they write or compute, and so need a server
 _STYLE_LINK = '<link rel="stylesheet" href="/static/style.css">'
 _SCRIPT_LINK = '<script type="module" src="/static/app.js"></script>'
 _TOKEN = re.compile(r'<meta name="headscope-token"[^>]*>\n')
@@ -222,7 +222,7 @@ def _page_around(
         pages: whether it has the pages of families and heads, likewise.
     """
     files = {name: body.decode() for name, body in static_files().items()}
-    without = {_LABELS, *(() if dives else (_DIVE,)), *(() if pages else _PAGES)}
+    without = {*_SERVED, *(() if dives else _DIVES), *(() if pages else _PAGES)}
     script, style = _one_script(files, without), files["style.css"] + (files[_PAGE_STYLE] if pages else "")
     policy = "; ".join(
         [

@@ -32,6 +32,7 @@ from headscope.explorer.answers import Json, answer, dump_json, failure, number_
 from headscope.explorer.desk import Desk
 from headscope.explorer.labelling import LabelRoutes
 from headscope.explorer.page_routes import PageRoutes
+from headscope.explorer.prompts import PromptRoutes
 from headscope.explorer.studies import DiveSource, StudyRoutes
 from headscope.explorer.upstream import IndexUpstream, UpstreamRoutes
 
@@ -111,12 +112,18 @@ class CardSource(Protocol):
 
 
 def about_of(
-    source: CardSource, *, dives: bool = False, upstream: bool = False, labels: bool = False, pages: bool = False
+    source: CardSource,
+    *,
+    dives: bool = False,
+    upstream: bool = False,
+    labels: bool = False,
+    pages: bool = False,
+    prompts: bool = False,
 ) -> Json:
     """Return what `source` says of itself, a definition for every word of the page, and what else the page has."""
     about = source.about()
     definitions = DEFINITIONS | about.get("definitions", {})
-    parts = {"dives": dives, "upstream": upstream, "labels": labels, "pages": pages}
+    parts = {"dives": dives, "upstream": upstream, "labels": labels, "pages": pages, "prompts": prompts}
     return about | {"definitions": definitions} | parts
 
 
@@ -219,15 +226,16 @@ def make_app(
     upstream: IndexUpstream | None = None,
     labels: LabelRoutes | None = None,
     roles: PageRoutes | None = None,
+    prompts: PromptRoutes | None = None,
 ) -> Starlette:
     """Make the web application: the page, its scripts, and the JSON of `source`.
 
     The page has `token` (a new random one when None) in its `headscope-token` meta element. With `dives`, its cards
     have the deep-dive tabs, with `upstream` those that say how features are computed; with `labels`, it has the
-    labelling queue; with `roles`, the pages of families and heads.
+    labelling queue; with `roles`, the pages of families and heads; with `prompts`, the prompt explorer answers.
     """
     token = token or secrets.token_urlsafe(32)
-    parts = {"dives": dives, "upstream": upstream, "labels": labels, "pages": roles}
+    parts = {"dives": dives, "upstream": upstream, "labels": labels, "pages": roles, "prompts": prompts}
     pages = _Pages(source, token, **{name: part is not None for name, part in parts.items()})
     desk = Desk()  # one for all studies: what they compute at a time is of this machine, not of a tab
     wholes = [Route(f"/api/{name}", partial(pages.whole, name=name)) for name in ("about", "vocab", "table")]
@@ -237,6 +245,7 @@ def make_app(
             Route("/", pages.shell),
             Route("/f/{number}", pages.shell),
             Route("/dashboard", pages.shell),
+            Route("/prompt", pages.shell),
             Route("/static/{name}", pages.static),
             *wholes,
             *ones,
@@ -244,6 +253,7 @@ def make_app(
             *(UpstreamRoutes(upstream, desk).routes() if upstream else []),
             *([Route("/label", pages.shell), *labels.routes()] if labels else []),
             *(roles.routes(pages.shell) if roles else []),
+            *(prompts.routes() if prompts else []),
         ],
         middleware=[Middleware(_Guard, token=token), Middleware(GZipMiddleware, minimum_size=1000)],
     )
@@ -269,6 +279,7 @@ def serve(
     upstream: IndexUpstream | None = None,
     labels: LabelRoutes | None = None,
     roles: PageRoutes | None = None,
+    prompts: PromptRoutes | None = None,
     port: int | None = None,
     open_browser: bool = False,
     ready: Callable[[str], None] | None = None,
@@ -281,6 +292,7 @@ def serve(
         upstream: what its tabs upstream show, likewise.
         labels: where labels go, if it is to have the labelling queue.
         roles: what the pages of families and heads show, if it is to have them.
+        prompts: what answers the prompt explorer, if there is a model.
         port: where to listen; None takes a free port.
         open_browser: open the page in the default browser.
         ready: called with the URL once the page can be opened.
@@ -300,7 +312,7 @@ def serve(
             ready(url)
 
     config = uvicorn.Config(
-        make_app(source, dives=dives, upstream=upstream, labels=labels, roles=roles),
+        make_app(source, dives=dives, upstream=upstream, labels=labels, roles=roles, prompts=prompts),
         log_level="warning",
         lifespan="off",
         ws="none",

@@ -6,13 +6,13 @@ import { button, el } from "./dom.js";
 import { int } from "./format.js";
 import { askLatent, bindKeys, helpDialog } from "./keys.js";
 import { FeatureList } from "./list.js";
-import { FRESH_FAMILY, linkOf, readView } from "./state.js";
+import { FRESH_FAMILY, linkOf, NO_PROMPT, readView } from "./state.js";
 import { TableView } from "./table.js";
 import { Tip } from "./tip.js";
 import { Vocab } from "./vocab.js";
 
 const TABLE = { page: "table", latent: null };
-const NAV = [["table", "features", "/"], ["families", "families", "f"], ["heads", "heads", "a"]];
+const NAV = [["table", "features", "/"], ["families", "families", "f"], ["heads", "heads", "H"], ["prompt", "prompt", "e"]];
 const PARENT = { card: "table", dashboard: "table", family: "families", head: "heads" }; // under which entry a page is
 const UNMARKED = { ex: "", dst: "", d: "" };
 const FRESH = { ...UNMARKED, head: "", p: "", at: "", src: "", how: "", path: "", why: "" }; // what does not outlive a card
@@ -25,6 +25,7 @@ class App {
   #labelling = null;
   #families = null;
   #heads = null;
+  #prompting = null;
   #list = null;
   #timer = 0;
 
@@ -56,7 +57,7 @@ class App {
   #drawTop() {
     const { model, sae, site, corpus, exported } = this.about;
     const part = exported < sae.d_sae ? ` · ${int(exported)} of its features in this file` : "";
-    const pages = NAV.filter(([page]) => page === "table" || this.about.pages);
+    const pages = NAV.filter(([page]) => this.about.pages || !["families", "heads"].includes(page));
     this.nav = el("nav", { class: "pages", "aria-label": "pages" }, pages.map(([page, label, key]) => el("a", { href: this.#link({ page, latent: null }), "data-page": page, title: `key ${key}` }, label)));
     this.top.append(el("a", { class: "brand", href: this.#link(TABLE), "data-page": "table" }, "headscope"), this.nav,
       el("span", { class: "facts" }, el("b", {}, model.name), ` · ${site} · ${sae.architecture} SAE of ${int(sae.d_sae)}${part} · ${corpus.name}, ${int(corpus.n_tokens)} tokens`),
@@ -99,7 +100,7 @@ class App {
     const late = () => turn !== this.#turn;
     try {
       for (const link of this.nav.children) link.setAttribute("aria-current", link.dataset.page === (PARENT[this.view.page] ?? this.view.page) ? "page" : "false");
-      await { families: () => this.#showFamily(late), family: () => this.#showFamily(late), heads: () => this.#showHead(late), head: () => this.#showHead(late), table: () => this.#showTable(late), dashboard: () => this.#showDashboard(late), card: () => this.#showCard(late), label: () => this.#showLabelling(late) }[this.view.page]();
+      await { families: () => this.#showFamily(late), family: () => this.#showFamily(late), heads: () => this.#showHead(late), head: () => this.#showHead(late), table: () => this.#showTable(late), dashboard: () => this.#showDashboard(late), card: () => this.#showCard(late), label: () => this.#showLabelling(late), prompt: () => this.#showPrompt(late) }[this.view.page]();
     } catch (error) {
       if (!late()) this.#fail(error);
     }
@@ -180,6 +181,24 @@ class App {
     return this.#link({ page, latent: null, name, family: FRESH_FAMILY });
   }
 
+  async #showPrompt(late) {
+    this.#card = null;
+    if (!this.about.prompts) return this.#put(drawNoModel(this.about, this.data.embedded), `prompt · ${this.about.title}`);
+    const { features } = await this.#listed();
+    const { PromptPage } = await import("./prompt.js");
+    if (late()) return;
+    const { about, vocab, tip, data } = this;
+    this.#prompting ??= new PromptPage({ about, vocab, tip, data, list: features, link: (other) => this.#cardLink(other), copy: () => this.#copy() }, (patch) => this.#go(patch));
+    this.#put(this.#prompting.element, `prompt · ${about.title}`);
+    await this.#prompting.update(this.view);
+  }
+
+  /** The link that opens an example's context in the prompt explorer, or null without a model. */
+  #promptLink(latent, { block, dst }) {
+    const upto = Math.min(dst + 4, this.about.corpus.block_size - 1);
+    return this.about.prompts ? this.#link({ page: "prompt", latent: null, ...NO_PROMPT, block: String(block), upto: String(upto), token: String(dst), feature: String(latent) }) : null;
+  }
+
   #cardLink(latent) {
     return this.#link({ page: "card", latent, ...FRESH });
   }
@@ -190,7 +209,7 @@ class App {
       const feature = await this.data.feature(latent);
       if (late()) return;
       const { about, vocab, corpus, tip, data } = this;
-      this.#card = new Card(feature, { about, vocab, corpus, tip, data, context: data.context, link: (other) => this.#cardLink(other), page: (page, name) => this.#pageLink(page, name) }, (patch) => this.#go(patch));
+      this.#card = new Card(feature, { about, vocab, corpus, tip, data, context: data.context, link: (other) => this.#cardLink(other), page: (page, name) => this.#pageLink(page, name), explore: (example) => this.#promptLink(latent, example) }, (patch) => this.#go(patch));
       this.#put(this.#card.element, `${latent} · ${about.title}`);
       scrollTo(0, 0);
     }
@@ -269,17 +288,27 @@ class App {
   /** Follow links inside the page without loading it anew. */
   #click(event) {
     if (!this.tip.contains(event.target)) this.tip.hide();
-    const { nav, page, name = "" } = event.target.closest("[data-nav], [data-page]")?.dataset ?? {};
-    if (!(nav || page) || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
+    const link = event.target.closest("[data-nav], [data-page], [data-explore]");
+    const { nav, page, name = "", explore } = link?.dataset ?? {};
+    if (!(nav || page || explore !== undefined) || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
     event.preventDefault();
     if (nav) this.#open(Number(nav));
+    else if (explore !== undefined) this.#explore(link.getAttribute("href"));
     else this.#go({ page, latent: null, name, family: FRESH_FAMILY }, true);
+  }
+
+  /** Open the prompt explorer by its link. */
+  #explore(href) {
+    this.view = readView(new URL(href, location.href), this.data.embedded);
+    history.pushState(null, "", href);
+    this.#show();
   }
 
   #escape({ target }) {
     if (this.tip.hide()) return;
     if (target.matches("[data-search]") && target.value) this.#go({ list: { ...this.view.list, q: "" } });
-    else if (target.matches("input, select")) target.blur();
+    else if (target.matches("input, select, textarea")) target.blur();
+    else if (this.view.page === "prompt" && this.view.feature) this.#go({ feature: "", tree: "", scores: "" });
     else if (this.view.d) this.#go({ d: "" });
     else if (this.view.head) this.#go({ head: "" });
     else if (this.view.ex) this.#go({ ex: "", dst: "" });
@@ -288,10 +317,24 @@ class App {
   /** Arrow keys move in the table and scroll a card. */
   #arrow(step) {
     if (["table", "family"].includes(this.view.page)) this.#moving()?.move(step);
+    else if (this.#onPrompt()) this.#prompting.act(step > 0 ? "down" : "up");
     else scrollBy(0, 60 * step);
   }
 
+  #onPrompt() {
+    return this.view.page === "prompt" && this.#prompting !== null;
+  }
+
+  /** The prompt explorer, or the context of the card's current example in it. */
+  #toPrompt() {
+    const example = this.view.page === "card" && this.#card?.currentExample();
+    if (this.#onPrompt()) this.#prompting.act("write");
+    else if (example && this.about.prompts) this.#explore(this.#promptLink(this.view.latent, example));
+    else this.#go({ page: "prompt", latent: null }, true);
+  }
+
   #keys() {
+    const onPrompt = (name) => () => this.#onPrompt() && this.#prompting.act(name);
     const onCard = (patch) => (event) => this.#card?.feature.alive && this.#go(patch(event));
     return [
       { keys: ["j"], help: "next in the list", run: () => this.#step(1) },
@@ -300,20 +343,28 @@ class App {
       { keys: ["K"], help: "previous by number", run: () => this.#stepById(-1) },
       { keys: ["ArrowDown"], label: "↓", help: "next row", run: () => this.#arrow(1) },
       { keys: ["ArrowUp"], label: "↑", help: "previous row", run: () => this.#arrow(-1) },
-      { keys: ["Enter"], help: "open the row", run: () => this.#moving()?.openCursor() },
+      { keys: ["Enter"], help: "open the row", run: () => (this.#onPrompt() ? this.#prompting.act("open") : this.#moving()?.openCursor()) },
       { keys: ["/"], help: "search and list", run: () => this.#search() },
       { keys: ["g"], help: "go to a number", run: () => askLatent(this.about.sae.d_sae, (latent) => this.#open(latent)) },
       { keys: ["r"], help: "a random live feature of the list", run: () => this.#random() },
       { keys: ["o"], help: "dashboard of the whole SAE", run: () => this.#go({ page: "dashboard", latent: null }, true) },
       ...(this.about.pages ? [
         { keys: ["f"], help: "families of features", run: () => this.#go({ page: "families", latent: null }, true) },
-        { keys: ["a"], help: "attention heads", run: () => this.#go({ page: "heads", latent: null }, true) },
+        { keys: ["H"], help: "attention heads", run: () => this.#go({ page: "heads", latent: null }, true) },
       ] : []),
       ...(this.about.labels ? [{ keys: ["n"], help: "label this feature, or a sample", run: () => this.#label() }] : []),
       { keys: ["1", "2", "3", "4"], help: "top and random, quantiles, intervals, near threshold", run: onCard(({ key }) => ({ ...UNMARKED, tab: TAB_NAMES[key - 1] })) },
       ...(this.about.dives ? [
         { keys: ["5", "6", "7", "8", "9"], help: "specificity, expected value, sensitivity, logits, ablation", run: onCard(({ key }) => ({ ...UNMARKED, tab: STUDY_NAMES[key - 5] })) },
         { keys: ["p"], help: "write a proxy", run: () => this.#card?.feature.alive && this.#card.writeProxy() },
+      ] : []),
+      { keys: ["e"], help: "prompt explorer: open it, of a card with the marked example's context; write in it", run: () => this.#toPrompt() },
+      ...(this.about.prompts ? [
+        { keys: ["ArrowLeft"], label: "←", help: "prompt: the token before", run: onPrompt("left") },
+        { keys: ["ArrowRight"], label: "→", help: "prompt: the token after", run: onPrompt("right") },
+        { keys: ["a"], help: "prompt: ablate the feature at this token, or keep it", run: onPrompt("here") },
+        { keys: ["A"], help: "prompt: ablate it at all tokens, or keep it", run: onPrompt("everywhere") },
+        { keys: ["x"], help: "prompt: take back the last ablation", run: onPrompt("undo") },
       ] : []),
       ...(this.about.upstream ? [{ keys: ["u"], help: "how it is computed: DFA by head, by source, attention, patching, recursive DFA", run: onCard(() => ({ ...UNMARKED, tab: UPSTREAM_NAMES[(UPSTREAM_NAMES.indexOf(this.view.tab) + 1) % UPSTREAM_NAMES.length] })) }] : []),
       { keys: ["w"], help: "window: short, medium, full", run: onCard(() => ({ w: WINDOW_NAMES[(WINDOW_NAMES.indexOf(this.view.w) + 1) % 3] })) },
@@ -325,6 +376,14 @@ class App {
       { keys: ["Escape"], label: "Esc", help: "close, unpin, clear", run: (event) => this.#escape(event) },
     ];
   }
+}
+
+/** The prompt explorer needs a model: says so, and how to get one. */
+function drawNoModel({ model }, embedded) {
+  return el("main", { class: "dead-page", "data-no-model": "" }, el("h1", {}, "The prompt explorer needs the model"),
+    el("p", {}, embedded ? "This is an export, which holds no model and computes nothing. Serve the index that it was made from, with its model:" : "This server was started without one. Start it with the model of its index:"),
+    el("pre", { class: "python" }, `headscope serve --index INDEX --model ${model.name}`),
+    el("p", {}, "Then a prompt that is typed here is read token by token: which features are active and what computes them, and what ablating features and heads changes in what comes next."));
 }
 
 const corpus = new Corpus();

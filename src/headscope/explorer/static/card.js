@@ -326,6 +326,11 @@ export class Card {
     this.change({ d: open ? "" : "1", ex: key });
   }
 
+  /** The marked example, or the first. */
+  currentExample() {
+    return this.#rows.find(({ key }) => key === this.#current())?.example ?? null;
+  }
+
   #hover(target) {
     if (target?.closest(".map")) return;
     const found = this.#find(target);

@@ -36,6 +36,9 @@ class ServerData {
 
   /** What a page of families or heads shows: "families", "family/token", "head/1.6". */
   page = (path) => this.#get(`/api/${path}`);
+  /** What the prompt explorer asks: `run`, `token`, `dfa`, `level`, `scores`. */
+  prompt = (name, content) => this.#answers.get(`${name} ${JSON.stringify(content)}`, () => fetchJson(`/api/prompt/${name}`, posted(content)));
+
   predictions = (latent, proxy, signal) => this.#get(`/api/predictions/${latent}?${new URLSearchParams({ proxy })}`, signal);
 
   upstream = (study, latent, asked, signal) => this.#get(`/api/upstream/${study}/${latent}?${new URLSearchParams(asked)}`, signal);
@@ -46,12 +49,18 @@ class ServerData {
   }
 
   #get(path, signal) {
-    return this.#answers.get(path, () => fetchJson(path, signal));
+    return this.#answers.get(path, () => fetchJson(path, { signal }));
   }
 }
 
-async function fetchJson(path, signal) {
-  const answer = await fetch(path, { signal }).catch((error) => {
+/** A request with content, and the token that says which page it is from. */
+function posted(content) {
+  const token = document.querySelector("meta[name=headscope-token]")?.content ?? "";
+  return { method: "POST", headers: { "content-type": "application/json", "x-headscope-token": token }, body: JSON.stringify(content) };
+}
+
+async function fetchJson(path, options) {
+  const answer = await fetch(path, options).catch((error) => {
     throw error.name === "AbortError" ? error : new Error("The server does not answer. Start it again and reload.");
   });
   const body = await answer.json().catch(() => ({ error: "The server failed; its terminal says why." }));

@@ -9,7 +9,7 @@ export function bindKeys(bindings) {
     const binding = bindings.find(({ keys }) => keys.includes(event.key));
     if (!binding || event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
     if (document.querySelector("dialog[open]")) return;
-    if (event.key !== "Escape" && (event.target.closest("input, select") || (event.key === "Enter" && event.target.closest("button, a")))) return;
+    if (event.key !== "Escape" && (event.target.closest("input, select, textarea") || (event.key === "Enter" && event.target.closest("button, a")))) return;
     if (event.key !== "Escape") event.preventDefault();
     binding.run(event);
   });

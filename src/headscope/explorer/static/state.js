@@ -5,7 +5,11 @@ const PLANE = { x: "density", y: "top_head_share", lx: "1", ly: "0" };
 const QUEUE = { s: "", n: "", who: "", blind: "" };
 const FAMILY = { t: "", head: "", sort: "-score", show: "", q: "" };
 const GRID = { score: "", by: "" };
+const PROMPT = { prompt: "", packed: "", block: "", upto: "", token: "", feature: "", target: "", edits: "", tree: "", scores: "", pairs: "", paint: "" };
 const LIST = { q: "", sort: "latent", dead: "", share: "", in: "", dmin: "", dmax: "", box: "" };
+
+/** The prompt explorer with no prompt in it. */
+export const NO_PROMPT = PROMPT;
 
 /** The filters of a list that hides nothing but the dead. */
 export const NO_FILTER = { ...LIST, sort: undefined };
@@ -14,7 +18,7 @@ export const NO_FILTER = { ...LIST, sort: undefined };
 export const FRESH_FAMILY = FAMILY;
 
 const NAMED = /^\/(family|head)\/([\w.-]{1,40})\/?$/;
-const PAGES = { "/dashboard": "dashboard", "/families": "families", "/heads": "heads" };
+const PAGES = { "/dashboard": "dashboard", "/families": "families", "/heads": "heads", "/prompt": "prompt" };
 
 /**
  * Read a link. Served, the path says which card and the hash holds the list (`/f/18?w=16#q=def`); in a file, all is in
@@ -29,13 +33,13 @@ export function readView(location, embedded) {
   const page = latent ? "card" : named ? named[1] : { ...PAGES, ...(!embedded && { "/label": "label" }) }[path] ?? "table";
   const card = chosen(CARD, query);
   if (card.ex && !new URLSearchParams(query).has("tab")) card.tab = card.ex.split(/[-.]/)[0].replace("random", "top");
-  return { page, latent: latent && Number(latent[1]), name: named?.[2] ?? "", family: chosen(FAMILY, page === "family" ? query : ""), grid: chosen(GRID, /^head/.test(page) ? query : ""), ...card, ...chosen(PLANE, query), ...chosen(QUEUE, query), list: chosen(LIST, embedded ? query : hash) };
+  return { page, latent: latent && Number(latent[1]), name: named?.[2] ?? "", family: chosen(FAMILY, page === "family" ? query : ""), grid: chosen(GRID, /^head/.test(page) ? query : ""), ...card, ...chosen(PLANE, query), ...chosen(QUEUE, query), ...chosen(PROMPT, query), list: chosen(LIST, embedded ? query : hash) };
 }
 
 /** The link of a view. @param {import("./types").View} view */
 export function linkOf(view, embedded) {
   const [path, own, values = view] = {
-    card: [`/f/${view.latent}`, CARD], dashboard: ["/dashboard", PLANE], label: ["/label", QUEUE], table: ["/", {}], families: ["/families", {}],
+    card: [`/f/${view.latent}`, CARD], dashboard: ["/dashboard", PLANE], label: ["/label", QUEUE], prompt: ["/prompt", PROMPT], table: ["/", {}], families: ["/families", {}],
     family: [`/family/${view.name}`, FAMILY, view.family], heads: ["/heads", GRID, view.grid], head: [`/head/${view.name}`, GRID, view.grid],
   }[view.page];
   const [page, list] = [changed(own, values), changed(LIST, view.list)];

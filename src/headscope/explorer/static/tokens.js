@@ -13,18 +13,24 @@ export class ExampleRow {
   #pieces = new Map();
 
   /** @param {import("./types").Example} example @param {string} key as in links: "top.3" @param {number} same hidden copies */
-  constructor(example, key, same, { vocab, corpus, feature, names, context }) {
-    Object.assign(this, { example, key, vocab, corpus, context, names, max: feature.stats.max, worst: feature.residual });
+  constructor(example, key, same, { vocab, corpus, feature, names, context, explore }) {
+    Object.assign(this, { example, key, vocab, corpus, context, names, explore, max: feature.stats.max, worst: feature.residual });
     const { block, dst, sources, activation } = example;
     this.sources = new Map(sources.map((source) => [source.pos, source]));
     this.largest = Math.max(...sources.map(({ dfa }) => Math.abs(dfa)), 1e-12);
     this.#decode();
     this.line = el("div", { class: "line" });
-    this.where = el("div", { class: "where" }, `${corpus.documentAt(block, dst)} · block ${int(block)}, position ${dst}`, same > 0 && ` · +${same} identical`);
+    this.where = el("div", { class: "where" }, `${corpus.documentAt(block, dst)} · block ${int(block)}, position ${dst}`, same > 0 && ` · +${same} identical`, this.#opens(" · "));
     this.strip = headStrip();
     this.element = el("li", { class: "example", "data-ex": key },
       button({ class: "act", "data-check": key, "aria-label": `activation ${num(activation)}: does its DFA add up?`, vars: { "--r": unit(activation / this.max) } }, num(activation)),
       button({ class: "open-map", "data-map": key, "aria-label": "heads by sources", title: "DFA by head; press for heads × sources" }, this.strip), this.line, this.where);
+  }
+
+  /** A link to the prompt explorer, where there is a model. */
+  #opens(before) {
+    const href = this.explore?.(this.example);
+    return href ? [before, el("a", { href, "data-explore": "" }, "open in prompt explorer")] : null;
   }
 
   #decode() {
@@ -131,7 +137,7 @@ export class ExampleRow {
   showMap(open, tip) {
     this.map?.remove();
     this.map = open ? el("div", { class: "map", "data-map-open": this.key },
-      drawMap(this.example, { names: this.names, tip, label: (pos) => this.#label(pos) }), this.#equation()) : null;
+      drawMap(this.example, { names: this.names, tip, label: (pos) => this.#label(pos) }), this.#equation(), this.#opens("")) : null;
     if (open) this.element.append(this.map);
   }
 
@@ -164,7 +170,7 @@ export class ExampleRow {
     return [el("div", { class: "tip-title" }, "Does the DFA add up?"), this.#equation(), facts([
       [`${sources.length} largest sources`, signed(shown)], [`${int(dst + 1 - sources.length)} other sources`, signed(dfa - shown)],
       ["activation", num(activation)], ["largest residual as stored", sci(this.worst)],
-    ]), headGrid(this.names, { heads }), el("div", { class: "hint" }, this.where.textContent)];
+    ]), headGrid(this.names, { heads }), el("div", { class: "hint" }, this.where.cloneNode(true))];
   }
 
   #equation() {

@@ -15,6 +15,8 @@ export interface About {
   definitions: Record<string, string>;
   /** Whether cards have deep-dive tabs, and those that say how features are computed. */
   dives: boolean; upstream: boolean;
+  /** Whether a model answers prompts. */
+  prompts: boolean;
   /** Whether there are pages of families and heads. */
   pages: boolean;
   /** How many features an export holds. */
@@ -217,6 +219,29 @@ export interface Scores {
   read: { part: string; value: number; sources: [number, number][] }[];
 }
 
+/** A prompt, BOS in front, as the model is and with ablations (`ablated...`, null without any); prompt_json.py. */
+export interface PromptRun {
+  tokens: number[];
+  /** "f7", "f7@12", "h1.3=zero", "h1.3=mean@12" */
+  ablations: string[];
+  /** By token: features that are active as the model is; how many follow of each in the columns below, the largest first. */
+  active: number[]; shown: number[]; latent: number[]; activation: number[]; ablated: number[] | null;
+  /** Of token p + 1 at p. */
+  loss: number[]; ablated_loss: number[] | null;
+  python: string;
+}
+
+/** The active features of one token: DFA by head, the largest source, the direct effect on the logit of `target`. */
+export interface TokenFeatures {
+  query: number; latent: number[]; activation: number[]; by_head: number[][]; source: number[]; source_dfa: number[]; target: number; effect: number[];
+}
+
+/** The likeliest next tokens, as the model is and with the ablations. */
+export interface NextTokens {
+  query: number; actual: number | null; token: number[]; probability: number[]; logit: number[]; rank: number[];
+  ablated_probability: number[]; ablated_logit: number[]; ablated_rank: number[]; divergence: number;
+}
+
 /** What the tabs upstream begin with; `command` starts a server with a model. */
 export interface UpstreamStart { live: boolean; saes: string[]; command: string; corpus: string; sets: { name: string; tokens: number[] }[] }
 
@@ -286,7 +311,7 @@ export interface Listing {
 }
 
 export interface View {
-  page: "table" | "card" | "dashboard" | "label" | "families" | "family" | "heads" | "head";
+  page: "table" | "card" | "dashboard" | "label" | "families" | "family" | "heads" | "head" | "prompt";
   /** Of a family or a head. */
   name: string;
   /** A family page: threshold of the rule (empty: its own), its head, what rows are sorted by, which are shown, what is searched. */
@@ -312,6 +337,10 @@ export interface View {
   x: string; y: string; lx: string; ly: string;
   /** The labelling queue: its sample, the feature (of the sample, or alone), the annotator, and "1" where blind. */
   s: string; n: string; who: string; blind: string;
+  /** The prompt explorer: the prompt as text, packed, or a block of the corpus up to a position; the token and the feature,
+   * the token whose logit is looked at, ablations, open nodes of recursive DFA, "1.3,12,4": why head 1.3 attends from 12 to 4. */
+  prompt: string; packed: string; block: string; upto: string; token: string; feature: string; target: string; edits: string; tree: string; scores: string;
+  pairs: string; paint: string;
   list: Listing;
 }
 

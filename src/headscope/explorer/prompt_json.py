@@ -1,0 +1,102 @@
+"""The records of a prompt as JSON for the prompt explorer; static/types.d.ts has their fields."""
+
+import numpy as np
+
+from headscope.explorer.answers import Json
+from headscope.explorer.numbers import short, significant
+from headscope.studies.prompt_records import ActiveFeatures, NextTokens, PromptDFA, PromptRun
+
+DIGITS = 7
+MOST_ACTIVE = 64
+"""Features of one token that are named: the most active ones."""
+MOST_SOURCES = 10
+
+
+def run_json(found: PromptRun, folder: str) -> Json:
+    """The whole prompt: columns of active features, `shown` of each token, and the losses."""
+    starts = np.searchsorted(found.position, np.arange(len(found.tokens)))
+    shown = np.arange(len(found.position)) - starts[found.position] < MOST_ACTIVE
+    active = found.activation > 0
+    n = len(found.tokens)
+    return {
+        "tokens": found.tokens.tolist(),
+        "ablations": [ablation.name for ablation in found.ablations],
+        "active": np.bincount(found.position[active], minlength=n).tolist(),
+        "shown": np.bincount(found.position[shown], minlength=n).tolist(),
+        "latent": found.latent[shown].tolist(),
+        "activation": significant(found.activation[shown], DIGITS),
+        "ablated": significant(found.ablated[shown], DIGITS) if found.ablations else None,
+        "loss": significant(found.loss, DIGITS),
+        "ablated_loss": significant(found.ablated_loss, DIGITS) if found.ablations else None,
+        "python": _python(folder, found),
+    }
+
+
+def features_json(found: ActiveFeatures) -> Json:
+    """The features of one token, by column."""
+    return {
+        "query": found.query,
+        "latent": found.latent.tolist(),
+        "activation": significant(found.activation, DIGITS),
+        "by_head": significant(found.by_head, DIGITS),
+        "source": found.source.tolist(),
+        "source_dfa": significant(found.source_dfa, DIGITS),
+        "target": found.target,
+        "effect": significant(found.effect, DIGITS),
+    }
+
+
+def next_json(found: NextTokens) -> Json:
+    """What is predicted after one token, by column."""
+    return {
+        "query": found.query,
+        "actual": found.actual,
+        "token": found.token.tolist(),
+        "probability": significant(found.probability, DIGITS),
+        "logit": significant(found.logit, DIGITS),
+        "rank": found.rank.tolist(),
+        "ablated_probability": significant(found.ablated_probability, DIGITS),
+        "ablated_logit": significant(found.ablated_logit, DIGITS),
+        "ablated_rank": found.ablated_rank.tolist(),
+        "divergence": short(found.divergence, DIGITS),
+    }
+
+
+def dfa_json(found: PromptDFA) -> Json:
+    """A feature at one token: its largest sources head by head, all others as one; `Example` in static/types.d.ts."""
+    by_source, pattern = found.by_source.T, found.pattern.T
+    order = np.argsort(-np.abs(by_source).max(1), kind="stable")
+    largest, others = order[:MOST_SOURCES], order[MOST_SOURCES:]
+    return {
+        "latent": found.latent,
+        "dst": found.query,
+        "activation": short(found.activation, DIGITS),
+        "pre": short(found.pre, DIGITS),
+        "bias": short(found.bias, DIGITS),
+        "residual": short(found.residual, 2),
+        "heads": significant(by_source.sum(0), DIGITS),
+        "sources": [
+            {
+                "pos": int(position),
+                "dfa": short(float(by_source[position].sum()), DIGITS),
+                "heads": significant(by_source[position], DIGITS),
+                "attention": significant(pattern[position], DIGITS),
+            }
+            for position in largest
+        ],
+        "rest": significant(by_source[others].sum(0), DIGITS),
+        "n_rest": len(others),
+    }
+
+
+def _python(folder: str, found: PromptRun) -> str:
+    """The calls that make these numbers again."""
+    return (
+        "from headscope import jobs\n"
+        "from headscope.studies.prompt import Prompts\n"
+        "from headscope.studies.prompt_records import parse_ablations\n\n"
+        f"prompts = Prompts(jobs.live({folder!r}))\n"
+        f"tokens = {found.tokens.tolist()}\n"
+        f"ablations = parse_ablations({[ablation.name for ablation in found.ablations]!r})\n"
+        "prompts.run(tokens, ablations), prompts.next_tokens(tokens, len(tokens) - 1, ablations)"
+    )

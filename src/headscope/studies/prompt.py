@@ -1,0 +1,352 @@
+"""A prompt taken under the glass: its active features, their DFA, and what ablating features and heads changes there.
+
+Ablations are made together, in the order of the model: at each layer heads first, then the features of what is left of
+z. Features at one token are all read before any of them is taken out, so that
+
+    z' = z - sum over ablated j of  f_j(z) W_dec[j]
+
+with z as the ablated heads leave it. The model is run twice, with and without them.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope.attribution import HeadWeights, dfa_of_sequence
+from headscope.errors import StudyError
+from headscope.index.live import LiveIndex
+from headscope.interventions import at, constant, reconstruction
+from headscope.models.attention import Attention
+from headscope.models.hf import Edit, SiteEdit
+from headscope.site import Site
+from headscope.studies.active import Text, drawn
+from headscope.studies.corruptions import prompt
+from headscope.studies.prompt_records import (
+    Ablation,
+    ActiveFeatures,
+    By,
+    FeatureAblation,
+    HeadAblation,
+    NextTokens,
+    PromptDFA,
+    PromptRun,
+)
+from headscope.studies.replacement import batches, tokens_of
+
+MEAN_BLOCKS = 64
+"""Blocks of the corpus, drawn evenly, over whose text tokens a head's mean z is taken."""
+MOST_LISTED = 64
+"""Features listed of one token: the most active ones."""
+_KEPT = 4  # prompts
+_LIKELIEST = 12  # of each of the two runs
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A prompt read by the model as it is."""
+
+    tokens: Int[Tensor, " position"]
+    attention: Attention
+    f: Float[Tensor, "position d_sae"]
+
+
+class Prompts:
+    """Prompts for the model of an index: any thread may ask, one run is made at a time."""
+
+    def __init__(self, live: LiveIndex, *, lock: AbstractContextManager | None = None) -> None:
+        """Ask a model.
+
+        Args:
+            live: the index with its model and its SAE of z.
+            lock: held while the model runs, where others run it too.
+        """
+        self.live, self.model, self.sae = live, live.model, live.sae
+        self._layer = live.sae.site.layer
+        self._weights = HeadWeights.of(live.sae, live.model)
+        self._lock = lock or Lock()
+        self._reads: OrderedDict[tuple[int, ...], _Read] = OrderedDict()
+        self._means: dict[int, Tensor] | None = None
+
+    @property
+    def bos(self) -> int:
+        """The token that stands in front of every prompt."""
+        return self.model.bos
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Layers, and heads of each."""
+        return self.model.spec.n_layers, self.model.spec.n_heads
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest prompt, BOS included."""
+        return self.model.spec.context
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text, BOS in front; the spelling of a special token is text.
+
+        Raises:
+            CorpusError: no text, or too much of it.
+        """
+        return tuple(prompt(self.model, text).tolist())
+
+    def run(self, tokens: Sequence[int], ablations: Sequence[Ablation] = ()) -> PromptRun:
+        """Where features are active and what each next token costs, with and without ablations.
+
+        Args:
+            tokens: the prompt, BOS included.
+            ablations: made all at once.
+
+        Raises:
+            CorpusError: no tokens, unknown ones, or too many.
+            StudyError: an ablation of a feature, head or token that there is not.
+        """
+        with self._lock, torch.no_grad():
+            read = self._read(tokens)
+            chosen = self._checked(ablations, len(read.tokens))
+            loss = self._losses(read.tokens)
+            f, ablated_loss = read.f, loss
+            if chosen:
+                if any(isinstance(a, HeadAblation) for a in chosen):
+                    with self._ablated(chosen, len(read.tokens), features=False):
+                        f = self.sae.encode(self.model.read(read.tokens[None], [self.sae.site])[self.sae.site][0])
+                f = f.masked_fill(self._mask(chosen, len(f)), 0)
+                with self._ablated(chosen, len(read.tokens)):
+                    ablated_loss = self._losses(read.tokens)
+            position, latent = (torch.maximum(read.f, f) > 0).nonzero(as_tuple=True)
+            largest = torch.maximum(read.f, f)[position, latent]
+        order = np.lexsort((-_numpy(largest), position.cpu().numpy()))
+        return PromptRun(
+            tokens=_numpy(read.tokens),
+            ablations=tuple(chosen),
+            position=position.cpu().numpy()[order],
+            latent=latent.cpu().numpy()[order],
+            activation=_numpy(read.f[position, latent])[order],
+            ablated=_numpy(f[position, latent])[order],
+            loss=_numpy(loss),
+            ablated_loss=_numpy(ablated_loss),
+        )
+
+    def features(self, tokens: Sequence[int], query: int, target: int | None = None) -> ActiveFeatures:
+        """The features of the model as it is at one token: who makes each, and what it does to one logit.
+
+        Args:
+            tokens: the prompt, BOS included.
+            query: the token.
+            target: the token whose logit; the one that comes next when None, at the end the likeliest.
+
+        Raises:
+            CorpusError: no tokens, unknown ones, or too many.
+            StudyError: no such position or target.
+        """
+        with self._lock, torch.no_grad():
+            read = self._read(tokens)
+            n = len(read.tokens)
+            _check("position", query, n)
+            active = read.f[query].nonzero()[:, 0]
+            latents = active[read.f[query, active].argsort(descending=True, stable=True)][:MOST_LISTED]
+            if target is None:
+                target = self._target(read.tokens, query)
+            _check("token", target, self.model.spec.d_vocab)
+            dfa = self._dfa(read, query, latents)
+            by_source = dfa.sum(0)  # [feature, source]
+            source = by_source.abs().argmax(1)
+            return ActiveFeatures(
+                query=query,
+                latent=latents.cpu().numpy(),
+                activation=_numpy(read.f[query, latents]),
+                by_head=_numpy(dfa.sum(2).T),
+                source=source.cpu().numpy(),
+                source_dfa=_numpy(by_source.gather(1, source[:, None])[:, 0]),
+                target=target,
+                effect=_numpy(self._effect(read, query, latents, target)),
+            )
+
+    def next_tokens(self, tokens: Sequence[int], query: int, ablations: Sequence[Ablation] = ()) -> NextTokens:
+        """What the model predicts after one token, with and without ablations.
+
+        Raises:
+            CorpusError: no tokens, unknown ones, or too many.
+            StudyError: no such position, or an ablation of a feature, head or token that there is not.
+        """
+        with self._lock, torch.no_grad():
+            known = prompt(self.model, tokens)
+            n = len(known)
+            _check("position", query, n)
+            chosen = self._checked(ablations, n)
+            seen = [a for a in chosen if a.position is None or a.position <= query]
+            clean = self._logits(known[: query + 1])
+            with self._ablated(seen, query + 1):
+                after = self._logits(known[: query + 1]) if seen else clean
+        actual = None if query + 1 == n else int(known[query + 1])
+        log_p, log_q = clean.log_softmax(0), after.log_softmax(0)
+        likeliest = torch.cat([logits.topk(min(_LIKELIEST, len(logits))).indices for logits in (clean, after)])
+        wanted = torch.tensor([] if actual is None else [actual], dtype=torch.int64, device=clean.device)
+        token = torch.cat([likeliest, wanted]).unique()
+        token = token[clean[token].argsort(descending=True, stable=True)]
+        return NextTokens(
+            query=query,
+            actual=actual,
+            token=token.cpu().numpy(),
+            probability=_numpy(log_p.exp()[token]),
+            logit=_numpy(clean[token]),
+            rank=_rank(clean, token),
+            ablated_probability=_numpy(log_q.exp()[token]),
+            ablated_logit=_numpy(after[token]),
+            ablated_rank=_rank(after, token),
+            divergence=max(0.0, (log_p.exp() * (log_p - log_q)).sum().item()),
+        )
+
+    def dfa(self, tokens: Sequence[int], latent: int, query: int) -> PromptDFA:
+        """The pre-activation of a feature at one token, active there or not, by head and source.
+
+        Raises:
+            CorpusError: no tokens, unknown ones, or too many.
+            StudyError: no such feature or position.
+        """
+        with self._lock, torch.no_grad():
+            read = self._read(tokens)
+            _check("position", query, len(read.tokens))
+            _check("feature", latent, self.sae.d_sae)
+            chosen = torch.tensor([latent], device=read.tokens.device)
+            by_source = self._dfa(read, query, chosen)[:, 0]
+            pre = self.sae.pre_activations(read.attention.z[0, query])[latent].item()
+            bias = self._weights.bias[latent].item()
+            return PromptDFA(
+                latent=latent,
+                query=query,
+                activation=read.f[query, latent].item(),
+                pre=pre,
+                bias=bias,
+                residual=pre - by_source.double().sum().item() - bias,
+                by_source=_numpy(by_source),
+                pattern=_numpy(read.attention.pattern[0, :, query, : query + 1]),
+            )
+
+    def mean(self, layer: int) -> tuple[Float[Tensor, "head d_head"], int]:
+        """The mean z of each head of a layer over text tokens of `MEAN_BLOCKS` blocks of the corpus, and their number.
+
+        Raises:
+            StudyError: no such layer, or no text in these blocks.
+        """
+        _check("layer", layer, self.model.spec.n_layers)
+        with self._lock:
+            return self._mean(layer)
+
+    # ----------------------------------------------------------------------------------------------------------- steps
+    def _read(self, tokens: Sequence[int]) -> _Read:
+        key = tuple(int(token) for token in tokens)
+        if key not in self._reads:
+            known = prompt(self.model, key)
+            attention = self.model.attention(known[None], self._layer)
+            self._reads[key] = _Read(known, attention, self.sae.encode(attention.z[0]))
+        self._reads.move_to_end(key)
+        while len(self._reads) > _KEPT:
+            self._reads.popitem(last=False)
+        return self._reads[key]
+
+    def _losses(self, tokens: Int[Tensor, " position"]) -> Float[Tensor, " predicting"]:
+        return self.model.losses(tokens[None])[0]
+
+    def _logits(self, tokens: Int[Tensor, " position"]) -> Float[Tensor, " d_vocab"]:
+        """At the last token."""
+        return self.model.logits(tokens[None])[0, -1].double()
+
+    def _target(self, tokens: Int[Tensor, " position"], query: int) -> int:
+        return int(tokens[query + 1] if query + 1 < len(tokens) else self._logits(tokens).argmax())
+
+    def _dfa(self, read: _Read, query: int, latents: Int[Tensor, " n"]) -> Float[Tensor, "head n source"]:
+        upto = query + 1
+        pattern = read.attention.pattern[0, :, query, None, :upto].expand(-1, len(latents), -1)
+        return dfa_of_sequence(self._weights, read.attention.value[0, :upto], pattern, latents)
+
+    def _effect(self, read: _Read, query: int, latents: Int[Tensor, " n"], target: int) -> Float[Tensor, " n"]:
+        last = Site("resid_post", self.model.spec.n_layers - 1)
+        residual = self.model.read(read.tokens[None, : query + 1], [last])[last][0, -1:]
+        written = self.sae.W_dec[latents] @ self.model.W_O(self._layer)
+        directions, (_, scale) = self.model.final_parts(written)[0], self.model.final_parts(residual)
+        return read.f[query, latents] * (directions @ self.model.logit_directions[:, target]) / scale[0, 0]
+
+    # ------------------------------------------------------------------------------------------------------- ablations
+    def _checked(self, ablations: Sequence[Ablation], n: int) -> list[Ablation]:
+        """Raise StudyError unless all of them can be made in a prompt of n tokens."""
+        for ablation in ablations:
+            match ablation:
+                case FeatureAblation(latent):
+                    _check("feature", latent, self.sae.d_sae)
+                case HeadAblation(layer, head):
+                    _check("layer", layer, self.model.spec.n_layers)
+                    _check("head", head, self.model.spec.n_heads)
+            if ablation.position is not None:
+                _check("position", ablation.position, n)
+        return list(ablations)
+
+    @contextmanager
+    def _ablated(self, ablations: Sequence[Ablation], n: int, *, features: bool = True) -> Iterator[None]:
+        """Within the block, runs on n tokens have the ablations made; those of features if asked for."""
+        edits: list[tuple[Site, Edit | SiteEdit]] = []  # all made before any holds: a mean is of the model as it is
+        for a in ablations:
+            if isinstance(a, HeadAblation):
+                where = None if a.position is None else [a.position]
+                instead = at(constant(self._instead(a.layer, a.by)), heads=[a.head], positions=where)
+                edits.append((Site("z", a.layer), instead))
+        mask = self._mask(ablations, n)
+        if features and mask.any():
+            removed = reconstruction(self.sae, lambda f: f.masked_fill(mask, 0), with_error=True)
+            edits.append((self.sae.site, removed))
+        with ExitStack() as stack:
+            for site, edit in edits:
+                stack.enter_context(self.model.edit({site: edit}))
+            yield
+
+    def _mask(self, ablations: Sequence[Ablation], n: int) -> Tensor:
+        """Which features are ablated where: `[position, d_sae]`."""
+        mask = torch.zeros(n, self.sae.d_sae, dtype=torch.bool, device=self.model.device)
+        for a in ablations:
+            if isinstance(a, FeatureAblation):
+                mask[slice(None) if a.position is None else a.position, a.latent] = True
+        return mask
+
+    def _instead(self, layer: int, by: By) -> Float[Tensor, " z"]:
+        """What stands in the place of the z of a layer's heads."""
+        return self.model.value_offset(layer) if by == "zero" else self._mean(layer)[0].flatten()
+
+    def _mean(self, layer: int) -> tuple[Tensor, int]:
+        """Of all layers at once, when one is first asked for."""
+        if self._means is None:
+            self._means, self._n_mean = self._means_of_corpus()
+        return self._means[layer].unflatten(0, (self.model.spec.n_heads, -1)), self._n_mean
+
+    def _means_of_corpus(self) -> tuple[dict[int, Tensor], int]:
+        index, text = self.live.index, Text.of(self.live.index)
+        sites = [Site("z", layer) for layer in range(self.model.spec.n_layers)]
+        totals = {site: torch.zeros(self.sae.d_in, dtype=torch.float64, device=self.model.device) for site in sites}
+        n = 0
+        for _, own in batches(drawn(index.n_blocks, MEAN_BLOCKS, (0,)), index.block_size):
+            is_text = torch.from_numpy(text.is_text[own]).to(self.model.device)
+            for site, z in self.model.read(tokens_of(self.live, text, own), sites).items():
+                totals[site] += z.double()[is_text].sum(0)
+            n += int(is_text.sum())
+        if not n:
+            raise StudyError("blocks without text", expected="text to take z of", do="ablate by zero instead")
+        return {site.layer: (total / n).to(self.sae.W_enc) for site, total in totals.items()}, n
+
+
+def _check(what: str, number: int, n: int) -> None:
+    if not 0 <= number < n:
+        raise StudyError(f"{what} {number}", expected=f"0 to {n - 1}", do=f"name another {what}")
+
+
+def _rank(logits: Float[Tensor, " d_vocab"], token: Int[Tensor, " token"]) -> Int[np.ndarray, " token"]:
+    return (logits > logits[token, None]).sum(1).add(1).cpu().numpy()
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    return values.double().cpu().numpy() if values.is_floating_point() else values.cpu().numpy()
