@@ -13,10 +13,10 @@ from headscope.report.numbers import said
 from headscope.report.records import Figure
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
-_WIDTH, _HEIGHT = 560, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 8, 40
+_WIDTH, _HEIGHT = 420, 215
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 8, 8, 40
 _TURNED = 64  # pixels under the axis for labels that stand aslant
-_MOST_LABELS = 9
+_MOST_LABELS = 7
 _MOST_WORDS = 26
 
 
@@ -200,8 +200,8 @@ def _lines(root: Element, figure: Figure, frame: _Frame) -> None:
                 line.set("stroke-dasharray", dash)
         for place, value in enumerate(shown):
             if value is not None:
-                at = {"cx": f"{frame.x(place):.1f}", "cy": f"{frame.y(value):.1f}"}
-                dot = SubElement(root, "circle", r="1.6", fill=colour, **at)
+                at = frame.x(place), frame.y(value)
+                dot = SubElement(root, "circle", cx=f"{at[0]:.1f}", cy=f"{at[1]:.1f}", r="1.6", fill=colour)
                 SubElement(dot, "title").text = _hint(figure, place, name, value)
 
 

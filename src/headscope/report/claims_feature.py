@@ -44,9 +44,8 @@ def _examples(subject: Subject, exemplar: Exemplar) -> Listing:
         block, query = divmod(example.position, size)
         tokens = subject.index.tokens_of(block)
         before, after = tokens[max(1, query - _WINDOW) : query], tokens[query + 1 : query + 3]
-        text = [b"".join(vocabulary[t] for t in part).decode(errors="replace") for part in (before, after)]
-        own = vocabulary[tokens[query]].decode(errors="replace")
-        rows.append((f"{example.activation:.2f}", text[0], own, text[1]))
+        parts = (_written([vocabulary[t] for t in part]) for part in (before, [tokens[query]], after))
+        rows.append((f"{example.activation:.2f}", *parts))
     return Listing(
         "Strongest examples",
         ("activation", "before", "active token", "after"),
@@ -55,6 +54,11 @@ def _examples(subject: Subject, exemplar: Exemplar) -> Listing:
         exemplar.latent,
         exemplar.kind,
     )
+
+
+def _written(tokens: list[bytes]) -> str:
+    """On one line, with the ends of lines visible."""
+    return b"".join(tokens).decode(errors="replace").replace("\n", "\u21b5").replace("\t", "\u2192")
 
 
 # --------------------------------------------------------------------------------------------------------------- logits
@@ -216,7 +220,7 @@ def _upper(study: Specificity) -> Measure:
     """Precision in the upper half of the range of activations."""
     half = study.histogram.edges[:-1] >= study.maximum / 2 if study.maximum else np.zeros(0, bool)
     true, false = (int(counts[half].sum()) for counts in (study.histogram.true, study.histogram.false))
-    definition = f"share of tokens with f >= {study.maximum / 2:.3g} at which the proxy is true; Wilson"
+    definition = "share of tokens with f >= max / 2 at which the proxy is true; Wilson; null: of all active tokens"
     if true + false == 0:
         return Measure(definition, 0, missing="no active tokens")
     found = wilson(true, true + false)

@@ -13,7 +13,7 @@ from headscope.sae.quality import evaluate
 from headscope.stats import Estimate, wilson
 from headscope.studies.survey import DEFINITIONS, Sample, survey
 
-OTHER_MODEL = "the post: gelu-2l layer 1, 16,384 latents, C4 and code"
+OTHER_MODEL = "model, corpus, width of the dictionary"
 _SURVEYED = 50  # the post's first features
 _DENSE = 1e-5
 
