@@ -163,7 +163,9 @@ def _mass(live: LiveIndex) -> HeadMass:
 # ---------------------------------------------------------------------------------------------------------- loss table
 _POST_LOSS = ((0.3644, 0.1125, 0.0371), (0.5282, 0.3041, 0.0195), (0.2648, 0.5074, -0.0024))
 _ORDER = ("first", "second", "third")
-_WHICH = "features outside the induction family with the most DFA of the induction head; the post's are 6693, 4635, 1220"
+_WHICH = (
+    "features outside the induction family with the most DFA of the induction head; the post's are 6693, 4635, 1220"
+)
 
 
 def _loss_rows() -> Rows:
@@ -329,7 +331,9 @@ def _polysemanticity(subject: Subject) -> Filled:
     try:
         family = post_family(subject)
     except StudyError as error:
-        return claims | {name: _POLYSEMANTIC[name].without(str(error)) for name in _POLYSEMANTIC if name != "single"}, ()
+        return claims | {
+            name: _POLYSEMANTIC[name].without(str(error)) for name in _POLYSEMANTIC if name != "single"
+        }, ()
     head, mass = family.head, _mass(subject.live)
     inside = is_member(composite(subject), index.n_latents)
     inside[family.members] = True
@@ -358,7 +362,9 @@ def _shares(total: Float[np.ndarray, "latent head"], inside: Bool[np.ndarray, " 
         return np.nan_to_num(total[inside].sum(0) / total.sum(0))
 
 
-def _resampled(values: Float[np.ndarray, "unit latent head"], inside: Bool[np.ndarray, " latent"], head: int) -> Measure:
+def _resampled(
+    values: Float[np.ndarray, "unit latent head"], inside: Bool[np.ndarray, " latent"], head: int
+) -> Measure:
     """A share of the head's mass, groups of documents resampled."""
     own, whole = values[:, inside, head].sum(1), values[:, :, head].sum(1)
     n = int((values[:, :, head].sum(0) > 0).sum())

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from headscope.report.ablated import mean_replacement
 from headscope.report.model_heads import LEAST, N_SHUFFLED, ModelHeads, model_heads
-from headscope.report.records import Figure, Finding, Study
+from headscope.report.records import Claim, Figure, Finding, Study
 from headscope.report.rows import Filled, Row, fill, share_that
 from headscope.report.subject import Subject
 from headscope.stats import Estimate, Measure, wilson
 from headscope.studies.heads import DEFINITIONS, ScoreName, prefix_curves
 from headscope.studies.superposition import Concentration, concentration, redundancy, source_agreement
-from headscope.report.ablated import mean_replacement
 
 _ONE, _MANY = 0.9, 2.0
 _AGREEMENT_PLACES = 2
@@ -109,9 +109,7 @@ _SCORES = {
     "copy_loss": Row(
         "M22", "loss on the second copy of random tokens", "mean nats a token, from its second token on", unit="nats"
     ),
-    "duplicate": Row(
-        "M22", "duplicate-token score of the best head of the layer", DEFINITIONS["duplicate_token"]
-    ),
+    "duplicate": Row("M22", "duplicate-token score of the best head of the layer", DEFINITIONS["duplicate_token"]),
     "previous": Row(
         "M23",
         "previous-token score of the best head before the layer",
@@ -148,19 +146,18 @@ def _scores(subject: Subject) -> Filled:
     heads, layer = model_heads(subject), subject.sae.site.layer
     n, own = heads.scores.n_sequences, heads.scores.induction[layer]
     order = own.argsort(descending=True).tolist()
+    duplicate = int(heads.scores.duplicate_token[layer].argmax())
     claims = {
-        "induction": _score(heads, "induction", layer, order[0]),
+        "induction": _score("induction", heads, "induction", layer, order[0]),
         "n_induction": _SCORES["n_induction"].of(int((heads.holds("induction")[layer] > 0).sum()), n=len(own)),
         "copy_loss": _SCORES["copy_loss"].of(heads.scores.copy_loss, n=n),
-        "duplicate": _score(
-            heads, "duplicate_token", layer, int(heads.scores.duplicate_token[layer].argmax()), row="duplicate"
-        ),
+        "duplicate": _score("duplicate", heads, "duplicate_token", layer, duplicate),
     }
     if len(order) > 1:
-        claims["second"] = _score(heads, "induction", layer, order[1], row="second")
+        claims["second"] = _score("second", heads, "induction", layer, order[1])
     if layer:
-        found, width = int(heads.scores.previous_token[:layer].argmax()), len(own)
-        claims["previous"] = _score(heads, "previous_token", found // width, found % width, row="previous")
+        before, head = divmod(int(heads.scores.previous_token[:layer].argmax()), len(own))
+        claims["previous"] = _score("previous", heads, "previous_token", before, head)
         held = heads.holds("previous_token")[:layer]
         claims["n_previous"] = _SCORES["n_previous"].of(int((held > 0).sum()), n=held.numel())
     else:
@@ -170,22 +167,20 @@ def _scores(subject: Subject) -> Filled:
     return claims | curves, (_of_scores(heads), *figure)
 
 
-def _score(heads: ModelHeads, name: ScoreName, layer: int, head: int, row: str | None = None):  # noqa: ANN202 - a Claim
+def _score(row: str, heads: ModelHeads, name: ScoreName, layer: int, head: int) -> Claim:
     found = getattr(heads.scores, name)[layer, head]
     low, high = heads.scores.intervals[name][:, layer, head].tolist()
     estimate = Estimate(float(found), low, high)
     chance = f"a head that attends evenly has {heads.scores.even[name]:.2g}"
     note = f"head {layer}.{head}, sequences [BOS, r, r] of {heads.scores.n} random tokens each; {_CHANCE}; {chance}"
-    claim = _SCORES[row or name].of(estimate, n=heads.scores.n_sequences, note=note)
+    claim = _SCORES[row].of(estimate, n=heads.scores.n_sequences, note=note)
     return replace(claim, null=max(heads.chance[name]))
 
 
 def _of_scores(heads: ModelHeads) -> Figure:
     n_layers, n_heads = heads.scores.induction.shape
     labels = tuple(f"{layer}.{head}" for layer in range(n_layers) for head in range(n_heads))
-    series = {
-        name.replace("_", " "): tuple(getattr(heads.scores, name).reshape(-1).tolist()) for name in DEFINITIONS
-    }
+    series = {name.replace("_", " "): tuple(getattr(heads.scores, name).reshape(-1).tolist()) for name in DEFINITIONS}
     return Figure(
         "Head scores on repeated random tokens",
         "grouped",
@@ -197,7 +192,7 @@ def _of_scores(heads: ModelHeads) -> Figure:
     )
 
 
-def _prefixes(subject: Subject, head: int) -> tuple[dict, tuple[Figure, ...]]:
+def _prefixes(subject: Subject, head: int) -> tuple[dict[str, Claim], tuple[Figure, ...]]:
     model, layer = subject.model, subject.sae.site.layer
     length = min(128, model.spec.context, model.spec.d_vocab)
     longest = min(9, (length - 3) // 2)
@@ -241,7 +236,7 @@ _SUPERPOSED = {
     "divergence": Row(
         "4.8",
         "how far apart the sources of the heads of one feature are",
-        "mean Jensen-Shannon divergence in bits of |C[h, s]| over sources, pairs of its heads: 0 the same, 1 none shared",
+        "mean Jensen-Shannon divergence in bits of |C[h, s]| over sources between two of its heads: 0 alike, 1 apart",
         post="1.3 and 1.7 do similar, not identical things",
         unit="",
     ),

@@ -1,4 +1,4 @@
-"""Which heads of the model are induction and previous-token heads, held against the same model with shuffled weights."""
+"""Which heads of the model are induction and previous-token heads, held against models with shuffled weights."""
 
 import copy
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ class ModelHeads:
 
 
 def shuffled_weights(model: Model, seed: int) -> Model:
-    """The model with the numbers of each of its weights in another order, drawn at random: as large, without meaning."""
+    """The model with the numbers of each of its weights in another order: as large, without meaning."""
     module = copy.deepcopy(model.module)
     generator = torch.Generator().manual_seed(seed)
     for parameter in dict.fromkeys(module.parameters()):  # tied weights once

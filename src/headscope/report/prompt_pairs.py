@@ -6,14 +6,15 @@ token. Those that the feature does not survive, and those whose corruption it do
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from jaxtyping import Int
 
 from headscope.errors import HeadscopeError, StudyError
-from headscope.report.records import Exemplar
-from headscope.report.subject import Subject
+from headscope.index.live import LiveIndex
+from headscope.report.records import Exemplar, Settings
 from headscope.studies.active import Text
 from headscope.studies.corruptions import FeatureMetric, PromptPair, pair, replace_tokens
 
@@ -46,24 +47,27 @@ class Pairs:
     """Whether as many other tokens replaced did."""
 
 
-def pairs_of(subject: Subject, exemplar: Exemplar) -> Pairs:
+@lru_cache(maxsize=3)
+def pairs_of(live: LiveIndex, settings: Settings, exemplar: Exemplar) -> Pairs:
     """Cut prompts out of the corpus, and corrupt them: for induction the earlier A's, else the source tokens.
+
+    Done once for all studies of an exemplar.
 
     Raises:
         StudyError: the feature survives every corruption, or nowhere has what is to be replaced before it.
     """
-    metric = FeatureMetric(subject.model, subject.sae, exemplar.latent)
-    text = Text.of(subject.index)
+    metric = FeatureMetric(live.model, live.sae, exemplar.latent)
+    text = Text.of(live.index)
     pool = text.tokens[text.is_text]
-    wanted, tried = subject.settings.prompts, 0
+    wanted, tried = settings.prompts, 0
     found: list[CorpusPair] = []
     died, control = [], []
-    for candidate in _candidates(subject, exemplar, text):
+    for candidate in _candidates(live, settings.seed, exemplar, text):
         if tried == _TRIED * wanted or len(found) == wanted:
             break
         tried += 1
-        rng = np.random.default_rng((subject.settings.seed, exemplar.latent, candidate.position))
-        clean = torch.from_numpy(candidate.tokens).to(subject.model.device)
+        rng = np.random.default_rng((settings.seed, exemplar.latent, candidate.position))
+        clean = torch.from_numpy(candidate.tokens).to(live.model.device)
         if metric.read(clean, -1).activation <= 0:  # fires with more context only
             continue
         others = candidate.others()
@@ -103,12 +107,12 @@ class _Candidate:
         return every[~np.isin(every, self.replaced) & ~np.isin(every, self.sources)]
 
 
-def _candidates(subject: Subject, exemplar: Exemplar, text: Text) -> Iterator[_Candidate]:
+def _candidates(live: LiveIndex, seed: int, exemplar: Exemplar, text: Text) -> Iterator[_Candidate]:
     """Active tokens with what is to be replaced before them, one of each document in turn, drawn at random."""
-    index, size = subject.index, subject.index.block_size
-    position = index.activations(exemplar.latent).position
+    size = live.index.block_size
+    position = live.index.activations(exemplar.latent).position
     position = position[text.is_text.reshape(-1)[position]]
-    rng = np.random.default_rng((subject.settings.seed, exemplar.latent))
+    rng = np.random.default_rng((seed, exemplar.latent))
     position = rng.permutation(position)
     document = text.document.reshape(-1)[position]
     turn = np.zeros(len(position), dtype=np.int64)
@@ -118,7 +122,7 @@ def _candidates(subject: Subject, exemplar: Exemplar, text: Text) -> Iterator[_C
     for at in position[np.argsort(turn, kind="stable")].tolist():
         block, query = divmod(at, size)
         row, is_text = text.tokens[block].astype(np.int64), text.is_text[block]
-        candidate = _cut(exemplar, row, is_text, query, subject.model.bos)
+        candidate = _cut(exemplar, row, is_text, query, live.model.bos)
         if candidate is not None:
             tokens, replaced, sources = candidate
             yield _Candidate(at, int(text.document[block, query]), tokens, replaced, sources)
@@ -128,22 +132,18 @@ def _cut(
     exemplar: Exemplar, row: np.ndarray, is_text: np.ndarray, query: int, bos: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """The prompt, what is replaced in it, and its sources; None where nothing is to be replaced."""
-    low = max(0, query - _LONGEST + 2)
-    before = np.arange(low, query)
-    before = before[is_text[before]]
+    special = np.flatnonzero(~is_text[:query])
+    first = max(query - _LONGEST + 2, int(special[-1]) + 1 if len(special) else 0)  # of the same document
+    before = np.arange(first, query)
     if exemplar.kind == "induction":
+        before = before[:-1]  # of an A just before the query, B would be the query
         replaced = before[(row[before] == row[query]) & (row[before + 1] == exemplar.token)]
-        replaced = replaced[is_text[replaced + 1] & (replaced + 1 < query)]
         sources = replaced + 1
     else:
-        replaced = sources = np.arange(low, query + 1)[
-            np.isin(row[low : query + 1], exemplar.sources) & is_text[low : query + 1]
-        ]
-        replaced = sources = replaced[replaced < query]
+        replaced = sources = before[np.isin(row[before], exemplar.sources)]
     if not len(replaced):
         return None
-    start = max(low, int(replaced[0]) - _BEFORE)
-    start = max(start, int(np.flatnonzero(~is_text[: replaced[0]])[-1]) + 1 if (~is_text[: replaced[0]]).any() else 0)
+    start = max(first, int(replaced[0]) - _BEFORE)
     tokens = np.concatenate([[bos], row[start : query + 1]])
     return tokens, replaced - start + 1, sources - start + 1
 

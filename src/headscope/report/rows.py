@@ -44,9 +44,7 @@ class Row:
 
     def _claim(self, note: str, *, missing: str) -> Claim:
         definition = f"{self.definition}; {note}" if note else self.definition
-        return Claim(
-            self.id, self.claim, definition, self.post, differs=self.differs, unit=self.unit, missing=missing
-        )
+        return Claim(self.id, self.claim, definition, self.post, differs=self.differs, unit=self.unit, missing=missing)
 
 
 Rows = Mapping[str, Row]
