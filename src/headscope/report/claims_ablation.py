@@ -67,8 +67,8 @@ _OFF = {
     ),
     "any head": Row(
         "M29",
-        "induction features of the composite rule turned off by ablating the head that brings most of each: most tokens",
-        f"features of the composite rule, {_RULES['most tokens']}, {_MEAN}",
+        "induction features of the composite rule turned off by ablating the main head of each: most tokens",
+        f"by the head with most DFA from earlier B's; {_RULES['most tokens']}, {_MEAN}",
         differs="needs no induction head to be named",
     ),
     "others": Row(
@@ -163,9 +163,7 @@ def _mass(live: LiveIndex) -> HeadMass:
 # ---------------------------------------------------------------------------------------------------------- loss table
 _POST_LOSS = ((0.3644, 0.1125, 0.0371), (0.5282, 0.3041, 0.0195), (0.2648, 0.5074, -0.0024))
 _ORDER = ("first", "second", "third")
-_WHICH = (
-    "features outside the induction family with the most DFA of the induction head; the post's are 6693, 4635, 1220"
-)
+_WHICH = "other features: outside the family, most DFA of the head; the post's are 6693, 4635, 1220"
 
 
 def _loss_rows() -> Rows:
@@ -331,9 +329,7 @@ def _polysemanticity(subject: Subject) -> Filled:
     try:
         family = post_family(subject)
     except StudyError as error:
-        return claims | {
-            name: _POLYSEMANTIC[name].without(str(error)) for name in _POLYSEMANTIC if name != "single"
-        }, ()
+        return claims | {name: row.without(str(error)) for name, row in _POLYSEMANTIC.items() if name != "single"}, ()
     head, mass = family.head, _mass(subject.live)
     inside = is_member(composite(subject), index.n_latents)
     inside[family.members] = True

@@ -1,4 +1,4 @@
-"""Claims on the heads themselves: on how few of them features rest, and which are induction and previous-token heads."""
+"""Claims on the heads themselves: on how few features rest, and which are induction and previous-token heads."""
 
 from dataclasses import replace
 

@@ -69,7 +69,7 @@ def _shown(subject: Subject, pair: CorpusPair) -> Listing:
         "A prompt of the corpus and its corruption",
         ("position", "clean", "corrupted", "role"),
         rows,
-        f"the feature is {on.activation:.3g} at the last token of the clean prompt and {off.activation:.3g} in the other "
+        f"the feature at the last token: {on.activation:.3g} in the clean prompt, {off.activation:.3g} in the other "
         f"(pre-activations {on.pre:.3g} and {off.pre:.3g})",
     )
 
@@ -80,7 +80,7 @@ _HEADS = {
     "survival": Row(
         "M24",
         "prompts in which replacing the first A turns the feature off",
-        "prompts of the corpus A B ... A, cut to at most 64 tokens, earlier A's before B replaced by tokens of the text",
+        "prompts of the corpus A B ... A, at most 64 tokens, A's before earlier B's replaced by tokens of the text",
         post="one prompt, mother|board to chalk|board",
         differs="many prompts, not one picked by hand",
     ),
@@ -100,7 +100,7 @@ _HEADS = {
     "rank": Row(
         "M24",
         "prompts in which the best previous-token head matters most of all earlier heads",
-        "prompts in which its loss by noising at B is the largest, by the pre-activation; null: one of the earlier heads",
+        "its loss by noising at B is the largest, by the pre-activation; null: one of the earlier heads",
     ),
     "all": Row(
         "M24",
@@ -234,6 +234,9 @@ _COMPONENTS = {
 }
 
 
+_ELSEWHERE = ("loss elsewhere", "gain elsewhere", "and elsewhere", "joint")
+
+
 def components(subject: Subject) -> tuple[Finding, ...]:
     """M25: attn_out and mlp_out of the layer below, at all positions and one by one, and AND or OR."""
     return fill_each(subject, _CONTEXT, _COMPONENTS, partial(_components, subject))
@@ -282,10 +285,7 @@ def _elsewhere(pairs: Pairs, below: int) -> dict[str, Claim]:
         documents.append(pair.document)
     if not losses:
         reason = "no prompt has another position between its source tokens and the feature"
-        return {
-            name: _COMPONENTS[name].without(reason)
-            for name in ("loss elsewhere", "gain elsewhere", "and elsewhere", "joint")
-        }
+        return {name: _COMPONENTS[name].without(reason) for name in _ELSEWHERE}
     note = "the position of the largest loss in each prompt"
     return {
         "loss elsewhere": _COMPONENTS["loss elsewhere"].of(mean_by(documents, np.array(losses), null=0.0), note=note),
@@ -387,7 +387,7 @@ def _features(subject: Subject, exemplar: Exemplar) -> Filled:
         claims["few"] = _FEATURES["few"].of(float(np.median(few)), n=len(few), note=told)
     else:
         claims["few"] = _FEATURES["few"].without("in no prompt do 32 features have 90 % of the effect of all")
-    return claims, (_features_listed(subject, exemplar, known),)
+    return claims, (_features_listed(exemplar, known),)
 
 
 def _top(row: str, direction: Direction, best: int, known: Sequence[tuple[CorpusPair, FeaturePatching]]) -> Claim:
@@ -403,9 +403,7 @@ def _top(row: str, direction: Direction, best: int, known: Sequence[tuple[Corpus
     return _FEATURES[row].of(measured, note=f"feature {best}")
 
 
-def _features_listed(
-    subject: Subject, exemplar: Exemplar, known: Sequence[tuple[CorpusPair, FeaturePatching]]
-) -> Listing:
+def _features_listed(exemplar: Exemplar, known: Sequence[tuple[CorpusPair, FeaturePatching]]) -> Listing:
     effects: dict[int, list[tuple[float, float]]] = {}
     for _, each in known:
         for i, latent in enumerate(each.latents[:_SHOWN].tolist()):
@@ -432,9 +430,7 @@ def _features_listed(
 
 
 STUDIES = (
-    Study(
-        "head_patching", ("M24",), "whether a previous-token head is needed for the induction feature", head_patching
-    ),
+    Study("head_patching", ("M24",), "whether a previous-token head is needed for induction", head_patching),
     Study("components", ("M25",), "which component of the layer below a context feature is computed from", components),
     Study("upstream_features", ("M26",), "which upstream SAE features a context feature is computed from", features),
 )

@@ -1,6 +1,7 @@
 """Claims on what computes an exemplar: heads, source tokens, attention, the static table, and the stream before."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -118,9 +119,7 @@ _SOURCES = {
             f"share of variance of the top head from the feature's source tokens, activation above {threshold:.0%} "
             "of its maximum",
             f"C[h, s]^2, {_INSIDE}; {_DIRECTIONS}",
-            post="induction: the majority, over 0.999 at an activation of 5; others: the majority"
-            if threshold
-            else None,
+            post="induction: over 0.999 at an activation of 5; others: the majority" if threshold else None,
         )
         for threshold in _THRESHOLDS
     },
@@ -215,20 +214,11 @@ def _sources(subject: Subject, exemplar: Exemplar) -> Filled:
     for row in ("summed", "separate", "linear", "bos", "frequency"):
         claims[row] = _SOURCES[row].of(getattr(every, row))
     attention = heads[ranked[0]].attention
-    null = attention.inactive.value
-    seen = attention.visible
-    expected = None if null is None else Estimate(null, null, null)
-    claims["attention"] = _SOURCES["attention"].of(_beside(seen, expected), note=note)
+    claims["attention"] = replace(_SOURCES["attention"].of(attention.visible, note=note), null=attention.inactive.value)
     claims["all attention"] = _SOURCES["all attention"].of(attention.active, note=note)
     claims["elsewhere"] = _SOURCES["elsewhere"].of(attention.elsewhere, note=note)
     claims["other heads"] = _other_heads(every, ranked[0])
     return claims, (_by_threshold(exemplar, found, ranked[0], name), _source_tokens(subject, exemplar, every))
-
-
-def _beside(found: Measure, null: Estimate | None) -> Measure:
-    return Measure(
-        found.definition, found.n, found.value, found.low, found.high, found.interval, None, null, found.missing
-    )
 
 
 def _other_heads(found: SourceShares, top: int) -> Claim:
