@@ -88,7 +88,7 @@ class Claim:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Claim":
         """The inverse of `as_dict`."""
-        own = dict(values)
+        own: dict[str, Any] = dict(values)
         own["post"] = own.pop("seed")
         own["interval"] = None if own["interval"] is None else tuple(own["interval"])
         return cls(**own)
@@ -131,10 +131,11 @@ class Figure:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Figure":
         """The inverse of `as_dict`."""
-        own = dict(values)
+        own: dict[str, Any] = dict(values)
         for name in ("series", "low", "high"):
             own[name] = {key: tuple(of) for key, of in own[name].items()}
-        return cls(**(own | {"labels": tuple(own["labels"])}))
+        own["labels"] = tuple(own["labels"])
+        return cls(**own)
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,9 @@ class Listing:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Listing":
         """The inverse of `as_dict`."""
-        rows = tuple(map(tuple, values["rows"]))
-        return cls(**(values | {"headings": tuple(values["headings"]), "rows": rows}))
+        own: dict[str, Any] = dict(values)
+        own |= {"headings": tuple(own["headings"]), "rows": tuple(map(tuple, own["rows"]))}
+        return cls(**own)
 
 
 Finding = Claim | Figure | Listing
@@ -182,7 +184,9 @@ class Exemplar:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Exemplar":
         """The inverse of `asdict`."""
-        return cls(**(values | {"sources": tuple(values["sources"])}))
+        own: dict[str, Any] = dict(values)
+        own["sources"] = tuple(own["sources"])
+        return cls(**own)
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,8 @@ class Settings:
     """Of the corpus that is indexed; None is all of it."""
     search: int | None
     """Features whose proxies are searched for, largest share of the summed activation first; None is all live ones."""
+    quality: int | None
+    """Tokens of the corpus on which the SAE's quality is measured; None is all of it."""
     tokens: int
     """Active tokens of a feature at which it is ablated."""
     sequences: int
@@ -207,8 +213,8 @@ class Settings:
     seed: int = 0
 
 
-QUICK = Settings("quick", 100_000, 200, 500, 32, 8, 60, samples=200)
-FULL = Settings("full", 1_010_000, None, 5_000, 512, 32, None)
+QUICK = Settings("quick", 100_000, 150, 20_000, 500, 32, 8, 60, samples=200)
+FULL = Settings("full", 1_010_000, None, 327_680, 5_000, 512, 32, None)
 
 
 StudyFunction = Callable[..., tuple[Finding, ...]]
@@ -228,3 +234,5 @@ class Study:
     run: StudyFunction
     version: int = 1
     """Raised when the same subject gives another result: what was kept is then made again."""
+    kept: bool = True
+    """Whether what it finds stands for the next run too; not for one that reads what people write."""

@@ -1,6 +1,10 @@
-"""Which studies a report runs, in which order."""
+"""Which studies a report runs, in which order; every `claims_*` module has its own, and they are joined here."""
 
+from headscope.report import claims_downstream, claims_feature, claims_training
 from headscope.report.records import Study
 
-STUDIES: tuple[Study, ...] = ()
-"""Each `claims_*` module has its own `STUDIES`; they are joined here, one module a line."""
+STUDIES: tuple[Study, ...] = (
+    *claims_training.STUDIES,
+    *claims_feature.STUDIES,
+    *claims_downstream.STUDIES,
+)

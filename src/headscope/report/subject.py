@@ -60,6 +60,20 @@ class Subject:
             do="index more text, or train on more",
         )
 
+    def some_exemplars(self) -> tuple[Exemplar, ...]:
+        """All exemplars.
+
+        Raises:
+            StudyError: there is none of any kind.
+        """
+        if not self.exemplars:
+            raise StudyError(
+                f"no feature of {self.name} goes with a proxy of any of the post's families",
+                expected="one with a correlation above its null",
+                do="index more text, or train on more",
+            )
+        return self.exemplars
+
     def text(self, token: int) -> str:
         """A token as it is written, spaces made visible in quotes."""
         return repr(self.index.vocabulary[0][token].decode(errors="replace"))
