@@ -33,13 +33,13 @@ def svg(figure: Figure) -> Element:
 class _Frame:
     """Where values and places are drawn."""
 
-    low: float
-    high: float
+    low: int | float
+    high: int | float
     log: bool
     n: int
     height: int
     slanted: bool
-    baseline: float
+    baseline: int | float
 
     @classmethod
     def of(cls, figure: Figure) -> "_Frame":
@@ -58,9 +58,9 @@ class _Frame:
 
     @property
     def bottom(self) -> float:
-        return self.height - (_TURNED if self.slanted else _BOTTOM)
+        return float(self.height - (_TURNED if self.slanted else _BOTTOM))
 
-    def y(self, value: float) -> float:
+    def y(self, value: int | float) -> float:
         if self.log:
             value = math.log10(value) if value > 0 else self.low
         return self.bottom - (value - self.low) / (self.high - self.low) * (self.bottom - _TOP)
@@ -74,11 +74,11 @@ class _Frame:
     def step(self) -> float:
         return (_WIDTH - _LEFT - _RIGHT) / max(self.n, 1)
 
-    def x(self, place: float) -> float:
+    def x(self, place: int | float) -> float:
         """Of the middle of a place."""
         return _LEFT + (place + 0.5) * self.step
 
-    def ticks(self) -> list[float]:
+    def ticks(self) -> list[int | float]:
         """Round values of the vertical axis."""
         if self.log:
             return [10.0**e for e in range(math.ceil(self.low), math.floor(self.high) + 1)]
@@ -88,7 +88,7 @@ class _Frame:
         return [i * size for i in range(first, last + 1)]
 
 
-def _extent(figure: Figure) -> list[float]:
+def _extent(figure: Figure) -> list[int | float]:
     """Values that the axis must hold."""
     series = [*figure.series.values(), *figure.low.values(), *figure.high.values()]
     values = [v for own in series for v in own if v is not None] or [0.0]
@@ -132,7 +132,7 @@ def _label(root: Element, label: str, frame: _Frame, place: int) -> None:
     _text(root, text, x + 3, y - 2, anchor="end").set("transform", f"rotate(-38 {x + 3:.1f} {y - 2:.1f})")
 
 
-def _text(root: Element, text: str, x: float, y: float, *, anchor: str) -> Element:
+def _text(root: Element, text: str, x: int | float, y: int | float, *, anchor: str) -> Element:
     own = SubElement(root, "text", {"text-anchor": anchor}, x=f"{x:.1f}", y=f"{y:.1f}")
     own.text = text
     return own
@@ -163,7 +163,13 @@ def _stacked(root: Element, figure: Figure, frame: _Frame) -> None:
             below[place] += value
 
 
-def _bar(root: Element, across: tuple[float, float], ends: tuple[float, float], number: int, hint: str) -> None:
+def _bar(
+    root: Element,
+    across: tuple[int | float, int | float],
+    ends: tuple[int | float, int | float],
+    number: int,
+    hint: str,
+) -> None:
     x, width = across
     own = SubElement(
         root,
@@ -177,7 +183,7 @@ def _bar(root: Element, across: tuple[float, float], ends: tuple[float, float], 
     SubElement(own, "title").text = hint
 
 
-def _whisker(root: Element, figure: Figure, frame: _Frame, name: str, place: int, x: float) -> None:
+def _whisker(root: Element, figure: Figure, frame: _Frame, name: str, place: int, x: int | float) -> None:
     low, high = (ends.get(name, (None,) * frame.n)[place] for ends in (figure.low, figure.high))
     if low is not None and high is not None:
         at = f"{x:.2f}"
@@ -205,12 +211,12 @@ def _lines(root: Element, figure: Figure, frame: _Frame) -> None:
                 SubElement(dot, "title").text = _hint(figure, place, name, value)
 
 
-def _points(values: Sequence[float | None], frame: _Frame, places: Sequence[int] | None = None) -> list[str]:
+def _points(values: Sequence[int | float | None], frame: _Frame, places: Sequence[int] | None = None) -> list[str]:
     chosen = range(len(values)) if places is None else places
     return [f"{frame.x(i):.1f},{frame.y(value):.1f}" for i in chosen if (value := values[i]) is not None]
 
 
-def _runs(values: Sequence[float | None]) -> list[list[int]]:
+def _runs(values: Sequence[int | float | None]) -> list[list[int]]:
     """Places without a gap between them."""
     runs: list[list[int]] = [[]]
     for place, value in enumerate(values):
@@ -221,5 +227,5 @@ def _runs(values: Sequence[float | None]) -> list[list[int]]:
     return [run for run in runs if run]
 
 
-def _hint(figure: Figure, place: int, name: str, value: float) -> str:
+def _hint(figure: Figure, place: int, name: str, value: int | float) -> str:
     return f"{figure.labels[place]}  {name}: {said(value)}"

@@ -6,7 +6,7 @@ DASH = "\u2013"
 """Where there is nothing."""
 
 
-def said(value: float | str | None, unit: Unit = "") -> str:
+def said(value: int | float | str | None, unit: Unit = "") -> str:
     """`0.873`, `87.3 %` of a share, `+0.012` of a small loss; a dash where there is nothing."""
     if value is None:
         return DASH
@@ -40,6 +40,6 @@ def beside(claim: Claim) -> str:
     return "; ".join(parts)
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """`42 s`, `7.1 min`."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

@@ -29,14 +29,14 @@ class Claim:
     """What is said, in our words."""
     definition: str
     """How the number is made, in one line."""
-    post: float | str | None = None
+    post: int | float | str | None = None
     """The number in the post; a share is a part of 1. None where it gives none."""
-    ours: float | None = None
+    ours: int | float | None = None
     n: int | None = None
     """What it is a number of; the definition says of which things."""
-    interval: tuple[float, float] | None = None
+    interval: tuple[int | float, int | float] | None = None
     """95 %."""
-    null: float | str | None = None
+    null: int | float | str | None = None
     """The same number where there is nothing to find, or what stands for it."""
     differs: str = ""
     """What differs from the post: model, corpus, rule."""
@@ -103,16 +103,16 @@ class Figure:
     """One bar a label; bars on one another; bars side by side; lines through points."""
     labels: tuple[str, ...]
     """Of the places: heads, tokens, thresholds, bins (lower edges)."""
-    series: dict[str, tuple[float | None, ...]]
+    series: dict[str, tuple[int | float | None, ...]]
     """By name; one value a label."""
     definition: str
     x: str = ""
     y: str = ""
     log: bool = False
     """The vertical axis is logarithmic; 0 is drawn as nothing."""
-    low: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    low: dict[str, tuple[int | float | None, ...]] = field(default_factory=dict)
     """Lower ends of intervals, of the series that have them."""
-    high: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    high: dict[str, tuple[int | float | None, ...]] = field(default_factory=dict)
     feature: int | None = None
     kind: Kind | None = None
 
@@ -213,7 +213,7 @@ class Settings:
     seed: int = 0
 
 
-QUICK = Settings("quick", 100_000, 150, 20_000, 500, 32, 8, 60, samples=200)
+QUICK = Settings("quick", 65_536, 100, 10_240, 300, 16, 4, 24, samples=200)
 FULL = Settings("full", 1_010_000, None, 327_680, 5_000, 512, 32, None)
 
 

@@ -15,7 +15,7 @@ class StudyResult:
     """What one study found on one SAE."""
 
     study: str
-    seconds: float
+    seconds: int | float
     findings: tuple[Finding, ...]
     failed: str | None = None
     """Why it found nothing; its claims are then rows with this reason."""
@@ -71,7 +71,7 @@ class Report:
     subjects: tuple[SubjectResult, ...]
 
     @property
-    def seconds(self) -> float:
+    def seconds(self) -> int | float:
         """That the studies took, in all; those that were kept from an earlier run included."""
         return sum(study.seconds for subject in self.subjects for study in subject.studies)
 
