@@ -36,7 +36,7 @@ _SELECTION = {
         "M27",
         "features selected by their decoder: how many",
         f"live features with a decoder share of at least {SELECTED:g} in the induction head",
-        post=586,
+        post=586.0,
         unit="",
         differs="of another number of features: compare the share",
     ),

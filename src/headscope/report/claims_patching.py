@@ -356,7 +356,7 @@ _FEATURES = {
         "M26",
         "upstream features that have 90 % of the effect of all, in both directions",
         "median over prompts where it can be said",
-        post=1,
+        post=1.0,
         unit="",
     ),
 }

@@ -398,7 +398,7 @@ def _circuit(subject: Subject, exemplar: Exemplar) -> Filled:
         subject.live,
         exemplar.latent,
         saes=saes,
-        max_tokens=min(_CIRCUIT_TOKENS, subject.settings.tokens),
+        max_tokens=min(_CIRCUIT_TOKENS, max(30, subject.settings.tokens // 10)),
         n_null=3,
         seed=subject.settings.seed,
         on_progress=subject.progress,

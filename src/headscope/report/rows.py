@@ -95,7 +95,11 @@ def share_that(holds: Bool[np.ndarray, " n"] | Sequence[bool], null: Estimate | 
 
 
 def mean_by(
-    unit: Sequence[int] | Int[np.ndarray, " n"], values: Float[np.ndarray, " n"], *, null: float | None = None, samples: int = 1000
+    unit: Sequence[int] | Int[np.ndarray, " n"],
+    values: Float[np.ndarray, " n"],
+    *,
+    null: float | None = None,
+    samples: int = 1000,
 ) -> Measure:
     """A mean with its interval by resampling units, such as documents; none with fewer than 10 or all alike."""
     n = len(values)
