@@ -13,7 +13,7 @@ from headscope.report.ablated import mean_replacement, replacement
 from headscope.report.induction_family import PostFamily, composite, is_member, post_family
 from headscope.report.model_heads import model_heads
 from headscope.report.records import Claim, Finding, Listing, Settings, Study
-from headscope.report.rows import Filled, Row, Rows, fill, mean_by, share_that
+from headscope.report.rows import Filled, Row, Rows, fill, mean_by, share_that, why
 from headscope.report.subject import Subject
 from headscope.stats import Estimate, Measure, quotient, resampled, unit_draws
 from headscope.studies.catalogue import HeadCard, HeadMass, catalogue, families, head_mass
@@ -36,8 +36,9 @@ _RULES: dict[OffRule, str] = {
     "most tokens": "off at more than half of the tokens where it was active",
     "most activation": "summed activation less than half of what it was",
 }
+_OTHER_HEADS = "the other heads, mean"
 _MEAN = "the head's z at its mean over text"
-_OFF = {
+_READINGS = {
     "silenced": Row(
         "M29",
         "induction features that fire nowhere with the induction head ablated",
@@ -89,13 +90,8 @@ _OFF = {
         f"selected features that behave like induction, {_RULES['most tokens']}",
         differs="resampled instead of mean",
     ),
-    "zero": Row(
-        "M29",
-        "induction features turned off with the induction head at zero: most tokens",
-        f"selected features that behave like induction, {_RULES['most tokens']}, the head's DFA at 0",
-        differs="zero instead of mean",
-    ),
 }
+_OFF: Rows = {name: replace(row, null=_OTHER_HEADS if name != "any head" else "") for name, row in _READINGS.items()}
 
 
 def turned_off(subject: Subject) -> tuple[Finding, ...]:
@@ -106,12 +102,12 @@ def turned_off(subject: Subject) -> tuple[Finding, ...]:
 def _turned_off(subject: Subject) -> Filled:
     family, live, settings = post_family(subject), subject.live, subject.settings
     head = family.head
-    note = f"head {subject.head_name(head)}; null: the other heads, mean"
+    note = f"head {subject.head_name(head)}"
     claims = {"silenced": _silenced(_firing(live, settings), family, note)}
     try:
         effects = head_effects(live, mean_replacement(live, settings))
     except StudyError as error:
-        return claims | {name: _OFF[name].without(str(error)) for name in _OFF if name not in claims}, ()
+        return claims | {name: _OFF[name].without(why(error)) for name in _OFF if name not in claims}, ()
     for rule in get_args(OffRule):
         claims[rule] = _OFF[rule].of(_off_share(effects, family.members, head, rule), note=note)
     kept = effects.retained[family.members]
@@ -125,9 +121,8 @@ def _turned_off(subject: Subject) -> Filled:
     claims["any head"] = _OFF["any head"].of(share_that(off))
     for name, latents in (("others", family.others), ("control", family.control.latents)):
         claims[name] = _OFF[name].of(_off_share(effects, latents, head, "most tokens"), note=note)
-    for kind in ("resample", "zero"):
-        other = head_effects(live, replacement(live, settings, kind))
-        claims[kind] = _OFF[kind].of(_off_share(other, family.members, head, "most tokens"), note=note)
+    other = head_effects(live, replacement(live, settings, "resample"))
+    claims["resample"] = _OFF["resample"].of(_off_share(other, family.members, head, "most tokens"), note=note)
     return claims, ()
 
 
@@ -163,6 +158,7 @@ def _mass(live: LiveIndex) -> HeadMass:
 # ---------------------------------------------------------------------------------------------------------- loss table
 _POST_LOSS = ((0.3644, 0.1125, 0.0371), (0.5282, 0.3041, 0.0195), (0.2648, 0.5074, -0.0024))
 _ORDER = ("first", "second", "third")
+_ALL_TEXT = "mean over all text of the same blocks"
 _WHICH = "other features: outside the family, most DFA of the head; the post's are 6693, 4635, 1220"
 
 
@@ -176,7 +172,13 @@ def _loss_rows() -> Rows:
         )
         for (name, claim, definition), value in zip(words, post, strict=True):
             rows[f"{order} {name}"] = Row(
-                "M30", f"{order} non-induction feature of the head: {claim}", definition, value, "nats", _WHICH
+                "M30",
+                f"{order} non-induction feature of the head: {claim}",
+                definition,
+                value,
+                "nats",
+                _WHICH,
+                "" if name == "clean" else _ALL_TEXT,
             )
     rows["family head"] = Row(
         "M30",
@@ -184,6 +186,7 @@ def _loss_rows() -> Rows:
         f"mean over features of mean nats at their active tokens, {_MEAN}",
         unit="nats",
         differs="the post's table has non-induction features only",
+        null=_ALL_TEXT,
     )
     rows["family control"] = replace(
         rows["family head"],
@@ -226,8 +229,7 @@ def _losses(subject: Subject) -> Filled:
     for order, row in zip(_ORDER, found.rows[: len(others)], strict=False):
         measured = {"clean": row.clean, "head": row.change[head], "control": row.change[control]}
         for name, value in measured.items():
-            null = "" if name == "clean" else "; null: mean over all text of the same blocks"
-            claim = _LOSS[f"{order} {name}"].of(value, note=f"{names}{null}")
+            claim = _LOSS[f"{order} {name}"].of(value, note=names)
             claims[f"{order} {name}"] = replace(claim, feature=row.latent)
     for name in _ORDER[len(others) :]:
         for part in ("clean", "head", "control"):
@@ -245,7 +247,7 @@ def _of_family(found: LossTable, members: list[int], head: int, control: int) ->
         nulls = [change.null.value for _, change in known if change.null is not None]
         null = float(np.mean(nulls)) if nulls else None
         measured = mean_by([latent for latent, _ in known], values, null=null)
-        claims[name] = _LOSS[name].of(measured, note="at most 20 features, resampled; null: over all text")
+        claims[name] = _LOSS[name].of(measured, note="at most 20 features, resampled")
     return claims
 
 
@@ -288,23 +290,27 @@ _POLYSEMANTIC = {
         "M31",
         "DFA of the induction head that is in induction features",
         "share of sum over active tokens of max(C_h, 0), induction features of either rule",
+        null="the other heads, mean",
     ),
     "features": Row(
         "4.4",
         "features that the induction head makes: effective number",
         "exp(entropy) of sum max(C_h, 0) over features",
         unit="",
+        null="each feature's heads exchanged in a cycle",
     ),
     "families": Row(
         "4.4",
         "families of features that the induction head makes: effective number",
         "exp(entropy) of sum max(C_h, 0) over (source class > output class)",
         unit="",
+        null="names of families shuffled among its features",
     ),
     "largest": Row(
         "4.4",
         "largest family of the induction head",
         "largest share of sum max(C_h, 0) of a (source class > output class)",
+        null="names of families shuffled among its features",
     ),
     "single": Row(
         "4.4",
@@ -329,27 +335,25 @@ def _polysemanticity(subject: Subject) -> Filled:
     try:
         family = post_family(subject)
     except StudyError as error:
-        return claims | {name: row.without(str(error)) for name, row in _POLYSEMANTIC.items() if name != "single"}, ()
+        return claims | {name: row.without(why(error)) for name, row in _POLYSEMANTIC.items() if name != "single"}, ()
     head, mass = family.head, _mass(subject.live)
     inside = is_member(composite(subject), index.n_latents)
     inside[family.members] = True
     shares = _shares(mass.total, inside)
     others = np.delete(shares, head)
     null = Estimate(float(others.mean()), float(others.min()), float(others.max())) if len(others) else None
-    note = f"head {subject.head_name(head)}; null: the other heads, mean"
+    note = f"head {subject.head_name(head)}"
     failed = ~family.behaviour.passes()
-    claims["not induction"] = _POLYSEMANTIC["not induction"].of(share_that(failed), note=note.split(";")[0])
+    claims["not induction"] = _POLYSEMANTIC["not induction"].of(share_that(failed), note=note)
     claims["mass"] = replace(
         _POLYSEMANTIC["mass"].of(_resampled(mass.values, inside, head), note=note),
         null=None if null is None else null.value,
     )
     card = catalogue(index, family=names[head], mass=mass)[head]
-    shuffled = f"head {subject.head_name(head)}; null: names of families shuffled among its features"
-    moved = f"head {subject.head_name(head)}; null: each feature's heads exchanged in a cycle"
-    claims["features"] = _POLYSEMANTIC["features"].of(card.effective_features, note=moved)
-    claims["families"] = _POLYSEMANTIC["families"].of(card.effective_families, note=shuffled)
-    largest = f"{shuffled}; {card.clusters[0].family!r}" if card.clusters else shuffled
-    claims["largest"] = _POLYSEMANTIC["largest"].of(card.largest, note=largest)
+    claims["features"] = _POLYSEMANTIC["features"].of(card.effective_features, note=note)
+    claims["families"] = _POLYSEMANTIC["families"].of(card.effective_families, note=note)
+    largest = f", {card.clusters[0].family!r}" if card.clusters else ""
+    claims["largest"] = _POLYSEMANTIC["largest"].of(card.largest, note=note + largest)
     return claims, (_others(subject, family, mass, inside), _families_of(subject, card))
 
 

@@ -6,7 +6,7 @@ from headscope.errors import StudyError
 from headscope.report.induction_family import PostFamily, composite, post_family
 from headscope.report.model_heads import model_heads
 from headscope.report.records import Claim, Figure, Finding, Study
-from headscope.report.rows import Filled, Row, fill, mean_by, share_that
+from headscope.report.rows import Filled, Row, fill, mean_by, share_that, why
 from headscope.report.subject import Subject
 from headscope.stats import Estimate, wilson
 from headscope.studies.induction import (
@@ -36,7 +36,7 @@ _SELECTION = {
         "M27",
         "features selected by their decoder: how many",
         f"live features with a decoder share of at least {SELECTED:g} in the induction head",
-        post=586,
+        post=586.0,
         unit="",
         differs="of another number of features: compare the share",
     ),
@@ -46,6 +46,7 @@ _SELECTION = {
             f"features selected by their share in the induction head: {name.replace('_', ' ')}",
             f"share of live features with at least {SELECTED:g} there of {of}",
             post=0.047 if name == "decoder" else None,
+            null="the other heads, mean",
         )
         for name, of in _BY_SHARE.items()
     },
@@ -67,7 +68,7 @@ def _selection(subject: Subject) -> Filled:
     head = heads.induction
     others = [h for h in range(index.n_heads) if h != head]
     live = int((index.table()["n_active"].to_numpy() > 0).sum())
-    note = f"head {subject.head_name(head)}; null: the other heads, mean"
+    note = f"head {subject.head_name(head)}"
     claims = {}
     for name in _BY_SHARE:
         counts = [len(selected(index, h, share=name)) for h in others]
@@ -75,7 +76,7 @@ def _selection(subject: Subject) -> Filled:
         null = Estimate(float(rates.mean()), float(rates.min()), float(rates.max())) if others else None
         holds = np.arange(live) < len(selected(index, head, share=name))
         claims[name] = _SELECTION[name].of(share_that(holds, null), note=note)
-    claims["n"] = _SELECTION["n"].of(len(selected(index, head)), n=live, note=f"head {subject.head_name(head)}")
+    claims["n"] = _SELECTION["n"].of(len(selected(index, head)), n=live, note=note)
     every = np.flatnonzero(heads.holds("induction")[subject.sae.site.layer].numpy() > 0).tolist()
     union = np.unique(np.concatenate([selected(index, h) for h in every]))
     named = ", ".join(map(subject.head_name, every))
@@ -87,7 +88,13 @@ def _selection(subject: Subject) -> Filled:
 _PASSING = f"share of the features with a pass rate above {PASS:g}"
 _RATES = "at later A's of A B ... A B of a block, B the top logit: on there and off at the first A"
 _BEHAVIOUR = {
-    "passing": Row("M28", "selected features that behave like induction", f"{_PASSING}, {_RATES}", post=450 / 586),
+    "passing": Row(
+        "M28",
+        "selected features that behave like induction",
+        f"{_PASSING}, {_RATES}",
+        post=450 / 586,
+        null="the control group",
+    ),
     "control": Row(
         "M28",
         "control features that behave like induction",
@@ -104,6 +111,7 @@ _BEHAVIOUR = {
         "M28",
         "selected features that behave like induction, by groups of equal bigrams",
         f"{_PASSING}; a group A B ... A B passes when all its later A's do",
+        null="the control group",
         differs="another reading of the pass rate",
     ),
     "lenient": Row(
@@ -130,7 +138,7 @@ def _behaviours(subject: Subject) -> Filled:
     control = share_that(found.control.passes())
     null = None if control.value is None else Estimate(control.value, control.low or 0.0, control.high or 1.0)
     own = found.behaviour
-    note = f"head {subject.head_name(found.head)}, in at most 200 blocks with B; null: the control group"
+    note = f"head {subject.head_name(found.head)}"
     by_bigram = Reading(unit="bigram")
     bigram = share_that(own.passes(by_bigram), _estimate(found.control, by_bigram))
     rate = own.rate()[own.n_expected() > 0]
@@ -139,12 +147,12 @@ def _behaviours(subject: Subject) -> Filled:
         "control": _BEHAVIOUR["control"].of(control),
         "matched": _matched(subject, found),
         "bigram": _BEHAVIOUR["bigram"].of(bigram, note=note),
-        "rate": _BEHAVIOUR["rate"].of(mean_by(np.arange(len(rate)), rate), note="features resampled"),
+        "rate": _BEHAVIOUR["rate"].of(mean_by(np.arange(len(rate)), rate)),
     }
     readings = Reading.all()
     shares = [share_that(own.passes(reading)) for reading in readings]
     if len(found.selected):
-        order = np.argsort([of.value for of in shares], kind="stable")
+        order = np.argsort(np.array([of.value for of in shares], dtype=np.float64), kind="stable")
         for name, at in (("strict", int(order[0])), ("lenient", int(order[-1]))):
             claims[name] = _BEHAVIOUR[name].of(shares[at], note=_name(readings[at]))
     figure = Figure(
@@ -178,7 +186,7 @@ def _matched(subject: Subject, found: PostFamily) -> Claim:
     try:
         matched = control_group(subject.index, found.head, found.selected, seed=subject.settings.seed)
     except StudyError as error:
-        return row.without(str(error))
+        return row.without(why(error))
     judged = behaviour(subject.index, matched, seed=subject.settings.seed, finder=found.finder)
     return row.of(share_that(judged.passes()))
 
@@ -189,6 +197,7 @@ _COMPOSITE = {
         "M28",
         "induction features by the composite rule, no head named",
         "share of live features that pass behaviour, DFA from earlier B's, copying and a corrupted A",
+        null="each feature with the B of another one",
         differs="the post has no such rule; its selection is 4.7 % of live features, and it asks for DFA in a footnote",
     ),
     "n": Row("M28", "induction features by the composite rule: how many", "as above", unit=""),
@@ -206,7 +215,8 @@ _COMPOSITE = {
     "off": Row(
         "M28",
         "features that behave, source and copy like induction: share off when the first A is replaced",
-        "share of later A's at which such a feature is off when the A's before earlier B's are replaced",
+        "share of later A's at which it is off when the A's before earlier B's are replaced; mean over features",
+        null="as many other tokens replaced",
     ),
     "head": Row(
         "M28",
@@ -241,9 +251,8 @@ def _composites(subject: Subject) -> Filled:
     judged = composite(subject)
     n, tests = len(judged.latents), judged.tests
     null = None if judged.n_null is None else wilson(judged.n_null, n)
-    note = f"{n} live features; null: each with the B of another feature"
     claims = {
-        "share": _COMPOSITE["share"].of(share_that(judged.verdict, null), note=note),
+        "share": _COMPOSITE["share"].of(share_that(judged.verdict, null)),
         "n": _COMPOSITE["n"].of(int(judged.verdict.sum()), n=n),
         "off": _off(judged),
         **{name: _COMPOSITE[name].of(share_that(tests[name])) for name in ("behaviour", "sources", "copying")},
@@ -251,7 +260,7 @@ def _composites(subject: Subject) -> Filled:
     try:
         head = model_heads(subject).induction
     except StudyError as error:
-        return claims | {name: _COMPOSITE[name].without(str(error)) for name in _OF_HEAD}, ()
+        return claims | {name: _COMPOSITE[name].without(why(error)) for name in _OF_HEAD}, ()
     compared = compare_rule(head_share(subject.index, head)[judged.latents].astype(np.float64), judged.verdict)
     made = judged.sources.head[judged.verdict]
     live = np.arange(subject.index.n_heads) == head
@@ -284,8 +293,7 @@ def _off(judged: InductionFeatures) -> Claim:
         return _COMPOSITE["off"].without("no feature passes the other three tests")
     rates = judged.corruption.n_off[tested] / judged.corruption.n[tested]
     found = mean_by(np.flatnonzero(tested), rates, null=control / n)
-    note = f"{off} of {n} A's, mean over features; null: as many other tokens replaced"
-    return _COMPOSITE["off"].of(found, note=note)
+    return _COMPOSITE["off"].of(found, note=f"{off} of {n} A's")
 
 
 def _by_head(subject: Subject, judged: InductionFeatures) -> Figure:

@@ -13,8 +13,9 @@ from headscope.stats import Estimate, Measure, wilson
 from headscope.studies.heads import DEFINITIONS, ScoreName, prefix_curves
 from headscope.studies.superposition import Concentration, concentration, redundancy, source_agreement
 
-_ONE, _MANY = 0.9, 2.0
-_AGREEMENT_PLACES = 2
+_ONE = 0.9
+_DIRECTIONS = "directions of z that mean nothing and are active as often"
+_AGREEMENT_PLACES = 1
 
 # ------------------------------------------------------------------------------------------------------- concentration
 _OF_HEADS = {
@@ -23,21 +24,28 @@ _OF_HEADS = {
         "share of variance of the top head of a feature: median over features",
         "largest share of a head in sum C_h^2, live features with 30 active tokens or more",
         post="a spread from about one head to all eight, no number",
+        null=_DIRECTIONS,
     ),
     "one": Row(
         "M21",
         "features that one head makes",
         f"share of features whose top head has at least {_ONE:.0%} of sum C_h^2",
+        null=_DIRECTIONS,
     ),
-    "several": Row("M21", "features that several heads make", "share of features with 1 / sum share^2 of 2 or more"),
+    "several": Row(
+        "M21",
+        "features that several heads make",
+        "share of features with 1 / sum share^2 of 2 or more",
+        null=_DIRECTIONS,
+    ),
     "covariance": Row(
         "M21",
         "features that several heads make, by covariance",
         "share of features with 1 / sum share^2 of 2 or more, shares Cov(C_h, pre) / Var(pre)",
         differs="blind to a head that adds a constant",
+        null=_DIRECTIONS,
     ),
 }
-_NULL_HEADS = "null: directions of z that mean nothing and are active as often (random, and encoders with heads moved)"
 
 
 def concentrations(subject: Subject) -> tuple[Finding, ...]:
@@ -49,10 +57,10 @@ def _concentrations(subject: Subject) -> Filled:
     squared, covariance = (concentration(subject.index, by) for by in ("dfa", "dfa_covariance"))
     null = np.concatenate([np.zeros(0), *squared.top_null.values()])
     claims = {
-        "median": _OF_HEADS["median"].of(_median(squared.top, null), note=_NULL_HEADS),
-        "one": _OF_HEADS["one"].of(share_that(squared.top >= _ONE, _rate(null >= _ONE)), note=_NULL_HEADS),
-        "several": _OF_HEADS["several"].of(squared.several, note=_NULL_HEADS),
-        "covariance": _OF_HEADS["covariance"].of(covariance.several, note=_NULL_HEADS),
+        "median": _OF_HEADS["median"].of(_median(squared.top, null)),
+        "one": _OF_HEADS["one"].of(share_that(squared.top >= _ONE, _rate(null >= _ONE))),
+        "several": _OF_HEADS["several"].of(squared.several),
+        "covariance": _OF_HEADS["covariance"].of(covariance.several),
     }
     return claims, (_histogram(squared),)
 
@@ -86,19 +94,21 @@ def _histogram(found: Concentration) -> Figure:
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
-_CHANCE = f"null: the largest of any head in {N_SHUFFLED} copies of the model with shuffled weights"
+_CHANCE = f"the largest of any head in {N_SHUFFLED} copies of the model with shuffled weights"
 _SCORES = {
     "induction": Row(
         "M22",
         "induction score of the best head of the layer",
         DEFINITIONS["induction"],
         post="1.6 is clearly an induction head, no number",
+        null=_CHANCE,
     ),
     "second": Row(
         "M22",
         "induction score of the second head of the layer",
         DEFINITIONS["induction"],
         post="1.4 has a partial score, no number",
+        null=_CHANCE,
     ),
     "n_induction": Row(
         "M22",
@@ -109,12 +119,15 @@ _SCORES = {
     "copy_loss": Row(
         "M22", "loss on the second copy of random tokens", "mean nats a token, from its second token on", unit="nats"
     ),
-    "duplicate": Row("M22", "duplicate-token score of the best head of the layer", DEFINITIONS["duplicate_token"]),
+    "duplicate": Row(
+        "M22", "duplicate-token score of the best head of the layer", DEFINITIONS["duplicate_token"], null=_CHANCE
+    ),
     "previous": Row(
         "M23",
         "previous-token score of the best head before the layer",
         DEFINITIONS["previous_token"],
         post="0.2 is a previous-token head, no number",
+        null=_CHANCE,
     ),
     "n_previous": Row(
         "M23",
@@ -126,12 +139,14 @@ _SCORES = {
         "4.3",
         "attention of the best induction head at a prefix of one token",
         "mean attention from the last of p copied tokens to the token after their first copy, p = 1",
+        null="the same places before anything is copied",
         differs="of GPT-2: heads 5.5 about 0.7, 5.1 below 0.3 (Kissane et al., 2024b)",
     ),
     "longest": Row(
         "4.3",
         "attention of the best induction head at a prefix of nine tokens",
         "the same for p = 9, or for as many as the context holds",
+        null="the same places before anything is copied",
         differs="of GPT-2: above 0.7 for both heads",
     ),
 }
@@ -171,8 +186,7 @@ def _score(row: str, heads: ModelHeads, name: ScoreName, layer: int, head: int) 
     found = getattr(heads.scores, name)[layer, head]
     low, high = heads.scores.intervals[name][:, layer, head].tolist()
     estimate = Estimate(float(found), low, high)
-    chance = f"a head that attends evenly has {heads.scores.even[name]:.2g}"
-    note = f"head {layer}.{head}, sequences [BOS, r, r] of {heads.scores.n} random tokens each; {_CHANCE}; {chance}"
+    note = f"head {layer}.{head}; a head that attends evenly has {heads.scores.even[name]:.2g}"
     claim = _SCORES[row].of(estimate, n=heads.scores.n_sequences, note=note)
     return replace(claim, null=max(heads.chance[name]))
 
@@ -204,7 +218,7 @@ def _prefixes(subject: Subject, head: int) -> tuple[dict[str, Claim], tuple[Figu
     for name, p in (("shortest", 0), ("longest", longest - 1)):
         low, high = found.interval[:, p, layer, head].tolist()
         estimate = Estimate(float(found.attention[p, layer, head]), low, high)
-        note = f"head {layer}.{head}, p = {p + 1}; null: the same places before anything is copied"
+        note = f"head {layer}.{head}, p = {p + 1}"
         claim = _SCORES[name].of(estimate, n=found.n_sequences, note=note)
         claims[name] = replace(claim, null=float(found.null[p, layer, head]))
     heads = range(model.spec.n_heads)
@@ -222,16 +236,20 @@ def _prefixes(subject: Subject, head: int) -> tuple[dict[str, Claim], tuple[Figu
 
 # -------------------------------------------------------------------------------------------------------- superposition
 _SUPERPOSED = {
-    "several": Row("4.8", "features with two or more contributing heads", "heads with 10 % or more of sum C_h^2"),
+    "several": Row(
+        "4.8", "features with two or more contributing heads", "heads with 10 % or more of sum C_h^2", null=_DIRECTIONS
+    ),
     "redundant": Row(
         "4.8",
         "features of several heads that any one of them can lose",
         "share of them that stay on with any one of their heads mean-ablated and turn off with all, at most tokens",
+        null=_DIRECTIONS,
     ),
     "and": Row(
         "4.8",
         "features of several heads that need each of them",
         "share of them that turn off with any one of their heads mean-ablated, at most active tokens",
+        null=_DIRECTIONS,
     ),
     "divergence": Row(
         "4.8",
@@ -239,6 +257,7 @@ _SUPERPOSED = {
         "mean Jensen-Shannon divergence in bits of |C[h, s]| over sources between two of its heads: 0 alike, 1 apart",
         post="1.3 and 1.7 do similar, not identical things",
         unit="",
+        null="one of its heads and one that does not make it",
     ),
 }
 
@@ -250,13 +269,11 @@ def superposition(subject: Subject) -> tuple[Finding, ...]:
 
 def _superposition(subject: Subject) -> Filled:
     found = redundancy(subject.live, mean_replacement(subject.live, subject.settings), seed=subject.settings.seed)
-    null = "null: directions of z that mean nothing and are active as often"
-    claims = {name: _SUPERPOSED[name].of(found.share(name), note=null) for name in ("redundant", "and")}
-    claims["several"] = _SUPERPOSED["several"].of(found.several(), note=null)
+    claims = {name: _SUPERPOSED[name].of(found.share(name)) for name in ("redundant", "and")}
+    claims["several"] = _SUPERPOSED["several"].of(found.several())
     if len(found.features.latents):
         agreement = source_agreement(subject.live, found.features, n_places=_AGREEMENT_PLACES)
-        other = "null: one of its heads and one that does not make it"
-        claims["divergence"] = _SUPERPOSED["divergence"].of(agreement.mean, note=other)
+        claims["divergence"] = _SUPERPOSED["divergence"].of(agreement.mean)
     else:
         claims["divergence"] = _SUPERPOSED["divergence"].without("no feature is made by several heads")
     return claims, ()

@@ -12,7 +12,7 @@ from headscope.errors import StudyError
 from headscope.report.model_heads import model_heads
 from headscope.report.prompt_pairs import CorpusPair, Pairs, pairs_of
 from headscope.report.records import Claim, Exemplar, Figure, Finding, Kind, Listing, Study
-from headscope.report.rows import Filled, Row, fill_each, mean_by, share_that
+from headscope.report.rows import Filled, Row, fill_each, mean_by, share_that, why
 from headscope.report.subject import Subject
 from headscope.stats import Measure
 from headscope.studies.feature_patching import BARS, FeaturePatching, patch_features
@@ -25,6 +25,8 @@ _SHOWN = 12
 _FEATURE_PROMPTS = 16
 
 Direction = Literal["noising", "denoising"]
+_NOTHING: dict[Direction, float] = {"noising": 1.0, "denoising": 0.0}
+"""The scores of what does not matter."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,7 @@ def _pairs(subject: Subject, exemplar: Exemplar) -> Pairs:
 
 def _survival(row: Row, pairs: Pairs) -> Claim:
     control = share_that(pairs.control)
-    claim = row.of(share_that(pairs.died), note="null: as many other earlier tokens replaced")
-    return replace(claim, null=control.value)
+    return replace(row.of(share_that(pairs.died)), null=control.value)
 
 
 def _shown(subject: Subject, pair: CorpusPair) -> Listing:
@@ -81,6 +82,7 @@ _HEADS = {
         "M24",
         "prompts in which replacing the first A turns the feature off",
         "prompts of the corpus A B ... A, at most 64 tokens, A's before earlier B's replaced by tokens of the text",
+        null="as many other earlier tokens replaced",
         post="one prompt, mother|board to chalk|board",
         differs="many prompts, not one picked by hand",
     ),
@@ -88,7 +90,8 @@ _HEADS = {
         f"{direction} {metric}": Row(
             "M24",
             f"{words} the best previous-token head at B, by the {name}",
-            f"{direction} score, {_SCORE}; null: mean of the other earlier heads",
+            f"{direction} score, {_AT_B}; {_SCORE}",
+            null="mean of the other earlier heads",
             post=post,
         )
         for metric, name in _METRICS.items()
@@ -100,12 +103,14 @@ _HEADS = {
     "rank": Row(
         "M24",
         "prompts in which the best previous-token head matters most of all earlier heads",
-        "its loss by noising at B is the largest, by the pre-activation; null: one of the earlier heads",
+        "its loss by noising at B is the largest, by the pre-activation",
+        null="one of the earlier heads",
     ),
     "all": Row(
         "M24",
         "what is left of the feature without any earlier head at B, by the pre-activation",
-        f"noising score of all earlier heads' z together, {_SCORE}",
+        f"noising score of all {_AT_B}, together; {_SCORE}",
+        null="what does not matter leaves 1",
     ),
 }
 
@@ -129,13 +134,13 @@ def _head_patching(subject: Subject, exemplar: Exemplar) -> Filled:
     found = _Scores.of(pairs.found, [patch(pair.pair, patches(pair)) for pair in pairs.found])
     claims = {
         "survival": _survival(_HEADS["survival"], pairs),
-        "all": _HEADS["all"].of(found.mean("noising", "pre", len(heads)), note=_AT_B),
+        "all": _HEADS["all"].of(found.mean("noising", "pre", len(heads), null=1.0)),
     }
     figures = (_by_head(heads, found), _shown(subject, pairs.found[0]))
     try:
         best = heads.index(model_heads(subject).previous_token)
     except StudyError as error:
-        return claims | {name: row.without(str(error)) for name, row in _HEADS.items() if name not in claims}, figures
+        return claims | {name: row.without(why(error)) for name, row in _HEADS.items() if name not in claims}, figures
     name = "{}.{}".format(*heads[best])
     for direction in ("noising", "denoising"):
         for metric in _METRICS:
@@ -174,6 +179,7 @@ _SOURCE_SURVIVAL = Row(
     "M25",
     "prompts in which replacing the source tokens turns the feature off",
     "prompts of the corpus, cut to at most 64 tokens, all source tokens in them replaced by tokens of the text",
+    null="as many other earlier tokens replaced",
     differs="many prompts, not one picked by hand",
 )
 _BY_SITE: dict[NodeKind, str | None] = {
@@ -186,7 +192,8 @@ _COMPONENTS = {
         f"{direction} {site}": Row(
             "M25",
             f"{words} {site} of the layer below, all positions",
-            f"{direction} score of the pre-activation, {_SCORE}",
+            f"{direction} score of the pre-activation, {_SCORE}"
+            + ("; mlp_out follows the patched attn_out, as in the post" if site == "attn_out" else ""),
             post=post,
         )
         for site, post in _BY_SITE.items()
@@ -260,7 +267,7 @@ def _components(subject: Subject, exemplar: Exemplar) -> Filled:
     for number, name in enumerate(("mlp_out", "attn_out", "at sources")):
         for direction in ("noising", "denoising"):
             row = f"{direction} {name}"
-            claims[row] = _COMPONENTS[row].of(found.mean(direction, "pre", number), note=note)
+            claims[row] = _COMPONENTS[row].of(found.mean(direction, "pre", number, _NOTHING[direction]), note=note)
     claims |= _elsewhere(pairs, below)
     return claims, (_components_drawn(exemplar, found), _shown(subject, pairs.found[0]))
 
@@ -333,13 +340,15 @@ _FEATURES = {
     "noising top": Row(
         "M26",
         "what is left of the feature without the one upstream feature that matters most",
-        f"noising score of the pre-activation {_AT}; the feature first in most prompts; null: the one in the middle",
+        f"noising score of the pre-activation {_AT}; the feature first in most prompts",
+        null="the upstream feature in the middle",
         post="one feature (13570) clearly stands out",
     ),
     "denoising top": Row(
         "M26",
         "what is brought back of the feature by that upstream feature alone",
-        f"denoising score of the pre-activation {_AT}; null: the one in the middle",
+        f"denoising score of the pre-activation {_AT}",
+        null="the upstream feature in the middle",
         post="one feature (13570) clearly stands out",
     ),
     "consistent": Row("M26", "prompts in which the same upstream feature matters most", "share of the prompts"),
@@ -347,7 +356,7 @@ _FEATURES = {
         "M26",
         "upstream features that have 90 % of the effect of all, in both directions",
         "median over prompts where it can be said",
-        post=1,
+        post=1.0,
         unit="",
     ),
 }
@@ -370,7 +379,7 @@ def _features(subject: Subject, exemplar: Exemplar) -> Filled:
         for direction in ("noising", "denoising"):
             values = np.array([getattr(each, f"bars_{direction}").pre_score[number] for _, each in found])
             row = f"{direction} {name}"
-            claims[row] = _FEATURES[row].of(mean_by(documents, values))
+            claims[row] = _FEATURES[row].of(mean_by(documents, values, null=_NOTHING[direction]))
     known = [(pair, each) for pair, each in found if len(each.latents)]
     if not known:
         reason = "no upstream feature differs between the prompts"
@@ -392,12 +401,11 @@ def _features(subject: Subject, exemplar: Exemplar) -> Filled:
 
 def _top(row: str, direction: Direction, best: int, known: Sequence[tuple[CorpusPair, FeaturePatching]]) -> Claim:
     """One feature's score, 1 (noising) or 0 (denoising) in prompts where it does not differ; beside the middle one."""
-    nothing = float(direction == "noising")
     own, middle = [], []
     for _, each in known:
         scores = getattr(each, direction).pre_score
         at = np.flatnonzero(each.latents == best)
-        own.append(scores[at[0]] if len(at) else nothing)
+        own.append(scores[at[0]] if len(at) else _NOTHING[direction])
         middle.append(float(np.median(scores)))
     measured = mean_by([pair.document for pair, _ in known], np.array(own), null=float(np.mean(middle)))
     return _FEATURES[row].of(measured, note=f"feature {best}")

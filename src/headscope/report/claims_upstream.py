@@ -17,7 +17,7 @@ from headscope.studies.upstream import HeadShares, SourceShares, compare_heads, 
 
 _THRESHOLDS = (0.0, 0.25, 0.5, 0.75)
 """Of the largest activation."""
-_SOURCE_BLOCKS, _CIRCUIT_TOKENS, _EXAMPLES = 192, 256, 32
+_SOURCE_BLOCKS, _CIRCUIT_TOKENS, _EXAMPLES = 160, 160, 32
 _BY_DECODER = {
     "decoder": "||W_dec[j, h]||",
     "decoder_out": "||W_dec[j, h] W_O[h]||",
@@ -32,7 +32,7 @@ _HEADS = {
         "share of variance of the top head",
         "sum C_h^2 / sum over heads, active tokens; its largest over heads",
         post="0.94 (1.6) for induction, several heads for local context, one (1.1) for high-level context",
-        differs="null: the same head in directions that mean nothing",
+        null="the same head in directions that mean nothing",
     ),
     "covariance": Row(
         "M17",
@@ -110,7 +110,7 @@ def _heads_drawn(subject: Subject, exemplar: Exemplar, found: HeadShares, decode
 
 # -------------------------------------------------------------------------------------------------------------- sources
 _MAJORITY = "the majority, no number"
-_DIRECTIONS = "null: random directions of z at the same tokens"
+_DIRECTIONS = "random directions of z at the same tokens"
 _INSIDE = "sum over sources in the exemplar's set of tokens / over all sources, active tokens"
 _SOURCES = {
     **{
@@ -118,7 +118,8 @@ _SOURCES = {
             "M19",
             f"share of variance of the top head from the feature's source tokens, activation above {threshold:.0%} "
             "of its maximum",
-            f"C[h, s]^2, {_INSIDE}; {_DIRECTIONS}",
+            f"C[h, s]^2, {_INSIDE}",
+            null=_DIRECTIONS,
             post="induction: over 0.999 at an activation of 5; others: the majority" if threshold else None,
         )
         for threshold in _THRESHOLDS
@@ -126,25 +127,29 @@ _SOURCES = {
     "second": Row(
         "M19",
         "share of variance of the second head from the feature's source tokens",
-        f"C[h, s]^2, {_INSIDE}; {_DIRECTIONS}",
+        f"C[h, s]^2, {_INSIDE}",
+        null=_DIRECTIONS,
         post=_MAJORITY,
     ),
     "third": Row(
         "M19",
         "share of variance of the third head from the feature's source tokens",
-        f"C[h, s]^2, {_INSIDE}; {_DIRECTIONS}",
+        f"C[h, s]^2, {_INSIDE}",
+        null=_DIRECTIONS,
         post=_MAJORITY,
     ),
     "summed": Row(
         "M19",
         "share of variance of all heads from the feature's source tokens, heads summed before squaring",
-        f"(sum_h C[h, s])^2, {_INSIDE}; {_DIRECTIONS}",
+        f"(sum_h C[h, s])^2, {_INSIDE}",
+        null=_DIRECTIONS,
         post=_MAJORITY,
     ),
     "separate": Row(
         "M19",
         "share of variance of all heads from the feature's source tokens, heads squared before summing",
-        f"sum_h C[h, s]^2, {_INSIDE}; {_DIRECTIONS}",
+        f"sum_h C[h, s]^2, {_INSIDE}",
+        null=_DIRECTIONS,
         post=_MAJORITY,
     ),
     "linear": Row(
@@ -158,7 +163,8 @@ _SOURCES = {
     "attention": Row(
         "M20",
         "attention of the top head to the feature's source tokens where it is active",
-        "mean over active tokens that can see one; null: inactive tokens of the same blocks that can",
+        "mean over active tokens that can see one",
+        null="inactive tokens of the same blocks that can",
         post="mostly attends to them, no number",
     ),
     "all attention": Row(
@@ -262,7 +268,8 @@ _COMPARED = {
     "agreement": Row(
         "M18",
         "agreement of the sources of the two top heads, on single tokens",
-        "mean over active tokens of 1 - JSD in bits of |C[h, s]|: 1 the same sources, 0 none; null: top and last head",
+        "mean over active tokens of 1 - JSD in bits of |C[h, s]|: 1 the same sources, 0 none",
+        null="the top and the last head",
         post="1.3 and 1.7 do similar, not identical things",
         unit="",
     ),
@@ -303,6 +310,7 @@ _STATIC = {
         "M32",
         "tokens that would raise the feature more than its source tokens do, read alone through its top head",
         "share of the vocabulary above them in S_h[v, j] = ln(e_v) W_V[h] w[h, :, j], median over its source tokens",
+        null="a token that has nothing to do with it",
     ),
 }
 _COPYING = {
@@ -310,6 +318,7 @@ _COPYING = {
         "M32",
         "features that copy: their top logit token raises them most through their top head",
         "share of live features of which at most 1 % of the vocabulary is above that token in S_h[v, j]",
+        null="with the top logit of another feature",
     ),
 }
 
@@ -327,7 +336,7 @@ def _static(subject: Subject, exemplar: Exemplar) -> Filled:
     ranks = copy_ranks(subject.live, [exemplar.latent] * n, exemplar.sources, [head] * n)
     rank = float(np.median(ranks))
     measured = Measure("", n, rank, null=Estimate(0.5, 0.5, 0.5))
-    note = f"head {subject.head_name(head)}, {n} source tokens; null: a token that has nothing to do with it"
+    note = f"head {subject.head_name(head)}, {n} source tokens"
     return {"token": _STATIC["token"].of(measured, note=note)}, ()
 
 
@@ -341,7 +350,7 @@ def _copying(subject: Subject) -> Filled:
     null = share_that(chance <= 0.01)
     expected = None if null.value is None else Estimate(null.value, null.low or 0.0, null.high or 1.0)
     found = share_that(rank[np.isfinite(rank)] <= 0.01, expected)
-    return {"dictionary": _COPYING["dictionary"].of(found, note="null: with the top logit of another feature")}, ()
+    return {"dictionary": _COPYING["dictionary"].of(found)}, ()
 
 
 # -------------------------------------------------------------------------------------------------------------- circuit
@@ -350,7 +359,8 @@ _CIRCUIT = {
     "largest": Row(
         "4.1",
         "part of the stream at the sources that makes most of the feature: its share of variance",
-        f"{SQUARES}; null: directions of z that are random within each head",
+        SQUARES,
+        null="directions of z that are random within each head",
         differs="recursive DFA, exact with frozen patterns and norms; the post patches instead",
     ),
     "embedding": Row("4.1", "share of the token embedding at the sources", LINEAR),
@@ -388,8 +398,8 @@ def _circuit(subject: Subject, exemplar: Exemplar) -> Filled:
         subject.live,
         exemplar.latent,
         saes=saes,
-        max_tokens=min(_CIRCUIT_TOKENS, subject.settings.tokens),
-        n_null=4,
+        max_tokens=min(_CIRCUIT_TOKENS, max(30, subject.settings.tokens // 10)),
+        n_null=3,
         seed=subject.settings.seed,
         on_progress=subject.progress,
     )
@@ -398,7 +408,7 @@ def _circuit(subject: Subject, exemplar: Exemplar) -> Filled:
         return {name: row.without(reason) for name, row in _CIRCUIT.items()}, ()
     top = found.parts[0]
     claims = {
-        "largest": _CIRCUIT["largest"].of(top.share, note=f"here {top.part.name}"),
+        "largest": _CIRCUIT["largest"].of(top.share, note=top.part.name),
         "residual": _CIRCUIT["residual"].of(found.residual / float(np.abs(found.pre).mean()), n=found.n),
     }
     for name, kinds in _GROUPS.items():
@@ -407,7 +417,7 @@ def _circuit(subject: Subject, exemplar: Exemplar) -> Filled:
         claims[name] = _CIRCUIT[name].of(ratio(found.document, sums, found.pre - found.constant, definition=LINEAR))
     if found.features:
         single = found.features[0]
-        claims["feature"] = _CIRCUIT["feature"].of(single.share, note=f"here {single.part.name}")
+        claims["feature"] = _CIRCUIT["feature"].of(single.share, note=single.part.name)
     else:
         claims["feature"] = _CIRCUIT["feature"].without("no SAE of an earlier component was given (--mlp-sae)")
     return claims, (_parts(subject, exemplar, found),)

@@ -14,7 +14,7 @@ from headscope.studies.active import Text
 from headscope.studies.induction import Behaviour, BigramFinder, behaviour, control_group, selected
 from headscope.studies.induction_composite import InductionFeatures, induction_features
 
-_FEW_PLACES, _PLACES, _CORRUPTED = 8, 32, 8
+_FEW_PLACES, _PLACES, _CORRUPTED = 4, 12, 6
 
 
 @dataclass(frozen=True)

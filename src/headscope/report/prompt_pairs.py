@@ -137,7 +137,7 @@ def _cut(
     before = np.arange(first, query)
     if exemplar.kind == "induction":
         before = before[:-1]  # of an A just before the query, B would be the query
-        replaced = before[(row[before] == row[query]) & (row[before + 1] == exemplar.token)]
+        replaced = before[(row[before] == row[query]) & np.isin(row[before + 1], exemplar.sources)]
         sources = replaced + 1
     else:
         replaced = sources = before[np.isin(row[before], exemplar.sources)]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from headscope.errors import HeadscopeError
 from headscope.report.records import Claim, Exemplar, Finding, Kind, Unit
@@ -22,6 +22,8 @@ class Row:
     post: float | str | None = None
     unit: Unit = "share"
     differs: str = ""
+    null: str = ""
+    """What the null is, in words; added to the definition."""
 
     def of(self, found: Measure | Estimate | int | float, *, n: int | None = None, note: str = "") -> Claim:
         """The claim with what was measured.
@@ -29,7 +31,7 @@ class Row:
         Args:
             found: the number.
             n: what it is of, where `found` does not say.
-            note: what is particular to it, added to the definition: which head, how many prompts.
+            note: what is particular to this SAE: which head, how many prompts.
         """
         empty = self._claim(note, missing="not measured")
         if isinstance(found, Measure):
@@ -43,8 +45,9 @@ class Row:
         return self._claim("", missing=reason)
 
     def _claim(self, note: str, *, missing: str) -> Claim:
-        definition = f"{self.definition}; {note}" if note else self.definition
-        return Claim(self.id, self.claim, definition, self.post, differs=self.differs, unit=self.unit, missing=missing)
+        definition = f"{self.definition}; null: {self.null}" if self.null else self.definition
+        differs = "; ".join(part for part in (f"here {note}" if note else "", self.differs) if part)
+        return Claim(self.id, self.claim, definition, self.post, differs=differs, unit=self.unit, missing=missing)
 
 
 Rows = Mapping[str, Row]
@@ -57,11 +60,16 @@ def fill(rows: Rows, compute: Callable[[], Filled]) -> tuple[Finding, ...]:
     try:
         claims, others = compute()
     except HeadscopeError as error:
-        return tuple(row.without(str(error)) for row in rows.values())
+        return tuple(row.without(why(error)) for row in rows.values())
     unknown = set(claims) - set(rows)
     if unknown:
         raise KeyError(f"no rows {sorted(unknown)}")
     return (*(claims.get(name) or row.without("not measured") for name, row in rows.items()), *others)
+
+
+def why(error: HeadscopeError) -> str:
+    """An error as the reason of a row, in one line."""
+    return f"{error.got}; expected: {error.expected}"
 
 
 def fill_each(
@@ -87,7 +95,11 @@ def share_that(holds: Bool[np.ndarray, " n"] | Sequence[bool], null: Estimate | 
 
 
 def mean_by(
-    unit: Sequence[int], values: Float[np.ndarray, " n"], *, null: float | None = None, samples: int = 1000
+    unit: Sequence[int] | Int[np.ndarray, " n"],
+    values: Float[np.ndarray, " n"],
+    *,
+    null: float | None = None,
+    samples: int = 1000,
 ) -> Measure:
     """A mean with its interval by resampling units, such as documents; none with fewer than 10 or all alike."""
     n = len(values)
