@@ -9,14 +9,19 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help demo test check format clean
+.PHONY: help demo replication test check format clean
 help:
 	@sed -n '1,2s/^# //p' Makefile
+	@echo "make replication  measure the post's claims on the bundled model, and write docs/replication.md"
 	@echo "make format     apply the formatter"
 	@echo "make clean      remove .venv, caches and runs"
 
 demo: .venv/installed
 	$(BIN)/headscope demo $(ARGS)
+
+replication: .venv/installed
+	$(BIN)/headscope report runs/replication $(ARGS)
+	cp runs/replication/report.md docs/replication.md
 
 test: .venv/installed-dev
 	@sh scripts/ensure_chromium.sh

@@ -214,17 +214,17 @@ def test_a_port_in_use_is_a_clear_error() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ServerError, match=rf"port {port} .*in use"):
-            serve(FakeSource(), port=port)
+            serve(make_app(FakeSource()), port=port)
 
 
 def test_a_port_that_cannot_be_is_a_clear_error() -> None:
     with pytest.raises(ServerError, match="port 70000"):
-        serve(FakeSource(), port=70000)
+        serve(make_app(FakeSource()), port=70000)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
 def test_it_prints_one_line_and_ends_quietly_on_ctrl_c() -> None:
-    code = "import explorer_source as s; from headscope.explorer.server import serve; serve(s.FakeSource())"
+    code = "import explorer_source as s; from headscope.explorer.server import make_app, serve; serve(make_app(s.FakeSource()))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     process = subprocess.Popen(
         [sys.executable, "-c", code],

@@ -15,6 +15,7 @@ from rich.text import Text
 from headscope import demo, jobs
 from headscope.errors import HeadscopeError
 from headscope.index.config import IndexPlan
+from headscope.report import run as report
 from headscope.sae.config import TrainConfig
 from headscope.sae.quality_table import Row, quality_rows
 from headscope.site import Kind
@@ -389,6 +390,47 @@ class Dive:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Report:
+    """Replicate the post on SAEs of one model, side by side: every study, written as one HTML file, JSON and Markdown.
+
+    What is finished is kept: an interrupted run goes on with the same command. Without --sae and --index it is of the
+    bundled model, its best SAE and the ReLU SAE of the post's recipe.
+    """
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the report, the indexes and what each study found."""
+    model: str | None = None
+    """The model; the one the first SAE names when not given."""
+    sae: tuple[str, ...] = ()
+    """z SAEs to index and study: folders, or bundled ones by name."""
+    index: tuple[Path, ...] = ()
+    """Or indexes of SAEs, used as they are."""
+    upstream: str | None = None
+    """An SAE of an earlier MLP, whose features are looked at one by one; `tiny-mlp0` for the bundled SAEs."""
+    text: Annotated[jobs.CorpusChoice, _Flat] = field(default_factory=jobs.CorpusChoice)
+    quick: bool = False
+    """Look at little of everything: it shows that it works, and its figures mean little."""
+    overwrite: bool = False
+    """Give up what a run with other inputs left in OUT."""
+
+    def run(self) -> None:
+        """Study with progress bars, and say where the report is."""
+        inputs = report.Inputs(self.model, self.sae, self.index, self.upstream, self.text)
+        with Display() as display:
+            found = report.run(
+                self.out,
+                inputs,
+                quick=self.quick,
+                overwrite=self.overwrite,
+                on_progress=display.on_progress,
+                say=display.say,
+            )
+        for line in found.lines():
+            display.say(line)
+        display.say(f"report: {self.out / 'report.html'}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Survey:
     """Print how many features of a sample are alive, how many people found interpretable, and how far they agree."""
 
@@ -465,7 +507,21 @@ class Display:
 
 
 Command = (
-    Demo | Train | Eval | Info | Convert | Index | Serve | Export | Proxies | Effects | Families | Heads | Dive | Survey
+    Demo
+    | Train
+    | Eval
+    | Info
+    | Convert
+    | Index
+    | Serve
+    | Export
+    | Proxies
+    | Effects
+    | Families
+    | Heads
+    | Dive
+    | Survey
+    | Report
 )
 
 

@@ -400,7 +400,8 @@ def serve(
     from headscope.explorer.head_pages import IndexHeads
     from headscope.explorer.labelling import LabelRoutes
     from headscope.explorer.page_routes import PageRoutes
-    from headscope.explorer.server import serve as serve_cards
+    from headscope.explorer.server import make_app
+    from headscope.explorer.server import serve as serve_app
     from headscope.explorer.upstream import IndexUpstream
     from headscope.index.store import FeatureIndex
 
@@ -408,16 +409,15 @@ def serve(
     if upstream_saes and not model:
         raise SAEError("upstream SAEs without a model", expected="the model that they are of", do="pass --model too")
     effects, upstream, prompts = _models(index, model, upstream_saes) if model else (None, None, None)
-    serve_cards(
+    app = make_app(
         IndexCards(opened),
         dives=IndexDives(opened, effects),
         upstream=IndexUpstream(opened, upstream),
         labels=LabelRoutes(opened),
         roles=PageRoutes(IndexFamilies(opened), IndexHeads(opened)),
         prompts=prompts,
-        port=port,
-        open_browser=open_browser,
     )
+    serve_app(app, port=port, open_browser=open_browser)
 
 
 def _models(index: str | Path, model: str, saes: Sequence[str]) -> "tuple[_Effects, LiveUpstream, PromptRoutes]":

@@ -233,6 +233,15 @@ def make_app(
     The page has `token` (a new random one when None) in its `headscope-token` meta element. With `dives`, its cards
     have the deep-dive tabs, with `upstream` those that say how features are computed; with `labels`, it has the
     labelling queue; with `roles`, the pages of families and heads; with `prompts`, the prompt explorer answers.
+
+    Args:
+        source: what to show.
+        token: what a request that writes has to give.
+        dives: what its deep-dive tabs show.
+        upstream: what its tabs upstream show.
+        labels: where labels go.
+        roles: what the pages of families and heads show.
+        prompts: what answers the prompt explorer; there has to be a model.
     """
     token = token or secrets.token_urlsafe(32)
     parts = {"dives": dives, "upstream": upstream, "labels": labels, "pages": roles, "prompts": prompts}
@@ -273,13 +282,8 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    source: CardSource,
+    app: Starlette,
     *,
-    dives: DiveSource | None = None,
-    upstream: IndexUpstream | None = None,
-    labels: LabelRoutes | None = None,
-    roles: PageRoutes | None = None,
-    prompts: PromptRoutes | None = None,
     port: int | None = None,
     open_browser: bool = False,
     ready: Callable[[str], None] | None = None,
@@ -287,12 +291,7 @@ def serve(
     """Serve the explorer on 127.0.0.1 until Ctrl-C.
 
     Args:
-        source: what to show.
-        dives: what its deep-dive tabs show, if it is to have them.
-        upstream: what its tabs upstream show, likewise.
-        labels: where labels go, if it is to have the labelling queue.
-        roles: what the pages of families and heads show, if it is to have them.
-        prompts: what answers the prompt explorer, if there is a model.
+        app: what `make_app` made.
         port: where to listen; None takes a free port.
         open_browser: open the page in the default browser.
         ready: called with the URL once the page can be opened.
@@ -312,7 +311,7 @@ def serve(
             ready(url)
 
     config = uvicorn.Config(
-        make_app(source, dives=dives, upstream=upstream, labels=labels, roles=roles, prompts=prompts),
+        app,
         log_level="warning",
         lifespan="off",
         ws="none",

@@ -310,11 +310,11 @@ class OtherFeatures:
     """Features of a head that are not of a family, such as induction, by the two readings of the post."""
 
     head: int
-    firing: Int[np.ndarray, " k"]
+    firing: Int[np.ndarray, " n_firing"]
     """Those that are active most often when the head is ablated (the letter of the post), most first."""
-    lost: Int[np.ndarray, " k"]
+    lost: Int[np.ndarray, " n_lost"]
     """Those that lose most active tokens when the head is ablated."""
-    by_dfa: Int[np.ndarray, " k"]
+    by_dfa: Int[np.ndarray, " n_by_dfa"]
     """Those with the largest summed positive DFA of the head over their active tokens."""
 
 

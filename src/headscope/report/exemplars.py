@@ -1,0 +1,124 @@
+"""The feature of each family that is looked at closely, chosen by a rule and not by hand. No torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from headscope.errors import IndexFormatError
+from headscope.index.store import FeatureIndex
+from headscope.proxies import parse
+from headscope.proxies.families import AfterAny, Induction, WithinAfter
+from headscope.proxies.masks import vocabulary_of
+from headscope.proxies.search import search
+from headscope.proxies.search_records import SearchPlan
+from headscope.proxies.search_table import STUDY, add_proxies, row_of
+from headscope.report.records import KINDS, Exemplar, Kind, Settings
+
+MIN_ACTIVE = 100
+"""Active tokens on the scoring half that an exemplar needs: with fewer its numbers say little."""
+_COLUMN: dict[Kind, str] = {"induction": "induction", "local context": "local", "high-level context": "context"}
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A live feature and the best proxy of one family."""
+
+    kind: Kind
+    latent: int
+    proxy: str
+    pearson: float
+    sure: bool
+    """The search found enough to put the feature into the family."""
+    row: dict[str, Any]
+
+
+def choose(index: FeatureIndex, settings: Settings, on_progress: Progress | None = None) -> tuple[Exemplar, ...]:
+    """The exemplars of an index: of each kind the feature whose best proxy correlates most with it.
+
+    The proxy is chosen on one half of the documents and scored on the other (`proxies.search`). A feature stands for
+    a family when its best proxy is of that family, correlates with it at 0.3 or more and above all rotations. One that
+    the search itself put into the family goes before one for which there were too few documents to be sure.
+
+    Args:
+        index: open; with `settings.search` None it gets the columns `proxies`, unless it has them.
+        settings: how many features to search.
+        on_progress: called as features are searched.
+
+    Returns:
+        At most one of each kind, in their order; a kind of which no feature is has none.
+    """
+    rows = _rows(index, settings, on_progress)
+    found = [candidate for row in rows for candidate in _candidates(row)]
+    chosen = []
+    for kind in KINDS:
+        own = [c for c in found if c.kind == kind]
+        if own:
+            best = max(own, key=lambda c: (c.sure, c.pearson, -c.latent))
+            chosen.append(_exemplar(index, best, len(own), len(rows)))
+    return tuple(chosen)
+
+
+def _rows(index: FeatureIndex, settings: Settings, on_progress: Progress | None) -> list[dict[str, Any]]:
+    """What is known of the proxies of features."""
+    if settings.search is None:
+        try:
+            table = index.columns(STUDY)
+        except IndexFormatError:
+            add_proxies(index, on_progress=on_progress)
+            table = index.columns(STUDY)
+        return [row for row in table.to_pylist() if row["n_active"]]
+    latents = _heaviest(index, settings.search)
+    rows = []
+    for row in map(row_of, search(index, latents)):
+        rows.append(row)
+        if on_progress is not None:
+            on_progress("proxies", len(rows), len(latents))
+    return rows
+
+
+def _heaviest(index: FeatureIndex, n: int) -> list[int]:
+    """The live features with the largest summed activation."""
+    table = index.sql("SELECT latent, n_active * mean AS mass FROM features WHERE n_active > 0")
+    latent, mass = table["latent"].to_numpy(), table["mass"].to_numpy()
+    return latent[np.argsort(-mass, kind="stable")[:n]].tolist()
+
+
+def _candidates(row: dict[str, Any]) -> list[_Candidate]:
+    """What a feature may stand for: the family of its best proxy, if that is one of the post's three."""
+    if row["n_active"] < MIN_ACTIVE or row.get("pearson") is None:
+        return []
+    null, least = row["pearson_null_high"], SearchPlan().min_pearson
+    if row["pearson"] < least or (null is not None and row["pearson"] <= null):
+        return []
+    return [
+        _Candidate(kind, row["latent"], row["proxy"], row["pearson"], row["kind"] == kind, row)
+        for kind, column in _COLUMN.items()
+        if row.get(f"{column}_proxy") == row["proxy"]
+    ]
+
+
+def _exemplar(index: FeatureIndex, best: _Candidate, n_family: int, n_searched: int) -> Exemplar:
+    token = index.feature(best.latent).logit_top[0][0]
+    doubt = "" if best.sure else "; too few documents or tokens to be sure of the family"
+    why = (
+        f"largest correlation with its best proxy, on documents the proxy was not chosen on, among the {n_family} of "
+        f"{n_searched:,} features searched whose best proxy is of this family{doubt}"
+    )
+    return Exemplar(best.kind, best.latent, best.proxy, best.pearson, token, _sources(index, best), why)
+
+
+def _sources(index: FeatureIndex, best: _Candidate) -> tuple[int, ...]:
+    """The tokens the proxy names, which should be what the heads read."""
+    match parse(best.proxy):
+        case Induction(token=token):
+            named = [token]
+        case WithinAfter(tokens=tokens) | AfterAny(tokens=tokens):
+            named = list(tokens)
+        case _:  # a union of them
+            found = index.sources(best.latent)
+            return () if found is None else tuple(source.token for source in found.tokens[:3])
+    return tuple(vocabulary_of(index).ids(named).tolist())

@@ -1,0 +1,286 @@
+"""The whole replication: index SAEs of one model, choose exemplars, run every study on each, write the report.
+
+What is finished is kept in the folder of the report, index by index and study by study, and is not made again by the
+same command. A study that fails becomes a row that says why.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headscope import jobs
+from headscope.artefact import atomic_write, read_json, write_json
+from headscope.errors import HeadscopeError, OutputError, SAEError
+from headscope.report.records import FULL, QUICK, Claim, Exemplar, Settings, Study
+from headscope.report.results import Report, StudyResult, SubjectResult
+
+if TYPE_CHECKING:
+    from headscope.index.store import FeatureIndex
+    from headscope.report.subject import Subject
+    from headscope.sae.model import SAE
+
+TINY = ("tiny-z1", "tiny-z1-relu")
+"""Of the bundled model: its best SAE, and the ReLU SAE of the post's recipe."""
+TINY_UPSTREAM = "tiny-mlp0"
+_PLAN = "plan.json"
+_KEPT = ("indexes", "studies", _PLAN, "report.json", "report.html", "report.md")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a report is of."""
+
+    model: str | None = None
+    """The one that the first SAE names when not given."""
+    saes: tuple[str, ...] = ()
+    """SAE folders, or bundled ones by name; they are indexed in the folder of the report."""
+    indexes: tuple[Path, ...] = ()
+    """Index folders, which are used as they are; with neither, the bundled SAEs of `tiny`."""
+    upstream: str | None = None
+    """An SAE of an earlier layer's MLP."""
+    text: jobs.CorpusChoice = field(default_factory=jobs.CorpusChoice)
+    """What is read for `saes`."""
+
+    def completed(self) -> "Inputs":
+        """With the bundled subjects where nothing is named."""
+        named = self if self.saes or self.indexes else replace(self, saes=TINY)
+        if named.upstream is None and set(named.saes) & set(TINY):
+            return replace(named, upstream=TINY_UPSTREAM)
+        return named
+
+
+def run(
+    out: Path,
+    inputs: Inputs | None = None,
+    *,
+    quick: bool = False,
+    overwrite: bool = False,
+    studies: Sequence[Study] | None = None,
+    on_progress: jobs.Progress | None = None,
+    say: Callable[[str], None] = lambda _line: None,
+) -> Report:
+    """Run all studies on all SAEs, and write `report.json`, `report.html` and `report.md`.
+
+    Args:
+        out: a folder; gets the report, and keeps what was done for the next run of the same command.
+        inputs: the model, the SAEs and the corpus; the bundled ones when not given.
+        quick: look at little of everything: whether it works, not what is so.
+        overwrite: give up what an earlier run with other inputs left in `out`.
+        studies: to run; all of the registry when not given.
+        on_progress: called as the work goes on.
+        say: called with a line now and then.
+
+    Raises:
+        HeadscopeError: of the inputs or the folder; a study's own errors become rows.
+        KeyboardInterrupt: Ctrl-C; what was finished is kept.
+    """
+    from headscope.report.registry import STUDIES
+
+    out, inputs = Path(out), (inputs or Inputs()).completed()
+    settings = QUICK if quick else FULL
+    if inputs.text.max_tokens is None:
+        inputs = replace(inputs, text=replace(inputs.text, max_tokens=settings.corpus_tokens))
+    work = _Work(out, inputs, settings, on_progress or (lambda _stage, _done, _total: None), say)
+    work.claim(overwrite=overwrite)
+    subjects = tuple(work.subject(*named, studies or STUDIES) for named in work.named())
+    return work.write(subjects)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The folder of a report and what is to be done in it."""
+
+    out: Path
+    inputs: Inputs
+    settings: Settings
+    progress: jobs.Progress
+    say: Callable[[str], None]
+
+    # ---------------------------------------------------------------------------------------------------------- folder
+    def claim(self, *, overwrite: bool) -> None:
+        """Make the folder this report's own, or refuse it."""
+        plan = self._plan()
+        if (self.out / _PLAN).is_file():
+            if _read(self.out / _PLAN) == plan:
+                return
+            if not overwrite:
+                raise OutputError(
+                    f"{self.out} holds a report of other SAEs, text or settings",
+                    expected="a new folder, or one of the same command",
+                    do="choose another folder, or pass --overwrite to replace it",
+                )
+            for name in _KEPT:
+                _remove(self.out / name)
+        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise OutputError(
+                f"{self.out} holds something else than a report",
+                expected="a new or empty folder, or one of an earlier run",
+                do="choose another folder",
+            )
+        write_json(self.out / _PLAN, plan)
+
+    def _plan(self) -> dict[str, Any]:
+        """What makes the work of two runs the same; indexes that are given say it by their own hashes."""
+        from headscope.sae.formats import sae_hash
+
+        return {
+            "model": self.inputs.model,
+            "saes": [[name, sae_hash(name)] for name in self.inputs.saes],
+            "indexes": [str(path.resolve()) for path in self.inputs.indexes],
+            "upstream": self.inputs.upstream,
+            "text": asdict(self.inputs.text),
+            "settings": asdict(self.settings),
+        }
+
+    def named(self) -> list[tuple[str, str | Path]]:
+        """A name for each SAE that no other has and that is good for a file, and where it or its index is.
+
+        Raises:
+            SAEError: the same one twice.
+        """
+        named: dict[str, str | Path] = {}
+        for of in (*self.inputs.saes, *self.inputs.indexes):
+            name = str(of) if isinstance(of, str) and not Path(of).exists() else Path(of).resolve().name
+            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+            if of in named.values():
+                raise SAEError(f"{of} twice", expected="each SAE once", do="name it once")
+            while name in named:
+                name += "_"
+            named[name] = of
+        return list(named.items())
+
+    # -------------------------------------------------------------------------------------------------------- subjects
+    def subject(self, name: str, of: str | Path, studies: Sequence[Study]) -> SubjectResult:
+        """Index one SAE, choose its exemplars and run the studies."""
+        from headscope.report.exemplars import choose
+        from headscope.report.subject import Subject
+
+        index = self._index(name, of)
+        live = jobs.live(index, model=self.inputs.model, sae=of if isinstance(of, str) else None)
+        identity = _identity(live.index, self.settings)
+        kept = self.out / "studies" / name
+        exemplars = _kept(kept / "exemplars.json", identity)
+        if exemplars is None:
+            chosen = choose(live.index, self.settings, on_progress=self._named(name))
+            exemplars = {"exemplars": [asdict(e) for e in chosen]}
+            write_json(kept / "exemplars.json", {"identity": identity} | exemplars)
+        chosen = tuple(Exemplar.from_dict(e) for e in exemplars["exemplars"])
+        subject = Subject(name, live, chosen, self.settings, self._upstream())
+        results = tuple(self._study(subject, study, kept, identity) for study in studies)
+        tokens = {t: subject.text(t) for e in chosen for t in (e.token, *e.sources)}
+        return SubjectResult(name, _facts(live.index), chosen, results, tokens)
+
+    def _index(self, name: str, of: str | Path) -> Path:
+        """The index of an SAE: the one given, or one that is built here unless it stands."""
+        if isinstance(of, Path):
+            return of
+        index = self.out / "indexes" / name
+        if not (index / "manifest.json").is_file():
+            jobs.index([of], index, model=self.inputs.model, text=self.inputs.text, on_progress=self._named(name))
+        return index
+
+    def _named(self, name: str) -> jobs.Progress:
+        return lambda stage, done, total: self.progress(f"{name}: {stage}", done, total)
+
+    def _upstream(self) -> "SAE | None":
+        from headscope.sae.formats import load_sae
+
+        return None if self.inputs.upstream is None else load_sae(self.inputs.upstream)
+
+    def _study(self, subject: "Subject", study: Study, kept: Path, identity: str) -> StudyResult:
+        """What one study finds, unless it is known."""
+        own = _hash({"identity": identity, "study": study.name, "version": study.version})
+        path = kept / f"{study.name}.json"
+        standing = _kept(path, own) if study.kept else None
+        if standing is not None:
+            with suppress(KeyError, TypeError, ValueError):  # of another version: made again
+                return StudyResult.from_dict(standing["result"])
+        stage = f"{subject.name}: {study.name}"
+        self.progress(stage, 0, 1)
+        started = time.monotonic()
+        subject = replace(subject, progress=lambda done, total: self.progress(stage, done, total))
+        try:
+            found = study.run(subject)
+        except Exception as error:  # whatever it is: one study must not lose the others
+            return self._failed(study, error, time.monotonic() - started)
+        result = StudyResult(study.name, round(time.monotonic() - started, 2), tuple(found))
+        self.progress(stage, 1, 1)
+        write_json(path, {"identity": own, "result": result.as_dict()})
+        return result
+
+    def _failed(self, study: Study, error: Exception, seconds: float) -> StudyResult:
+        """Rows that say why there is nothing; the next run tries again."""
+        if isinstance(error, HeadscopeError):
+            why = f"{error.got}; expected: {error.expected}"
+        else:
+            why = f"the study failed: {type(error).__name__}: {error}"
+        self.say(f"{study.name}: {why}")
+        rows = tuple(Claim(i, study.question, "not measured", missing=why) for i in study.ids)
+        return StudyResult(study.name, round(seconds, 2), rows, failed=why)
+
+    # ---------------------------------------------------------------------------------------------------------- output
+    def write(self, subjects: tuple[SubjectResult, ...]) -> Report:
+        """Put the report together and write its three files."""
+        from headscope.report.render_html import html
+        from headscope.report.render_markdown import markdown
+
+        report = Report(
+            version=version("headscope"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            settings=asdict(self.settings),
+            model=subjects[0].facts["model"],
+            subjects=subjects,
+        )
+        write_json(self.out / "report.json", report.as_dict())
+        for name, content in (("report.html", html(report)), ("report.md", markdown(report))):
+            with atomic_write(self.out / name) as file:
+                file.write(content.encode())
+        return report
+
+
+# -------------------------------------------------------------------------------------------------------------- keeping
+def _identity(index: "FeatureIndex", settings: Settings) -> str:
+    """What a study's result depends on, besides the study itself."""
+    from headscope.index.columns import index_identity
+
+    return _hash({"index": index_identity(index.manifest), "settings": asdict(settings)})
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _kept(path: Path, identity: str) -> dict[str, Any] | None:
+    """What an earlier run left, if it is of the same."""
+    content = _read(path)
+    return content if isinstance(content, dict) and content.get("identity") == identity else None
+
+
+def _read(path: Path) -> Any:
+    """The content of a file of ours; None where there is none that can be read."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _facts(index: "FeatureIndex") -> dict[str, Any]:
+    """Of an index, what a report says of it."""
+    manifest = index.manifest
+    names = ("site", "layer", "z_convention", "dtype", "model", "sae", "corpus", "n_alive", "n_pairs", "l0")
+    return {name: manifest[name] for name in names} | {"index_created": manifest["created"]}

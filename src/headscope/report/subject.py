@@ -1,0 +1,83 @@
+"""The one SAE under study: what every study of the report is given."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from headscope.errors import StudyError
+from headscope.index.live import LiveIndex
+from headscope.index.store import FeatureIndex
+from headscope.models.hf import Model
+from headscope.report.records import FULL, Exemplar, Kind, Settings
+from headscope.sae.model import SAE
+
+
+def _silent(_done: int, _total: int) -> None:
+    """Report to no one."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An index with its model and SAE, the exemplars chosen from it, and how much to look at."""
+
+    name: str
+    """Of the SAE, as the report calls it."""
+    live: LiveIndex
+    exemplars: tuple[Exemplar, ...] = ()
+    """At most one of each kind; a kind without a feature has none."""
+    settings: Settings = FULL
+    upstream_sae: SAE | None = None
+    """An `mlp_out` SAE of an earlier layer, whose features are nodes of the circuit; None where there is none."""
+    progress: Callable[[int, int], None] = field(default=_silent, compare=False)
+    """Called with the work done and the work in all, of the study that runs."""
+
+    @property
+    def index(self) -> FeatureIndex:
+        """What is known of every feature."""
+        return self.live.index
+
+    @property
+    def model(self) -> Model:
+        """The model."""
+        return self.live.model
+
+    @property
+    def sae(self) -> SAE:
+        """The SAE."""
+        return self.live.sae
+
+    def exemplar(self, kind: Kind) -> Exemplar:
+        """The exemplar of a kind.
+
+        Raises:
+            StudyError: there is none.
+        """
+        for exemplar in self.exemplars:
+            if exemplar.kind == kind:
+                return exemplar
+        raise StudyError(
+            f"no {kind} feature among those of {self.name}",
+            expected="one whose proxy explains it",
+            do="index more text, or train on more",
+        )
+
+    def some_exemplars(self) -> tuple[Exemplar, ...]:
+        """All exemplars.
+
+        Raises:
+            StudyError: there is none of any kind.
+        """
+        if not self.exemplars:
+            raise StudyError(
+                f"no feature of {self.name} goes with a proxy of any of the post's families",
+                expected="one with a correlation above its null",
+                do="index more text, or train on more",
+            )
+        return self.exemplars
+
+    def text(self, token: int) -> str:
+        """A token as it is written, spaces made visible in quotes."""
+        return repr(self.index.vocabulary[0][token].decode(errors="replace"))
+
+    def head_name(self, head: int) -> str:
+        """`1.6`: layer and head."""
+        return f"{self.sae.site.layer}.{head}"
