@@ -22,8 +22,10 @@ def check_vocabulary(tokenizer: Any, d_vocab: int, source: str) -> None:
         ModelError: it has a token that the model lacks, or leaves more than a tenth of the model's tokens unused.
     """
     own = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
-    special = [tokenizer.bos_token_id or 0, tokenizer.eos_token_id or 0]
-    largest, known = max([*own, *special]), tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
+    largest, known = (
+        max([*own, first_token(tokenizer, source)]),
+        tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True),
+    )
     if largest >= d_vocab:
         raise ModelError(
             f"a tokenizer with the token {largest}, from {source}",
