@@ -28,7 +28,7 @@ _PACK = 64  # features unpacked together
 _IMPORT = re.compile(r'^import \{([^}]*)\} from "\./(\w+\.js)";\n', re.MULTILINE)
 _LAZY = re.compile(r'^[ \t]*const \{[^}]*\} = await import\("\./(\w+\.js)"\);\n', re.MULTILINE)
 _ASIDE = re.compile(r"^[ \t]*//[^\n]*\n|^[ \t]*/\*\*(?:(?!\*/).)*\*/\n|^[ \t]+", re.MULTILINE | re.DOTALL)
-_DIVE = "dive.js"
+_OF_DIVES = ("dive.js", "upstream.js")
 _LABELS = "labels.js"  # writes, and so needs a server
 _STYLE_LINK = '<link rel="stylesheet" href="/static/style.css">'
 _SCRIPT_LINK = '<script type="module" src="/static/app.js"></script>'
@@ -239,7 +239,7 @@ def _one_script(files: dict[str, str], *, dives: bool) -> str:
     done: dict[str, str] = {}
 
     def add(name: str) -> None:
-        if name in done or name == _LABELS or (name == _DIVE and not dives):
+        if name in done or name == _LABELS or (name in _OF_DIVES and not dives):
             return
         for needed in [n for _, n in _IMPORT.findall(files[name])] + _LAZY.findall(files[name]):
             add(needed)
