@@ -27,7 +27,7 @@ from dive_index import COMMON, DEAD, N_LATENTS, RARE, built, dense, text_positio
 from explorer_source import FakeSource
 from headscope import cli, jobs
 from headscope.errors import ExportError, IndexFormatError, OutputError, ProxyError
-from headscope.explorer import studies
+from headscope.explorer import server
 from headscope.explorer.cards import IndexCards
 from headscope.explorer.desk import Desk
 from headscope.explorer.dives import IndexDives
@@ -347,7 +347,7 @@ def test_a_long_study_holds_up_no_card_and_few_run_at_once() -> None:
 
 def test_a_study_that_takes_too_long_is_given_up_and_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow()
-    monkeypatch.setattr(studies, "Desk", partial(Desk, seconds=0.2))
+    monkeypatch.setattr(server, "Desk", partial(Desk, seconds=0.2))
     with serving(make_app(slow, dives=slow)) as address:
         for i in range(3):
             status, said = ask(f"{address}/api/dive/3?proxy=p{i}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from headscope.attribution import HeadWeights, dfa_of_sequence
 from headscope.errors import HeadscopeError, ModelError
 from headscope.index.live import LiveIndex, TokenDFA
-from headscope.stats import Estimate, Measure, estimate_of, ratio
+from headscope.stats import Estimate, Measure, estimate_of, jensen_shannon, ratio
 from headscope.studies.active import Text, drawn
 
 _BATCH_TOKENS = 2048
