@@ -12,8 +12,9 @@ from headscope.report.subject import Subject
 from headscope.stats import Estimate, Measure, ratio
 from headscope.studies.active import Text, drawn
 from headscope.studies.circuit_corpus import LINEAR, SQUARES, FeatureCircuit, feature_circuit
+from headscope.studies.head_shares import HeadShares, head_shares
 from headscope.studies.induction_composite import copy_ranks
-from headscope.studies.upstream import HeadShares, SourceShares, compare_heads, head_shares, source_shares
+from headscope.studies.upstream import SourceShares, compare_heads, source_shares
 
 _THRESHOLDS = (0.0, 0.25, 0.5, 0.75)
 """Of the largest activation."""
