@@ -16,12 +16,7 @@ from headscope.attribution import HeadWeights, dfa_of_sequence
 from headscope.errors import HeadscopeError, ModelError
 from headscope.index.live import LiveIndex, TokenDFA
 from headscope.index.store import FeatureIndex
-from headscope.stats import (
-    Estimate,
-    Measure,
-    estimate_of,
-    ratio,
-)
+from headscope.stats import Estimate, Measure, estimate_of, jensen_shannon, ratio
 from headscope.studies.active import Text, drawn
 from headscope.studies.share_measures import covariance, exchanged, head_ranges
 
