@@ -233,10 +233,9 @@ def add_head_table(
     """
     schema = _schema(name)
     try:
-        if isinstance(rows, Sequence):
-            table = pa.Table.from_pylist(list(rows), schema.arrow)
-        else:
-            table = rows.cast(schema.arrow)
+        table = (
+            pa.Table.from_pylist(list(rows), schema.arrow) if isinstance(rows, Sequence) else rows.cast(schema.arrow)
+        )
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise _refused(f"{name}: {error}", "columns of the types of its schema") from error
     _check(name, table, index.manifest)
