@@ -138,10 +138,18 @@ def test_a_finished_index_is_used_as_it_is(inputs, tmp_path):
     assert not (tmp_path / "out" / "indexes").exists()
 
 
-def test_a_random_model_has_no_exemplar_and_every_claim_about_one_says_so(inputs, tmp_path):
+def test_a_random_model_has_no_induction_exemplar(inputs, tmp_path):
+    studies = [study for study in FEATURE if study.name == "examples"]
+    for subject in run(tmp_path / "out", inputs, quick=True, studies=studies).subjects:
+        missing = [claim.kind for claim in subject.claims]
+        assert "induction" in missing
+        assert "induction" not in {e.kind for e in subject.exemplars}
+
+
+def test_without_exemplars_every_claim_about_one_says_so(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("headscope.report.exemplars.choose", lambda *_, **__: ())
     studies = [*TRAINING, *FEATURE, *DOWNSTREAM]
     (subject,) = run(tmp_path / "out", replace(inputs, saes=inputs.saes[:1]), quick=True, studies=studies).subjects
-    assert subject.exemplars == ()
     by_id: dict[str, list[Claim]] = {}
     for claim in subject.claims:
         by_id.setdefault(claim.id, []).append(claim)
