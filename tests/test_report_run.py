@@ -6,15 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from headscope import jobs
 from headscope.errors import OutputError, SAEError, StudyError
+from headscope.models.load import load_model
 from headscope.report.claims_downstream import STUDIES as DOWNSTREAM
 from headscope.report.claims_feature import STUDIES as FEATURE
 from headscope.report.claims_training import STUDIES as TRAINING
 from headscope.report.records import Claim, Study
 from headscope.report.run import Inputs, run
 from headscope.sae.formats import save_sae
+from test_tl_checkpoint import configuration, random_state
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +175,22 @@ def test_the_loss_recovered_is_that_of_the_evaluation(inputs, tmp_path):
     recovered = next(c for c in subject.claims if c.post == 0.87)
     assert recovered.ours == pytest.approx(quality.loss_recovered.value)
     assert found["M4", "Dead latents"].ours == pytest.approx(quality.dead.value)
+
+
+@pytest.mark.slow
+def test_every_study_runs_on_a_checkpoint_of_transformerlens_format(inputs, random_sae, tokenizer, tmp_path):
+    """The format of gelu-2l, with random weights: nothing breaks, and what cannot be asked of them says why."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    config = configuration()
+    torch.save({name: t.float() for name, t in random_state(config).items()}, folder / "model_final.pth")
+    (folder / "tl_config.json").write_text(json.dumps(config))
+    copied = Tokenizer.from_str(tokenizer.to_str())
+    PreTrainedTokenizerFast(tokenizer_object=copied, bos_token="<|bos|>").save_pretrained(folder)
+    save_sae(random_sae(load_model(str(folder)), 60), tmp_path / "sae")
+    text = replace(inputs.text, block_size=16)
+    chosen = Inputs(model=str(folder), saes=(str(tmp_path / "sae"),), text=text)
+    (subject,) = run(tmp_path / "out", chosen, quick=True).subjects
+    broken = {s.study: s.failed for s in subject.studies if s.failed and s.failed.startswith("the study failed")}
+    assert broken == {}
+    assert {f"M{i}" for i in range(1, 32) if i != 7} <= {claim.id for claim in subject.claims}
