@@ -213,7 +213,7 @@ class Settings:
     seed: int = 0
 
 
-QUICK = Settings("quick", 65_536, 100, 10_240, 300, 16, 4, 24, samples=200)
+QUICK = Settings("quick", 32_768, 60, 4_096, 100, 8, 3, 12, samples=200)
 FULL = Settings("full", 1_010_000, None, 327_680, 5_000, 512, 32, None)
 
 
