@@ -214,7 +214,7 @@ class Settings:
 
 
 QUICK = Settings("quick", 32_768, 60, 4_096, 100, 8, 3, 12, samples=200)
-FULL = Settings("full", 1_010_000, None, 327_680, 5_000, 512, 32, None)
+FULL = Settings("full", 524_288, None, 163_840, 3_000, 256, 16, None)
 
 
 StudyFunction = Callable[..., tuple[Finding, ...]]
