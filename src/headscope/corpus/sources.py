@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from glob import glob, has_magic
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +71,17 @@ def _files(name: str) -> dict[str, Path] | None:
     if path.is_file():
         return {path.name: path}
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-        return {file.relative_to(path).as_posix(): file for file in files}
+        return _below(path, "**/*")
     if has_magic(name):
         parts = path.parts
-        fixed = Path(*parts[: next(i for i, part in enumerate(parts) if has_magic(part))])
-        files = sorted(p for p in map(Path, glob(name, recursive=True)) if p.is_file())
-        if files:
-            return {file.relative_to(fixed).as_posix(): file for file in files}
+        n_fixed = next(i for i, part in enumerate(parts) if has_magic(part))
+        return _below(Path(*parts[:n_fixed]), str(Path(*parts[n_fixed:]))) or None
     return None
+
+
+def _below(folder: Path, pattern: str) -> dict[str, Path]:
+    files = sorted(p for p in folder.glob(pattern) if p.is_file() and not _hidden(p.relative_to(folder)))
+    return {file.relative_to(folder).as_posix(): file for file in files}
 
 
 def _hidden(path: Path) -> bool:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 
 from headscope import attribution
+from headscope.corpus import special_ids
 from headscope.index.config import N_COPY, N_LOGITS, N_SOURCE_TOKENS, IndexPlan
 from headscope.index.nulls import KINDS as NULL_KINDS
 from headscope.index.parts import SortedParts

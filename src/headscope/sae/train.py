@@ -450,7 +450,7 @@ def _provenance(model: Model, corpus: Corpus, config: TrainConfig, result: Train
         "n_heads": model.spec.n_heads,
         "d_head": model.spec.d_head,
         "context_size": corpus.block_size,
-        "prepend_bos": bool((corpus.blocks[:1, 0] == corpus.bos).all()),
+        "prepend_bos": bool((corpus.blocks[:, 0] == corpus.bos).all()),
         "exclude_special_tokens": config.exclude_bos,
         "corpus": corpus.provenance(),
         "training": {
