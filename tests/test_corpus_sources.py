@@ -1,4 +1,4 @@
-"""Every kind of file and dataset is read as what it is, tokenised once, and refused with a reason where it is damaged."""
+"""Every kind of file and dataset is read as what it is, tokenised once, and refused with a reason where damaged."""
 
 import json
 import os
@@ -345,7 +345,7 @@ def test_bad_files_are_refused_with_what_was_expected(tmp_path, tokenizer, name)
 def test_objects_in_an_array_are_never_unpickled(tmp_path, tokenizer):
     with (tmp_path / "trap.npy").open("wb") as file:
         np.save(file, np.array([Trap()], dtype=object), allow_pickle=True)
-    with pytest.raises(CorpusError, match="a .npy file of token ids"):
+    with pytest.raises(CorpusError, match=r"a \.npy file of token ids"):
         read(tmp_path / "trap.npy", tokenizer)
 
 

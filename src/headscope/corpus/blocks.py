@@ -77,7 +77,7 @@ class Corpus:
         return self.blocks.shape[1]
 
     def share(self, rank: int = 0, n_ranks: int = 1, *, start: int = 0) -> range:
-        """Numbers of the blocks that one of several ranks reads, from its `start`-th on.
+        """Numbers of the blocks that one of several ranks reads, without the first `start` of them.
 
         The shares are runs of blocks, one after another, whose sizes differ by one at most; together they are all.
         """

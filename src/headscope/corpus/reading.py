@@ -1,7 +1,7 @@
 """How a corpus is read: which side of the split, which field, where BOS goes, in what order."""
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from headscope.errors import CorpusError
@@ -55,8 +55,8 @@ class Reading:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """The choices as JSON."""
-        return asdict(self)
+        """The choices as JSON, without those of a subclass."""
+        return {f.name: getattr(self, f.name) for f in fields(Reading)}
 
 
 def name_fraction(name: str) -> float:
