@@ -410,10 +410,14 @@ def test_the_mlp_feature_that_detects_the_token_is_found_and_its_error_told_apar
         assert found.bar("features") == pytest.approx((0.2, 0.8))
         assert found.bar("error") == pytest.approx((0.8, 0.2))
         assert found.few == 1
+        assert len(found.null_noising.pre_score) == 32
+        assert abs(found.null_effect.value) < 0.1  # of directions as long; half go against it
+        assert found.null_effect.high < 0.5 < (1 - 0.2 + 0.8) / 2
     nothing = patch_features(prompts, upstream, [1, 5])
     assert len(nothing.latents) == 0
     assert nothing.bar("site") == pytest.approx((1, 0))
     assert nothing.few is None
+    assert nothing.null_effect is None
 
 
 @pytest.mark.parametrize("upstream_site", [Site("mlp_out", 0), Site("z", 1), Site("resid_pre", 2)])

@@ -12,6 +12,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
+from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from browsing import serving
@@ -392,13 +393,15 @@ def test_serve_with_a_model_answers_prompts(
     model = load_model(str(folder))
     corpus: Corpus = random_corpus(model, 6, 24)
     build_index(model, [(live.sae, SAERecord(str(sae), sae_hash(sae)))], corpus, tmp_path / "index")
-    served: dict[str, Any] = {}
-    monkeypatch.setattr("headscope.explorer.server.serve", lambda source, **parts: served.update(parts, source=source))
+    served: list[Starlette] = []
+    monkeypatch.setattr("headscope.explorer.server.serve", lambda app, **_: served.append(app))
     jobs.serve(tmp_path / "index", model=str(folder))
-    app = make_app(served["source"], TOKEN, prompts=served["prompts"])
-    client = TestClient(app, base_url=BASE, headers={TOKEN_HEADER: TOKEN})
-    expected = Prompts(live).run(served["prompts"].source.encode("x = 1"), ())
+    page = TestClient(served[0], base_url=BASE).get("/prompt").text
+    token = page.split('name="headscope-token" content="')[1].split('"')[0]
+    client = TestClient(served[0], base_url=BASE, headers={TOKEN_HEADER: token})
+    prompts = Prompts(live)
+    expected = prompts.run(prompts.encode("x = 1"), ())
     answer = ask(client, "run", prompt={"text": "x = 1"}, ablations=[])
     assert answer["loss"] == pytest.approx(expected.loss, rel=1e-5)
     jobs.serve(tmp_path / "index")
-    assert served["prompts"] is None
+    assert not TestClient(served[1], base_url=BASE).get("/api/about").json()["prompts"]

@@ -4,12 +4,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from headscope.index.build import SAERecord, build_index
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
-from headscope.report import claims_ablation, claims_families, claims_heads, claims_patching, claims_upstream
+from headscope.report import (
+    claims_ablation,
+    claims_families,
+    claims_heads,
+    claims_patching,
+    claims_upstream,
+    induction_family,
+)
 from headscope.report.records import KINDS, QUICK, Claim, Exemplar
 from headscope.report.subject import Subject
 from induction_index import planted_live
@@ -38,10 +45,10 @@ def exemplar(kind, latent, token, sources):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    live = planted_live(tmp_path_factory.mktemp("claims") / "index", model=circuit_model(), sae=circuit_sae())
+    live = planted_live(tmp_path_factory.mktemp("claims") / "index", 1000, circuit_model(), circuit_sae())
     features = live.index.table()["n_active"].to_numpy()
     b = 1 + int(features[1:V].argmax())
-    settings = replace(QUICK, prompts=12)
+    settings = replace(QUICK, prompts=12, sequences=1000)
     return Subject("planted", live, (exemplar("induction", b, b, [b]),), settings)
 
 
@@ -123,7 +130,12 @@ def test_the_planted_family_is_found_by_both_rules(planted):
     assert_allclose(behaviour["selected features that behave like induction"].ours, (V - 1) / V)
     assert behaviour["control features that behave like induction"].ours == 0
     composite = claims(planted, "composite")
-    assert composite["induction features by the composite rule: how many"].ours == V - 1
+    judged = induction_family.composite(planted)
+    seen = judged.latents[judged.behaviour.n_expected() >= judged.criteria.least]
+    members = seen[(seen > 0) & (seen < V)]  # those of a B that is seen often enough
+    assert len(members) > 5
+    assert_array_equal(judged.found, members)
+    assert composite["induction features by the composite rule: how many"].ours == len(members)
     assert composite["induction features by the composite rule, no head named"].null == 0
     assert composite["induction features made by the induction head"].ours == 1
     assert composite["induction features by the composite rule that are selected"].ours == 1
@@ -131,7 +143,8 @@ def test_the_planted_family_is_found_by_both_rules(planted):
     assert (off.ours, off.null) == (1, 0)
 
 
-def test_ablating_the_planted_head_turns_the_family_off_and_no_other_does(planted):
+def test_ablating_the_planted_head_turns_the_family_off_and_no_other_does(planted, monkeypatch):
+    monkeypatch.setattr(claims_ablation, "_LOSS_BLOCKS", 1000)  # each has one active token of one feature
     found = claims(planted, "head_ablation")
     for words in (
         "induction features that fire nowhere with the induction head ablated",

@@ -6,15 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from headscope import jobs
 from headscope.errors import OutputError, SAEError, StudyError
+from headscope.models.load import load_model
 from headscope.report.claims_downstream import STUDIES as DOWNSTREAM
 from headscope.report.claims_feature import STUDIES as FEATURE
 from headscope.report.claims_training import STUDIES as TRAINING
 from headscope.report.records import Claim, Study
 from headscope.report.run import Inputs, run
 from headscope.sae.formats import save_sae
+from test_tl_checkpoint import configuration, random_state
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +143,18 @@ def test_a_finished_index_is_used_as_it_is(inputs, tmp_path):
     assert not (tmp_path / "out" / "indexes").exists()
 
 
-def test_a_random_model_has_no_exemplar_and_every_claim_about_one_says_so(inputs, tmp_path):
+def test_a_random_model_has_no_induction_exemplar(inputs, tmp_path):
+    studies = [study for study in FEATURE if study.name == "examples"]
+    for subject in run(tmp_path / "out", inputs, quick=True, studies=studies).subjects:
+        missing = [claim.kind for claim in subject.claims]
+        assert "induction" in missing
+        assert "induction" not in {e.kind for e in subject.exemplars}
+
+
+def test_without_exemplars_every_claim_about_one_says_so(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("headscope.report.exemplars.choose", lambda *_, **__: ())
     studies = [*TRAINING, *FEATURE, *DOWNSTREAM]
     (subject,) = run(tmp_path / "out", replace(inputs, saes=inputs.saes[:1]), quick=True, studies=studies).subjects
-    assert subject.exemplars == ()
     by_id: dict[str, list[Claim]] = {}
     for claim in subject.claims:
         by_id.setdefault(claim.id, []).append(claim)
@@ -162,3 +175,22 @@ def test_the_loss_recovered_is_that_of_the_evaluation(inputs, tmp_path):
     recovered = next(c for c in subject.claims if c.post == 0.87)
     assert recovered.ours == pytest.approx(quality.loss_recovered.value)
     assert found["M4", "Dead latents"].ours == pytest.approx(quality.dead.value)
+
+
+@pytest.mark.slow
+def test_every_study_runs_on_a_checkpoint_of_transformerlens_format(inputs, random_sae, tokenizer, tmp_path):
+    """The format of gelu-2l, with random weights: nothing breaks, and what cannot be asked of them says why."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    config = configuration()
+    torch.save({name: t.float() for name, t in random_state(config).items()}, folder / "model_final.pth")
+    (folder / "tl_config.json").write_text(json.dumps(config))
+    copied = Tokenizer.from_str(tokenizer.to_str())
+    PreTrainedTokenizerFast(tokenizer_object=copied, bos_token="<|bos|>").save_pretrained(folder)
+    save_sae(random_sae(load_model(str(folder)), 60), tmp_path / "sae")
+    text = replace(inputs.text, block_size=16)
+    chosen = Inputs(model=str(folder), saes=(str(tmp_path / "sae"),), text=text)
+    (subject,) = run(tmp_path / "out", chosen, quick=True).subjects
+    broken = {s.study: s.failed for s in subject.studies if s.failed and s.failed.startswith("the study failed")}
+    assert broken == {}
+    assert {f"M{i}" for i in range(1, 32) if i != 7} <= {claim.id for claim in subject.claims}

@@ -47,6 +47,8 @@ def test_one_head_makes_the_planted_feature(planted):
     assert first.squared.low is None
     assert "alike" in first.squared.missing
     assert first.linear.value == pytest.approx(1.0)
+    assert first.linear.null.value == pytest.approx(1 / 2)  # heads exchanged
+    assert (first.linear.null.low, first.linear.null.high) == pytest.approx((0.0, 1.0))
     assert other.squared.value == pytest.approx(0.0)
     assert first.squared.null.high >= first.squared.null.value >= first.squared.null.low
     assert first.covariance.value is None
@@ -63,7 +65,7 @@ def test_one_source_makes_the_planted_feature(planted):
     for measure in (found.summed, found.separate, found.linear, found.heads[0].squared, found.heads[0].linear):
         assert measure.value == pytest.approx(1.0)
         assert measure.n == n
-    assert found.linear.null is found.heads[0].linear.null is None
+    assert found.linear.null.value == found.heads[0].linear.null.value == found.frequency.value  # sources all alike
     assert found.summed.null.value < 0.9
     assert found.heads[0].squared.null.low == pytest.approx(1.0)  # a head that looks nowhere else brings nothing else
     assert found.bos.value == pytest.approx(0.0)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Float
 
 from headscope.errors import IndexFormatError
@@ -221,13 +220,13 @@ class HeadTables:
         if weights not in ways:
             raise IndexFormatError(f"weights {weights!r}", expected=f"one of {', '.join(ways)}", do="name one of these")
         clusters = self._read("clusters")[0]
-        clusters = clusters.filter(pc.equal(clusters["weights"], weights)).sort_by([("share", "descending")])
+        clusters = _where(clusters, "weights", weights).sort_by([("share", "descending")])
         of_head: dict[int, list[StoredCluster]] = {}
         for row in _rows(clusters):
             of_head.setdefault(row["head"], []).append(
                 StoredCluster(row["family"], row["n"], row["share"], tuple(row["latents"]))
             )
-        own = table.filter(pc.equal(table["weights"], weights)).sort_by("head")
+        own = _where(table, "weights", weights).sort_by("head")
         return tuple(_card(row, of_head.get(row["head"], []), said["definitions"]) for row in _rows(own))
 
     def card(self, head: int, weights: str = "dfa") -> StoredCard:
@@ -252,7 +251,7 @@ class HeadTables:
             FeatureAblation(
                 row["kind"], row["latent"], row["n_active"], *(tuple(row[n]) for n in ("off", "retained", "undecided"))
             )
-            for row in _rows(table.filter(pc.equal(table["latent"], latent)))
+            for row in _rows(_where(table, "latent", latent))
         )
 
     def ablation_matrix(self, kind: str = "mean", column: str = "retained") -> Float[np.ndarray, "latent head"]:
@@ -269,7 +268,7 @@ class HeadTables:
                 expected=f"off, retained or undecided under {', '.join(kinds)}",
                 do="name one of these",
             )
-        own = table.filter(pc.equal(table["kind"], kind))
+        own = _where(table, "kind", kind)
         n_heads = int(self._manifest["model"]["n_heads"])
         whole = np.full((int(self._manifest["sae"]["d_sae"]), n_heads), np.nan)
         values = own[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -283,11 +282,11 @@ class HeadTables:
             IndexFormatError: as of `provenance`.
         """
         table, said = self._read("turned_off")
-        own = table if head is None else table.filter(pc.equal(table["head"], head))
+        own = table if head is None else _where(table, "head", head)
         return tuple(
             TurnedOff(
-                *(row[name] for name in ("layer", "head", "kind", "rule", "family")),
-                measure_of(row, "off", said["definitions"]["off"]),
+                **{name: row[name] for name in ("layer", "head", "kind", "rule", "family")},
+                off=measure_of(row, "off", said["definitions"]["off"]),
             )
             for row in _rows(own)
         )
@@ -299,9 +298,9 @@ class HeadTables:
             IndexFormatError: no such head, or as of `provenance`.
         """
         table = self._read("ablated")[0]
-        for row in _rows(table.filter(pc.equal(table["head"], head))):
-            lists = {name: tuple(row.pop(name)) for name in ("firing", "lost", "by_dfa")}
-            return AblatedHead(**row, **lists)
+        for row in _rows(_where(table, "head", head)):
+            cells: dict[str, Any] = row | {name: tuple(row[name]) for name in ("firing", "lost", "by_dfa")}
+            return AblatedHead(**cells)
         raise self._no_head(int(self._manifest["layer"]), head)
 
     def measures(self, study: str) -> dict[str, Measure]:
@@ -394,6 +393,11 @@ def measure_of(row: Mapping[str, Any], name: str, definition: str) -> Measure:
         null=None if null is None else Estimate(null, row[f"{name}_null_low"], row[f"{name}_null_high"]),
         missing=row[f"{name}_missing"],
     )
+
+
+def _where(table: pa.Table, column: str, value: Any) -> pa.Table:
+    """The rows with a value in a column."""
+    return table.filter(np.array([own == value for own in table[column].to_pylist()], dtype=bool))
 
 
 def _rows(table: pa.Table) -> list[dict[str, Any]]:

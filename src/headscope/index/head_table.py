@@ -234,7 +234,7 @@ def add_head_table(
     schema = _schema(name)
     try:
         table = (
-            rows.cast(schema.arrow) if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema.arrow)
+            pa.Table.from_pylist(list(rows), schema.arrow) if isinstance(rows, Sequence) else rows.cast(schema.arrow)
         )
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise _refused(f"{name}: {error}", "columns of the types of its schema") from error

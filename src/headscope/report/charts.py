@@ -18,6 +18,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 8, 8, 40
 _TURNED = 64  # pixels under the axis for labels that stand aslant
 _MOST_LABELS = 7
 _MOST_WORDS = 26
+_MOST_SHORT, _SHORT = 12, 4
 
 
 def svg(figure: Figure) -> Element:
@@ -113,7 +114,8 @@ def _axes(root: Element, figure: Figure, frame: _Frame) -> None:
         _text(root, said(float(f"{value:.6g}")), _LEFT - 5, frame.y(value) + 3.5, anchor="end")
     y = f"{frame.zero:.1f}"
     SubElement(root, "line", {"class": "axis"}, x1=str(_LEFT), x2=str(_WIDTH - _RIGHT), y1=y, y2=y)
-    every = 1 if frame.slanted else max(1, math.ceil(frame.n / _MOST_LABELS))
+    short = frame.n <= _MOST_SHORT and all(len(label) <= _SHORT for label in figure.labels)
+    every = 1 if frame.slanted or short else max(1, math.ceil(frame.n / _MOST_LABELS))
     for place in range(0, frame.n, every):
         _label(root, figure.labels[place], frame, place)
     if figure.x:
@@ -125,7 +127,7 @@ def _axes(root: Element, figure: Figure, frame: _Frame) -> None:
 
 def _label(root: Element, label: str, frame: _Frame, place: int) -> None:
     x, y = frame.x(place), frame.bottom + 14
-    if not frame.slanted or (len(label) <= 4 and frame.n <= 16):
+    if not frame.slanted or (len(label) <= _SHORT and frame.n <= _MOST_SHORT):
         _text(root, label, x, y, anchor="middle")
         return
     text = label if len(label) <= 13 else f"{label[:12]}…"

@@ -302,7 +302,7 @@ def _by_head(subject: Subject, judged: InductionFeatures) -> Figure:
         "Induction features by the head that brings most of each",
         "bars",
         tuple(subject.head_name(h) for h in range(len(counts))),
-        {"features": tuple(counts.tolist())},
+        {"features": tuple(map(float, counts.tolist()))},
         "features of the composite rule, by the head with most DFA from earlier B's",
         x="head",
         y="features",

@@ -40,7 +40,8 @@ def choose(index: FeatureIndex, settings: Settings, on_progress: Progress | None
     """The exemplars of an index: of each kind the feature whose best proxy correlates most with it.
 
     The proxy is chosen on one half of the documents and scored on the other (`proxies.search`). A feature stands for
-    a family when its best proxy is of that family, correlates with it at 0.3 or more and above all rotations. One that
+    a family when its best proxy is of that family, correlates with it at 0.3 or more, and with the lower end of its
+    interval above all rotations. One that
     the search itself put into the family goes before one for which there were too few documents to be sure.
 
     Args:
@@ -91,8 +92,9 @@ def _candidates(row: dict[str, Any]) -> list[_Candidate]:
     """What a feature may stand for: the family of its best proxy, if that is one of the post's three."""
     if row["n_active"] < MIN_ACTIVE or row.get("pearson") is None:
         return []
-    null, least = row["pearson_null_high"], SearchPlan().min_pearson
-    if row["pearson"] < least or (null is not None and row["pearson"] <= null):
+    null, low = row["pearson_null_high"], row["pearson_low"]
+    surely = row["pearson"] if low is None else low
+    if row["pearson"] < SearchPlan().min_pearson or (null is not None and surely <= null):
         return []
     return [
         _Candidate(kind, row["latent"], row["proxy"], row["pearson"], row["kind"] == kind, row)

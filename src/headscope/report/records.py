@@ -213,8 +213,8 @@ class Settings:
     seed: int = 0
 
 
-QUICK = Settings("quick", 65_536, 100, 10_240, 300, 16, 4, 24, samples=200)
-FULL = Settings("full", 1_010_000, None, 327_680, 5_000, 512, 32, None)
+QUICK = Settings("quick", 32_768, 60, 4_096, 100, 8, 3, 12, samples=200)
+FULL = Settings("full", 524_288, None, 163_840, 3_000, 256, 16, None)
 
 
 StudyFunction = Callable[..., tuple[Finding, ...]]

@@ -95,8 +95,12 @@ def _table(main: Element, rows: Sequence[Row], names: Sequence[str]) -> None:
         return
     table = SubElement(main, "table", {"class": "claims"})
     head = SubElement(SubElement(table, "thead"), "tr")
-    for name in ("id", "claim", "the post", *names, "what differs"):
-        _add(head, "th", name)
+    _add(head, "th", "id", "id")
+    _add(head, "th", "claim")
+    _add(head, "th", "the post", "post")
+    for name in names:
+        _add(head, "th", name, "value")
+    _add(head, "th", "what differs", "differs")
     body = SubElement(table, "tbody")
     for row in rows:
         _claim_row(SubElement(body, "tr"), row, names)

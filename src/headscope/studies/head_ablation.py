@@ -184,7 +184,7 @@ def effects_of(
     n_active, n_off, undecided = np.zeros(shape[1], np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     retained = np.full(shape, np.nan)
     for latent, active in live.index.each_latent():
-        if on_progress is not None and latent % 64 == 63:
+        if on_progress is not None and (latent % 64 == 63 or latent + 1 == shape[1]):
             on_progress(latent + 1, shape[1])
         n_active[latent] = len(active.position)
         if not len(active.position):

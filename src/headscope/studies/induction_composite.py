@@ -141,7 +141,8 @@ def _prior_sources(live: LiveIndex, text: Text, places: _Places, n_latents: int,
     by_head = np.stack([np.bincount(places.row, of, minlength=n_latents) for of in heads.T], axis=1)
     medians = np.full((n_latents, 3), np.nan)
     order = np.argsort(places.row, kind="stable")
-    for row, own in zip(np.flatnonzero(n), np.split(order, np.cumsum(n[n > 0])[:-1]), strict=True):
+    for row, end in zip(np.flatnonzero(n), np.cumsum(n[n > 0]), strict=True):
+        own = order[end - n[row] : end]
         medians[row] = np.median(shares[own], axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         by_head = by_head / by_head.sum(1, keepdims=True)

@@ -54,7 +54,7 @@ class ServerData {
 }
 
 /** A request with content, and the token that says which page it is from. */
-function posted(content) {
+export function posted(content) {
   const token = document.querySelector("meta[name=headscope-token]")?.content ?? "";
   return { method: "POST", headers: { "content-type": "application/json", "x-headscope-token": token }, body: JSON.stringify(content) };
 }

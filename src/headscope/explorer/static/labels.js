@@ -1,5 +1,6 @@
 /** The labelling queue: the features of a sample one after another, their cards, and what an annotator says of them. */
 import { Card } from "./card.js";
+import { posted } from "./data.js";
 import { button, el } from "./dom.js";
 import { int } from "./format.js";
 
@@ -216,7 +217,7 @@ export class Labelling {
   async #save() {
     const [latent, draft, { who, s, blind }] = [this.#latent, this.#draft(), this.view];
     if (!draft.verdict) return this.#complain("Choose a verdict first: 1, 2 or 3.");
-    const label = await this.#while(() => tell("/api/labels", { ...draft, latent, annotator: who, blind: blind === "1", queue: s }).catch((error) => error));
+    const label = await this.#while(() => ask("/api/labels", posted({ ...draft, latent, annotator: who, blind: blind === "1", queue: s })).catch((error) => error));
     if (label instanceof Error) return this.#complain(label.message);
     this.#labels.set(latent, label);
     this.#drafts.delete(latent);
@@ -233,7 +234,7 @@ export class Labelling {
   async #undo() {
     const label = this.#given.at(-1) ?? this.#labels.get(this.#latent);
     if (!label) return;
-    const done = await this.#while(() => tell("/api/retractions", { annotator: this.view.who, label: label.id }).catch((error) => error));
+    const done = await this.#while(() => ask("/api/retractions", posted({ annotator: this.view.who, label: label.id })).catch((error) => error));
     if (done instanceof Error) return this.#complain(done.message);
     this.#given = this.#given.filter(({ id }) => id !== label.id);
     this.#drafts.set(label.latent, judged(label)); // to be mended and saved anew
@@ -326,11 +327,6 @@ async function ask(path, options) {
   const body = await answer.json().catch(() => ({ error: `The server refused (${answer.status}). If it was started again, reload the page.` }));
   if (!answer.ok) throw new Error([body.error, body.expected && `expected: ${body.expected}`, body.do].filter(Boolean).join(" · "));
   return body;
-}
-
-function tell(path, content) {
-  const token = document.querySelector("meta[name=headscope-token]")?.content ?? "";
-  return ask(path, { method: "POST", headers: { "content-type": "application/json", "x-headscope-token": token }, body: JSON.stringify(content) });
 }
 
 /** The annotator's name outlives the page, where the browser lets it. */
