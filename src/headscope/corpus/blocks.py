@@ -266,8 +266,13 @@ def _lay_out(
     if not layout.block_bos:
         return tokens, d, offset
     begins = (o[:, 0] == 0) & (layout.packing == "rows")
-    own = [np.full(len(rows), layout.bos), d[:, 0], np.where(begins, 0, BLOCK_BOS)]
-    return tuple(np.concatenate([a[:, None], b], axis=1) for a, b in zip(own, (tokens, d, offset), strict=True))
+    first = (np.full(len(rows), layout.bos), d[:, 0], np.where(begins, 0, BLOCK_BOS))
+    return _after(first[0], tokens), _after(first[1], d), _after(first[2], offset)
+
+
+def _after(first: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """[row, position] with a column before it."""
+    return np.concatenate([first[:, None], rest], axis=1)
 
 
 def _allocate(shape: tuple[int, ...], scratch: Path) -> np.ndarray:
