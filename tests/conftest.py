@@ -1,10 +1,14 @@
 """Small random models, corpora and SAEs: seeded, offline, made in milliseconds."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ["HEADSCOPE_CACHE"] = tempfile.mkdtemp(prefix="headscope-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that wants the network fails at once
 
 import jaxtyping
@@ -29,6 +33,7 @@ from headscope.models.hf import Model
 from headscope.sae.model import SAE, Gated, JumpReLU, ReLU, TopK
 from headscope.site import Site
 
+atexit.register(shutil.rmtree, os.environ["HEADSCOPE_CACHE"], ignore_errors=True)
 settings.register_profile("headscope", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("headscope")
 

@@ -74,7 +74,7 @@ class Naive:
 
 def values_of(model: Model, layer: int, normed: torch.Tensor) -> np.ndarray:
     """[row, head, d_head] values that a layer makes of rows of its norm's output."""
-    v = _qkv(model, parts(model, layer)["attention"], normed[None])[2][0]
+    v = _qkv(model, layer, parts(model, layer)["attention"], normed[None])[2][0]
     return v.repeat_interleave(model.spec.n_heads // model.spec.n_kv_heads, dim=1).detach().double().numpy()
 
 

@@ -59,9 +59,11 @@ def fails(capsys: pytest.CaptureFixture[str], match: str, *arguments: object) ->
 # ---------------------------------------------------------------------------------------------------------------- help
 def documented_fields(cls: type) -> Iterator[tuple[str, str | None]]:
     """(name, docstring) of every option of a command, those of nested dataclasses included."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body
+    owners = [c for c in cls.__mro__ if dataclasses.is_dataclass(c)]
+    bodies = [ast.parse(inspect.getsource(owner)).body[0].body for owner in owners]
     docs = {
         a.target.id: b.value.value
+        for body in bodies
         for a, b in itertools.pairwise(body)
         if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)
     }

@@ -605,7 +605,7 @@ def test_training_states_how_it_went(model: Model, corpus: Corpus, kind: Any) ->
     assert result.curve[-1]["tokens"] == 128 * 40
     metadata = result.sae.metadata
     assert metadata["training"]["config"] == small().as_dict()
-    assert metadata["corpus"] == {"name": "random", "split": "all", "n_tokens": corpus.n_tokens}
+    assert metadata["corpus"] == corpus.provenance()
     assert (metadata["z_convention"], metadata["context_size"]) == ("raw", 17)
     assert (result.sae.site, result.sae.model_name) == (Site(kind, 0), "random gpt_neox")
 

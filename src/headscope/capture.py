@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.corpus import Corpus
+from headscope.corpus import Corpus, special_ids
 from headscope.errors import CorpusError
 from headscope.models.hf import Model
 from headscope.site import Site
@@ -35,6 +35,12 @@ def check_corpus(model: Model, corpus: Corpus) -> None:
             expected=f"ids below {model.spec.d_vocab}, the model's vocabulary",
             do="tokenise the text with this model's own tokenizer",
         )
+
+
+def is_text(model: Model, tokens: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """False at the BOS and at the tokenizer's other special tokens, which statistics leave out."""
+    special = sorted(special_ids(model.tokenizer, model.bos))
+    return torch.isin(tokens, torch.tensor(special, device=tokens.device), invert=True)
 
 
 def token_batches(

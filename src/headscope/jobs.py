@@ -14,7 +14,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 from headscope.artefact import check_output, check_run_folder, file_hash, read_json, write_json
-from headscope.corpus import Corpus, Split, load_corpus
+from headscope.corpus import Corpus, Reading, Split, load_corpus
 from headscope.errors import ExportError, ModelError, OutputError, SAEError
 from headscope.index.config import IndexPlan
 from headscope.sae.config import TrainConfig
@@ -46,11 +46,12 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class CorpusChoice:
+class CorpusChoice(Reading):
     """Which text is read, and how it is cut."""
 
     corpus: str = "python"
-    """`python` (the standard library of this interpreter), a UTF-8 text file, or a folder of them."""
+    """`python` (the standard library of this interpreter); a file, folder or pattern of files: text, .jsonl, .parquet,
+    .npy; a folder that `datasets` saved; or a dataset on the hub."""
     split: Split = "heldout"
     """Documents to read: those for training (60 %), those held out (40 %, by hash of their name), or all."""
     block_size: int | None = None
@@ -67,6 +68,7 @@ class CorpusChoice:
             split=self.split,
             block_size=min(256, model.spec.context) if self.block_size is None else self.block_size,
             max_tokens=self.max_tokens,
+            reading=self,
         )
 
 

@@ -105,7 +105,7 @@ def build_index(
                 do="pass another --sae",
             )
     check_corpus(model, corpus)
-    if not any((block != model.bos).any() for block in corpus.blocks):
+    if corpus.n_text_tokens == 0:
         raise CorpusError(
             f"{corpus.blocks.size} tokens, all of them special", expected="text", do="index another corpus"
         )
@@ -412,6 +412,7 @@ class _Build:
                 "n_blocks": len(corpus.blocks),
                 "block_size": corpus.block_size,
                 "n_documents": len(corpus.documents),
+                "reading": dict(corpus.reading),
             },
             "plan": self.plan.as_dict(),
             "thresholds": list(self.plan.thresholds),

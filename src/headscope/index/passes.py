@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope import attribution
-from headscope.capture import token_batches
+from headscope.capture import is_text, token_batches
 from headscope.corpus import Corpus
 from headscope.errors import IndexFormatError
 from headscope.index.config import IndexPlan
@@ -67,7 +67,7 @@ def subjects_of(model: Model, saes: Sequence[SAE], corpus: Corpus) -> list[Subje
     blocks = np.arange(min(len(corpus.blocks), max(1, _CALIBRATION_TOKENS // corpus.block_size)))
     z: dict[int, list[Tensor]] = {sae.site.layer: [] for sae in saes}
     for _, tokens in token_batches(corpus, model.device, blocks, batch_tokens=BATCH_TOKENS):
-        text = ~_special(model, tokens)
+        text = is_text(model, tokens)
         found = model.read(tokens, list({sae.site: None for sae in saes}))
         for site, value in found.items():
             z[site.layer].append(value[text])
@@ -80,10 +80,6 @@ def subjects_of(model: Model, saes: Sequence[SAE], corpus: Corpus) -> list[Subje
             active += (sae.encode(rows) > 0).sum(0)
         made.append(Subject(sae, weights, NullDirections.matched(weights, sample, active / max(1, len(sample)))))
     return made
-
-
-def _special(model: Model, tokens: Int[Tensor, "row position"]) -> Bool[Tensor, "row position"]:
-    return tokens == model.bos
 
 
 # ---------------------------------------------------------------------------------------------------------------- part
@@ -111,7 +107,7 @@ def read_part(
     source_pairs = torch.zeros(model.spec.d_vocab, dtype=torch.int64)
     batch_tokens = BATCH_TOKENS if plan.n_sources else BATCH_TOKENS // 16  # all sources take much room
     for numbers, tokens in token_batches(corpus, model.device, blocks, batch_tokens=batch_tokens):
-        text = ~_special(model, tokens)
+        text = is_text(model, tokens)
         n_tokens += int(text.sum())
         later = text.flip(1).cumsum(1).flip(1)  # text tokens from each position on: destinations that can see it
         source_pairs.index_add_(0, tokens.flatten().cpu(), later.flatten().cpu())

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from headscope.corpus import Corpus
+from headscope.corpus import Corpus, special_ids
 from headscope.index.sweep import Rows
 from headscope.models.hf import Model
 
@@ -89,7 +89,7 @@ def write_corpus(folder: Path, corpus: Corpus, model: Model, losses: Callable[[i
 def _vocabulary_table(model: Model) -> pa.Table:
     """Each token's bytes; special tokens keep their spelling and are marked."""
     pieces = [model.tokenizer.id_to_token(i) or "" for i in range(model.spec.d_vocab)]
-    special = {i for i, t in model.tokenizer.get_added_tokens_decoder().items() if t.special} | {model.bos}
+    special = special_ids(model.tokenizer, model.bos)
     byte_of = _byte_alphabet()
     content = [
         piece.encode() if i in special or any(c not in byte_of for c in piece) else bytes(byte_of[c] for c in piece)

@@ -155,11 +155,13 @@ def _density_figure(density: np.ndarray) -> Figure:
 
 
 def corpus_of(index: FeatureIndex, most: int | None) -> Corpus:
-    """The corpus of an index, or its first blocks that hold so many tokens, without the names' offsets."""
+    """The corpus of an index, or its first blocks that hold so many tokens."""
     size = index.block_size
     n = index.n_blocks if most is None else max(1, min(index.n_blocks, most // size))
     blocks = np.stack([index.tokens_of(block) for block in range(n)]).astype(np.int32)
     document = np.stack([index.documents_of(block) for block in range(n)]).astype(np.int32)
+    query = 'SELECT "offset" FROM tokens WHERE position < ? ORDER BY position'
+    offsets = index.sql(query, [n * size])["offset"]
     manifest = index.manifest["corpus"]
     return Corpus(
         name=manifest["name"],
@@ -167,8 +169,10 @@ def corpus_of(index: FeatureIndex, most: int | None) -> Corpus:
         blocks=blocks,
         documents=tuple(index.documents),
         document=document,
-        offset=np.zeros_like(blocks),
+        offset=offsets.to_numpy().reshape(blocks.shape).astype(np.int32),
         bos=int(blocks[0, 0]),
+        special=frozenset(index.vocabulary[1]),
+        reading=manifest.get("reading", {}),
     )
 
 

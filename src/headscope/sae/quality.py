@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.capture import activations, token_batches
-from headscope.corpus import Corpus
+from headscope.capture import activations, is_text, token_batches
+from headscope.corpus import PADDING, Corpus
 from headscope.interventions import at, constant, reconstruction
 from headscope.models.hf import Edit, Model
 from headscope.sae.convert import check_fits
@@ -120,9 +120,9 @@ def _measure_reconstruction(model: Model, sae: SAE, corpus: Corpus, advance: Cal
     l0_bos = cosine = 0.0
     for numbers, tokens, x in activations(model, corpus, sae.site):
         f = sae.encode(x)
-        x_hat, counted = sae.decode(f), tokens != model.bos
+        x_hat, counted = sae.decode(f), is_text(model, tokens)
         active = (f > 0).sum(-1)
-        l0_bos += active.sum().item()
+        l0_bos += (active * _not_padding(corpus, numbers, model.device)).sum().item()
         fired += (f[counted] > 0).sum(0)
         per_token = {
             "n": torch.ones_like(x[..., 0]),
@@ -138,7 +138,7 @@ def _measure_reconstruction(model: Model, sae: SAE, corpus: Corpus, advance: Cal
         cosine += (torch.cosine_similarity(x, x_hat, dim=-1) * counted).sum().item()
         advance(tokens.numel())
     return _Reconstruction(
-        l0_bos=l0_bos / corpus.n_tokens,
+        l0_bos=l0_bos / (corpus.n_tokens - corpus.n_padding),
         total=total,
         cosine=cosine / sums["n"].sum(),
         fired=fired.cpu().numpy(),
@@ -157,15 +157,19 @@ def _measure_losses(
         sums.setdefault(name, np.zeros(len(corpus.blocks)))[numbers] = values.double().sum(1).cpu().numpy()
 
     for numbers, tokens in token_batches(corpus, model.device):
-        special = tokens == model.bos
-        counted = ~special[:, :-1]
+        text, real = is_text(model, tokens), _not_padding(corpus, numbers, model.device)
+        counted = text[:, :-1] & real[:, 1:]  # of which the next token is predicted
         add("n", numbers, counted)
-        add("n_bos", numbers, torch.ones_like(counted))
-        for name, (everywhere, kept) in _conditions(model, sae, tokens, special, mean, offset).items():
-            add(f"{name}_bos", numbers, everywhere)
+        add("n_bos", numbers, real[:, 1:])
+        for name, (everywhere, kept) in _conditions(model, sae, tokens, ~text, mean, offset).items():
+            add(f"{name}_bos", numbers, everywhere * real[:, 1:])
             add(name, numbers, kept * counted)
         advance(tokens.numel())
     return sums
+
+
+def _not_padding(corpus: Corpus, numbers: Int[np.ndarray, " n"], device: torch.device) -> Bool[Tensor, "n position"]:
+    return torch.from_numpy(corpus.offset[numbers] != PADDING).to(device)
 
 
 def _conditions(

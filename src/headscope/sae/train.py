@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from headscope.capture import activations, check_corpus
-from headscope.corpus import Corpus
+from headscope.capture import activations, check_corpus, is_text
+from headscope.corpus import PADDING, Corpus
 from headscope.errors import TrainingError
 from headscope.models.hf import Model
 from headscope.sae.config import TrainConfig
@@ -72,8 +72,8 @@ class ActivationStream:
         while True:
             self.epochs += 1
             order = self._rng.permutation(len(self._corpus.blocks))
-            for _, tokens, x in activations(self._model, self._corpus, self._site, order):
-                rows = x[tokens != self._model.bos] if self._config.exclude_bos else x.flatten(0, 1)
+            for numbers, tokens, x in activations(self._model, self._corpus, self._site, order):
+                rows = x[self._counted(numbers, tokens)]
                 if not rows.isfinite().all():
                     raise TrainingError(
                         f"NaN or infinity in {self._site.hook_name} of {self._model.spec.name}",
@@ -81,6 +81,11 @@ class ActivationStream:
                         do="check the model's weights and dtype",
                     )
                 yield rows
+
+    def _counted(self, numbers: Int[np.ndarray, " n"], tokens: Int[Tensor, "n position"]) -> Bool[Tensor, "n position"]:
+        if self._config.exclude_bos:
+            return is_text(self._model, tokens)
+        return torch.from_numpy(self._corpus.offset[numbers] != PADDING).to(tokens.device)
 
     def _take(self, n: int) -> Float[Tensor, "n d_in"]:
         parts, have = [self._left], len(self._left)
@@ -104,7 +109,7 @@ class ActivationStream:
 
 def n_activations(corpus: Corpus, config: TrainConfig) -> int:
     """Activations that one pass over the corpus gives."""
-    return corpus.n_text_tokens if config.exclude_bos else corpus.n_tokens
+    return corpus.n_text_tokens if config.exclude_bos else corpus.n_tokens - corpus.n_padding
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters
@@ -445,9 +450,9 @@ def _provenance(model: Model, corpus: Corpus, config: TrainConfig, result: Train
         "n_heads": model.spec.n_heads,
         "d_head": model.spec.d_head,
         "context_size": corpus.block_size,
-        "prepend_bos": True,
+        "prepend_bos": bool((corpus.blocks[:, 0] == corpus.bos).all()),
         "exclude_special_tokens": config.exclude_bos,
-        "corpus": {"name": corpus.name, "split": corpus.split, "n_tokens": corpus.n_tokens},
+        "corpus": corpus.provenance(),
         "training": {
             "config": config.as_dict(),
             "epochs": round(result.epochs, 3),

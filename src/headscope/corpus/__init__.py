@@ -1,0 +1,30 @@
+"""Text or token ids of any kind to token blocks; every token knows its document and its offset in it.
+
+`python` (the default), text, JSONL, Parquet and `.npy` files, saved datasets and datasets on the hub are lists of
+documents (`sources`, `text`, `rows`). They are tokenised once (`load`, `cache`) and laid out in blocks of equal length
+(`blocks`). Documents are held out by a SHA-256, of their name or, where documents are rows, of what they hold, so that
+a document is on the same side of the split on every machine.
+"""
+
+from headscope.corpus.blocks import BLOCK_BOS, PADDING, Corpus, special_ids
+from headscope.corpus.load import encode, load_corpus, read_documents
+from headscope.corpus.reading import HELD_OUT, Reading, Split, is_held_out, name_fraction
+from headscope.corpus.text import SEPARATOR, Document, python_documents
+
+__all__ = [
+    "BLOCK_BOS",
+    "HELD_OUT",
+    "PADDING",
+    "SEPARATOR",
+    "Corpus",
+    "Document",
+    "Reading",
+    "Split",
+    "encode",
+    "is_held_out",
+    "load_corpus",
+    "name_fraction",
+    "python_documents",
+    "read_documents",
+    "special_ids",
+]

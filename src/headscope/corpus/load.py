@@ -1,0 +1,189 @@
+"""Read, tokenise and lay out a corpus."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import Tokenizer
+
+from headscope.corpus.blocks import Corpus, Layout, Stream, pack, special_ids
+from headscope.corpus.cache import Writer, cached
+from headscope.corpus.reading import Reading, Split, is_held_out
+from headscope.corpus.rows import TokenDocument
+from headscope.corpus.sources import Source, find_source
+from headscope.corpus.text import Document
+from headscope.errors import CorpusError
+
+_GROUP = 64  # documents between two looks at whether they are enough
+_TOKENISED = 512  # documents given to the tokenizer at a time, which has a thread a core
+
+
+def load_corpus(
+    source: str,
+    tokenizer: Tokenizer,
+    *,
+    bos: int,
+    split: Split = "train",
+    block_size: int = 256,
+    max_tokens: int | None = None,
+    reading: Reading | None = None,
+) -> Corpus:
+    """Read, tokenise and lay out a corpus; a text that was tokenised before is taken from the cache.
+
+    Args:
+        source: `python` (the standard library of the running interpreter); a file, a folder or a pattern of files:
+            UTF-8 text, `.jsonl`, `.parquet`, `.npy`; a folder that `datasets` saved; or a dataset on the hub.
+        tokenizer: its special tokens are never produced from text: `<|bos|>` in a document is seven characters.
+        bos: token id of the BOS.
+        split: documents to take: those for training, those held out, or all.
+        block_size: positions in a block, BOS included.
+        max_tokens: stop after this many positions (rounded down to whole blocks).
+        reading: what else may be chosen.
+
+    Raises:
+        CorpusError: the source does not exist, is not what its name says, is empty, or is shorter than one block.
+        OutputError: the cache or the blocks of a large corpus do not fit the disk.
+    """
+    if block_size < 2:
+        raise CorpusError(f"a block of {block_size} tokens", expected="2 or more", do="raise --block-size")
+    reading = reading or Reading()
+    enough = None if max_tokens is None else max_tokens + block_size
+    stream, folder = _tokenised(source, tokenizer, bos, split, reading, enough)
+    if not stream.names:
+        raise CorpusError(
+            f"no documents in {source!r} (split {split!r})",
+            expected="text with at least one document on this side of the split",
+            do=f"add text, separate documents with a line {reading.document_line}, or use --split all",
+        )
+    layout = Layout(
+        block_size=block_size,
+        bos=bos,
+        packing=reading.packing or ("rows" if stream.rows else "packed"),
+        bos_at=reading.bos_at or ("nowhere" if stream.rows else "both"),
+        separator=_separator(tokenizer, reading.separator),
+    )
+    said = reading.as_dict() | {"packing": layout.packing, "bos_at": layout.bos_at}
+    special = special_ids(tokenizer, bos)
+    return pack(source, split, stream, layout, max_tokens, scratch=folder, special=special, reading=said)
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without any special token."""
+    tokenizer.encode_special_tokens = True  # a special token's spelling in a text is text
+    return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def read_documents(source: str, reading: Reading | None = None) -> Iterator[Document | TokenDocument]:
+    """Yield the documents that a name stands for, in order.
+
+    Raises:
+        CorpusError: the source does not exist or is not what its name says.
+    """
+    return find_source(source, reading or Reading(), bos=0).documents()
+
+
+def _separator(tokenizer: Tokenizer, token: str | None) -> int | None:
+    if token is None:
+        return None
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise CorpusError(
+            f"separator {token!r}", expected="a token of the vocabulary, such as <|endoftext|>", do="change --separator"
+        )
+    return found
+
+
+def _tokenised(
+    name: str, tokenizer: Tokenizer, bos: int, split: Split, reading: Reading, enough: int | None
+) -> tuple[Stream, Path]:
+    """The documents of one side of the split as token ids, all or as many as are enough, and a folder for more."""
+    source = find_source(name, reading, bos)
+    state = source.state()
+    chosen = reading.as_dict()
+    for later in ("packing", "bos_at", "separator"):
+        del chosen[later]
+    identity = {
+        "source": state,
+        "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+        "tokenizers": tokenizers.__version__,
+        "bos": bos,
+        "split": split,
+        "reading": chosen,
+    }
+
+    def write(writer: Writer) -> tuple[bool, bool]:
+        found = _write(writer, source, tokenizer, split, reading, enough)
+        if source.state() != state:
+            raise CorpusError(
+                f"{name!r} was changed while it was read", expected="files that stay as they are", do="try again"
+            )
+        return found
+
+    return cached(identity, enough, write)
+
+
+def _write(
+    writer: Writer, source: Source, tokenizer: Tokenizer, split: Split, reading: Reading, enough: int | None
+) -> tuple[bool, bool]:
+    """Tokenise until there is enough; (whether that is all, whether the documents are rows of token files)."""
+    documents = _in_split(source.documents(), split)
+    if reading.shuffle:
+        documents = _shuffled(documents, reading.shuffle, reading.shuffle_seed)
+    kinds: set[type] = set()
+    rows = False
+    for group in _groups(documents, _TOKENISED if enough is None else _GROUP):
+        kinds |= {type(document) for document in group}
+        if len(kinds) > 1:
+            raise CorpusError(
+                f"text and token ids in one corpus ({group[0].name})", expected="one or the other", do="part the files"
+            )
+        for document, ids in zip(group, _ids(tokenizer, group), strict=True):
+            rows = rows or (isinstance(document, TokenDocument) and document.is_row)
+            writer.add(document.name, ids)
+        if enough is not None and writer.n_tokens >= enough:
+            return False, rows
+    return True, rows
+
+
+def _ids(tokenizer: Tokenizer, documents: list[Document | TokenDocument]) -> list[np.ndarray]:
+    made = [document.ids for document in documents if isinstance(document, TokenDocument)]
+    if made:
+        return made
+    texts = [document.text for document in documents if isinstance(document, Document)]
+    return [np.array(ids, dtype=np.int32) for ids in encode(tokenizer, texts)]
+
+
+def _in_split(documents: Iterable[Document | TokenDocument], split: Split) -> Iterator[Document | TokenDocument]:
+    for document in documents:
+        if split == "all" or is_held_out(document.key or document.name) == (split == "heldout"):
+            yield document
+
+
+def _shuffled(
+    documents: Iterable[Document | TokenDocument], size: int, seed: int
+) -> Iterator[Document | TokenDocument]:
+    """Draw from a buffer of so many documents, which is filled up again from the source."""
+    rng = np.random.default_rng(seed)
+    buffer: list[Document | TokenDocument] = []
+    for document in documents:
+        if len(buffer) < size:
+            buffer.append(document)
+            continue
+        at = int(rng.integers(size))
+        yield buffer[at]
+        buffer[at] = document
+    for at in rng.permutation(len(buffer)):
+        yield buffer[at]
+
+
+def _groups(documents: Iterable[Document | TokenDocument], size: int) -> Iterator[list[Document | TokenDocument]]:
+    group: list[Document | TokenDocument] = []
+    for document in documents:
+        group.append(document)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

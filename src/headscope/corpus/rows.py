@@ -1,0 +1,291 @@
+"""Documents of JSONL, Parquet and Arrow files, `.npy` files of token ids, and datasets on the hub: a row each.
+
+A row holds text or token ids. Its side of the split is decided by what it holds, so that a document that is there
+twice is on one side. Nothing here unpickles anything.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int
+
+from headscope.artefact import read_json
+from headscope.corpus.reading import Reading
+from headscope.corpus.text import Document, cut_documents, sections
+from headscope.errors import CorpusError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FIELDS = ("text", "input_ids", "tokens")
+"""Looked for in this order where no field is named."""
+
+_BATCH = 1024  # rows read at a time
+_FLAT = 65_536  # tokens; a stream without BOS is cut into documents of so many
+_LARGEST = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDocument:
+    """Token ids with a name, and the key that decides their side of the split."""
+
+    name: str
+    ids: Int[np.ndarray, " token"]
+    key: str
+    is_row: bool = True
+    """Whether it is a row that stands for itself, not a piece of a stream."""
+
+
+def jsonl_documents(path: Path, name: str, reading: Reading) -> Iterator[Document | TokenDocument]:
+    """One document a line of JSON objects.
+
+    Raises:
+        CorpusError: a line is no JSON object, or lacks the field.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            for i, line in enumerate(file):
+                if line.strip():
+                    row = _parsed(line, f"{path}, line {i + 1}")
+                    yield from row_documents(_value(row, reading.field, f"{path}, line {i + 1}"), f"{name}:{i}")
+    except (UnicodeDecodeError, OSError) as error:
+        raise CorpusError(
+            f"{path} cannot be read: {error}", expected="a readable UTF-8 file of JSON lines", do="convert it"
+        ) from error
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CorpusError(f"{where}: {error}", expected="one JSON object a line", do="mend the file") from error
+    if not isinstance(row, dict):
+        raise CorpusError(
+            f"{where}: {type(row).__name__}", expected="one JSON object a line", do="write objects with a field `text`"
+        )
+    return row
+
+
+def chosen_field(names: Sequence[str], field: str | None, where: str) -> str:
+    """The field to read: the one named, or the first of `FIELDS` that is there.
+
+    Raises:
+        CorpusError: it is not there.
+    """
+    found = next((f for f in ([field] if field else FIELDS) if f in names), None)
+    if found is None:
+        raise CorpusError(
+            f"{where}: no field {field or ' or '.join(FIELDS)}",
+            expected=f"one of its fields: {', '.join(map(str, names)) or 'it has none'}",
+            do="name it with --field",
+        )
+    return found
+
+
+def _value(row: dict[str, Any], field: str | None, where: str) -> Any:
+    return row[chosen_field(list(row), field, where)]
+
+
+def row_documents(value: Any, name: str) -> Iterator[Document | TokenDocument]:
+    """The document of a row, which is text or token ids; one of ordinary length is not cut, an empty one left out.
+
+    Raises:
+        CorpusError: it is neither.
+    """
+    if value is None:
+        return
+    if isinstance(value, str):
+        key = hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
+        yield from cut_documents(sections(value), name, key)
+        return
+    ids = checked_ids(np.asarray(value), name)
+    if len(ids):
+        yield TokenDocument(name, ids, hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest())
+
+
+def checked_ids(values: np.ndarray, where: str) -> Int[np.ndarray, " token"]:
+    """A row of token ids in int32.
+
+    Raises:
+        CorpusError: not whole numbers from 0 on.
+    """
+    if values.size and (values.ndim != 1 or values.dtype.kind not in "iu"):
+        raise CorpusError(
+            f"{where} holds {values.dtype} of {values.ndim} dimensions",
+            expected="text, or a list of token ids",
+            do="name another field with --field",
+        )
+    if values.size and not 0 <= int(values.min()) <= int(values.max()) <= _LARGEST:
+        raise CorpusError(
+            f"{where} has the token ids {int(values.min())} to {int(values.max())}",
+            expected="ids of a vocabulary, from 0 on",
+            do="tokenise the text with the model's own tokenizer",
+        )
+    return values.astype(np.int32)
+
+
+def npy_documents(path: Path, name: str, bos: int) -> Iterator[TokenDocument]:
+    """Token ids of a `.npy` file: [row, position], or one stream, which is cut before each BOS.
+
+    Raises:
+        CorpusError: it is no array of whole numbers in one or two dimensions, or holds Python objects.
+    """
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise CorpusError(
+            f"{path}: {str(error).splitlines()[0]}", expected="a .npy file of token ids", do="save an array of integers"
+        ) from error
+    if not isinstance(values, np.ndarray) or values.ndim not in (1, 2) or values.dtype.kind not in "iu":
+        raise CorpusError(
+            f"{path} holds {getattr(values, 'dtype', type(values))} of {getattr(values, 'ndim', 0)} dimensions",
+            expected="token ids [row, position] or [position]",
+            do="save an array of integers",
+        )
+    if values.ndim == 2:
+        for i, row in enumerate(values):
+            yield from _token_documents(row, f"{name}:{i}", is_row=True)
+        return
+    starts = np.flatnonzero(values == bos)
+    if not len(starts) or starts[0] != 0:
+        starts = np.concatenate([[0], starts])
+    for i, (start, end) in enumerate(zip(starts, [*starts[1:], len(values)], strict=True)):
+        for j in range(start, end, _FLAT):
+            piece = f"{name}:{i}" if end - start <= _FLAT else f"{name}:{i}#{(j - start) // _FLAT}"
+            yield from _token_documents(values[j : min(j + _FLAT, end)], piece, is_row=False)
+
+
+def _token_documents(values: np.ndarray, name: str, *, is_row: bool) -> Iterator[TokenDocument]:
+    ids = checked_ids(np.asarray(values), name)
+    if len(ids):
+        yield TokenDocument(name, ids, hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest(), is_row)
+
+
+def parquet_documents(path: Path, name: str, reading: Reading) -> Iterator[Document | TokenDocument]:
+    """One document a row of a Parquet file.
+
+    Raises:
+        CorpusError: it is damaged, or lacks the field.
+    """
+    import pyarrow.parquet as pq
+
+    with _arrow_errors(path):
+        file = pq.ParquetFile(path)
+        field = chosen_field(file.schema_arrow.names, reading.field, str(path))
+        yield from _batch_documents(file.iter_batches(_BATCH, columns=[field]), name)
+
+
+def arrow_documents(paths: Iterable[Path], name: str, reading: Reading) -> Iterator[Document | TokenDocument]:
+    """One document a row of the Arrow files of a dataset that was saved to a folder.
+
+    Raises:
+        CorpusError: one is damaged, or lacks the field.
+    """
+    import pyarrow as pa
+
+    first = 0
+    for path in paths:
+        with _arrow_errors(path), pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+            field = chosen_field(stream.schema.names, reading.field, str(path))
+            for batch in stream:
+                yield from _batch_documents([batch.select([field])], name, first)
+                first += batch.num_rows
+
+
+def saved_dataset(folder: Path, split: str) -> list[Path] | None:
+    """The Arrow files of a dataset that `save_to_disk` of `datasets` wrote, in order; None if the folder is none.
+
+    Raises:
+        CorpusError: a file is missing, or there is no such split.
+    """
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            splits = read_json(folder / "dataset_dict.json")["splits"]
+            if split not in splits:
+                raise CorpusError(
+                    f"no split {split!r} in {folder}", expected=", ".join(splits), do="name it with --dataset-split"
+                )
+            folder = folder / split
+        if not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
+            return None
+        files = [folder / Path(f["filename"]).name for f in read_json(folder / "state.json")["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorpusError(
+            f"{folder} is a damaged dataset: {error!r}", expected="what save_to_disk wrote", do="save it again"
+        ) from error
+    for file in files:
+        if not file.is_file():
+            raise CorpusError(f"{file} is missing", expected="all files of the dataset", do="save it again")
+    return files
+
+
+def _batch_documents(
+    batches: "Iterable[pa.RecordBatch]", name: str, first: int = 0
+) -> Iterator[Document | TokenDocument]:
+    """Rows of batches of one column, numbered from `first` on."""
+    import pyarrow as pa
+
+    for batch in batches:
+        column = batch.column(0)
+        is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        is_list = is_list or pa.types.is_fixed_size_list(column.type)
+        for i in range(len(column)):
+            value = column[i]
+            if is_list and value.is_valid:
+                ids = value.values.to_numpy(zero_copy_only=False)
+                yield from row_documents(ids, f"{name}:{first + i}")
+            else:
+                yield from row_documents(value.as_py(), f"{name}:{first + i}")
+        first += len(column)
+
+
+@contextmanager
+def _arrow_errors(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise CorpusError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}",
+            expected="a whole Parquet or Arrow file",
+            do="write or download it again",
+        ) from error
+
+
+def hub_documents(name: str, reading: Reading) -> Iterator[Document | TokenDocument]:
+    """One document a row of a dataset on the hub, streamed; no code of the dataset's is run.
+
+    Raises:
+        CorpusError: `datasets` is not installed, there is no network, no such dataset, configuration, split or field,
+            or the dataset is gated.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise CorpusError(
+            f"no corpus {name!r} on this machine",
+            expected="`python`, a path, or a dataset on the hub with the package `datasets`",
+            do="check the path, or: pip install 'headscope[hub]'",
+        ) from error
+    try:
+        rows = load_dataset(
+            name, reading.dataset_config, split=reading.dataset_split, revision=reading.dataset_revision, streaming=True
+        )
+        for i, row in enumerate(rows):
+            yield from row_documents(_value(dict(row), reading.field, f"{name}, row {i}"), f"{name}:{i}")
+    except CorpusError:
+        raise
+    except Exception as error:  # of a dozen classes of three libraries, by what is wrong with the name or the network
+        raise CorpusError(
+            f"the dataset {name!r}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            expected="a path on this machine, or a dataset that can be reached, with its configuration and split",
+            do="check the path and the network, name --dataset-config and --dataset-split, log in with `hf auth login` "
+            "if it is gated, or download it and pass the folder",
+        ) from error

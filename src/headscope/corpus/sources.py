@@ -1,0 +1,110 @@
+"""What `--corpus` names: where its documents are, and what tells one state of them from another."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from glob import has_magic
+from pathlib import Path
+from typing import Any
+
+from headscope.corpus.reading import Reading
+from headscope.corpus.rows import (
+    TokenDocument,
+    arrow_documents,
+    hub_documents,
+    jsonl_documents,
+    npy_documents,
+    parquet_documents,
+    saved_dataset,
+)
+from headscope.corpus.text import Document, file_documents, python_documents, python_files
+from headscope.errors import CorpusError
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents, and the state they are in."""
+
+    documents: Callable[[], Iterator[Document | TokenDocument]]
+    state: Callable[[], list[Any]]
+    """JSON that is another one when the documents may be: names, sizes and times of files, or a name on the hub."""
+
+
+def find_source(name: str, reading: Reading, bos: int) -> Source:
+    """Say what a name stands for.
+
+    Args:
+        name: `python`; a file, a folder or a pattern of files: text, `.jsonl`, `.parquet`, `.npy`; a folder that
+            `save_to_disk` of `datasets` wrote; or a dataset on the hub.
+        reading: the field, the configuration and what else is to be known of it.
+        bos: where a stream of token ids is cut.
+
+    Raises:
+        CorpusError: there is no such thing.
+    """
+    if name == "python":
+        return Source(python_documents, partial(_state, dict(python_files())))
+    path = Path(name)
+    if path.is_dir() and (arrow := saved_dataset(path, reading.dataset_split)) is not None:
+        return Source(
+            partial(arrow_documents, arrow, path.name, reading),
+            partial(_state, {str(i): file for i, file in enumerate(arrow)}),
+        )
+    named = _files(name)
+    if named is not None:
+        return Source(partial(_documents, named, reading, bos), partial(_state, named))
+    if _HUB_NAME.fullmatch(name):
+        return Source(partial(hub_documents, name, reading), lambda: ["hub", name])
+    raise CorpusError(
+        f"no corpus {name!r}",
+        expected="'python', a file or a folder of text, JSONL, Parquet or token ids, or a dataset on the hub",
+        do="check the path given to --corpus",
+    )
+
+
+def _files(name: str) -> dict[str, Path] | None:
+    """Files by the name that decides their side of the split; None if the path is nothing."""
+    path = Path(name)
+    if path.is_file():
+        return {path.name: path}
+    if path.is_dir():
+        return _below(path, "**/*")
+    if has_magic(name):
+        parts = path.parts
+        n_fixed = next(i for i, part in enumerate(parts) if has_magic(part))
+        return _below(Path(*parts[:n_fixed]), str(Path(*parts[n_fixed:]))) or None
+    return None
+
+
+def _below(folder: Path, pattern: str) -> dict[str, Path]:
+    files = sorted(p for p in folder.glob(pattern) if p.is_file() and not _hidden(p.relative_to(folder)))
+    return {file.relative_to(folder).as_posix(): file for file in files}
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _documents(files: dict[str, Path], reading: Reading, bos: int) -> Iterator[Document | TokenDocument]:
+    for name, path in files.items():
+        match path.suffix.lower():
+            case ".jsonl" | ".ndjson":
+                yield from jsonl_documents(path, name, reading)
+            case ".parquet":
+                yield from parquet_documents(path, name, reading)
+            case ".npy":
+                yield from npy_documents(path, name, bos)
+            case _:
+                yield from file_documents(path, name, reading.document_line)
+
+
+def _state(files: dict[str, Path]) -> list[Any]:
+    """What changes when a file does: its name and path, size and times."""
+    found = []
+    for name, path in files.items():
+        stat = path.stat()
+        found.append([name, str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+    return found
