@@ -348,7 +348,7 @@ def test_a_tokenizer_of_more_tokens_than_the_model_knows(
     tmp_path: Path,
 ) -> None:
     folder = save_model(random_model("gpt_neox", vocab_size=50), tmp_path / "small")
-    fails(capsys, "token id", *train_with(training | {"--model": folder}))
+    fails(capsys, "a tokenizer with the token 97", *train_with(training | {"--model": folder}))
 
 
 def test_a_missing_sae(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
