@@ -11,12 +11,13 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from headscope import jobs
-from headscope.errors import OutputError, SAEError, StudyError
+from headscope.errors import HeadscopeError, OutputError, SAEError, StudyError
 from headscope.models.load import load_model
 from headscope.report.claims_downstream import STUDIES as DOWNSTREAM
 from headscope.report.claims_feature import STUDIES as FEATURE
 from headscope.report.claims_training import STUDIES as TRAINING
 from headscope.report.records import Claim, Study
+from headscope.report.registry import STUDIES
 from headscope.report.run import Inputs, run
 from headscope.sae.formats import save_sae
 from test_tl_checkpoint import configuration, random_state
@@ -132,6 +133,18 @@ def test_one_sae_twice_and_a_missing_one_are_refused(inputs, tmp_path):
     with pytest.raises(SAEError, match="no SAE at"):
         run(tmp_path / "b", replace(inputs, saes=("nowhere",)), quick=True, studies=[])
     assert not (tmp_path / "b").exists()
+
+
+def test_a_mistake_in_the_command_claims_no_folder(inputs, tmp_path):
+    with pytest.raises(HeadscopeError):
+        run(tmp_path / "out", replace(inputs, model="nowhere"), quick=True, studies=[])
+    assert not any((tmp_path / "out").glob("*"))
+    run(tmp_path / "out", inputs, quick=True, studies=[])
+
+
+def test_every_method_of_the_post_has_its_rows():
+    made = {name for study in STUDIES for name in study.ids}
+    assert {f"M{n}" for n in range(2, 32)} | {"M13b"} <= made
 
 
 def test_a_finished_index_is_used_as_it_is(inputs, tmp_path):

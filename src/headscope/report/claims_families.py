@@ -147,7 +147,7 @@ def _behaviours(subject: Subject) -> Filled:
         "control": _BEHAVIOUR["control"].of(control),
         "matched": _matched(subject, found),
         "bigram": _BEHAVIOUR["bigram"].of(bigram, note=note),
-        "rate": _BEHAVIOUR["rate"].of(mean_by(np.arange(len(rate)), rate)),
+        "rate": _BEHAVIOUR["rate"].of(mean_by(np.arange(len(rate)), rate, of="features")),
     }
     readings = Reading.all()
     shares = [share_that(own.passes(reading)) for reading in readings]
@@ -201,16 +201,23 @@ _COMPOSITE = {
         differs="the post has no such rule; its selection is 4.7 % of live features, and it asks for DFA in a footnote",
     ),
     "n": Row("M28", "induction features by the composite rule: how many", "as above", unit=""),
-    "behaviour": Row("M28", "live features that pass behaviour alone", "composite rule, one of its tests"),
+    "behaviour": Row(
+        "M28",
+        "live features that pass behaviour alone",
+        "composite rule, one of its tests",
+        null="each feature with the B of another one",
+    ),
     "sources": Row(
         "M28",
         "live features with most DFA from earlier B's",
         "median share of positive DFA from earlier B's of at least 0.5; composite rule, one of its tests",
+        null="each feature with the B of another one",
     ),
     "copying": Row(
         "M28",
         "live features that copy: B raises them most",
         "B among the 1 % of tokens that raise the feature most through its head; composite rule, one of its tests",
+        null="each feature with the B of another one",
     ),
     "off": Row(
         "M28",
@@ -250,12 +257,14 @@ def composites(subject: Subject) -> tuple[Finding, ...]:
 def _composites(subject: Subject) -> Filled:
     judged = composite(subject)
     n, tests = len(judged.latents), judged.tests
-    null = None if judged.n_null is None else wilson(judged.n_null, n)
     claims = {
-        "share": _COMPOSITE["share"].of(share_that(judged.verdict, null)),
+        "share": _COMPOSITE["share"].of(share_that(judged.verdict, judged.by_chance())),
         "n": _COMPOSITE["n"].of(int(judged.verdict.sum()), n=n),
         "off": _off(judged),
-        **{name: _COMPOSITE[name].of(share_that(tests[name])) for name in ("behaviour", "sources", "copying")},
+        **{
+            name: _COMPOSITE[name].of(share_that(tests[name], judged.by_chance(name)))
+            for name in ("behaviour", "sources", "copying")
+        },
     }
     try:
         head = model_heads(subject).induction
@@ -292,7 +301,7 @@ def _off(judged: InductionFeatures) -> Claim:
     if not n:
         return _COMPOSITE["off"].without("no feature passes the other three tests")
     rates = judged.corruption.n_off[tested] / judged.corruption.n[tested]
-    found = mean_by(np.flatnonzero(tested), rates, null=control / n)
+    found = mean_by(np.flatnonzero(tested), rates, of="features", null=control / n)
     return _COMPOSITE["off"].of(found, note=f"{off} of {n} A's")
 
 

@@ -5,9 +5,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from headscope.proxies import evaluate
 from headscope.report.records import KINDS, Claim, Exemplar, Figure, Finding, Listing, Study
+from headscope.report.rows import Row, share_that
 from headscope.report.subject import Subject
 from headscope.stats import Measure, wilson
+from headscope.studies.active import Text
 from headscope.studies.downstream import LogitEffect, logit_effect
 from headscope.studies.specificity import SpecificityPlan, expected_value, specificity
 from headscope.studies.specificity_records import Specificity
@@ -16,7 +19,7 @@ OWN_RULE = "the post: a proxy written by hand; here one found by search, of the 
 _NO_NUMBER = "the post gives no number"
 _SHOWN = 5  # examples
 _WINDOW = 12  # tokens of an example before its active token
-_N_RANDOM = 64  # directions of the null of logit effects
+_N_RANDOM = 64  # directions of the nulls of logit effects and of shares
 
 
 def exemplars(subject: Subject) -> tuple[Finding, ...]:
@@ -32,7 +35,25 @@ def exemplars(subject: Subject) -> tuple[Finding, ...]:
         for kind in KINDS
         if kind not in {e.kind for e in subject.exemplars}
     ]
-    return (*missing, *(_examples(subject, exemplar) for exemplar in subject.exemplars))
+    return (*missing, *(found for e in subject.exemplars for found in (_shown(subject, e), _examples(subject, e))))
+
+
+def _shown(subject: Subject, exemplar: Exemplar) -> Claim:
+    """Of the strongest examples of a card, those at which its proxy is true."""
+    groups = subject.index.examples(exemplar.latent)
+    positions = [e.position for group in groups if group.kind == "top" for e in group.examples]
+    holds = evaluate(exemplar.proxy, subject.index)
+    text = Text.of(subject.index).is_text.reshape(-1)
+    base = wilson(int(holds[text].sum()), int(text.sum()))
+    row = Row(
+        "M7",
+        f"Strongest examples on the card at which its proxy is true ({exemplar.kind} exemplar)",
+        "share of the examples of the card's first group, Wilson",
+        null="all text tokens",
+        differs="the post: examples are shown and read by eye",
+    )
+    claim = row.of(share_that(holds[positions], base))
+    return replace(claim, feature=exemplar.latent, kind=exemplar.kind)
 
 
 def _examples(subject: Subject, exemplar: Exemplar) -> Listing:
@@ -72,7 +93,7 @@ def _random_prominence(subject: Subject) -> float:
     """Mean prominence of the top token of random directions of z."""
     rng = np.random.default_rng(subject.settings.seed)
     z = torch.from_numpy(rng.standard_normal((_N_RANDOM, subject.sae.d_in))).to(subject.sae.W_dec)
-    effects = z @ subject.model.W_O(subject.sae.site.layer) @ subject.model.logit_directions
+    effects = z @ subject.model.output_directions(subject.sae.site.layer) @ subject.model.logit_directions
     return float(((effects.max(1).values - effects.mean(1)) / effects.std(1, correction=0)).mean())
 
 
@@ -122,10 +143,22 @@ def _names_top(subject: Subject, exemplar: Exemplar, effect: LogitEffect) -> Cla
 # ---------------------------------------------------------------------------------------------------------------- heads
 def weights(subject: Subject) -> tuple[Finding, ...]:
     """M9: how much of each exemplar's decoder each head has, in the post's definition and in those free of a basis."""
-    return tuple(f for e in subject.some_exemplars() for f in _share_findings(subject, e))
+    nulls = _random_top_shares(subject)
+    return tuple(f for e in subject.some_exemplars() for f in _share_findings(subject, e, nulls))
 
 
-def _share_findings(subject: Subject, exemplar: Exemplar) -> list[Finding]:
+def _random_top_shares(subject: Subject) -> tuple[float, float]:
+    """Mean largest share of a head in random directions of z: in z, and in what they write into the residual stream."""
+    n_heads, rng = subject.index.n_heads, np.random.default_rng(subject.settings.seed)
+    z = torch.from_numpy(rng.standard_normal((_N_RANDOM, n_heads, subject.sae.d_in // n_heads))).to(subject.sae.W_dec)
+    directions = subject.model.output_directions(subject.sae.site.layer)
+    written = torch.einsum("nhe,hed->nhd", z, directions.reshape(n_heads, -1, directions.shape[-1]))
+    norms = (z.norm(dim=-1), written.norm(dim=-1))
+    in_z, in_stream = ((norm / norm.sum(1, keepdim=True)).amax(1).mean().item() for norm in norms)
+    return in_z, in_stream
+
+
+def _share_findings(subject: Subject, exemplar: Exemplar, nulls: tuple[float, float]) -> list[Finding]:
     shares, n_heads = subject.index.feature(exemplar.latent).shares, subject.index.n_heads
     own = {"feature": exemplar.latent, "kind": exemplar.kind}
     definitions = {
@@ -139,15 +172,15 @@ def _share_findings(subject: Subject, exemplar: Exemplar) -> list[Finding]:
         Claim(
             "M9",
             claim,
-            f"{definition}; null: all heads alike",
+            f"{definition}; null: mean of {_N_RANDOM} random directions of z",
             ours=float(share.max()),
             n=n_heads,
-            null=1 / n_heads,
+            null=null,
             unit="share",
             differs=f"head {subject.head_name(int(share.argmax()))}; the post asks for 0.6 of an induction feature",
             **own,
         )
-        for claim, (share, definition) in definitions.items()
+        for (claim, (share, definition)), null in zip(definitions.items(), nulls, strict=True)
     ]
     drawn = {
         "decoder (the post's)": shares.decoder,
@@ -271,7 +304,7 @@ def _fires_figures(exemplar: Exemplar, study: Specificity) -> list[Figure]:
 
 
 STUDIES = (
-    Study("examples", (), "What the exemplars look like", exemplars),
+    Study("examples", ("M7",), "What the exemplars look like", exemplars),
     Study("logits", ("M8",), "The direct logit effect of the exemplars", logits),
     Study("weights", ("M9",), "Heads in the weights of the exemplars", weights),
     Study("fires", ("M10", "M11", "M12", "M13", "M13b"), "When the exemplars fire", fires),

@@ -66,6 +66,9 @@ class Claim:
 
     def with_measure(self, found: Measure) -> "Claim":
         """The same claim with what a study measured: its n, null and definition too."""
+        differs = self.differs
+        if found.value is not None and found.missing is not None:  # why there is a number and no interval
+            differs = "; ".join(part for part in (differs, found.missing) if part)
         bounds = None if found.low is None or found.high is None else (found.low, found.high)
         return replace(
             self,
@@ -74,6 +77,7 @@ class Claim:
             interval=bounds,
             null=found.null.value if found.null is not None else self.null,
             definition=self.definition or found.definition,
+            differs=differs,
             missing=found.missing if found.value is None else None,
         )
 

@@ -98,10 +98,11 @@ def mean_by(
     unit: Sequence[int] | Int[np.ndarray, " n"],
     values: Float[np.ndarray, " n"],
     *,
+    of: str = "documents",
     null: float | None = None,
     samples: int = 1000,
 ) -> Measure:
-    """A mean with its interval by resampling units, such as documents; none with fewer than 10 or all alike."""
+    """A mean with its interval by resampling units, which are `of` a kind; none with fewer than 10 or all alike."""
     n = len(values)
     expected = None if null is None else Estimate(null, null, null)
     if n == 0:
@@ -111,6 +112,6 @@ def mean_by(
     value = float(np.mean(values))
     found = resampled(quotient, sums, unit_draws(len(sums), n_samples=samples, seed=0))
     if found is None:
-        few = f"no interval: {len(sums)} units; it needs {MINIMUM_UNITS} that are not all alike"
+        few = f"no interval: {len(sums)} {of}; it needs {MINIMUM_UNITS} that are not all alike"
         return Measure("", n, value, null=expected, missing=few)
-    return Measure("", n, value, *found, "95 %, documents resampled", null=expected)
+    return Measure("", n, value, *found, f"95 %, {of} resampled", null=expected)

@@ -90,7 +90,11 @@ def run(
         inputs = replace(inputs, text=replace(inputs.text, max_tokens=settings.corpus_tokens))
     work = _Work(out, inputs, settings, on_progress or (lambda _stage, _done, _total: None), say)
     work.claim(overwrite=overwrite)
-    subjects = tuple(work.subject(*named, studies or STUDIES) for named in work.named())
+    try:
+        subjects = tuple(work.subject(*named, studies or STUDIES) for named in work.named())
+    except BaseException:
+        work.give_up()
+        raise
     return work.write(subjects)
 
 
@@ -126,6 +130,12 @@ class _Work:
                 do="choose another folder",
             )
         write_json(self.out / _PLAN, plan)
+
+    def give_up(self) -> None:
+        """Leave a folder in which nothing was done as it was found: a mistake in the command claims none."""
+        if not any(path.is_file() for name in ("indexes", "studies") for path in (self.out / name).rglob("*")):
+            for name in _KEPT:
+                _remove(self.out / name)
 
     def _plan(self) -> dict[str, Any]:
         """What makes the work of two runs the same; indexes that are given say it by their own hashes."""

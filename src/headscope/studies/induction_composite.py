@@ -284,6 +284,8 @@ class InductionFeatures:
     """Features that pass all tests for the B of another feature; None where that was not asked."""
     null_tests: dict[str, int] | None = None
     """Likewise for each test alone; that of copying is the null of the static tables of tokens."""
+    n_other: int = 0
+    """Features that were given a B other than their own: what the two nulls are counted among."""
     definition: str = (
         "live features with a pass rate, a share of DFA from earlier B's, a copying rank and a share off with A's "
         "before earlier B's replaced as the criteria ask"
@@ -324,20 +326,32 @@ class InductionFeatures:
         The null is the share that passes when each feature is given the B of another one, with its interval.
         """
         n, k = len(self.latents), int(self.verdict.sum())
-        null = None if self.n_null is None else wilson(self.n_null, n)
+        null = self.by_chance()
         if n < MINIMUM:
             return Measure(self.definition, n, null=null, missing=f"{n} features; at least {MINIMUM} are needed")
         found = wilson(k, n)
         return Measure(self.definition, n, found.value, found.low, found.high, "Wilson 95 %", null=null)
 
+    def by_chance(self, test: str | None = None) -> Estimate | None:
+        """The share that passes all tests, or one of them, for the B of another feature; None where not asked."""
+        if self.n_null is None or self.null_tests is None or not self.n_other:
+            return None
+        return wilson(self.n_null if test is None else self.null_tests[test], self.n_other)
+
     def passing(self, test: str) -> Measure:
-        """The share of live features that pass one of `tests`; the null is as of `share`."""
-        n = len(self.latents)
-        null = None if self.null_tests is None else wilson(self.null_tests[test], n)
+        """The share of live features that pass one of `tests`; the null is as of `share`.
+
+        Only features that pass the other tests are put to that of corruption: its share is of them, without a null.
+        """
+        asked, null = np.ones(len(self.latents), bool), self.by_chance(test)
         definition = f"share of live features that pass the test of {test}"
+        if test == "corruption":
+            asked, null = self.corruption.n > 0, None
+            definition = "share of the features passing the other tests that pass the test of corruption"
+        n = int(asked.sum())
         if n < MINIMUM:
             return Measure(definition, n, null=null, missing=f"{n} features; at least {MINIMUM} are needed")
-        found = wilson(int(self.tests[test].sum()), n)
+        found = wilson(int(self.tests[test][asked].sum()), n)
         return Measure(definition, n, found.value, found.low, found.high, "Wilson 95 %", null=null)
 
     def heads(self) -> Int[np.ndarray, " head"]:
@@ -394,7 +408,9 @@ def induction_features(  # noqa: PLR0913 - what is judged, by what, how much of 
     )
     another = other != own
     tests = {name: int((passed & another).sum()) for name, passed in by_chance.tests.items()}
-    return replace(judged, n_null=int((by_chance.verdict & another).sum()), null_tests=tests)
+    return replace(
+        judged, n_null=int((by_chance.verdict & another).sum()), null_tests=tests, n_other=int(another.sum())
+    )
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ class HeadPage {
     const words = Object.entries(kinds).map(([kind, count]) => `${kind} ${int(count)}`).join(" · ");
     return el("section", { class: "head-section", "data-section": "features" }, el("header", {}, el("h2", {}, "Features it makes"),
       el("span", { class: "hint" }, `of ${int(n)} live ones it has the largest share of ${int(lists.dfa.n)} by DFA, of ${int(lists.decoder.n)} by decoder weight; ${int(both)} in both`)),
-    words && el("p", { class: "definition", "data-kinds": "" }, `Kinds of the ${int(own)}: ${words}`),
+    words && el("p", { class: "definition", "data-kinds": "" }, `Best proxies of the ${int(own)}: ${words}`),
     el("div", { class: "side-by-side" }, Object.entries(lists).map(([by, list]) => el("div", { "data-list": by }, el("h3", {}, term(WEIGHT_NAMES[by], SHARE_WORDS[by])), drawShares(list.histogram, `live features by this head's ${SHARE_WORDS[by]}`), this.#table(list, [by, by === "dfa" ? "decoder" : "dfa"])))));
   }
 
