@@ -1,0 +1,90 @@
+"""The commands of one model on all of them: every family as a folder, and a checkpoint of TransformerLens' format."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from starlette.testclient import TestClient
+from tokenizers import Tokenizer
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
+
+from headscope import jobs
+from headscope.cli import main
+from headscope.explorer.cards import IndexCards
+from headscope.explorer.server import make_app
+from headscope.models.hf import Model
+from headscope.models.load import load_model
+from headscope.sae.formats import save_sae
+from headscope.sae.model import SAE
+from test_models import FAMILIES, build
+from test_tl_checkpoint import configuration, random_state
+
+POST_NORM = {"gemma2", "gemma3_text"}
+
+
+@pytest.fixture(params=[*FAMILIES, "transformerlens"])
+def folder(
+    request: pytest.FixtureRequest,
+    random_model: Callable[..., Model],
+    save_model: Callable[[Model, Path], Path],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+) -> Path:
+    """A model with random weights, as files."""
+    folder = tmp_path / "model"
+    if request.param != "transformerlens":
+        return save_model(build(random_model, request.param), folder)
+    folder.mkdir()
+    config = configuration()
+    torch.save({name: t.float() for name, t in random_state(config).items()}, folder / "model_final.pth")
+    (folder / "tl_config.json").write_text(json.dumps(config))
+    copied = Tokenizer.from_str(tokenizer.to_str())
+    PreTrainedTokenizerFast(tokenizer_object=copied, bos_token="<|bos|>").save_pretrained(folder)
+    return folder
+
+
+def run(*arguments: object) -> None:
+    main([str(a) for a in arguments])
+
+
+def test_each_model_is_evaluated_indexed_and_served(
+    folder: Path, random_sae: Callable[..., SAE], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_model(str(folder))
+    sae = replace(random_sae(model), model_name=str(folder))
+    save_sae(sae, tmp_path / "sae")
+    text = tmp_path / "text.txt"
+    rng = np.random.default_rng(0)
+    documents = ["".join(chr(c) for c in rng.integers(33, 127, 120)) for _ in range(12)]
+    text.write_text("\n<|doc|>\n".join(documents))
+    choice = ["--model", folder, "--corpus", text, "--split", "all", "--block-size", "16"]
+    run("info", tmp_path / "sae", "--model", folder)
+    run("eval", "--sae", tmp_path / "sae", *choice)
+    run("index", "--sae", tmp_path / "sae", "--out", tmp_path / "index", *choice)
+    live = jobs.live(tmp_path / "index", model=str(folder))
+    latent = int(np.argmax(live.index.table()["n_active"].to_numpy()))
+    active = live.index.activations(latent)
+    assert len(active.position) > 5
+    for position, activation in zip(active.position[:5].tolist(), active.activation[:5].tolist(), strict=True):
+        (found,) = live.dfa(position, [latent])
+        assert_close(found.activation, activation, rtol=1e-4, atol=1e-4)
+        assert_close(float(found.by_source.sum() + found.bias), found.pre, rtol=1e-4, atol=1e-4)
+    card = TestClient(make_app(IndexCards(live.index)), base_url="http://127.0.0.1").get(f"/api/feature/{latent}")
+    assert card.status_code == 200
+    assert card.json()["latent"] == latent
+    capsys.readouterr()
+    if model.spec.post_norm:
+        with pytest.raises(SystemExit):
+            run("effects", tmp_path / "index", "--model", folder)
+        assert "norm" in capsys.readouterr().err
+    else:
+        run("effects", tmp_path / "index", "--model", folder)
+
+
+def test_which_families_have_a_norm_after_attention(random_model: Callable[..., Model]) -> None:
+    assert {name for name in FAMILIES if build(random_model, name).spec.post_norm} == POST_NORM
