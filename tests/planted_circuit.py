@@ -14,6 +14,7 @@ from headscope.sae.model import SAE
 from planted import D_HEAD, PT, Head, V, planted_model, planted_sae
 
 PREVIOUS = 2 * V + 1
+EPSILON = 1e-5
 _LARGE = 1e10
 
 
@@ -36,6 +37,13 @@ def circuit_model() -> Model:
     for block in transformer.h:
         block.ln_1, block.ln_2 = FlatNorm(), FlatNorm()
     Head(transformer.h[1].attn, 1).value[PT, V : 2 * V] = torch.eye(V, dtype=torch.float64)
+    return Model(planted.module, planted.tokenizer, planted.bos, "planted")
+
+
+def normed_model() -> Model:
+    """`circuit_model` with a LayerNorm before the attention of layer 1: it centres, and divides by what it sees."""
+    planted = circuit_model()
+    planted.module.transformer.h[1].ln_1 = nn.LayerNorm(2 * D_HEAD, eps=EPSILON).double()
     return Model(planted.module, planted.tokenizer, planted.bos, "planted")
 
 

@@ -13,8 +13,8 @@ from headscope.index.store import FeatureIndex
 from headscope.studies.circuit import PromptCircuit
 from headscope.studies.circuit_corpus import feature_circuit
 from headscope.studies.qk import CONSTANT, PromptScores
-from planted import BOS, SHARP, V, induction_sequences
-from planted_circuit import PREVIOUS, circuit_model, circuit_sae
+from planted import BOS, D_HEAD, SHARP, V, induction_sequences
+from planted_circuit import EPSILON, PREVIOUS, circuit_model, circuit_sae, normed_model
 
 N = 64
 NEAR = {"atol": 1e-9, "rtol": 1e-9}
@@ -92,6 +92,27 @@ def test_the_previous_token_head_is_where_a_feature_that_reads_it_comes_from(mod
     for query in (2, 9, 20):
         names = chain(circuit, PREVIOUS + int(tokens[query - 1]), query, 5)
         assert names == ["1.1", f"source {query}", "0.0", f"source {query - 1}", "embedding"]
+
+
+def test_a_layer_norm_centres_and_scales_each_part(sae, data):
+    """The source's stream is three ones in n places: its token, its position, and the token that L0H0 wrote there."""
+    tokens, where, second = data
+    n = 2 * D_HEAD
+    scale = (3 / n - (3 / n) ** 2 + EPSILON) ** 0.5
+    model = normed_model()
+    for row in range(8):
+        circuit = PromptCircuit(model, sae, tokens[row])
+        tree = circuit.tree(int(second[row]), tokens.shape[1] - 1, depth=3)
+        assert_close(tree.node.value, (1 - 3 / n) / scale - 0.5, **NEAR)
+        (head,) = (child for child in tree.children if child.node.kind == "head")
+        assert head.node.name == "1.0"
+        (source,) = head.children
+        assert source.node.name == f"source {where[row]}"
+        assert_close(source.node.value, (1 - 3 / n) / scale, **NEAR)
+        (embedding,) = source.children
+        assert embedding.node.name == "embedding"
+        assert_close(embedding.node.value, (1 - 1 / n) / scale, **NEAR)
+        assert_close(source.rest, -2 / n / scale, **NEAR)  # the position and L0H0, of which centring alone is left
 
 
 def test_the_induction_head_looks_for_what_the_previous_token_head_wrote(model, data):
