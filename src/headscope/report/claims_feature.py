@@ -47,7 +47,7 @@ def _shown(subject: Subject, exemplar: Exemplar) -> Claim:
     base = wilson(int(holds[text].sum()), int(text.sum()))
     row = Row(
         "M7",
-        f"Strongest examples on the card at which its proxy is true ({exemplar.kind} exemplar)",
+        "Strongest examples on the card at which its proxy is true",
         "share of the examples of the card's first group, Wilson",
         null="all text tokens",
         differs="the post: examples are shown and read by eye",
