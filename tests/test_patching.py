@@ -312,7 +312,7 @@ def test_features_and_nodes_that_there_are_not(planted):
     with pytest.raises(ModelError, match="layer 5"):
         FeatureMetric(model, dataclasses.replace(sae, site=Site("z", 5)), 0)
     narrow = dataclasses.replace(sae, W_enc=sae.W_enc[1:], W_dec=sae.W_dec[:, 1:], b_dec=sae.b_dec[1:])
-    with pytest.raises(SAEError, match="111 components"):
+    with pytest.raises(SAEError, match="vectors of 111"):
         FeatureMetric(model, narrow, 0)
     clean = torch.tensor([0, 5, 3, 7, 9, 3])
     prompts = pair(FeatureMetric(model, sae, 7), clean, swap_earlier(clean, 4))

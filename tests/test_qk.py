@@ -162,13 +162,20 @@ def test_what_there_is_not_is_named(random_model, no_type_checks):
 def test_scores_and_parts_are_transformerlens(judged) -> None:  # noqa: F811
     model, tokens, theirs = judged
     n_heads, length = model.spec.n_heads, tokens.shape[1]
+    if model.spec.qk_norm or model.spec.post_norm or model.spec.scores_cap is not None:
+        with pytest.raises(ModelError, match="as a sum over"):
+            PromptScores(model, 1, tokens[0])
+        return
     for layer in range(model.spec.n_layers):
         prompt = PromptScores(model, layer, tokens[0])
         scores = named(Site("scores", layer), model, theirs)[0]
         for head in range(n_heads):
             for query in (0, 5, length - 1):
-                ours = torch.from_numpy(prompt.split(head, query).pairs.sum((0, 1)))
-                assert_same_scale(ours, scores[head, query, : query + 1], 1e-4)
+                split = prompt.split(head, query)
+                ours = torch.from_numpy(split.pairs.sum((0, 1)))
+                assert_same_scale(ours, scores[head, query, split.keys], 1e-4)
+                hidden = np.setdiff1d(np.arange(length), split.keys)  # later keys, and those outside of a window
+                assert (scores[head, query, hidden] < -1e30).all()
         total = sum(prompt.stream.vector(part)[0] for part in prompt.stream.parts())
         assert_same_scale(total, named(Site("resid_pre", layer), model, theirs)[0], 1e-5)
         for earlier in range(layer):

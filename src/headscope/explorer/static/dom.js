@@ -35,6 +35,13 @@ export function setVars(node, vars) {
   for (const [name, value] of Object.entries(vars)) node.style.setProperty(name, value);
 }
 
+/** Give text to the reader as a file. */
+export function download(name, type, text) {
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  el("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
+
 /** A number from 0 to 1 for CSS. */
 export function unit(value) {
   return Math.max(0, Math.min(value, 1)).toFixed(3);

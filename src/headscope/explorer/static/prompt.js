@@ -1,9 +1,9 @@
 /** The prompt explorer: a prompt, its features token by token, why each is active, and what ablations change. */
 import { CircuitTree, pathsOf, pathsText } from "./circuit.js";
-import { button, choice, el } from "./dom.js";
+import { button, choice, download, el } from "./dom.js";
 import { int, num, sci, signed } from "./format.js";
 import { drawMap } from "./heatmap.js";
-import { download, packed, pageOf, unpacked } from "./promptsave.js";
+import { packed, pageOf, unpacked } from "./promptsave.js";
 import { activeByToken, drawFeatures, drawNext, drawPins, drawStrip, PAINTS } from "./promptviews.js";
 import { drawQk } from "./qk.js";
 

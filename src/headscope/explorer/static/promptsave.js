@@ -58,9 +58,3 @@ function inert(node) {
   for (const name of ["data-node", "aria-pressed"]) if (node.hasAttribute(name)) still.setAttribute(name, node.getAttribute(name));
   return still;
 }
-
-export function download(name, type, text) {
-  const url = URL.createObjectURL(new Blob([text], { type }));
-  el("a", { href: url, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
-}

@@ -1,5 +1,5 @@
 /** What the deep-dive tabs share: a line that says what is shown, its data, its Python call, and tables of measures. */
-import { button, el, term } from "./dom.js";
+import { button, download, el, term } from "./dom.js";
 import { int, num, pct, signed } from "./format.js";
 
 /** A number as it is in a file: all of its digits, nothing where there is none. */
@@ -19,15 +19,10 @@ export function studyHead({ definition, python, name, rows }) {
   const code = el("pre", { class: "python", "data-python-text": "", hidden: true, tabindex: 0 }, python);
   const show = button({ class: "quiet", "data-show-python": "", "aria-expanded": "false", onclick: () => { code.hidden = !code.hidden; show.setAttribute("aria-expanded", String(!code.hidden)); } }, "Python");
   return el("header", { class: "study-head" }, el("p", { class: "definition", "data-definition": "" }, definition),
-    el("span", { class: "tools" }, copied, show, button({ class: "button", "data-python": "", onclick: copy }, "copy Python"), button({ class: "button", "data-csv": name, onclick: () => download(name, rows()) }, "CSV")), code);
+    el("span", { class: "tools" }, copied, show, button({ class: "button", "data-python": "", onclick: copy }, "copy Python"), button({ class: "button", "data-csv": name, onclick: () => download(`${name}.csv`, "text/csv", csv(rows())) }, "CSV")), code);
 }
 
-function download(name, rows) {
-  const text = rows.map((row) => row.map(cell).join(",")).join("\r\n");
-  const url = URL.createObjectURL(new Blob([`${text}\r\n`], { type: "text/csv" }));
-  el("a", { href: url, download: `${name}.csv` }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
-}
+const csv = (rows) => rows.map((row) => `${row.map(cell).join(",")}\r\n`).join("");
 
 const SIGNED = new Set(["pearson", "phi", "pearson_above", "change"]);
 const writer = (name) => (SIGNED.has(name) ? signed : pct);
