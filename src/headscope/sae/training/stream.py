@@ -113,7 +113,7 @@ class ActivationStream:
         self._buffer = torch.empty(capacity, self.d_in, dtype=torch.bfloat16, device=device)
         self._rounded = torch.empty(n, self.d_in, dtype=torch.bfloat16, device=device)
         self._batch = torch.empty(n, self.d_in, device=device)
-        self._order: tuple[int, Tensor] = (0, torch.arange(capacity, device=device))
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # of a round
         self._progress = _Progress(round=0, handed=0, read=Place(1, 0, 0))
         self._inlet: _Inlet | None = None
 
@@ -173,8 +173,8 @@ class ActivationStream:
         """The order of a round; that of round 0 is the buffer's own."""
         if self._order[0] != number:
             rng = np.random.default_rng([_SLOTS, self._seed, number, self._rank])
-            order = torch.from_numpy(rng.permutation(len(self._buffer)))
-            self._order = number, order.to(self._buffer.device)
+            order = rng.permutation(len(self._buffer)) if number else np.arange(len(self._buffer))
+            self._order = number, torch.from_numpy(order).to(self._buffer.device)
         return self._order[1]
 
     def _refill(self, slots: Int[Tensor, " slot"]) -> Place:
