@@ -4,8 +4,8 @@ import math
 
 from headscope.sae.config import TrainConfig
 
-_GAIN = 0.004  # change of log lambda, a step and unit of log(L0 / target)
-_FIRST = 0.1
+_GAIN = 0.01  # change of log lambda, a step and unit of log(L0 / target)
+_FIRST = 1.0
 """Coefficient that steering starts from."""
 
 

@@ -12,7 +12,7 @@ from headscope.errors import TrainingError
 from headscope.sae import model as sae_model
 from headscope.sae.config import TrainConfig
 from headscope.sae.model import SAE
-from headscope.sae.training.dictionary import first_parameters, scale_of, started_anew
+from headscope.sae.training.dictionary import first_parameters, first_threshold, scale_of, started_anew
 from headscope.sae.training.objectives import Gated, JumpReLU, Now, Objective, Outcome, Parameters, ReLU, Space, TopK
 from headscope.sae.training.ranks import ALONE, Ranks
 from headscope.sae.training.schedule import coefficient_at, first_coefficient, rate, steer
@@ -189,16 +189,26 @@ class Trainer:
         return self.objective(self.p, x, Now(0.0, torch.zeros_like(self.last_fired, dtype=torch.bool)))
 
     def _fit_first_size(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Scale the encoder so that the first reconstructions have the right size.
+        """Make about the wanted number of latents active, and scale the encoder to what reconstructs best.
 
         Latents that start on inputs overlap, and together give a multiple of what each would alone. For x_hat without
         b_dec, the factor is `sum x . x_hat / sum ||x_hat||^2`.
         """
+        p, config = self.p, self.config
+        if config.variant in ("relu", "gated", "jumprelu"):
+            level = first_threshold(p, x, config.target_l0)
+            if "log_threshold" in p:
+                p["log_threshold"].fill_(math.log(level))
+            else:
+                p["b_enc"].fill_(-level)
         error = self._without_penalty(x).error
-        x = x - self.p["b_dec"]
+        x = x - p["b_dec"]
         x_hat = x - error
-        factor = (x * x_hat).sum() / x_hat.square().sum().clamp_min(1e-12)
-        self.p["encoder"] *= factor.clamp(0.01, 1.0)
+        factor = ((x * x_hat).sum() / x_hat.square().sum().clamp_min(1e-12)).clamp(0.01, 100)
+        p["encoder"] *= factor
+        p["b_enc"] *= factor
+        if "log_threshold" in p:
+            p["log_threshold"] += factor.log()
 
     @torch.no_grad()
     def resample(self, x: Float[Tensor, "n d_in"]) -> int:
