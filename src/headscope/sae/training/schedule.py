@@ -30,6 +30,15 @@ def first_coefficient(config: TrainConfig) -> float:
     return _FIRST if config.steered else (config.coefficient or 0.0)
 
 
+def likely_coefficient(config: TrainConfig, threshold: float) -> float:
+    """What the coefficient may come to where latents fire above a threshold; steering takes it from there.
+
+    With an orthogonal dictionary a penalty of `lambda f` keeps silent what is below `lambda / 2`, and one of `lambda`
+    for each active latent what is below `sqrt(lambda)`.
+    """
+    return threshold**2 if config.variant == "jumprelu" else 2 * threshold
+
+
 def coefficient_at(config: TrainConfig, step: int, steered: float) -> float:
     """The coefficient at a step: the steered one, or the one given, as far as it has risen."""
     if config.steered or not config.coefficient_warmup:

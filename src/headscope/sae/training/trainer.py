@@ -15,7 +15,7 @@ from headscope.sae.model import SAE
 from headscope.sae.training.dictionary import first_parameters, first_threshold, scale_of, started_anew
 from headscope.sae.training.objectives import Gated, JumpReLU, Now, Objective, Outcome, Parameters, ReLU, Space, TopK
 from headscope.sae.training.ranks import ALONE, Ranks
-from headscope.sae.training.schedule import coefficient_at, first_coefficient, rate, steer
+from headscope.sae.training.schedule import coefficient_at, first_coefficient, likely_coefficient, rate, steer
 from headscope.site import Site
 
 _THRESHOLD_RATE = 0.01  # of the running mean of the least activation that is kept
@@ -194,7 +194,7 @@ class Trainer:
         Latents that start on inputs overlap, and together give a multiple of what each would alone. For x_hat without
         b_dec, the factor is `sum x . x_hat / sum ||x_hat||^2`.
         """
-        p, config = self.p, self.config
+        p, config, level = self.p, self.config, 0.0
         if config.variant in ("relu", "gated", "jumprelu"):
             level = first_threshold(p, x, config.target_l0)
             if "log_threshold" in p:
@@ -209,6 +209,8 @@ class Trainer:
         p["b_enc"] *= factor
         if "log_threshold" in p:
             p["log_threshold"] += factor.log()
+        if config.steered:
+            self.coefficient = likely_coefficient(config, level)
 
     @torch.no_grad()
     def resample(self, x: Float[Tensor, "n d_in"]) -> int:
