@@ -159,7 +159,7 @@ def main(args: Arguments) -> None:
         "stream and steps, one after the other": made(ahead=False, config=config),
         "stream and steps, reading ahead": made(ahead=True, config=config),
     }
-    for name, s in best(ways, lambda x: (x @ weight).relu() @ weight.T, n // 10).items():
+    for name, s in best(ways, lambda x: (x @ weight).relu() @ weight.T, n // 16).items():
         show(name, s)
 
 
