@@ -25,7 +25,7 @@ class _Raised:
 def reads_ahead(device: torch.device) -> bool:
     """Whether reading a model beside other work on the same machine is worth a thread.
 
-    It saves what would be idle otherwise: a GPU while it waits for work, or cores that torch's threads leave free. Where
+    It uses what is idle otherwise: a GPU that waits for work, or cores that torch's threads leave free. Where
     those are given all cores, a second team of them has none of its own; `benchmarks/stream.py` times both ways.
     """
     if device.type != "cpu":
