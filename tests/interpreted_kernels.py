@@ -17,12 +17,12 @@ from headscope.errors import TrainingError
 from headscope.sae.training import kernels, objectives, triton_kernels
 from headscope.sae.training.kernels import Pairs
 
-FEW = settings(max_examples=25)
+FEW = settings(max_examples=12)
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 SIZES: dict[str, Any] = {
-    "batch": st.integers(1, 20) | st.sampled_from([32, 127, 128, 129]),
+    "batch": st.integers(1, 20) | st.sampled_from([127, 128, 129]),
     "d": st.integers(1, 20) | st.sampled_from([63, 64, 65, 129, 257]),
-    "d_sae": st.integers(1, 12) | st.sampled_from([16, 63, 65, 130]),
+    "d_sae": st.integers(1, 12) | st.sampled_from([16, 63, 65]),
     "seed": st.integers(0, 2**31 - 1),
 }
 
@@ -106,14 +106,17 @@ def test_the_bound_holds_where_rounding_loses_the_most(monkeypatch) -> None:
 
 
 @FEW
-@given(**SIZES, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_what_rounding_keeps_and_loses(batch, d, d_sae, seed, dtype) -> None:
+@given(
+    batch=SIZES["batch"], d=SIZES["d"], seed=SIZES["seed"], dtype=st.sampled_from([torch.float32, torch.bfloat16])
+)
+def test_what_rounding_keeps_and_loses(batch, d, seed, dtype) -> None:
+    """The interpreter rounds towards zero, a GPU to the nearest: the bound is measured, so it knows of neither."""
     [x] = normal(seed, (batch, d))
     x = x.to(dtype)
     rounded, size, lost = triton_kernels._rounded(x)
     assert rounded.shape[1] % triton_kernels._STEP == 0
     back = rounded[:, :d].double()
-    assert_close(back, x.double(), rtol=2.0**-8, atol=0)
+    assert_close(back, x.double(), rtol=2.0**-7, atol=0)
     assert (rounded[:, d:] == 0).all()
     for computed, exact in [(size, back.norm(dim=1)), (lost, (x.double() - back).norm(dim=1))]:
         assert (computed >= exact).all()
@@ -187,16 +190,20 @@ def test_the_eager_functions_give_the_same() -> None:
 
 
 def test_views_are_read_as_what_they_show() -> None:
-    x, w, bias = normal(7, (18, 24), (24, 12), (24,))
-    seen, transposed = x[::2, ::2], w.T[:, :12].T
-    got = triton_kernels.select_above(seen, transposed.T[:12].T, bias[:12].repeat(2))
-    expected = triton_kernels.select_above(seen.clone(), transposed.clone(), bias[:12].repeat(2))
-    same_pairs(got[0], expected[0])
-    assert_close(got[1], expected[1], rtol=0, atol=0)
-    pairs, weights = got
+    x, w, bias = normal(7, (9, 24), (12, 7), (14,))
+    seen = x[:, ::2], w.T, bias[::2]
+    copied = tuple(t.clone(memory_format=torch.contiguous_format) for t in seen)
+    pairs, pre = triton_kernels.select_above(*seen)
+    expected, values = triton_kernels.select_above(*copied)
+    same_pairs(pairs, expected)
+    assert_close(pre, values, rtol=0, atol=0)
+    weights = torch.stack([pre, pre], 1)[:, 0]
+    for function, view, copy in [("sum_by_latent", seen[0], copied[0]), ("sum_by_row", seen[1], copied[1])]:
+        of = getattr(triton_kernels, function)
+        assert_close(of(pairs, weights, view), of(pairs, pre, copy), rtol=0, atol=0)
     assert_close(
-        triton_kernels.sum_by_latent(pairs, weights, seen),
-        triton_kernels.sum_by_latent(pairs, weights, seen.clone()),
+        triton_kernels.products(pairs, seen[1], seen[0]),
+        triton_kernels.products(pairs, copied[1], copied[0]),
         rtol=0,
         atol=0,
     )
@@ -235,8 +242,8 @@ def test_a_step_of_each_variant_is_that_of_the_eager_functions(name, prefixes, m
             "relu": objectives.ReLU(space),
             "jumprelu": objectives.JumpReLU(space),
             "gated": objectives.Gated(space),
-            "topk": objectives.TopK(3, space),
-            "batchtopk": objectives.TopK(3, space, over_batch=True),
+            "topk": objectives.TopK(3.0, space),
+            "batchtopk": objectives.TopK(3.0, space, over_batch=True),
         }
         return made[name](p, x, 0.5, torch.zeros(d_sae, dtype=torch.bool))
 
