@@ -29,9 +29,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from headscope.sae.training.ranks import ALONE, Ranks
+
 DENSE_ABOVE = 0.1
 """Share of active pairs above which dense products are faster."""
 _BLOCK = 1024  # latents whose pre-activations are in memory at a time
+_GROUP = 8  # latents that are looked at together first
 _ACCUMULATION = 2.0**-22  # error of a float32 sum, a term and unit of the product of norms; twice the bound
 _UP = 1 + 2.0**-7  # times this, what is rounded to bfloat16 is not below what it was
 
@@ -175,6 +178,7 @@ def select_batch_topk(
     bias: Float[Tensor, " d_sae"],
     n: int,
     guess: float | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Pairs, Float[Tensor, " pair"]]:
     """The n largest pre-activations of the whole batch, less any that are not positive.
 
@@ -184,17 +188,23 @@ def select_batch_topk(
         bias: of the latents.
         n: how many.
         guess: of the n-th largest value; a good one makes this faster, none changes the result.
+        ranks: whose inputs together are the batch.
     """
-    bound = _guessed(x, encoder, bias, n / (len(x) * len(encoder))) if guess is None else max(guess, 0.0)
+    if guess is None:
+        share = n / (len(x) * ranks.size * len(encoder))
+        [guess] = ranks.mean(_guessed(x, encoder, bias, share))
+    bound = max(guess, 0.0)
     while True:
         pairs, pre = select_above(x, encoder, bias, x.new_full((len(x),), bound))
-        if len(pairs) >= n or bound == 0:
+        [mean] = ranks.mean(len(pairs))
+        if round(mean * ranks.size) >= n or bound == 0:
             break
         bound = bound * 0.7 if bound > 1e-6 else 0.0
-    if len(pairs) > n:
-        kept = pre.topk(n, sorted=False).indices.sort().values
-        pairs, pre = pairs.kept(kept), pre[kept]
-    return pairs, pre
+    if ranks.size > 1:
+        kept = (pre >= ranks.nth_largest(pre, n)).nonzero()[:, 0]
+    else:
+        kept = pre.topk(min(n, len(pre)), sorted=False).indices.sort().values
+    return pairs.kept(kept), pre[kept]
 
 
 def select_topk(
@@ -302,13 +312,16 @@ def _with_bound(
 
 
 def _positive(raised: Float[Tensor, "latent batch"]) -> tuple[Tensor, Tensor]:
-    """(latent, row) where bfloat16 numbers are above zero, four at a time: most words of four have none."""
-    flat = raised.view(-1)
+    """(latent, row), in this order, where bfloat16 numbers are above zero: they are few, so groups of 8 are read first.
+
+    As integers of 16 bits these numbers are above zero exactly where they are as what they stand for.
+    """
     n_latents, batch = raised.shape
-    if flat.numel() % 8:
-        return raised.view(torch.int16).gt(0).nonzero(as_tuple=True)
-    mask = flat.view(torch.int16).gt(0)
-    words = mask.view(torch.int64).nonzero()[:, 0]
-    within = mask.view(-1, 8)[words].nonzero()
-    place = words[within[:, 0]] * 8 + within[:, 1]
+    bits = raised.view(torch.int16)
+    if n_latents % _GROUP:
+        return bits.gt(0).nonzero(as_tuple=True)
+    groups = bits.view(-1, _GROUP, batch)
+    group, row = groups.amax(1).gt(0).nonzero(as_tuple=True)
+    found, within = groups[group, :, row].gt(0).nonzero(as_tuple=True)
+    place = ((group[found] * _GROUP + within) * batch + row[found]).sort().values
     return place // batch, place % batch

@@ -38,6 +38,7 @@ from headscope.sae.training.kernels import (
     sum_by_latent,
     sum_by_row,
 )
+from headscope.sae.training.ranks import ALONE, Ranks
 
 Parameters = dict[str, Tensor]
 """Weights by name: encoder and decoder `[d_sae, d_in]`, b_enc `[d_sae]`, b_dec `[d_in]`, and what a variant adds."""
@@ -286,10 +287,10 @@ class TopK:
     """Coefficient of the auxiliary loss."""
     auxiliary_k: int = 0
     """Dead latents of a row that take part in it."""
+    ranks: Ranks = ALONE
+    """Whose inputs together are the batch."""
     guess: float | None = None
     """Where the last batch's selection ended, from which the next starts; decides speed only."""
-    threshold: float = 0.0
-    """The smallest activation of the last batch."""
 
     def __call__(
         self, p: Parameters, x: Float[Tensor, "batch d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]
@@ -306,10 +307,10 @@ class TopK:
 
     def _select(self, centred: Tensor, p: Parameters) -> tuple[Pairs, Tensor]:
         if self.over_batch:
-            n = round(self.k * len(centred))
-            active, values = select_batch_topk(centred, p["encoder"], p["b_enc"], n, self.guess)
-            self.threshold = values.min().item() if len(values) else 0.0
-            self.guess = 0.93 * self.threshold
+            n = round(self.k * len(centred) * self.ranks.size)
+            active, values = select_batch_topk(centred, p["encoder"], p["b_enc"], n, self.guess, self.ranks)
+            [least] = self.ranks.mean(values.min().item() if len(values) else 0.0)
+            self.guess = 0.93 * least
             return active, values
         active, values = select_topk(centred, p["encoder"], p["b_enc"], round(self.k), self.guess)
         if len(values):
