@@ -106,9 +106,7 @@ def test_the_bound_holds_where_rounding_loses_the_most(monkeypatch) -> None:
 
 
 @FEW
-@given(
-    batch=SIZES["batch"], d=SIZES["d"], seed=SIZES["seed"], dtype=st.sampled_from([torch.float32, torch.bfloat16])
-)
+@given(batch=SIZES["batch"], d=SIZES["d"], seed=SIZES["seed"], dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_what_rounding_keeps_and_loses(batch, d, seed, dtype) -> None:
     """The interpreter rounds towards zero, a GPU to the nearest: the bound is measured, so it knows of neither."""
     [x] = normal(seed, (batch, d))
@@ -128,7 +126,7 @@ def test_few_pairs_are_computed_again() -> None:
     x, w = normal(2, (128, 64), (128, 64))
     pre = w @ x.T
     bias = -pre.quantile(0.99, dim=1)
-    row, latent = triton_kernels.candidates(x, w, bias, torch.zeros(128))
+    row, _ = triton_kernels.candidates(x, w, bias, torch.zeros(128))
     assert len(row) < 1.2 * (pre + bias[:, None] > 0).sum()
 
 

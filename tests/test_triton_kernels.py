@@ -1,4 +1,4 @@
-"""The Triton kernels: in the interpreter and compiled, both in processes of their own, and on a GPU where there is one."""
+"""The Triton kernels: interpreted and compiled, both in processes of their own, and on a GPU where there is one."""
 
 import importlib.util
 import os
@@ -36,7 +36,9 @@ def run(*arguments: str, **variables: str) -> str:
 @needs_triton
 def test_in_the_interpreter() -> None:
     """Every test of `interpreted_kernels.py`."""
-    said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py"), TRITON_INTERPRET="1")
+    said = run(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py"), TRITON_INTERPRET="1"
+    )
     assert " passed" in said
     assert "skipped" not in said
 
@@ -54,6 +56,14 @@ def test_without_triton_the_error_says_what_to_install(monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "headscope.sae.training.triton_kernels", raising=False)
     with pytest.raises(TrainingError, match=r"headscope\[gpu\]"):
         importlib.import_module("headscope.sae.training.triton_kernels")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_says_that_it_needs_a_gpu() -> None:
+    script = HERE.parent / "benchmarks" / "gpu_step.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.startswith("no GPU\n  expected:")
 
 
 @pytest.mark.gpu

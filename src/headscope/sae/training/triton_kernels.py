@@ -25,7 +25,8 @@ Without a GPU everything runs in Triton's interpreter, with `TRITON_INTERPRET=1`
 """
 
 # pyright: reportMissingImports=false
-# (triton exists for Linux alone)
+# ruff: noqa: PLR0913
+# (triton exists for Linux alone; a kernel has an argument for each pointer and size)
 
 from collections.abc import Callable
 from typing import Any, no_type_check
@@ -40,12 +41,13 @@ from headscope.sae.training.kernels import Pairs
 try:
     import triton
     import triton.language as tl
+    from triton import knobs
 except ImportError as error:
     raise TrainingError(
         "triton is not installed", expected="it, to train on a GPU", do="pip install 'headscope[gpu]' (Linux)"
     ) from error
 
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = bool(knobs.runtime.interpret)
 _CHUNK = 128  # rows whose candidates are counted together, and of a tile of the proposing kernel
 _WORD = 32  # bits
 _STEP = 64  # of the proposing kernel's loop over d_in
@@ -222,7 +224,7 @@ def _products(row: Tensor, latent: Tensor, of_latents: Tensor, of_rows: Tensor) 
     if n:
         tile = {"pairs": 16, "block": _power_of_two(d, at_most=128)}
         of_latents, of_rows = of_latents.contiguous(), of_rows.contiguous()
-        _launch(_dot_pairs, (triton.cdiv(n, 16),), row, latent, of_latents, of_rows, out, n, d, **tile)
+        _launch(_dot_pairs, (_parts(n, 16),), row, latent, of_latents, of_rows, out, n, d, **tile)
     return out
 
 
@@ -254,7 +256,7 @@ def _bags(starts: Tensor, order: Tensor | None, index: Tensor, weights: Tensor, 
     out = vectors.new_empty(n, d, dtype=torch.float32)
     block = _power_of_two(d, at_most=256)
     given = (starts, index if order is None else order, index, weights.contiguous(), vectors.contiguous(), out, d)
-    _launch(_sum_bags, (n, triton.cdiv(d, block)), *given, ordered=order is not None, pairs=8, block=block)
+    _launch(_sum_bags, (n, _parts(d, block)), *given, ordered=order is not None, pairs=8, block=block)
     return out
 
 
@@ -295,7 +297,7 @@ def candidates(
     By the rounded product and its error bound (see above); all that float32 finds are among them.
     """
     batch, d_sae, device = len(x), len(encoder), x.device
-    n_chunks = triton.cdiv(batch, _CHUNK)
+    n_chunks = _parts(batch, _CHUNK)
     n_items = d_sae * n_chunks
     bits = torch.empty(n_items, _CHUNK // _WORD, dtype=torch.int32, device=device)
     counts = torch.empty(n_items, dtype=torch.int32, device=device)
@@ -303,14 +305,14 @@ def candidates(
     d_padded = of_rows[0].shape[1]
     _launch(
         _propose_tuned,
-        lambda chosen: (triton.cdiv(d_sae, chosen["block"]) * n_chunks,),
+        lambda chosen: (_parts(d_sae, chosen["block"]) * n_chunks,),
         *(*of_latents, bias + _slack(bias), *of_rows, _slack(limit) - limit, bits, counts),
         *(d_sae, batch, d_padded, (x.shape[1] + 8) * _ACCUMULATION),
         **{"chunk": _CHUNK, "word": _WORD, "step": _STEP, "widen": _INTERPRETED},
     )
     ends = counts.cumsum(0, dtype=torch.int64)
     row, latent = torch.empty(2, int(ends[-1]), dtype=torch.int64, device=device)
-    grid = (triton.cdiv(n_items, _ITEMS),)
+    grid = (_parts(n_items, _ITEMS),)
     tile = {"chunk": _CHUNK, "word": _WORD, "items": _ITEMS}
     _launch(_write_pairs, grid, bits, ends, row, latent, n_items, n_chunks, **tile)
     return row, latent
@@ -319,10 +321,10 @@ def candidates(
 def _rounded(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Vectors in bfloat16, padded to whole steps; the norms of the rounded vectors and of the rounding errors."""
     n, d = vectors.shape
-    d_padded = triton.cdiv(d, _STEP) * _STEP
+    d_padded = _parts(d, _STEP) * _STEP
     rounded = vectors.new_empty(n, d_padded, dtype=torch.bfloat16)
     size, lost = vectors.new_empty(2, n, dtype=torch.float32)
-    block = triton.next_power_of_2(d_padded)
+    block = _power_of_two(d_padded)
     _launch(_round_rows, (n,), vectors, rounded, size, lost, d, d_padded, _NORM_UP, block=block)
     return rounded, size, lost
 
@@ -336,8 +338,15 @@ def _launch(kernel: Any, grid: tuple[int, ...] | Callable[..., tuple[int, ...]],
     kernel[grid](*given, **chosen, **_OPTIONS)
 
 
-def _power_of_two(d: int, *, at_most: int) -> int:
-    return min(triton.next_power_of_2(d), at_most)
+def _power_of_two(d: int, *, at_most: int | None = None) -> int:
+    """The least that is not below d."""
+    power = 1 << (d - 1).bit_length()
+    return power if at_most is None else min(power, at_most)
+
+
+def _parts(n: int, size: int) -> int:
+    """How many parts of a size n has, the last one maybe smaller."""
+    return -(-n // size)
 
 
 def _check(*tensors: Tensor) -> None:
