@@ -20,6 +20,8 @@ from headscope.site import Site
 
 _THRESHOLD_RATE = 0.01  # of the running mean of the least activation that is kept
 _RESAMPLE_CHUNK = 8192
+_SPEED = {"log_threshold": 10.0}
+"""Factors on the learning rate, by weight: a threshold must keep up with encoder rows, whose components are small."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Trainer:
         ranks.share([self.scale, *self.p.values()])
         metric = None if W_O is None or config.error_in == "site" else _metric(samples, W_O, self.scale, config)
         self.objective = _objective(config, metric, samples.shape[1], ranks)
-        self.adam = torch.optim.Adam(list(self.p.values()), lr=config.lr, betas=config.betas, fused=True)
+        groups = [{"params": [weight], "speed": _SPEED.get(name, 1.0)} for name, weight in self.p.items()]
+        self.adam = torch.optim.Adam(groups, lr=config.lr, betas=config.betas, fused=True)
         self.step_number = 0
         self.coefficient = first_coefficient(config)
         self.threshold = 0.0
@@ -144,7 +147,8 @@ class Trainer:
                 gradient *= min(1.0, self.config.clip / max(norm, 1e-12))
         for name, weight in self.p.items():
             weight.grad = gradients[name]
-        self.adam.param_groups[0]["lr"] = lr
+        for group in self.adam.param_groups:
+            group["lr"] = lr * group["speed"]
         self.adam.step()
         if unit_rows:
             decoder /= torch.linalg.vector_norm(decoder, dim=1, keepdim=True).clamp_min(1e-12)
