@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_training import RECIPES, config
+from small_training import RECIPES, config, remembering
 from torch import Tensor
 from training_worker import tensors
 
@@ -32,7 +32,7 @@ N_STEPS = 40
 
 @pytest.fixture(scope="module")
 def model(random_model: Callable[..., Model]) -> Model:
-    return random_model("gpt_neox")
+    return remembering(random_model("gpt_neox"))
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,10 @@ class Train:
     """Replace what `out` holds."""
 
     def run(self) -> None:
-        """Train with a progress bar."""
-        with Display() as display:
+        """Train with a progress bar; together with the other processes that `torchrun` started."""
+        from headscope.sae.training.ranks import together
+
+        with together(self.hardware.device) as ranks, Display(quiet=ranks.rank > 0) as display:
             result = jobs.train(
                 self.out,
                 model=self.model,
@@ -451,9 +453,9 @@ class Survey:
 class Display:
     """Progress bars and printed lines."""
 
-    def __init__(self) -> None:
-        """Nothing is shown until work is reported."""
-        self._console = Console(highlight=False)
+    def __init__(self, *, quiet: bool = False) -> None:
+        """Nothing is shown until work is reported, and nothing at all where another process shows it."""
+        self._console = Console(highlight=False, quiet=quiet)
         self._progress = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(),
