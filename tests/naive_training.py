@@ -1,4 +1,4 @@
-"""A training loop as the recipes of Kissane et al. (2024) and Conerly et al. (April 2024) say it: autograd, no shortcut.
+"""A training loop as the recipes of Kissane et al. (2024) and Conerly et al. (April 2024) say it, by autograd.
 
 The decoder's rows have unit norm: what a gradient has along a row is taken out before Adam's step, and the rows are
 divided by their norms after it (the post's code does so before the next step, in which the rows the gradients are

@@ -30,7 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def remembering(model: Model) -> Model:
-    """Let a model read the same tokens once: a stream reads small groups many times, and checked annotations are slow."""
+    """Let a model read the same tokens once: a stream reads small groups often, and checked annotations are slow."""
     known: dict[tuple[Any, ...], dict[Site, Tensor]] = {}
     lock, read = threading.Lock(), model.read
 

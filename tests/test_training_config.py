@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 import pytest
-from small_training import BATCH, config
 
 from headscope.errors import TrainingError
+from small_training import BATCH, config
 
 
 def test_the_steps_cover_the_tokens_asked_for() -> None:

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_training import BATCH, D_HEAD, RECIPES, config, data, w_o
 from torch import Tensor
 from torch.testing import assert_close
-from training_worker import processes, run_job, run_rank, save_job, tensors
 
 from headscope.corpus import Corpus
 from headscope.models.hf import Model
 from headscope.sae.formats import load_sae
 from headscope.site import Site
+from small_training import BATCH, D_HEAD, RECIPES, config, data, w_o
+from training_worker import processes, run_job, run_rank, save_job, tensors
 
 N_KILLS = 6
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
@@ -31,6 +31,10 @@ pytestmark = pytest.mark.slow
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 # ------------------------------------------------------------------------------------------------------------- killing
@@ -51,8 +55,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     for _ in range(30):
         process = context.Process(target=run_job, args=(job, folder, tmp_path / "got", 3))
         process.start()
-        seen = set(os.listdir(folder)) if folder.exists() else set()
-        while process.is_alive() and not (folder.exists() and set(os.listdir(folder)) - seen):
+        seen = names(folder)
+        while process.is_alive() and not names(folder) - seen:
             time.sleep(0.002)  # until it writes: a checkpoint is begun
         if len(killed_at) < N_KILLS:
             process.join(rng.choice([0.0, 0.003, 0.01, 0.03, 0.1]))
@@ -61,7 +65,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
-        killed_at.append(set(os.listdir(folder)))
+        killed_at.append(names(folder))
     assert len(killed_at) == N_KILLS
     assert any(name.startswith("step-") for names in killed_at for name in names)
     assert contents(tmp_path / "got") == contents(tmp_path / "expected")

@@ -123,7 +123,7 @@ class TrainConfig:
         shares = {"decay": self.decay, "coefficient_warmup": self.coefficient_warmup}
         shares |= {f"betas[{i}]": beta for i, beta in enumerate(self.betas)}
         for name, value in shares.items():
-            if not 0 <= value < 1 + (name == "decay"):
+            if not (0 <= value < 1 or (name == "decay" and value == 1)):
                 raise TrainingError(
                     f"{name} = {value}", expected="a share, from 0 to 1", do=f"change --{name.replace('_', '-')}"
                 )
