@@ -203,9 +203,7 @@ def test_the_null_of_random_directions_has_no_more_than_chance() -> None:
     assert null.low - 0.05 < value(found.mmcs) < null.high + 0.05
 
 
-@pytest.mark.parametrize(
-    ("learned", "n_heads"), [(torch.ones(3, 8), 4), (torch.ones(0, 20), 4), (torch.ones(3, 20), 3)]
-)
+@pytest.mark.parametrize(("learned", "n_heads"), [(torch.ones(3, 8), 4), (axes(20)[:0], 4), (axes(20), 3)])
 def test_dictionaries_that_do_not_fit_are_refused(learned: Tensor, n_heads: int) -> None:
     with pytest.raises(SAEError, match="learned directions"):
         recovery(axes(20), learned, n_heads)

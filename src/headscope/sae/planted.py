@@ -172,8 +172,9 @@ def zipf_frequencies(n: int, exponent: float, total: float) -> Float[np.ndarray,
             f"an L0 of {total}", expected=f"above 0 and below {MOST_FREQUENT} * {n}", do="plant more features"
         )
     shape = np.arange(1, n + 1, dtype=np.float64) ** -exponent
-    for n_cut in range(n):  # features at the cut-off: the fewest with which the others stay below it
+    n_cut = 0  # features at the cut-off: the fewest with which the others stay below it
+    scale = total / shape.sum()
+    while scale * shape[n_cut] > MOST_FREQUENT:
+        n_cut += 1
         scale = (total - MOST_FREQUENT * n_cut) / shape[n_cut:].sum()
-        if scale * shape[n_cut] <= MOST_FREQUENT:
-            break
     return np.concatenate([np.full(n_cut, MOST_FREQUENT), scale * shape[n_cut:]])

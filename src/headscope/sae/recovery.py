@@ -53,7 +53,7 @@ def recovery(
 
     Args:
         planted: directions that the data are made of.
-        learned: decoder rows, of the same width; leave out latents that are never active, which would count as wrong ones.
+        learned: decoder rows, of the same width; leave out latents that are never active: they would count as wrong.
         n_heads: heads that d_in is the concatenation of.
         seed: of the null's directions.
 
@@ -87,9 +87,7 @@ def _compare(planted: Float[Tensor, "feature d_in"], learned: Float[Tensor, "lat
         _mean(matched, "mean over planted features of the cosine with their one-to-one match"),
         _share(int(found.sum()), len(found), f"planted features whose match has a cosine above {FOUND}"),
         _share(int(correct.sum()), len(correct), f"latents with a cosine above {FOUND} with a planted feature"),
-        _share(
-            len(distinct), int(correct.sum()), "distinct features nearest to the latents of `precision`, over these"
-        ),
+        _share(len(distinct), int(correct.sum()), "distinct features nearest to latents of `precision`, over these"),
         _mean(
             shares.abs().sum(1).double().numpy() / 2,
             f"mean distance of head shares, 1/2 sum |difference|, over matches with a cosine above {FOUND}",
