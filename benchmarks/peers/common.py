@@ -1,0 +1,96 @@
+"""What the processes that train share: the task they are given, the timed loop, and what they hand back.
+
+A process reads inputs and initial weights from files, trains for some steps, writes its weights and prints one JSON
+object. Initial and final weights are those of `f = activation((x - b_dec) @ W_enc + b_enc)`, `x_hat = f @ W_dec + b_dec`.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to train."""
+
+    variant: str
+    """relu, topk or batchtopk."""
+    option: str
+    """Which of the trainer's own configurations."""
+    data: str
+    """`.npy` file of inputs `[n, d_in]`, float32, scaled to a mean distance of sqrt(d_in) from their mean."""
+    initial: str
+    """`.safetensors` file of the initial weights."""
+    out: str
+    """Where the trained weights go."""
+    steps: int
+    batch: int
+    k: int
+    """Active latents of an input (topk, batchtopk)."""
+    l1: float
+    """Coefficient of the L1 penalty (relu): loss = squared error summed over components + l1 * sum of activations."""
+    lr: float
+    horizon: int
+    """Steps that schedules are laid out for."""
+    threads: int
+
+    @classmethod
+    def from_command_line(cls) -> "Task":
+        """Each field is an option."""
+        parser = argparse.ArgumentParser()
+        for field in fields(cls):
+            parser.add_argument(f"--{field.name}", type=field.type, required=True)
+        task = cls(**vars(parser.parse_args()))
+        torch.set_num_threads(task.threads)
+        return task
+
+    def arguments(self) -> list[str]:
+        """The command line that gives this task."""
+        return [part for name, value in vars(self).items() for part in (f"--{name}", str(value))]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The initial ones: W_enc, b_enc, W_dec, b_dec."""
+        return load_file(self.initial)
+
+    def batches(self) -> Iterator[Tensor]:
+        """The inputs in order, from the start again when they end; without end."""
+        rows = np.load(self.data, mmap_mode="r")
+        starts = range(0, len(rows) - self.batch + 1, self.batch)
+        while True:
+            for start in starts:
+                yield torch.from_numpy(np.array(rows[start : start + self.batch]))
+
+
+class Report:
+    """Times and memory of one process."""
+
+    def __init__(self) -> None:
+        """Call it when everything is imported and nothing is made yet."""
+        self.seconds: list[float] = []
+        self._before = _peak_mb()
+
+    def train(self, task: Task, step: Callable[[int, Tensor], object]) -> None:
+        """Call `step(number, batch)` for all steps and time each; fetching the batch is not counted."""
+        for number, x in zip(range(task.steps), task.batches(), strict=False):
+            start = time.perf_counter()
+            step(number, x)
+            self.seconds.append(time.perf_counter() - start)
+
+    def finish(self, task: Task, weights: dict[str, Tensor], version: str) -> None:
+        """Write the weights and print the rest."""
+        peak = _peak_mb() - self._before
+        save_file({name: value.detach().float().contiguous() for name, value in weights.items()}, Path(task.out))
+        print(json.dumps({"seconds": self.seconds, "peak_mb": peak, "version": version}))
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
