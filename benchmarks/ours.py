@@ -1,16 +1,18 @@
 """Trains with headscope's own trainer: the process that stands beside those of `peers/`; option: default."""
 
 import math
+from importlib.metadata import version
 
 import torch
 from peers.common import Report, Task
 from torch import Tensor
 
-import headscope
 from headscope.sae.config import TrainConfig
 from headscope.sae.train import Trainer
 
-CONSTANT = lambda _: 1.0  # noqa: E731
+
+def _constant(_: int) -> float:
+    return 1.0
 
 
 def trainer_for(task: Task, samples: Tensor) -> Trainer:
@@ -27,7 +29,7 @@ def trainer_for(task: Task, samples: Tensor) -> Trainer:
         buffer=2 * task.batch,
     )
     trainer = Trainer(samples, config)
-    trainer.rate = CONSTANT
+    trainer.rate = _constant
     trainer.l1 = task.l1 if task.variant == "relu" else 0.0
     inside = {
         "encoder": weights["W_enc"].T,
@@ -58,7 +60,7 @@ def main() -> None:
     trainer = trainer_for(task, next(task.batches()))
     assert math.isclose(trainer.scale, 1.0, rel_tol=0.05), trainer.scale  # inputs come scaled
     report.train(task, trainer.step)
-    report.finish(task, trained(trainer), headscope.__version__)
+    report.finish(task, trained(trainer), version("headscope"))
 
 
 if __name__ == "__main__":

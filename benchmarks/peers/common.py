@@ -6,7 +6,6 @@ object. Initial and final weights are those of `f = activation((x - b_dec) @ W_e
 
 import argparse
 import json
-import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -76,7 +75,7 @@ class Report:
     def __init__(self) -> None:
         """Call it when everything is imported and nothing is made yet."""
         self.seconds: list[float] = []
-        self._before = _peak_mb()
+        self._before = _memory_mb("VmRSS")
 
     def train(self, task: Task, step: Callable[[int, Tensor], object]) -> None:
         """Call `step(number, batch)` for all steps and time each; fetching the batch is not counted."""
@@ -87,10 +86,12 @@ class Report:
 
     def finish(self, task: Task, weights: dict[str, Tensor], version: str) -> None:
         """Write the weights and print the rest."""
-        peak = _peak_mb() - self._before
+        peak = _memory_mb("VmHWM") - self._before
         save_file({name: value.detach().float().contiguous() for name, value in weights.items()}, Path(task.out))
         print(json.dumps({"seconds": self.seconds, "peak_mb": peak, "version": version}))
 
 
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _memory_mb(key: str) -> float:
+    """Of this process, by Linux; `getrusage` would begin with the peak of the process that started it."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[key].split()[0]) / 1024

@@ -38,6 +38,7 @@ def trainer_for(task: Task) -> SAETrainer:
         total_training_samples=task.horizon * task.batch,
         train_batch_size_samples=task.batch,
         lr=task.lr,
+        lr_end=task.lr / 10,  # must be set; a constant rate has no use for it
         autocast=task.option == "bf16",
     )
     return SAETrainer(cfg=settings, sae=sae, data_provider=iter(()))
