@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from headscope.errors import TrainingError
 
-Variant = Literal["batchtopk", "relu"]
+Variant = Literal["batchtopk", "topk", "relu", "jumprelu", "gated"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,38 +14,72 @@ class TrainConfig:
     """What decides the training of an SAE, beside the activations it is trained on."""
 
     variant: Variant = "batchtopk"
-    """batchtopk: the k * batch largest pre-activations of a batch are active (saved as JumpReLU). relu: the post's
-    ReLU with an L1 penalty."""
+    """Of the activation function: batchtopk and topk keep a number of the largest pre-activations, relu (the post's),
+    jumprelu and gated are held down by a penalty. Saved as SAELens' kinds; batchtopk as jumprelu."""
     d_sae: int = 2048
     """Latents."""
     target_l0: float = 12.0
-    """Mean number of active latents per token: k for batchtopk; for relu the L1 coefficient is steered towards it."""
+    """Mean number of active latents per token: k for topk and batchtopk; the others' penalty is steered towards it."""
+    coefficient: float | None = None
+    """Of the penalty; given, it is kept, and target_l0 has no part."""
+    coefficient_warmup: float = 0.0
+    """Share of training over which a given coefficient rises from 0."""
+    prefixes: tuple[int, ...] = ()
+    """Matryoshka: so many latents, for each number here, also reconstruct without those after them."""
+    decoder: Literal["unit", "free"] = "unit"
+    """Decoder rows of unit norm; free ones weigh the penalty by their norm."""
+    auxiliary: float = 1 / 32
+    """topk, batchtopk: coefficient of the error that dead latents reconstruct. jumprelu: of what they lack to fire."""
+    bandwidth: float = 0.5
+    """jumprelu: width of the rectangle through which thresholds learn, in the units of scaled inputs."""
+    tanh: float | None = None
+    """jumprelu: penalise tanh(this * activation); else the number of active latents."""
+    error_in: Literal["site", "output"] = "site"
+    """Where errors are measured: `output`, for z, after W_O, as the residual stream gets them."""
+    scaling: Literal["site", "head", "none"] = "site"
+    """What inputs are divided by, so that their mean distance from their mean is sqrt(d_in): one number, one for each
+    head (and then sqrt(d_head)), or nothing."""
+    center: Literal["mean", "median", "zero"] = "mean"
+    """Where b_dec starts: the mean of inputs, their geometric median, 0."""
+    start: Literal["data", "subspace", "random"] = "data"
+    """The first dictionary: directions of inputs, random ones in the subspace where inputs vary (both with the encoder
+    tied), or random ones for encoder and decoder each."""
     tokens: int = 4_500_000
     """Activations to train on in all; the corpus is read as often as that takes."""
     batch: int = 2048
     """Activations in a step."""
     lr: float = 2e-3
-    """Adam's peak learning rate, for inputs scaled to a mean distance of sqrt(d_in) from their mean."""
+    """Adam's peak learning rate, for inputs scaled as above."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's."""
+    warmup: Literal["linear", "cosine"] = "linear"
+    """From 0 in a line, or from a tenth in a cosine, which is repeated after each resampling."""
+    warmup_steps: int = 200
+    """How long."""
+    decay: float = 0.3
+    """Share of training, at its end, over which the learning rate falls to 0."""
+    clip: float | None = None
+    """Largest norm of all gradients together."""
     resample: int = 3
-    """How often, spread over the first 60 % of training, dead latents are set on badly reconstructed inputs."""
+    """How often dead latents are started anew."""
+    resample_every: int | None = None
+    """Steps between; without, resamplings are spread over the first 60 % of training."""
+    resample_by: Literal["loss", "random"] = "loss"
+    """On inputs drawn by their squared loss (Bricken et al. 2023), or on random directions."""
+    dead_after: int = 500_000
+    """Activations without firing after which a latent is dead."""
     exclude_bos: bool = True
     """Leave BOS positions out of training."""
     buffer: int = 262_144
     """Activations held at a time to be mixed."""
+    cache: str | None = None
+    """A folder that keeps the activations, for the next training on the same."""
     seed: int = 0
     """Decides the initial dictionary and the order of activations."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train anything."""
-        positive = {n: getattr(self, n) for n in ("d_sae", "target_l0", "tokens", "batch", "lr", "buffer")}
-        for name, value in positive.items():
-            if not 0 < value < math.inf:
-                raise TrainingError(
-                    f"{name} = {value}", expected="a finite number above 0", do=f"change --{name.replace('_', '-')}"
-                )
-        for name in ("resample", "seed"):
-            if getattr(self, name) < 0:
-                raise TrainingError(f"{name} = {getattr(self, name)}", expected="0 or more", do=f"raise --{name}")
+        self._check_numbers()
         if self.batch < 2 or round(self.target_l0 * self.batch) < 1:
             raise TrainingError(
                 f"batch = {self.batch} at target_l0 = {self.target_l0}",
@@ -56,18 +90,62 @@ class TrainConfig:
             raise TrainingError(
                 f"target_l0 = {self.target_l0}", expected=f"less than d_sae = {self.d_sae}", do="lower --target-l0"
             )
+        if self.variant == "topk" and self.target_l0 != round(self.target_l0):
+            raise TrainingError(
+                f"target_l0 = {self.target_l0} for topk", expected="a whole number", do="change --target-l0"
+            )
         if self.buffer < 2 * self.batch:
             raise TrainingError(
                 f"buffer = {self.buffer}",
                 expected=f"at least two batches, {2 * self.batch}",
                 do="raise --buffer or lower --batch",
             )
+        if sorted({*self.prefixes, 0, self.d_sae}) != [0, *self.prefixes, self.d_sae]:
+            raise TrainingError(
+                f"prefixes = {self.prefixes}",
+                expected=f"rising numbers between 0 and d_sae = {self.d_sae}",
+                do="change --prefixes",
+            )
+
+    def _check_numbers(self) -> None:
+        positive = ("d_sae", "target_l0", "tokens", "batch", "lr", "buffer", "dead_after", "bandwidth")
+        optional = ("clip", "tanh", "resample_every")
+        given = {n: getattr(self, n) for n in (*positive, *optional)}
+        for name, value in given.items():
+            if not (value is None and name in optional) and not 0 < value < math.inf:
+                raise TrainingError(
+                    f"{name} = {value}", expected="a finite number above 0", do=f"change --{name.replace('_', '-')}"
+                )
+        for name in ("resample", "seed", "warmup_steps", "auxiliary", "coefficient"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise TrainingError(f"{name} = {value}", expected="0 or more", do=f"raise --{name.replace('_', '-')}")
+        shares = {"decay": self.decay, "coefficient_warmup": self.coefficient_warmup}
+        shares |= {f"betas[{i}]": beta for i, beta in enumerate(self.betas)}
+        for name, value in shares.items():
+            if not 0 <= value < 1 + (name == "decay"):
+                raise TrainingError(
+                    f"{name} = {value}", expected="a share, from 0 to 1", do=f"change --{name.replace('_', '-')}"
+                )
 
     @property
     def n_steps(self) -> int:
         """Steps that `tokens` fill; the last one may run a little over."""
         return -(-self.tokens // self.batch)
 
+    @property
+    def steered(self) -> bool:
+        """Whether the penalty's coefficient follows `target_l0`."""
+        return self.variant in ("relu", "jumprelu", "gated") and self.coefficient is None
+
+    @property
+    def resampled_at(self) -> frozenset[int]:
+        """Steps after which dead latents are started anew."""
+        if self.resample_every is not None:
+            return frozenset(self.resample_every * (i + 1) for i in range(self.resample))
+        share = 0.6 / max(1, self.resample)
+        return frozenset(int(share * (i + 1) * self.n_steps) for i in range(self.resample)) - {0}
+
     def as_dict(self) -> dict[str, Any]:
         """For a file."""
-        return asdict(self)
+        return asdict(self) | {"betas": list(self.betas), "prefixes": list(self.prefixes)}

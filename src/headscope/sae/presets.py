@@ -1,0 +1,80 @@
+"""Published recipes, as values of `TrainConfig`; no torch.
+
+`seed-gelu-2l` and `kissane-gpt2` are those of Kissane et al. (2024) as their run names, code and configuration files say;
+Adam's betas of the first are inferred from a run beside it. `anthropic-april-2024` is Conerly et al., "Update on how we
+train SAEs" (Transformer Circuits Thread, April 2024).
+"""
+
+from dataclasses import replace
+
+from headscope.errors import TrainingError
+from headscope.sae.config import TrainConfig
+
+_KISSANE = TrainConfig(
+    variant="relu",
+    scaling="none",
+    center="zero",
+    start="random",
+    batch=4096,
+    buffer=384 * 4096,
+    betas=(0.9, 0.99),
+    warmup="cosine",
+    warmup_steps=1000,
+    decay=0.0,
+    resample=4,
+    exclude_bos=False,
+)
+
+PRESETS: dict[str, TrainConfig] = {
+    "default": TrainConfig(),
+    "seed-gelu-2l": replace(
+        _KISSANE,
+        d_sae=16_384,
+        coefficient=2.0,
+        lr=1e-3,
+        tokens=2_000_000_000,
+        resample_every=50_000,
+        resample_by="random",
+        dead_after=25_000 * 4096,
+    ),
+    "kissane-gpt2": replace(
+        _KISSANE,
+        d_sae=24_576,
+        coefficient=1.0,
+        lr=1.2e-3,
+        tokens=2_000_000_000,
+        resample_every=25_000,
+        dead_after=12_500 * 4096,
+    ),
+    "anthropic-april-2024": TrainConfig(
+        variant="relu",
+        decoder="free",
+        center="zero",
+        start="random",
+        coefficient=5.0,
+        coefficient_warmup=0.05,
+        lr=5e-5,
+        batch=4096,
+        buffer=384 * 4096,
+        tokens=200_000 * 4096,
+        warmup_steps=0,
+        decay=0.2,
+        clip=1.0,
+        resample=0,
+    ),
+}
+"""By name. `kissane-gpt2` has layer 2's coefficient: pass the layer's own from `KISSANE_GPT2_COEFFICIENTS`."""
+
+KISSANE_GPT2_COEFFICIENTS = (1.8, 0.8, 1.0, 0.9, 1.1, 1.0, 1.1, 1.1, 1.3, 1.2, 1.3, 3.0)
+"""L1 coefficient by layer of GPT-2 small; layers 5 and 7 have twice as many latents."""
+
+
+def preset(name: str) -> TrainConfig:
+    """A published recipe.
+
+    Raises:
+        TrainingError: no preset has that name.
+    """
+    if name not in PRESETS:
+        raise TrainingError(f"preset {name!r}", expected=f"one of {', '.join(PRESETS)}", do="change --preset")
+    return PRESETS[name]

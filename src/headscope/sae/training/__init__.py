@@ -1,0 +1,1 @@
+"""Training of SAEs: kernels, objectives, the stream of activations, the loop."""

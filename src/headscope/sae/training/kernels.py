@@ -1,0 +1,327 @@
+"""The sparse arithmetic of SAE training: which latents are active, and products that touch only those.
+
+With L0 active latents of d_sae on each input, one dense product is left in a step, the encoder's; decoding and all
+gradients are sums over the active (input, latent) pairs. Three operations cover every variant of the objective:
+
+    products       p_i = a[latent_i] . b[row_i]                         values of pairs, gradients of activations
+    sum_by_row     out[n] = sum over pairs of row n:    w_i a[latent_i]  decoding
+    sum_by_latent  out[j] = sum over pairs of latent j: w_i b[row_i]     gradients of encoder and decoder
+
+A batch with a large share of active pairs takes dense products instead, with the same numbers.
+
+Where the processor multiplies bfloat16 quickly, the encoder's product is of rounded numbers and only proposes: it is
+raised by a bound on its own error, and what is above zero then is computed again in float32. With x~, w~ the rounded
+vectors, `x.w - x~.w~ = (x - x~).w + x~.(w - w~)`, so
+
+    |x.w - x~.w~| <= |x - x~| |w| + |x~| |w - w~|                       (Cauchy and Schwarz)
+
+which is itself a product of two vectors of two components: it is appended to x~ and w~ (rounded upwards, with what
+float32 accumulation may lose), and so costs nothing to add.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+import warnings
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from headscope.sae.training.ranks import ALONE, Ranks
+
+DENSE_ABOVE = 0.1
+"""Share of active pairs above which dense products are faster."""
+_BLOCK = 1024  # latents whose pre-activations are in memory at a time
+_GROUP = 8  # latents that are looked at together first
+_ACCUMULATION = 2.0**-22  # error of a float32 sum, a term and unit of the product of norms; twice the bound
+_UP = 1 + 2.0**-7  # times this, what is rounded to bfloat16 is not below what it was
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The active (input, latent) pairs of a batch, sorted by latent, then by row."""
+
+    row: Int[Tensor, " pair"]
+    latent: Int[Tensor, " pair"]
+    batch: int
+    d_sae: int
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.row)
+
+    @property
+    def dense(self) -> bool:
+        """So many that dense products are faster."""
+        return len(self) > DENSE_ABOVE * self.batch * self.d_sae
+
+    @cached_property
+    def latent_starts(self) -> Int[Tensor, " starts"]:
+        """Offset of each latent's first pair, and the end."""
+        return _offsets(self.latent, self.d_sae)
+
+    @cached_property
+    def to_rows(self) -> Int[Tensor, " pair"]:
+        """The permutation that sorts pairs by row, then by latent."""
+        return self.row.argsort(stable=True)
+
+    @cached_property
+    def row_starts(self) -> Int[Tensor, " starts"]:
+        """Offset of each row's first pair in that order, and the end."""
+        return _offsets(self.row, self.batch)
+
+    def kept(self, which: Tensor) -> "Pairs":
+        """Those where a mask is true, or of ascending numbers."""
+        return Pairs(self.row[which], self.latent[which], self.batch, self.d_sae)
+
+    def between(self, first: int, end: int) -> tuple["Pairs", slice]:
+        """The pairs of a range of latents, which are counted from its start, and where they stand."""
+        at = slice(*self.latent_starts[[first, end]].tolist())
+        return Pairs(self.row[at], self.latent[at] - first, self.batch, end - first), at
+
+    def matrix(self, weights: Float[Tensor, " pair"]) -> Float[Tensor, "batch d_sae"]:
+        """The weights in a matrix that is zero elsewhere."""
+        full = weights.new_zeros(self.batch, self.d_sae)
+        full[self.row, self.latent] = weights
+        return full
+
+    def latent_sums(self, weights: Float[Tensor, " pair"]) -> Float[Tensor, " d_sae"]:
+        """Sum of each latent's weights."""
+        return weights.new_zeros(self.d_sae).index_add_(0, self.latent, weights)
+
+
+def _offsets(sorted_or_not: Int[Tensor, " pair"], n: int) -> Int[Tensor, " starts"]:
+    counts = torch.bincount(sorted_or_not, minlength=n)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+# ------------------------------------------------------------------------------------------------------- three products
+def products(
+    pairs: Pairs, of_latents: Float[Tensor, "d_sae d"], of_rows: Float[Tensor, "batch d"]
+) -> Float[Tensor, " pair"]:
+    """The dot product of each pair's two vectors."""
+    if pairs.dense:
+        return (of_latents @ of_rows.T)[pairs.latent, pairs.row]
+    _quiet_csr()
+    zeros = of_rows.new_zeros(len(pairs))
+    shape = (pairs.d_sae, pairs.batch)
+    where = torch.sparse_csr_tensor(pairs.latent_starts, pairs.row, zeros, shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(where, of_latents, of_rows.T, beta=0.0).values()
+
+
+def sum_by_row(
+    pairs: Pairs, weights: Float[Tensor, " pair"], of_latents: Float[Tensor, "d_sae d"]
+) -> Float[Tensor, "batch d"]:
+    """The weighted sum of the latents' vectors at each row; zero at rows without pairs."""
+    if pairs.dense:
+        return pairs.matrix(weights) @ of_latents
+    order = pairs.to_rows
+    return _bags(pairs.latent[order], pairs.row_starts, weights[order], of_latents)
+
+
+def sum_by_latent(
+    pairs: Pairs, weights: Float[Tensor, " pair"], of_rows: Float[Tensor, "batch d"]
+) -> Float[Tensor, "d_sae d"]:
+    """The weighted sum of the rows' vectors at each latent; zero at latents without pairs."""
+    if pairs.dense:
+        return pairs.matrix(weights).T @ of_rows
+    return _bags(pairs.row, pairs.latent_starts, weights, of_rows)
+
+
+def _bags(indices: Tensor, starts: Tensor, weights: Tensor, vectors: Tensor) -> Tensor:
+    return embedding_bag(
+        indices, vectors, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
+@cache
+def _quiet_csr() -> None:
+    """Take the note that compressed sparse tensors are in beta; torch gives it once a process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+
+
+# ------------------------------------------------------------------------------------------------------------ selection
+def select_above(
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    threshold: Float[Tensor, " batch"] | None = None,
+) -> tuple[Pairs, Float[Tensor, " pair"]]:
+    """All pairs whose pre-activation `x . encoder_j + bias_j` is above 0, or above the row's threshold.
+
+    The set is that of float32 arithmetic (float64 for such inputs), whichever way it is found.
+
+    Returns:
+        The pairs and their pre-activations.
+    """
+    batch, d_sae = len(x), len(encoder)
+    limit = x.new_zeros(batch) if threshold is None else threshold
+    if x.dtype == torch.float32 and fast_bfloat16(x.device.type):
+        latent, row = _proposed(x, encoder, bias, limit)
+        pairs = Pairs(row, latent, batch, d_sae)
+        if not pairs.dense:
+            pre = products(pairs, encoder, x) + bias[latent]
+            kept = pre > limit[row]
+            return pairs.kept(kept), pre[kept]
+    parts = list(_computed(x, encoder, bias, limit))
+    latent, row, pre = (torch.cat(same) for same in zip(*parts, strict=True))
+    return Pairs(row, latent, batch, d_sae), pre
+
+
+def select_batch_topk(
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    n: int,
+    guess: float | None = None,
+    ranks: Ranks = ALONE,
+) -> tuple[Pairs, Float[Tensor, " pair"]]:
+    """The n largest pre-activations of the whole batch, less any that are not positive.
+
+    Args:
+        x: inputs.
+        encoder: by latent.
+        bias: of the latents.
+        n: how many.
+        guess: of the n-th largest value; a good one makes this faster, none changes the result.
+        ranks: whose inputs together are the batch.
+    """
+    if guess is None:
+        share = n / (len(x) * ranks.size * len(encoder))
+        [guess] = ranks.mean(_guessed(x, encoder, bias, share))
+    bound = max(guess, 0.0)
+    while True:
+        pairs, pre = select_above(x, encoder, bias, x.new_full((len(x),), bound))
+        [mean] = ranks.mean(len(pairs))
+        if round(mean * ranks.size) >= n or bound == 0:
+            break
+        bound = bound * 0.7 if bound > 1e-6 else 0.0
+    if ranks.size > 1:
+        kept = (pre >= ranks.nth_largest(pre, n)).nonzero()[:, 0]
+    else:
+        kept = pre.topk(min(n, len(pre)), sorted=False).indices.sort().values
+    return pairs.kept(kept), pre[kept]
+
+
+def select_topk(
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    k: int,
+    guess: float | None = None,
+) -> tuple[Pairs, Float[Tensor, " pair"]]:
+    """The k largest pre-activations of each row, less any that are not positive.
+
+    Args:
+        x: inputs.
+        encoder: by latent.
+        bias: of the latents.
+        k: how many in a row.
+        guess: of the least, over rows, k-th largest value in units of the row's norm; a good one makes this faster,
+            none changes the result.
+    """
+    size = torch.linalg.vector_norm(x, dim=1)
+    bound = 0.0 if guess is None else max(guess, 0.0)
+    pairs, pre = select_above(x, encoder, bias, size * bound)
+    found = torch.bincount(pairs.row, minlength=len(x))
+    short = (found < k).nonzero()[:, 0] if bound > 0 else found[:0]
+    if len(short):  # rows for which the guess was too high
+        again, values = select_above(x[short], encoder, bias)
+        keep = (found >= k)[pairs.row]
+        pairs, pre = _sorted(
+            torch.cat([pairs.latent[keep], again.latent]),
+            torch.cat([pairs.row[keep], short[again.row]]),
+            torch.cat([pre[keep], values]),
+            pairs,
+        )
+    order = pre.argsort(descending=True, stable=True)
+    order = order[pairs.row[order].argsort(stable=True)]  # by row, the largest first
+    rank = torch.arange(len(pairs), device=x.device) - pairs.row_starts[pairs.row[order]]
+    kept = order[rank < k].sort().values
+    return pairs.kept(kept), pre[kept]
+
+
+def _guessed(x: Tensor, encoder: Tensor, bias: Tensor, share: float) -> float:
+    """A value that somewhat more than a share of all pre-activations exceed, from some of the rows."""
+    rows = x[:: max(1, len(x) // 64)]
+    pre = torch.addmm(bias, rows, encoder.T).flatten()
+    n = min(len(pre), round(1.3 * share * len(pre)) + 8)
+    return max(0.0, pre.topk(n).values[-1].item())
+
+
+def _sorted(latent: Tensor, row: Tensor, values: Tensor, like: Pairs) -> tuple[Pairs, Tensor]:
+    order = (latent * like.batch + row).argsort()
+    return Pairs(row[order], latent[order], like.batch, like.d_sae), values[order]
+
+
+@cache
+def fast_bfloat16(device: str) -> bool:
+    """Whether products of bfloat16 are faster than those of float32 on a kind of device."""
+    if device == "cpu":
+        return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_avx512_bf16_supported())
+    return device == "cuda"
+
+
+def _computed(x: Tensor, encoder: Tensor, bias: Tensor, limit: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for start in range(0, len(encoder), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        pre = torch.addmm(bias[block, None], encoder[block], x.T)
+        latent, row = (pre > limit).nonzero(as_tuple=True)
+        yield latent + start, row, pre[latent, row]
+
+
+def _proposed(x: Tensor, encoder: Tensor, bias: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """(latent, row) of all pairs that may be above the limit, by a bfloat16 product and its bound."""
+    of_rows = _with_bound(x, -limit, swap=False).T
+    latents, rows = [], []
+    for start in range(0, len(encoder), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        raised = _with_bound(encoder[block], bias[block], swap=True) @ of_rows
+        latent, row = _positive(raised)
+        latents.append(latent + start)
+        rows.append(row)
+    return torch.cat(latents), torch.cat(rows)
+
+
+def _with_bound(
+    vectors: Float[Tensor, "n d"], offset: Float[Tensor, " n"], *, swap: bool
+) -> Float[Tensor, "n d_and_bound"]:
+    """Vectors rounded to bfloat16, with components that add offset and error bound to their products.
+
+    For rows `[x~, |x - x~|, |x~|, offset, 1, 1, 1]`, with `swap` for latents `[w~, |w|, |w - w~|, 1, 1, offset]`: the
+    product is `x~.w~ + |x - x~||w| + |x~||w - w~| + offset of row + offset of latent`, each rounded upwards.
+    """
+    rounded = vectors.to(torch.bfloat16)
+    back = rounded.to(vectors.dtype)
+    lost = torch.linalg.vector_norm(vectors - back, dim=1)
+    # twice the bound: what float32 loses here and in the product that decides
+    lost += 2 * (vectors.shape[1] + 8) * _ACCUMULATION * torch.linalg.vector_norm(vectors, dim=1)
+    size = torch.linalg.vector_norm(back, dim=1) + lost
+    high = offset.to(torch.bfloat16)
+    low = offset - high.to(offset.dtype) + 1e-4 * offset.abs()
+    low = low + low.abs() * (_UP - 1)
+    ones = torch.ones_like(lost)
+    own, other = [high, low], [ones, ones]
+    bound = [size * _UP, lost * _UP, *other, *own] if swap else [lost * _UP, size * _UP, *own, *other]
+    columns = torch.stack([c.to(torch.bfloat16) for c in bound], 1)
+    return torch.cat([rounded, columns], 1)
+
+
+def _positive(raised: Float[Tensor, "latent batch"]) -> tuple[Tensor, Tensor]:
+    """(latent, row), in this order, where bfloat16 numbers are above zero: they are few, so groups of 8 are read first.
+
+    As integers of 16 bits these numbers are above zero exactly where they are as what they stand for.
+    """
+    n_latents, batch = raised.shape
+    bits = raised.view(torch.int16)
+    if n_latents % _GROUP:
+        return bits.gt(0).nonzero(as_tuple=True)
+    groups = bits.view(-1, _GROUP, batch)
+    group, row = groups.amax(1).gt(0).nonzero(as_tuple=True)
+    found, within = groups[group, :, row].gt(0).nonzero(as_tuple=True)
+    place = ((group[found] * _GROUP + within) * batch + row[found]).sort().values
+    return place // batch, place % batch

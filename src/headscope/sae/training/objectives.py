@@ -1,0 +1,347 @@
+"""What is minimised, by variant, with gradients written out by hand.
+
+For a batch of B inputs x, pre-activations `p_j = (x - b_dec) . e_j + b_j`, activations f and `x_hat = f D + b_dec`:
+
+    L = 1/B sum_n ||x_n - x_hat_n||^2_M  +  lambda/B sum_n penalty(f_n)          ||e||^2_M = e M e^T, M = 1 but where said
+
+relu      f = relu(p); the penalty is `sum_j f_j`, or `sum_j f_j ||D_j||` where decoder rows are free
+          (Bricken et al. 2023; Conerly et al., April 2024).
+jumprelu  f = p where p > theta_j. The penalty is the number of active latents, or `sum_j tanh(c f_j ||D_j||)`; thresholds
+          learn by a rectangle of width epsilon in place of the step's derivative (Rajamanoharan et al. 2024b), and dead
+          latents by `sum_j relu(theta_j - p_j) ||D_j||` (Conerly et al., January 2025).
+gated     f = relu(exp(r_j) s_j + m_j) where s_j + g_j > 0, `s_j = (x - b_dec) . e_j`. The penalty is
+          `sum_j relu(s_j + g_j)`; these also reconstruct x, through a decoder held fixed (Rajamanoharan et al. 2024a).
+topk      f = the k largest p of a row (Gao et al. 2024).
+batchtopk f = the k B largest p of the batch (Bussmann et al. 2024).
+
+With prefixes `m_1 < ... < m_P = d_sae` the reconstruction error is the mean over them, each with the latents below m_i
+alone (matryoshka: Bussmann et al. 2025). For topk and batchtopk, dead latents get the largest of their own pre-activations
+to reconstruct what the others left out (Gao et al. 2024, auxiliary loss).
+
+Activity is sparse, so nearly all of it is sums over active pairs (`headscope.sae.training.kernels`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from headscope.sae.training.kernels import (
+    Pairs,
+    products,
+    select_above,
+    select_batch_topk,
+    select_topk,
+    sum_by_latent,
+    sum_by_row,
+)
+from headscope.sae.training.ranks import ALONE, Ranks
+
+Parameters = dict[str, Tensor]
+"""Weights by name: encoder and decoder `[d_sae, d_in]`, b_enc `[d_sae]`, b_dec `[d_in]`, and what a variant adds."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One batch: its losses, what was active, and the gradient of the objective."""
+
+    active: Pairs
+    values: Float[Tensor, " pair"]
+    """Activations, all positive."""
+    squared_error: Float[Tensor, " batch"]
+    """||x - x_hat||^2 of each input, in the metric of the objective, with all latents."""
+    error: Float[Tensor, "batch d_in"]
+    """x - x_hat."""
+    penalty: float
+    """Mean over inputs, without its coefficient."""
+    auxiliary: float
+    """What else was added to the objective, with its coefficient."""
+    gradients: Parameters
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How well activations reconstruct the inputs, and the gradient of that."""
+
+    squared_error: Float[Tensor, " batch"]
+    error: Float[Tensor, "batch d_in"]
+    loss: float
+    """Mean over inputs and prefixes."""
+    d_values: Float[Tensor, " pair"]
+    d_decoder: Float[Tensor, "d_sae d_in"]
+    d_b_dec: Float[Tensor, " d_in"]
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where errors are measured."""
+
+    metric: Float[Tensor, "d_in d_in"] | None = None
+    """M, symmetric; None is the identity."""
+    prefixes: Sequence[int] = ()
+    """Numbers of latents that reconstruct alone, below d_sae and rising; none of them for all latents together only."""
+
+    def reconstruct(
+        self, x: Float[Tensor, "batch d_in"], active: Pairs, values: Float[Tensor, " pair"], p: Parameters
+    ) -> Reconstruction:
+        """Decode, and differentiate the mean squared error."""
+        ends = [*self.prefixes, len(p["decoder"])]
+        groups = [active.between(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        error, errors = x - p["b_dec"], []
+        for (pairs, at), start in zip(groups, [0, *ends[:-1]], strict=True):
+            error = error - sum_by_row(pairs, values[at], p["decoder"][start : start + pairs.d_sae])
+            errors.append(error)
+        weighted = [e if self.metric is None else e @ self.metric for e in errors]
+        each = [(e * w).sum(1) for e, w in zip(errors, weighted, strict=True)]
+        d_x_hat, d_values, d_decoder = torch.zeros_like(x), [], []
+        for (pairs, at), end, w in reversed(list(zip(groups, ends, weighted, strict=True))):
+            d_x_hat = d_x_hat - w * (2 / (len(x) * len(ends)))
+            d_values.insert(0, products(pairs, p["decoder"][end - pairs.d_sae : end], d_x_hat))
+            d_decoder.insert(0, sum_by_latent(pairs, values[at], d_x_hat))
+        loss = torch.stack(each).mean().item()
+        return Reconstruction(each[-1], error, loss, _joined(d_values), _joined(d_decoder), d_x_hat.sum(0))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def through_encoder(
+    x: Float[Tensor, "batch d_in"], active: Pairs, d_pre: Float[Tensor, " pair"], p: Parameters
+) -> Parameters:
+    """Gradients of encoder, b_enc and b_dec from those of the pre-activations of pairs; x is centred."""
+    d_b_enc = active.latent_sums(d_pre)
+    return {
+        "encoder": sum_by_latent(active, d_pre, x),
+        "b_enc": d_b_enc,
+        "b_dec": -(d_b_enc @ p["encoder"]),
+    }
+
+
+class Objective(Protocol):
+    """A variant: how a batch is encoded, what is added to the error, and the gradient of the sum."""
+
+    def __call__(
+        self, p: Parameters, x: Float[Tensor, "batch d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]
+    ) -> Outcome:
+        """Losses and gradients of a batch.
+
+        Args:
+            p: the weights.
+            x: inputs.
+            coefficient: lambda.
+            dead: latents that have not fired for long, for variants that do something about them.
+        """
+        ...
+
+
+@dataclass
+class ReLU:
+    """relu: L1 of the activations, weighted by the norm of decoder rows where these are free."""
+
+    space: Space = field(default_factory=Space)
+    free_decoder: bool = False
+
+    def __call__(
+        self, p: Parameters, x: Float[Tensor, "batch d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]
+    ) -> Outcome:
+        """See `Objective`."""
+        centred = x - p["b_dec"]
+        active, values = select_above(centred, p["encoder"], p["b_enc"])
+        r = self.space.reconstruct(x, active, values, p)
+        share = coefficient / len(x)
+        total = active.latent_sums(values)
+        d_decoder, d_values = r.d_decoder, r.d_values
+        if self.free_decoder:
+            norm = torch.linalg.vector_norm(p["decoder"], dim=1)
+            d_values = d_values + share * norm[active.latent]
+            d_decoder = d_decoder + share * (total / norm.clamp_min(1e-12))[:, None] * p["decoder"]
+            total = total * norm
+        else:
+            d_values = d_values + share
+        gradients = through_encoder(centred, active, d_values, p)
+        gradients |= {"decoder": d_decoder, "b_dec": gradients["b_dec"] + r.d_b_dec}
+        penalty = total.sum().item() / len(x)
+        return Outcome(active, values, r.squared_error, r.error, penalty, 0.0, gradients)
+
+
+@dataclass
+class JumpReLU:
+    """jumprelu: thresholds that are learned, on a penalty of what is active."""
+
+    space: Space = field(default_factory=Space)
+    bandwidth: float = 0.1
+    """epsilon, in the units of the inputs."""
+    tanh: float | None = None
+    """c of the tanh penalty; None penalises the number of active latents."""
+    revive: float = 0.0
+    """Coefficient of what dead latents lack to fire."""
+
+    def __call__(
+        self, p: Parameters, x: Float[Tensor, "batch d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]
+    ) -> Outcome:
+        """See `Objective`; `log_threshold` is a weight too."""
+        centred, theta = x - p["b_dec"], p["log_threshold"].exp()
+        # all pairs that are active or within half a bandwidth of it: the others have no part in any gradient
+        low = theta - self.bandwidth / 2
+        near, above = select_above(centred, p["encoder"], p["b_enc"] - low)
+        pre, threshold = above + low[near.latent], theta[near.latent]
+        on = (pre > threshold).to(pre.dtype)
+        r = self.space.reconstruct(x, near, pre * on, p)
+        share = coefficient / len(x)
+        norm = torch.linalg.vector_norm(p["decoder"], dim=1)
+        d_pre, d_decoder = r.d_values * on, r.d_decoder
+        if self.tanh is None:
+            penalty, cost = on.sum().item(), torch.full_like(pre, share)
+        else:
+            scale = self.tanh * norm[near.latent]
+            bent = torch.tanh(scale * pre) * on
+            slope = share * (on - bent.square())
+            d_pre = d_pre + slope * scale
+            pull = near.latent_sums(slope * self.tanh * pre) / norm.clamp_min(1e-12)
+            d_decoder = d_decoder + pull[:, None] * p["decoder"]
+            penalty, cost = bent.sum().item(), share * torch.tanh(scale * threshold)
+        # a latent on its threshold that fires adds theta to its activation, and costs what being active costs
+        inside = ((pre - threshold).abs() < self.bandwidth / 2).to(pre.dtype)
+        d_threshold = near.latent_sums((threshold * r.d_values + cost) * inside * (-1 / self.bandwidth))
+        gradients = through_encoder(centred, near, d_pre, p)
+        gradients |= {
+            "decoder": d_decoder,
+            "b_dec": gradients["b_dec"] + r.d_b_dec,
+            "log_threshold": d_threshold * theta,
+        }
+        auxiliary = self._revive(centred, p, norm, theta, dead, gradients)
+        fires = on > 0
+        return Outcome(
+            near.kept(fires), pre[fires], r.squared_error, r.error, penalty / len(x), auxiliary, gradients
+        )
+
+    def _revive(
+        self, centred: Tensor, p: Parameters, norm: Tensor, theta: Tensor, dead: Tensor, gradients: Parameters
+    ) -> float:
+        """Add `revive / B sum_n sum_dead relu(theta_j - p_j) ||D_j||` to the gradients; returns it."""
+        which = dead.nonzero()[:, 0]
+        if not self.revive or not len(which):
+            return 0.0
+        encoder, share = p["encoder"][which], self.revive / len(centred)
+        lack = (theta[which] - torch.addmm(p["b_enc"][which], centred, encoder.T)).relu()
+        weight = norm[which]
+        d_pre = -share * (lack > 0).to(lack.dtype) * weight
+        total, d_b_enc = lack.sum(0), d_pre.sum(0)
+        gradients["encoder"].index_add_(0, which, d_pre.T @ centred)
+        gradients["b_enc"].index_add_(0, which, d_b_enc)
+        gradients["b_dec"] -= d_b_enc @ encoder
+        gradients["log_threshold"].index_add_(0, which, -d_b_enc * theta[which])
+        gradients["decoder"].index_add_(
+            0, which, share * (total / weight.clamp_min(1e-12))[:, None] * p["decoder"][which]
+        )
+        return share * (total * weight).sum().item()
+
+
+@dataclass
+class Gated:
+    """gated: one path decides what is active and is penalised, another how much."""
+
+    space: Space = field(default_factory=Space)
+
+    def __call__(
+        self, p: Parameters, x: Float[Tensor, "batch d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]
+    ) -> Outcome:
+        """See `Objective`; the gate's bias is b_enc, `r_mag` and `b_mag` are weights too."""
+        centred = x - p["b_dec"]
+        open_, gate = select_above(centred, p["encoder"], p["b_enc"])
+        read = gate - p["b_enc"][open_.latent]
+        gain = p["r_mag"].exp()[open_.latent]
+        magnitude = gain * read + p["b_mag"][open_.latent]
+        on = (magnitude > 0).to(magnitude.dtype)
+        r = self.space.reconstruct(x, open_, magnitude * on, p)
+        aside = self.space.reconstruct(x, open_, gate, p)  # the decoder is held fixed there, b_dec too
+        d_magnitude = r.d_values * on
+        d_gate = aside.d_values + coefficient / len(x)
+        d_read = d_magnitude * gain + d_gate
+        gradients = through_encoder(centred, open_, d_read, p)
+        gradients |= {
+            "b_enc": open_.latent_sums(d_gate),
+            "b_mag": open_.latent_sums(d_magnitude),
+            "r_mag": open_.latent_sums(d_magnitude * gain * read),
+            "decoder": r.d_decoder,
+            "b_dec": gradients["b_dec"] + r.d_b_dec,
+        }
+        kept = on > 0
+        penalty = gate.sum().item() / len(x)
+        active, values = open_.kept(kept), magnitude[kept]
+        return Outcome(active, values, r.squared_error, r.error, penalty, aside.loss, gradients)
+
+
+@dataclass
+class TopK:
+    """topk and batchtopk: a number of active latents, in each row or over the batch."""
+
+    k: float
+    space: Space = field(default_factory=Space)
+    over_batch: bool = False
+    auxiliary: float = 0.0
+    """Coefficient of the auxiliary loss."""
+    auxiliary_k: int = 0
+    """Dead latents of a row that take part in it."""
+    ranks: Ranks = ALONE
+    """Whose inputs together are the batch."""
+    guess: float | None = None
+    """Where the last batch's selection ended, from which the next starts; decides speed only."""
+
+    def __call__(
+        self, p: Parameters, x: Float[Tensor, "batch d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]
+    ) -> Outcome:
+        """See `Objective`; the coefficient has nothing to weigh here."""
+        centred = x - p["b_dec"]
+        active, values = self._select(centred, p)
+        r = self.space.reconstruct(x, active, values, p)
+        gradients = through_encoder(centred, active, r.d_values, p)
+        gradients |= {"decoder": r.d_decoder, "b_dec": gradients["b_dec"] + r.d_b_dec}
+        auxiliary = self._revive(centred, r.error, p, dead, gradients)
+        penalty = values.sum().item() / len(x)
+        return Outcome(active, values, r.squared_error, r.error, penalty, auxiliary, gradients)
+
+    def _select(self, centred: Tensor, p: Parameters) -> tuple[Pairs, Tensor]:
+        if self.over_batch:
+            n = round(self.k * len(centred) * self.ranks.size)
+            active, values = select_batch_topk(centred, p["encoder"], p["b_enc"], n, self.guess, self.ranks)
+            [least] = self.ranks.mean(values.min().item() if len(values) else 0.0)
+            self.guess = 0.93 * least
+            return active, values
+        active, values = select_topk(centred, p["encoder"], p["b_enc"], round(self.k), self.guess)
+        if len(values):
+            size = torch.linalg.vector_norm(centred, dim=1)
+            least = size.new_full((len(centred),), torch.inf)
+            least = least.scatter_reduce(0, active.row, values, "amin") / size.clamp_min(1e-12)
+            self.guess = 0.95 * least.sort().values[len(least) // 50].item()  # the rest of the rows are read again
+        return active, values
+
+    def _revive(self, centred: Tensor, error: Tensor, p: Parameters, dead: Tensor, gradients: Parameters) -> float:
+        """Let dead latents reconstruct the error, which is held fixed; adds to the gradients, returns the loss.
+
+        `auxiliary / B sum_n ||error_n - sum over the largest of the dead f_j D_j||^2_M`, scaled down while fewer are
+        dead than take part.
+        """
+        which = dead.nonzero()[:, 0]
+        if not self.auxiliary or not len(which):
+            return 0.0
+        k = min(self.auxiliary_k, len(which))
+        encoder, decoder = p["encoder"][which], p["decoder"][which]
+        pre = torch.addmm(p["b_enc"][which], centred, encoder.T)
+        values, latents = pre.topk(k, dim=1)
+        f = torch.zeros_like(pre).scatter_(1, latents, values.relu())
+        left = error - f @ decoder
+        weighted = left if self.space.metric is None else left @ self.space.metric
+        scale = self.auxiliary * k / self.auxiliary_k / len(error)
+        d_x_hat = weighted * (-2 * scale)
+        d_pre = (d_x_hat @ decoder.T) * (f > 0)
+        d_b_enc = d_pre.sum(0)
+        gradients["encoder"].index_add_(0, which, d_pre.T @ centred)
+        gradients["decoder"].index_add_(0, which, f.T @ d_x_hat)
+        gradients["b_enc"].index_add_(0, which, d_b_enc)
+        gradients["b_dec"] -= d_b_enc @ encoder
+        return scale * (left * weighted).sum().item()

@@ -1,0 +1,61 @@
+"""Data-parallel training: what several processes agree on in a step; alone, nothing is exchanged."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train together, each on its own inputs."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def joined(cls) -> "Ranks":
+        """Those of the default process group; alone without one."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its mean over ranks."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+                tensor /= self.size
+
+    def mean(self, *numbers: float) -> list[float]:
+        """The mean of each number over ranks."""
+        if self.size == 1:
+            return list(numbers)
+        together = torch.tensor(numbers, dtype=torch.float64)
+        self.average([together])
+        return together.tolist()
+
+    def largest(self, tensor: Tensor) -> None:
+        """Replace a tensor by its largest values over ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by the first rank's."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def nth_largest(self, values: Float[Tensor, " n_own"], n: int) -> float:
+        """The n-th largest value over all ranks; minus infinity where there are fewer."""
+        own = values.topk(min(n, len(values)), sorted=False).values
+        padded = torch.cat([own, own.new_full((n - len(own),), -torch.inf)])
+        every = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(every, padded)
+        return torch.cat(every).topk(n).values[-1].item()
+
+
+ALONE = Ranks()

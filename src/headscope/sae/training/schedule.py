@@ -1,0 +1,42 @@
+"""What changes as training goes on: the learning rate, and the penalty's coefficient."""
+
+import math
+
+from headscope.sae.config import TrainConfig
+
+_GAIN = 0.004  # change of log lambda, a step and unit of log(L0 / target)
+_FIRST = 0.1
+"""Coefficient that steering starts from."""
+
+
+def rate(config: TrainConfig, step: int) -> float:
+    """Factor on the learning rate at a step: a warm-up, 1, a line to zero.
+
+    A cosine warm-up is `0.1 + 0.9 (1 - cos(pi t / warmup_steps)) / 2`, with t counted from the last resampling.
+    """
+    left = config.n_steps - step
+    falling = left / (config.decay * config.n_steps) if config.decay else 1.0
+    if not config.warmup_steps:
+        return min(1.0, falling)
+    if config.warmup == "linear":
+        return min(1.0, (step + 1) / config.warmup_steps, falling)
+    since = step - max((at + 1 for at in config.resampled_at if at < step), default=0)
+    t = min(1.0, since / config.warmup_steps)
+    return min(0.1 + 0.45 * (1 - math.cos(math.pi * t)), falling)
+
+
+def first_coefficient(config: TrainConfig) -> float:
+    """The penalty's coefficient before the first step; 0 where a variant has none."""
+    return _FIRST if config.steered else (config.coefficient or 0.0)
+
+
+def coefficient_at(config: TrainConfig, step: int, steered: float) -> float:
+    """The coefficient at a step: the steered one, or the one given, as far as it has risen."""
+    if config.steered or not config.coefficient_warmup:
+        return steered
+    return steered * min(1.0, step / (config.coefficient_warmup * config.n_steps))
+
+
+def steer(config: TrainConfig, coefficient: float, l0: float) -> float:
+    """The coefficient for the next step: raised where too many latents are active, lowered where too few are."""
+    return coefficient * math.exp(_GAIN * math.log(max(l0, 1e-3) / config.target_l0))

@@ -1,0 +1,182 @@
+"""What a stream of activations reads: groups of blocks, from the model or from a cache.
+
+A group is what one run of the model is given. Which blocks are together in one is drawn once for a corpus, whatever the
+seed of a training: the last bits of an activation may depend on what else was in the run, and so those read again, in a
+later pass, by a resumed training or from a cache, are the same bit for bit.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from jaxtyping import BFloat16, Bool, Float, Int
+from torch import Tensor
+
+from headscope.artefact import atomic_write
+from headscope.capture import BATCH_TOKENS, check_corpus, is_text
+from headscope.corpus import PADDING, Corpus, special_ids
+from headscope.errors import OutputError, TrainingError
+from headscope.models.hf import Model
+from headscope.sae.training.cache import ActivationCache
+from headscope.site import Site
+
+_LEAST_GROUPS = 64  # of a small corpus: enough to be shuffled, and divided among ranks
+_GROUPS, _ORDER = 1, 2  # tell these uses of a seed from others
+_VERSION = 1  # of what a cache holds: raised when the same identity would give other rows
+
+
+class Place(NamedTuple):
+    """A row among all that are read, and all that decides what is read after it."""
+
+    epoch: int
+    """The pass over the corpus; the first is 1."""
+    nth: int
+    """Of the groups of that pass that this rank reads."""
+    row: int
+    """Of the counted activations of that group."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The activations of a site over a corpus, read by groups of blocks, rounded to bfloat16."""
+
+    model: Model
+    corpus: Corpus
+    site: Site
+    exclude_bos: bool
+    """Leave BOS positions and other special tokens out; padding is left out in any case."""
+    cache: ActivationCache | None = None
+
+    @property
+    def n_available(self) -> int:
+        """Activations that one pass over the corpus gives."""
+        return self.corpus.n_text_tokens if self.exclude_bos else self.corpus.n_tokens - self.corpus.n_padding
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of blocks; the last may be smaller."""
+        return -(-len(self.corpus.blocks) // self.group_size)
+
+    @property
+    def group_size(self) -> int:
+        """Blocks in a group: what one run of the model takes, and less of a small corpus."""
+        most = len(self.corpus.blocks) // _LEAST_GROUPS
+        return max(1, min(BATCH_TOKENS // self.corpus.block_size, most))
+
+    @cached_property
+    def _blocks(self) -> Int[np.ndarray, " block"]:
+        """Numbers of all blocks, group after group."""
+        return np.random.default_rng(_GROUPS).permutation(len(self.corpus.blocks))
+
+    def identity(self) -> dict[str, object]:
+        """What decides the rows of every group, for a cache."""
+        return {
+            "version": _VERSION,
+            "model": self.model.fingerprint(),
+            "site": self.site.hook_name,
+            "corpus": self.corpus.fingerprint(),
+            "exclude_bos": self.exclude_bos,
+            "special": sorted(special_ids(self.model.tokenizer, self.model.bos)),
+            "group_size": self.group_size,
+            "dtype": "bfloat16",
+        }
+
+    def order(self, seed: int, epoch: int) -> Int[np.ndarray, " group"]:
+        """The order of all groups in a pass."""
+        return np.random.default_rng([_ORDER, seed, epoch]).permutation(self.n_groups)
+
+    def chunks(
+        self, seed: int, start: Place, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Place, BFloat16[Tensor, "n d_in"]]]:
+        """Rows of group after group without end, each with the place of its first row.
+
+        Args:
+            seed: decides the order of the groups.
+            start: the first row to be read.
+            rank: of the processes that read together, each its own groups of each pass.
+            ranks: how many those are.
+        """
+        epoch, nth, row = start
+        while True:
+            part = self.order(seed, epoch)[rank::ranks]
+            for n in range(nth, len(part)):
+                yield Place(epoch, n, row), self.read(int(part[n]))[row:]
+                row = 0
+            epoch, nth = epoch + 1, 0
+
+    def read(self, group: int) -> BFloat16[Tensor, "n d_in"]:
+        """The counted activations of a group, block by block, on the model's device.
+
+        Raises:
+            TrainingError: they are not finite, or the cache is damaged.
+            OutputError: the cache cannot be written.
+        """
+        kept = self.cache.read(group) if self.cache is not None else None
+        if kept is not None:
+            return kept.to(self.model.device)
+        rows = self._compute(self._blocks[group * self.group_size : (group + 1) * self.group_size])
+        if self.cache is not None:
+            self.cache.write(group, rows)
+        return rows
+
+    @torch.no_grad()
+    def _compute(self, numbers: Int[np.ndarray, " block"]) -> BFloat16[Tensor, "n d_in"]:
+        tokens = torch.from_numpy(self.corpus.blocks[numbers].astype(np.int64)).to(self.model.device)
+        values = self.model.read(tokens, [self.site])[self.site]
+        rows = values.to(torch.bfloat16)[self._counted(numbers, tokens)]
+        # A sum that is finite has no term that is not; it is a fraction of the price of looking at each.
+        if not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():
+            raise self._not_finite(numbers, tokens, values)
+        return rows
+
+    def _counted(
+        self, numbers: Int[np.ndarray, " block"], tokens: Int[Tensor, "block position"]
+    ) -> Bool[Tensor, "block position"]:
+        if self.exclude_bos:
+            return is_text(self.model, tokens)
+        return torch.from_numpy(self.corpus.offset[numbers] != PADDING).to(tokens.device)
+
+    def _not_finite(
+        self,
+        numbers: Int[np.ndarray, " block"],
+        tokens: Int[Tensor, "block position"],
+        values: Float[Tensor, "block position d_in"],
+    ) -> TrainingError:
+        path = Path(tempfile.mkdtemp(prefix="headscope-")) / "not-finite.safetensors"
+        kept = {"blocks": torch.from_numpy(numbers), "tokens": tokens.cpu(), "activations": values.cpu().contiguous()}
+        try:
+            with atomic_write(path) as file:
+                file.write(safetensors.torch.save(kept))
+            where = f"the blocks, their tokens and activations are in {path}"
+        except OutputError as error:
+            where = f"they could not be kept for a look: {error.got}"
+        return TrainingError(
+            f"NaN or infinity in {self.site.hook_name} of {self.model.spec.name} ({where})",
+            expected="finite activations",
+            do="check the model's weights and dtype",
+        )
+
+
+def open_source(model: Model, corpus: Corpus, site: Site, *, exclude_bos: bool, cache: str | None) -> Source:
+    """A source, with a cache where a folder for one is named.
+
+    Raises:
+        CorpusError: the model cannot read the corpus.
+        ModelError: no SAE can sit at the site, or the layer does not exist.
+        OutputError: the cache cannot be written, or does not fit the disk.
+    """
+    check_corpus(model, corpus)
+    model.check_site(site)
+    d_in = model.width(site)
+    source = Source(model, corpus, site, exclude_bos)
+    if cache is None:
+        return source
+    n_bytes = 2 * d_in * source.n_available
+    kept = ActivationCache(cache, source.identity(), n_groups=source.n_groups, n_bytes=n_bytes)
+    return replace(source, cache=kept)

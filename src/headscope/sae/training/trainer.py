@@ -1,0 +1,298 @@
+"""The state of a training run, and one step of it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from headscope.errors import TrainingError
+from headscope.sae import model as sae_model
+from headscope.sae.config import TrainConfig
+from headscope.sae.model import SAE
+from headscope.sae.training.dictionary import first_parameters, scale_of, started_anew, unit
+from headscope.sae.training.objectives import Gated, JumpReLU, Objective, Outcome, Parameters, ReLU, Space, TopK
+from headscope.sae.training.ranks import ALONE, Ranks
+from headscope.sae.training.schedule import coefficient_at, first_coefficient, rate, steer
+from headscope.site import Site
+
+_THRESHOLD_RATE = 0.01  # of the running mean of the least activation that is kept
+_RESAMPLE_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class Status:
+    """One moment of a training run; of several ranks, means over them."""
+
+    step: int
+    n_steps: int
+    tokens: int
+    """Activations trained on so far."""
+    squared_error: float
+    """Mean of ||x - x_hat||^2, in scaled units (the variance of the inputs is about d_in)."""
+    l0: float
+    explained_variance: float
+    """1 - sum ||x - x_hat||^2 / sum ||x - mean||^2 on the batch."""
+    dead: float
+    """Share of latents that have not fired for `dead_after` activations."""
+    coefficient: float
+    """Of the penalty."""
+    penalty: float
+    auxiliary: float
+    """What else was minimised, with its coefficient."""
+    lr: float
+
+
+class Trainer:
+    """Weights, optimizer and counters, and one step of training."""
+
+    def __init__(
+        self,
+        samples: Float[Tensor, "n d_in"],
+        config: TrainConfig,
+        *,
+        W_O: Float[Tensor, "d_in d_model"] | None = None,  # noqa: N803 - the field's name
+        d_head: int | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """Set the scale and the first dictionary.
+
+        Args:
+            samples: activations, as they come.
+            config: the recipe.
+            W_O: what follows the site, where errors are measured after it.
+            d_head: components of a head, where inputs are scaled by head.
+            ranks: the processes that train together.
+
+        Raises:
+            TrainingError: samples that are not finite; a recipe that needs W_O or d_head without them.
+        """
+        if not samples.isfinite().all():
+            raise TrainingError(
+                "NaN or infinity in the activations", expected="finite activations", do="check the model's weights"
+            )
+        self.config, self.ranks = config, ranks
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.scale = self._scale(samples, W_O, d_head)
+        """Factor on each component of an input, `[d_in]`."""
+        self.p: Parameters = first_parameters(samples * self.scale, config, self.generator)
+        ranks.share([self.scale, *self.p.values()])
+        self.objective = _objective(config, self._metric(W_O), samples.shape[1], ranks)
+        self.adam = torch.optim.Adam(list(self.p.values()), lr=config.lr, betas=config.betas, fused=True)
+        self.step_number = 0
+        self.coefficient = first_coefficient(config)
+        self.threshold = 0.0
+        """Running mean of the least activation of a batch, of batchtopk."""
+        self.last_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=samples.device)
+        """Step of each latent's last activation."""
+
+    def _scale(self, samples: Tensor, W_O: Tensor | None, d_head: int | None) -> Tensor:  # noqa: N803
+        config = self.config
+        if (config.scaling == "head" and d_head is None) or (config.error_in == "output" and W_O is None):
+            raise TrainingError(
+                f"scaling = {config.scaling!r}, error_in = {config.error_in!r} at a site without heads or W_O",
+                expected="both `site`, but for z",
+                do="leave out --scaling and --error-in, or train on z",
+            )
+        scale = scale_of(samples, config.scaling, d_head or 0)
+        if config.error_in == "output" and config.scaling != "none":  # so that errors there have the usual size
+            read = samples @ W_O
+            spread = torch.linalg.vector_norm(read - read.mean(0), dim=1).mean().clamp_min(1e-12)
+            self._metric_scale = (samples.shape[1] / spread.square()).item()
+        else:
+            self._metric_scale = 1.0
+        return scale
+
+    def _metric(self, W_O: Tensor | None) -> Tensor | None:  # noqa: N803
+        """`S^-1 W_O W_O^T S^-1` for inputs that were multiplied by S, in units in which their variance is d_in."""
+        if self.config.error_in == "site" or W_O is None:
+            return None
+        read = W_O.to(self.scale) / self.scale[:, None]
+        return read @ read.T * self._metric_scale
+
+    @property
+    def dead(self) -> Bool[Tensor, " d_sae"]:
+        """Latents that have not fired for `dead_after` activations."""
+        steps = max(1, round(self.config.dead_after / (self.config.batch)))
+        return self.step_number - self.last_fired > steps
+
+    @torch.no_grad()
+    def step(self, x: Float[Tensor, "batch d_in"]) -> Status:
+        """Train on one batch of raw activations.
+
+        Raises:
+            TrainingError: the loss is not finite; nothing was changed by the batch.
+        """
+        x = x * self.scale
+        dead = self.dead
+        coefficient = coefficient_at(self.config, self.step_number, self.coefficient)
+        outcome = self.objective(self.p, x, coefficient, dead)
+        status = self._status(x, outcome, coefficient, dead)
+        if not math.isfinite(status.squared_error + status.penalty + status.auxiliary):
+            raise TrainingError(
+                f"the loss at step {self.step_number} is {status.squared_error}",
+                expected="a finite loss",
+                do="lower --lr",
+            )
+        self._apply(outcome.gradients, status.lr)
+        self._count(outcome, status)
+        return status
+
+    def _apply(self, gradients: Parameters, lr: float) -> None:
+        """Adam on all weights; decoder rows that are to have unit norm keep it."""
+        self.ranks.average(gradients.values())
+        d_decoder, decoder = gradients["decoder"], self.p["decoder"]
+        unit_rows = self.config.decoder == "unit"
+        if unit_rows:
+            d_decoder.addcmul_(decoder, torch.linalg.vecdot(d_decoder, decoder)[:, None], value=-1)
+        if self.config.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.p.values(), self.config.clip, self._norm(gradients))
+        for name, weight in self.p.items():
+            weight.grad = gradients[name]
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        if unit_rows:
+            decoder /= torch.linalg.vector_norm(decoder, dim=1, keepdim=True).clamp_min(1e-12)
+
+    def _count(self, outcome: Outcome, status: Status) -> None:
+        self.step_number += 1
+        self.last_fired[outcome.active.latent] = self.step_number
+        self.ranks.largest(self.last_fired)
+        if self.config.steered:
+            self.coefficient = steer(self.config, self.coefficient, status.l0)
+        if self.config.variant == "batchtopk":
+            [least] = self.ranks.mean(outcome.values.min().item() if len(outcome.values) else 0.0)
+            rate = max(_THRESHOLD_RATE, 1 / self.step_number)
+            self.threshold += rate * (least - self.threshold)
+
+    def _status(self, x: Tensor, outcome: Outcome, coefficient: float, dead: Tensor) -> Status:
+        centred = x - x.mean(0)
+        metric = self.objective.space.metric
+        variance = (centred * (centred if metric is None else centred @ metric)).sum(1).mean().item()
+        error, variance, l0, penalty, auxiliary = self.ranks.mean(
+            outcome.squared_error.mean().item(),
+            variance,
+            len(outcome.active) / len(x),
+            outcome.penalty,
+            outcome.auxiliary,
+        )
+        return Status(
+            step=self.step_number,
+            n_steps=self.config.n_steps,
+            tokens=(self.step_number + 1) * len(x) * self.ranks.size,
+            squared_error=error,
+            l0=l0,
+            explained_variance=1 - error / max(variance, 1e-30),
+            dead=dead.float().mean().item(),
+            coefficient=coefficient,
+            penalty=penalty,
+            auxiliary=auxiliary,
+            lr=self.config.lr * rate(self.config, self.step_number),
+        )
+
+    @torch.no_grad()
+    def resample(self, x: Float[Tensor, "n d_in"]) -> int:
+        """Start dead latents anew, by what is reconstructed badly among raw activations; returns how many.
+
+        Adam's moments of what is new are zero; nothing else changes.
+        """
+        dead = self.dead
+        if not dead.any():
+            return 0
+        x = x * self.scale
+        errors = [self.objective(self.p, part, 0.0, dead & False).squared_error for part in x.split(_RESAMPLE_CHUNK)]
+        for name, rows in started_anew(self.p, dead, x, torch.cat(errors), self.config, self.generator).items():
+            self.p[name][dead] = rows
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in self.adam.state[self.p[name]]:
+                    self.adam.state[self.p[name]][moment][dead] = 0.0
+        self.last_fired[dead] = self.step_number
+        self.ranks.share(self.p.values())
+        return int(dead.sum())
+
+    @torch.no_grad()
+    def finish(self, site: Site, model_name: str) -> SAE:
+        """The SAE for raw activations: scales folded in, decoder rows of unit norm.
+
+        BatchTopK becomes a JumpReLU with the mean of the least activation that a batch kept as its threshold.
+        """
+        scale, p = self.scale, self.p
+        decoder = p["decoder"] / scale  # by latent: x_hat = (f D + b_dec) / scale
+        norm = torch.linalg.vector_norm(decoder, dim=1).clamp_min(1e-12)
+        if self.config.variant == "topk":  # which are the largest must not change
+            norm = norm.mean().expand_as(norm)
+        encoder, b_enc = p["encoder"] * scale * norm[:, None], p["b_enc"] * norm
+        activation: sae_model.Activation = sae_model.ReLU()
+        if self.config.variant == "topk":
+            activation = sae_model.TopK(round(self.config.target_l0))
+        elif self.config.variant == "batchtopk":
+            activation = sae_model.JumpReLU(self.threshold * norm)
+        elif self.config.variant == "jumprelu":
+            activation = sae_model.JumpReLU(p["log_threshold"].exp() * norm)
+        elif self.config.variant == "gated":
+            gain = p["r_mag"].exp()
+            activation = sae_model.Gated((p["b_mag"] - gain * p["b_enc"]) * norm)
+            encoder, b_enc = encoder * gain[:, None], p["b_mag"] * norm
+        return SAE(
+            W_enc=encoder.T.contiguous(),
+            b_enc=b_enc,
+            W_dec=decoder / norm[:, None],
+            b_dec=p["b_dec"] / scale,
+            activation=activation,
+            site=site,
+            model_name=model_name,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that decides what comes next: tensors by name, and plain numbers."""
+        moments = {
+            f"adam.{name}.{key}": value
+            for name, weight in self.p.items()
+            for key, value in self.adam.state[weight].items()
+        }
+        return {
+            **{f"p.{name}": weight for name, weight in self.p.items()},
+            **moments,
+            "scale": self.scale,
+            "last_fired": self.last_fired,
+            "generator": self.generator.get_state(),
+            "step_number": self.step_number,
+            "coefficient": self.coefficient,
+            "threshold": self.threshold,
+            "guess": getattr(self.objective, "guess", None),
+            "metric_scale": self._metric_scale,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        for name, weight in self.p.items():
+            weight.copy_(state[f"p.{name}"])
+            start = f"adam.{name}."
+            self.adam.state[weight] = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+        self.scale.copy_(state["scale"])
+        self.last_fired.copy_(state["last_fired"])
+        self.generator.set_state(state["generator"])
+        self.step_number, self.coefficient = state["step_number"], state["coefficient"]
+        self.threshold = state["threshold"]
+        if isinstance(self.objective, TopK):
+            self.objective.guess = state["guess"]
+
+
+def _objective(config: TrainConfig, metric: Tensor | None, d_in: int, ranks: Ranks) -> Objective:
+    space = Space(metric, config.prefixes)
+    if config.variant == "relu":
+        return ReLU(space, free_decoder=config.decoder == "free")
+    if config.variant == "gated":
+        return Gated(space)
+    if config.variant == "jumprelu":
+        return JumpReLU(space, bandwidth=config.bandwidth, tanh=config.tanh, revive=config.auxiliary)
+    return TopK(
+        config.target_l0,
+        space,
+        over_batch=config.variant == "batchtopk",
+        auxiliary=config.auxiliary,
+        auxiliary_k=max(1, d_in // 2),
+        ranks=ranks,
+    )
