@@ -44,6 +44,7 @@ class FloorStep:
     """The two parts, ready to run on random numbers."""
 
     def __init__(self, d_in: int, d_sae: int, batch: int, *, seed: int = 0) -> None:
+        """Draw inputs, weights and gradients."""
         generator = torch.Generator().manual_seed(seed)
         self.x = torch.randn(batch, d_in, generator=generator).bfloat16()
         self.encoder = torch.randn(d_in, d_sae, generator=generator).bfloat16()
@@ -53,7 +54,7 @@ class FloorStep:
         self.adam = torch.optim.Adam(self.weights, lr=1e-3, fused=True)
 
     def product(self) -> Tensor:
-        """x @ encoder, in bf16 `[batch, d_sae]`."""
+        """The batch times the encoder, in bf16 `[batch, d_sae]`."""
         return self.x @ self.encoder
 
     def update(self) -> None:

@@ -7,6 +7,7 @@ sees the packages of the environment that runs the benchmark, so that what fits 
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from peers.common import Task
 from safetensors.torch import load_file
 from torch import Tensor
 
+from peers.common import Task
+
 HERE = Path(__file__).parent
+_ERROR = re.compile(
+    r"[\w.]+(Error|Exception|Exit)\b|ERROR:"
+)  # the line of a traceback, or of pip, that says what it is
 TORCH = "torch==2.13.0"
 
 
@@ -90,7 +95,8 @@ def run(command: list[str], *, threads: int | None = None) -> str:
     limits = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet | limits)
     if done.returncode:
-        raise ProcessError((done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1])
+        said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
+        raise ProcessError(next((line for line in reversed(said) if _ERROR.match(line)), said[-1]))
     return done.stdout
 
 

@@ -2,7 +2,7 @@
 
 Inputs are scaled to a mean distance of sqrt(d_in) from their mean, the units in which trainers' learning rates and L1
 coefficients are meant. Initial weights are sparse from the first step on, as a dictionary is after a while of training:
-each latent's bias is set to a quantile of its own pre-activations.
+for ReLU each latent's bias is set to a quantile of its own pre-activations.
 """
 
 import math
@@ -29,8 +29,15 @@ class Inputs:
     """Inputs in files, and weights to start from."""
 
     data: Path
-    initial: Path
+    sparse: Path
+    """Initial weights with biases: each latent is active on its share of the inputs."""
+    unbiased: Path
+    """The same without biases, for variants that choose the largest pre-activations."""
     held_out: Tensor
+
+    def initial(self, variant: str) -> Path:
+        """The weights a variant starts from."""
+        return self.sparse if variant == "relu" else self.unbiased
 
 
 def planted_for(d_in: int, d_sae: int, l0: float) -> PlantedDictionary:
@@ -49,7 +56,7 @@ def planted_rows(planted: PlantedDictionary, n: int, *, seed: int) -> Tensor:
 
 
 def tiny_rows(n: int) -> Tensor:
-    """Inputs `[n, 128]`, unscaled: z of layer 1 of the bundled model on Python source, in random order, BOS left out."""
+    """Inputs `[n, 128]`, unscaled: z of layer 1 of the bundled model on Python source, mixed, BOS left out."""
     model = load_model("tiny")
     corpus = load_corpus("python", model.tokenizer, bos=model.bos, max_tokens=2 * n)
     order = np.random.default_rng(0).permutation(len(corpus.blocks))
@@ -118,22 +125,40 @@ def inputs(kind: str, folder: Path, *, d_in: int, d_sae: int, l0: float, n: int,
     else:
         rows = scaled(tiny_rows(n + batch))
         decoder, shares = from_rows(rows, d_sae, l0)
-    data, initial = folder / f"{kind}-{d_in}.npy", folder / f"{kind}-{d_in}-{d_sae}.safetensors"
-    np.save(data, rows[:n].numpy())
-    save_file(initial_weights(rows[:n], decoder, shares), initial)
-    return Inputs(data, initial, rows[n:])
+    files = Inputs(
+        folder / f"{kind}-{d_in}.npy",
+        folder / f"{kind}-{d_in}-sparse.safetensors",
+        folder / f"{kind}-{d_in}-unbiased.safetensors",
+        rows[n:],
+    )
+    weights = initial_weights(rows[:n], decoder, shares)
+    np.save(files.data, rows[:n].numpy())
+    save_file(weights, files.sparse)
+    save_file(weights | {"b_enc": torch.zeros_like(weights["b_enc"])}, files.unbiased)
+    return files
 
 
-def judge(weights: dict[str, Tensor], x: Tensor, variant: str, k: int) -> tuple[float, float]:
-    """Mean over inputs of the squared error summed over components, and L0; the same for all that train.
+def encode(weights: dict[str, Tensor], x: Tensor, variant: str, k: int) -> Tensor:
+    """Activations as in training.
 
-    The activation is the variant's in training: all positive pre-activations, the k largest of each input, or the
-    k * n largest of the n inputs.
+    Positive pre-activations; of these the k largest of each input (topk), the k * n largest of n inputs (batchtopk,
+    matryoshka), or those above their threshold (jumprelu, gated).
     """
     pre = torch.addmm(weights["b_enc"], x - weights["b_dec"], weights["W_enc"]).relu_()
     if variant == "topk":
         pre[pre < pre.topk(k, dim=1).values[:, -1:]] = 0.0
-    elif variant == "batchtopk":
+    elif variant in ("batchtopk", "matryoshka"):
         pre[pre < pre.flatten().topk(k * len(x)).values[-1]] = 0.0
-    x_hat = torch.addmm(weights["b_dec"], pre, weights["W_dec"])
-    return (x - x_hat).square().sum(1).mean().item(), (pre > 0).sum().item() / len(x)
+    elif "threshold" in weights:
+        pre[pre <= weights["threshold"]] = 0.0
+    return pre
+
+
+def squared_error(weights: dict[str, Tensor], x: Tensor, f: Tensor) -> float:
+    """Mean over inputs of the squared error summed over components."""
+    return (x - torch.addmm(weights["b_dec"], f, weights["W_dec"])).square().sum(1).mean().item()
+
+
+def mean_l0(f: Tensor) -> float:
+    """Mean number of active latents."""
+    return (f > 0).sum().item() / len(f)

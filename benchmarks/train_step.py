@@ -1,9 +1,9 @@
 """How long a training step of an SAE takes, beside the peers' own trainers and the least that it can take.
 
     headscope             `headscope.sae.training`
-    SAELens               `SAETrainer.step`: float32, bf16 autocast, and for TopK its sparse activations
+    SAELens               `SAETrainer.step`: float32 and bf16 autocast; the sparse activations of its TopK need a GPU
     dictionary_learning   `StandardTrainer.update`, `BatchTopKTrainer.update`
-    sparsify              `Trainer.fit` on a model that looks activations up: TopK with Adam, and with its default signum
+    sparsify              `Trainer.fit` on a model that looks activations up: TopK, by Adam and by its default signum
     floor                 the encoder's product in bf16 and fused Adam on both matrices (`floor.py`)
 
 Each row is a process of its own (peers in environments of their own, made the first time), all from the same initial
@@ -26,14 +26,14 @@ from pathlib import Path
 
 import torch
 import tyro
+
 from peers.common import Task
 from processes import HERE, OURS, ProcessError, Trained, run, train
-from step_data import Inputs, inputs, judge
+from step_data import Inputs, encode, inputs, mean_l0, squared_error
 
 WARM_UP = 3
 N_BATCHES = 8
 SHAPES = ((128, 4096), (512, 16384))
-HORIZON = 1_000_000
 ENTRIES = {
     "relu": (
         ("headscope", OURS, "default"),
@@ -45,7 +45,6 @@ ENTRIES = {
         ("headscope", OURS, "default"),
         ("SAELens", "saelens", "fp32"),
         ("SAELens bf16", "saelens", "bf16"),
-        ("SAELens sparse", "saelens", "sparse"),
         ("sparsify", "sparsify", "adam"),
         ("sparsify signum", "sparsify", "signum"),
     ),
@@ -175,14 +174,14 @@ def _run(entry: tuple[str, str, str], found: Runs, cell: Cell, files: Inputs, ar
         variant=cell.variant,
         option=option,
         data=str(files.data),
-        initial=str(files.initial),
+        initial=str(files.initial(cell.variant)),
         out="",
+        d_sae=cell.d_sae,
         steps=arguments.steps,
         batch=arguments.batch,
         k=arguments.l0,
-        l1=arguments.l1,
+        coefficient=arguments.l1,
         lr=arguments.lr,
-        horizon=HORIZON,
         threads=arguments.threads,
     )
     try:
@@ -206,13 +205,13 @@ def _rows(
             yield row | {"step_s": None, "loss": None, "failure": found.failure}
             continue
         step = min(found.medians)
-        loss, l0 = judge(found.last.weights, files.held_out, cell.variant, arguments.l0)
+        f = encode(found.last.weights, files.held_out, cell.variant, arguments.l0)
         yield row | {
             "step_s": step,
             "ratio": None if ours is None else step / ours,
             "peak_mb": found.last.peak_mb,
-            "loss": loss,
-            "l0": l0,
+            "loss": squared_error(found.last.weights, files.held_out, f),
+            "l0": mean_l0(f),
             "steps": arguments.steps,
             "version": found.last.version,
         }

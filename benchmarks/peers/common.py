@@ -1,7 +1,8 @@
 """What the processes that train share: the task they are given, the timed loop, and what they hand back.
 
 A process reads inputs and initial weights from files, trains for some steps, writes its weights and prints one JSON
-object. Initial and final weights are those of `f = activation((x - b_dec) @ W_enc + b_enc)`, `x_hat = f @ W_dec + b_dec`.
+object. Weights are those of `f = activation((x - b_dec) @ W_enc + b_enc)`, `x_hat = f @ W_dec + b_dec`; with a
+`threshold` by latent, f is 0 where the pre-activation does not exceed it.
 """
 
 import argparse
@@ -16,30 +17,34 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+CONSTANT = 1_000_000
+"""Steps that schedules are laid out for where the learning rate is to stay as it is."""
+
 
 @dataclass(frozen=True)
 class Task:
     """What to train."""
 
     variant: str
-    """relu, topk or batchtopk."""
+    """relu, topk, batchtopk; for headscope and SAELens also jumprelu, gated, matryoshka."""
     option: str
     """Which of the trainer's own configurations."""
     data: str
     """`.npy` file of inputs `[n, d_in]`, float32, scaled to a mean distance of sqrt(d_in) from their mean."""
     initial: str
-    """`.safetensors` file of the initial weights."""
+    """`.safetensors` file of the initial weights: training at a constant rate. Empty: the trainer's own start, with a
+    schedule over the steps."""
     out: str
     """Where the trained weights go."""
+    d_sae: int
     steps: int
     batch: int
     k: int
-    """Active latents of an input (topk, batchtopk)."""
-    l1: float
-    """Coefficient of the L1 penalty (relu): loss = squared error summed over components + l1 * sum of activations."""
+    """Active latents of an input (topk, batchtopk, matryoshka)."""
+    coefficient: float
+    """Of the penalty: loss = squared error summed over components + this * sum of activations (relu), * L0 (jumprelu),
+    * sum of the gate's positive pre-activations (gated)."""
     lr: float
-    horizon: int
-    """Steps that schedules are laid out for."""
     threads: int
 
     @classmethod
@@ -55,6 +60,21 @@ class Task:
     def arguments(self) -> list[str]:
         """The command line that gives this task."""
         return [part for name, value in vars(self).items() for part in (f"--{name}", str(value))]
+
+    @property
+    def horizon(self) -> int:
+        """Steps that schedules are laid out for."""
+        return CONSTANT if self.initial else self.steps
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Numbers of latents that reconstruct alone, of matryoshka, below d_sae."""
+        return tuple(self.d_sae // part for part in (8, 4, 2))
+
+    @property
+    def d_in(self) -> int:
+        """Components of an input."""
+        return np.load(self.data, mmap_mode="r").shape[1]
 
     def weights(self) -> dict[str, Tensor]:
         """The initial ones: W_enc, b_enc, W_dec, b_dec."""

@@ -16,12 +16,10 @@ from dictionary_learning.trainers import BatchTopKTrainer, StandardTrainer  # no
 
 def trainer_for(task: Task) -> StandardTrainer | BatchTopKTrainer:
     """Its trainer with the initial weights put in."""
-    weights = task.weights()
-    d_in, d_sae = weights["W_enc"].shape
     shared = {
         "steps": task.horizon,
-        "activation_dim": d_in,
-        "dict_size": d_sae,
+        "activation_dim": task.d_in,
+        "dict_size": task.d_sae,
         "layer": 0,
         "lm_name": "none",
         "lr": task.lr,
@@ -29,11 +27,11 @@ def trainer_for(task: Task) -> StandardTrainer | BatchTopKTrainer:
         "device": "cpu",
     }
     if task.variant == "relu":
-        trainer = StandardTrainer(**shared, l1_penalty=task.l1, sparsity_warmup_steps=None)
+        trainer = StandardTrainer(**shared, l1_penalty=task.coefficient, sparsity_warmup_steps=None)
     else:
         trainer = BatchTopKTrainer(**shared, k=task.k)
     with torch.no_grad():
-        for name, value in weights.items():
+        for name, value in task.weights().items():
             _parameters(trainer)[name].copy_(value)
     return trainer
 

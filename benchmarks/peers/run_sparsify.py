@@ -6,6 +6,7 @@ the next batch.
 """
 
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import torch
@@ -24,13 +25,14 @@ class Lookup(nn.Module):
     """A model whose activations are the next inputs."""
 
     def __init__(self, task: Task) -> None:
+        """What `sparsify.Trainer` asks of a model."""
         super().__init__()
         self.site = nn.Identity()
         self.config = SimpleNamespace(num_hidden_layers=1)
         self.device = torch.device("cpu")
         self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
         self.started = 0.0
-        self._width = len(task.weights()["b_dec"])
+        self._width = task.d_in
         self._batches = task.batches()
 
     @property
@@ -50,6 +52,7 @@ class Steps:
     """One sequence a step, and the end of the step before."""
 
     def __init__(self, task: Task, model: Lookup, report: Report) -> None:
+        """Ends of steps go to the report."""
         self._task, self._model, self._report = task, model, report
 
     def __len__(self) -> int:
@@ -68,10 +71,8 @@ class Steps:
 def main() -> None:
     """Train until the steps are done."""
     task, report = Task.from_command_line(), Report()
-    weights = task.weights()
-    d_sae = weights["W_enc"].shape[1]
     config = TrainConfig(
-        SparseCoderConfig(num_latents=d_sae, k=task.k),
+        SparseCoderConfig(num_latents=task.d_sae, k=task.k),
         batch_size=1,
         optimizer=task.option,
         lr=task.lr if task.option == "adam" else None,
@@ -86,12 +87,10 @@ def main() -> None:
     sae = trainer.saes[SITE]
     views = {"W_enc": sae.encoder.weight.T, "b_enc": sae.encoder.bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     with torch.no_grad():
-        for name, value in weights.items():
+        for name, value in task.weights().items():
             views[name].copy_(value)
-    try:
+    with suppress(Done):
         trainer.fit()
-    except Done:
-        pass
     if task.option == "signum":
         trainer.optimizers[0].eval()  # schedule-free: the weights to use are averages
     sae.set_decoder_norm_to_unit_norm()  # as its next step would begin
