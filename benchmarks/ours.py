@@ -23,7 +23,7 @@ def config_for(task: Task) -> TrainConfig:
         "variant": "batchtopk" if matryoshka else task.variant,
         "prefixes": task.prefixes if matryoshka else (),
         "d_sae": task.d_sae,
-        "target_l0": task.k,
+        "target_l0": float(task.k),
         "tokens": task.horizon * task.batch,
         "batch": task.batch,
         "buffer": SAMPLE_BATCHES * task.batch,

@@ -34,17 +34,17 @@ class PlantedConfig:
     """Directions that a head's block has."""
     spread: tuple[int, ...] = (1, 1, 2, 3)
     """How many heads a feature is spread over: drawn from these."""
-    l0: float = 8.0
+    l0: int | float = 8.0
     """Mean number of active features of an input."""
-    zipf: float = 0.8
+    zipf: int | float = 0.8
     """The j-th most frequent feature has a frequency in proportion to j^-zipf, cut off at `MOST_FREQUENT`."""
-    child_share: float = 0.25
+    child_share: int | float = 0.25
     """Of the features, the rarest: each is active only where its parent is."""
     group_size: int = 4
     """Features without a parent come in groups of this size."""
-    group_correlation: float = 0.4
+    group_correlation: int | float = 0.4
     """Of the normal variables behind the features of a group; each is active where its own exceeds a threshold."""
-    noise: float = 0.02
+    noise: int | float = 0.02
     """Standard deviation of a component; an activation is about 1."""
     seed: int = 0
 
@@ -161,7 +161,7 @@ def _directions(config: PlantedConfig, generator: torch.Generator) -> Float[Tens
     return rows / rows.norm(dim=1, keepdim=True)
 
 
-def zipf_frequencies(n: int, exponent: float, total: float) -> Float[np.ndarray, " n"]:
+def zipf_frequencies(n: int, exponent: int | float, total: int | float) -> Float[np.ndarray, " n"]:
     """`min(c j^-exponent, MOST_FREQUENT)` for j = 1 ... n, with c such that they sum to `total`.
 
     Raises:
