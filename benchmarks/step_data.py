@@ -22,6 +22,8 @@ from headscope.site import Site
 
 N_HEADS = 8
 CHUNK = 4096
+QUANTILE_ROWS = 2048
+"""Inputs from which a latent's bias is set."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ def from_rows(rows: Tensor, d_sae: int, l0: float) -> tuple[Tensor, Tensor]:
 def initial_weights(rows: Tensor, decoder: Tensor, shares: Tensor) -> dict[str, Tensor]:
     """The encoder is the decoder's transpose; each latent is active on its share of the rows."""
     b_dec = rows.mean(0)
-    pre = (rows[:CHUNK] - b_dec) @ decoder.T
-    place = ((1 - shares) * (len(pre) - 1)).round().long()
-    thresholds = pre.sort(0).values.gather(0, place[None])[0].clamp_min(0.0)
+    pre = decoder @ (rows[:QUANTILE_ROWS] - b_dec).T
+    place = ((1 - shares) * (pre.shape[1] - 1)).round().long()
+    thresholds = pre.sort(1).values.gather(1, place[:, None])[:, 0].clamp_min(0.0)
     return {"W_enc": decoder.T.contiguous(), "b_enc": -thresholds, "W_dec": decoder.clone(), "b_dec": b_dec}
 
 

@@ -65,7 +65,7 @@ def test_scaled_inputs_have_the_distance_that_rates_are_meant_for(module) -> Non
 
 def test_initial_weights_are_active_on_the_shares_asked_for(module) -> None:
     step_data = module("step_data")
-    rows, decoder = normal(4000, 16), step_data.unit(normal(40, 16, seed=1))
+    rows, decoder = normal(2000, 16), step_data.unit(normal(40, 16, seed=1))
     shares = torch.linspace(0.01, 0.3, 40)
     weights = step_data.initial_weights(rows, decoder, shares)
     active = step_data.encode(weights, rows, "relu", 4) > 0
