@@ -31,7 +31,7 @@ from peers.common import Task
 from processes import OURS, ProcessError, train
 from step_data import encode, mean_l0, planted_rows, scaled, squared_error
 
-PLANTED = PlantedConfig(n_features=256, n_heads=4, d_head=16, rank=12, l0=8.0)
+PLANTED = PlantedConfig(n_features=256, n_heads=4, d_head=32, rank=24, l0=6.0)
 D_SAE = 512
 HELD_OUT = 16_384
 STEERED = ("relu", "jumprelu", "gated")
