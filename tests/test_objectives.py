@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from headscope.sae.training import kernels
-from headscope.sae.training.objectives import Gated, JumpReLU, Objective, Outcome, ReLU, Space, TopK
+from headscope.sae.training.objectives import Gated, JumpReLU, Now, Objective, Outcome, ReLU, Space, TopK
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 SIZES: dict[str, Any] = {
@@ -51,7 +51,7 @@ class Problem:
         self.dead = torch.arange(d_sae) < n_dead
 
     def outcome(self, objective: Objective) -> Outcome:
-        return objective(self.p, self.x, self.coefficient, self.dead)
+        return objective(self.p, self.x, Now(self.coefficient, self.dead))
 
 
 class Step(torch.autograd.Function):

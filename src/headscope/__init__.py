@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from headscope.sae.formats import load_sae, save_sae
     from headscope.sae.model import SAE
     from headscope.sae.quality import evaluate
-    from headscope.sae.train import train_sae
+    from headscope.sae.training.run import train_sae
     from headscope.site import Site
 
 _HOME = {
@@ -39,7 +39,7 @@ _HOME = {
     "load_model": "headscope.models.load",
     "load_sae": "headscope.sae.formats",
     "save_sae": "headscope.sae.formats",
-    "train_sae": "headscope.sae.train",
+    "train_sae": "headscope.sae.training.run",
 }
 
 __all__ = [

@@ -12,7 +12,7 @@ from headscope.sae.config import TrainConfig
 
 if TYPE_CHECKING:
     from headscope.index.store import FeatureIndex
-    from headscope.sae.train import Status
+    from headscope.sae.training.trainer import Status
 
 HELD_OUT_TOKENS = 1_010_000
 """Tokens that the SAE is measured and indexed on."""

@@ -4,6 +4,7 @@ Each job checks where it will write before it computes anything, and what it wri
 imports are inside the functions: `headscope --help` is quick, and a served page loads no torch.
 """
 
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from headscope.sae.describe import Fit, Lines
     from headscope.sae.model import SAE
     from headscope.sae.quality import Quality
-    from headscope.sae.train import Status, TrainResult
+    from headscope.sae.training.run import TrainResult
+    from headscope.sae.training.trainer import Status
     from headscope.studies.downstream import Downstream
     from headscope.studies.effects import DirectEffects
     from headscope.studies.induction_store import InductionFamily
@@ -116,31 +118,54 @@ def train(  # noqa: PLR0913 - one argument an option of the command
 ) -> "TrainResult":
     """Train an SAE and write it to `out`, a SAELens folder; `layer` None is the last.
 
-    After Ctrl-C what was trained is still written, and the result says `interrupted`.
+    Checkpoints are kept beside it, in `out.training`, until it is done: the same call goes on with a run that was cut
+    off. After Ctrl-C what was trained is written too, and the result says `interrupted`. In a process group all ranks
+    train one SAE, and the first writes it.
 
     Raises:
         HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
     """
     from headscope.sae.formats import save_sae
-    from headscope.sae.train import train_sae
+    from headscope.sae.training.checkpoint import Checkpoints
+    from headscope.sae.training.ranks import Ranks
+    from headscope.sae.training.run import METRICS, train_sae
 
-    text = text or CorpusChoice(split="train")
+    text, ranks = text or CorpusChoice(split="train"), Ranks.joined()
+    kept = Checkpoints(out.with_name(f"{out.name}.training"), ranks)
+    going_on = kept.begun and not overwrite
+    overwrite = overwrite or (going_on and _was_interrupted(out))
     check_run_folder(out, overwrite=overwrite, inputs=[model, text.corpus])
+    if not going_on:
+        kept.clear()
     loaded = (hardware or Hardware()).load(model)
     chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
     loaded.check_layer(chosen.layer)
     corpus = text.load(loaded)
-    result = train_sae(loaded, corpus, chosen, config or TrainConfig(), on_step)
+    result = train_sae(loaded, corpus, chosen, config or TrainConfig(), on_step, folder=kept.folder)
+    if ranks.rank:
+        return result
     try:
         save_sae(result.sae, out, overwrite=overwrite)
-    except OutputError as error:
+        shutil.copy(kept.folder / f"{METRICS}.jsonl", out)
+    except (OutputError, OSError) as error:
         rescue = save_sae(result.sae, Path(tempfile.mkdtemp(prefix="headscope-"), out.name))
         raise OutputError(
-            f"{out} could not be written ({error.__cause__})",
+            f"{out} could not be written ({error.__cause__ or error})",
             expected="the folder to stay writable, on a disk with room",
             do=f"move what was trained from {rescue}",
         ) from error
+    if not result.interrupted:
+        kept.clear()
     return result
+
+
+def _was_interrupted(sae: Path) -> bool:
+    """Whether a folder holds an SAE whose training was ended early."""
+    try:
+        held = read_json(sae / "cfg.json")
+        return held["metadata"]["training"]["interrupted"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def eval(

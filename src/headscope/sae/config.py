@@ -110,9 +110,9 @@ class TrainConfig:
     def _check_numbers(self) -> None:
         positive = ("d_sae", "target_l0", "tokens", "batch", "lr", "buffer", "dead_after", "bandwidth")
         optional = ("clip", "tanh", "resample_every")
-        given = {n: getattr(self, n) for n in (*positive, *optional)}
+        given = {n: getattr(self, n) for n in (*positive, *optional) if getattr(self, n) is not None}
         for name, value in given.items():
-            if not (value is None and name in optional) and not 0 < value < math.inf:
+            if not 0 < value < math.inf:
                 raise TrainingError(
                     f"{name} = {value}", expected="a finite number above 0", do=f"change --{name.replace('_', '-')}"
                 )

@@ -1,6 +1,6 @@
 """Published recipes, as values of `TrainConfig`; no torch.
 
-`seed-gelu-2l` and `kissane-gpt2` are those of Kissane et al. (2024) as their run names, code and configuration files say;
+`seed-gelu-2l` and `kissane-gpt2` are those of Kissane et al. (2024), by their run names, code and configuration files;
 Adam's betas of the first are inferred from a run beside it. `anthropic-april-2024` is Conerly et al., "Update on how we
 train SAEs" (Transformer Circuits Thread, April 2024).
 """

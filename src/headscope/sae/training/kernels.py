@@ -19,10 +19,10 @@ which is itself a product of two vectors of two components: it is appended to x~
 float32 accumulation may lose), and so costs nothing to add.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
-import warnings
 
 import torch
 from jaxtyping import Float, Int
@@ -131,9 +131,7 @@ def sum_by_latent(
 
 
 def _bags(indices: Tensor, starts: Tensor, weights: Tensor, vectors: Tensor) -> Tensor:
-    return embedding_bag(
-        indices, vectors, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
+    return embedding_bag(indices, vectors, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 @cache
@@ -319,7 +317,8 @@ def _positive(raised: Float[Tensor, "latent batch"]) -> tuple[Tensor, Tensor]:
     n_latents, batch = raised.shape
     bits = raised.view(torch.int16)
     if n_latents % _GROUP:
-        return bits.gt(0).nonzero(as_tuple=True)
+        latent, row = bits.gt(0).nonzero(as_tuple=True)
+        return latent, row
     groups = bits.view(-1, _GROUP, batch)
     group, row = groups.amax(1).gt(0).nonzero(as_tuple=True)
     found, within = groups[group, :, row].gt(0).nonzero(as_tuple=True)

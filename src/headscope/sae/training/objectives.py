@@ -1,22 +1,23 @@
 """What is minimised, by variant, with gradients written out by hand.
 
-For a batch of B inputs x, pre-activations `p_j = (x - b_dec) . e_j + b_j`, activations f and `x_hat = f D + b_dec`:
+For a batch of B inputs x, pre-activations `p_j = (x - b_dec) . e_j + b_j`, activations f and `x_hat = f D + b_dec`,
+with `||e||^2_M = e M e^T`, where M is the identity unless errors are measured after W_O:
 
-    L = 1/B sum_n ||x_n - x_hat_n||^2_M  +  lambda/B sum_n penalty(f_n)          ||e||^2_M = e M e^T, M = 1 but where said
+    L = 1/B sum_n ||x_n - x_hat_n||^2_M  +  lambda/B sum_n penalty(f_n)
 
 relu      f = relu(p); the penalty is `sum_j f_j`, or `sum_j f_j ||D_j||` where decoder rows are free
           (Bricken et al. 2023; Conerly et al., April 2024).
-jumprelu  f = p where p > theta_j. The penalty is the number of active latents, or `sum_j tanh(c f_j ||D_j||)`; thresholds
-          learn by a rectangle of width epsilon in place of the step's derivative (Rajamanoharan et al. 2024b), and dead
-          latents by `sum_j relu(theta_j - p_j) ||D_j||` (Conerly et al., January 2025).
+jumprelu  f = p where p > theta_j. The penalty is the number of active latents, or `sum_j tanh(c f_j ||D_j||)`;
+          thresholds learn by a rectangle of width epsilon in place of the step's derivative (Rajamanoharan et al.
+          2024b), and dead latents by `sum_j relu(theta_j - p_j) ||D_j||` (Conerly et al., January 2025).
 gated     f = relu(exp(r_j) s_j + m_j) where s_j + g_j > 0, `s_j = (x - b_dec) . e_j`. The penalty is
           `sum_j relu(s_j + g_j)`; these also reconstruct x, through a decoder held fixed (Rajamanoharan et al. 2024a).
 topk      f = the k largest p of a row (Gao et al. 2024).
 batchtopk f = the k B largest p of the batch (Bussmann et al. 2024).
 
 With prefixes `m_1 < ... < m_P = d_sae` the reconstruction error is the mean over them, each with the latents below m_i
-alone (matryoshka: Bussmann et al. 2025). For topk and batchtopk, dead latents get the largest of their own pre-activations
-to reconstruct what the others left out (Gao et al. 2024, auxiliary loss).
+alone (matryoshka: Bussmann et al. 2025). For topk and batchtopk, dead latents get the largest of their own
+pre-activations to reconstruct what the others left out (Gao et al. 2024, auxiliary loss).
 
 Activity is sparse, so nearly all of it is sums over active pairs (`headscope.sae.training.kernels`).
 """
@@ -121,19 +122,28 @@ def through_encoder(
     }
 
 
+@dataclass(frozen=True)
+class Now:
+    """What changes from step to step beside the weights."""
+
+    coefficient: float
+    """lambda."""
+    dead: Bool[Tensor, " d_sae"]
+    """Latents that have not fired for long."""
+
+
 class Objective(Protocol):
     """A variant: how a batch is encoded, what is added to the error, and the gradient of the sum."""
 
-    def __call__(
-        self, p: Parameters, x: Float[Tensor, "batch d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]
-    ) -> Outcome:
+    space: Space
+
+    def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """Losses and gradients of a batch.
 
         Args:
             p: the weights.
             x: inputs.
-            coefficient: lambda.
-            dead: latents that have not fired for long, for variants that do something about them.
+            now: what else changes from step to step.
         """
         ...
 
@@ -145,14 +155,12 @@ class ReLU:
     space: Space = field(default_factory=Space)
     free_decoder: bool = False
 
-    def __call__(
-        self, p: Parameters, x: Float[Tensor, "batch d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]
-    ) -> Outcome:
+    def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """See `Objective`."""
         centred = x - p["b_dec"]
         active, values = select_above(centred, p["encoder"], p["b_enc"])
         r = self.space.reconstruct(x, active, values, p)
-        share = coefficient / len(x)
+        share = now.coefficient / len(x)
         total = active.latent_sums(values)
         d_decoder, d_values = r.d_decoder, r.d_values
         if self.free_decoder:
@@ -180,9 +188,7 @@ class JumpReLU:
     revive: float = 0.0
     """Coefficient of what dead latents lack to fire."""
 
-    def __call__(
-        self, p: Parameters, x: Float[Tensor, "batch d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]
-    ) -> Outcome:
+    def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """See `Objective`; `log_threshold` is a weight too."""
         centred, theta = x - p["b_dec"], p["log_threshold"].exp()
         # all pairs that are active or within half a bandwidth of it: the others have no part in any gradient
@@ -191,7 +197,7 @@ class JumpReLU:
         pre, threshold = above + low[near.latent], theta[near.latent]
         on = (pre > threshold).to(pre.dtype)
         r = self.space.reconstruct(x, near, pre * on, p)
-        share = coefficient / len(x)
+        share = now.coefficient / len(x)
         norm = torch.linalg.vector_norm(p["decoder"], dim=1)
         d_pre, d_decoder = r.d_values * on, r.d_decoder
         if self.tanh is None:
@@ -213,11 +219,9 @@ class JumpReLU:
             "b_dec": gradients["b_dec"] + r.d_b_dec,
             "log_threshold": d_threshold * theta,
         }
-        auxiliary = self._revive(centred, p, norm, theta, dead, gradients)
+        auxiliary = self._revive(centred, p, norm, theta, now.dead, gradients)
         fires = on > 0
-        return Outcome(
-            near.kept(fires), pre[fires], r.squared_error, r.error, penalty / len(x), auxiliary, gradients
-        )
+        return Outcome(near.kept(fires), pre[fires], r.squared_error, r.error, penalty / len(x), auxiliary, gradients)
 
     def _revive(
         self, centred: Tensor, p: Parameters, norm: Tensor, theta: Tensor, dead: Tensor, gradients: Parameters
@@ -247,9 +251,7 @@ class Gated:
 
     space: Space = field(default_factory=Space)
 
-    def __call__(
-        self, p: Parameters, x: Float[Tensor, "batch d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]
-    ) -> Outcome:
+    def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """See `Objective`; the gate's bias is b_enc, `r_mag` and `b_mag` are weights too."""
         centred = x - p["b_dec"]
         open_, gate = select_above(centred, p["encoder"], p["b_enc"])
@@ -260,7 +262,7 @@ class Gated:
         r = self.space.reconstruct(x, open_, magnitude * on, p)
         aside = self.space.reconstruct(x, open_, gate, p)  # the decoder is held fixed there, b_dec too
         d_magnitude = r.d_values * on
-        d_gate = aside.d_values + coefficient / len(x)
+        d_gate = aside.d_values + now.coefficient / len(x)
         d_read = d_magnitude * gain + d_gate
         gradients = through_encoder(centred, open_, d_read, p)
         gradients |= {
@@ -292,16 +294,14 @@ class TopK:
     guess: float | None = None
     """Where the last batch's selection ended, from which the next starts; decides speed only."""
 
-    def __call__(
-        self, p: Parameters, x: Float[Tensor, "batch d_in"], coefficient: float, dead: Bool[Tensor, " d_sae"]
-    ) -> Outcome:
+    def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """See `Objective`; the coefficient has nothing to weigh here."""
         centred = x - p["b_dec"]
         active, values = self._select(centred, p)
         r = self.space.reconstruct(x, active, values, p)
         gradients = through_encoder(centred, active, r.d_values, p)
         gradients |= {"decoder": r.d_decoder, "b_dec": gradients["b_dec"] + r.d_b_dec}
-        auxiliary = self._revive(centred, r.error, p, dead, gradients)
+        auxiliary = self._revive(centred, r.error, p, now.dead, gradients)
         penalty = values.sum().item() / len(x)
         return Outcome(active, values, r.squared_error, r.error, penalty, auxiliary, gradients)
 

@@ -30,10 +30,10 @@ class Ranks:
                 dist.all_reduce(tensor)
                 tensor /= self.size
 
-    def mean(self, *numbers: float) -> list[float]:
+    def mean(self, *numbers: int | float) -> list[float]:
         """The mean of each number over ranks."""
         if self.size == 1:
-            return list(numbers)
+            return [float(number) for number in numbers]
         together = torch.tensor(numbers, dtype=torch.float64)
         self.average([together])
         return together.tolist()
@@ -48,6 +48,11 @@ class Ranks:
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
+
+    def wait(self) -> None:
+        """Go on when all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
 
     def nth_largest(self, values: Float[Tensor, " n_own"], n: int) -> float:
         """The n-th largest value over all ranks; minus infinity where there are fewer."""

@@ -12,8 +12,8 @@ from headscope.errors import TrainingError
 from headscope.sae import model as sae_model
 from headscope.sae.config import TrainConfig
 from headscope.sae.model import SAE
-from headscope.sae.training.dictionary import first_parameters, scale_of, started_anew, unit
-from headscope.sae.training.objectives import Gated, JumpReLU, Objective, Outcome, Parameters, ReLU, Space, TopK
+from headscope.sae.training.dictionary import first_parameters, scale_of, started_anew
+from headscope.sae.training.objectives import Gated, JumpReLU, Now, Objective, Outcome, Parameters, ReLU, Space, TopK
 from headscope.sae.training.ranks import ALONE, Ranks
 from headscope.sae.training.schedule import coefficient_at, first_coefficient, rate, steer
 from headscope.site import Site
@@ -48,6 +48,7 @@ class Status:
 class Trainer:
     """Weights, optimizer and counters, and one step of training."""
 
+    @torch.no_grad()
     def __init__(
         self,
         samples: Float[Tensor, "n d_in"],
@@ -75,11 +76,13 @@ class Trainer:
             )
         self.config, self.ranks = config, ranks
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.scale = self._scale(samples, W_O, d_head)
+        self._check_site(W_O, d_head)
+        self.scale = scale_of(samples, config.scaling, d_head or 0)
         """Factor on each component of an input, `[d_in]`."""
         self.p: Parameters = first_parameters(samples * self.scale, config, self.generator)
         ranks.share([self.scale, *self.p.values()])
-        self.objective = _objective(config, self._metric(W_O), samples.shape[1], ranks)
+        metric = None if W_O is None or config.error_in == "site" else _metric(samples, W_O, self.scale, config)
+        self.objective = _objective(config, metric, samples.shape[1], ranks)
         self.adam = torch.optim.Adam(list(self.p.values()), lr=config.lr, betas=config.betas, fused=True)
         self.step_number = 0
         self.coefficient = first_coefficient(config)
@@ -87,8 +90,11 @@ class Trainer:
         """Running mean of the least activation of a batch, of batchtopk."""
         self.last_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=samples.device)
         """Step of each latent's last activation."""
+        if config.start != "random":
+            self._fit_first_size(samples[:_RESAMPLE_CHUNK] * self.scale)
+            ranks.share(self.p.values())
 
-    def _scale(self, samples: Tensor, W_O: Tensor | None, d_head: int | None) -> Tensor:  # noqa: N803
+    def _check_site(self, W_O: Tensor | None, d_head: int | None) -> None:  # noqa: N803
         config = self.config
         if (config.scaling == "head" and d_head is None) or (config.error_in == "output" and W_O is None):
             raise TrainingError(
@@ -96,21 +102,6 @@ class Trainer:
                 expected="both `site`, but for z",
                 do="leave out --scaling and --error-in, or train on z",
             )
-        scale = scale_of(samples, config.scaling, d_head or 0)
-        if config.error_in == "output" and config.scaling != "none":  # so that errors there have the usual size
-            read = samples @ W_O
-            spread = torch.linalg.vector_norm(read - read.mean(0), dim=1).mean().clamp_min(1e-12)
-            self._metric_scale = (samples.shape[1] / spread.square()).item()
-        else:
-            self._metric_scale = 1.0
-        return scale
-
-    def _metric(self, W_O: Tensor | None) -> Tensor | None:  # noqa: N803
-        """`S^-1 W_O W_O^T S^-1` for inputs that were multiplied by S, in units in which their variance is d_in."""
-        if self.config.error_in == "site" or W_O is None:
-            return None
-        read = W_O.to(self.scale) / self.scale[:, None]
-        return read @ read.T * self._metric_scale
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:
@@ -128,7 +119,7 @@ class Trainer:
         x = x * self.scale
         dead = self.dead
         coefficient = coefficient_at(self.config, self.step_number, self.coefficient)
-        outcome = self.objective(self.p, x, coefficient, dead)
+        outcome = self.objective(self.p, x, Now(coefficient, dead))
         status = self._status(x, outcome, coefficient, dead)
         if not math.isfinite(status.squared_error + status.penalty + status.auxiliary):
             raise TrainingError(
@@ -148,7 +139,9 @@ class Trainer:
         if unit_rows:
             d_decoder.addcmul_(decoder, torch.linalg.vecdot(d_decoder, decoder)[:, None], value=-1)
         if self.config.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.p.values(), self.config.clip, self._norm(gradients))
+            norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+            for gradient in gradients.values():
+                gradient *= min(1.0, self.config.clip / max(norm, 1e-12))
         for name, weight in self.p.items():
             weight.grad = gradients[name]
         self.adam.param_groups[0]["lr"] = lr
@@ -192,6 +185,21 @@ class Trainer:
             lr=self.config.lr * rate(self.config, self.step_number),
         )
 
+    def _without_penalty(self, x: Float[Tensor, "batch d_in"]) -> Outcome:
+        return self.objective(self.p, x, Now(0.0, torch.zeros_like(self.last_fired, dtype=torch.bool)))
+
+    def _fit_first_size(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Scale the encoder so that the first reconstructions have the right size.
+
+        Latents that start on inputs overlap, and together give a multiple of what each would alone. For x_hat without
+        b_dec, the factor is `sum x . x_hat / sum ||x_hat||^2`.
+        """
+        error = self._without_penalty(x).error
+        x = x - self.p["b_dec"]
+        x_hat = x - error
+        factor = (x * x_hat).sum() / x_hat.square().sum().clamp_min(1e-12)
+        self.p["encoder"] *= factor.clamp(0.01, 1.0)
+
     @torch.no_grad()
     def resample(self, x: Float[Tensor, "n d_in"]) -> int:
         """Start dead latents anew, by what is reconstructed badly among raw activations; returns how many.
@@ -202,7 +210,7 @@ class Trainer:
         if not dead.any():
             return 0
         x = x * self.scale
-        errors = [self.objective(self.p, part, 0.0, dead & False).squared_error for part in x.split(_RESAMPLE_CHUNK)]
+        errors = [self._without_penalty(part).squared_error for part in x.split(_RESAMPLE_CHUNK)]
         for name, rows in started_anew(self.p, dead, x, torch.cat(errors), self.config, self.generator).items():
             self.p[name][dead] = rows
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -261,8 +269,7 @@ class Trainer:
             "step_number": self.step_number,
             "coefficient": self.coefficient,
             "threshold": self.threshold,
-            "guess": getattr(self.objective, "guess", None),
-            "metric_scale": self._metric_scale,
+            "guess": self.objective.guess if isinstance(self.objective, TopK) else None,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -270,7 +277,8 @@ class Trainer:
         for name, weight in self.p.items():
             weight.copy_(state[f"p.{name}"])
             start = f"adam.{name}."
-            self.adam.state[weight] = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+            moments = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+            self.adam.state[weight] = {key: value.to(weight.device).clone() for key, value in moments.items()}
         self.scale.copy_(state["scale"])
         self.last_fired.copy_(state["last_fired"])
         self.generator.set_state(state["generator"])
@@ -278,6 +286,17 @@ class Trainer:
         self.threshold = state["threshold"]
         if isinstance(self.objective, TopK):
             self.objective.guess = state["guess"]
+
+
+def _metric(x: Tensor, W_O: Tensor, scale: Tensor, config: TrainConfig) -> Float[Tensor, "d_in d_in"]:  # noqa: N803
+    """`S^-1 W_O W_O^T S^-1` for inputs that were multiplied by S, in units in which their variance is d_in."""
+    read = W_O.to(scale) / scale[:, None]
+    metric = read @ read.T
+    if config.scaling == "none":
+        return metric
+    centred = (x - x.mean(0)) * scale
+    spread = ((centred @ metric) * centred).sum(1).clamp_min(0).sqrt().mean().clamp_min(1e-12)
+    return metric * (x.shape[1] / spread.square())
 
 
 def _objective(config: TrainConfig, metric: Tensor | None, d_in: int, ranks: Ranks) -> Objective:

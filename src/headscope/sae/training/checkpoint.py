@@ -1,0 +1,163 @@
+"""Exact checkpoints: a run that was killed goes on as if it had not been.
+
+    RUN/run.json             the recipe and what it trains on: another one does not go on here
+    RUN/NAME.jsonl           of each SAE trained, a line each few steps
+    RUN/step-00012000/       all that decides what comes next
+        NAME.safetensors         weights, optimizer, counters, random state
+        stream-0.safetensors     of each rank: the buffer and the place in the corpus
+        manifest.json            the plain numbers and a hash of each file, written last
+
+A folder becomes `step-...` when all of it is on disk; the last two stay.
+"""
+
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from headscope.artefact import file_hash, read_json, write_json
+from headscope.errors import OutputError, TrainingError
+from headscope.sae.training.ranks import Ranks
+
+_KEPT = 2
+_STREAM = "stream-{rank}"
+
+
+class Checkpoints:
+    """The folder of one training run."""
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        """Look at a folder, which need not exist."""
+        self.folder, self.ranks = Path(folder), ranks
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run began here."""
+        return (self.folder / "run.json").is_file()
+
+    def steps(self) -> list[int]:
+        """Numbers of the steps after which there is a checkpoint, the last first."""
+        found = [int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*") if path.is_dir()]
+        return sorted(found, reverse=True)
+
+    def claim(self, recipe: Mapping[str, Any]) -> None:
+        """Begin a run here, or make sure that the one that began here is the same.
+
+        Raises:
+            TrainingError: what is here is of another recipe.
+            OutputError: the folder cannot be written.
+        """
+        file = self.folder / "run.json"
+        if self.begun:
+            held = read_json(file)
+            differing = sorted(name for name in {*held, *recipe} if held.get(name) != recipe.get(name))
+            if differing:
+                name = differing[0]
+                raise TrainingError(
+                    f"{self.folder} holds a training with {name} {held.get(name)}",
+                    expected=f"{recipe.get(name)}, to go on with it",
+                    do="give the options that it was started with, or --overwrite to start again",
+                )
+        elif self.ranks.rank == 0:
+            write_json(file, dict(recipe))
+        self.ranks.wait()
+
+    def save(self, step: int, trainers: Mapping[str, Mapping[str, Any]], stream: Mapping[str, Any]) -> None:
+        """Write one, and remove all but the last two.
+
+        Args:
+            step: how many were taken.
+            trainers: state of each trainer, by name; the same on all ranks.
+            stream: state of this rank's stream.
+
+        Raises:
+            OutputError: it cannot be written; those there are stay.
+        """
+        rank, scratch = self.ranks.rank, self.folder / f".step-{step:08}"
+        try:
+            scratch.mkdir(parents=True, exist_ok=True)
+            _write(scratch, _STREAM.format(rank=rank), stream)
+            self.ranks.wait()
+            if rank == 0:
+                for name, state in trainers.items():
+                    _write(scratch, name, state)
+                hashes = {path.name: file_hash(path) for path in sorted(scratch.iterdir())}
+                write_json(scratch / "manifest.json", {"ranks": self.ranks.size, "hashes": hashes})
+                shutil.rmtree(self._path(step), ignore_errors=True)
+                scratch.rename(self._path(step))
+                for old in self.steps()[_KEPT:]:
+                    shutil.rmtree(self._path(old))
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            last = self.steps()
+            raise OutputError(
+                f"the checkpoint of step {step:,} in {self.folder} could not be written: {error}",
+                expected="a folder that can be written, on a disk with room",
+                do=f"free some space; the same command goes on from step {last[0]:,}" if last else "free some space",
+            ) from error
+        self.ranks.wait()
+
+    def load(self, names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]] | None:
+        """State of each trainer and of the stream, of the last whole checkpoint; None where there is none.
+
+        Raises:
+            TrainingError: there are some, and all are damaged; or the run had another number of ranks.
+        """
+        damaged = []
+        for step in self.steps():
+            try:
+                return self._read(self._path(step), names)
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                damaged.append(f"{self._path(step).name}: {error}")
+                warnings.warn(f"a damaged checkpoint is passed over: {damaged[-1]}", stacklevel=2)
+        if damaged:
+            raise TrainingError(
+                f"damaged checkpoints in {self.folder} ({'; '.join(damaged)})",
+                expected="at least one that is whole",
+                do="pass --overwrite to start again",
+            )
+        return None
+
+    def _read(self, path: Path, names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        manifest = read_json(path / "manifest.json")
+        for name, expected in manifest["hashes"].items():
+            if file_hash(path / name) != expected:
+                raise ValueError(f"{name} is not the file that was written")
+        if manifest["ranks"] != self.ranks.size:
+            raise TrainingError(
+                f"a training by {manifest['ranks']} processes in {self.folder}",
+                expected=f"as many as now, {self.ranks.size}",
+                do=f"resume with --nproc-per-node {manifest['ranks']}, or pass --overwrite to start again",
+            )
+        return {name: _read(path, name) for name in names}, _read(path, _STREAM.format(rank=self.ranks.rank))
+
+    def keep(self, name: str, tensors: dict[str, Tensor]) -> Path:
+        """Write tensors for a look at them."""
+        path = self.folder / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+        return path
+
+    def clear(self) -> None:
+        """Remove the folder."""
+        if self.ranks.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.ranks.wait()
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08}"
+
+
+def _write(folder: Path, name: str, state: Mapping[str, Any]) -> None:
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
+    save_file(tensors, folder / f"{name}.safetensors")
+    write_json(folder / f"{name}.json", {key: value for key, value in state.items() if key not in tensors})
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    return load_file(folder / f"{name}.safetensors") | read_json(folder / f"{name}.json")

@@ -1,0 +1,336 @@
+"""Train an SAE on the activations of a site over a corpus."""
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from headscope.artefact import atomic_write
+from headscope.corpus import Corpus
+from headscope.errors import TrainingError
+from headscope.models.hf import Model
+from headscope.sae.config import TrainConfig
+from headscope.sae.model import SAE
+from headscope.sae.training.checkpoint import Checkpoints
+from headscope.sae.training.ranks import Ranks
+from headscope.sae.training.stream import ActivationStream
+from headscope.sae.training.trainer import Status, Trainer
+from headscope.site import Site
+
+_SAMPLE = 65_536
+"""Activations that the scale and the first dictionary are taken from, at least."""
+_RESAMPLE_BATCHES = 100
+"""Batches among whose inputs dead latents are started anew (Kissane et al. 2024)."""
+_CURVE_POINTS, _METRIC_POINTS = 100, 2000
+_WRITTEN_TOGETHER = 50  # points
+METRICS = "metrics"
+"""Name of a run of one SAE, and of its file of metrics."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A trained SAE and how it went."""
+
+    sae: SAE
+    curve: list[dict[str, int | float]] = field(default_factory=list)
+    epochs: float = 0.0
+    """Activations trained on, over activations in the corpus."""
+    interrupted: bool = False
+
+
+def train_sae(
+    model: Model,
+    corpus: Corpus,
+    site: Site,
+    config: TrainConfig,
+    on_step: Callable[[Status], None] | None = None,
+    *,
+    folder: Path | None = None,
+    checkpoint_every: int = 2000,
+) -> TrainResult:
+    """Train an SAE on the activations of a site over a corpus; in a process group, together with the other ranks.
+
+    Ctrl-C ends the training early; what was trained is returned, marked as interrupted.
+
+    Args:
+        model: the model to read.
+        corpus: its training documents.
+        site: where to read.
+        config: the recipe.
+        on_step: called with the status of every step.
+        folder: where checkpoints and metrics are kept; a run that was cut off there goes on, bit for bit.
+        checkpoint_every: steps between checkpoints.
+
+    Raises:
+        CorpusError, ModelError: the corpus or the site does not fit the model.
+        TrainingError: too few activations, or values that are not finite; what is in the folder is of another run.
+        OutputError: a checkpoint cannot be written.
+    """
+
+    def on_steps(statuses: Mapping[str, Status]) -> None:
+        if on_step is not None:
+            on_step(statuses[METRICS])
+
+    arguments = {"folder": folder, "checkpoint_every": checkpoint_every}
+    return train_saes(model, corpus, site, {METRICS: config}, on_steps, **arguments)[METRICS]
+
+
+def train_saes(
+    model: Model,
+    corpus: Corpus,
+    site: Site,
+    configs: Mapping[str, TrainConfig],
+    on_steps: Callable[[Mapping[str, Status]], None] | None = None,
+    *,
+    folder: Path | None = None,
+    checkpoint_every: int = 2000,
+) -> dict[str, TrainResult]:
+    """Train several SAEs on one stream of activations; each comes out as if it were trained alone.
+
+    As `train_sae`, for recipes by name.
+
+    Raises:
+        TrainingError: also where the recipes differ in what decides the stream.
+    """
+    model.check_layer(site.layer)
+    _check_one_stream(configs)
+    ranks = Ranks.joined()
+    config = next(iter(configs.values()))
+    stream = ActivationStream(model, corpus, site, config, rank=ranks.rank, ranks=ranks.size)
+    with closing(stream):
+        run = _Run(model, corpus, site, configs, stream, ranks, folder)
+        interrupted = False
+        try:
+            run.to_the_end(on_steps, checkpoint_every)
+        except KeyboardInterrupt:
+            interrupted = True
+            run.save()
+        results = {}
+        for name, trainer in run.trainers.items():
+            epochs = trainer.step_number * config.batch / stream.n_available
+            sae = trainer.finish(site, model.spec.name)
+            results[name] = TrainResult(sae, run.metrics[name].curve(), epochs, interrupted)
+            sae.metadata.update(_provenance(model, corpus, configs[name], results[name]))
+    return results
+
+
+_OF_STREAM = ("tokens", "batch", "buffer", "exclude_bos", "seed", "cache")
+
+
+def _check_one_stream(configs: Mapping[str, TrainConfig]) -> None:
+    for name in _OF_STREAM:
+        values = {getattr(config, name) for config in configs.values()}
+        if len(values) > 1:
+            raise TrainingError(
+                f"recipes with {name} {', '.join(map(str, sorted(values, key=str)))}",
+                expected="the same for all, since they are trained on one stream",
+                do="train them in several sweeps",
+            )
+
+
+class _Run:
+    """A training run and where it stands."""
+
+    def __init__(
+        self,
+        model: Model,
+        corpus: Corpus,
+        site: Site,
+        configs: Mapping[str, TrainConfig],
+        stream: ActivationStream,
+        ranks: Ranks,
+        folder: Path | None,
+    ) -> None:
+        self.configs, self.stream, self.ranks = configs, stream, ranks
+        self.config = next(iter(configs.values()))
+        self.checkpoints = None if folder is None else Checkpoints(folder, ranks)
+        if self.checkpoints is not None:
+            self.checkpoints.claim(_recipe(model, corpus, site, configs))
+        z, samples = site.kind == "z", stream.sample(max(_SAMPLE, *(c.d_sae for c in configs.values())))
+        self.trainers = {
+            name: Trainer(
+                samples,
+                config,
+                W_O=model.output_directions(site.layer) if z else None,
+                d_head=model.spec.d_head if z else None,
+                ranks=ranks,
+            )
+            for name, config in configs.items()
+        }
+        saved = None if self.checkpoints is None else self.checkpoints.load(list(configs))
+        if saved is not None:
+            for name, trainer in self.trainers.items():
+                trainer.restore(saved[0][name])
+            stream.restore(saved[1])
+        self.saved_at = self.step_number
+        self.metrics = {
+            name: Metrics(None if folder is None or ranks.rank else folder / f"{name}.jsonl", config.n_steps)
+            for name, config in configs.items()
+        }
+        for metrics in self.metrics.values():
+            metrics.go_on(self.step_number)
+
+    @property
+    def step_number(self) -> int:
+        """Steps that all trainers have taken."""
+        return min(trainer.step_number for trainer in self.trainers.values())
+
+    def to_the_end(self, on_steps: Callable[[Mapping[str, Status]], None] | None, checkpoint_every: int) -> None:
+        """Take all steps that are left."""
+        n_steps, batches = self.config.n_steps, iter(self.stream)
+        with _asked_to_stop() as asked:
+            while self.step_number < n_steps:
+                statuses = self._step(next(batches))
+                for name, status in statuses.items():
+                    self.metrics[name].add(status)
+                if self.step_number % checkpoint_every == 0 and self.step_number < n_steps:
+                    self.save()
+                if on_steps is not None:
+                    on_steps(statuses)
+                if sum(self.ranks.mean(asked())) > 0:
+                    raise KeyboardInterrupt
+        for metrics in self.metrics.values():
+            metrics.flush()
+
+    def _step(self, x: Tensor) -> dict[str, Status]:
+        statuses = {}
+        for name, trainer in self.trainers.items():
+            statuses[name] = self._step_of(name, trainer, x)
+            if trainer.step_number in trainer.config.resampled_at and trainer.dead.any():
+                trainer.resample(self.stream.sample(_RESAMPLE_BATCHES * self.config.batch))
+        return statuses
+
+    def _step_of(self, name: str, trainer: Trainer, x: Tensor) -> Status:
+        try:
+            return trainer.step(x)
+        except TrainingError as error:
+            if self.checkpoints is None:
+                raise
+            kept = self.checkpoints.keep(f"bad-batch-{name}.safetensors", {"x": x} | trainer.p)
+            raise TrainingError(error.got, expected=error.expected, do=f"{error.do}; {kept} holds the batch") from error
+
+    def save(self) -> None:
+        """Write a checkpoint of where the run stands, unless there is one."""
+        if self.checkpoints is not None and self.step_number > self.saved_at:
+            for metrics in self.metrics.values():
+                metrics.flush()
+            states = {name: trainer.state() for name, trainer in self.trainers.items()}
+            self.checkpoints.save(self.step_number, states, self.stream.state())
+            self.saved_at = self.step_number
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Make Ctrl-C wait until a step is whole; a second one does not."""
+    asked = False
+
+    def ask(_number: int, _frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _recipe(model: Model, corpus: Corpus, site: Site, configs: Mapping[str, TrainConfig]) -> dict[str, Any]:
+    """What a run that is to go on must have been begun with."""
+    recipes = {
+        f"{name} {option}": value
+        for name, config in configs.items()
+        for option, value in config.as_dict().items()
+        if option != "cache"
+    }
+    return {
+        "model": model.fingerprint(),
+        "corpus": corpus.fingerprint(),
+        "site": site.hook_name,
+        "names": list(configs),
+        **recipes,
+    }
+
+
+class Metrics:
+    """What a run measured on its batches, in memory and as lines of JSON."""
+
+    def __init__(self, path: Path | None, n_steps: int) -> None:
+        """Measure a run of so many steps."""
+        self.path, self._n_steps = path, n_steps
+        self._every = max(1, n_steps // _METRIC_POINTS)
+        self.points: list[dict[str, int | float]] = []
+
+    def go_on(self, step: int) -> None:
+        """Take up the lines of the steps before one; those after it are measured again."""
+        if self.path is not None and self.path.is_file():
+            self.points = [point for point in read_metrics(self.path) if point["step"] < step]
+
+    def add(self, status: Status) -> None:
+        """Keep a step, if it is one of those that are kept."""
+        if status.step % self._every == 0 or status.step == self._n_steps - 1:
+            self.points.append({name: _short(value) for name, value in asdict(status).items() if name != "n_steps"})
+            if len(self.points) % _WRITTEN_TOGETHER == 0:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write all lines."""
+        if self.path is not None:
+            with atomic_write(self.path) as file:
+                file.write("".join(json.dumps(point) + "\n" for point in self.points).encode())
+
+    def curve(self) -> list[dict[str, int | float]]:
+        """At most about a hundred of them, the last included."""
+        every = max(1, len(self.points) // _CURVE_POINTS)
+        last = len(self.points) - 1
+        return [point for i, point in enumerate(self.points) if i % every == 0 or i == last]
+
+
+def read_metrics(path: Path) -> list[dict[str, int | float]]:
+    """The lines of a metrics file, as far as they are whole.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    points = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            points.append(json.loads(line))
+        except ValueError:
+            break
+    return points
+
+
+def _short(value: int | float) -> int | float:
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def _provenance(model: Model, corpus: Corpus, config: TrainConfig, result: TrainResult) -> dict[str, Any]:
+    """What every artefact states about how it was made."""
+    return {
+        "z_convention": "raw",
+        "model_hash": model.fingerprint(),
+        "n_heads": model.spec.n_heads,
+        "d_head": model.spec.d_head,
+        "context_size": corpus.block_size,
+        "prepend_bos": bool((corpus.blocks[:, 0] == corpus.bos).all()),
+        "exclude_special_tokens": config.exclude_bos,
+        "corpus": corpus.provenance(),
+        "training": {
+            "config": config.as_dict(),
+            "epochs": round(result.epochs, 3),
+            "interrupted": result.interrupted,
+            "curve": result.curve,
+        },
+    }
