@@ -36,7 +36,7 @@ D_SAE = 512
 HELD_OUT = 16_384
 STEERED = ("relu", "jumprelu", "gated")
 PEER_RATES = (3e-4, 1e-3, 3e-3)
-PEER_COEFFICIENTS = (0.3, 0.6, 1.2, 2.4)
+PEER_COEFFICIENTS = (0.3, 1.0, 3.0, 10.0)
 PEER_RATE = 1e-3
 """With coefficients."""
 
