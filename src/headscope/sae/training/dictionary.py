@@ -44,7 +44,8 @@ def first_parameters(x: Float[Tensor, "n d_in"], config: TrainConfig, generator:
         decoder = unit(x[chosen] - mean + normal(d_sae, d_in) * 0.01)
         encoder = decoder.clone()
     elif config.start == "subspace":
-        decoder = unit(normal(d_sae, d_in) @ _subspace(x - mean))
+        directions = _subspace(x - mean)
+        decoder = unit(normal(d_sae, len(directions)) @ directions)
         encoder = decoder.clone()
     else:
         encoder, decoder = kaiming(d_sae, d_in, generator).to(x), unit(kaiming(d_sae, d_in, generator).to(x))

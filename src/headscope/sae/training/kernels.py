@@ -19,6 +19,7 @@ which is itself a product of two vectors of two components: it is appended to x~
 float32 accumulation may lose), and so costs nothing to add.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ def select_batch_topk(
     if guess is None:
         share = n / (len(x) * ranks.size * len(encoder))
         [guess] = ranks.mean(_guessed(x, encoder, bias, share))
-    bound = max(guess, 0.0)
+    bound = _usable(guess)
     while True:
         pairs, pre = select_above(x, encoder, bias, x.new_full((len(x),), bound))
         [mean] = ranks.mean(len(pairs))
@@ -223,7 +224,7 @@ def select_topk(
             none changes the result.
     """
     size = torch.linalg.vector_norm(x, dim=1)
-    bound = 0.0 if guess is None else max(guess, 0.0)
+    bound = 0.0 if guess is None else _usable(guess)
     pairs, pre = select_above(x, encoder, bias, size * bound)
     found = torch.bincount(pairs.row, minlength=len(x))
     short = (found < k).nonzero()[:, 0] if bound > 0 else found[:0]
@@ -241,6 +242,11 @@ def select_topk(
     rank = torch.arange(len(pairs), device=x.device) - pairs.row_starts[pairs.row[order]]
     kept = order[rank < k].sort().values
     return pairs.kept(kept), pre[kept]
+
+
+def _usable(guess: float) -> float:
+    """A guess from which a search ends; weights that overflowed give others."""
+    return guess if 0 < guess < math.inf else 0.0
 
 
 def _guessed(x: Tensor, encoder: Tensor, bias: Tensor, share: float) -> float:
@@ -273,7 +279,10 @@ def _computed(x: Tensor, encoder: Tensor, bias: Tensor, limit: Tensor) -> Iterat
 
 
 def _proposed(x: Tensor, encoder: Tensor, bias: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """(latent, row) of all pairs that may be above the limit, by a bfloat16 product and its bound."""
+    """(latent, row) of all pairs that may be above the limit, by a bfloat16 product and its bound.
+
+    For vectors whose norms, squared, are neither zero nor infinity in float32 while they are not.
+    """
     of_rows = _with_bound(x, -limit, swap=False).T
     latents, rows = [], []
     for start in range(0, len(encoder), _BLOCK):

@@ -20,7 +20,7 @@ def rate(config: TrainConfig, step: int) -> float:
         return min(1.0, falling)
     if config.warmup == "linear":
         return min(1.0, (step + 1) / config.warmup_steps, falling)
-    since = step - max((at + 1 for at in config.resampled_at if at < step), default=0)
+    since = step - max((at for at in config.resampled_at if at <= step), default=0)
     t = min(1.0, since / config.warmup_steps)
     return min(0.1 + 0.45 * (1 - math.cos(math.pi * t)), falling)
 
