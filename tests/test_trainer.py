@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_training import BATCH, D_HEAD, RECIPES, config, data, mean_max_cosine, outcome, planted, trainer, w_o, weights
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.testing import assert_close
@@ -14,6 +13,19 @@ from headscope.sae.model import SAE, Gated, JumpReLU, ReLU, TopK
 from headscope.sae.training.dictionary import geometric_median, scale_of
 from headscope.sae.training.trainer import Trainer
 from headscope.site import Site
+from small_training import (
+    BATCH,
+    D_HEAD,
+    RECIPES,
+    config,
+    data,
+    mean_max_cosine,
+    outcome,
+    planted,
+    trainer,
+    w_o,
+    weights,
+)
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 Z1 = Site("z", 1)
@@ -156,7 +168,11 @@ def test_a_status_states_the_measures_of_its_batch(name: str) -> None:
     expected = outcome(t, x, t.coefficient)
     scaled = x * t.scale
     metric = t.objective.space.metric
-    root = torch.eye(16, dtype=torch.float64) if metric is None else torch.linalg.cholesky(metric + 1e-12 * ones(16).diag())
+    root = (
+        torch.eye(16, dtype=torch.float64)
+        if metric is None
+        else torch.linalg.cholesky(metric + 1e-12 * ones(16).diag())
+    )
     error = (expected.error @ root).square().sum().item()
     variance = ((scaled - scaled.mean(0)) @ root).square().sum().item()
     status = t.step(x)
@@ -231,7 +247,7 @@ def test_resampling_changes_only_dead_latents(variant: str, by: Any, dead: list[
         return (seen - t.p["b_dec"]) @ t.p["encoder"].T + t.p["b_enc"]
 
     pre_before, alive = pre(), [i for i in range(24) if i not in dead]
-    errors = (x * t.scale - t.p["b_dec"])
+    errors = x * t.scale - t.p["b_dec"]
     let_die(t, dead)
     assert t.resample(x) == len(dead)
     assert_close(pre()[:, alive], pre_before[:, alive], rtol=0, atol=0)
@@ -377,7 +393,9 @@ def test_a_restored_trainer_goes_on_bit_for_bit(name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ planted dictionaries
-RECOVERED: dict[str, dict[str, Any]] = {name: RECIPES[name] for name in RECIPES if name not in ("after W_O", "matryoshka")}
+RECOVERED: dict[str, dict[str, Any]] = {
+    name: RECIPES[name] for name in RECIPES if name not in ("after W_O", "matryoshka")
+}
 
 
 @pytest.mark.slow

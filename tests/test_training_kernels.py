@@ -52,7 +52,12 @@ def random_pairs(batch: int, d_sae: int, share: float, seed: int) -> tuple[Pairs
     return pairs, full[pairs.row, pairs.latent], full
 
 
-@given(batch=st.integers(1, 9), d_sae=st.integers(1, 30), share=st.sampled_from([0, 0.05, 0.5, 1]), seed=st.integers(0, 2**31 - 1))
+@given(
+    batch=st.integers(1, 9),
+    d_sae=st.integers(1, 30),
+    share=st.sampled_from([0, 0.05, 0.5, 1]),
+    seed=st.integers(0, 2**31 - 1),
+)
 def test_pairs_are_the_entries_of_a_matrix(batch: int, d_sae: int, share: float, seed: int) -> None:
     pairs, weights, full = random_pairs(batch, d_sae, share, seed)
     assert_close(pairs.matrix(weights), full, rtol=0, atol=0)
@@ -79,7 +84,12 @@ def test_pairs_are_the_entries_of_a_matrix(batch: int, d_sae: int, share: float,
 
 
 @pytest.mark.parametrize("dense_above", [0.0, 2.0])
-@given(batch=st.integers(1, 9), d_sae=st.integers(1, 30), share=st.sampled_from([0, 0.05, 0.5, 1]), seed=st.integers(0, 2**31 - 1))
+@given(
+    batch=st.integers(1, 9),
+    d_sae=st.integers(1, 30),
+    share=st.sampled_from([0, 0.05, 0.5, 1]),
+    seed=st.integers(0, 2**31 - 1),
+)
 def test_sums_over_pairs_are_products_of_matrices(
     dense_above: float, batch: int, d_sae: int, share: float, seed: int
 ) -> None:

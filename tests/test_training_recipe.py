@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from naive_training import NaiveTraining
-from small_training import BATCH, config, data
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -14,6 +12,8 @@ from headscope.errors import TrainingError
 from headscope.sae.presets import KISSANE_GPT2_COEFFICIENTS, PRESETS, preset
 from headscope.sae.training.schedule import coefficient_at, rate, steer
 from headscope.sae.training.trainer import Trainer
+from naive_training import NaiveTraining
+from small_training import BATCH, config, data
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 SMALL: dict[str, Any] = {"d_sae": 40, "batch": BATCH, "tokens": BATCH * 48, "buffer": 512, "lr": 1e-2}
