@@ -1,8 +1,8 @@
 """A GPU pretended on the processor: tensors that were put there must not meet tensors that were not.
 
-Within `pretended()` there is a device `cuda`. Tensors made there, moved there, or computed from any that are there say so
-by `.device`; `.cpu()` and `.to("cpu")` bring them back. As with a GPU, what is mixed is refused, but for numbers without
-axes and for indices, which may be of the processor, and so is `.numpy()`.
+Within `pretended()` there is a device `cuda`. Tensors made there, moved there, or computed from any that are there say
+so by `.device`; `.cpu()` and `.to("cpu")` bring them back. As with a GPU, what is mixed is refused, but for numbers
+without axes and for indices, which may be of the processor, and so is `.numpy()`. It holds for one thread.
 """
 
 from collections.abc import Iterator

@@ -104,7 +104,9 @@ def test_studies_run_there(gpu: list[bool], files: dict[str, Path], tmp_path: Pa
     assert all(gpu)
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "index", "serve", "effects", "families", "heads", "dive", "report"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "index", "serve", "effects", "families", "heads", "dive", "report"]
+)
 def test_every_command_that_runs_a_model_takes_a_device(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit):
         run(command, "--help")

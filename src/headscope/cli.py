@@ -41,7 +41,7 @@ class Train:
     """`tiny` (bundled), a Hugging Face folder, or a name on the hub."""
     text: Annotated[jobs.CorpusChoice, _Flat] = field(default_factory=lambda: jobs.CorpusChoice(split="train"))
     site: Kind = "z"
-    """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out or resid_pre."""
+    """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out, or the residual stream."""
     layer: int | None = None
     """Layer of the site; the last one when not given."""
     config: Annotated[TrainConfig, _Flat] = field(default_factory=TrainConfig)
@@ -62,6 +62,7 @@ class Train:
                 hardware=self.hardware,
                 overwrite=self.overwrite,
                 on_step=display.on_step,
+                on_progress=display.on_progress,
             )
         if result.interrupted:
             display.say(f"stopped early after {result.epochs:.2f} epochs; what was trained is saved")
@@ -492,7 +493,8 @@ class Display:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            console=self._console,
+            console=Console(stderr=True),
+            redirect_stdout=sys.stdout.isatty(),  # lines go above the bars, but where they are kept in a file
         )
         self._tasks: dict[str, tuple] = {}
 
@@ -509,8 +511,8 @@ class Display:
         """Move the bar of a stage."""
         task = self._tasks.get(stage)
         if task is None:
-            task = self._tasks[stage] = (self._progress.add_task(stage, total=total, note=""),)
-        self._progress.update(task[0], completed=done, total=total, note=note)
+            task = self._tasks[stage] = (self._progress.add_task(stage, total=total or None, note=""),)
+        self._progress.update(task[0], completed=done, total=total or None, note=note)
 
     def on_step(self, status: "jobs.Status") -> None:
         """Move the training bar."""

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from headscope.studies.survey import Survey
 
 Progress = Callable[[str, int, int], None]
-"""Called with the stage, the work done and the work in all."""
+"""Called with the stage, the work done and the work in all, which is 0 where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class CorpusChoice(Reading):
     max_tokens: int | None = None
     """Read at most this many tokens."""
 
-    def load(self, model: "Model") -> Corpus:
-        """Read, tokenise and pack."""
+    def load(self, model: "Model", on_progress: "Progress | None" = None) -> Corpus:
+        """Read, tokenise and pack; text that takes long to tokenise is told of as it goes on."""
         return load_corpus(
             self.corpus,
             model.tokenizer,
@@ -70,6 +70,7 @@ class CorpusChoice(Reading):
             block_size=min(256, model.spec.context) if self.block_size is None else self.block_size,
             max_tokens=self.max_tokens,
             reading=self,
+            on_tokens=None if on_progress is None else lambda done, total: on_progress("tokenise", done, total or 0),
         )
 
 
@@ -125,6 +126,7 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     hardware: Hardware | None = None,
     overwrite: bool = False,
     on_step: Callable[["Status"], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> "TrainResult":
     """Train an SAE and write it to `out`, a SAELens folder; `layer` None is the last.
 
@@ -141,7 +143,7 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     loaded = (hardware or Hardware()).load(model)
     chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
     loaded.check_layer(chosen.layer)
-    corpus = text.load(loaded)
+    corpus = text.load(loaded, on_progress)
     result = train_sae(loaded, corpus, chosen, config or TrainConfig(), on_step)
     try:
         save_sae(result.sae, out, overwrite=overwrite)
@@ -175,7 +177,7 @@ def eval(
     files, loaded_sae = locate(sae), load_sae(sae)
     loaded = (hardware or Hardware()).load(model or loaded_sae.model_name)
     loaded_sae = fitted(loaded_sae, loaded)
-    corpus = (text or CorpusChoice()).load(loaded)
+    corpus = (text or CorpusChoice()).load(loaded, on_progress)
     on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
     quality = evaluate(loaded, loaded_sae, corpus, on_tokens)
     record = {"sae_hash": file_hash(files.weights), "corpus": corpus.fingerprint(), "quality": quality.as_dict()}
@@ -279,7 +281,7 @@ def index(
     check_run_folder(out, overwrite=overwrite, inputs=[*saes, text.corpus, *([model] if model else [])])
     loaded_saes = [load_sae(sae) for sae in saes]
     loaded = (hardware or Hardware()).load(model or loaded_saes[0].model_name)
-    corpus = text.load(loaded)
+    corpus = text.load(loaded, on_progress)
     workers = Workers.of_environment()
     folders = build_index(
         loaded,
@@ -328,6 +330,18 @@ def live(
     opened.check_same(sae_hash=sae_hash(name))
     loaded = _load(model or opened.manifest["model"]["name"], device, opened.manifest["dtype"])
     return LiveIndex(opened, loaded, fitted(load_sae(name), loaded))
+
+
+def upstream_sae(opened: "LiveIndex", name: str) -> "SAE":
+    """An SAE of an earlier component of an index's model, as it reads this model's activations, and where it is.
+
+    Raises:
+        ModelError, SAEError: no such SAE, or one that does not fit the model.
+    """
+    from headscope.sae.convert import fitted
+    from headscope.sae.formats import load_sae
+
+    return fitted(load_sae(name), opened.model).to(opened.model.device).to(opened.model.module.dtype)
 
 
 def _measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
@@ -445,11 +459,10 @@ def _models(
     """What a page asks of a model: it is loaded once, and run for one question at a time."""
     from headscope.explorer.prompts import PromptRoutes
     from headscope.live_upstream import LiveUpstream
-    from headscope.sae.formats import load_sae
     from headscope.studies.prompt import Prompts
 
     opened, lock = live(index, model=model, device=device), Lock()
-    upstream = LiveUpstream(opened, {name: load_sae(name) for name in saes}, lock=lock)
+    upstream = LiveUpstream(opened, {name: upstream_sae(opened, name) for name in saes}, lock=lock)
     prompts = PromptRoutes(Prompts(opened, lock=lock), upstream.circuits, folder=str(index))
     return _Effects(opened, lock), upstream, prompts
 

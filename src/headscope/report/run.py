@@ -23,6 +23,7 @@ from headscope.report.records import FULL, QUICK, Claim, Exemplar, Settings, Stu
 from headscope.report.results import Report, StudyResult, SubjectResult
 
 if TYPE_CHECKING:
+    from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
     from headscope.report.subject import Subject
     from headscope.sae.model import SAE
@@ -177,9 +178,7 @@ class _Work:
         from headscope.report.subject import Subject
 
         index = self._index(name, of)
-        live = jobs.live(
-            index, model=self.inputs.model, sae=of if isinstance(of, str) else None, device=self.device
-        )
+        live = jobs.live(index, model=self.inputs.model, sae=of if isinstance(of, str) else None, device=self.device)
         identity = _identity(live.index, self.settings)
         kept = self.out / "studies" / name
         exemplars = _kept(kept / "exemplars.json", identity)
@@ -188,7 +187,7 @@ class _Work:
             exemplars = {"exemplars": [asdict(e) for e in chosen]}
             write_json(kept / "exemplars.json", {"identity": identity} | exemplars)
         chosen = tuple(Exemplar.from_dict(e) for e in exemplars["exemplars"])
-        subject = Subject(name, live, chosen, self.settings, self._upstream())
+        subject = Subject(name, live, chosen, self.settings, self._upstream(live))
         results = tuple(self._study(subject, study, kept, identity) for study in studies)
         tokens = {t: subject.text(t) for e in chosen for t in (e.token, *e.sources)}
         return SubjectResult(name, _facts(live.index), chosen, results, tokens)
@@ -212,10 +211,8 @@ class _Work:
     def _named(self, name: str) -> jobs.Progress:
         return lambda stage, done, total: self.progress(f"{name}: {stage}", done, total)
 
-    def _upstream(self) -> "SAE | None":
-        from headscope.sae.formats import load_sae
-
-        return None if self.inputs.upstream is None else load_sae(self.inputs.upstream)
+    def _upstream(self, live: "LiveIndex") -> "SAE | None":
+        return None if self.inputs.upstream is None else jobs.upstream_sae(live, self.inputs.upstream)
 
     def _study(self, subject: "Subject", study: Study, kept: Path, identity: str) -> StudyResult:
         """What one study finds, unless it is known."""
