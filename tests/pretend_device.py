@@ -23,25 +23,25 @@ _SAYS_NOTHING = ("__repr__", "__format__", "item", "tolist", "__bool__", "__int_
 
 
 def is_there(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.__dict__.get(_MARK, False)
+    return isinstance(value, Tensor) and getattr(value, _MARK, False)
 
 
 def _marked(value: Any) -> Any:
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
-            leaf.__dict__[_MARK] = True
+            setattr(leaf, _MARK, True)
     return value
 
 
 class _Pretended(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), given: dict | None = None) -> Any:
+        kwargs: dict[str, Any] = given or {}
         name = getattr(func, "__name__", "")
         if name in ("_parse_to", "_has_compatible_shallow_copy_type"):  # of `Module.to`
             return func(*args, **kwargs)
         if name == "__deepcopy__":
             found = func(*args, **kwargs)
-            found.__dict__[_MARK] = is_there(args[0])
+            setattr(found, _MARK, is_there(args[0]))
             return found
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         there = [is_there(t) for t in tensors]
@@ -49,7 +49,7 @@ class _Pretended(TorchFunctionMode):
             return DEVICE if there[0] else func(*args, **kwargs)
         if getattr(func, "__self__", None) is Tensor.data and name == "__set__":
             func(*args, **kwargs)
-            args[0].__dict__[_MARK] = is_there(args[1])
+            setattr(args[0], _MARK, is_there(args[1]))
             return None
         asked = any(_names_it(leaf) for leaf in tree_leaves((args, kwargs)))
         elsewhere = any(isinstance(leaf, torch.device) for leaf in tree_leaves((args, kwargs))) and not asked
@@ -76,7 +76,7 @@ class _Pretended(TorchFunctionMode):
         found = func(*args, **kwargs)
         if goes != is_there(found):
             found = found.detach() if found is args[0] and not found.requires_grad else found.view_as(found)
-            found.__dict__[_MARK] = goes
+            setattr(found, _MARK, goes)
         return found
 
     @staticmethod

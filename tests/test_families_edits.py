@@ -6,22 +6,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.hooks import RemovableHandle
 
 from headscope.interventions import at
 from headscope.models.families import FAMILIES
 from headscope.models.hf import Model
 from headscope.site import AnyKind, Site
 
-EXACT = {"atol": 1e-10, "rtol": 1e-10}
-
 
 def turned(value: Tensor) -> Tensor:
     return 1.5 * value.roll(1, 1) + 0.3
 
 
-def hooked(model: Model, kind: AnyKind, layer: int, edit: Callable[[Tensor], Tensor]) -> list:
+def hooked(model: Model, kind: AnyKind, layer: int, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
     """The same edit by hooks of torch."""
-    part = model.family.parts(model.module.get_submodule(model.family.blocks)[layer])
+    part = model.family.parts(model.module.get_submodule(f"{model.family.blocks}.{layer}"))
 
     def before(_module: nn.Module, args: tuple) -> tuple:
         return (edit(args[0]), *args[1:])
@@ -53,7 +52,7 @@ def test_an_edit_is_what_a_hook_of_torch_does(
     expected = model.logits(tokens)
     handle.remove()
     with model.edit({Site(kind, layer): at(turned, rows=1, positions=4)}):
-        assert_close(model.logits(tokens), expected, **EXACT)
+        assert_close(model.logits(tokens), expected, atol=1e-10, rtol=1e-10)
     assert (expected - clean)[1, 4:].abs().max() > 1e-3
     assert torch.equal(expected[[0, 2]], clean[[0, 2]])
     assert torch.equal(model.logits(tokens), clean)

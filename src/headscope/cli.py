@@ -486,6 +486,7 @@ class Display:
     def __init__(self) -> None:
         """Nothing is shown until work is reported."""
         self._console = Console(highlight=False)
+        bars = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(),
@@ -493,7 +494,8 @@ class Display:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
+            console=bars,
+            disable=not bars.is_terminal,
             redirect_stdout=sys.stdout.isatty(),  # lines go above the bars, but where they are kept in a file
         )
         self._tasks: dict[str, tuple] = {}
