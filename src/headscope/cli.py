@@ -24,6 +24,14 @@ _Flat = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True, kw_only=True)
+class _OnDevice:
+    """A command that runs the model of an index, in the precision that the index was made in."""
+
+    device: str = "cpu"
+    """Where the model runs: `cpu`, `cuda`, `cuda:1`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train an SAE on an attention layer's z (or another site) and write it as a SAELens folder."""
 
@@ -33,7 +41,7 @@ class Train:
     """`tiny` (bundled), a Hugging Face folder, or a name on the hub."""
     text: Annotated[jobs.CorpusChoice, _Flat] = field(default_factory=lambda: jobs.CorpusChoice(split="train"))
     site: Kind = "z"
-    """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out or resid_pre."""
+    """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out, or the residual stream."""
     layer: int | None = None
     """Layer of the site; the last one when not given."""
     config: Annotated[TrainConfig, _Flat] = field(default_factory=TrainConfig)
@@ -54,6 +62,7 @@ class Train:
                 hardware=self.hardware,
                 overwrite=self.overwrite,
                 on_step=display.on_step,
+                on_progress=display.on_progress,
             )
         if result.interrupted:
             display.say(f"stopped early after {result.epochs:.2f} epochs; what was trained is saved")
@@ -184,7 +193,7 @@ class Index:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve:
+class Serve(_OnDevice):
     """Serve the explorer of an index on 127.0.0.1 until Ctrl-C."""
 
     index: Path
@@ -201,7 +210,12 @@ class Serve:
     def run(self) -> None:
         """Serve."""
         jobs.serve(
-            self.index, model=self.model, upstream_saes=self.upstream_sae, port=self.port, open_browser=self.open
+            self.index,
+            model=self.model,
+            device=self.device,
+            upstream_saes=self.upstream_sae,
+            port=self.port,
+            open_browser=self.open,
         )
 
 
@@ -286,7 +300,7 @@ class Demo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effects:
+class Effects(_OnDevice):
     """Measure what every feature of an index does to the loss by its direct path, exactly; added to the index."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
@@ -302,7 +316,12 @@ class Effects:
         """Measure with a progress bar."""
         with Display() as display:
             found = jobs.effects(
-                self.index, model=self.model, sae=self.sae, max_work=self.max_work, on_progress=display.on_progress
+                self.index,
+                model=self.model,
+                sae=self.sae,
+                max_work=self.max_work,
+                device=self.device,
+                on_progress=display.on_progress,
             )
         which = "all" if found.most is None else f"at most {found.most:,} of each feature"
         display.say(f"effects: {found.n_pairs:,} active tokens ({which}) of {(found.n > 0).sum():,} features")
@@ -310,7 +329,7 @@ class Effects:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Families:
+class Families(_OnDevice):
     """Find the induction features of an index without naming a head, and hold the post's rule against them."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
@@ -326,7 +345,12 @@ class Families:
         """Judge with a progress bar."""
         with Display() as display:
             found = jobs.families(
-                self.index, model=self.model, sae=self.sae, seed=self.seed, on_progress=display.on_progress
+                self.index,
+                model=self.model,
+                sae=self.sae,
+                seed=self.seed,
+                device=self.device,
+                on_progress=display.on_progress,
             )
         for line in found.lines():
             display.say(line)
@@ -334,7 +358,7 @@ class Families:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heads:
+class Heads(_OnDevice):
     """Study every head of the model: roles, the features it makes, what its ablation turns off, what is spread."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
@@ -357,6 +381,7 @@ class Heads:
                 sae=self.sae,
                 n_shuffles=self.n_shuffles,
                 seed=self.seed,
+                device=self.device,
                 on_progress=display.on_progress,
             )
         for line in found.lines():
@@ -365,7 +390,7 @@ class Heads:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dive:
+class Dive(_OnDevice):
     """Write the deep dive into one feature, when it fires and what it does, as one HTML file."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
@@ -384,13 +409,19 @@ class Dive:
     def run(self) -> None:
         """Write and say how large it is."""
         path = jobs.dive(
-            self.index, self.feature, self.out, proxies=self.proxy, model=self.model, overwrite=self.overwrite
+            self.index,
+            self.feature,
+            self.out,
+            proxies=self.proxy,
+            model=self.model,
+            device=self.device,
+            overwrite=self.overwrite,
         )
         Display().say(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(_OnDevice):
     """Replicate the post on SAEs of one model, side by side: every study, written as one HTML file, JSON and Markdown.
 
     What is finished is kept: an interrupted run goes on with the same command. Without --sae and --index it is of the
@@ -421,6 +452,7 @@ class Report:
                 self.out,
                 inputs,
                 quick=self.quick,
+                device=self.device,
                 overwrite=self.overwrite,
                 on_progress=display.on_progress,
                 say=display.say,
@@ -454,6 +486,7 @@ class Display:
     def __init__(self) -> None:
         """Nothing is shown until work is reported."""
         self._console = Console(highlight=False)
+        bars = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(),
@@ -461,7 +494,9 @@ class Display:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            console=self._console,
+            console=bars,
+            disable=not bars.is_terminal,
+            redirect_stdout=sys.stdout.isatty(),  # lines go above the bars, but where they are kept in a file
         )
         self._tasks: dict[str, tuple] = {}
 
@@ -478,8 +513,8 @@ class Display:
         """Move the bar of a stage."""
         task = self._tasks.get(stage)
         if task is None:
-            task = self._tasks[stage] = (self._progress.add_task(stage, total=total, note=""),)
-        self._progress.update(task[0], completed=done, total=total, note=note)
+            task = self._tasks[stage] = (self._progress.add_task(stage, total=total or None, note=""),)
+        self._progress.update(task[0], completed=done, total=total or None, note=note)
 
     def on_step(self, status: "jobs.Status") -> None:
         """Move the training bar."""
