@@ -1,23 +1,18 @@
 """The command line: one frozen dataclass a command, whose fields are its options, over the functions of `jobs`."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from headscope import demo, jobs
+from headscope.display import Display
 from headscope.errors import HeadscopeError
 from headscope.index.config import IndexPlan
 from headscope.report import run as report
 from headscope.sae.config import TrainConfig
-from headscope.sae.quality_table import Row, quality_rows
 from headscope.site import Kind
 
 _Flat = tyro.conf.arg(name="")
@@ -446,64 +441,6 @@ class Survey:
         display.print_rows(f"survey of {self.sample}: {result.drawn.definition}", result.rows())
         for note in result.notes:
             display.say(note)
-
-
-class Display:
-    """Progress bars and printed lines."""
-
-    def __init__(self) -> None:
-        """Nothing is shown until work is reported."""
-        self._console = Console(highlight=False)
-        self._progress = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-        )
-        self._tasks: dict[str, tuple] = {}
-
-    def __enter__(self) -> "Display":
-        """Start drawing."""
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the bars as they are."""
-        self._progress.stop()
-
-    def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Move the bar of a stage."""
-        task = self._tasks.get(stage)
-        if task is None:
-            task = self._tasks[stage] = (self._progress.add_task(stage, total=total, note=""),)
-        self._progress.update(task[0], completed=done, total=total, note=note)
-
-    def on_step(self, status: "jobs.Status") -> None:
-        """Move the training bar."""
-        if status.step % 10 == 0 or status.step == status.n_steps - 1:
-            note = f"L0 {status.l0:.1f}  explained {status.explained_variance:.1%}  silent {status.dead:.1%}"
-            self.on_progress("train", status.step + 1, status.n_steps, note)
-
-    def say(self, line: str) -> None:
-        """Print a line."""
-        self._console.print(line, soft_wrap=True, markup=False)
-
-    def print_quality(self, quality: dict, split: str) -> None:
-        """Print the table of an SAE's quality, beside the post's figures."""
-        self.print_rows(f"quality on {split} text", quality_rows(quality))
-
-    def print_rows(self, title: str, rows: Sequence[Row]) -> None:
-        """Print figures beside the post's."""
-        table = Table(title=Text(f"{title} [95 % interval]"), title_justify="left")
-        for heading in ("figure", "this SAE", "post*", "definition"):
-            table.add_column(heading, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in (row.name, row.value, row.post, row.definition)))
-        self._console.print(table)
-        self.say("* Kissane et al. (2024): gelu-2l layer 1, d_sae 16,384, C4 and code; another model and corpus")
 
 
 Command = (

@@ -19,6 +19,7 @@ from headscope.corpus import Corpus, Reading, Split, load_corpus
 from headscope.errors import ExportError, ModelError, OutputError, SAEError
 from headscope.index.config import IndexPlan
 from headscope.sae.config import TrainConfig
+from headscope.sae.metrics import Status
 from headscope.site import Kind, Site
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from headscope.sae.model import SAE
     from headscope.sae.quality import Quality
     from headscope.sae.training.run import TrainResult
-    from headscope.sae.training.trainer import Status
     from headscope.studies.downstream import Downstream
     from headscope.studies.effects import DirectEffects
     from headscope.studies.induction_store import InductionFamily
@@ -114,7 +114,7 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     config: TrainConfig | None = None,
     hardware: Hardware | None = None,
     overwrite: bool = False,
-    on_step: Callable[["Status"], None] | None = None,
+    on_step: Callable[[Status], None] | None = None,
 ) -> "TrainResult":
     """Train an SAE and write it to `out`, a SAELens folder; `layer` None is the last.
 

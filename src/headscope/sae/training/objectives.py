@@ -24,7 +24,7 @@ Activity is sparse, so nearly all of it is sums over active pairs (`headscope.sa
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -132,6 +132,7 @@ class Now:
     """Latents that have not fired for long."""
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A variant: how a batch is encoded, what is added to the error, and the gradient of the sum."""
 

@@ -1,7 +1,6 @@
 """The state of a training run, and one step of it."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from headscope.errors import TrainingError
 from headscope.sae import model as sae_model
 from headscope.sae.config import TrainConfig
+from headscope.sae.metrics import Status
 from headscope.sae.model import SAE
 from headscope.sae.training.dictionary import first_parameters, scale_of, started_anew
 from headscope.sae.training.objectives import Gated, JumpReLU, Now, Objective, Outcome, Parameters, ReLU, Space, TopK
@@ -20,29 +20,6 @@ from headscope.site import Site
 
 _THRESHOLD_RATE = 0.01  # of the running mean of the least activation that is kept
 _RESAMPLE_CHUNK = 8192
-
-
-@dataclass(frozen=True)
-class Status:
-    """One moment of a training run; of several ranks, means over them."""
-
-    step: int
-    n_steps: int
-    tokens: int
-    """Activations trained on so far."""
-    squared_error: float
-    """Mean of ||x - x_hat||^2, in scaled units (the variance of the inputs is about d_in)."""
-    l0: float
-    explained_variance: float
-    """1 - sum ||x - x_hat||^2 / sum ||x - mean||^2 on the batch."""
-    dead: float
-    """Share of latents that have not fired for `dead_after` activations."""
-    coefficient: float
-    """Of the penalty."""
-    penalty: float
-    auxiliary: float
-    """What else was minimised, with its coefficient."""
-    lr: float
 
 
 class Trainer:
