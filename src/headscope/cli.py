@@ -13,7 +13,9 @@ from headscope.errors import HeadscopeError
 from headscope.index.config import IndexPlan
 from headscope.report import run as report
 from headscope.sae.config import TrainConfig
+from headscope.sae.presets import preset_note
 from headscope.site import Kind
+from headscope.training_commands import Runs, Sweep, preset_of, recipe
 
 _Flat = tyro.conf.arg(name="")
 
@@ -31,7 +33,10 @@ class Train:
     """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out or resid_pre."""
     layer: int | None = None
     """Layer of the site; the last one when not given."""
-    config: Annotated[TrainConfig, _Flat] = field(default_factory=TrainConfig)
+    preset: str = "default"
+    """A published recipe, whose values hold for all options of the recipe that are not given: default, seed-gelu-2l,
+    kissane-gpt2 (of a layer of gpt2, its own), anthropic-april-2024. With --help, shows those values."""
+    config: Annotated[TrainConfig, _Flat] = field(default_factory=recipe)
     hardware: Annotated[jobs.Hardware, _Flat] = field(default_factory=jobs.Hardware)
     overwrite: bool = False
     """Replace what `out` holds."""
@@ -39,6 +44,8 @@ class Train:
     def run(self) -> None:
         """Train with a progress bar."""
         with Display() as display:
+            if note := preset_note(self.preset, model=self.model, layer=self.layer):
+                display.say(note)
             result = jobs.train(
                 self.out,
                 model=self.model,
@@ -446,6 +453,8 @@ class Survey:
 Command = (
     Demo
     | Train
+    | Sweep
+    | Runs
     | Eval
     | Info
     | Convert
@@ -465,7 +474,9 @@ Command = (
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run one command; errors of the user's input end with status 2."""
     try:
-        tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION).run()
+        with preset_of(sys.argv[1:] if arguments is None else arguments):
+            command = tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION)
+        command.run()
     except HeadscopeError as error:
         sys.stderr.write(f"headscope: {error}\n")
         sys.exit(2)

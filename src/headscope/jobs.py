@@ -20,6 +20,7 @@ from headscope.errors import ExportError, ModelError, OutputError, SAEError
 from headscope.index.config import IndexPlan
 from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Status
+from headscope.sae.runs import METRICS, TRAINING
 from headscope.site import Kind, Site
 
 if TYPE_CHECKING:
@@ -128,10 +129,10 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     from headscope.sae.formats import save_sae
     from headscope.sae.training.checkpoint import Checkpoints
     from headscope.sae.training.ranks import Ranks
-    from headscope.sae.training.run import METRICS, train_sae
+    from headscope.sae.training.run import train_sae
 
     text, ranks = text or CorpusChoice(split="train"), Ranks.joined()
-    kept = Checkpoints(out.with_name(f"{out.name}.training"), ranks)
+    kept = Checkpoints(out.with_name(f"{out.name}{TRAINING}"), ranks)
     going_on = kept.begun and not overwrite
     overwrite = overwrite or (going_on and _was_interrupted(out))
     check_run_folder(out, overwrite=overwrite, inputs=[model, text.corpus])
@@ -182,15 +183,27 @@ def eval(
         HeadscopeError: any of its kinds.
     """
     from headscope.sae.convert import fitted
-    from headscope.sae.formats import load_sae, locate
-    from headscope.sae.quality import evaluate
+    from headscope.sae.formats import load_sae
 
-    files, loaded_sae = locate(sae), load_sae(sae)
+    loaded_sae = load_sae(sae)
     loaded = (hardware or Hardware()).load(model or loaded_sae.model_name)
-    loaded_sae = fitted(loaded_sae, loaded)
     corpus = (text or CorpusChoice()).load(loaded)
     on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
-    quality = evaluate(loaded, loaded_sae, corpus, on_tokens)
+    return measure(sae, fitted(loaded_sae, loaded), loaded, corpus, on_tokens)
+
+
+def measure(
+    name: str | Path,
+    sae: "SAE",
+    model: "Model",
+    corpus: Corpus,
+    on_tokens: Callable[[int, int], None] | None = None,
+) -> "Quality":
+    """As `eval`, of an SAE, a model and text that are loaded; `name` is what the SAE was loaded from."""
+    from headscope.sae.formats import locate
+    from headscope.sae.quality import evaluate
+
+    files, quality = locate(name), evaluate(model, sae, corpus, on_tokens)
     record = {"sae_hash": file_hash(files.weights), "corpus": corpus.fingerprint(), "quality": quality.as_dict()}
     if files.own:
         try:
@@ -297,7 +310,7 @@ def index(
     folders = build_index(
         loaded,
         [
-            (fitted(loaded_sae, loaded), SAERecord(str(sae), sae_hash(sae), _measured_quality(sae, corpus)))
+            (fitted(loaded_sae, loaded), SAERecord(str(sae), sae_hash(sae), measured_quality(sae, corpus)))
             for sae, loaded_sae in zip(saes, loaded_saes, strict=True)
         ],
         corpus,
@@ -340,7 +353,7 @@ def live(index: str | Path, *, model: str | None = None, sae: str | Path | None 
     return LiveIndex(opened, loaded, fitted(load_sae(name), loaded))
 
 
-def _measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
+def measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
     """What `eval` found for exactly these weights on exactly this text, if it was run."""
     from headscope.sae.formats import locate, sae_hash
 

@@ -16,6 +16,7 @@ from headscope.models.hf import Model
 from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Metrics, Point, Status
 from headscope.sae.model import SAE
+from headscope.sae.runs import METRICS
 from headscope.sae.training.checkpoint import Checkpoints
 from headscope.sae.training.ranks import Ranks
 from headscope.sae.training.stream import ActivationStream
@@ -26,8 +27,6 @@ _SAMPLE = 65_536
 """Activations that the scale and the first dictionary are taken from, at least."""
 _RESAMPLE_BATCHES = 100
 """Batches among whose inputs dead latents are started anew (Kissane et al. 2024)."""
-METRICS = "metrics"
-"""Name of a run of one SAE, and of its file of metrics."""
 
 
 @dataclass(frozen=True)
