@@ -90,9 +90,9 @@ def preset_note(name: str, *, model: str | None = None, layer: int | None = None
     if name != "kissane-gpt2" or (layer is not None and _has_own(model, layer)):
         return None
     return (
-        f"kissane-gpt2 is of GPT-2 small and each layer has its own; here layer 2's is used (coefficient "
-        f"{PRESETS[name].coefficient:g}, d_sae {PRESETS[name].d_sae:,}, unless given). With --model gpt2 --layer N it is "
-        "that layer's"
+        "kissane-gpt2 is of GPT-2 small, each layer with its own values; here those of layer 2 hold (coefficient "
+        f"{PRESETS[name].coefficient:g}, d_sae {PRESETS[name].d_sae:,}, unless given). "
+        "With --model gpt2 --layer N they are that layer's"
     )
 
 
