@@ -26,10 +26,10 @@ DEFINITIONS = {
 """Of all figures; intervals are of 95 %, by resampling blocks, Wilson's for `dead`."""
 _CELLS = {
     "l0": "{:.2f}",
-    "ce_loss_score": "{:.4f}",
-    "loss_recovered": "{:.4f}",
-    "explained_variance": "{:.4f}",
-    "dead": "{:.4f}",
+    "ce_loss_score": "{:.3f}",
+    "loss_recovered": "{:.3f}",
+    "explained_variance": "{:.3f}",
+    "dead": "{:.3f}",
     "reconstruction_bias": "{:.3f}",
 }
 
@@ -92,7 +92,14 @@ class Point:
         return [self.variant, f"{self.target_l0:g}", *(_cell(getattr(self, n), form) for n, form in _CELLS.items())]
 
 
-HEADINGS = ("variant", "target L0", *(name.replace("reconstruction_bias", "reconstruction bias") for name in _CELLS))
+HEADINGS = (
+    "variant",
+    "target L0",
+    *(
+        name.replace("l0", "L0").replace("reconstruction_", "reconstruction ").replace("explained_", "explained ")
+        for name in _CELLS
+    ),
+)
 """Of a table of points."""
 
 

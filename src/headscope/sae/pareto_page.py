@@ -11,9 +11,9 @@ from headscope.stats import Estimate
 
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe & Ito (2008)
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "1 2")  # told apart without colour too
-_WIDTH, _HEIGHT = 380, 260  # of a panel
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 52, 42  # around what is drawn in it
-_LEGEND = 34
+_WIDTH, _HEIGHT = 380.0, 260.0  # of a panel
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 14.0, 52.0, 42.0  # around what is drawn in it
+_LEGEND = 34.0
 _STYLE = "text { font: 12px sans-serif; fill: #222 } .small { font-size: 10px; fill: #555 }"
 
 Scale = Callable[[float], float]
@@ -65,28 +65,29 @@ def svg(found: Pareto) -> str:
     """Four panels, each a measure with its intervals against L0 on a logarithmic axis; one line a variant."""
     curves, width, height = found.curves(), 2 * _WIDTH, 2 * _HEIGHT + _LEGEND
     lines = dict(zip(curves, zip(cycle(_COLOURS), cycle(_DASHES), strict=False), strict=False))
+    size = f'width="{width:g}" height="{height:g}"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" {size}>',
         f"<style>{_STYLE}</style>",
-        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<rect {size} fill="white"/>',
     ]
     for i, (variant, (colour, dash)) in enumerate(lines.items()):
         x = _LEFT + i * 120
-        parts.append(_polyline([(x, 18), (x + 30, 18)], colour, dash))
-        parts.append(_text(x + 36, 22, variant))
+        parts.append(_polyline([(x, 18.0), (x + 30, 18.0)], colour, dash))
+        parts.append(_text(x + 36, 22.0, variant))
     for i, name in enumerate(MEASURES):
         panel = _panel(name, curves, lines)
-        parts.append(f'<g transform="translate({i % 2 * _WIDTH} {_LEGEND + i // 2 * _HEIGHT})">{panel}</g>')
+        parts.append(f'<g transform="translate({i % 2 * _WIDTH:g} {_LEGEND + i // 2 * _HEIGHT:g})">{panel}</g>')
     return "\n".join([*parts, "</svg>", ""])
 
 
 def _panel(name: str, curves: dict[str, list[Point]], lines: dict[str, tuple[str, str]]) -> str:
     drawable = (p for curve in curves.values() for p in curve if p.l0.value > 0)  # the axis is logarithmic
     points = [p for p in drawable if not isnan(getattr(p, name).value)]
-    parts = [_text(_LEFT, 20, name.replace("reconstruction_bias", "reconstruction bias"))]
-    parts.append(_text(_LEFT, 36, MEASURES[name], "small"))
+    parts = [_text(_LEFT, 20.0, name.replace("reconstruction_bias", "reconstruction bias"))]
+    parts.append(_text(_LEFT, 36.0, MEASURES[name], "small"))
     if not points:
-        return "".join([*parts, _text(_LEFT, 100, "not defined")])
+        return "".join([*parts, _text(_LEFT, 100.0, "not defined")])
     ends = [end for p in points for end in _ends(getattr(p, name))]
     y_ticks = nice_ticks(min(ends), max(ends))
     to_x = _x_scale([p.l0.value for p in points])
