@@ -5,6 +5,7 @@ tell apart: orange where the proxy is true, blue where it is false.
 """
 
 import html
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
@@ -265,7 +266,7 @@ def pareto(found: Pareto) -> "go.Figure":
                 row=i // 2 + 1,
                 col=i % 2 + 1,
             )
-    return figure.update_xaxes(type="log")
+    return figure.update_xaxes(type="log", dtick=math.log10(2), tickformat=".4~g")
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -275,7 +276,8 @@ def _panels(title: str, x: str, names: list[str]) -> "go.Figure":
     from plotly.subplots import make_subplots
 
     made = make_subplots(2, 2, subplot_titles=names, figure=figure)
-    return made.update_xaxes(title={"text": x}).update_layout(height=800)
+    beside = {"orientation": "v", "x": 1.02, "y": 1.0, "yanchor": "top"}
+    return made.update_xaxes(title={"text": x}).update_layout(height=800, legend=beside)
 
 
 def _lines() -> Iterator[dict[str, str]]:

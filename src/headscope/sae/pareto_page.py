@@ -85,7 +85,7 @@ def _panel(name: str, curves: dict[str, list[Point]], lines: dict[str, tuple[str
     drawable = (p for curve in curves.values() for p in curve if p.l0.value > 0)  # the axis is logarithmic
     points = [p for p in drawable if not isnan(getattr(p, name).value)]
     parts = [_text(_LEFT, 20.0, name.replace("reconstruction_bias", "reconstruction bias"))]
-    parts.append(_text(_LEFT, 36.0, MEASURES[name], "small"))
+    parts.append(_text(_LEFT, 36.0, MEASURES[name].split(";")[0], "small"))
     if not points:
         return "".join([*parts, _text(_LEFT, 100.0, "not defined")])
     ends = [end for p in points for end in _ends(getattr(p, name))]
