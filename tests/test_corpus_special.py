@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from headscope.sae.train import n_activations, train_sae
 from numpy.testing import assert_allclose, assert_array_equal
 from tokenizers import Tokenizer
 
@@ -17,7 +18,6 @@ from headscope.index.store import FeatureIndex
 from headscope.models.hf import Model
 from headscope.sae.config import TrainConfig
 from headscope.sae.quality import evaluate
-from headscope.sae.train import n_activations, train_sae
 from headscope.site import Site
 
 END = "<|end|>"

@@ -80,7 +80,9 @@ def error_of(space: Space, x: Tensor, f: Tensor, decoder: Tensor, b_dec: Tensor)
     return torch.stack(losses).mean(), e
 
 
-def naive(problem: Problem, objective: Objective) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def naive(  # noqa: PLR0915 - a branch a variant
+    problem: Problem, objective: Objective
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Gradients by autograd over full matrices; activations; error."""
     q = {name: t.clone().requires_grad_(True) for name, t in problem.p.items()}
     x, lam, space = problem.x, problem.coefficient, objective.space

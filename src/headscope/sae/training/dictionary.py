@@ -9,8 +9,9 @@ from torch import Tensor
 from headscope.sae.config import TrainConfig
 from headscope.sae.training.objectives import Parameters
 
-_THRESHOLD = 0.3
-"""Where thresholds of jumprelu start, in the units of scaled inputs."""
+_THRESHOLD = 0.1
+"""Where thresholds of jumprelu start on random directions, in the units of scaled inputs."""
+_THRESHOLD_INPUTS = 1024
 _SUBSPACE = 0.99  # of the variance is in the subspace where random directions are drawn
 _MEDIAN_ROUNDS = 100
 
@@ -43,7 +44,8 @@ def first_parameters(x: Float[Tensor, "n d_in"], config: TrainConfig, generator:
         decoder = unit(x[chosen] - mean + normal(d_sae, d_in) * 0.01)
         encoder = decoder.clone()
     elif config.start == "subspace":
-        decoder = unit(normal(d_sae, d_in) @ _subspace(x - mean))
+        directions = _subspace(x - mean)
+        decoder = unit(normal(d_sae, len(directions)) @ directions)
         encoder = decoder.clone()
     else:
         encoder, decoder = kaiming(d_sae, d_in, generator).to(x), unit(kaiming(d_sae, d_in, generator).to(x))
@@ -60,6 +62,13 @@ def first_parameters(x: Float[Tensor, "n d_in"], config: TrainConfig, generator:
 def kaiming(d_sae: int, d_in: int, generator: torch.Generator) -> Float[Tensor, "d_sae d_in"]:
     """Uniform with variance 2 / d_in (He et al. 2015), for vectors that are dotted with inputs of d_in components."""
     return (torch.rand(d_sae, d_in, generator=generator) * 2 - 1) * math.sqrt(6 / d_in)
+
+
+def first_threshold(p: Parameters, x: Float[Tensor, "n d_in"], l0: float) -> float:
+    """What as many pre-activations as are to be active exceed, above 0, on some inputs."""
+    x = x[:_THRESHOLD_INPUTS] - p["b_dec"]
+    pre = (x @ p["encoder"].T).flatten()
+    return max(pre.topk(min(len(pre), round(l0 * len(x)))).values[-1].item(), 1e-6)
 
 
 def _subspace(centred: Float[Tensor, "n d_in"]) -> Float[Tensor, "rank d_in"]:
@@ -110,7 +119,8 @@ def started_anew(
         factor = 1.0
     anew = {"encoder": rows * norm * factor, "decoder": rows, "b_enc": torch.zeros_like(p["b_enc"][dead])}
     if "log_threshold" in p:
-        anew["log_threshold"] = torch.full_like(anew["b_enc"], math.log(_THRESHOLD * factor))
+        live = p["log_threshold"][~dead].mean().item() if len(alive) else math.log(_THRESHOLD)
+        anew["log_threshold"] = torch.full_like(anew["b_enc"], live + math.log(factor))
     if "r_mag" in p:
         anew |= {"r_mag": torch.zeros_like(anew["b_enc"]), "b_mag": torch.zeros_like(anew["b_enc"])}
     return anew

@@ -25,9 +25,8 @@ class _Raised:
 def reads_ahead(device: torch.device) -> bool:
     """Whether reading a model beside other work on the same machine is worth a thread.
 
-    A GPU is given work by either thread. On a CPU torch's own threads want all the cores they may use: two teams of
-    them on the same cores are slower than one after the other (`benchmarks/stream.py` prints both), so there must be
-    cores for a second team.
+    It uses what is idle otherwise: a GPU that waits for work, or cores that torch's threads leave free. Where
+    those are given all cores, a second team of them has none of its own; `benchmarks/stream.py` times both ways.
     """
     if device.type != "cpu":
         return True

@@ -4,8 +4,8 @@ import math
 
 from headscope.sae.config import TrainConfig
 
-_GAIN = 0.004  # change of log lambda, a step and unit of log(L0 / target)
-_FIRST = 0.1
+_GAIN = 0.01  # change of log lambda, a step and unit of log(L0 / target)
+_FIRST = 1.0
 """Coefficient that steering starts from."""
 
 
@@ -20,7 +20,7 @@ def rate(config: TrainConfig, step: int) -> float:
         return min(1.0, falling)
     if config.warmup == "linear":
         return min(1.0, (step + 1) / config.warmup_steps, falling)
-    since = step - max((at + 1 for at in config.resampled_at if at < step), default=0)
+    since = step - max((at for at in config.resampled_at if at <= step), default=0)
     t = min(1.0, since / config.warmup_steps)
     return min(0.1 + 0.45 * (1 - math.cos(math.pi * t)), falling)
 
@@ -28,6 +28,15 @@ def rate(config: TrainConfig, step: int) -> float:
 def first_coefficient(config: TrainConfig) -> float:
     """The penalty's coefficient before the first step; 0 where a variant has none."""
     return _FIRST if config.steered else (config.coefficient or 0.0)
+
+
+def likely_coefficient(config: TrainConfig, threshold: float) -> float:
+    """What the coefficient may come to where latents fire above a threshold; steering takes it from there.
+
+    With an orthogonal dictionary a penalty of `lambda f` keeps silent what is below `lambda / 2`, and one of `lambda`
+    for each active latent what is below `sqrt(lambda)`.
+    """
+    return 0.1 * threshold**2 if config.variant == "jumprelu" else 1.5 * threshold
 
 
 def coefficient_at(config: TrainConfig, step: int, steered: float) -> float:

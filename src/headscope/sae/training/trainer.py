@@ -12,14 +12,16 @@ from headscope.sae import model as sae_model
 from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Status
 from headscope.sae.model import SAE
-from headscope.sae.training.dictionary import first_parameters, scale_of, started_anew
+from headscope.sae.training.dictionary import first_parameters, first_threshold, scale_of, started_anew
 from headscope.sae.training.objectives import Gated, JumpReLU, Now, Objective, Outcome, Parameters, ReLU, Space, TopK
 from headscope.sae.training.ranks import ALONE, Ranks
-from headscope.sae.training.schedule import coefficient_at, first_coefficient, rate, steer
+from headscope.sae.training.schedule import coefficient_at, first_coefficient, likely_coefficient, rate, steer
 from headscope.site import Site
 
 _THRESHOLD_RATE = 0.01  # of the running mean of the least activation that is kept
 _RESAMPLE_CHUNK = 8192
+_SPEED = {"log_threshold": 10.0}
+"""Factors on the learning rate, by weight: a threshold must keep up with encoder rows, whose components are small."""
 
 
 class Trainer:
@@ -60,7 +62,8 @@ class Trainer:
         ranks.share([self.scale, *self.p.values()])
         metric = None if W_O is None or config.error_in == "site" else _metric(samples, W_O, self.scale, config)
         self.objective = _objective(config, metric, samples.shape[1], ranks)
-        self.adam = torch.optim.Adam(list(self.p.values()), lr=config.lr, betas=config.betas, fused=True)
+        groups = [{"params": [weight], "speed": _SPEED.get(name, 1.0)} for name, weight in self.p.items()]
+        self.adam = torch.optim.Adam(groups, lr=config.lr, betas=config.betas, fused=True)
         self.step_number = 0
         self.coefficient = first_coefficient(config)
         self.threshold = 0.0
@@ -121,7 +124,8 @@ class Trainer:
                 gradient *= min(1.0, self.config.clip / max(norm, 1e-12))
         for name, weight in self.p.items():
             weight.grad = gradients[name]
-        self.adam.param_groups[0]["lr"] = lr
+        for group in self.adam.param_groups:
+            group["lr"] = lr * group["speed"]
         self.adam.step()
         if unit_rows:
             decoder /= torch.linalg.vector_norm(decoder, dim=1, keepdim=True).clamp_min(1e-12)
@@ -166,16 +170,28 @@ class Trainer:
         return self.objective(self.p, x, Now(0.0, torch.zeros_like(self.last_fired, dtype=torch.bool)))
 
     def _fit_first_size(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Scale the encoder so that the first reconstructions have the right size.
+        """Make about the wanted number of latents active, and scale the encoder to what reconstructs best.
 
         Latents that start on inputs overlap, and together give a multiple of what each would alone. For x_hat without
         b_dec, the factor is `sum x . x_hat / sum ||x_hat||^2`.
         """
+        p, config, level = self.p, self.config, 0.0
+        if config.variant in ("relu", "gated", "jumprelu"):
+            level = first_threshold(p, x, config.target_l0)
+            if "log_threshold" in p:
+                p["log_threshold"].fill_(math.log(level))
+            else:
+                p["b_enc"].fill_(-level)
         error = self._without_penalty(x).error
-        x = x - self.p["b_dec"]
+        x = x - p["b_dec"]
         x_hat = x - error
-        factor = (x * x_hat).sum() / x_hat.square().sum().clamp_min(1e-12)
-        self.p["encoder"] *= factor.clamp(0.01, 1.0)
+        factor = ((x * x_hat).sum() / x_hat.square().sum().clamp_min(1e-12)).clamp(0.01, 100)
+        p["encoder"] *= factor
+        p["b_enc"] *= factor
+        if "log_threshold" in p:
+            p["log_threshold"] += factor.log()
+        if config.steered:
+            self.coefficient = likely_coefficient(config, level)
 
     @torch.no_grad()
     def resample(self, x: Float[Tensor, "n d_in"]) -> int:

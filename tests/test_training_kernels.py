@@ -1,0 +1,351 @@
+"""The sparse arithmetic of training finds the pairs that plain products do, and sums over them as full matrices do."""
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from headscope.sae.training import kernels
+from headscope.sae.training.kernels import (
+    Pairs,
+    products,
+    select_above,
+    select_batch_topk,
+    select_topk,
+    sum_by_latent,
+    sum_by_row,
+)
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+SIZES = {
+    "batch": st.integers(1, 17),
+    "d_in": st.integers(1, 40),
+    "d_sae": st.integers(1, 70),
+    "seed": st.integers(0, 2**31 - 1),
+}
+SCALES = [1.0, 1e-5, 1e5]  # what norms make of them, squared, is a float32 number
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+def pairs_of(mask: Tensor) -> Pairs:
+    """The pairs where a mask `[batch, d_sae]` is true, in their order."""
+    latent, row = mask.T.nonzero(as_tuple=True)
+    return Pairs(row, latent, *mask.shape)
+
+
+def random_pairs(batch: int, d_sae: int, share: float, seed: int) -> tuple[Pairs, Tensor, Tensor]:
+    """Pairs, a weight for each, and these in a matrix."""
+    g = generator(seed)
+    mask = torch.rand(batch, d_sae, generator=g) < share
+    full = torch.randn(batch, d_sae, generator=g, dtype=torch.float64) * mask
+    pairs = pairs_of(mask)
+    return pairs, full[pairs.row, pairs.latent], full
+
+
+@given(
+    batch=st.integers(1, 9),
+    d_sae=st.integers(1, 30),
+    share=st.sampled_from([0, 0.05, 0.5, 1]),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_pairs_are_the_entries_of_a_matrix(batch: int, d_sae: int, share: float, seed: int) -> None:
+    pairs, weights, full = random_pairs(batch, d_sae, share, seed)
+    assert_close(pairs.matrix(weights), full, rtol=0, atol=0)
+    assert_close(pairs.latent_sums(weights), full.sum(0), **EXACT)
+    for latent in range(d_sae):
+        start, end = pairs.latent_starts[latent : latent + 2].tolist()
+        assert (pairs.latent[start:end] == latent).all()
+        assert end - start == (pairs.latent == latent).sum()
+    order = pairs.to_rows
+    by_row = pairs.row[order] * d_sae + pairs.latent[order]
+    assert (by_row.diff() > 0).all()
+    for row in range(batch):
+        start, end = pairs.row_starts[row : row + 2].tolist()
+        assert (pairs.row[order][start:end] == row).all()
+        assert end - start == (pairs.row == row).sum()
+    which = torch.rand(len(pairs), generator=generator(1)) < 0.5
+    for same in (which, which.nonzero()[:, 0]):
+        kept = pairs.kept(same)
+        assert_close(kept.matrix(weights[same])[kept.row, kept.latent], weights[which], rtol=0, atol=0)
+        assert (len(kept), kept.batch, kept.d_sae) == (int(which.sum()), batch, d_sae)
+    first, end = sorted((seed % (d_sae + 1), (seed // 7) % (d_sae + 1)))
+    part, at = pairs.between(first, end)
+    assert_close(part.matrix(weights[at]), full[:, first:end], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dense_above", [0.0, 2.0])
+@given(
+    batch=st.integers(1, 9),
+    d_sae=st.integers(1, 30),
+    share=st.sampled_from([0, 0.05, 0.5, 1]),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_sums_over_pairs_are_products_of_matrices(
+    dense_above: float, batch: int, d_sae: int, share: float, seed: int
+) -> None:
+    pairs, weights, full = random_pairs(batch, d_sae, share, seed)
+    g = generator(3)
+    a, b = (torch.randn(n, 5, generator=g, dtype=torch.float64) for n in (d_sae, batch))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "DENSE_ABOVE", dense_above)
+        assert pairs.dense == (dense_above == 0 and len(pairs) > 0)
+        assert_close(sum_by_row(pairs, weights, a), full @ a, **EXACT)
+        assert_close(sum_by_latent(pairs, weights, b), full.T @ b, **EXACT)
+        assert_close(products(pairs, a, b), (b @ a.T)[pairs.row, pairs.latent], **EXACT)
+
+
+# ----------------------------------------------------------------------------------------------------- bfloat16's bound
+def difficult(
+    batch: int, d_in: int, d_sae: int, seed: int, x_scale: float, w_scale: float, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, encoder and bias in float32 on which a bound can fail."""
+    g = generator(seed)
+    x = torch.randn(batch, d_in, generator=g) * x_scale
+    encoder = torch.randn(d_sae, d_in, generator=g) * w_scale
+    bias = torch.randn(d_sae, generator=g) * x_scale * w_scale
+    if kind == "rows of many sizes":
+        x = x * torch.exp(6 * torch.randn(batch, 1, generator=g))
+        encoder = encoder * torch.exp(6 * torch.randn(d_sae, 1, generator=g))
+    elif kind == "components of many sizes":
+        x = x * torch.exp(6 * torch.randn(batch, d_in, generator=g))
+    elif kind == "biases of many sizes":
+        bias = bias * torch.exp(8 * torch.randn(d_sae, generator=g))
+    elif kind == "zero rows":
+        x[::2], encoder[1::2], bias[::3] = 0, 0, 0
+    elif kind == "nearly on the threshold":  # the bias undoes the product of one row, but for rounding
+        bias = -(encoder.double() @ x[0].double()).float()
+    elif kind == "products that cancel":
+        half = d_in // 2
+        x[:, half : 2 * half] = x[:, :half]
+        encoder[:, half : 2 * half] = -encoder[:, :half] * (1 + 1e-4)
+        bias = torch.zeros(d_sae)
+    elif kind == "what bfloat16 holds":
+        x, encoder, bias = (t.bfloat16().float() for t in (x, encoder, bias))
+    return x, encoder, bias
+
+
+KINDS = [
+    "normal",
+    "rows of many sizes",
+    "components of many sizes",
+    "biases of many sizes",
+    "zero rows",
+    "nearly on the threshold",
+    "products that cancel",
+    "what bfloat16 holds",
+]
+INPUTS: dict[str, Any] = SIZES | {
+    "x_scale": st.sampled_from(SCALES),
+    "w_scale": st.sampled_from(SCALES),
+    "kind": st.sampled_from(KINDS),
+    "of_rows": st.sampled_from([0.0, 1.0, -1.0]),
+}
+
+
+def limits(x: Tensor, encoder: Tensor, of_rows: float) -> Tensor:
+    """A threshold for each row that part of its pre-activations exceed."""
+    return of_rows * torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(encoder, dim=1).mean()
+
+
+@settings(max_examples=200)
+@given(**INPUTS)
+def test_the_bound_is_never_below_the_product(of_rows: float, **inputs: Any) -> None:
+    x, encoder, bias = difficult(**inputs)
+    limit = limits(x, encoder, of_rows)
+    latents, rows = (
+        kernels._with_bound(*of, swap=swap).double() for *of, swap in ((encoder, bias, True), (x, -limit, False))
+    )
+    exact = encoder.double() @ x.double().T + bias.double()[:, None] - limit.double()
+    assert (latents @ rows.T >= exact).all()
+
+
+@settings(max_examples=200)
+@given(**INPUTS)
+def test_all_that_is_above_the_threshold_is_proposed(of_rows: float, **inputs: Any) -> None:
+    x, encoder, bias = difficult(**inputs)
+    limit = limits(x, encoder, of_rows)
+    latent, row = kernels._proposed(x, encoder, bias, limit)
+    proposed = torch.zeros(len(encoder), len(x), dtype=torch.bool)
+    proposed[latent, row] = True
+    exact = encoder.double() @ x.double().T + bias.double()[:, None]
+    plain = torch.addmm(bias[:, None], encoder, x.T)
+    assert proposed[exact > limit.double()].all()
+    assert proposed[plain > limit].all()
+    place = latent * len(x) + row
+    assert (place.diff() > 0).all()
+
+
+def test_few_are_proposed_in_vain() -> None:
+    x, encoder, bias = difficult(64, 128, 800, 0, 1.0, 1.0, "normal")
+    latent, _ = kernels._proposed(x, encoder, bias - 30, torch.zeros(64))
+    n_above = int((x @ encoder.T + bias - 30 > 0).sum())
+    assert n_above > 100
+    assert len(latent) < 1.2 * n_above
+
+
+@pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
+def proposal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whichever way is the faster on this machine, both are taken."""
+    monkeypatch.setattr(kernels, "fast_bfloat16", lambda _: request.param)
+    return request.param
+
+
+SHARED = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.usefixtures("proposal")
+@SHARED
+@given(**INPUTS)
+def test_what_is_selected_is_what_float32_selects(of_rows: float, **inputs: Any) -> None:
+    x, encoder, bias = difficult(**inputs)
+    limit = limits(x, encoder, of_rows)
+    pairs, pre = select_above(x, encoder, bias, limit)
+    exact = x.double() @ encoder.double().T + bias.double()
+    # two orders of summation in float32 differ by this much
+    size = torch.linalg.vector_norm(x.double(), dim=1)[:, None] * torch.linalg.vector_norm(encoder.double(), dim=1)
+    rounding = 2**-22 * (x.shape[1] + 2) * (size + bias.double().abs() + limit.double().abs()[:, None])
+    selected = pairs.matrix(torch.ones_like(pre)) > 0
+    assert selected[exact - limit.double()[:, None] > rounding].all()
+    assert not selected[exact - limit.double()[:, None] < -rounding].any()
+    assert ((pre - exact[pairs.row, pairs.latent]).abs() <= rounding[pairs.row, pairs.latent]).all()
+    assert (pre > limit[pairs.row]).all()
+    assert ((pairs.latent * len(x) + pairs.row).diff() > 0).all()
+
+
+@pytest.mark.usefixtures("proposal")
+@SHARED
+@given(**SIZES, limit=st.integers(-3, 12))
+def test_what_is_on_the_threshold_is_not_above_it(limit: int, batch: int, d_in: int, d_sae: int, seed: int) -> None:
+    g = generator(seed)
+    whole = [torch.randint(-2, 3, shape, generator=g).float() for shape in ((batch, d_in), (d_sae, d_in), (d_sae,))]
+    pairs, pre = select_above(*whole, torch.full((batch,), float(limit)))
+    exact = whole[0] @ whole[1].T + whole[2]  # whole numbers: no order of summation rounds them
+    assert_close(pairs.matrix(torch.ones_like(pre)) > 0, exact > limit)
+    assert_close(pre, exact[pairs.row, pairs.latent], rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("proposal")
+@pytest.mark.parametrize("d_sae", [1023, 1024, 1025, 2055])
+def test_blocks_of_latents_join(d_sae: int) -> None:
+    x, encoder, bias = difficult(5, 16, d_sae, 0, 1.0, 1.0, "normal")
+    pairs, pre = select_above(x, encoder, bias - 8)
+    exact = x.double() @ encoder.double().T + bias.double() - 8
+    assert_close(pairs.matrix(pre).double(), exact.relu(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("proposal")
+def test_a_dense_batch_takes_the_plain_product() -> None:
+    x, encoder, bias = difficult(6, 8, 30, 0, 1.0, 1.0, "normal")
+    pairs, pre = select_above(x, encoder, bias + 100)
+    assert pairs.dense
+    assert_close(pairs.matrix(pre), torch.addmm(bias + 100, x, encoder.T))
+
+
+# ------------------------------------------------------------------------------------------------------------- the k-th
+def values() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Pre-activations on which a search for the k-th largest can fail."""
+    return {
+        "normal": lambda t: t,
+        "ties": lambda t: (t * 2).round(),
+        "all equal": torch.ones_like,
+        "all negative": lambda t: -t.abs() - 0.1,
+        "all zero": torch.zeros_like,
+        "few positives": lambda t: torch.where(t > 2.0, t, -t.abs()),
+        "many magnitudes": lambda t: torch.exp(t * 12),
+        "small magnitudes": lambda t: torch.exp(t * 4 - 40),
+        "one giant": lambda t: torch.where(t == t.max(), 1e30, t),
+        "sorted": lambda t: t.flatten().sort().values.view_as(t),
+        "one latent alone": lambda t: torch.where(torch.arange(t.shape[1]) == 0, t.abs(), -1.0),
+        "one row alone": lambda t: torch.where(torch.arange(len(t))[:, None] == 0, t.abs(), -1.0),
+    }
+
+
+GUESSES = [None, -1.0, 0.0, 1e-9, 0.5, 3.0, 1e4]
+
+
+def given_pre(pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, encoder and bias whose pre-activations are these: the unit vectors as inputs."""
+    return torch.eye(len(pre), dtype=pre.dtype), pre.T.contiguous(), torch.zeros(pre.shape[1], dtype=pre.dtype)
+
+
+def assert_selected(pairs: Pairs, got: Tensor, pre: Tensor) -> None:
+    assert_close(pre[pairs.row, pairs.latent], got, rtol=0, atol=0)
+    assert (got > 0).all()
+    assert ((pairs.latent * len(pre) + pairs.row).diff() > 0).all()
+
+
+@pytest.mark.parametrize("name", values())
+@settings(max_examples=30)
+@given(
+    batch=st.integers(1, 30),
+    d_sae=st.integers(1, 60),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**31 - 1),
+    guess=st.sampled_from(GUESSES),
+)
+def test_batch_topk_is_topk_of_the_flat_batch(
+    name: str, batch: int, d_sae: int, share: float, seed: int, guess: float | None
+) -> None:
+    pre = values()[name](torch.randn(batch, d_sae, generator=generator(seed), dtype=torch.float64))
+    n = max(1, round(share * pre.numel()))
+    pairs, got = select_batch_topk(*given_pre(pre), n, guess)
+    expected = pre.flatten().topk(n).values
+    assert_close(got.sort(descending=True).values, expected[expected > 0], rtol=0, atol=0)
+    assert_selected(pairs, got, pre)
+
+
+@pytest.mark.parametrize("name", values())
+@settings(max_examples=30)
+@given(
+    batch=st.integers(1, 30),
+    d_sae=st.integers(1, 60),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**31 - 1),
+    guess=st.sampled_from(GUESSES),
+)
+def test_topk_is_topk_of_each_row(
+    name: str, batch: int, d_sae: int, share: float, seed: int, guess: float | None
+) -> None:
+    pre = values()[name](torch.randn(batch, d_sae, generator=generator(seed), dtype=torch.float64))
+    k = max(1, round(share * d_sae))
+    pairs, got = select_topk(*given_pre(pre), k, guess)
+    assert_selected(pairs, got, pre)
+    f = pairs.matrix(got).sort(1, descending=True).values
+    assert_close(f[:, :k], pre.topk(k, dim=1).values.relu(), rtol=0, atol=0)
+    assert not f[:, k:].any()
+
+
+@pytest.mark.parametrize("n", [1, 3600, 200_000])
+@pytest.mark.parametrize("name", values())
+def test_batch_topk_is_exact_where_its_bound_is_a_guess_from_some_rows(name: str, n: int) -> None:
+    pre = values()[name](torch.randn(300, 1500, generator=generator(1)))
+    _, got = select_batch_topk(*given_pre(pre), n)
+    expected = pre.flatten().topk(n).values
+    assert_close(got.sort(descending=True).values, expected[expected > 0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("guess", [None, 1.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("select", [select_batch_topk, select_topk])
+def test_the_search_ends_on_what_overflowed(select: Callable[..., Any], guess: float | None, bad: float) -> None:
+    def alarm(*_: Any) -> None:
+        pytest.fail("the search for a bound does not end")
+
+    x, encoder, bias = torch.ones(8, 2), torch.ones(8, 2), torch.full((8,), bad)
+    previous = signal.signal(signal.SIGALRM, alarm)
+    signal.alarm(5)
+    try:
+        select(x, encoder, bias, 3, guess)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
