@@ -1,6 +1,7 @@
 """A sweep: SAEs as they would come out alone, measured as `eval` does, and nothing done twice."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,20 @@ def test_the_command(options, tmp_path: Path, capsys, monkeypatch) -> None:
     found = Pareto.read(tmp_path / "s" / "pareto.json")
     assert [point.name for point in found.points] == ["topk-l0-2", "topk-l0-4", "gated-l0-2", "gated-l0-4"]
     assert "gated" in (tmp_path / "s" / "pareto.html").read_text()
-    monkeypatch.setitem(__import__("sys").modules, "plotly.graph_objects", None)
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     cli.main(["sweep", "--out", str(tmp_path / "s"), *corpus, *recipe, *chosen])
     assert "no curves were drawn: plotly is not installed; pip install" in capsys.readouterr().out
+
+
+def test_ctrl_c_says_how_to_go_on(options, tmp_path: Path, capsys, monkeypatch) -> None:
+    def press(_display: cli.Display, statuses: Any) -> None:
+        if statuses["topk-l0-2"].step == 3:
+            raise KeyboardInterrupt
+
+    corpus = ["--model", options["model"], "--corpus", options["text"].corpus, "--block-size", "32"]
+    recipe = ["--tokens", "512", "--batch", "64", "--buffer", "256", "--d-sae", "24"]
+    monkeypatch.setattr(cli.Display, "on_steps", press)
+    cli.main(["sweep", "--out", str(tmp_path / "s"), *corpus, *recipe, "--variants", "topk", "--target-l0s", "2"])
+    assert "the same command goes on from here" in capsys.readouterr().out
+    assert [run.step for run in find_runs([tmp_path])] == [4]
+    assert not (tmp_path / "s").exists()

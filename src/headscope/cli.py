@@ -58,7 +58,9 @@ class Train:
                 on_step=display.on_step,
             )
         if result.interrupted:
-            display.say(f"stopped early after {result.epochs:.2f} epochs; what was trained is saved, and the same command goes on")
+            display.say(
+                f"stopped early after {result.epochs:.2f} epochs; what was trained is saved, and the same command goes on"
+            )
         display.say(f"SAE: {self.out}")
 
 

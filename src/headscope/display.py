@@ -1,7 +1,7 @@
 """What commands show: bars in a terminal, a line now and then in a file, and printed tables."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -63,7 +63,7 @@ class Display:
         """Show the status of a training step, with the rate and the time that is left."""
         self._on_step("train", status, [status_line(status)])
 
-    def on_steps(self, statuses: "dict[str, Status]") -> None:
+    def on_steps(self, statuses: Mapping[str, Status]) -> None:
         """Show the status of a step of several SAEs on one stream, a line each."""
         lines = [f"{name}  {status_line(status)}" for name, status in statuses.items()]
         self._on_step("train", next(iter(statuses.values())), lines)

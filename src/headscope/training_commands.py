@@ -57,7 +57,7 @@ def preset_of(arguments: list[str]) -> Iterator[None]:
 class Runs:
     """List trainings, finished and not, with what was last measured; draw their curves."""
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER ...]")] = (Path(),)
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDERS ...]")] = (Path(),)
     """Where to look, in them and below."""
     html: Path | None = None
     """Draw curves of loss, L0, explained variance and dead latents into this file; needs plotly."""
