@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_training import RECIPES, config
 from torch import Tensor
-from training_worker import tensors
 
 from headscope.corpus import Corpus
 from headscope.errors import CorpusError, ModelError, OutputError, TrainingError
@@ -24,6 +22,8 @@ from headscope.sae.training import checkpoint
 from headscope.sae.training.run import METRICS, TrainResult, read_metrics, train_sae, train_saes
 from headscope.sae.training.trainer import Status, Trainer
 from headscope.site import Site
+from small_training import RECIPES, config
+from training_worker import tensors
 
 Z1 = Site("z", 1)
 N_AVAILABLE = 40 * 16
@@ -269,7 +269,9 @@ def test_damaged_checkpoints_alone_are_an_error(model: Model, corpus: Corpus, tm
     for path in cut_off(model, corpus, tmp_path):
         flip(path / f"{METRICS}.safetensors")
     with (
-        pytest.raises(TrainingError, match=r"(?s)damaged checkpoints in .*00000015.*00000010.*expected: .*do: pass --ov"),
+        pytest.raises(
+            TrainingError, match=r"(?s)damaged checkpoints in .*00000015.*00000010.*expected: .*do: pass --ov"
+        ),
         pytest.warns(UserWarning, match="passed over"),
     ):
         train_sae(model, corpus, Z1, with_deaths(), folder=tmp_path)

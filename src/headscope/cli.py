@@ -1,24 +1,21 @@
 """The command line: one frozen dataclass a command, whose fields are its options, over the functions of `jobs`."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from headscope import demo, jobs
+from headscope.display import Display
 from headscope.errors import HeadscopeError
 from headscope.index.config import IndexPlan
 from headscope.report import run as report
 from headscope.sae.config import TrainConfig
-from headscope.sae.quality_table import Row, quality_rows
+from headscope.sae.presets import preset_note
 from headscope.site import Kind
+from headscope.training_commands import Runs, Sweep, preset_of, recipe
 
 _Flat = tyro.conf.arg(name="")
 
@@ -44,7 +41,10 @@ class Train:
     """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out, or the residual stream."""
     layer: int | None = None
     """Layer of the site; the last one when not given."""
-    config: Annotated[TrainConfig, _Flat] = field(default_factory=TrainConfig)
+    preset: str = "default"
+    """A published recipe, whose values hold for all options of the recipe that are not given: default, seed-gelu-2l,
+    kissane-gpt2 (of a layer of gpt2, its own), anthropic-april-2024. With --help, shows those values."""
+    config: Annotated[TrainConfig, _Flat] = field(default_factory=recipe)
     hardware: Annotated[jobs.Hardware, _Flat] = field(default_factory=jobs.Hardware)
     overwrite: bool = False
     """Replace what `out` holds."""
@@ -52,6 +52,8 @@ class Train:
     def run(self) -> None:
         """Train with a progress bar."""
         with Display() as display:
+            if note := preset_note(self.preset, model=self.model, layer=self.layer):
+                display.say(note)
             result = jobs.train(
                 self.out,
                 model=self.model,
@@ -65,7 +67,7 @@ class Train:
                 on_progress=display.on_progress,
             )
         if result.interrupted:
-            display.say(f"stopped early after {result.epochs:.2f} epochs; what was trained is saved")
+            display.say(f"stopped early after {result.epochs:.2f} epochs; it is saved, and the same command goes on")
         display.say(f"SAE: {self.out}")
 
 
@@ -480,70 +482,11 @@ class Survey:
             display.say(note)
 
 
-class Display:
-    """Progress bars and printed lines."""
-
-    def __init__(self) -> None:
-        """Nothing is shown until work is reported."""
-        self._console = Console(highlight=False)
-        bars = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=bars,
-            disable=not bars.is_terminal,
-            redirect_stdout=sys.stdout.isatty(),  # lines go above the bars, but where they are kept in a file
-        )
-        self._tasks: dict[str, tuple] = {}
-
-    def __enter__(self) -> "Display":
-        """Start drawing."""
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the bars as they are."""
-        self._progress.stop()
-
-    def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Move the bar of a stage."""
-        task = self._tasks.get(stage)
-        if task is None:
-            task = self._tasks[stage] = (self._progress.add_task(stage, total=total or None, note=""),)
-        self._progress.update(task[0], completed=done, total=total or None, note=note)
-
-    def on_step(self, status: "jobs.Status") -> None:
-        """Move the training bar."""
-        if status.step % 10 == 0 or status.step == status.n_steps - 1:
-            note = f"L0 {status.l0:.1f}  explained {status.explained_variance:.1%}  silent {status.dead:.1%}"
-            self.on_progress("train", status.step + 1, status.n_steps, note)
-
-    def say(self, line: str) -> None:
-        """Print a line."""
-        self._console.print(line, soft_wrap=True, markup=False)
-
-    def print_quality(self, quality: dict, split: str) -> None:
-        """Print the table of an SAE's quality, beside the post's figures."""
-        self.print_rows(f"quality on {split} text", quality_rows(quality))
-
-    def print_rows(self, title: str, rows: Sequence[Row]) -> None:
-        """Print figures beside the post's."""
-        table = Table(title=Text(f"{title} [95 % interval]"), title_justify="left")
-        for heading in ("figure", "this SAE", "post*", "definition"):
-            table.add_column(heading, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in (row.name, row.value, row.post, row.definition)))
-        self._console.print(table)
-        self.say("* Kissane et al. (2024): gelu-2l layer 1, d_sae 16,384, C4 and code; another model and corpus")
-
-
 Command = (
     Demo
     | Train
+    | Sweep
+    | Runs
     | Eval
     | Info
     | Convert
@@ -563,7 +506,9 @@ Command = (
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run one command; errors of the user's input end with status 2."""
     try:
-        tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION).run()
+        with preset_of(sys.argv[1:] if arguments is None else arguments):
+            command = tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION)
+        command.run()
     except HeadscopeError as error:
         sys.stderr.write(f"headscope: {error}\n")
         sys.exit(2)

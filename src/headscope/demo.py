@@ -9,10 +9,10 @@ from headscope import jobs
 from headscope.artefact import read_json
 from headscope.errors import OutputError
 from headscope.sae.config import TrainConfig
+from headscope.sae.metrics import Status
 
 if TYPE_CHECKING:
     from headscope.index.store import FeatureIndex
-    from headscope.sae.training.trainer import Status
 
 HELD_OUT_TOKENS = 1_010_000
 """Tokens that the SAE is measured and indexed on."""
@@ -62,7 +62,7 @@ def run(
     *,
     quick: bool = False,
     overwrite: bool = False,
-    on_step: Callable[["Status"], None] | None = None,
+    on_step: Callable[[Status], None] | None = None,
     on_progress: jobs.Progress | None = None,
     say: Callable[[str], None] = lambda _line: None,
 ) -> DemoResult:

@@ -20,6 +20,8 @@ from headscope.corpus import Corpus, Reading, Split, load_corpus
 from headscope.errors import ExportError, ModelError, OutputError, SAEError
 from headscope.index.config import IndexPlan
 from headscope.sae.config import TrainConfig
+from headscope.sae.metrics import Status
+from headscope.sae.runs import METRICS, TRAINING
 from headscope.site import Kind, Site
 
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
     from headscope.sae.model import SAE
     from headscope.sae.quality import Quality
     from headscope.sae.training.run import TrainResult
-    from headscope.sae.training.trainer import Status
     from headscope.studies.downstream import Downstream
     from headscope.studies.effects import DirectEffects
     from headscope.studies.induction_store import InductionFamily
@@ -127,7 +128,7 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     config: TrainConfig | None = None,
     hardware: Hardware | None = None,
     overwrite: bool = False,
-    on_step: Callable[["Status"], None] | None = None,
+    on_step: Callable[[Status], None] | None = None,
     on_progress: Progress | None = None,
 ) -> "TrainResult":
     """Train an SAE and write it to `out`, a SAELens folder; `layer` None is the last.
@@ -142,10 +143,10 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     from headscope.sae.formats import save_sae
     from headscope.sae.training.checkpoint import Checkpoints
     from headscope.sae.training.ranks import Ranks
-    from headscope.sae.training.run import METRICS, train_sae
+    from headscope.sae.training.run import train_sae
 
     text, ranks = text or CorpusChoice(split="train"), Ranks.joined()
-    kept = Checkpoints(out.with_name(f"{out.name}.training"), ranks)
+    kept = Checkpoints(out.with_name(f"{out.name}{TRAINING}"), ranks)
     going_on = kept.begun and not overwrite
     overwrite = overwrite or (going_on and _was_interrupted(out))
     check_run_folder(out, overwrite=overwrite, inputs=[model, text.corpus])
@@ -196,15 +197,27 @@ def eval(
         HeadscopeError: any of its kinds.
     """
     from headscope.sae.convert import fitted
-    from headscope.sae.formats import load_sae, locate
-    from headscope.sae.quality import evaluate
+    from headscope.sae.formats import load_sae
 
-    files, loaded_sae = locate(sae), load_sae(sae)
+    loaded_sae = load_sae(sae)
     loaded = (hardware or Hardware()).load(model or loaded_sae.model_name)
-    loaded_sae = fitted(loaded_sae, loaded)
     corpus = (text or CorpusChoice()).load(loaded, on_progress)
     on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
-    quality = evaluate(loaded, loaded_sae, corpus, on_tokens)
+    return measure(sae, fitted(loaded_sae, loaded), loaded, corpus, on_tokens)
+
+
+def measure(
+    name: str | Path,
+    sae: "SAE",
+    model: "Model",
+    corpus: Corpus,
+    on_tokens: Callable[[int, int], None] | None = None,
+) -> "Quality":
+    """As `eval`, of an SAE, a model and text that are loaded; `name` is what the SAE was loaded from."""
+    from headscope.sae.formats import locate
+    from headscope.sae.quality import evaluate
+
+    files, quality = locate(name), evaluate(model, sae, corpus, on_tokens)
     record = {"sae_hash": file_hash(files.weights), "corpus": corpus.fingerprint(), "quality": quality.as_dict()}
     if files.own:
         try:
@@ -311,7 +324,7 @@ def index(
     folders = build_index(
         loaded,
         [
-            (fitted(loaded_sae, loaded), SAERecord(str(sae), sae_hash(sae), _measured_quality(sae, corpus)))
+            (fitted(loaded_sae, loaded), SAERecord(str(sae), sae_hash(sae), measured_quality(sae, corpus)))
             for sae, loaded_sae in zip(saes, loaded_saes, strict=True)
         ],
         corpus,
@@ -369,7 +382,7 @@ def upstream_sae(opened: "LiveIndex", name: str) -> "SAE":
     return fitted(load_sae(name), opened.model).to(opened.model.device).to(opened.model.module.dtype)
 
 
-def _measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
+def measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
     """What `eval` found for exactly these weights on exactly this text, if it was run."""
     from headscope.sae.formats import locate, sae_hash
 
