@@ -81,7 +81,7 @@ def run(
         KeyboardInterrupt: Ctrl-C; what was trained is kept.
     """
     sae, index = out / "sae", out / "index"
-    config = TrainConfig(tokens=400_000, d_sae=512, resample=1, buffer=65_536) if quick else TrainConfig()
+    config = TrainConfig(tokens=400_000, d_sae=512, buffer=65_536) if quick else TrainConfig()
     held_out = jobs.CorpusChoice(max_tokens=100_000 if quick else HELD_OUT_TOKENS)
     if not overwrite and (sae / "cfg.json").is_file():
         _check_recipe(sae, config)

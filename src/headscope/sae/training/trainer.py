@@ -299,12 +299,12 @@ def _objective(config: TrainConfig, metric: Tensor | None, d_in: int, ranks: Ran
     if config.variant == "gated":
         return Gated(space)
     if config.variant == "jumprelu":
-        return JumpReLU(space, bandwidth=config.bandwidth, tanh=config.tanh, revive=config.auxiliary)
+        return JumpReLU(space, bandwidth=config.bandwidth, tanh=config.tanh, revive=config.auxiliary_coefficient)
     return TopK(
         config.target_l0,
         space,
         over_batch=config.variant == "batchtopk",
-        auxiliary=config.auxiliary,
+        auxiliary=config.auxiliary_coefficient,
         auxiliary_k=max(1, d_in // 2),
         ranks=ranks,
     )
