@@ -58,9 +58,8 @@ class Train:
                 on_step=display.on_step,
             )
         if result.interrupted:
-            display.say(
-                f"stopped early after {result.epochs:.2f} epochs; what was trained is saved, and the same command goes on"
-            )
+            display.say(f"stopped early after {result.epochs:.2f} epochs; what was trained is saved")
+            display.say("the same command goes on with it")
         display.say(f"SAE: {self.out}")
 
 
