@@ -21,6 +21,14 @@ _Flat = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True, kw_only=True)
+class _OnDevice:
+    """A command that runs the model of an index, in the precision that the index was made in."""
+
+    device: str = "cpu"
+    """Where the model runs: `cpu`, `cuda`, `cuda:1`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train an SAE on an attention layer's z (or another site) and write it as a SAELens folder."""
 
@@ -30,7 +38,7 @@ class Train:
     """`tiny` (bundled), a Hugging Face folder, or a name on the hub."""
     text: Annotated[jobs.CorpusChoice, _Flat] = field(default_factory=lambda: jobs.CorpusChoice(split="train"))
     site: Kind = "z"
-    """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out or resid_pre."""
+    """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out, or the residual stream."""
     layer: int | None = None
     """Layer of the site; the last one when not given."""
     preset: str = "default"
@@ -56,10 +64,12 @@ class Train:
                 hardware=self.hardware,
                 overwrite=self.overwrite,
                 on_step=display.on_step,
+                on_progress=display.on_progress,
             )
         if result.interrupted:
-            display.say(f"stopped early after {result.epochs:.2f} epochs; what was trained is saved")
-            display.say("the same command goes on with it")
+            display.say(
+                f"stopped after {result.epochs:.2f} epochs; what was trained is saved, and the same command goes on"
+            )
         display.say(f"SAE: {self.out}")
 
 
@@ -187,7 +197,7 @@ class Index:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve:
+class Serve(_OnDevice):
     """Serve the explorer of an index on 127.0.0.1 until Ctrl-C."""
 
     index: Path
@@ -204,7 +214,12 @@ class Serve:
     def run(self) -> None:
         """Serve."""
         jobs.serve(
-            self.index, model=self.model, upstream_saes=self.upstream_sae, port=self.port, open_browser=self.open
+            self.index,
+            model=self.model,
+            device=self.device,
+            upstream_saes=self.upstream_sae,
+            port=self.port,
+            open_browser=self.open,
         )
 
 
@@ -289,7 +304,7 @@ class Demo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effects:
+class Effects(_OnDevice):
     """Measure what every feature of an index does to the loss by its direct path, exactly; added to the index."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
@@ -305,7 +320,12 @@ class Effects:
         """Measure with a progress bar."""
         with Display() as display:
             found = jobs.effects(
-                self.index, model=self.model, sae=self.sae, max_work=self.max_work, on_progress=display.on_progress
+                self.index,
+                model=self.model,
+                sae=self.sae,
+                max_work=self.max_work,
+                device=self.device,
+                on_progress=display.on_progress,
             )
         which = "all" if found.most is None else f"at most {found.most:,} of each feature"
         display.say(f"effects: {found.n_pairs:,} active tokens ({which}) of {(found.n > 0).sum():,} features")
@@ -313,7 +333,7 @@ class Effects:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Families:
+class Families(_OnDevice):
     """Find the induction features of an index without naming a head, and hold the post's rule against them."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
@@ -329,7 +349,12 @@ class Families:
         """Judge with a progress bar."""
         with Display() as display:
             found = jobs.families(
-                self.index, model=self.model, sae=self.sae, seed=self.seed, on_progress=display.on_progress
+                self.index,
+                model=self.model,
+                sae=self.sae,
+                seed=self.seed,
+                device=self.device,
+                on_progress=display.on_progress,
             )
         for line in found.lines():
             display.say(line)
@@ -337,7 +362,7 @@ class Families:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heads:
+class Heads(_OnDevice):
     """Study every head of the model: roles, the features it makes, what its ablation turns off, what is spread."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
@@ -360,6 +385,7 @@ class Heads:
                 sae=self.sae,
                 n_shuffles=self.n_shuffles,
                 seed=self.seed,
+                device=self.device,
                 on_progress=display.on_progress,
             )
         for line in found.lines():
@@ -368,7 +394,7 @@ class Heads:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dive:
+class Dive(_OnDevice):
     """Write the deep dive into one feature, when it fires and what it does, as one HTML file."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
@@ -387,13 +413,19 @@ class Dive:
     def run(self) -> None:
         """Write and say how large it is."""
         path = jobs.dive(
-            self.index, self.feature, self.out, proxies=self.proxy, model=self.model, overwrite=self.overwrite
+            self.index,
+            self.feature,
+            self.out,
+            proxies=self.proxy,
+            model=self.model,
+            device=self.device,
+            overwrite=self.overwrite,
         )
         Display().say(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(_OnDevice):
     """Replicate the post on SAEs of one model, side by side: every study, written as one HTML file, JSON and Markdown.
 
     What is finished is kept: an interrupted run goes on with the same command. Without --sae and --index it is of the
@@ -424,6 +456,7 @@ class Report:
                 self.out,
                 inputs,
                 quick=self.quick,
+                device=self.device,
                 overwrite=self.overwrite,
                 on_progress=display.on_progress,
                 say=display.say,

@@ -86,7 +86,7 @@ def run(
     if not overwrite and (sae / "cfg.json").is_file():
         _check_recipe(sae, config)
         say(f"found a trained SAE in {sae} (--overwrite starts again)")
-    elif jobs.train(sae, config=config, overwrite=overwrite, on_step=on_step).interrupted:
+    elif jobs.train(sae, config=config, overwrite=overwrite, on_step=on_step, on_progress=on_progress).interrupted:
         say(f"what was trained is in {sae}; the same command goes on with it, --overwrite starts again")
         raise KeyboardInterrupt
     if overwrite or not (index / "manifest.json").is_file():

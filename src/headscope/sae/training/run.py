@@ -264,6 +264,7 @@ def _provenance(model: Model, corpus: Corpus, config: TrainConfig, result: Train
     return {
         "z_convention": "raw",
         "model_hash": model.fingerprint(),
+        "dtype": str(model.module.dtype).removeprefix("torch."),
         "n_heads": model.spec.n_heads,
         "d_head": model.spec.d_head,
         "context_size": corpus.block_size,
