@@ -87,6 +87,15 @@ def test_other_work_is_shown_too(capsys) -> None:
     assert capsys.readouterr().err.splitlines() == ["evaluate 1/1,000", "evaluate 1,000/1,000"]
 
 
+def test_of_work_of_unknown_size_what_is_done_is_said(capsys) -> None:
+    clock = Clock()
+    with Display(clock) as shown:
+        for done in range(25):
+            shown.on_progress("tokenise", done * 1000, 0)
+            clock.now += 1.0
+    assert capsys.readouterr().err.splitlines() == ["tokenise 0", "tokenise 10,000", "tokenise 20,000"]
+
+
 def test_in_a_terminal_a_bar_holds_the_same_figures_and_lines_go_the_same_way(monkeypatch) -> None:
     screen, clock = io.StringIO(), Clock()
     monkeypatch.setattr(

@@ -67,7 +67,9 @@ class Train:
                 on_progress=display.on_progress,
             )
         if result.interrupted:
-            display.say(f"stopped early after {result.epochs:.2f} epochs; it is saved, and the same command goes on")
+            display.say(
+                f"stopped after {result.epochs:.2f} epochs; what was trained is saved, and the same command goes on"
+            )
         display.say(f"SAE: {self.out}")
 
 

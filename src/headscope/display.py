@@ -57,8 +57,8 @@ class Display:
         self._progress.stop()
 
     def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Move the bar of a stage."""
-        if self._is_due(stage, last=done >= total):
+        """Move the bar of a stage; a total of 0 is one that is not known."""
+        if self._is_due(stage, last=0 < total <= done):
             self._show(stage, done, total, note)
 
     def on_step(self, status: Status) -> None:
@@ -88,12 +88,12 @@ class Display:
 
     def _show(self, stage: str, done: int, total: int, note: str) -> None:
         if self._progress.disable:
-            line = f"{stage} {done:,}/{total:,}  {note}".rstrip()
+            line = f"{stage} {done:,}{f'/{total:,}' if total else ''}  {note}".rstrip()
             self._progress.console.print(line, soft_wrap=True, markup=False)
         elif stage in self._tasks:
-            self._progress.update(self._tasks[stage], completed=done, total=total, note=note)
+            self._progress.update(self._tasks[stage], completed=done, total=total or None, note=note)
         else:  # what was done before is no measure of how fast it goes
-            self._tasks[stage] = self._progress.add_task(stage, completed=done, total=total, note=note)
+            self._tasks[stage] = self._progress.add_task(stage, completed=done, total=total or None, note=note)
 
     @property
     def _out(self) -> Console:

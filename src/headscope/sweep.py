@@ -86,7 +86,7 @@ def sweep(  # noqa: PLR0913 - one argument an option of the command
         hardware: where the model runs.
         overwrite: start again, replacing the SAEs of an earlier sweep.
         on_steps: called with the status of all SAEs after every step.
-        on_progress: called as they are measured.
+        on_progress: called as text is read and SAEs are measured.
 
     Raises:
         HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
@@ -109,7 +109,7 @@ def sweep(  # noqa: PLR0913 - one argument an option of the command
     loaded = (hardware or jobs.Hardware()).load(model)
     chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
     loaded.check_layer(chosen.layer)
-    corpus = text.load(loaded)
+    corpus = text.load(loaded, on_progress)
     for name, metadata in held.items():
         _check_same(out / name, metadata, loaded, corpus, chosen)
     missing = {name: config for name, config in configs.items() if name not in held}
@@ -119,7 +119,7 @@ def sweep(  # noqa: PLR0913 - one argument an option of the command
     if ranks.rank:
         return SweepResult(None)
     del corpus
-    heldout = replace(text, split="heldout", max_tokens=eval_tokens).load(loaded)
+    heldout = replace(text, split="heldout", max_tokens=eval_tokens).load(loaded, on_progress)
     points = []
     for i, (name, config) in enumerate(configs.items()):
         points.append(_measured(out / name, loaded, heldout, config, on_progress, f"{i + 1}/{len(configs)} {name}"))
