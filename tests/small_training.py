@@ -1,14 +1,17 @@
 """Recipes and data of trainings that take milliseconds."""
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from headscope.models.hf import Model
 from headscope.sae.config import TrainConfig
 from headscope.sae.training.objectives import Now, Outcome
 from headscope.sae.training.trainer import Trainer
+from headscope.site import Site
 
 D_IN, D_HEAD, BATCH = 16, 4, 64
 
@@ -24,6 +27,22 @@ RECIPES: dict[str, dict[str, Any]] = {
     "after W_O": {"variant": "batchtopk", "error_in": "output"},
 }
 """One of each kind."""
+
+
+def remembering(model: Model) -> Model:
+    """Let a model read the same tokens once: a stream reads small groups many times, and checked annotations are slow."""
+    known: dict[tuple[Any, ...], dict[Site, Tensor]] = {}
+    lock, read = threading.Lock(), model.read
+
+    def remembered(tokens: Tensor, sites: list[Site]) -> dict[Site, Tensor]:
+        key = tokens.numpy().tobytes(), *sites
+        with lock:
+            if key not in known:
+                known[key] = read(tokens, sites)
+            return known[key]
+
+    model.read, model.replica = remembered, lambda: model
+    return model
 
 
 def generator(seed: int = 0) -> torch.Generator:

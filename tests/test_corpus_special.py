@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from headscope.sae.train import n_activations, train_sae
 from numpy.testing import assert_allclose, assert_array_equal
 from tokenizers import Tokenizer
 
@@ -18,6 +17,8 @@ from headscope.index.store import FeatureIndex
 from headscope.models.hf import Model
 from headscope.sae.config import TrainConfig
 from headscope.sae.quality import evaluate
+from headscope.sae.training.run import train_sae
+from headscope.sae.training.stream import ActivationStream
 from headscope.site import Site
 
 END = "<|end|>"
@@ -86,7 +87,7 @@ def test_what_fills_up_blocks_changes_no_figure(model, rows, random_sae):
 def test_training_takes_text_alone_or_all_but_what_fills_up(model, rows, exclude):
     config = TrainConfig(tokens=64, batch=8, d_sae=8, buffer=1024, exclude_bos=exclude, target_l0=2.0)
     expected = rows.n_text_tokens if exclude else rows.n_tokens - rows.n_padding
-    assert n_activations(rows, config) == expected
+    assert ActivationStream(model, rows, Site("z", 0), config).n_available == expected
     trained = train_sae(model, rows, Site("z", 0), config).sae.metadata
     assert trained["corpus"]["reading"]["packing"] == "rows"
     assert trained["corpus"]["hash"] == rows.fingerprint()

@@ -22,7 +22,7 @@ from headscope.sae.training import checkpoint
 from headscope.sae.training.run import METRICS, TrainResult, read_metrics, train_sae, train_saes
 from headscope.sae.training.trainer import Status, Trainer
 from headscope.site import Site
-from small_training import RECIPES, config
+from small_training import RECIPES, config, remembering
 from training_worker import tensors
 
 Z1 = Site("z", 1)
@@ -32,7 +32,7 @@ N_STEPS = 40
 
 @pytest.fixture(scope="module")
 def model(random_model: Callable[..., Model]) -> Model:
-    return random_model("gpt_neox")
+    return remembering(random_model("gpt_neox"))
 
 
 @pytest.fixture(scope="module")

@@ -50,8 +50,10 @@ class Train:
     """Replace what `out` holds."""
 
     def run(self) -> None:
-        """Train with a progress bar."""
-        with Display() as display:
+        """Train with a progress bar; together with the other processes that `torchrun` started."""
+        from headscope.sae.training.ranks import together
+
+        with together(self.hardware.device) as ranks, Display(quiet=ranks.rank > 0) as display:
             if note := preset_note(self.preset, model=self.model, layer=self.layer):
                 display.say(note)
             result = jobs.train(

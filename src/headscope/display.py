@@ -26,10 +26,13 @@ _LINE_EVERY, _BAR_EVERY = 10.0, 0.1  # seconds
 class Display:
     """Progress on stderr, as bars where that is a terminal and as lines elsewhere; what was found on stdout."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Nothing is shown until work is reported; `clock` gives seconds."""
-        self._console, self._clock = Console(highlight=False), clock
-        errors = Console(stderr=True, highlight=False)
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, quiet: bool = False) -> None:
+        """Nothing is shown until work is reported, and nothing at all where another process shows it.
+
+        `clock` gives seconds.
+        """
+        self._console, self._clock = Console(highlight=False, quiet=quiet), clock
+        errors = Console(stderr=True, highlight=False, quiet=quiet)
         self._progress = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(),

@@ -157,18 +157,17 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     loaded.check_layer(chosen.layer)
     corpus = text.load(loaded, on_progress)
     result = train_sae(loaded, corpus, chosen, config or TrainConfig(), on_step, folder=kept.folder)
-    if ranks.rank:
-        return result
-    try:
-        save_sae(result.sae, out, overwrite=overwrite)
-        shutil.copy(kept.folder / f"{METRICS}.jsonl", out)
-    except (OutputError, OSError) as error:
-        rescue = save_sae(result.sae, Path(tempfile.mkdtemp(prefix="headscope-"), out.name))
-        raise OutputError(
-            f"{out} could not be written ({error.__cause__ or error})",
-            expected="the folder to stay writable, on a disk with room",
-            do=f"move what was trained from {rescue}",
-        ) from error
+    if ranks.rank == 0:
+        try:
+            save_sae(result.sae, out, overwrite=overwrite)
+            shutil.copy(kept.folder / f"{METRICS}.jsonl", out)
+        except (OutputError, OSError) as error:
+            rescue = save_sae(result.sae, Path(tempfile.mkdtemp(prefix="headscope-"), out.name))
+            raise OutputError(
+                f"{out} could not be written ({error.__cause__ or error})",
+                expected="the folder to stay writable, on a disk with room",
+                do=f"move what was trained from {rescue}",
+            ) from error
     if not result.interrupted:
         kept.clear()
     return result

@@ -1,6 +1,8 @@
 """Data-parallel training: what several processes agree on in a step; alone, nothing is exchanged."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +45,12 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
 
+    def least(self, values: Float[Tensor, " n_own"]) -> float:
+        """The least value over all ranks; 0 where there is none."""
+        own = torch.cat([values, values.new_full((1,), torch.inf)]).min()
+        self.largest(own.neg_())
+        return 0.0 if own == -torch.inf else -own.item()
+
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by the first rank's."""
         if self.size > 1:
@@ -64,3 +72,23 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+@contextmanager
+def together(device: str) -> Iterator[Ranks]:
+    """Join the processes that `torchrun` started with this one; alone where it did not.
+
+    Args:
+        device: where each trains; of several GPUs, `cuda` becomes each rank's own.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    try:
+        yield Ranks.joined()
+    finally:
+        dist.destroy_process_group()

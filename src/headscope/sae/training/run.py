@@ -165,6 +165,8 @@ class _Run:
                 trainer.restore(saved[0][name])
             stream.restore(saved[1])
         self.saved_at = self.step_number
+        self.between_steps = True
+        """Nothing is half done, as where a second Ctrl-C ends a step."""
         self.metrics = {
             name: Metrics(None if folder is None or ranks.rank else folder / f"{name}.jsonl", config.n_steps)
             for name, config in configs.items()
@@ -182,9 +184,11 @@ class _Run:
         n_steps, batches = self.config.n_steps, iter(self.stream)
         with _asked_to_stop() as asked:
             while self.step_number < n_steps:
+                self.between_steps = False
                 statuses = self._step(next(batches))
                 for name, status in statuses.items():
                     self.metrics[name].add(status)
+                self.between_steps = True
                 if self.step_number % checkpoint_every == 0 and self.step_number < n_steps:
                     self.save()
                 if on_steps is not None:
@@ -212,8 +216,8 @@ class _Run:
             raise TrainingError(error.got, expected=error.expected, do=f"{error.do}; {kept} holds the batch") from error
 
     def save(self) -> None:
-        """Write a checkpoint of where the run stands, unless there is one."""
-        if self.checkpoints is not None and self.step_number > self.saved_at:
+        """Write a checkpoint of where the run stands, unless there is one or a step was cut in two."""
+        if self.checkpoints is not None and self.between_steps and self.step_number > self.saved_at:
             for metrics in self.metrics.values():
                 metrics.flush()
             states = {name: trainer.state() for name, trainer in self.trainers.items()}

@@ -137,7 +137,7 @@ class Trainer:
         if self.config.steered:
             self.coefficient = steer(self.config, self.coefficient, status.l0)
         if self.config.variant == "batchtopk":
-            [least] = self.ranks.mean(outcome.values.min().item() if len(outcome.values) else 0.0)
+            least = self.ranks.least(outcome.values)
             rate = max(_THRESHOLD_RATE, 1 / self.step_number)
             self.threshold += rate * (least - self.threshold)
 

@@ -1,0 +1,78 @@
+"""What a recipe may be."""
+
+import json
+from typing import Any
+
+import pytest
+
+from headscope.errors import TrainingError
+from small_training import BATCH, config
+
+
+def test_the_steps_cover_the_tokens_asked_for() -> None:
+    assert [config(tokens=BATCH * 100 + extra).n_steps for extra in (-1, 0, 1)] == [100, 100, 101]
+    assert config(tokens=1).n_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "steered"),
+    [
+        ({"variant": "relu"}, True),
+        ({"variant": "gated"}, True),
+        ({"variant": "jumprelu"}, True),
+        ({"variant": "relu", "coefficient": 0.0}, False),
+        ({"variant": "topk"}, False),
+        ({"variant": "batchtopk"}, False),
+    ],
+)
+def test_a_penalty_is_steered_where_no_coefficient_is_given(changes: dict[str, Any], steered: bool) -> None:
+    assert config(**changes).steered == steered
+
+
+def test_a_recipe_is_plain_values() -> None:
+    made = config(prefixes=(3, 9), betas=(0.5, 0.9))
+    held = json.loads(json.dumps(made.as_dict()))
+    assert held == made.as_dict()
+    assert (held["prefixes"], held["betas"], held["d_sae"]) == ([3, 9], [0.5, 0.9], 24)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"d_sae": 0},
+        {"target_l0": 0.0},
+        {"target_l0": float("nan")},
+        {"target_l0": 24.0},
+        {"target_l0": 0.005},
+        {"variant": "topk", "target_l0": 2.5},
+        {"tokens": 0},
+        {"batch": -1},
+        {"batch": 1},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"lr": float("inf")},
+        {"buffer": 127},
+        {"bandwidth": 0.0},
+        {"clip": 0.0},
+        {"tanh": -1.0},
+        {"resample": -2},
+        {"resample_every": 0},
+        {"dead_after": 0},
+        {"seed": -1},
+        {"coefficient": -0.1},
+        {"coefficient": float("nan")},
+        {"auxiliary": -1.0},
+        {"warmup_steps": -1},
+        {"decay": 1.5},
+        {"coefficient_warmup": 1.0},
+        {"betas": (0.9, 1.0)},
+        {"betas": (-0.1, 0.9)},
+        {"prefixes": (3, 24)},
+        {"prefixes": (9, 3)},
+        {"prefixes": (0, 3)},
+        {"prefixes": (3, 3)},
+    ],
+)
+def test_values_that_cannot_train_anything_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(TrainingError, match=r"(?s)expected: .*do: "):
+        config(**changes)

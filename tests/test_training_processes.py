@@ -1,0 +1,136 @@
+"""Trainings that are killed, and trainings by several processes together."""
+
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from headscope.corpus import Corpus
+from headscope.models.hf import Model
+from headscope.sae.formats import load_sae
+from headscope.site import Site
+from small_training import BATCH, D_HEAD, RECIPES, config, data, w_o
+from training_worker import processes, run_job, run_rank, save_job, tensors
+
+N_KILLS = 6
+CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+pytestmark = pytest.mark.slow
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# ------------------------------------------------------------------------------------------------------------- killing
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
+    random_model: Callable[..., Model], random_corpus: Callable[..., Corpus], tmp_path: Path
+) -> None:
+    model = random_model("gpt_neox")
+    shared = {"batch": BATCH, "tokens": BATCH * 250, "buffer": 512, "d_sae": 90, "dead_after": 5 * BATCH, "lr": 1e-2}
+    recipes = {variant: config(variant=variant, **shared) for variant in ("batchtopk", "jumprelu")}
+    corpus = random_corpus(model, n_blocks=40, block_size=17)
+    job = save_job(tmp_path / "job", model, corpus, Site("z", 1), recipes)
+    folder, context, rng = tmp_path / "run", processes(), random.Random(0)
+    whole = context.Process(target=run_job, args=(job, tmp_path / "uninterrupted", tmp_path / "expected", 1000))
+    whole.start()
+    whole.join(300)
+    assert whole.exitcode == 0
+    killed_at: list[set[str]] = []
+    for _ in range(30):
+        process = context.Process(target=run_job, args=(job, folder, tmp_path / "got", 3))
+        process.start()
+        seen = set(os.listdir(folder)) if folder.exists() else set()
+        while process.is_alive() and not (folder.exists() and set(os.listdir(folder)) - seen):
+            time.sleep(0.002)  # until it writes: a checkpoint is begun
+        if len(killed_at) < N_KILLS:
+            process.join(rng.choice([0.0, 0.003, 0.01, 0.03, 0.1]))
+            process.kill()
+        process.join(300)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        killed_at.append(set(os.listdir(folder)))
+    assert len(killed_at) == N_KILLS
+    assert any(name.startswith("step-") for names in killed_at for name in names)
+    assert contents(tmp_path / "got") == contents(tmp_path / "expected")
+    assert b'"dead": 0.1' in (tmp_path / "expected" / "batchtopk.jsonl").read_bytes()  # resampling had something to do
+
+
+# --------------------------------------------------------------------------------------------------------------- ranks
+OF_RANKS: dict[str, dict[str, Any]] = RECIPES | {"relu after W_O": {"variant": "relu", "error_in": "output"}}
+
+
+@pytest.fixture(scope="module")
+def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Tensor]]]:
+    """Of each recipe, the end of a training by one process, and by each of two."""
+    folder = tmp_path_factory.mktemp("ranks")
+    options = {"d_sae": 60, "dead_after": 4 * BATCH, "resample": 2, "tokens": 24 * BATCH, "lr": 1e-2, "warmup_steps": 4}
+    recipes = {name: config(**options | changes) for name, changes in OF_RANKS.items()}
+    batches = [data(BATCH, seed=step + 1) for step in range(24)]
+    path = folder / "job"
+    path.write_bytes(pickle.dumps((recipes, data(512), batches, w_o(), D_HEAD)))
+    for size in (1, 2):
+        started = [
+            processes().Process(target=run_rank, args=(rank, size, folder / "meeting", path, folder))
+            for rank in range(size)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(300)
+            assert process.exitcode == 0
+    runs = ((0, 1), (0, 2), (1, 2))
+    return {name: [load_file(folder / f"{name} {r} of {n}.safetensors") for r, n in runs] for name in recipes}
+
+
+@pytest.mark.parametrize("name", OF_RANKS)
+def test_two_ranks_with_half_a_batch_each_are_one_with_the_whole(
+    by_ranks: dict[str, list[dict[str, Tensor]]], name: str
+) -> None:
+    alone, first, second = by_ranks[name]
+    for key, tensor in first.items():
+        assert torch.equal(tensor, second[key]), key
+    for key, tensor in alone.items():
+        assert_close(first[key], tensor, **CLOSE, msg=lambda m, key=key: f"{key}: {m}")
+    assert alone["n_resampled"] >= 5
+
+
+def test_torchrun_trains_one_sae(
+    random_model: Callable[..., Model], save_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = save_model(random_model("gpt_neox"), tmp_path / "model")
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(12):
+        (text / f"{i}.txt").write_text("".join(chr(33 + (i * 7 + j * j) % 90) for j in range(300)))
+    recipe = {"tokens": 2048, "batch": 64, "buffer": 512, "d-sae": 24, "target-l0": 3, "block-size": 32}
+    options = {"model": model, "corpus": text, "out": tmp_path / "out"} | recipe
+    arguments = ["train", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*launcher, "-m", "headscope", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("SAE: ") == 1
+    sae = load_sae(tmp_path / "out")
+    assert sae.metadata["training"]["curve"][-1]["tokens"] == 2048
+    assert all(tensor.isfinite().all() for tensor in tensors(sae).values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text"]
