@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import tyro
@@ -126,12 +127,22 @@ def of_kernels(p: Problem) -> dict[str, Callable[[], Any]]:
         "sum_by_latent": (pairs, pre, p.x),
     }
     for name, arguments in given.items():
-        ours, eager = getattr(triton_kernels, name), getattr(kernels, name)
+        ours, eager = getattr(triton_kernels, name), _eager(name)
         if name != "select_above":
             assert_close(ours(*arguments), eager(*arguments), rtol=1e-4, atol=1e-4)
         made[name] = lambda f=ours, a=arguments: f(*a)
         made[f"{name}, eager"] = lambda f=eager, a=arguments: f(*a)
     return made
+
+
+def _eager(name: str) -> Callable[..., Any]:
+    """A function of `kernels` as it is without Triton."""
+
+    def run(*arguments: Any) -> Any:
+        with mock.patch.object(kernels, "gpu_kernels", return_value=None):
+            return getattr(kernels, name)(*arguments)
+
+    return run
 
 
 def _ordered(pairs: kernels.Pairs) -> list[Tensor]:

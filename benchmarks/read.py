@@ -50,6 +50,8 @@ class Arguments:
 
     quick: bool = False
     """Fewer rounds."""
+    compile: bool = False
+    """Read a copy with its MLPs compiled by torch too."""
     json: bool = False
     """One JSON object a line."""
     device: str = "cpu"
@@ -113,6 +115,11 @@ def readers(args: Arguments) -> tuple[dict[str, Callable[[Tensor], Tensor]], Mod
         "headscope": lambda tokens: model.read(tokens, [site])[site],
         "headscope, explicit": lambda tokens: model.attention(tokens, LAYER).z,
     }
+    if args.compile:
+        compiled = load_model(module, tokenizer=tokenizer, device=args.device)
+        for block in compiled.module.transformer.h:
+            block.mlp.compile()
+        found["headscope, compiled"] = lambda tokens: compiled.read(tokens, [site])[site]
     if args.device == "cpu" and importlib.util.find_spec("transformer_lens"):
         warnings.simplefilter("ignore")
         found |= transformer_lens(module, tokenizer)

@@ -242,3 +242,39 @@ def test_the_python_corpus_has_documents_on_both_sides_and_none_on_two(tokenizer
     assert len(held_out.documents) > 5
     assert set(train.documents) & set(held_out.documents) == set()
     assert train.n_tokens <= 200_000
+
+
+def test_tokenising_tells_how_far_it_is_when_it_takes_long_and_leaves_nothing_when_it_is_interrupted(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headscope.corpus import load
+
+    monkeypatch.setenv("HEADSCOPE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("\n<|doc|>\n".join("x" * 10 for _ in range(200)))
+    told: list[tuple[int, int | None]] = []
+
+    def read(on_tokens: load.OnTokens, max_tokens: int | None = None) -> Corpus:
+        source = str(tmp_path / "text.txt")
+        return load_corpus(
+            source, tokenizer, bos=0, split="all", block_size=8, max_tokens=max_tokens, on_tokens=on_tokens
+        )
+
+    def press(_done: int, _total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(load, "_PATIENCE", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        read(press)
+    assert not [path for path in (tmp_path / "cache" / "corpora").iterdir() if path.is_dir()]
+    read(lambda done, total: told.append((done, total)), 800)
+    assert told == [(640, 808), (1280, 808)]
+    told.clear()
+    read(lambda done, total: told.append((done, total)))
+    assert told == [(640, None), (1280, None), (1920, None), (2000, None)]
+    told.clear()
+    read(lambda done, total: told.append((done, total)))
+    assert told == [], "what was tokenised is not again"
+    monkeypatch.setattr(load, "_PATIENCE", 3600.0)
+    (tmp_path / "text.txt").write_text("y" * 400)
+    read(lambda done, total: told.append((done, total)))
+    assert told == [], "what is quick is not told of"

@@ -88,20 +88,6 @@ def test_every_token_of_every_document_is_there_once_in_order(tmp_path_factory, 
     assert corpus.n_padding == (corpus.offset == PADDING).sum()
 
 
-@given(DOCUMENTS, PACKING, st.integers(1, 5), st.integers(0, 6), st.integers(1, 9))
-def test_ranks_part_the_blocks_and_go_on_at_any_of_them(tmp_path_factory, documents, packing, n_ranks, start, size):
-    try:
-        corpus = packed(documents, tmp_path_factory.getbasetemp(), 3, packing, max_tokens=3 * size)
-    except CorpusError:
-        return
-    shares = [corpus.share(rank, n_ranks) for rank in range(n_ranks)]
-    assert list(itertools.chain(*shares)) == list(range(len(corpus.blocks)))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    for rank, share in enumerate(shares):
-        resumed = corpus.blocks[np.array(corpus.share(rank, n_ranks, start=start), int)]
-        assert_array_equal(resumed, corpus.blocks[np.array(share, int)][start:])
-
-
 def test_a_bos_that_a_document_brings_is_not_doubled(tmp_path):
     own, bare = [[BOS, 5, 6, 7], [BOS, 8, 9]], [[5, 6, 7], [8, 9]]
     for packing, bos_at in (("packed", "both"), ("packed", "document"), ("rows", "block"), ("rows", "document")):

@@ -80,7 +80,7 @@ def error_of(space: Space, x: Tensor, f: Tensor, decoder: Tensor, b_dec: Tensor)
     return torch.stack(losses).mean(), e
 
 
-def naive(  # noqa: PLR0915 - a branch for each variant
+def naive(  # noqa: PLR0915 - a branch a variant
     problem: Problem, objective: Objective
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Gradients by autograd over full matrices; activations; error."""

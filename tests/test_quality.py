@@ -20,6 +20,7 @@ from headscope.site import Site
 from headscope.stats import Estimate, bootstrap_ratio, wilson
 
 SITES = [Site("z", 0), Site("z", 1), Site("attn_out", 0), Site("mlp_out", 0), Site("mlp_out", 1), Site("resid_pre", 1)]
+SITES += [Site("resid_post", 0), Site("resid_post", 1)]
 CONDITIONS = ("clean", "sae", "mean", "c", "zero")
 
 
@@ -66,6 +67,8 @@ def hook_at(model: Model, site: Site, edit: Callable[[Tensor], Tensor]) -> Any:
             return block.mlp.register_forward_hook(after)
         case "resid_pre":
             return block.register_forward_pre_hook(before)
+        case "resid_post":
+            return block.register_forward_hook(after)
 
 
 def naive_losses(model: Model, tokens: Tensor, site: Site, edit: Callable[[Tensor], Tensor]) -> Tensor:

@@ -52,7 +52,7 @@ def test_z_less_its_constant_part_is_what_a_converted_sae_was_trained_on(
 
 
 @pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("kind", ["mlp_out", "attn_out", "resid_pre"])
+@pytest.mark.parametrize("kind", ["mlp_out", "attn_out", "resid_pre", "resid_mid", "resid_post"])
 def test_a_centred_stream_is_what_other_saes_were_trained_on(
     random_model: RandomModel, random_sae: RandomSAE, kind: Kind, centred: bool
 ) -> None:
@@ -107,6 +107,9 @@ def test_an_sae_of_another_model_is_refused_with_both_shapes(random_model: Rando
         fitted(random_sae(model), llama)
     with pytest.raises(ModelError, match="layer 5"):
         fitted(random_sae(model, site=Site("z", 5)), model)
+    beside = random_model("gpt_neox", use_parallel_residual=True)
+    with pytest.raises(ModelError, match=r"(?s)resid_mid.*side by side.*use resid_pre"):
+        fitted(random_sae(model, site=Site("resid_mid", 0)), beside)
 
 
 def test_a_modules_output_is_not_what_a_model_with_norms_behind_it_adds(
@@ -149,7 +152,7 @@ def judged(
 
 @pytest.mark.slow
 @needs("transformer_lens")
-@pytest.mark.parametrize("kind", ["z", "attn_out", "mlp_out", "resid_pre"])
+@pytest.mark.parametrize("kind", ["z", "attn_out", "mlp_out", "resid_pre", "resid_post"])
 @pytest.mark.parametrize("name", ["tl/gelu", *(f"hf/{name}" for name in HF)])
 def test_activations_on_processed_weights_are_those_of_the_converted_sae_on_the_model(
     judged: Path, random_sae: RandomSAE, name: str, kind: Kind

@@ -177,7 +177,7 @@ def test_authors_files_that_are_refused(
         ({"dict_class": "GatedAutoEncoder"}, "holds bias, encoder.bias beside"),
         ({"dict_size": 7}, "weights of 32 x 48.*32 x 7"),
         ({"submodule_name": "mlp_out_layer_0"}, "submodule_name 'mlp_out_layer_0'.*layer 1"),
-        ({"submodule_name": "blocks.1.hook_resid_post"}, "blocks.1.hook_resid_post"),
+        ({"submodule_name": "blocks.1.hook_mlp_in"}, "blocks.1.hook_mlp_in"),
     ],
 )
 def test_dictionary_learning_files_that_are_refused(
@@ -210,7 +210,11 @@ def test_sparsify_files_that_are_refused(
 
 def test_a_module_whose_output_is_no_site_is_refused(model: Model, random_sae: RandomSAE, tmp_path: Path) -> None:
     path = write_sparsify(random_sae(model, activation="topk", site=Site("attn_out", 0)), tmp_path)
-    refuses(path.rename(path.with_name("layers.0")), "the output of layers.0")
+    refuses(
+        path.rename(path.with_name("layers.0.norm")), r"the output of layers.0.norm.*layers.L, or layers.L\. and one of"
+    )
+    whole = load_sae(path.with_name("layers.0.norm").rename(path.with_name("layers.0")))
+    assert whole.site == Site("resid_post", 0), "the output of a layer is the stream behind it"
 
 
 @pytest.mark.parametrize(
@@ -229,10 +233,18 @@ def test_gemma_scope_2_files_that_are_refused(
     refuses(write_gemma_scope_2(sae, tmp_path / "a", **changes), match)
 
 
-def test_gemma_scope_of_the_residual_stream_is_refused(model: Model, random_sae: RandomSAE, tmp_path: Path) -> None:
+def test_gemma_scope_of_the_residual_stream_is_of_that_behind_the_layer(
+    model: Model, random_sae: RandomSAE, tmp_path: Path
+) -> None:
     path = write_gemma_scope(random_sae(model, activation="jumprelu", apply_b_dec_to_input=False), tmp_path / "a")
     (tmp_path / "a" / "gemma-scope-2b-pt-att").rename(tmp_path / "a" / "gemma-scope-2b-pt-res")
-    refuses(Path(str(path).replace("-att", "-res")), "'res': it reads the residual stream")
+    assert load_sae(Path(str(path).replace("-att", "-res"))).site == Site("resid_post", 1)
+
+
+def test_gemma_scope_transcoders_are_refused(model: Model, random_sae: RandomSAE, tmp_path: Path) -> None:
+    path = write_gemma_scope(random_sae(model, activation="jumprelu", apply_b_dec_to_input=False), tmp_path / "a")
+    (tmp_path / "a" / "gemma-scope-2b-pt-att").rename(tmp_path / "a" / "gemma-scope-2b-pt-transcoders")
+    refuses(Path(str(path).replace("-att", "-transcoders")), "'transcoders': it predicts another activation")
 
 
 @pytest.mark.parametrize(

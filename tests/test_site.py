@@ -10,6 +10,8 @@ SAE_NAMES = {
     Site("attn_out", 0): "blocks.0.hook_attn_out",
     Site("mlp_out", 12): "blocks.12.hook_mlp_out",
     Site("resid_pre", 3): "blocks.3.hook_resid_pre",
+    Site("resid_mid", 2): "blocks.2.hook_resid_mid",
+    Site("resid_post", 2): "blocks.2.hook_resid_post",
 }
 OTHER_NAMES = {
     Site("q", 0): "blocks.0.attn.hook_rot_q",
@@ -17,8 +19,6 @@ OTHER_NAMES = {
     Site("v", 12): "blocks.12.attn.hook_v",
     Site("scores", 0): "blocks.0.attn.hook_attn_scores",
     Site("pattern", 0): "blocks.0.attn.hook_pattern",
-    Site("resid_mid", 2): "blocks.2.hook_resid_mid",
-    Site("resid_post", 2): "blocks.2.hook_resid_post",
     Site("mlp_in", 2): "blocks.2.hook_mlp_in",
     Site("ln1_scale", 2): "blocks.2.ln1.hook_scale",
     Site("ln2_scale", 2): "blocks.2.ln2.hook_scale",

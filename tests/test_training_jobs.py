@@ -12,7 +12,6 @@ from headscope import cli
 from headscope.models.hf import Model
 from headscope.sae.formats import load_sae
 from headscope.sae.model import SAE
-from headscope.sae.training.trainer import Status
 from training_worker import tensors
 
 RECIPE = {"tokens": 1024, "batch": 64, "buffer": 256, "d-sae": 24, "target-l0": 3, "block-size": 32, "resample": 1}
@@ -47,7 +46,7 @@ def train(options: dict[str, object], out: Path, *more: str) -> None:
 def interrupted(monkeypatch: pytest.MonkeyPatch, options: dict[str, object], out: Path) -> None:
     """A training in which Ctrl-C is pressed."""
 
-    def press(_display: cli.Display, status: Status) -> None:
+    def press(_display: cli.Display, status: cli.jobs.Status) -> None:
         if status.step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 

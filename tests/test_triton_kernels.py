@@ -70,9 +70,10 @@ def test_the_benchmark_says_that_it_needs_a_gpu() -> None:
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize(("batch", "d_in", "d_sae"), [(4096, 512, 16_384), (4095, 130, 5_000)])
-def test_on_a_gpu_they_give_what_the_eager_functions_give(batch, d_in, d_sae) -> None:
+def test_on_a_gpu_they_give_what_the_eager_functions_give(batch, d_in, d_sae, monkeypatch) -> None:
     from headscope.sae.training import triton_kernels
 
+    monkeypatch.setattr(kernels, "gpu_kernels", lambda _like: None)
     g = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(batch, d_in, generator=g, device="cuda")
     w = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=g, device="cuda"), dim=1)
@@ -91,3 +92,21 @@ def test_on_a_gpu_they_give_what_the_eager_functions_give(batch, d_in, d_sae) ->
         mine, eager = getattr(triton_kernels, name), getattr(kernels, name)
         assert_close(mine(*given), eager(*given), rtol=1e-4, atol=1e-4)
         assert_close(mine(*given), mine(*given), rtol=0, atol=0)
+
+
+def test_tensors_that_they_can_work_on_go_to_them(monkeypatch: pytest.MonkeyPatch, no_type_checks) -> None:
+    called: list[str] = []
+
+    class Recorder:
+        def __getattr__(self, name: str):
+            return lambda *_arguments: called.append(name)
+
+    x, w = torch.randn(6, 4), torch.randn(50, 4)
+    pairs, pre = kernels.select_above(x, w, torch.full((50,), -3.0))
+    assert kernels.gpu_kernels(x) is None
+    monkeypatch.setattr(kernels, "gpu_kernels", lambda _like: Recorder())
+    kernels.select_above(x, w, torch.zeros(50))
+    kernels.products(pairs, w, x)
+    kernels.sum_by_row(pairs, pre, w)
+    kernels.sum_by_latent(pairs, pre, x)
+    assert called == ["select_above", "products", "sum_by_row", "sum_by_latent"]

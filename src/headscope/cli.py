@@ -1,26 +1,31 @@
 """The command line: one frozen dataclass a command, whose fields are its options, over the functions of `jobs`."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from headscope import demo, jobs
+from headscope.display import Display
 from headscope.errors import HeadscopeError
 from headscope.index.config import IndexPlan
 from headscope.report import run as report
 from headscope.sae.config import TrainConfig
-from headscope.sae.quality_table import Row, quality_rows
+from headscope.sae.presets import preset_note
 from headscope.site import Kind
+from headscope.training_commands import Runs, Sweep, preset_of, recipe
 
 _Flat = tyro.conf.arg(name="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnDevice:
+    """A command that runs the model of an index, in the precision that the index was made in."""
+
+    device: str = "cpu"
+    """Where the model runs: `cpu`, `cuda`, `cuda:1`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +38,13 @@ class Train:
     """`tiny` (bundled), a Hugging Face folder, or a name on the hub."""
     text: Annotated[jobs.CorpusChoice, _Flat] = field(default_factory=lambda: jobs.CorpusChoice(split="train"))
     site: Kind = "z"
-    """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out or resid_pre."""
+    """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out, or the residual stream."""
     layer: int | None = None
     """Layer of the site; the last one when not given."""
-    config: Annotated[TrainConfig, _Flat] = field(default_factory=TrainConfig)
+    preset: str = "default"
+    """A published recipe, whose values hold for all options of the recipe that are not given: default, seed-gelu-2l,
+    kissane-gpt2 (of a layer of gpt2, its own), anthropic-april-2024. With --help, shows those values."""
+    config: Annotated[TrainConfig, _Flat] = field(default_factory=recipe)
     hardware: Annotated[jobs.Hardware, _Flat] = field(default_factory=jobs.Hardware)
     overwrite: bool = False
     """Replace what `out` holds."""
@@ -46,6 +54,8 @@ class Train:
         from headscope.sae.training.ranks import together
 
         with together(self.hardware.device) as ranks, Display(quiet=ranks.rank > 0) as display:
+            if note := preset_note(self.preset, model=self.model, layer=self.layer):
+                display.say(note)
             result = jobs.train(
                 self.out,
                 model=self.model,
@@ -56,9 +66,12 @@ class Train:
                 hardware=self.hardware,
                 overwrite=self.overwrite,
                 on_step=display.on_step,
+                on_progress=display.on_progress,
             )
         if result.interrupted:
-            display.say(f"stopped early after {result.epochs:.2f} epochs; what was trained is saved")
+            display.say(
+                f"stopped after {result.epochs:.2f} epochs; what was trained is saved, and the same command goes on"
+            )
         display.say(f"SAE: {self.out}")
 
 
@@ -186,7 +199,7 @@ class Index:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve:
+class Serve(_OnDevice):
     """Serve the explorer of an index on 127.0.0.1 until Ctrl-C."""
 
     index: Path
@@ -203,7 +216,12 @@ class Serve:
     def run(self) -> None:
         """Serve."""
         jobs.serve(
-            self.index, model=self.model, upstream_saes=self.upstream_sae, port=self.port, open_browser=self.open
+            self.index,
+            model=self.model,
+            device=self.device,
+            upstream_saes=self.upstream_sae,
+            port=self.port,
+            open_browser=self.open,
         )
 
 
@@ -288,7 +306,7 @@ class Demo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effects:
+class Effects(_OnDevice):
     """Measure what every feature of an index does to the loss by its direct path, exactly; added to the index."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
@@ -304,7 +322,12 @@ class Effects:
         """Measure with a progress bar."""
         with Display() as display:
             found = jobs.effects(
-                self.index, model=self.model, sae=self.sae, max_work=self.max_work, on_progress=display.on_progress
+                self.index,
+                model=self.model,
+                sae=self.sae,
+                max_work=self.max_work,
+                device=self.device,
+                on_progress=display.on_progress,
             )
         which = "all" if found.most is None else f"at most {found.most:,} of each feature"
         display.say(f"effects: {found.n_pairs:,} active tokens ({which}) of {(found.n > 0).sum():,} features")
@@ -312,7 +335,7 @@ class Effects:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Families:
+class Families(_OnDevice):
     """Find the induction features of an index without naming a head, and hold the post's rule against them."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
@@ -328,7 +351,12 @@ class Families:
         """Judge with a progress bar."""
         with Display() as display:
             found = jobs.families(
-                self.index, model=self.model, sae=self.sae, seed=self.seed, on_progress=display.on_progress
+                self.index,
+                model=self.model,
+                sae=self.sae,
+                seed=self.seed,
+                device=self.device,
+                on_progress=display.on_progress,
             )
         for line in found.lines():
             display.say(line)
@@ -336,7 +364,7 @@ class Families:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heads:
+class Heads(_OnDevice):
     """Study every head of the model: roles, the features it makes, what its ablation turns off, what is spread."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
@@ -359,6 +387,7 @@ class Heads:
                 sae=self.sae,
                 n_shuffles=self.n_shuffles,
                 seed=self.seed,
+                device=self.device,
                 on_progress=display.on_progress,
             )
         for line in found.lines():
@@ -367,7 +396,7 @@ class Heads:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dive:
+class Dive(_OnDevice):
     """Write the deep dive into one feature, when it fires and what it does, as one HTML file."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
@@ -386,13 +415,19 @@ class Dive:
     def run(self) -> None:
         """Write and say how large it is."""
         path = jobs.dive(
-            self.index, self.feature, self.out, proxies=self.proxy, model=self.model, overwrite=self.overwrite
+            self.index,
+            self.feature,
+            self.out,
+            proxies=self.proxy,
+            model=self.model,
+            device=self.device,
+            overwrite=self.overwrite,
         )
         Display().say(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(_OnDevice):
     """Replicate the post on SAEs of one model, side by side: every study, written as one HTML file, JSON and Markdown.
 
     What is finished is kept: an interrupted run goes on with the same command. Without --sae and --index it is of the
@@ -423,6 +458,7 @@ class Report:
                 self.out,
                 inputs,
                 quick=self.quick,
+                device=self.device,
                 overwrite=self.overwrite,
                 on_progress=display.on_progress,
                 say=display.say,
@@ -450,67 +486,11 @@ class Survey:
             display.say(note)
 
 
-class Display:
-    """Progress bars and printed lines."""
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        """Nothing is shown until work is reported, and nothing at all where another process shows it."""
-        self._console = Console(highlight=False, quiet=quiet)
-        self._progress = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-        )
-        self._tasks: dict[str, tuple] = {}
-
-    def __enter__(self) -> "Display":
-        """Start drawing."""
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the bars as they are."""
-        self._progress.stop()
-
-    def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Move the bar of a stage."""
-        task = self._tasks.get(stage)
-        if task is None:
-            task = self._tasks[stage] = (self._progress.add_task(stage, total=total, note=""),)
-        self._progress.update(task[0], completed=done, total=total, note=note)
-
-    def on_step(self, status: "jobs.Status") -> None:
-        """Move the training bar."""
-        if status.step % 10 == 0 or status.step == status.n_steps - 1:
-            note = f"L0 {status.l0:.1f}  explained {status.explained_variance:.1%}  silent {status.dead:.1%}"
-            self.on_progress("train", status.step + 1, status.n_steps, note)
-
-    def say(self, line: str) -> None:
-        """Print a line."""
-        self._console.print(line, soft_wrap=True, markup=False)
-
-    def print_quality(self, quality: dict, split: str) -> None:
-        """Print the table of an SAE's quality, beside the post's figures."""
-        self.print_rows(f"quality on {split} text", quality_rows(quality))
-
-    def print_rows(self, title: str, rows: Sequence[Row]) -> None:
-        """Print figures beside the post's."""
-        table = Table(title=Text(f"{title} [95 % interval]"), title_justify="left")
-        for heading in ("figure", "this SAE", "post*", "definition"):
-            table.add_column(heading, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in (row.name, row.value, row.post, row.definition)))
-        self._console.print(table)
-        self.say("* Kissane et al. (2024): gelu-2l layer 1, d_sae 16,384, C4 and code; another model and corpus")
-
-
 Command = (
     Demo
     | Train
+    | Sweep
+    | Runs
     | Eval
     | Info
     | Convert
@@ -530,7 +510,9 @@ Command = (
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run one command; errors of the user's input end with status 2."""
     try:
-        tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION).run()
+        with preset_of(sys.argv[1:] if arguments is None else arguments):
+            command = tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION)
+        command.run()
     except HeadscopeError as error:
         sys.stderr.write(f"headscope: {error}\n")
         sys.exit(2)

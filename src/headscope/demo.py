@@ -9,10 +9,10 @@ from headscope import jobs
 from headscope.artefact import read_json
 from headscope.errors import OutputError
 from headscope.sae.config import TrainConfig
+from headscope.sae.metrics import Status
 
 if TYPE_CHECKING:
     from headscope.index.store import FeatureIndex
-    from headscope.sae.training.trainer import Status
 
 HELD_OUT_TOKENS = 1_010_000
 """Tokens that the SAE is measured and indexed on."""
@@ -62,7 +62,7 @@ def run(
     *,
     quick: bool = False,
     overwrite: bool = False,
-    on_step: Callable[["Status"], None] | None = None,
+    on_step: Callable[[Status], None] | None = None,
     on_progress: jobs.Progress | None = None,
     say: Callable[[str], None] = lambda _line: None,
 ) -> DemoResult:
@@ -81,12 +81,12 @@ def run(
         KeyboardInterrupt: Ctrl-C; what was trained is kept.
     """
     sae, index = out / "sae", out / "index"
-    config = TrainConfig(tokens=400_000, d_sae=512, resample=1, buffer=65_536) if quick else TrainConfig()
+    config = TrainConfig(tokens=400_000, d_sae=512, buffer=65_536) if quick else TrainConfig()
     held_out = jobs.CorpusChoice(max_tokens=100_000 if quick else HELD_OUT_TOKENS)
     if not overwrite and (sae / "cfg.json").is_file():
         _check_recipe(sae, config)
         say(f"found a trained SAE in {sae} (--overwrite starts again)")
-    elif jobs.train(sae, config=config, overwrite=overwrite, on_step=on_step).interrupted:
+    elif jobs.train(sae, config=config, overwrite=overwrite, on_step=on_step, on_progress=on_progress).interrupted:
         say(f"what was trained is in {sae}; the same command goes on with it, --overwrite starts again")
         raise KeyboardInterrupt
     if overwrite or not (index / "manifest.json").is_file():

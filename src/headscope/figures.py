@@ -5,7 +5,8 @@ tell apart: orange where the proxy is true, blue where it is false.
 """
 
 import html
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ import numpy as np
 from jaxtyping import Float
 
 from headscope.errors import FigureError
+from headscope.sae.pareto import MEASURES, Pareto
+from headscope.sae.runs import Run
 from headscope.studies.downstream import Downstream, LogitEffect
 from headscope.studies.specificity_records import Curve, ExpectedValue, Histogram, Predictions, Specificity
 
@@ -206,7 +209,82 @@ def logit_effect(found: LogitEffect, names: Mapping[int, str]) -> "go.Figure":
     return figure.update_yaxes(autorange="reversed", type="category")
 
 
+def training_curves(runs: Sequence[Run]) -> "go.Figure":
+    """What trainings measured on their batches, against activations: error, L0, explained variance, dead latents.
+
+    Raises:
+        FigureError: plotly is not installed.
+    """
+    panels = {
+        "squared_error": "squared error, scaled units",
+        "l0": "L0",
+        "explained_variance": "explained variance",
+        "dead": "dead latents",
+    }
+    figure = _panels("Training", "activations", list(panels.values()))
+    for run, line in zip(runs, _lines(), strict=False):
+        for i, name in enumerate(panels):
+            figure.add_scatter(
+                x=[point["tokens"] for point in run.points],
+                y=[point[name] for point in run.points],
+                mode="lines",
+                line=line,
+                name=f"{_plain(run.name)} ({run.state})",
+                legendgroup=run.name,
+                showlegend=i == 0,
+                row=i // 2 + 1,
+                col=i % 2 + 1,
+            )
+    return figure
+
+
+def pareto(found: Pareto) -> "go.Figure":
+    """What the SAEs of a sweep reach, against their L0 on a logarithmic axis, one line a variant.
+
+    Raises:
+        FigureError: plotly is not installed.
+    """
+    names = [f"{name}<br><sup>{_plain(said)}</sup>" for name, said in MEASURES.items()]
+    figure = _panels(f"{_plain(found.model)}, {_plain(found.site)}, held-out text", "L0", names)
+    for (variant, points), line in zip(found.curves().items(), _lines(), strict=False):
+        for i, name in enumerate(MEASURES):
+            estimates = [getattr(point, name) for point in points]
+            figure.add_scatter(
+                x=[point.l0.value for point in points],
+                y=[e.value for e in estimates],
+                error_y={
+                    "array": [e.high - e.value for e in estimates],
+                    "arrayminus": [e.value - e.low for e in estimates],
+                },
+                mode="lines+markers",
+                line=line,
+                text=[point.name for point in points],
+                hovertemplate="%{text}<br>L0 %{x:.2f}<br>%{y:.4f}<extra></extra>",
+                name=variant,
+                legendgroup=variant,
+                showlegend=i == 0,
+                row=i // 2 + 1,
+                col=i % 2 + 1,
+            )
+    return figure.update_xaxes(type="log", dtick=math.log10(2), tickformat=".4~g")
+
+
 # --------------------------------------------------------------------------------------------------------------- parts
+def _panels(title: str, x: str, names: list[str]) -> "go.Figure":
+    """Four panels with a common x."""
+    figure = _figure(title, x, "")
+    from plotly.subplots import make_subplots
+
+    made = make_subplots(2, 2, subplot_titles=names, figure=figure)
+    beside = {"orientation": "v", "x": 1.02, "y": 1.0, "yanchor": "top"}
+    return made.update_xaxes(title={"text": x}).update_layout(height=800, legend=beside)
+
+
+def _lines() -> Iterator[dict[str, str]]:
+    """Lines that are told apart without colour too, once colours repeat."""
+    return ({"color": colour, "dash": dash} for dash in cycle(("solid", "dash", "dot")) for colour in _PATHS)
+
+
 def _figure(title: str, x: str, y: str) -> "go.Figure":
     try:
         import plotly.graph_objects as go

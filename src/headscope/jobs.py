@@ -4,6 +4,7 @@ Each job checks where it will write before it computes anything, and what it wri
 imports are inside the functions: `headscope --help` is quick, and a served page loads no torch.
 """
 
+import os
 import shutil
 import tempfile
 import warnings
@@ -19,6 +20,8 @@ from headscope.corpus import Corpus, Reading, Split, load_corpus
 from headscope.errors import ExportError, ModelError, OutputError, SAEError
 from headscope.index.config import IndexPlan
 from headscope.sae.config import TrainConfig
+from headscope.sae.metrics import Status
+from headscope.sae.runs import METRICS, TRAINING
 from headscope.site import Kind, Site
 
 if TYPE_CHECKING:
@@ -36,7 +39,6 @@ if TYPE_CHECKING:
     from headscope.sae.model import SAE
     from headscope.sae.quality import Quality
     from headscope.sae.training.run import TrainResult
-    from headscope.sae.training.trainer import Status
     from headscope.studies.downstream import Downstream
     from headscope.studies.effects import DirectEffects
     from headscope.studies.induction_store import InductionFamily
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from headscope.studies.survey import Survey
 
 Progress = Callable[[str, int, int], None]
-"""Called with the stage, the work done and the work in all."""
+"""Called with the stage, the work done and the work in all, which is 0 where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class CorpusChoice(Reading):
     max_tokens: int | None = None
     """Read at most this many tokens."""
 
-    def load(self, model: "Model") -> Corpus:
-        """Read, tokenise and pack."""
+    def load(self, model: "Model", on_progress: "Progress | None" = None) -> Corpus:
+        """Read, tokenise and pack; text that takes long to tokenise is told of as it goes on."""
         return load_corpus(
             self.corpus,
             model.tokenizer,
@@ -71,6 +73,7 @@ class CorpusChoice(Reading):
             block_size=min(256, model.spec.context) if self.block_size is None else self.block_size,
             max_tokens=self.max_tokens,
             reading=self,
+            on_tokens=None if on_progress is None else lambda done, total: on_progress("tokenise", done, total or 0),
         )
 
 
@@ -89,19 +92,30 @@ class Hardware:
         Raises:
             ModelError: no such model, or no such device.
         """
-        import torch
+        return _load(name, self.device, self.dtype)
 
-        from headscope.models.load import load_model
 
-        try:
-            device = torch.empty(0, device=self.device).device
-        except (RuntimeError, AssertionError) as error:
-            raise ModelError(
-                f"device {self.device!r}: {str(error).splitlines()[0]}",
-                expected="cpu, or cuda on a machine that has it",
-                do="pass another --device",
-            ) from error
-        return load_model(name, device=device, dtype=getattr(torch, self.dtype))
+def _load(name: str, device: str, dtype: str) -> "Model":
+    """A model on a device; `cuda` under `torchrun` is the GPU of the process's own.
+
+    Raises:
+        ModelError: no such model, or no such device.
+    """
+    import torch
+
+    from headscope.models.load import load_model
+
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"device {device!r}: {str(error).splitlines()[0]}",
+            expected="cpu, or cuda on a machine that has it",
+            do="pass another --device",
+        ) from error
+    return load_model(name, device=found, dtype=getattr(torch, dtype))
 
 
 def train(  # noqa: PLR0913 - one argument an option of the command
@@ -114,7 +128,8 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     config: TrainConfig | None = None,
     hardware: Hardware | None = None,
     overwrite: bool = False,
-    on_step: Callable[["Status"], None] | None = None,
+    on_step: Callable[[Status], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> "TrainResult":
     """Train an SAE and write it to `out`, a SAELens folder; `layer` None is the last.
 
@@ -128,10 +143,10 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     from headscope.sae.formats import save_sae
     from headscope.sae.training.checkpoint import Checkpoints
     from headscope.sae.training.ranks import Ranks
-    from headscope.sae.training.run import METRICS, train_sae
+    from headscope.sae.training.run import train_sae
 
     text, ranks = text or CorpusChoice(split="train"), Ranks.joined()
-    kept = Checkpoints(out.with_name(f"{out.name}.training"), ranks)
+    kept = Checkpoints(out.with_name(f"{out.name}{TRAINING}"), ranks)
     going_on = kept.begun and not overwrite
     overwrite = overwrite or (going_on and _was_interrupted(out))
     check_run_folder(out, overwrite=overwrite, inputs=[model, text.corpus])
@@ -140,7 +155,7 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     loaded = (hardware or Hardware()).load(model)
     chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
     loaded.check_layer(chosen.layer)
-    corpus = text.load(loaded)
+    corpus = text.load(loaded, on_progress)
     result = train_sae(loaded, corpus, chosen, config or TrainConfig(), on_step, folder=kept.folder)
     if ranks.rank == 0:
         try:
@@ -181,15 +196,27 @@ def eval(
         HeadscopeError: any of its kinds.
     """
     from headscope.sae.convert import fitted
-    from headscope.sae.formats import load_sae, locate
+    from headscope.sae.formats import load_sae
+
+    loaded_sae = load_sae(sae)
+    loaded = (hardware or Hardware()).load(model or loaded_sae.model_name)
+    corpus = (text or CorpusChoice()).load(loaded, on_progress)
+    on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
+    return measure(sae, fitted(loaded_sae, loaded), loaded, corpus, on_tokens)
+
+
+def measure(
+    name: str | Path,
+    sae: "SAE",
+    model: "Model",
+    corpus: Corpus,
+    on_tokens: Callable[[int, int], None] | None = None,
+) -> "Quality":
+    """As `eval`, of an SAE, a model and text that are loaded; `name` is what the SAE was loaded from."""
+    from headscope.sae.formats import locate
     from headscope.sae.quality import evaluate
 
-    files, loaded_sae = locate(sae), load_sae(sae)
-    loaded = (hardware or Hardware()).load(model or loaded_sae.model_name)
-    loaded_sae = fitted(loaded_sae, loaded)
-    corpus = (text or CorpusChoice()).load(loaded)
-    on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
-    quality = evaluate(loaded, loaded_sae, corpus, on_tokens)
+    files, quality = locate(name), evaluate(model, sae, corpus, on_tokens)
     record = {"sae_hash": file_hash(files.weights), "corpus": corpus.fingerprint(), "quality": quality.as_dict()}
     if files.own:
         try:
@@ -291,12 +318,12 @@ def index(
     check_run_folder(out, overwrite=overwrite, inputs=[*saes, text.corpus, *([model] if model else [])])
     loaded_saes = [load_sae(sae) for sae in saes]
     loaded = (hardware or Hardware()).load(model or loaded_saes[0].model_name)
-    corpus = text.load(loaded)
+    corpus = text.load(loaded, on_progress)
     workers = Workers.of_environment()
     folders = build_index(
         loaded,
         [
-            (fitted(loaded_sae, loaded), SAERecord(str(sae), sae_hash(sae), _measured_quality(sae, corpus)))
+            (fitted(loaded_sae, loaded), SAERecord(str(sae), sae_hash(sae), measured_quality(sae, corpus)))
             for sae, loaded_sae in zip(saes, loaded_saes, strict=True)
         ],
         corpus,
@@ -320,26 +347,41 @@ def _check_remnant(out: Path, *, overwrite: bool) -> None:
         )
 
 
-def live(index: str | Path, *, model: str | None = None, sae: str | Path | None = None) -> "LiveIndex":
+def live(
+    index: str | Path, *, model: str | None = None, sae: str | Path | None = None, device: str = "cpu"
+) -> "LiveIndex":
     """Open an index with the model and the SAE that its manifest names, or with others of the same weights.
+
+    The model computes in the precision that the index was made in.
 
     Raises:
         HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
     """
     from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
-    from headscope.models.load import load_model
     from headscope.sae.convert import fitted
     from headscope.sae.formats import load_sae, sae_hash
 
     opened = FeatureIndex.open(index)
     name = sae or opened.manifest["sae"]["name"]
     opened.check_same(sae_hash=sae_hash(name))
-    loaded = load_model(model or opened.manifest["model"]["name"])
+    loaded = _load(model or opened.manifest["model"]["name"], device, opened.manifest["dtype"])
     return LiveIndex(opened, loaded, fitted(load_sae(name), loaded))
 
 
-def _measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
+def upstream_sae(opened: "LiveIndex", name: str) -> "SAE":
+    """An SAE of an earlier component of an index's model, as it reads this model's activations, and where it is.
+
+    Raises:
+        ModelError, SAEError: no such SAE, or one that does not fit the model.
+    """
+    from headscope.sae.convert import fitted
+    from headscope.sae.formats import load_sae
+
+    return fitted(load_sae(name), opened.model).to(opened.model.device).to(opened.model.module.dtype)
+
+
+def measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
     """What `eval` found for exactly these weights on exactly this text, if it was run."""
     from headscope.sae.formats import locate, sae_hash
 
@@ -404,6 +446,7 @@ def serve(
     index: str | Path,
     *,
     model: str | None = None,
+    device: str = "cpu",
     upstream_saes: Sequence[str] = (),
     port: int | None = None,
     open_browser: bool = False,
@@ -413,6 +456,7 @@ def serve(
     Args:
         index: an index folder.
         model: the index's, to ablate its features, to say how they are computed, and to read prompts.
+        device: where the model runs.
         upstream_saes: of earlier components of it, whose features are told apart.
         port: where to listen; None takes a free one.
         open_browser: open the page in the default browser.
@@ -434,7 +478,7 @@ def serve(
     opened = FeatureIndex.open(index)
     if upstream_saes and not model:
         raise SAEError("upstream SAEs without a model", expected="the model that they are of", do="pass --model too")
-    effects, upstream, prompts = _models(index, model, upstream_saes) if model else (None, None, None)
+    effects, upstream, prompts = _models(index, model, device, upstream_saes) if model else (None, None, None)
     app = make_app(
         IndexCards(opened),
         dives=IndexDives(opened, effects),
@@ -446,15 +490,16 @@ def serve(
     serve_app(app, port=port, open_browser=open_browser)
 
 
-def _models(index: str | Path, model: str, saes: Sequence[str]) -> "tuple[_Effects, LiveUpstream, PromptRoutes]":
+def _models(
+    index: str | Path, model: str, device: str, saes: Sequence[str]
+) -> "tuple[_Effects, LiveUpstream, PromptRoutes]":
     """What a page asks of a model: it is loaded once, and run for one question at a time."""
     from headscope.explorer.prompts import PromptRoutes
     from headscope.live_upstream import LiveUpstream
-    from headscope.sae.formats import load_sae
     from headscope.studies.prompt import Prompts
 
-    opened, lock = live(index, model=model), Lock()
-    upstream = LiveUpstream(opened, {name: load_sae(name) for name in saes}, lock=lock)
+    opened, lock = live(index, model=model, device=device), Lock()
+    upstream = LiveUpstream(opened, {name: upstream_sae(opened, name) for name in saes}, lock=lock)
     prompts = PromptRoutes(Prompts(opened, lock=lock), upstream.circuits, folder=str(index))
     return _Effects(opened, lock), upstream, prompts
 
@@ -495,6 +540,7 @@ def dive(
     *,
     proxies: Sequence[str] = (),
     model: str | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
 ) -> Path:
     """Write the card of one feature with its deep-dive tabs as one HTML file.
@@ -505,6 +551,7 @@ def dive(
         out: the file, whose name ends with .html.
         proxies: those that the page suggests when none are given.
         model: the index's, to remove the feature from it too.
+        device: where the model runs.
         overwrite: replace what is there.
 
     Raises:
@@ -522,7 +569,7 @@ def dive(
     check_output(out, overwrite=overwrite)
     opened = FeatureIndex.open(index)
     opened.check_latent(feature)
-    dives = IndexDives(opened, _Effects(live(index, model=model), Lock()) if model else None)
+    dives = IndexDives(opened, _Effects(live(index, model=model, device=device), Lock()) if model else None)
     pages = packed(dives, feature, proxies)
     pages[feature]["upstream"] = IndexUpstream(opened).packed(feature)
     return export_html(IndexCards(opened), out, [feature], dives=pages)
@@ -558,6 +605,7 @@ def effects(
     model: str | None = None,
     sae: str | Path | None = None,
     max_work: float = 1e11,
+    device: str = "cpu",
     on_progress: Progress | None = None,
 ) -> "DirectEffects":
     """The exact direct-path loss effect of every live feature of an index, added to it as the columns `effects`.
@@ -567,7 +615,7 @@ def effects(
     """
     from headscope.studies.effects import direct_effects, write_effects
 
-    opened = live(index, model=model, sae=sae)
+    opened = live(index, model=model, sae=sae, device=device)
     on_pairs = None if on_progress is None else lambda done, total: on_progress("effects", done, total)
     found = direct_effects(opened, max_work=max_work, on_progress=on_pairs)
     write_effects(opened, found)
@@ -580,6 +628,7 @@ def families(
     model: str | None = None,
     sae: str | Path | None = None,
     seed: int = 0,
+    device: str = "cpu",
     on_progress: Progress | None = None,
 ) -> "InductionFamily":
     """Judge all live features of an index for induction, and keep it: columns `induction` and tables of heads.
@@ -589,7 +638,7 @@ def families(
     """
     from headscope.studies.induction_store import induction_family, save_family
 
-    opened = live(index, model=model, sae=sae)
+    opened = live(index, model=model, sae=sae, device=device)
     found = induction_family(opened, seed=seed, on_progress=on_progress)
     save_family(opened, found)
     return found
@@ -602,6 +651,7 @@ def heads(
     sae: str | Path | None = None,
     n_shuffles: int = 99,
     seed: int = 0,
+    device: str = "cpu",
     on_progress: Progress | None = None,
 ) -> "HeadTables":
     """Study every head of a model and all features of an index by head, and keep it beside the index.
@@ -612,6 +662,6 @@ def heads(
     from headscope.index.head_records import HeadTables
     from headscope.studies.head_store import HeadPlan, study_heads
 
-    opened = live(index, model=model, sae=sae)
+    opened = live(index, model=model, sae=sae, device=device)
     study_heads(opened, HeadPlan(n_shuffles=n_shuffles, seed=seed), on_progress)
     return HeadTables(index)

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from headscope.errors import HeadscopeError
 
-Kind = Literal["z", "attn_out", "mlp_out", "resid_pre"]
+Kind = Literal["z", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post"]
 """Where an SAE can sit."""
 
 AnyKind = Literal[

@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-NAMES = ("attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_pre")
+NAMES = ("attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_pre", "hook_resid_post")
 
 
 def write(model: TransformerBridge | HookedTransformer, tokens: torch.Tensor, out: Path) -> None:

@@ -76,14 +76,6 @@ class Corpus:
         """Positions in a block, BOS included."""
         return self.blocks.shape[1]
 
-    def share(self, rank: int = 0, n_ranks: int = 1, *, start: int = 0) -> range:
-        """Numbers of the blocks that one of several ranks reads, without the first `start` of them.
-
-        The shares are runs of blocks, one after another, whose sizes differ by one at most; together they are all.
-        """
-        n = len(self.blocks)
-        return range(n * rank // n_ranks, n * (rank + 1) // n_ranks)[start:]
-
     def fingerprint(self) -> str:
         """SHA-256 of the tokens and of the documents they are from, as `sha256:<hex>`."""
         digest = hashlib.sha256(f"{self.blocks.shape} {self.bos}".encode())
@@ -100,6 +92,7 @@ class Corpus:
             "split": self.split,
             "hash": self.fingerprint(),
             "n_tokens": self.n_tokens,
+            "bos": {"id": self.bos, "at": self.reading.get("bos_at", "not stated")},
             "reading": dict(self.reading),
         }
 

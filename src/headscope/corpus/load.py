@@ -1,7 +1,8 @@
 """Read, tokenise and lay out a corpus."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,11 @@ from headscope.corpus.sources import Source, find_source
 from headscope.corpus.text import Document
 from headscope.errors import CorpusError
 
-_GROUP = 64  # documents between two looks at whether they are enough
-_TOKENISED = 512  # documents given to the tokenizer at a time, which has a thread a core
+_GROUP = 64  # documents given to the tokenizer at a time, which has a thread a core and hears no Ctrl-C
+_PATIENCE = 1.0  # seconds without a word of progress
+
+OnTokens = Callable[[int, int | None], None]
+"""Called with the tokens made and, where it is known, about how many there will be."""
 
 
 def load_corpus(
@@ -29,6 +33,7 @@ def load_corpus(
     block_size: int = 256,
     max_tokens: int | None = None,
     reading: Reading | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> Corpus:
     """Read, tokenise and lay out a corpus; a text that was tokenised before is taken from the cache.
 
@@ -41,6 +46,7 @@ def load_corpus(
         block_size: positions in a block, BOS included.
         max_tokens: stop after this many positions (rounded down to whole blocks).
         reading: what else may be chosen.
+        on_tokens: called while text is tokenised, once that takes longer than a second.
 
     Raises:
         CorpusError: the source does not exist, is not what its name says, is empty, or is shorter than one block.
@@ -50,7 +56,7 @@ def load_corpus(
         raise CorpusError(f"a block of {block_size} tokens", expected="2 or more", do="raise --block-size")
     reading = reading or Reading()
     enough = None if max_tokens is None else max_tokens + block_size
-    stream, folder = _tokenised(source, tokenizer, bos, split, reading, enough)
+    stream, folder = _tokenised(source, tokenizer, bos, split, reading, enough, on_tokens)
     if not stream.names:
         raise CorpusError(
             f"no documents in {source!r} (split {split!r})",
@@ -96,7 +102,13 @@ def _separator(tokenizer: Tokenizer, token: str | None) -> int | None:
 
 
 def _tokenised(
-    name: str, tokenizer: Tokenizer, bos: int, split: Split, reading: Reading, enough: int | None
+    name: str,
+    tokenizer: Tokenizer,
+    bos: int,
+    split: Split,
+    reading: Reading,
+    enough: int | None,
+    on_tokens: OnTokens | None,
 ) -> tuple[Stream, Path]:
     """The documents of one side of the split as token ids, all or as many as are enough, and a folder for more."""
     source = find_source(name, reading, bos)
@@ -114,7 +126,7 @@ def _tokenised(
     }
 
     def write(writer: Writer) -> tuple[bool, bool]:
-        found = _write(writer, source, tokenizer, split, reading, enough)
+        found = _write(writer, source, tokenizer, split, reading, enough, on_tokens)
         if source.state() != state:
             raise CorpusError(
                 f"{name!r} was changed while it was read", expected="files that stay as they are", do="try again"
@@ -125,15 +137,21 @@ def _tokenised(
 
 
 def _write(
-    writer: Writer, source: Source, tokenizer: Tokenizer, split: Split, reading: Reading, enough: int | None
+    writer: Writer,
+    source: Source,
+    tokenizer: Tokenizer,
+    split: Split,
+    reading: Reading,
+    enough: int | None,
+    on_tokens: OnTokens | None,
 ) -> tuple[bool, bool]:
     """Tokenise until there is enough; (whether that is all, whether the documents are rows of token files)."""
     documents = _in_split(source.documents(), split)
     if reading.shuffle:
         documents = _shuffled(documents, reading.shuffle, reading.shuffle_seed)
     kinds: set[type] = set()
-    rows = False
-    for group in _groups(documents, _TOKENISED if enough is None else _GROUP):
+    rows, started = False, time.monotonic()
+    for group in _groups(documents, _GROUP):
         kinds |= {type(document) for document in group}
         if len(kinds) > 1:
             raise CorpusError(
@@ -142,6 +160,8 @@ def _write(
         for document, ids in zip(group, _ids(tokenizer, group), strict=True):
             rows = rows or (isinstance(document, TokenDocument) and document.is_row)
             writer.add(document.name, ids)
+        if on_tokens is not None and time.monotonic() - started > _PATIENCE:
+            on_tokens(writer.n_tokens, enough)
         if enough is not None and writer.n_tokens >= enough:
             return False, rows
     return True, rows

@@ -386,6 +386,7 @@ class _Build:
             "layer": sae.site.layer,
             "z_convention": _convention(sae),
             "special_tokens": "left out of all statistics",
+            "bos": corpus.provenance()["bos"],
             "dtype": str(model.module.dtype).removeprefix("torch."),
             "model": {
                 "name": model.spec.name,

@@ -23,6 +23,7 @@ from headscope.report.records import FULL, QUICK, Claim, Exemplar, Settings, Stu
 from headscope.report.results import Report, StudyResult, SubjectResult
 
 if TYPE_CHECKING:
+    from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
     from headscope.report.subject import Subject
     from headscope.sae.model import SAE
@@ -62,6 +63,7 @@ def run(
     inputs: Inputs | None = None,
     *,
     quick: bool = False,
+    device: str = "cpu",
     overwrite: bool = False,
     studies: Sequence[Study] | None = None,
     on_progress: jobs.Progress | None = None,
@@ -73,6 +75,7 @@ def run(
         out: a folder; gets the report, and keeps what was done for the next run of the same command.
         inputs: the model, the SAEs and the corpus; the bundled ones when not given.
         quick: look at little of everything: whether it works, not what is so.
+        device: where the model runs.
         overwrite: give up what an earlier run with other inputs left in `out`.
         studies: to run; all of the registry when not given.
         on_progress: called as the work goes on.
@@ -88,7 +91,7 @@ def run(
     settings = QUICK if quick else FULL
     if inputs.text.max_tokens is None:
         inputs = replace(inputs, text=replace(inputs.text, max_tokens=settings.corpus_tokens))
-    work = _Work(out, inputs, settings, on_progress or (lambda _stage, _done, _total: None), say)
+    work = _Work(out, inputs, settings, device, on_progress or (lambda _stage, _done, _total: None), say)
     work.claim(overwrite=overwrite)
     try:
         subjects = tuple(work.subject(*named, studies or STUDIES) for named in work.named())
@@ -105,6 +108,7 @@ class _Work:
     out: Path
     inputs: Inputs
     settings: Settings
+    device: str
     progress: jobs.Progress
     say: Callable[[str], None]
 
@@ -174,7 +178,7 @@ class _Work:
         from headscope.report.subject import Subject
 
         index = self._index(name, of)
-        live = jobs.live(index, model=self.inputs.model, sae=of if isinstance(of, str) else None)
+        live = jobs.live(index, model=self.inputs.model, sae=of if isinstance(of, str) else None, device=self.device)
         identity = _identity(live.index, self.settings)
         kept = self.out / "studies" / name
         exemplars = _kept(kept / "exemplars.json", identity)
@@ -183,7 +187,7 @@ class _Work:
             exemplars = {"exemplars": [asdict(e) for e in chosen]}
             write_json(kept / "exemplars.json", {"identity": identity} | exemplars)
         chosen = tuple(Exemplar.from_dict(e) for e in exemplars["exemplars"])
-        subject = Subject(name, live, chosen, self.settings, self._upstream())
+        subject = Subject(name, live, chosen, self.settings, self._upstream(live))
         results = tuple(self._study(subject, study, kept, identity) for study in studies)
         tokens = {t: subject.text(t) for e in chosen for t in (e.token, *e.sources)}
         return SubjectResult(name, _facts(live.index), chosen, results, tokens)
@@ -194,16 +198,21 @@ class _Work:
             return of
         index = self.out / "indexes" / name
         if not (index / "manifest.json").is_file():
-            jobs.index([of], index, model=self.inputs.model, text=self.inputs.text, on_progress=self._named(name))
+            jobs.index(
+                [of],
+                index,
+                model=self.inputs.model,
+                text=self.inputs.text,
+                hardware=jobs.Hardware(self.device),
+                on_progress=self._named(name),
+            )
         return index
 
     def _named(self, name: str) -> jobs.Progress:
         return lambda stage, done, total: self.progress(f"{name}: {stage}", done, total)
 
-    def _upstream(self) -> "SAE | None":
-        from headscope.sae.formats import load_sae
-
-        return None if self.inputs.upstream is None else load_sae(self.inputs.upstream)
+    def _upstream(self, live: "LiveIndex") -> "SAE | None":
+        return None if self.inputs.upstream is None else jobs.upstream_sae(live, self.inputs.upstream)
 
     def _study(self, subject: "Subject", study: Study, kept: Path, identity: str) -> StudyResult:
         """What one study finds, unless it is known."""

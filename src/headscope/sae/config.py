@@ -28,8 +28,9 @@ class TrainConfig:
     """Matryoshka: so many latents, for each number here, also reconstruct without those after them."""
     decoder: Literal["unit", "free"] = "unit"
     """Decoder rows of unit norm; free ones weigh the penalty by their norm."""
-    auxiliary: float = 1 / 32
-    """topk, batchtopk: coefficient of the error that dead latents reconstruct. jumprelu: of what they lack to fire."""
+    auxiliary: float | None = None
+    """topk, batchtopk: coefficient of the error that dead latents reconstruct, 1/4 when not given. jumprelu: of what
+    they lack to fire, 1/32."""
     bandwidth: float = 0.5
     """jumprelu: width of the rectangle through which thresholds learn, in the units of scaled inputs."""
     tanh: float | None = None
@@ -60,8 +61,9 @@ class TrainConfig:
     """Share of training, at its end, over which the learning rate falls to 0."""
     clip: float | None = None
     """Largest norm of all gradients together."""
-    resample: int = 3
-    """How often dead latents are started anew."""
+    resample: int | None = None
+    """How often dead latents are started anew; 3 times for relu and gated when not given, never for the others, whose
+    dead latents have the auxiliary loss."""
     resample_every: int | None = None
     """Steps between; without, resamplings are spread over the first 60 % of training."""
     resample_by: Literal["loss", "random"] = "loss"
@@ -141,10 +143,17 @@ class TrainConfig:
     @property
     def resampled_at(self) -> frozenset[int]:
         """Steps after which dead latents are started anew."""
+        n = 3 * (self.variant in ("relu", "gated")) if self.resample is None else self.resample
         if self.resample_every is not None:
-            return frozenset(self.resample_every * (i + 1) for i in range(self.resample))
-        share = 0.6 / max(1, self.resample)
-        return frozenset(int(share * (i + 1) * self.n_steps) for i in range(self.resample)) - {0}
+            return frozenset(self.resample_every * (i + 1) for i in range(n))
+        return frozenset(int(0.6 / n * (i + 1) * self.n_steps) for i in range(n)) - {0}
+
+    @property
+    def auxiliary_coefficient(self) -> float:
+        """`auxiliary`, or what it is when it is not given."""
+        if self.auxiliary is not None:
+            return self.auxiliary
+        return 1 / 32 if self.variant == "jumprelu" else 0.25
 
     def as_dict(self) -> dict[str, Any]:
         """For a file."""

@@ -21,10 +21,10 @@ def check_shape(sae: SAE, model: Model) -> None:
     """Refuse an SAE whose site or width the model does not have.
 
     Raises:
-        ModelError: the model has no such layer.
+        ModelError: the model has no such site.
         SAEError: the widths differ, or it reads a module whose output a norm follows.
     """
-    model.check_layer(sae.site.layer)
+    model.check_site(sae.site)
     width, spec = model.width(sae.site), model.spec
     if sae.d_in != width:
         made = f" ({spec.n_heads} heads x {spec.d_head})" if sae.site.kind == "z" else ""
@@ -33,7 +33,7 @@ def check_shape(sae: SAE, model: Model) -> None:
             expected=f"{width}{made}, the width of that site in {spec.name}",
             do="pass the model it was trained on",
         )
-    if spec.post_norm and sae.metadata.get("reads") == MODULE_OUTPUT:
+    if spec.post_norm and sae.site.kind in ("attn_out", "mlp_out") and sae.metadata.get("reads") == MODULE_OUTPUT:
         raise SAEError(
             f"an SAE of a module's output at {sae.site.hook_name}, where {spec.name} has a norm after the module",
             expected="an SAE of what is added to the residual stream, behind that norm",

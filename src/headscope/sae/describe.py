@@ -37,6 +37,7 @@ def describe_sae(sae: SAE, files: Files) -> Lines:
         ("decoder norms", _norms(sae)),
         ("activations", _convention(sae)),
         ("context", f"{said['context_size']} tokens" if said.get("context_size") else "not stated"),
+        ("BOS", _bos(sae)),
         ("corpus", corpus["name"] if isinstance(corpus, dict) and "name" in corpus else str(corpus or "not stated")),
         ("hash", file_hash(files.weights)),
     ]
@@ -59,6 +60,24 @@ def _norms(sae: SAE) -> str:
     norms = sae.W_dec.norm(dim=1)
     low, high = norms.min().item(), norms.max().item()
     return f"{low:.4g} to {high:.4g}"
+
+
+_BOS_AT = {
+    "both": "before each block and each document",
+    "block": "before each block",
+    "document": "before each document",
+    "nowhere": "nowhere but where the text brings it",
+}
+
+
+def _bos(sae: SAE) -> str:
+    """Where the text it was trained on had a BOS."""
+    corpus = sae.metadata.get("corpus")
+    said = corpus.get("bos") if isinstance(corpus, dict) else None
+    if said is not None:
+        return f"token {said['id']}, {_BOS_AT.get(said['at'], said['at'])}"
+    first = sae.metadata.get("prepend_bos")
+    return "not stated" if first is None else "before each block" if first else "not before each block"
 
 
 def _convention(sae: SAE) -> str:

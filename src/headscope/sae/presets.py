@@ -63,18 +63,39 @@ PRESETS: dict[str, TrainConfig] = {
         resample=0,
     ),
 }
-"""By name. `kissane-gpt2` has layer 2's coefficient: pass the layer's own from `KISSANE_GPT2_COEFFICIENTS`."""
+"""By name; of `kissane-gpt2`, layer 2's."""
 
 KISSANE_GPT2_COEFFICIENTS = (1.8, 0.8, 1.0, 0.9, 1.1, 1.0, 1.1, 1.1, 1.3, 1.2, 1.3, 3.0)
-"""L1 coefficient by layer of GPT-2 small; layers 5 and 7 have twice as many latents."""
+"""L1 coefficient by layer of GPT-2 small."""
+_WIDE_LAYERS = (5, 7)  # of GPT-2 small, have twice as many latents
 
 
-def preset(name: str) -> TrainConfig:
-    """A published recipe.
+def preset(name: str, *, model: str | None = None, layer: int | None = None) -> TrainConfig:
+    """A published recipe; of `kissane-gpt2`, the layer's own where the model is GPT-2 small and its layer is named.
 
     Raises:
         TrainingError: no preset has that name.
     """
     if name not in PRESETS:
         raise TrainingError(f"preset {name!r}", expected=f"one of {', '.join(PRESETS)}", do="change --preset")
-    return PRESETS[name]
+    config = PRESETS[name]
+    if name == "kissane-gpt2" and layer is not None and _has_own(model, layer):
+        wide = 2 if layer in _WIDE_LAYERS else 1
+        return replace(config, coefficient=KISSANE_GPT2_COEFFICIENTS[layer], d_sae=wide * config.d_sae)
+    return config
+
+
+def preset_note(name: str, *, model: str | None = None, layer: int | None = None) -> str | None:
+    """What must be said of a preset: that it is of another layer or model than it is used for."""
+    if name != "kissane-gpt2" or (layer is not None and _has_own(model, layer)):
+        return None
+    return (
+        "kissane-gpt2 is of GPT-2 small, each layer with its own values; here those of layer 2 hold (coefficient "
+        f"{PRESETS[name].coefficient:g}, d_sae {PRESETS[name].d_sae:,}, unless given). "
+        "With --model gpt2 --layer N they are that layer's"
+    )
+
+
+def _has_own(model: str | None, layer: int) -> bool:
+    named = (model or "").rstrip("/").rsplit("/")[-1] in ("gpt2", "gpt2-small")
+    return named and 0 <= layer < len(KISSANE_GPT2_COEFFICIENTS)

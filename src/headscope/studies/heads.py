@@ -107,7 +107,7 @@ def scores_by_sequence(
     found: dict[ScoreName, list[Tensor]] = {name: [] for name in places}
     for pattern in _patterns(model, tokens):
         for name, (query, source) in places.items():
-            found[name].append(pattern[..., query, source].mean(-1))
+            found[name].append(pattern[..., query, source].mean(-1).cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

@@ -4,6 +4,7 @@ They were trained on a `HookedTransformer` with its default processing, so on `z
 """
 
 from pathlib import Path
+from typing import get_args
 
 from headscope.errors import SAEError
 from headscope.sae.formats.files import (
@@ -19,7 +20,7 @@ from headscope.sae.formats.files import (
     unsupported,
 )
 from headscope.sae.model import PROCESSED, SAE, ReLU
-from headscope.site import KINDS, Site
+from headscope.site import Kind, Site
 
 _CONFIG = "_cfg.json"
 _NAMES = {"W_enc", "b_enc", "W_dec", "b_dec"}
@@ -93,8 +94,8 @@ def _site(files: Files, config: Json) -> Site | None:
     kind, layer, name = config.get("site"), config.get("layer"), config.get("act_name")
     if kind is None or layer is None:
         return site_of(name, files) if name else None
-    if kind not in KINDS:
-        raise unsupported(files, f"site {kind!r}", expected="z, attn_out, mlp_out or resid_pre")
+    if kind not in get_args(Kind):
+        raise unsupported(files, f"site {kind!r}", expected=f"one of {', '.join(get_args(Kind))}")
     own = Site(kind, int(layer))
     return site_of(own.hook_name, files) if name in (None, own.hook_name) else _disagree(files, name, own)
 

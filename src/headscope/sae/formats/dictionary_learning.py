@@ -30,12 +30,16 @@ from headscope.sae.model import SAE, Gated, JumpReLU, ReLU, TopK
 from headscope.site import Kind, Site
 
 _WEIGHTS, _CONFIG = "ae.pt", "config.json"
-_NAMED = re.compile(r"(attn_out|attention_out|mlp_out|resid_pre|hook_z|attn_z|z)_?(?:layer_?)?(\d+)")
+_NAMED = re.compile(
+    r"(attn_out|attention_out|mlp_out|resid_pre|resid_mid|resid_post|hook_z|attn_z|z)_?(?:layer_?)?(\d+)"
+)
 _KINDS: dict[str, Kind] = {
     "attn_out": "attn_out",
     "attention_out": "attn_out",
     "mlp_out": "mlp_out",
     "resid_pre": "resid_pre",
+    "resid_mid": "resid_mid",
+    "resid_post": "resid_post",
     "hook_z": "z",
     "attn_z": "z",
     "z": "z",
@@ -193,5 +197,5 @@ FORMAT = Format(
         "IdentityDict": "it has no weights",
     },
     convention="the model's own; the site is taken from `submodule_name` where it is like `attn_out_layer_3` (also "
-    "`mlp_out`, `resid_pre`, `z`) or a hook name, and must be said otherwise",
+    "`mlp_out`, `resid_post`, `z`) or a hook name, and must be said otherwise",
 )

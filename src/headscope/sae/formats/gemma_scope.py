@@ -28,7 +28,7 @@ _FIRST, _SECOND, _CONFIG = "params.npz", "params.safetensors", "config.json"
 _REPOSITORY = re.compile(r"gemma-scope-(\d+b)-(pt|it)-(res|att|mlp|transcoders)\b")
 _LAYER = re.compile(r"layer_(\d+)$")
 _HF_LAYER = re.compile(r"layers\.(\d+)\.(.+)$")
-_KINDS: dict[str, Kind] = {"att": "z", "mlp": "mlp_out"}
+_KINDS: dict[str, Kind] = {"att": "z", "mlp": "mlp_out", "res": "resid_post"}
 _HF_KINDS: dict[str, Kind] = {"self_attn.o_proj.input": "z", "post_feedforward_layernorm.output": "mlp_out"}
 _NAMES = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
 
@@ -49,7 +49,7 @@ def read_first(files: Files, stated: Stated) -> SAE:
     """Read `params.npz`.
 
     Raises:
-        SAEError: an SAE of the residual stream, or one whose site neither folders nor user name.
+        SAEError: a transcoder, or an SAE whose site neither folders nor user name.
         UNREADABLE: damaged files.
     """
     site, model = None, None
@@ -109,11 +109,8 @@ FIRST = Format(
     layout=f"`{_FIRST}`, in folders that name model, site and layer",
     find=find_first,
     read=read_first,
-    architectures={"att": "JumpReLU, of z", "mlp": "JumpReLU, of mlp_out"},
-    refused={
-        "res": "it reads the residual stream after a layer, which is no site of SAEs here",
-        "transcoders": "it predicts another activation than it reads",
-    },
+    architectures={"att": "JumpReLU, of z", "mlp": "JumpReLU, of mlp_out", "res": "JumpReLU, of resid_post"},
+    refused={"transcoders": "it predicts another activation than it reads"},
     convention=_CONVENTION,
 )
 SECOND = Format(

@@ -25,7 +25,8 @@ from headscope.site import Kind, Site
 
 _WEIGHTS, _CONFIG, _RUN = "sae.safetensors", "cfg.json", "config.json"
 _HOOKPOINT = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)(?:\.(.+))?")
-_KINDS: dict[str, Kind] = {
+_KINDS: dict[str | None, Kind] = {
+    None: "resid_post",
     "attn": "attn_out",
     "self_attn": "attn_out",
     "attention": "attn_out",
@@ -109,7 +110,7 @@ def _site(files: Files) -> Site | None:
         raise unsupported(
             files,
             f"the output of {files.weights.parent.name}",
-            expected=f"layers.L. and one of {', '.join(_KINDS)}",
+            expected=f"layers.L, or layers.L. and one of {', '.join(filter(None, _KINDS))}",
         )
     return Site(_KINDS[module], layer)
 

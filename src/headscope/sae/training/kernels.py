@@ -24,6 +24,8 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from jaxtyping import Float, Int
@@ -90,6 +92,8 @@ class Pairs:
 
     def latent_sums(self, weights: Float[Tensor, " pair"]) -> Float[Tensor, " d_sae"]:
         """Sum of each latent's weights."""
+        if weights.is_cuda:  # adding there has no fixed order
+            return sum_by_latent(self, weights, weights.new_ones(self.batch, 1))[:, 0]
         return weights.new_zeros(self.d_sae).index_add_(0, self.latent, weights)
 
 
@@ -105,6 +109,8 @@ def products(
     """The dot product of each pair's two vectors."""
     if pairs.dense:
         return (of_latents @ of_rows.T)[pairs.latent, pairs.row]
+    if (gpu := gpu_kernels(of_rows)) is not None:
+        return gpu.products(pairs, of_latents, of_rows)
     _quiet_csr()
     zeros = of_rows.new_zeros(len(pairs))
     shape = (pairs.d_sae, pairs.batch)
@@ -118,6 +124,8 @@ def sum_by_row(
     """The weighted sum of the latents' vectors at each row; zero at rows without pairs."""
     if pairs.dense:
         return pairs.matrix(weights) @ of_latents
+    if (gpu := gpu_kernels(of_latents)) is not None:
+        return gpu.sum_by_row(pairs, weights, of_latents)
     order = pairs.to_rows
     return _bags(pairs.latent[order], pairs.row_starts, weights[order], of_latents)
 
@@ -128,11 +136,22 @@ def sum_by_latent(
     """The weighted sum of the rows' vectors at each latent; zero at latents without pairs."""
     if pairs.dense:
         return pairs.matrix(weights).T @ of_rows
+    if (gpu := gpu_kernels(of_rows)) is not None:
+        return gpu.sum_by_latent(pairs, weights, of_rows)
     return _bags(pairs.row, pairs.latent_starts, weights, of_rows)
 
 
 def _bags(indices: Tensor, starts: Tensor, weights: Tensor, vectors: Tensor) -> Tensor:
     return embedding_bag(indices, vectors, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def gpu_kernels(like: Tensor) -> ModuleType | None:
+    """The same functions as Triton kernels, for tensors that these can work on."""
+    if not like.is_cuda or like.dtype == torch.float64 or find_spec("triton") is None:
+        return None
+    from headscope.sae.training import triton_kernels
+
+    return triton_kernels
 
 
 @cache
@@ -157,6 +176,8 @@ def select_above(
     Returns:
         The pairs and their pre-activations.
     """
+    if (gpu := gpu_kernels(x)) is not None:
+        return gpu.select_above(x, encoder, bias, threshold)
     batch, d_sae = len(x), len(encoder)
     limit = x.new_zeros(batch) if threshold is None else threshold
     if x.dtype == torch.float32 and fast_bfloat16(x.device.type):

@@ -1,36 +1,32 @@
 """Train an SAE on the activations of a site over a corpus."""
 
-import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from headscope.artefact import atomic_write
 from headscope.corpus import Corpus
 from headscope.errors import TrainingError
 from headscope.models.hf import Model
 from headscope.sae.config import TrainConfig
+from headscope.sae.metrics import Metrics, Point, Status
 from headscope.sae.model import SAE
+from headscope.sae.runs import METRICS
 from headscope.sae.training.checkpoint import Checkpoints
 from headscope.sae.training.ranks import Ranks
 from headscope.sae.training.stream import ActivationStream
-from headscope.sae.training.trainer import Status, Trainer
+from headscope.sae.training.trainer import Trainer
 from headscope.site import Site
 
 _SAMPLE = 65_536
 """Activations that the scale and the first dictionary are taken from, at least."""
 _RESAMPLE_BATCHES = 100
 """Batches among whose inputs dead latents are started anew (Kissane et al. 2024)."""
-_CURVE_POINTS, _METRIC_POINTS = 100, 2000
-_WRITTEN_TOGETHER = 50  # points
-METRICS = "metrics"
-"""Name of a run of one SAE, and of its file of metrics."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class TrainResult:
     """A trained SAE and how it went."""
 
     sae: SAE
-    curve: list[dict[str, int | float]] = field(default_factory=list)
+    curve: list[Point] = field(default_factory=list)
     epochs: float = 0.0
     """Activations trained on, over activations in the corpus."""
     interrupted: bool = False
@@ -267,64 +263,12 @@ def _recipe(model: Model, corpus: Corpus, site: Site, configs: Mapping[str, Trai
     }
 
 
-class Metrics:
-    """What a run measured on its batches, in memory and as lines of JSON."""
-
-    def __init__(self, path: Path | None, n_steps: int) -> None:
-        """Measure a run of so many steps."""
-        self.path, self._n_steps = path, n_steps
-        self._every = max(1, n_steps // _METRIC_POINTS)
-        self.points: list[dict[str, int | float]] = []
-
-    def go_on(self, step: int) -> None:
-        """Take up the lines of the steps before one; those after it are measured again."""
-        if self.path is not None and self.path.is_file():
-            self.points = [point for point in read_metrics(self.path) if point["step"] < step]
-
-    def add(self, status: Status) -> None:
-        """Keep a step, if it is one of those that are kept."""
-        if status.step % self._every == 0 or status.step == self._n_steps - 1:
-            self.points.append({name: _short(value) for name, value in asdict(status).items() if name != "n_steps"})
-            if len(self.points) % _WRITTEN_TOGETHER == 0:
-                self.flush()
-
-    def flush(self) -> None:
-        """Write all lines."""
-        if self.path is not None:
-            with atomic_write(self.path) as file:
-                file.write("".join(json.dumps(point) + "\n" for point in self.points).encode())
-
-    def curve(self) -> list[dict[str, int | float]]:
-        """At most about a hundred of them, the last included."""
-        every = max(1, len(self.points) // _CURVE_POINTS)
-        last = len(self.points) - 1
-        return [point for i, point in enumerate(self.points) if i % every == 0 or i == last]
-
-
-def read_metrics(path: Path) -> list[dict[str, int | float]]:
-    """The lines of a metrics file, as far as they are whole.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    points = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            points.append(json.loads(line))
-        except ValueError:
-            break
-    return points
-
-
-def _short(value: int | float) -> int | float:
-    return value if isinstance(value, int) else float(f"{value:.6g}")
-
-
 def _provenance(model: Model, corpus: Corpus, config: TrainConfig, result: TrainResult) -> dict[str, Any]:
     """What every artefact states about how it was made."""
     return {
         "z_convention": "raw",
         "model_hash": model.fingerprint(),
+        "dtype": str(model.module.dtype).removeprefix("torch."),
         "n_heads": model.spec.n_heads,
         "d_head": model.spec.d_head,
         "context_size": corpus.block_size,

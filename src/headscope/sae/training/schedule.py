@@ -36,7 +36,7 @@ def likely_coefficient(config: TrainConfig, threshold: float) -> float:
     With an orthogonal dictionary a penalty of `lambda f` keeps silent what is below `lambda / 2`, and one of `lambda`
     for each active latent what is below `sqrt(lambda)`.
     """
-    return threshold**2 if config.variant == "jumprelu" else 2 * threshold
+    return 0.1 * threshold**2 if config.variant == "jumprelu" else 1.5 * threshold
 
 
 def coefficient_at(config: TrainConfig, step: int, steered: float) -> float:

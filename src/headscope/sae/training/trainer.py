@@ -1,7 +1,6 @@
 """The state of a training run, and one step of it."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from headscope.errors import TrainingError
 from headscope.sae import model as sae_model
 from headscope.sae.config import TrainConfig
+from headscope.sae.metrics import Status
 from headscope.sae.model import SAE
 from headscope.sae.training.dictionary import first_parameters, first_threshold, scale_of, started_anew
 from headscope.sae.training.objectives import Gated, JumpReLU, Now, Objective, Outcome, Parameters, ReLU, Space, TopK
@@ -22,29 +22,6 @@ _THRESHOLD_RATE = 0.01  # of the running mean of the least activation that is ke
 _RESAMPLE_CHUNK = 8192
 _SPEED = {"log_threshold": 10.0}
 """Factors on the learning rate, by weight: a threshold must keep up with encoder rows, whose components are small."""
-
-
-@dataclass(frozen=True)
-class Status:
-    """One moment of a training run; of several ranks, means over them."""
-
-    step: int
-    n_steps: int
-    tokens: int
-    """Activations trained on so far."""
-    squared_error: float
-    """Mean of ||x - x_hat||^2, in scaled units (the variance of the inputs is about d_in)."""
-    l0: float
-    explained_variance: float
-    """1 - sum ||x - x_hat||^2 / sum ||x - mean||^2 on the batch."""
-    dead: float
-    """Share of latents that have not fired for `dead_after` activations."""
-    coefficient: float
-    """Of the penalty."""
-    penalty: float
-    auxiliary: float
-    """What else was minimised, with its coefficient."""
-    lr: float
 
 
 class Trainer:
@@ -322,12 +299,12 @@ def _objective(config: TrainConfig, metric: Tensor | None, d_in: int, ranks: Ran
     if config.variant == "gated":
         return Gated(space)
     if config.variant == "jumprelu":
-        return JumpReLU(space, bandwidth=config.bandwidth, tanh=config.tanh, revive=config.auxiliary)
+        return JumpReLU(space, bandwidth=config.bandwidth, tanh=config.tanh, revive=config.auxiliary_coefficient)
     return TopK(
         config.target_l0,
         space,
         over_batch=config.variant == "batchtopk",
-        auxiliary=config.auxiliary,
+        auxiliary=config.auxiliary_coefficient,
         auxiliary_k=max(1, d_in // 2),
         ranks=ranks,
     )

@@ -1,0 +1,193 @@
+"""What training finds of a dictionary that is known, by variant, beside SAELens' of the same kind.
+
+The data are those of `headscope.sae.planted`: low-rank blocks of heads, features of one head or several, Zipf
+frequencies, groups, parents and children; the numbers those of `headscope.sae.recovery`. Both libraries train for as
+many steps on the same batches, each from its own start. headscope takes its default recipe, penalties steered to the
+planted L0. SAELens takes each of several learning rates or coefficients, with its warm-up and decay, and its row is the
+best of these by MMCS. Latents that are active on none of the held-out inputs are left out; how many are not
+stands in the table. The last rows are nulls: as many random directions, and as many inputs.
+
+    python benchmarks/planted_recovery.py            some ten minutes
+    python benchmarks/planted_recovery.py --quick    about a minute: BatchTopK, few steps, one setting
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from headscope.sae.config import TrainConfig
+from headscope.sae.planted import PlantedConfig, PlantedDictionary, plant
+from headscope.sae.recovery import Recovery, recovery
+from headscope.stats import Measure
+from peers.common import Task
+from processes import OURS, ProcessError, train
+from step_data import encode, mean_l0, planted_rows, scaled, squared_error
+
+PLANTED = PlantedConfig(n_features=256, n_heads=4, d_head=32, rank=24, l0=6.0)
+D_SAE = 512
+HELD_OUT = 16_384
+STEERED = ("relu", "jumprelu", "gated")
+PEER_RATES = (3e-4, 1e-3, 3e-3)
+PEER_COEFFICIENTS = (0.3, 1.0, 3.0, 10.0)
+PEER_RATE = 1e-3
+"""With coefficients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Options."""
+
+    quick: bool = False
+    json: bool = False
+    """One JSON object a line, with every number's n, interval and null."""
+    variants: tuple[str, ...] = ("relu", "topk", "batchtopk", "jumprelu", "gated", "matryoshka")
+    steps: int = 3000
+    batch: int = 1024
+    rows: int = 524_288
+    """Inputs, which are gone through as often as the steps take."""
+    threads: int = torch.get_num_threads()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A dictionary and what it found."""
+
+    name: str
+    variant: str
+    setting: str
+    found: Recovery
+    n_latents: int
+    """Active on held-out inputs."""
+    l0: float | None = None
+    explained_variance: float | None = None
+
+
+def main(arguments: Arguments) -> None:
+    """Train, compare and print."""
+    if arguments.quick:
+        arguments = replace(arguments, variants=("batchtopk",), steps=300, rows=131_072)
+    torch.set_num_threads(arguments.threads)
+    planted = plant(PLANTED)
+    x = scaled(planted_rows(planted, arguments.rows + HELD_OUT, seed=1))
+    held_out = x[arguments.rows :]
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "inputs.npy")
+        np.save(data, x[: arguments.rows].numpy())
+        for variant in arguments.variants:
+            for library, name in ((OURS, "headscope"), ("saelens", "SAELens")):
+                tasks = _tasks(library, variant, data, arguments)
+                tried = [row for task in tasks if (row := _trained(name, library, task, planted, held_out))]
+                rows += sorted(tried, key=lambda row: row.found.mmcs.value or 0.0)[-1:]
+    rows += _nulls(planted, held_out)
+    if arguments.json:
+        for row in rows:
+            print(json.dumps(asdict(row) | {"steps": arguments.steps, "batch": arguments.batch}))
+    else:
+        _print_table(rows, arguments)
+
+
+def _tasks(library: str, variant: str, data: Path, arguments: Arguments) -> Iterator[Task]:
+    """One for headscope, several for a peer."""
+    task = Task(
+        variant=variant,
+        option="default" if library == OURS else "fp32",
+        data=str(data),
+        initial="",
+        out="",
+        d_sae=D_SAE,
+        steps=arguments.steps,
+        batch=arguments.batch,
+        k=round(PLANTED.l0),
+        coefficient=0.0,
+        lr=TrainConfig().lr if library == OURS else PEER_RATE,
+        threads=arguments.threads,
+    )
+    if library == OURS or arguments.quick:
+        yield task
+    elif variant in STEERED:
+        yield from (replace(task, coefficient=coefficient) for coefficient in PEER_COEFFICIENTS)
+    else:
+        yield from (replace(task, lr=rate) for rate in PEER_RATES)
+
+
+def _trained(name: str, library: str, task: Task, planted: PlantedDictionary, held_out: Tensor) -> Row | None:
+    """None when the process failed, or no latent is active on any held-out input."""
+    setting = f"lr {task.lr:g}" + (f", coefficient {task.coefficient:g}" if task.coefficient else "")
+    print(f"{task.variant} {name}, {setting}", file=sys.stderr, flush=True)
+    try:
+        weights = train(library, task).weights
+    except ProcessError as error:
+        print(f"  failed: {error}", file=sys.stderr, flush=True)
+        return None
+    f = encode(weights, held_out, task.variant, task.k)
+    alive = (f > 0).any(0)
+    if not alive.any():
+        return None
+    error = squared_error(weights, held_out, f)
+    variance = (held_out - held_out.mean(0)).square().sum(1).mean().item()
+    found = recovery(planted.directions, weights["W_dec"][alive], PLANTED.n_heads)
+    return Row(name, task.variant, setting, found, int(alive.sum()), mean_l0(f), 1 - error / variance)
+
+
+def _nulls(planted: PlantedDictionary, held_out: Tensor) -> Iterator[Row]:
+    random = torch.randn(D_SAE, PLANTED.d_in, generator=torch.Generator().manual_seed(7))
+    for name, directions in (("random", random), ("inputs", held_out[:D_SAE] - held_out.mean(0))):
+        yield Row(name, "null", "", recovery(planted.directions, directions, PLANTED.n_heads), D_SAE)
+
+
+def _print_table(rows: list[Row], arguments: Arguments) -> None:
+    print(
+        f"{PLANTED.n_features} features in {PLANTED.n_heads} heads of {PLANTED.d_head}, L0 {PLANTED.l0:g}; {D_SAE} "
+        f"latents, {arguments.steps:,} steps of {arguments.batch:,}; 95 % intervals in brackets"
+    )
+    columns = [name.replace("_", " ") for name in rows[0].found.measures()]
+    print(f"{'':<21}" + "".join(f"{column:>21}" for column in columns) + f"{'alive':>7}{'L0':>7}{'EV':>8}   setting")
+    for row in rows:
+        numbers = "".join(f"{_short(measure):>21}" for measure in row.found.measures().values())
+        l0 = "" if row.l0 is None else f"{row.l0:.1f}"
+        explained = "" if row.explained_variance is None else f"{row.explained_variance:.4f}"
+        print(f"{row.variant + ' ' + row.name:<21}{numbers}{row.n_latents:>7}{l0:>7}{explained:>8}   {row.setting}")
+    print()
+    for ours in (row for row in rows if row.name == "headscope"):
+        for peer in (row for row in rows if (row.name, row.variant) == ("SAELens", ours.variant)):
+            _print_aims(ours, peer)
+
+
+def _short(measure: Measure) -> str:
+    if measure.value is None:
+        return "-"
+    return f"{measure.value:.3f}" + ("" if measure.low is None else f" [{measure.low:.3f}, {measure.high:.3f}]")
+
+
+def _print_aims(ours: Row, peer: Row) -> None:
+    """At least as good as the peer; where it is not, whether the intervals overlap."""
+    for name in ("mmcs", "recall", "precision", "head_share_error"):
+        mine, theirs = ours.found.measures()[name], peer.found.measures()[name]
+        lower = name == "head_share_error"
+        aim = f"{ours.variant}: {name} at {'most' if lower else 'least'} SAELens'"
+        if mine.value is None or theirs.value is None:
+            print(f"miss  {aim}: cannot be compared, nothing was found")
+            continue
+        reached = mine.value <= theirs.value if lower else mine.value >= theirs.value
+        within = "" if reached or _apart(mine, theirs) else ", the intervals overlap"
+        print(f"{'pass' if reached else 'miss'}  {aim}: {mine.value:.4f} and {theirs.value:.4f}{within}")
+
+
+def _apart(a: Measure, b: Measure) -> bool:
+    """No interval, or intervals without a common number."""
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return True
+    return a.high < b.low or b.high < a.low
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))

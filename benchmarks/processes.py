@@ -1,0 +1,129 @@
+"""Processes that train, each in its own environment, which is made the first time and kept.
+
+An environment is a `venv` in `$XDG_CACHE_HOME/headscope-benchmarks` (else `~/.cache/...`) with pinned versions. It also
+sees the packages of the environment that runs the benchmark, so that what fits is not installed again.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from peers.common import Task
+
+HERE = Path(__file__).parent
+_ERROR = re.compile(
+    r"[\w.]+(Error|Exception|Exit)\b|ERROR:"
+)  # the line of a traceback, or of pip, that says what it is
+TORCH = "torch==2.13.0"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library and the script that trains with it."""
+
+    script: str
+    pins: tuple[str, ...]
+    dependencies: bool = True
+    """Let pip install what the pins depend on."""
+
+
+PEERS = {
+    "saelens": Peer("run_saelens.py", ("sae-lens==6.54.12", TORCH)),
+    "dictionary_learning": Peer(
+        "run_dictionary_learning.py",
+        ("dictionary-learning==0.1.0", "einops==0.8.2", "tqdm==4.70.1"),
+        dependencies=False,  # it asks for a version of nnsight that does not go with transformers 5
+    ),
+    "sparsify": Peer("run_sparsify.py", ("eai-sparsify==1.3.3", "natsort==8.4.0", "schedulefree==1.4.1", TORCH)),
+}
+OURS = "headscope"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a process hands back."""
+
+    seconds: list[float]
+    """Of each step."""
+    peak_mb: float
+    """Largest resident memory, less what was resident when everything was imported and nothing was made."""
+    version: str
+    weights: dict[str, Tensor]
+
+
+class ProcessError(Exception):
+    """A process ended badly; the message is the end of what it said."""
+
+
+def train(library: str, task: Task) -> Trained:
+    """Train in a process of its own.
+
+    Args:
+        library: `headscope` or one of `PEERS`.
+        task: its `out` is ignored.
+
+    Raises:
+        ProcessError: no environment could be made, or training failed.
+    """
+    if library == OURS:
+        command = [sys.executable, str(HERE / "ours.py")]
+    else:
+        command = [str(environment(library)), str(HERE / "peers" / PEERS[library].script)]
+    with NamedTemporaryFile(suffix=".safetensors") as out:
+        said = run([*command, *replace(task, out=out.name).arguments()], threads=task.threads)
+        return Trained(**json.loads(said.splitlines()[-1]), weights=load_file(out.name))
+
+
+def run(command: list[str], *, threads: int | None = None) -> str:
+    """Run to its end and return what it printed.
+
+    Raises:
+        ProcessError: it ended with another status than 0.
+    """
+    quiet = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    limits = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet | limits)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
+        raise ProcessError(next((line for line in reversed(said) if _ERROR.match(line)), said[-1]))
+    return done.stdout
+
+
+def environment(name: str) -> Path:
+    """The interpreter of a peer's environment, made where it is not there yet.
+
+    Raises:
+        ProcessError: pip could not install the pins.
+    """
+    peer = PEERS[name]
+    seen = sysconfig.get_paths()["purelib"]
+    key = hashlib.sha256(json.dumps([peer.pins, sys.version, seen]).encode()).hexdigest()[:12]
+    folder = _cache() / f"{name}-{key}"
+    python, ready = folder / "bin" / "python", folder / "ready"
+    if ready.exists():
+        return python
+    print(f"making {folder}", file=sys.stderr)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way
+    run([sys.executable, "-m", "venv", str(folder)])
+    own = run([str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).strip()
+    Path(own, "running.pth").write_text(f"{seen}\n")
+    how = [] if peer.dependencies else ["--no-deps"]
+    run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *how, *peer.pins])
+    ready.touch()
+    return python
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "headscope-benchmarks"

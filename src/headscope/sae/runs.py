@@ -1,0 +1,124 @@
+"""The training runs below some folders: finished SAEs, and what is in the folders of unfinished ones; no torch."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from headscope.artefact import read_json
+from headscope.sae.metrics import Point, read_metrics
+
+METRICS = "metrics"
+"""Name of a run of one SAE, and of its file of metrics."""
+TRAINING = ".training"
+"""What the name of the folder of an unfinished run ends with, after that of its SAE."""
+
+State = Literal["finished", "interrupted", "unfinished"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One SAE that was or is being trained."""
+
+    name: str
+    """Its folder; in an unfinished sweep, with the name it will have there."""
+    state: State
+    """`interrupted`: the SAE was written when its training was ended early; `unfinished`: there is no SAE yet."""
+    variant: str
+    target_l0: float | None
+    """None where a given coefficient was kept."""
+    n_steps: int
+    points: tuple[Point, ...]
+    """What was measured, in the order of steps."""
+
+    @property
+    def last(self) -> Point:
+        """The last point, empty where nothing was measured yet."""
+        return self.points[-1] if self.points else {}
+
+    @property
+    def step(self) -> int:
+        """Steps that were taken, as far as they were measured."""
+        return self.last.get("step", -1) + 1
+
+    def cells(self) -> list[str]:
+        """A row under `HEADINGS`."""
+        last = self.last
+        state = self.state if self.state == "finished" else f"{self.state} at step {self.step:,} of {self.n_steps:,}"
+        return [
+            self.name,
+            self.variant,
+            "" if self.target_l0 is None else f"{self.target_l0:g}",
+            _shown(last, "l0", "{:.1f}"),
+            _shown(last, "explained_variance", "{:.1%}"),
+            _shown(last, "dead", "{:.1%}"),
+            _shown(last, "tokens", "{:,}"),
+            state,
+        ]
+
+
+HEADINGS = ("run", "variant", "target L0", "L0", "explained variance", "dead", "activations", "state")
+"""Of a table of runs; figures are those of the last batch that was measured."""
+
+
+def _shown(point: Point, name: str, form: str) -> str:
+    return form.format(point[name]) if name in point else ""
+
+
+def find_runs(folders: Sequence[Path] = (Path(),)) -> tuple[Run, ...]:
+    """All runs below some folders, by name; those folders are runs themselves where they hold one.
+
+    Of an SAE that was written early and is trained on, that which is further on is listed. What cannot be read is no
+    run.
+    """
+    found: dict[str, Run] = {}
+    for folder in folders:
+        for path in _below(Path(folder)):
+            for run in _runs_of(path):
+                held = found.get(run.name)
+                if held is None or run.step > held.step or (run.step == held.step and held.state == "unfinished"):
+                    found[run.name] = run
+    return tuple(found[name] for name in sorted(found))
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """A folder and those in it, but for hidden ones."""
+    for path, children, _ in os.walk(folder):
+        children[:] = sorted(child for child in children if not child.startswith("."))
+        yield Path(path)
+
+
+def _runs_of(path: Path) -> list[Run]:
+    try:
+        if (path / f"{METRICS}.jsonl").is_file() and (path / "cfg.json").is_file():
+            return [_of_sae(path)]
+        if path.name.endswith(TRAINING) and (path / "run.json").is_file():
+            return _of_training(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return []
+
+
+def _of_sae(folder: Path) -> Run:
+    training = read_json(folder / "cfg.json")["metadata"]["training"]
+    state: State = "interrupted" if training["interrupted"] else "finished"
+    return _run(str(folder), state, training["config"], folder / f"{METRICS}.jsonl")
+
+
+def _of_training(folder: Path) -> list[Run]:
+    """Of a training folder: one run for each SAE that is trained there."""
+    recipe, out = read_json(folder / "run.json"), folder.with_name(folder.name.removesuffix(TRAINING))
+    runs = []
+    for name in recipe["names"]:
+        start = f"{name} "
+        config = {key.removeprefix(start): value for key, value in recipe.items() if key.startswith(start)}
+        runs.append(_run(str(out if name == METRICS else out / name), "unfinished", config, folder / f"{name}.jsonl"))
+    return runs
+
+
+def _run(name: str, state: State, config: dict[str, Any], metrics: Path) -> Run:
+    given = config.get("coefficient") is not None and config["variant"] not in ("topk", "batchtopk")
+    points = tuple(read_metrics(metrics)) if metrics.is_file() else ()
+    n_steps = -(-config["tokens"] // config["batch"])
+    return Run(name, state, config["variant"], None if given else config["target_l0"], n_steps, points)

@@ -1,0 +1,200 @@
+"""Many SAEs on one stream of activations, each measured on held-out text: the Pareto curves of variants."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headscope import jobs
+from headscope.artefact import check_run_folder, read_json
+from headscope.errors import OutputError, TrainingError
+from headscope.sae.config import TrainConfig, Variant
+from headscope.sae.metrics import Status
+from headscope.sae.pareto import Pareto, Point
+from headscope.sae.runs import METRICS, TRAINING
+from headscope.site import Kind, Site
+
+if TYPE_CHECKING:
+    from headscope.corpus import Corpus
+    from headscope.models.hf import Model
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep found; nothing yet where it was interrupted."""
+
+    pareto: Pareto | None
+    interrupted: bool = False
+
+
+def recipes(
+    config: TrainConfig, variants: Sequence[Variant], target_l0s: Sequence[float | int]
+) -> dict[str, TrainConfig]:
+    """A recipe for each variant and target, by name: `relu-l0-8`.
+
+    Raises:
+        TrainingError: no variant or target, a coefficient that is kept whatever the target, or what no recipe allows.
+    """
+    if not variants or not target_l0s:
+        raise TrainingError(
+            f"{len(variants)} variants and {len(target_l0s)} target L0s",
+            expected="at least one of both",
+            do="name them after --variants and --target-l0s",
+        )
+    if config.coefficient is not None:
+        raise TrainingError(
+            f"a coefficient of {config.coefficient:g} in a sweep over target L0s",
+            expected="none: it is steered towards each target",
+            do="pass --coefficient None",
+        )
+    return {
+        f"{variant}-l0-{target:g}": replace(config, variant=variant, target_l0=float(target))
+        for variant in variants
+        for target in target_l0s
+    }
+
+
+def sweep(  # noqa: PLR0913 - one argument an option of the command
+    out: Path,
+    configs: Mapping[str, TrainConfig],
+    *,
+    model: str = "tiny",
+    text: jobs.CorpusChoice | None = None,
+    eval_tokens: int | None = None,
+    site: Kind = "z",
+    layer: int | None = None,
+    hardware: jobs.Hardware | None = None,
+    overwrite: bool = False,
+    on_steps: Callable[[Mapping[str, Status]], None] | None = None,
+    on_progress: jobs.Progress | None = None,
+) -> SweepResult:
+    """Train SAEs on one stream of activations, measure each on held-out text, and write `out/pareto.json`.
+
+    The SAE of each recipe becomes the SAELens folder `out/NAME`, with its metrics and its quality. Checkpoints are in
+    `out.training` until all are written: the same call goes on with what was cut off, and measures nothing twice.
+
+    Args:
+        out: the folder of SAE folders.
+        configs: recipes by name; they differ in nothing that decides the stream. All are in memory together.
+        model: what is read.
+        text: training text; the evaluated text is the held-out part of the same.
+        eval_tokens: how much of that; all when not given.
+        site: which activation.
+        layer: of the site; the last when not given.
+        hardware: where the model runs.
+        overwrite: start again, replacing the SAEs of an earlier sweep.
+        on_steps: called with the status of all SAEs after every step.
+        on_progress: called as text is read and SAEs are measured.
+
+    Raises:
+        HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
+    """
+    from headscope.sae.training.checkpoint import Checkpoints
+    from headscope.sae.training.ranks import Ranks
+
+    text, ranks = text or jobs.CorpusChoice(split="train"), Ranks.joined()
+    kept = Checkpoints(out.with_name(f"{out.name}{TRAINING}"), ranks)
+    going_on = set() if overwrite or not kept.begun else set(read_json(kept.folder / "run.json")["names"])
+    held = (
+        {}
+        if overwrite
+        else {name: made for name in {*configs} - going_on if (made := _trained(out / name, configs[name]))}
+    )
+    for name in {*configs} - {*held}:
+        check_run_folder(out / name, overwrite=overwrite or name in going_on, inputs=[model, text.corpus])
+    if not going_on:
+        kept.clear()
+    loaded = (hardware or jobs.Hardware()).load(model)
+    chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
+    loaded.check_layer(chosen.layer)
+    corpus = text.load(loaded, on_progress)
+    for name, metadata in held.items():
+        _check_same(out / name, metadata, loaded, corpus, chosen)
+    missing = {name: config for name, config in configs.items() if name not in held}
+    if missing and _train(out, loaded, corpus, chosen, missing, kept.folder, on_steps):
+        return SweepResult(None, interrupted=True)
+    kept.clear()
+    if ranks.rank:
+        return SweepResult(None)
+    del corpus
+    heldout = replace(text, split="heldout", max_tokens=eval_tokens).load(loaded, on_progress)
+    points = []
+    for i, (name, config) in enumerate(configs.items()):
+        points.append(_measured(out / name, loaded, heldout, config, on_progress, f"{i + 1}/{len(configs)} {name}"))
+    pareto = Pareto(loaded.spec.name, chosen.hook_name, heldout.provenance(), tuple(points))
+    pareto.write(out / "pareto.json")
+    return SweepResult(pareto)
+
+
+def _trained(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
+    """What the finished SAE of a recipe in a folder says of itself; None where there is none."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        metadata = read_json(folder / "cfg.json")["metadata"]
+        training = metadata["training"]
+        if training["interrupted"] is False and _same(training["config"], config.as_dict()):
+            return metadata
+    return None
+
+
+def _check_same(folder: Path, metadata: Mapping[str, Any], model: "Model", corpus: "Corpus", site: Site) -> None:
+    """Make sure that an SAE of an earlier sweep was trained on what this one is."""
+    held = {
+        "model": metadata["model_hash"],
+        "text": metadata["corpus"]["hash"],
+        "site": metadata["hook_name"],
+    }
+    for what, own in {"model": model.fingerprint(), "text": corpus.fingerprint(), "site": site.hook_name}.items():
+        if held[what] != own:
+            raise OutputError(
+                f"{folder} holds an SAE of another {what}",
+                expected=f"none, or one of this {what}",
+                do="choose another folder, or pass --overwrite to train again",
+            )
+
+
+def _same(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    return {**held, "cache": None} == {**wanted, "cache": None}
+
+
+def _train(
+    out: Path,
+    model: "Model",
+    corpus: "Corpus",
+    site: Site,
+    configs: Mapping[str, TrainConfig],
+    folder: Path,
+    on_steps: Callable[[Mapping[str, Status]], None] | None,
+) -> bool:
+    """Train all and write them; whether it was interrupted, and nothing written."""
+    from headscope.sae.formats import save_sae
+    from headscope.sae.training.ranks import Ranks
+    from headscope.sae.training.run import train_saes
+
+    results = train_saes(model, corpus, site, configs, on_steps, folder=folder)
+    if any(result.interrupted for result in results.values()):
+        return True
+    if Ranks.joined().rank == 0:
+        for name, result in results.items():
+            save_sae(result.sae, out / name, overwrite=True)
+            shutil.copy(folder / f"{name}.jsonl", out / name / f"{METRICS}.jsonl")
+    return False
+
+
+def _measured(
+    folder: Path,
+    model: "Model",
+    corpus: "Corpus",
+    config: TrainConfig,
+    on_progress: jobs.Progress | None,
+    stage: str,
+) -> Point:
+    """A trained SAE as a point of the curve; what was measured of it on the same text is not measured again."""
+    from headscope.sae.formats import load_sae
+
+    quality = jobs.measured_quality(folder, corpus)
+    if quality is None:
+        on_tokens = None if on_progress is None else lambda done, total: on_progress(stage, done, total)
+        quality = jobs.measure(folder, load_sae(folder), model, corpus, on_tokens).as_dict()
+    return Point.of(folder.name, quality, config.as_dict())

@@ -1,0 +1,155 @@
+"""Commands about several trainings: `runs` and `sweep`; and how `--preset` decides what options are when not given."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from headscope import jobs, sweep
+from headscope.artefact import atomic_write, check_output
+from headscope.display import Display
+from headscope.errors import FigureError, SAEError
+from headscope.sae import pareto, runs
+from headscope.sae.config import TrainConfig, Variant
+from headscope.sae.presets import preset
+from headscope.site import Kind
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_FLAT = tyro.conf.arg(name="")
+_recipe: ContextVar[TrainConfig | None] = ContextVar("recipe", default=None)
+
+
+def recipe() -> TrainConfig:
+    """What the options of a recipe are when not given: the values of the preset that the command line names."""
+    return _recipe.get() or TrainConfig()
+
+
+@contextmanager
+def preset_of(arguments: list[str]) -> Iterator[None]:
+    """While a command line is parsed, let the preset it names, if any, give the defaults of all other options.
+
+    Raises:
+        TrainingError: no preset has that name.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--preset", "--model", "--layer"):
+        parser.add_argument(name)
+    try:
+        named, _ = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:  # an option without a value, of which the real parser tells
+        named = argparse.Namespace(preset=None, model=None, layer=None)
+    layer = int(named.layer) if (named.layer or "").isdecimal() else None
+    token = _recipe.set(preset(named.preset, model=named.model, layer=layer) if named.preset else None)
+    try:
+        yield
+    finally:
+        _recipe.reset(token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """List trainings, finished and not, with what was last measured; draw their curves."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDERS ...]")] = (Path(),)
+    """Where to look, in them and below."""
+    html: Path | None = None
+    """Draw curves of loss, L0, explained variance and dead latents into this file; needs plotly."""
+    overwrite: bool = False
+    """Replace the file."""
+
+    def run(self) -> None:
+        """Find, print and draw."""
+        from headscope import figures
+
+        if self.html is not None:
+            check_output(self.html, overwrite=self.overwrite)
+        found, display = runs.find_runs(self.folders), Display()
+        if not found:
+            raise SAEError(
+                f"no training in {', '.join(map(str, self.folders))}",
+                expected="folders that `headscope train` or `headscope sweep` wrote, at any depth",
+                do="name other folders",
+            )
+        display.print_table("runs", runs.HEADINGS, [run.cells() for run in found])
+        if self.html is not None:
+            _write_html(self.html, figures.training_curves(found))
+            display.say(f"curves: {self.html}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Train SAEs of several variants and target L0s on one stream of activations, measure each, compare.
+
+    All are in memory together, each with its gradients and Adam's moments: about 32 bytes x d_in x d_sae for one. Each
+    becomes a SAELens folder OUT/VARIANT-l0-N; the Pareto curves are OUT/pareto.json and, with plotly, OUT/pareto.html.
+    Interrupted, the same command goes on; with more variants or targets it trains and measures those that are new.
+    """
+
+    out: Path
+    """Folder of the SAE folders."""
+    variants: tuple[Variant, ...] = ("relu", "batchtopk")
+    """In place of --variant."""
+    target_l0s: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0)
+    """In place of --target-l0; whole numbers for topk."""
+    eval_tokens: int | None = None
+    """Measure on so many held-out tokens; on all when not given."""
+    model: str = "tiny"
+    """`tiny` (bundled), a Hugging Face folder, or a name on the hub."""
+    text: Annotated[jobs.CorpusChoice, _FLAT] = field(default_factory=lambda: jobs.CorpusChoice(split="train"))
+    site: Kind = "z"
+    """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out or resid_pre."""
+    layer: int | None = None
+    """Layer of the site; the last one when not given."""
+    preset: str = "default"
+    """See `train`: what the options of the recipe are when not given."""
+    config: Annotated[TrainConfig, _FLAT] = field(default_factory=recipe)
+    hardware: Annotated[jobs.Hardware, _FLAT] = field(default_factory=jobs.Hardware)
+    overwrite: bool = False
+    """Start again, replacing what `out` holds of these SAEs."""
+
+    def run(self) -> None:
+        """Train and measure with progress, print the table, draw the curves."""
+        configs = sweep.recipes(self.config, self.variants, self.target_l0s)
+        with Display() as display:
+            result = sweep.sweep(
+                self.out,
+                configs,
+                model=self.model,
+                text=self.text,
+                eval_tokens=self.eval_tokens,
+                site=self.site,
+                layer=self.layer,
+                hardware=self.hardware,
+                overwrite=self.overwrite,
+                on_steps=display.on_steps,
+                on_progress=display.on_progress,
+            )
+        if result.interrupted:
+            display.say("stopped early; the same command goes on from here")
+        if result.pareto is not None:
+            self._print(display, result.pareto)
+
+    def _print(self, display: Display, found: pareto.Pareto) -> None:
+        from headscope import figures
+
+        title = f"{found.model}, {found.site}: {found.points[0].n_tokens:,} held-out tokens [95 % interval]"
+        display.print_table(title, pareto.HEADINGS, [point.cells() for point in found.points])
+        display.say(f"SAEs and pareto.json: {self.out}")
+        try:
+            _write_html(self.out / "pareto.html", figures.pareto(found))
+            display.say(f"curves: {self.out / 'pareto.html'}")
+        except FigureError as error:
+            display.say(f"no curves were drawn: {error.got}; {error.do}")
+
+
+def _write_html(path: Path, figure: "go.Figure") -> None:
+    """One file that needs no network."""
+    with atomic_write(path) as file:
+        file.write(figure.to_html(include_plotlyjs=True).encode())

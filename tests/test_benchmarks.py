@@ -1,0 +1,221 @@
+"""What the benchmarks of training rest on: the floor, the inputs and the judgement that are the same for all."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.testing import assert_close
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------- floor
+def test_the_floor_multiplies_the_whole_batch_by_the_whole_encoder(module) -> None:
+    step = module("floor").FloorStep(24, 96, 32)
+    exact = step.x.double() @ step.encoder.double()
+    assert step.product().shape == (32, 96)
+    assert_close(step.product().double(), exact, rtol=2**-7, atol=0.1)  # bf16 has 8 bits
+
+
+def test_the_floor_moves_two_whole_matrices_by_adam(module) -> None:
+    step = module("floor").FloorStep(8, 16, 4)
+    before = [weight.clone() for weight in step.weights]
+    step.update()
+    step.update()
+    for old, new in zip(before, step.weights, strict=True):
+        assert new.shape == (8, 16)
+        # with the same gradient in each step Adam moves by lr * sign
+        assert_close(new, old - 2e-3 * new.grad.sign(), rtol=0.0, atol=1e-6)
+
+
+def test_the_floor_is_the_time_of_both_parts(module) -> None:
+    floor = module("floor")
+    found = floor.measure(floor.FloorStep(32, 256, 64), 5)
+    assert found.product_s > 0
+    assert found.adam_s > 0
+    assert found.floor_s >= max(found.product_s, found.adam_s) / 2
+
+
+# --------------------------------------------------------------------------------------------------------------- inputs
+def test_scaled_inputs_have_the_distance_that_rates_are_meant_for(module) -> None:
+    rows = module("step_data").scaled(3.0 + 0.01 * normal(500, 16))
+    assert (rows - rows.mean(0)).norm(dim=1).mean().item() == pytest.approx(4.0, rel=1e-5)
+
+
+def test_initial_weights_are_active_on_the_shares_asked_for(module) -> None:
+    step_data = module("step_data")
+    rows, decoder = normal(2000, 16), step_data.unit(normal(40, 16, seed=1))
+    shares = torch.linspace(0.01, 0.3, 40)
+    weights = step_data.initial_weights(rows, decoder, shares)
+    active = step_data.encode(weights, rows, "relu", 4) > 0
+    assert_close(active.float().mean(0), shares, rtol=0.0, atol=1 / 2000)
+    assert torch.equal(weights["W_enc"].T, weights["W_dec"])
+
+
+def test_planted_inputs_start_sparse_and_near_their_dictionary(module, tmp_path: Path) -> None:
+    files = module("step_data").inputs("planted", tmp_path, d_in=64, d_sae=256, l0=4, n=2048, batch=512)
+    load = module("peers.common").load_file
+    sparse, unbiased = load(files.initial("relu")), load(files.initial("topk"))
+    assert np.load(files.data).shape == (2048, 64)
+    assert files.held_out.shape == (512, 64)
+    f = module("step_data").encode(sparse, files.held_out, "relu", 4)
+    assert 3 < module("step_data").mean_l0(f) < 8
+    assert not unbiased["b_enc"].any()
+    planted = module("step_data").planted_for(64, 256, 4)
+    cosine = (planted.directions * sparse["W_dec"][:64]).sum(1)
+    assert cosine.min() > 0.8
+
+
+def test_selections_and_error_by_hand(module) -> None:
+    step_data = module("step_data")
+    x = torch.tensor([[3.0, 2.0, 1.0], [0.5, -1.0, 0.25]])
+    weights = {"W_enc": torch.eye(3), "b_enc": torch.zeros(3), "W_dec": torch.eye(3), "b_dec": torch.zeros(3)}
+    expected = {
+        "relu": ([[3, 2, 1], [0.5, 0, 0.25]], 1.0 / 2, 2.5),
+        "topk": ([[3, 0, 0], [0.5, 0, 0]], (5 + 1.0625) / 2, 1.0),
+        "batchtopk": ([[3, 2, 0], [0, 0, 0]], (1 + 1.3125) / 2, 1.0),
+    }
+    for variant, (activations, error, l0) in expected.items():
+        f = step_data.encode(weights, x, variant, 1)
+        assert_close(f, torch.tensor(activations, dtype=torch.float32))
+        assert step_data.squared_error(weights, x, f) == pytest.approx(error)
+        assert step_data.mean_l0(f) == l0
+    gate = weights | {"threshold": torch.tensor([3.0, 1.0, 0.1])}
+    assert_close(step_data.encode(gate, x, "jumprelu", 1), torch.tensor([[0, 2, 1], [0, 0, 0.25]]))
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+def task_for(module, folder: Path, variant: str, steps: int) -> object:
+    step_data = module("step_data")
+    rows = step_data.scaled(normal(512, 16))
+    decoder = step_data.unit(normal(64, 16, seed=1))
+    np.save(folder / "rows.npy", rows.numpy())
+    weights = step_data.initial_weights(rows, decoder, torch.full((64,), 0.1))
+    save_file(weights, folder / "initial.safetensors")
+    return module("peers.common").Task(
+        variant=variant,
+        option="default",
+        data=str(folder / "rows.npy"),
+        initial=str(folder / "initial.safetensors"),
+        out=str(folder / "out.safetensors"),
+        d_sae=64,
+        steps=steps,
+        batch=64,
+        k=4,
+        coefficient=0.5,
+        lr=1e-3,
+        threads=1,
+    )
+
+
+def test_a_task_survives_its_command_line(module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_for(module, tmp_path, "topk", 3)
+    monkeypatch.setattr(sys, "argv", ["script", *task.arguments()])
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert type(task).from_command_line() == task
+
+
+@pytest.mark.parametrize("variant", ["relu", "topk", "batchtopk"])
+def test_our_trainer_starts_from_the_weights_given(module, tmp_path: Path, variant: str) -> None:
+    ours, task = module("ours"), task_for(module, tmp_path, variant, 1)
+    trainer = ours.trainer_for(task)
+    got = ours.trained(trainer.finish(ours.Site("z", 0), "inputs"), variant)
+    for name, weight in task.weights().items():
+        assert_close(got[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_our_trainer_steps_at_the_rate_and_coefficient_given(module, tmp_path: Path) -> None:
+    task = task_for(module, tmp_path, "relu", 1)
+    trainer = module("ours").trainer_for(task)
+    for _, x in zip(range(3), task.batches(), strict=False):
+        status = trainer.step(x)
+        assert (status.lr, status.coefficient) == (1e-3, 0.5)
+
+
+@pytest.mark.slow
+def test_our_process_hands_back_times_memory_and_weights(module, tmp_path: Path) -> None:
+    task = task_for(module, tmp_path, "batchtopk", 4)
+    found = module("processes").train("headscope", task)
+    assert len(found.seconds) == 4
+    assert found.peak_mb > 0
+    assert not torch.equal(found.weights["W_dec"], task.weights()["W_dec"])
+
+
+def test_a_process_that_fails_says_why(module) -> None:
+    processes = module("processes")
+    script = "import sys; print('noise', file=sys.stderr)\nraise ValueError('a width of 3\\nand more')"
+    with pytest.raises(processes.ProcessError, match="ValueError: a width of 3"):
+        processes.run([sys.executable, "-c", script])
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+def row(name: str, variant: str, d_in: int, step_s: float, ratio: float) -> dict[str, object]:
+    return {
+        "name": name,
+        "variant": variant,
+        "d_in": d_in,
+        "data": "planted",
+        "step_s": step_s,
+        "ratio": ratio,
+        "floor_s": 0.1,
+    }
+
+
+def test_aims_are_judged_by_the_fastest_configuration_of_a_peer(module, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        row("headscope", "topk", 512, 0.15, 1.0),
+        row("SAELens", "topk", 512, 1.8, 12.0),
+        row("SAELens bf16", "topk", 512, 1.4, 9.5),
+        row("sparsify", "topk", 512, 0.45, 3.0),
+        {**row("sparsify signum", "topk", 512, 0.0, 0.0), "step_s": None},
+    ]
+    module("train_step")._print_aims(rows)
+    said = [(line.split()[0], float(line.split()[-1])) for line in capsys.readouterr().out.strip().splitlines()]
+    assert said == [("miss", 9.5), ("pass", 3.0), ("pass", 1.5)]
+
+
+def test_the_small_shape_alone_reads_the_models_own_activations(module) -> None:
+    train_step = module("train_step")
+    found = {(cell.data, cell.d_in, cell.d_sae) for cell in train_step.cells(train_step.Arguments())}
+    assert found == {("planted", 128, 4096), ("tiny", 128, 4096), ("planted", 512, 16384)}
+
+
+def test_rows_are_lines_of_json_with_the_keys_that_readers_expect(module) -> None:
+    train_step = module("train_step")
+    step_data, task = module("step_data"), module("processes").Trained
+    weights = {"W_enc": torch.eye(4), "b_enc": torch.zeros(4), "W_dec": torch.eye(4), "b_dec": torch.zeros(4)}
+    cell = train_step.Cell("relu", 4, 4, "planted")
+    done = train_step.Runs([0.3, 0.2], task([0.2], 10.0, "1.0", weights))
+    runs = {
+        ("headscope", "headscope", "default"): done,
+        ("SAELens", "saelens", "fp32"): train_step.Runs(failure="no pip"),
+    }
+    files = step_data.Inputs(Path(), Path(), Path(), normal(8, 4))
+    ours, peer = map(json.loads, map(json.dumps, train_step._rows(cell, runs, 0.1, files, train_step.Arguments())))
+    for key in ("name", "variant", "d_in", "d_sae", "batch", "step_s", "floor_s", "loss"):
+        assert key in ours
+        assert key in peer
+    assert ours["step_s"] == 0.2
+    assert ours["loss"] == pytest.approx(files.held_out.clamp(max=0).square().sum(1).mean().item(), rel=1e-5)
+    assert (peer["step_s"], peer["failure"]) == (None, "no pip")
