@@ -11,6 +11,7 @@ import torch
 from headscope import cli
 from headscope.models.hf import Model
 from headscope.sae.formats import load_sae
+from headscope.sae.metrics import Status
 from headscope.sae.model import SAE
 from training_worker import tensors
 
@@ -46,7 +47,7 @@ def train(options: dict[str, object], out: Path, *more: str) -> None:
 def interrupted(monkeypatch: pytest.MonkeyPatch, options: dict[str, object], out: Path) -> None:
     """A training in which Ctrl-C is pressed."""
 
-    def press(_display: cli.Display, status: cli.jobs.Status) -> None:
+    def press(_display: cli.Display, status: Status) -> None:
         if status.step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -43,6 +43,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
 ) -> None:
     model = random_model("gpt_neox")
     shared = {"batch": BATCH, "tokens": BATCH * 250, "buffer": 512, "d_sae": 90, "dead_after": 5 * BATCH, "lr": 1e-2}
+    shared["resample"] = 3
     recipes = {variant: config(variant=variant, **shared) for variant in ("batchtopk", "jumprelu")}
     corpus = random_corpus(model, n_blocks=40, block_size=17)
     job = save_job(tmp_path / "job", model, corpus, Site("z", 1), recipes)

@@ -17,10 +17,11 @@ from headscope.corpus import Corpus
 from headscope.errors import CorpusError, ModelError, OutputError, TrainingError
 from headscope.models.hf import Model
 from headscope.sae.config import TrainConfig
+from headscope.sae.metrics import Status, read_metrics
 from headscope.sae.model import SAE
 from headscope.sae.training import checkpoint
-from headscope.sae.training.run import METRICS, TrainResult, read_metrics, train_sae, train_saes
-from headscope.sae.training.trainer import Status, Trainer
+from headscope.sae.training.run import METRICS, TrainResult, train_sae, train_saes
+from headscope.sae.training.trainer import Trainer
 from headscope.site import Site
 from small_training import RECIPES, config, remembering
 from training_worker import tensors
@@ -49,7 +50,7 @@ def small(**changes: Any) -> TrainConfig:
 
 def with_deaths(**changes: Any) -> TrainConfig:
     """More latents than inputs use, and a short patience with them."""
-    return small(**({"d_sae": 90, "dead_after": 128 * 4, "lr": 1e-2, "warmup_steps": 4} | changes))
+    return small(**({"d_sae": 90, "dead_after": 128 * 4, "resample": 3, "lr": 1e-2, "warmup_steps": 4} | changes))
 
 
 def assert_equal(got: SAE, expected: SAE) -> None:
