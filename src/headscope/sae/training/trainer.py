@@ -18,7 +18,7 @@ from headscope.sae.training.ranks import ALONE, Ranks
 from headscope.sae.training.schedule import coefficient_at, first_coefficient, likely_coefficient, rate, steer
 from headscope.site import Site
 
-_THRESHOLD_RATE = 0.01  # of the running mean of the least activation that is kept
+_THRESHOLD_RATE = 0.01  # of the running mean of the least activation that is kept; more while the run is short
 _RESAMPLE_CHUNK = 8192
 _SPEED = {"log_threshold": 10.0}
 """Factors on the learning rate, by weight: a threshold must keep up with encoder rows, whose components are small."""
@@ -138,8 +138,8 @@ class Trainer:
             self.coefficient = steer(self.config, self.coefficient, status.l0)
         if self.config.variant == "batchtopk":
             least = self.ranks.least(outcome.values)
-            rate = max(_THRESHOLD_RATE, 1 / self.step_number)
-            self.threshold += rate * (least - self.threshold)
+            share = 1.0 if self.step_number == 1 else max(_THRESHOLD_RATE, min(0.3, 10 / self.step_number))
+            self.threshold += share * (least - self.threshold)
 
     def _status(self, x: Tensor, outcome: Outcome, coefficient: float, dead: Tensor) -> Status:
         centred = x - x.mean(0)
