@@ -115,9 +115,11 @@ class Sweep:
     """Start again, replacing what `out` holds of these SAEs."""
 
     def run(self) -> None:
-        """Train and measure with progress, print the table, draw the curves."""
+        """Train and measure with progress, print the table, draw the curves; with what `torchrun` started, together."""
+        from headscope.sae.training.ranks import together
+
         configs = sweep.recipes(self.config, self.variants, self.target_l0s)
-        with Display() as display:
+        with together(self.hardware.device) as ranks, Display(quiet=ranks.rank > 0) as display:
             result = sweep.sweep(
                 self.out,
                 configs,
@@ -133,7 +135,7 @@ class Sweep:
             )
         if result.interrupted:
             display.say("stopped early; the same command goes on from here")
-        if result.pareto is not None:
+        if result.pareto is not None and ranks.rank == 0:
             self._print(display, result.pareto)
 
     def _print(self, display: Display, found: pareto.Pareto) -> None:
