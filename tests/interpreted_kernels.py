@@ -243,7 +243,7 @@ def test_a_step_of_each_variant_is_that_of_the_eager_functions(name, prefixes, m
             "topk": objectives.TopK(3.0, space),
             "batchtopk": objectives.TopK(3.0, space, over_batch=True),
         }
-        return made[name](p, x, 0.5, torch.zeros(d_sae, dtype=torch.bool))
+        return made[name](p, x, objectives.Now(0.5, torch.zeros(d_sae, dtype=torch.bool)))
 
     expected = outcome()
     for module in (objectives, kernels):

@@ -442,6 +442,8 @@ def test_a_process_ends_while_the_thread_is_at_work(ending: str) -> None:
         import os, signal, time
         from headscope.sae.training.read_ahead import ReadAhead
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # one in the background inherits that it is ignored
+
         def items():
             while True:
                 time.sleep(0.2)

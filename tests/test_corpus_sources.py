@@ -389,3 +389,17 @@ def test_the_split_of_rows_is_that_of_their_content(tmp_path):
     [document] = read_documents(str(write_jsonl(tmp_path / "a.jsonl", [{"text": "abc"}])))
     assert document.key == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert is_held_out(document.key) in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ('{"text": [[1, 2], [3]]}', "lists of different lengths"),
+        ('{"text": "\\ud800 abc"}', "half of a surrogate pair at character 0"),
+    ],
+)
+def test_rows_that_are_no_text_are_refused_by_name(tmp_path, tokenizer, row, match):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{{"text": "whole"}}\n{row}\n')
+    with pytest.raises(CorpusError, match=match):
+        load_corpus(str(file), tokenizer, bos=0, split="all", block_size=8)

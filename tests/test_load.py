@@ -194,3 +194,30 @@ def test_gelu_2l_predicts_hello_world_as_published():
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert float(done.stdout) == pytest.approx(6.501802, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------- a config unlike the weights
+def edited(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return str(folder)
+
+
+def test_weights_that_the_config_does_not_describe_are_refused(random_model, save_model, tmp_path):
+    biased = save_model(random_model("llama", attention_bias=True), tmp_path / "biased")
+    with pytest.raises(ModelError, match=r"(?s)hold .*self_attn.*bias.*do: mend config.json"):
+        load_model(edited(biased, attention_bias=False))
+    deep = save_model(random_model("llama"), tmp_path / "deep")
+    with pytest.raises(ModelError, match=r"(?s)hold .*layers\.1\..*do: mend config.json"):
+        load_model(edited(deep, num_hidden_layers=1))
+
+
+def test_settings_of_other_families_change_nothing(folder):
+    tokens = torch.randint(1, 98, (2, 9), generator=torch.Generator().manual_seed(0))
+    model = load_model(edited(folder, final_logit_softcapping=2.0, use_parallel_residual=True))
+    logits = model.logits(tokens)
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+    )
+    assert_close(model.losses(tokens).flatten(), expected, rtol=1e-5, atol=1e-5)
+    assert not model.spec.parallel

@@ -598,7 +598,7 @@ def test_sites_that_a_model_does_not_have_are_refused(random_model):
         model.read(some_tokens(model), [Site("ln_final_scale", 0)])
 
 
-@pytest.mark.parametrize("kind", ["pattern", "v", "resid_mid", "ln1_scale"])
+@pytest.mark.parametrize("kind", ["pattern", "v", "mlp_in", "ln1_scale"])
 def test_no_sae_sits_at_the_other_sites(model, kind):
     with pytest.raises(ModelError, match=rf"an SAE of {kind}[\s\S]*z, attn_out, mlp_out, resid_pre"):
         model.width(Site(kind, 0))

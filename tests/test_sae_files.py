@@ -161,6 +161,8 @@ def test_a_gemma_scope_file_away_from_its_folders(model: Model, random_sae: Rand
         ({"act_name": "blocks.1.attn.hook_v", "site": None}, "hook name 'blocks.1.attn.hook_v'"),
         ({"dict_size": 99}, "W_enc of 32 x 48.*32 x 99"),
         ({"act_size": 64}, "W_enc of 32 x 48.*64 x 48"),
+        ({"act_fn": "topk", "k": 3}, "act_fn 'topk'"),
+        ({"apply_b_dec_to_input": False}, "apply_b_dec_to_input False"),
     ],
 )
 def test_authors_files_that_are_refused(
@@ -423,3 +425,37 @@ def test_the_readers_formats_are_tried_on_what_is_another(model: Model, random_s
     folder = save_sae(replace(random_sae(model), model_name="m"), tmp_path / "sae")
     (folder / WEIGHTS).rename(folder / "sae.safetensors")
     refuses(folder, "holds W_enc, b_enc beside .* in a file of sparsify")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input 'false'"),
+        ({"apply_b_dec_to_input": None}, "apply_b_dec_to_input None"),
+        ({"architecture": "topk", "k": 4.7, "rescale_acts_by_decoder_norm": False}, "k = 4.7"),
+        ({"architecture": "topk", "k": True, "rescale_acts_by_decoder_norm": False}, "k = True"),
+    ],
+)
+def test_settings_of_saelens_that_could_mean_two_things_are_refused(
+    model: Model, random_sae: RandomSAE, tmp_path: Path, changes: dict[str, Any], match: str
+) -> None:
+    path = save_sae(random_sae(model), tmp_path / "sae")
+    edit_json(path / "cfg.json", **changes)
+    refuses(path, match)
+
+
+def test_z_of_weights_in_another_basis_is_refused(model: Model, random_sae: RandomSAE, tmp_path: Path) -> None:
+    path = save_sae(random_sae(model), tmp_path / "sae")
+    loaded_with = {"fold_ln": True, "fold_value_biases": True, "refactor_factored_attn_matrices": True}
+    metadata = json.loads((path / "cfg.json").read_text())["metadata"]
+    edit_json(path / "cfg.json", metadata=metadata | {"model_from_pretrained_kwargs": loaded_with})
+    refuses(path, "refactor_factored_attn_matrices")
+
+
+def test_saes_of_inputs_are_refused(model: Model, random_sae: RandomSAE, tmp_path: Path) -> None:
+    path = write_dictionary_learning(random_sae(model), tmp_path / "dictionary")
+    edit_json(path / "config.json", buffer={"ctx_len": 128, "io": "in"})
+    refuses(path, "buffer.io 'in'")
+    path = write_sparsify(random_sae(model, activation="topk", site=Site("attn_out", 0)), tmp_path / "sparsify")
+    edit_json(path.parent / "config.json", hook_mode="input")
+    refuses(path, "hook_mode 'input'")

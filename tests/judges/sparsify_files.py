@@ -3,8 +3,11 @@
 Writes `ROOT/sparsify/NAME/{cfg.json,sae.safetensors}` and `ROOT/sparsify/NAME.npz`.
 """
 
+import os
 import sys
 from pathlib import Path
+
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # read when it is imported: there is no GPU
 
 import numpy as np
 import torch

@@ -101,12 +101,30 @@ def row_documents(value: Any, name: str) -> Iterator[Document | TokenDocument]:
     if value is None:
         return
     if isinstance(value, str):
-        key = hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
-        yield from cut_documents(sections(value), name, key)
+        yield from cut_documents(sections(value), name, hashlib.sha256(_encoded(value, name)).hexdigest())
         return
-    ids = checked_ids(np.asarray(value), name)
+    try:
+        values = np.asarray(value)
+    except ValueError as error:  # lists of different lengths
+        raise CorpusError(
+            f"{name} holds lists of different lengths",
+            expected="text, or one list of token ids",
+            do="name another field with --field",
+        ) from error
+    ids = checked_ids(values, name)
     if len(ids):
         yield TokenDocument(name, ids, hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest())
+
+
+def _encoded(text: str, name: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(
+            f"{name} holds half of a surrogate pair at character {error.start}",
+            expected="text that can be written as UTF-8",
+            do="write the file again with a program that keeps characters whole",
+        ) from error
 
 
 def checked_ids(values: np.ndarray, where: str) -> Int[np.ndarray, " token"]:

@@ -59,6 +59,12 @@ class Family:
     """GPT-2's Conv1D keeps weights as [in, out]; torch's Linear as [out, in]."""
     qk_norm: bool = False
     """Queries and keys are normed: scores are not bilinear in what the attention norm puts out."""
+    scores_capped: bool = False
+    """Its config's `attn_logit_softcapping` holds."""
+    logits_capped: bool = False
+    """Its config's `final_logit_softcapping` holds."""
+    may_be_parallel: bool = False
+    """Its config's `use_parallel_residual` holds."""
     gain_from_one: bool = False
     """The weights of its norms are what their gains exceed 1 by."""
     not_mixed: str | None = None
@@ -125,13 +131,14 @@ FAMILIES: dict[str, Family] = {
         mlp_norm="post_attention_layernorm",
         mlp="mlp",
         final_norm="gpt_neox.final_layer_norm",
+        may_be_parallel=True,
     ),
     "llama": _LLAMA,
     "mistral": replace(_LLAMA, models="Mistral"),
     "qwen2": replace(_LLAMA, models="Qwen 2 and 2.5"),
     "qwen3": replace(_LLAMA, models="Qwen 3", qk_norm=True),
-    "gemma2": _GEMMA,
-    "gemma3_text": replace(_GEMMA, models="Gemma 3, 270m and 1b", qk_norm=True),
+    "gemma2": replace(_GEMMA, scores_capped=True, logits_capped=True),
+    "gemma3_text": replace(_GEMMA, models="Gemma 3, 270m and 1b", qk_norm=True, logits_capped=True),
     "gemma3": replace(
         _GEMMA,
         models="Gemma 3, 4b and larger; text alone",

@@ -108,6 +108,13 @@ def _load(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
             expected="the weights that config.json describes",
             do="fetch or save the model again",
         )
+    if info["unexpected_keys"]:  # transformers has left out those that it knows to be of no use
+        raise ModelError(
+            f"the weights of {name!r} hold {sorted(map(str, info['unexpected_keys']))[:3]}, of which config.json says "
+            "nothing",
+            expected="the weights that config.json describes: without these the model is another one",
+            do="mend config.json (biases, number of layers), or save the model again",
+        )
     if folder is not None and not (folder / "tokenizer.json").is_file():  # transformers invents an empty one
         raise no_tokenizer(name)
     return module, tokenizer

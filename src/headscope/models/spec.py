@@ -56,11 +56,11 @@ class ModelSpec:
             d_model=config.hidden_size,
             d_vocab=unembedding.out_features,
             context=config.max_position_embeddings,
-            parallel=getattr(config, "use_parallel_residual", False),
+            parallel=family.may_be_parallel and config.use_parallel_residual,
             post_norm=block.attention_post_norm is not None,
             qk_norm=family.qk_norm,
-            scores_cap=getattr(config, "attn_logit_softcapping", None),
-            logits_cap=getattr(config, "final_logit_softcapping", None),
+            scores_cap=config.attn_logit_softcapping if family.scores_capped else None,
+            logits_cap=config.final_logit_softcapping if family.logits_capped else None,
         )
 
 

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from headscope.models.families import FAMILIES, Family
 from headscope.models.tl_checkpoint import HUB
 
@@ -46,7 +44,6 @@ def write(path: Path) -> None:
 def _row(name: str, family: Family) -> str:
     dfa = "no" if family.not_mixed else "yes"
     direct = "no" if family.attention_post_norm or family.not_mixed else "yes"
-    capped = getattr(AutoConfig.for_model(name).get_text_config(), "attn_logit_softcapping", None)
-    scores = "no" if family.qk_norm or capped or family.not_mixed else "yes"
+    scores = "no" if family.qk_norm or family.scores_capped or family.not_mixed else "yes"
     why = f" ({family.not_mixed})" if family.not_mixed else ""
     return f"| `{name}` | {family.models} | yes | {dfa}{why} | {direct} | {scores} |"

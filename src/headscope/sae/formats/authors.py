@@ -64,6 +64,9 @@ def read(files: Files, stated: Stated) -> SAE:
         raise unsupported(
             files, f"an SAE of head {config.get('head')} alone", expected="one of all heads, concatenated"
         )
+    for option, own in (("act_fn", "relu"), ("activation", "relu"), ("apply_b_dec_to_input", True)):
+        if config.get(option, own) != own:
+            raise unsupported(files, f"{option} {config[option]!r}", expected=repr(own))
     sizes = tuple(tensors["W_enc"].shape)
     said = tuple(config.get(name, own) for name, own in zip(("act_size", "dict_size"), sizes, strict=False))
     if said != sizes:

@@ -66,6 +66,9 @@ def read(files: Files, stated: Stated) -> SAE:
     name = trainer["dict_class"]
     if name not in _CLASSES:
         raise refusal(files, name)
+    read_from = (config.get("buffer") or {}).get("io", "out")
+    if read_from != "out":
+        raise unsupported(files, f"buffer.io {read_from!r}", expected="'out': one that reads a module's output")
     expected, parts = _CLASSES[name]
     check_names(tensors, expected, files)
     if "k" in tensors and int(tensors["k"]) != trainer.get("k"):

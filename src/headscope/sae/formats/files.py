@@ -164,6 +164,17 @@ def unsupported(files: Files, got: str, *, expected: str, do: str = "use another
     return SAEError(f"{files.where}: {got}", expected=expected, do=do)
 
 
+def whole_number(files: Files, name: str, value: object) -> int:
+    """A number of a configuration, which must be whole.
+
+    Raises:
+        SAEError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise unsupported(files, f"{name} = {value!r}", expected="a whole number")
+    return int(value)
+
+
 def site_of(hook_name: str, files: Files) -> Site:
     """The site a file names.
 

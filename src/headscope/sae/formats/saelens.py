@@ -25,11 +25,14 @@ from headscope.sae.formats.files import (
     site_of,
     tensors_of,
     unsupported,
+    whole_number,
 )
 from headscope.sae.model import PROCESSED, SAE, Activation, Gated, JumpReLU, ReLU, TopK
 
 WEIGHTS = "sae_weights.safetensors"
 CONFIG = "cfg.json"
+_LOADED_WITH = ("center_unembed", "center_writing_weights", "fold_ln", "fold_value_biases")
+"""What TransformerLens does to weights that z, or what is made of it, is known after."""
 _SCALER = "activation_scaler.json"  # beside a training checkpoint
 _VERSION = "6.54.12"  # the version of SAELens whose format is written
 _NORM_FLOOR = 1e-8  # of a decoder row that is divided by, as in SAELens
@@ -137,10 +140,10 @@ def read(files: Files, stated: Stated) -> SAE:
         b_enc=tensors["b_mag" if architecture == "gated" else "b_enc"],
         W_dec=tensors["W_dec"],
         b_dec=tensors["b_dec"],
-        activation=_activation(architecture, config, tensors),
+        activation=_activation(files, architecture, config, tensors),
         site=site,
         model_name=chosen_model(metadata.get("model_name"), stated),
-        apply_b_dec_to_input=config.get("apply_b_dec_to_input", True),
+        apply_b_dec_to_input=_applied(files, config),
         metadata=convention | metadata,
     )
     sizes = (config.get("d_in"), config.get("d_sae"))
@@ -226,18 +229,25 @@ def _weights(files: Files, architecture: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _activation(architecture: str, config: Json, tensors: dict[str, Tensor]) -> Activation:
+def _activation(files: Files, architecture: str, config: Json, tensors: dict[str, Tensor]) -> Activation:
     match architecture:
         case "standard":
             return ReLU()
         case "jumprelu":
             return JumpReLU(tensors["threshold"])
         case "topk":
-            return TopK(int(config["k"]))
+            return TopK(whole_number(files, "k", config["k"]))
         case "gated":
             return Gated.of_paths(tensors["r_mag"], tensors["b_mag"], tensors["b_gate"])
         case _:
             return JumpReLU(tensors["topk_threshold"].expand(len(tensors["b_enc"])).contiguous())
+
+
+def _applied(files: Files, config: Json) -> bool:
+    applied = config.get("apply_b_dec_to_input", True)
+    if not isinstance(applied, bool):
+        raise unsupported(files, f"apply_b_dec_to_input {applied!r}", expected="true or false")
+    return applied
 
 
 def _convention(files: Files, loaded_with: Json, kind: str) -> Json:
@@ -246,6 +256,13 @@ def _convention(files: Files, loaded_with: Json, kind: str) -> Json:
     Raises:
         SAEError: a mixture whose constant is neither 0 nor c.
     """
+    for option in sorted(loaded_with):
+        if option not in _LOADED_WITH and loaded_with[option] is True:
+            raise unsupported(
+                files,
+                f"activations of a model loaded with {option}",
+                expected=f"no processing of weights but {', '.join(_LOADED_WITH)}",
+            )
     values, norm = loaded_with.get("fold_value_biases", False), loaded_with.get("fold_ln", False)
     if kind != "z":
         return {"z_convention": PROCESSED} if loaded_with.get("center_writing_weights", False) else {}

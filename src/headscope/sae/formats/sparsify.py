@@ -19,6 +19,7 @@ from headscope.sae.formats.files import (
     refusal,
     tensors_of,
     unsupported,
+    whole_number,
 )
 from headscope.sae.model import MODULE_OUTPUT, SAE, TopK
 from headscope.site import Kind, Site
@@ -57,12 +58,16 @@ def read(files: Files, stated: Stated) -> SAE:
     tensors = tensors_of(files.weights)
     check_names(tensors, {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}, files)
     run = _run(files)
+    if run.get("hook_mode", "output") != "output":
+        raise unsupported(
+            files, f"hook_mode {run['hook_mode']!r}", expected="'output': one that reads a module's output"
+        )
     sae = SAE(
         W_enc=tensors["encoder.weight"].T,
         b_enc=tensors["encoder.bias"],
         W_dec=tensors["W_dec"],
         b_dec=tensors["b_dec"],
-        activation=TopK(int(config["k"])),
+        activation=TopK(whole_number(files, "k", config["k"])),
         site=chosen_site(files, _site(files), stated),
         model_name=chosen_model(run.get("model"), stated),
         metadata={
