@@ -403,3 +403,9 @@ def test_rows_that_are_no_text_are_refused_by_name(tmp_path, tokenizer, row, mat
     file.write_text(f'{{"text": "whole"}}\n{row}\n')
     with pytest.raises(CorpusError, match=match):
         load_corpus(str(file), tokenizer, bos=0, split="all", block_size=8)
+
+
+def test_the_mark_of_byte_order_is_no_text(tmp_path):
+    file = tmp_path / "marked.txt"
+    file.write_text("plain text", encoding="utf-8-sig")
+    assert [document.text for document in read_documents(str(file))] == ["plain text"]

@@ -221,3 +221,11 @@ def test_settings_of_other_families_change_nothing(folder):
     )
     assert_close(model.losses(tokens).flatten(), expected, rtol=1e-5, atol=1e-5)
     assert not model.spec.parallel
+
+
+def test_a_family_with_capped_scores_may_have_none(random_model):
+    model = random_model("gemma2", attn_logit_softcapping=None)
+    tokens = torch.randint(1, 98, (2, 9), generator=torch.Generator().manual_seed(0))
+    logits = model.logits(tokens)
+    model.module.set_attn_implementation("eager")
+    assert_close(logits, model.module(tokens).logits, rtol=1e-4, atol=1e-4)

@@ -94,7 +94,7 @@ def _pieces(path: Path, line: str) -> Iterator[tuple[int, str]]:
 
 def _read_lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             while line := file.readline(LONGEST_LINE):
                 if len(line) == LONGEST_LINE:
                     raise CorpusError(

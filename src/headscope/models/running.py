@@ -52,7 +52,7 @@ class Running:
         self._blocks = [self.family.parts(block) for block in operator.attrgetter(self.family.blocks)(module)]
         self._final_norm = Norm(operator.attrgetter(self.family.final_norm)(module), self.family.gain_from_one)
         self.spec = ModelSpec.of(module, name, self.family, self._blocks[0])
-        self.module.set_attn_implementation("sdpa" if self.spec.scores_cap is None else IMPLEMENTATION)
+        self.module.set_attn_implementation(IMPLEMENTATION if self.family.scores_capped else "sdpa")
         self._hooks = Hooks(module, self._blocks, self._final_norm)
 
     @property
