@@ -245,16 +245,16 @@ def select_topk(
             none changes the result.
     """
     size = torch.linalg.vector_norm(x, dim=1)
-    bound = 0.0 if guess is None else _usable(guess)
+    bound = _usable(_guessed_topk(x, encoder, bias, k) if guess is None else guess)
     pairs, pre = select_above(x, encoder, bias, size * bound)
     found = torch.bincount(pairs.row, minlength=len(x))
     short = (found < k).nonzero()[:, 0] if bound > 0 else found[:0]
     if len(short):  # rows for which the guess was too high
-        again, values = select_above(x[short], encoder, bias)
+        latent, row, values = (torch.cat(same) for same in zip(*_topk_dense(x, encoder, bias, k, short), strict=True))
         keep = (found >= k)[pairs.row]
         pairs, pre = _sorted(
-            torch.cat([pairs.latent[keep], again.latent]),
-            torch.cat([pairs.row[keep], short[again.row]]),
+            torch.cat([pairs.latent[keep], latent]),
+            torch.cat([pairs.row[keep], row]),
             torch.cat([pre[keep], values]),
             pairs,
         )
@@ -263,6 +263,23 @@ def select_topk(
     rank = torch.arange(len(pairs), device=x.device) - pairs.row_starts[pairs.row[order]]
     kept = order[rank < k].sort().values
     return pairs.kept(kept), pre[kept]
+
+
+def _guessed_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> float:
+    """A value that the k-th largest pre-activations of nearly all rows exceed, in units of their norms."""
+    rows = x[:: max(1, len(x) // 64)]
+    least = torch.addmm(bias, rows, encoder.T).topk(min(k, len(encoder)), dim=1).values[:, -1]
+    return 0.9 * (least / torch.linalg.vector_norm(rows, dim=1).clamp_min(1e-12)).min().item()
+
+
+def _topk_dense(
+    x: Tensor, encoder: Tensor, bias: Tensor, k: int, which: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(latent, row, pre-activation) of the k largest of some rows, less any that are not positive."""
+    for rows in which.split(_BLOCK):
+        pre, latent = torch.addmm(bias, x[rows], encoder.T).topk(min(k, len(encoder)), dim=1)
+        positive = pre > 0
+        yield latent[positive], rows[:, None].expand_as(pre)[positive], pre[positive]
 
 
 def _usable(guess: float) -> float:
