@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
+
+from headscope.errors import HeadscopeError
 
 Json = dict[str, Any]
 
@@ -27,6 +30,21 @@ def answer(request: Request, body: bytes, media: str) -> Response:
 def failure(status: int, message: str, **more: Any) -> Response:
     """Say what is wrong, as JSON."""
     return Response(dump_json({"error": message} | more), status_code=status, media_type="application/json")
+
+
+def json_object(body: bytes, names: Collection[str], refused: type[HeadscopeError]) -> Json:
+    """A request's body, one object with exactly these fields; their types are for the caller to look at.
+
+    Raises:
+        HeadscopeError: of the kind `refused`: it is not.
+    """
+    try:
+        told = json.loads(body.decode())
+    except (ValueError, RecursionError) as error:
+        raise refused("not JSON", expected="one JSON object", do="send one") from error
+    if not isinstance(told, dict) or told.keys() != set(names):
+        raise refused("another object", expected=f"one with {', '.join(names)}", do="send these")
+    return told
 
 
 def number_of(request: Request, name: str) -> int | Response:

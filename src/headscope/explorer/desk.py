@@ -6,6 +6,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from starlette.requests import Request
+from starlette.responses import Response
+
+from headscope.explorer.answers import Json, answer, dump_json, failure
 
 _KEPT = 64  # answers
 
@@ -61,6 +64,20 @@ class Desk:
         if len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
         return body
+
+    async def answered(self, key: tuple, work: Callable[[], Json], request: Request, *, others: str) -> Response:
+        """What `work` gives, as JSON, or that there is no time for it; `others` are what the desk is busy with.
+
+        Raises:
+            Exception: what `work` raises.
+        """
+        try:
+            body = await self.run(key, lambda: dump_json(work()), request)
+        except BusyError:
+            return failure(503, f"the server computes other {others}: ask again in a moment")
+        except TooSlowError:
+            return failure(504, f"this took more than {self.seconds:g} s and was given up")
+        return answer(request, body, "application/json")
 
     async def _still_asked(self, request: Request) -> None:
         """Give the place back when nobody waits for the answer: who types asks often, and wants the last one only."""

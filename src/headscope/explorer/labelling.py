@@ -1,6 +1,5 @@
 """The routes of the labelling queue: which features to look at, what was said of them, and what that amounts to."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from headscope.errors import HeadscopeError, LabelError
-from headscope.explorer.answers import Json, answer, dump_json, failure, number_of
+from headscope.explorer.answers import Json, answer, dump_json, failure, json_object, number_of
 from headscope.index.labels import (
     CONFIDENCES,
     FAMILIES,
@@ -191,12 +190,7 @@ def _object(body: bytes, types: dict[str, type]) -> Json:
     Raises:
         LabelError: it is not an object of exactly these fields and types.
     """
-    try:
-        told = json.loads(body.decode())
-    except (ValueError, RecursionError) as error:
-        raise LabelError("not JSON", expected="one JSON object", do="send one") from error
-    if not isinstance(told, dict) or told.keys() != types.keys():
-        raise LabelError("another object", expected=f"one with {', '.join(types)}", do="send these")
+    told = json_object(body, types, LabelError)
     for name, expected in types.items():
         if type(told[name]) is not expected:
             raise LabelError(f"{name} is no {expected.__name__}", expected=expected.__name__, do="correct it")

@@ -13,9 +13,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from headscope.errors import HeadscopeError, IndexFormatError, StudyError
-from headscope.explorer.answers import Json, answer, dump_json, failure
+from headscope.explorer.answers import Json, answer, dump_json, failure, json_object
 from headscope.explorer.circuit_json import CircuitSource, level_json, path_of, qk_json
-from headscope.explorer.desk import BusyError, Desk, TooSlowError
+from headscope.explorer.desk import Desk
 from headscope.explorer.prompt_json import dfa_json, features_json, next_json, run_json
 from headscope.studies.prompt_records import (
     Ablation,
@@ -197,16 +197,11 @@ class PromptRoutes:
 
     async def _answer(self, request: Request, key: tuple, work: Callable[[], Json]) -> Response:
         try:
-            body = await self.desk.run(key, lambda: dump_json(work()), request)
-        except BusyError:
-            return failure(503, "the server computes other prompts: ask again in a moment")
-        except TooSlowError:
-            return failure(504, f"this took more than {self.desk.seconds:g} s and was given up")
+            return await self.desk.answered(key, work, request, others="prompts")
         except IndexFormatError as error:
             return _refused(500, error)
         except HeadscopeError as error:
             return _refused(400, error)
-        return answer(request, body, "application/json")
 
 
 def _refused(status: int, error: HeadscopeError) -> Response:
@@ -226,12 +221,7 @@ def _object(body: bytes, fields: dict[str, tuple[type, ...]]) -> dict[str, Any]:
     Raises:
         StudyError: it is not an object of exactly these fields and types.
     """
-    try:
-        asked = json.loads(body.decode())
-    except (ValueError, RecursionError) as error:
-        raise StudyError("not JSON", expected="one JSON object", do="send one") from error
-    if not isinstance(asked, dict) or asked.keys() != fields.keys():
-        raise StudyError("another object", expected=f"one with {', '.join(fields)}", do="send these")
+    asked = json_object(body, fields, StudyError)
     for name, types in fields.items():
         if type(asked[name]) not in types:
             raise StudyError(f"{name} of another type", expected=types[0].__name__, do="correct it")

@@ -9,8 +9,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from headscope.errors import HeadscopeError, ProxyError, StudyError
-from headscope.explorer.answers import Json, answer, dump_json, failure, number_of
-from headscope.explorer.desk import BusyError, Desk, TooSlowError
+from headscope.explorer.answers import Json, failure, number_of
+from headscope.explorer.desk import Desk
 
 _STUDIES = ("start", "dive", "effects", "predictions")
 MAX_PROXY = 2000
@@ -88,18 +88,13 @@ class StudyRoutes:
 
     async def _answer(self, request: Request, key: tuple, work: Callable[[], Json]) -> Response:
         try:
-            body = await self.desk.run(key, lambda: dump_json(work()), request)
-        except BusyError:
-            return failure(503, "the server computes other studies: ask again in a moment")
-        except TooSlowError:
-            return failure(504, f"this took more than {self.desk.seconds:g} s and was given up")
+            return await self.desk.answered(key, work, request, others="studies")
         except IndexError as error:
             return failure(404, f"there is no feature {key[1]}: {error}")
         except (ProxyError, StudyError) as error:
             return failure(400, error.got, expected=error.expected, do=error.do, column=_column(error))
         except HeadscopeError as error:
             return failure(500, str(error))
-        return answer(request, body, "application/json")
 
 
 def _column(error: HeadscopeError) -> int | None:

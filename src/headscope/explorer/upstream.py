@@ -8,9 +8,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from headscope.errors import HeadscopeError, IndexFormatError, ProxyError, StudyError
-from headscope.explorer.answers import Json, answer, dump_json, failure, number_of
+from headscope.explorer.answers import Json, failure, number_of
 from headscope.explorer.circuit_json import DIGITS, MAX_PATH, CircuitSource, level_json, path_of, qk_json
-from headscope.explorer.desk import BusyError, Desk, TooSlowError
+from headscope.explorer.desk import Desk
 from headscope.explorer.numbers import significant
 from headscope.explorer.study_json import measure_json
 from headscope.index.store import FeatureIndex
@@ -286,18 +286,14 @@ class UpstreamRoutes:
                 if unknown:
                     expected = f"{', '.join(_STUDIES[name]) or 'none'}"
                     raise StudyError(f"parameter {min(unknown)[:80]!r}", expected=expected, do="leave it out")
-                body = await self.desk.run((name, latent, *given), lambda: dump_json(method(latent, *given)), request)
-            except BusyError:
-                return failure(503, "the server computes other studies: ask again in a moment")
-            except TooSlowError:
-                return failure(504, f"this took more than {self.desk.seconds:g} s and was given up")
+                key = (name, latent, *given)
+                return await self.desk.answered(key, lambda: method(latent, *given), request, others="studies")
             except IndexError as error:
                 return failure(404, f"there is no feature {latent}: {error}")
             except IndexFormatError as error:
                 return failure(500, str(error))
             except HeadscopeError as error:
                 return failure(400, error.got, expected=error.expected, do=error.do)
-            return answer(request, body, "application/json")
 
         return endpoint
 

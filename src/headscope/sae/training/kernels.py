@@ -81,6 +81,8 @@ class Pairs:
 
     def between(self, first: int, end: int) -> tuple["Pairs", slice]:
         """The pairs of a range of latents, which are counted from its start, and where they stand."""
+        if (first, end) == (0, self.d_sae):
+            return self, slice(None)  # with what is known of them already
         at = slice(*self.latent_starts[[first, end]].tolist())
         return Pairs(self.row[at], self.latent[at] - first, self.batch, end - first), at
 

@@ -24,6 +24,7 @@ Activity is sparse, so nearly all of it is sums over active pairs (`headscope.sa
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -72,8 +73,14 @@ class Reconstruction:
     loss: float
     """Mean over inputs and prefixes."""
     d_values: Float[Tensor, " pair"]
-    d_decoder: Float[Tensor, "d_sae d_in"]
     d_b_dec: Float[Tensor, " d_in"]
+    by_prefix: list[tuple[Pairs, Tensor, Tensor]]
+    """Of the latents that each prefix adds: pairs, activations [pair], and d of what they reconstruct [batch, d_in]."""
+
+    @cached_property
+    def d_decoder(self) -> Float[Tensor, "d_sae d_in"]:
+        """Computed when it is asked for: a decoder that is held fixed needs none."""
+        return _joined([sum_by_latent(*part) for part in self.by_prefix])
 
 
 @dataclass(frozen=True)
@@ -97,13 +104,13 @@ class Space:
             errors.append(error)
         weighted = [e if self.metric is None else e @ self.metric for e in errors]
         each = [(e * w).sum(1) for e, w in zip(errors, weighted, strict=True)]
-        d_x_hat, d_values, d_decoder = torch.zeros_like(x), [], []
+        d_x_hat, d_values, by_prefix = torch.zeros_like(x), [], []
         for (pairs, at), end, w in reversed(list(zip(groups, ends, weighted, strict=True))):
             d_x_hat = d_x_hat - w * (2 / (len(x) * len(ends)))
             d_values.insert(0, products(pairs, p["decoder"][end - pairs.d_sae : end], d_x_hat))
-            d_decoder.insert(0, sum_by_latent(pairs, values[at], d_x_hat))
+            by_prefix.insert(0, (pairs, values[at], d_x_hat))
         loss = torch.stack(each).mean().item()
-        return Reconstruction(each[-1], error, loss, _joined(d_values), _joined(d_decoder), d_x_hat.sum(0))
+        return Reconstruction(each[-1], error, loss, _joined(d_values), d_x_hat.sum(0), by_prefix)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -310,8 +317,7 @@ class TopK:
         if self.over_batch:
             n = round(self.k * len(centred) * self.ranks.size)
             active, values = select_batch_topk(centred, p["encoder"], p["b_enc"], n, self.guess, self.ranks)
-            [least] = self.ranks.mean(values.min().item() if len(values) else 0.0)
-            self.guess = 0.93 * least
+            self.guess = 0.93 * self.ranks.least(values)
             return active, values
         active, values = select_topk(centred, p["encoder"], p["b_enc"], round(self.k), self.guess)
         if len(values):
