@@ -15,9 +15,9 @@ from headscope.site import Kind
 from train_tiny import prose_documents
 
 SAES: dict[str, tuple[Kind, int, Variant, int]] = {
-    "tiny-z1": ("z", 1, "batchtopk", 24_000_000),
-    "tiny-z1-relu": ("z", 1, "relu", 24_000_000),
-    "tiny-mlp0": ("mlp_out", 0, "batchtopk", 10_000_000),
+    "tiny-z1": ("z", 1, "batchtopk", 32_000_000),
+    "tiny-z1-relu": ("z", 1, "relu", 32_000_000),
+    "tiny-mlp0": ("mlp_out", 0, "batchtopk", 32_000_000),
 }
 PROSE_SHARE = 0.25
 

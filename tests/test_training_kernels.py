@@ -234,6 +234,17 @@ def test_what_is_on_the_threshold_is_not_above_it(limit: int, batch: int, d_in: 
     assert_close(pre, exact[pairs.row, pairs.latent], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5])
+@pytest.mark.parametrize("d_sae", [1, 1023, 1024, 1025, 2048, 2055])
+def test_given_memory_is_filled_in_blocks(d_sae: int, share: float) -> None:
+    pairs, weights, full = random_pairs(7, d_sae, share, seed=0)
+    assert pairs.dense == (share == 0.5)
+    b = torch.randn(7, 5, generator=generator(3), dtype=torch.float64)
+    memory = torch.full((d_sae, 5), torch.nan, dtype=torch.float64)
+    assert sum_by_latent(pairs, weights, b, memory) is memory
+    assert_close(memory, full.T @ b, **EXACT)
+
+
 @pytest.mark.usefixtures("proposal")
 @pytest.mark.parametrize("d_sae", [1023, 1024, 1025, 2055])
 def test_blocks_of_latents_join(d_sae: int) -> None:

@@ -28,7 +28,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -133,14 +133,29 @@ def sum_by_row(
 
 
 def sum_by_latent(
-    pairs: Pairs, weights: Float[Tensor, " pair"], of_rows: Float[Tensor, "batch d"]
+    pairs: Pairs,
+    weights: Float[Tensor, " pair"],
+    of_rows: Float[Tensor, "batch d"],
+    out: Float[Tensor, "d_sae d"] | None = None,
 ) -> Float[Tensor, "d_sae d"]:
-    """The weighted sum of the rows' vectors at each latent; zero at latents without pairs."""
+    """The weighted sum of the rows' vectors at each latent; zero at latents without pairs.
+
+    `out` is written and returned where it is given: fresh memory of this size costs the CPU more than the sum.
+    """
     if pairs.dense:
-        return pairs.matrix(weights).T @ of_rows
+        return torch.mm(pairs.matrix(weights).T, of_rows, out=out)
     if (gpu := gpu_kernels(of_rows)) is not None:
-        return gpu.sum_by_latent(pairs, weights, of_rows)
-    return _bags(pairs.row, pairs.latent_starts, weights, of_rows)
+        found = gpu.sum_by_latent(pairs, weights, of_rows)
+        return found if out is None else out.copy_(found)
+    if out is None:
+        return _bags(pairs.row, pairs.latent_starts, weights, of_rows)
+    firsts = range(0, pairs.d_sae, _BLOCK)
+    ends = pairs.latent_starts[_BLOCK::_BLOCK].tolist()
+    for first, start, end in zip(firsts, [0, *ends], [*ends, len(pairs)], strict=False):
+        starts = pairs.latent_starts[first : first + _BLOCK + 1] - start
+        at = slice(start, end)
+        out[first : first + _BLOCK] = _bags(pairs.row[at], starts, weights[at], of_rows)
+    return out
 
 
 def _bags(indices: Tensor, starts: Tensor, weights: Tensor, vectors: Tensor) -> Tensor:
@@ -260,11 +275,24 @@ def select_topk(
             torch.cat([pre[keep], values]),
             pairs,
         )
-    order = pre.argsort(descending=True, stable=True)
-    order = order[pairs.row[order].argsort(stable=True)]  # by row, the largest first
-    rank = torch.arange(len(pairs), device=x.device) - pairs.row_starts[pairs.row[order]]
-    kept = order[rank < k].sort().values
+    kept = _largest_of_rows(pairs, pre, k)
     return pairs.kept(kept), pre[kept]
+
+
+def _largest_of_rows(pairs: Pairs, pre: Tensor, k: int) -> Bool[Tensor, " pair"]:
+    """Which pairs are the k largest of their row; of equal ones the first."""
+    order = pairs.to_rows
+    row = pairs.row[order]
+    place = torch.arange(len(pairs), device=pre.device) - pairs.row_starts[row]
+    width = max(k, int(place.max()) + 1 if len(pairs) else 0)
+    table = pre.new_full((pairs.batch, width), -math.inf)
+    table[row, place] = pre[order]
+    least = table.kthvalue(width - k + 1, dim=1, keepdim=True).values
+    above, equal = table > least, table == least
+    chosen = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    kept = torch.empty_like(pairs.row, dtype=torch.bool)
+    kept[order] = chosen[row, place]
+    return kept
 
 
 def _guessed_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> float:

@@ -24,7 +24,6 @@ Activity is sparse, so nearly all of it is sums over active pairs (`headscope.sa
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -77,10 +76,13 @@ class Reconstruction:
     by_prefix: list[tuple[Pairs, Tensor, Tensor]]
     """Of the latents that each prefix adds: pairs, activations [pair], and d of what they reconstruct [batch, d_in]."""
 
-    @cached_property
-    def d_decoder(self) -> Float[Tensor, "d_sae d_in"]:
-        """Computed when it is asked for: a decoder that is held fixed needs none."""
-        return _joined([sum_by_latent(*part) for part in self.by_prefix])
+    def d_decoder(self, out: Float[Tensor, "d_sae d_in"] | None = None) -> Float[Tensor, "d_sae d_in"]:
+        """Of the decoder, computed when it is asked for; in `out` where that is given."""
+        if out is None:
+            return _joined([sum_by_latent(*part) for part in self.by_prefix])
+        for part, rows in zip(self.by_prefix, out.split([pairs.d_sae for pairs, _, _ in self.by_prefix]), strict=True):
+            sum_by_latent(*part, rows)
+        return out
 
 
 @dataclass(frozen=True)
@@ -117,15 +119,21 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def through_encoder(
-    x: Float[Tensor, "batch d_in"], active: Pairs, d_pre: Float[Tensor, " pair"], p: Parameters
+def backward(
+    r: Reconstruction,
+    x: Float[Tensor, "batch d_in"],
+    active: Pairs,
+    d_pre: Float[Tensor, " pair"],
+    p: Parameters,
+    into: Parameters,
 ) -> Parameters:
-    """Gradients of encoder, b_enc and b_dec from those of the pre-activations of pairs; x is centred."""
+    """Gradients of all weights from those of the reconstruction and of the pre-activations of pairs; x is centred."""
     d_b_enc = active.latent_sums(d_pre)
     return {
-        "encoder": sum_by_latent(active, d_pre, x),
+        "encoder": sum_by_latent(active, d_pre, x, into.get("encoder")),
         "b_enc": d_b_enc,
-        "b_dec": -(d_b_enc @ p["encoder"]),
+        "decoder": r.d_decoder(into.get("decoder")),
+        "b_dec": r.d_b_dec - d_b_enc @ p["encoder"],
     }
 
 
@@ -137,6 +145,8 @@ class Now:
     """lambda."""
     dead: Bool[Tensor, " d_sae"]
     """Latents that have not fired for long."""
+    into: Parameters = field(default_factory=dict)
+    """Memory for the gradients of encoder and decoder, which are new without it."""
 
 
 @runtime_checkable
@@ -170,17 +180,11 @@ class ReLU:
         r = self.space.reconstruct(x, active, values, p)
         share = now.coefficient / len(x)
         total = active.latent_sums(values)
-        d_decoder, d_values = r.d_decoder, r.d_values
+        norm = torch.linalg.vector_norm(p["decoder"], dim=1) if self.free_decoder else torch.ones_like(total)
+        gradients = backward(r, centred, active, r.d_values + share * norm[active.latent], p, now.into)
         if self.free_decoder:
-            norm = torch.linalg.vector_norm(p["decoder"], dim=1)
-            d_values = d_values + share * norm[active.latent]
-            d_decoder = d_decoder + share * (total / norm.clamp_min(1e-12))[:, None] * p["decoder"]
-            total = total * norm
-        else:
-            d_values = d_values + share
-        gradients = through_encoder(centred, active, d_values, p)
-        gradients |= {"decoder": d_decoder, "b_dec": gradients["b_dec"] + r.d_b_dec}
-        penalty = total.sum().item() / len(x)
+            gradients["decoder"].addcmul_((total / norm.clamp_min(1e-12))[:, None], p["decoder"], value=share)
+        penalty = (total * norm).sum().item() / len(x)
         return Outcome(active, values, r.squared_error, r.error, penalty, 0.0, gradients)
 
 
@@ -207,7 +211,7 @@ class JumpReLU:
         r = self.space.reconstruct(x, near, pre * on, p)
         share = now.coefficient / len(x)
         norm = torch.linalg.vector_norm(p["decoder"], dim=1)
-        d_pre, d_decoder = r.d_values * on, r.d_decoder
+        d_pre, pull = r.d_values * on, None
         if self.tanh is None:
             penalty, cost = on.sum().item(), torch.full_like(pre, share)
         else:
@@ -216,17 +220,13 @@ class JumpReLU:
             slope = share * (on - bent.square())
             d_pre = d_pre + slope * scale
             pull = near.latent_sums(slope * self.tanh * pre) / norm.clamp_min(1e-12)
-            d_decoder = d_decoder + pull[:, None] * p["decoder"]
             penalty, cost = bent.sum().item(), share * torch.tanh(scale * threshold)
         # a latent on its threshold that fires adds theta to its activation, and costs what being active costs
         inside = ((pre - threshold).abs() < self.bandwidth / 2).to(pre.dtype)
         d_threshold = near.latent_sums((threshold * r.d_values + cost) * inside * (-1 / self.bandwidth))
-        gradients = through_encoder(centred, near, d_pre, p)
-        gradients |= {
-            "decoder": d_decoder,
-            "b_dec": gradients["b_dec"] + r.d_b_dec,
-            "log_threshold": d_threshold * theta,
-        }
+        gradients = backward(r, centred, near, d_pre, p, now.into) | {"log_threshold": d_threshold * theta}
+        if pull is not None:
+            gradients["decoder"].addcmul_(pull[:, None], p["decoder"])
         auxiliary = self._revive(centred, p, norm, theta, now.dead, gradients)
         fires = on > 0
         return Outcome(near.kept(fires), pre[fires], r.squared_error, r.error, penalty / len(x), auxiliary, gradients)
@@ -272,13 +272,10 @@ class Gated:
         d_magnitude = r.d_values * on
         d_gate = aside.d_values + now.coefficient / len(x)
         d_read = d_magnitude * gain + d_gate
-        gradients = through_encoder(centred, open_, d_read, p)
-        gradients |= {
+        gradients = backward(r, centred, open_, d_read, p, now.into) | {
             "b_enc": open_.latent_sums(d_gate),
             "b_mag": open_.latent_sums(d_magnitude),
             "r_mag": open_.latent_sums(d_magnitude * gain * read),
-            "decoder": r.d_decoder,
-            "b_dec": gradients["b_dec"] + r.d_b_dec,
         }
         kept = on > 0
         penalty = gate.sum().item() / len(x)
@@ -307,8 +304,7 @@ class TopK:
         centred = x - p["b_dec"]
         active, values = self._select(centred, p)
         r = self.space.reconstruct(x, active, values, p)
-        gradients = through_encoder(centred, active, r.d_values, p)
-        gradients |= {"decoder": r.d_decoder, "b_dec": gradients["b_dec"] + r.d_b_dec}
+        gradients = backward(r, centred, active, r.d_values, p, now.into)
         auxiliary = self._revive(centred, r.error, p, now.dead, gradients)
         penalty = values.sum().item() / len(x)
         return Outcome(active, values, r.squared_error, r.error, penalty, auxiliary, gradients)

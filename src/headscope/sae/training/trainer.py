@@ -20,6 +20,7 @@ from headscope.site import Site
 
 _THRESHOLD_RATE = 0.01  # of the running mean of the least activation that is kept; more while the run is short
 _RESAMPLE_CHUNK = 8192
+_ROWS = 1024  # of a matrix, that a processor's cache holds
 _SPEED = {"log_threshold": 10.0}
 """Factors on the learning rate, by weight: a threshold must keep up with encoder rows, whose components are small."""
 
@@ -64,6 +65,7 @@ class Trainer:
         self.objective = _objective(config, metric, samples.shape[1], ranks)
         groups = [{"params": [weight], "speed": _SPEED.get(name, 1.0)} for name, weight in self.p.items()]
         self.adam = torch.optim.Adam(groups, lr=config.lr, betas=config.betas, fused=True)
+        self._memory = {name: torch.empty_like(self.p[name]) for name in ("encoder", "decoder") if samples.is_cpu}
         self.step_number = 0
         self.coefficient = first_coefficient(config)
         self.threshold = 0.0
@@ -99,7 +101,7 @@ class Trainer:
         x = x * self.scale
         dead = self.dead
         coefficient = coefficient_at(self.config, self.step_number, self.coefficient)
-        outcome = self.objective(self.p, x, Now(coefficient, dead))
+        outcome = self.objective(self.p, x, Now(coefficient, dead, self._memory))
         status = self._status(x, outcome, coefficient, dead)
         if not math.isfinite(status.squared_error + status.penalty + status.auxiliary):
             raise TrainingError(
@@ -117,7 +119,8 @@ class Trainer:
         d_decoder, decoder = gradients["decoder"], self.p["decoder"]
         unit_rows = self.config.decoder == "unit"
         if unit_rows:
-            d_decoder.addcmul_(decoder, torch.linalg.vecdot(d_decoder, decoder)[:, None], value=-1)
+            for d_rows, rows in zip(d_decoder.split(_ROWS), decoder.split(_ROWS), strict=True):
+                d_rows.addcmul_(rows, torch.linalg.vecdot(d_rows, rows)[:, None], value=-1)
         if self.config.clip is not None:
             norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
             for gradient in gradients.values():
