@@ -2,10 +2,12 @@
 
     python scripts/train_bundled_saes.py --text build/tiny/text --out build/tiny
 
-`--text` is the folder of texts that `scripts/train_tiny.py text` wrote. Copy the results to `src/headscope/sae`.
+`--text` is the folder of texts that `scripts/train_tiny.py text` wrote. Copy `cfg.json` and `sae_weights.safetensors`
+of each to `src/headscope/sae`.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from headscope import jobs
@@ -20,6 +22,8 @@ SAES: dict[str, tuple[Kind, int, Variant, int]] = {
     "tiny-mlp0": ("mlp_out", 0, "batchtopk", 32_000_000),
 }
 PROSE_SHARE = 0.25
+TEXT = "the text tiny was trained on: all of its Python, a quarter of its prose"
+"""What the SAEs say of it, instead of a folder's path."""
 
 
 def write_mixture(text: Path, mixture: Path) -> None:
@@ -28,6 +32,13 @@ def write_mixture(text: Path, mixture: Path) -> None:
     (mixture / "python.txt").write_text((text / "python.txt").read_text(encoding="utf-8"), encoding="utf-8")
     prose = [d for d in prose_documents(text) if d.name.startswith("prose") and name_fraction(d.name) < PROSE_SHARE]
     (mixture / "prose.txt").write_text(SEPARATOR.join(d.text for d in prose), encoding="utf-8")
+
+
+def name_text(config: Path) -> None:
+    """Write TEXT into an SAE's `cfg.json`."""
+    said = json.loads(config.read_text(encoding="utf-8"))
+    said["metadata"]["corpus"]["name"] = TEXT
+    config.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -48,6 +59,7 @@ def main() -> None:
             config=TrainConfig(variant=variant, tokens=tokens),
             on_step=lambda s, name=name: s.step % 500 or print(name, s.step, s.n_steps, s.l0, s.explained_variance),
         )
+        name_text(args.out / name / "cfg.json")
 
 
 if __name__ == "__main__":
