@@ -118,21 +118,61 @@ def test_a_pattern_and_a_folder_of_several_kinds(tmp_path, tokenizer):
     assert names == ["a.txt", "c.jsonl:0", "c.jsonl:3", "deep/b.txt", "deep/notes.md"]
 
 
+def parted(whole):
+    """What a text with lines `<|doc|>` holds: (number, text) of each document that is not blank, and how many lie apart.
+
+    Written over the whole text: such a line is nobody's text, nor is the line end before it; one with no line between
+    it and the one before it, or the beginning, parts nothing.
+    """
+    documents, n_parting = [""], 0
+    for line in whole.splitlines(keepends=True):
+        if line.rstrip("\n") != "<|doc|>":
+            documents[-1] += line
+        elif documents[-1]:
+            documents[-1] = documents[-1].removesuffix("\n")
+            documents.append("")
+            n_parting += 1
+    return [(i, text) for i, text in enumerate(documents) if text.strip()], n_parting
+
+
 @given(st.lists(st.sampled_from(["", "word", "<|doc|>", "x" * 9, " "]), max_size=14), st.booleans())
 def test_a_file_is_parted_and_cut_as_its_whole_text_would_be(tmp_path_factory, lines, ends):
     path = tmp_path_factory.mktemp("text") / "f.txt"
     whole = "\n".join(lines) + "\n" * ends
     path.write_text(whole)
     expected = []
+    documents, n_parting = parted(whole)
+    around = [*zip(["<|doc|>", *lines], [*lines, "<|doc|>"], strict=True)]
+    if ("<|doc|>", "<|doc|>") not in around:  # as SEPARATOR.join of texts makes them
+        assert documents == [(i, text) for i, text in enumerate(whole.split(SEPARATOR)) if text.strip()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "_SECTION", 8)
-        texts = whole.split(SEPARATOR)
-        for i, own in enumerate(texts):
-            pieces = list(text.sections(own)) or [""]
-            name = "f.txt" if len(texts) == 1 else f"f.txt:{i}"
+        for i, own in documents:
+            pieces = list(text.sections(own))
+            name = f"f.txt:{i}" if n_parting else "f.txt"
             named = [(name if len(pieces) == 1 else f"{name}#{j}", piece) for j, piece in enumerate(pieces)]
             expected += [(name, piece) for name, piece in named if piece.strip()]
         assert [(d.name, d.text) for d in read_documents(str(path))] == expected
+
+
+@pytest.mark.parametrize(
+    ("whole", "expected"),
+    [
+        ("<|doc|>\na\n<|doc|>\nb\n", [("f.txt:0", "a"), ("f.txt:1", "b\n")]),
+        ("a\n<|doc|>\nb\n<|doc|>\n", [("f.txt:0", "a"), ("f.txt:1", "b")]),
+        ("a\n<|doc|>\nb\n<|doc|>", [("f.txt:0", "a"), ("f.txt:1", "b")]),
+        ("a\n<|doc|>\n<|doc|>\n<|doc|>\nb", [("f.txt:0", "a"), ("f.txt:1", "b")]),
+        ("a\n<|doc|>\n\n<|doc|>\nb", [("f.txt:0", "a"), ("f.txt:2", "b")]),
+        ("<|doc|>\na\n", [("f.txt", "a\n")]),
+        ("<|doc|>\r\na\r\n<|doc|>\r\nb\r\n<|doc|>", [("f.txt:0", "a"), ("f.txt:1", "b")]),
+        ("\ufeff<|doc|>\na", [("f.txt", "a")]),
+        ("a <|doc|>\n<|doc|> b", [("f.txt", "a <|doc|>\n<|doc|> b")]),
+        ("<|doc|>", []),
+    ],
+)
+def test_a_separator_line_is_never_text(tmp_path, whole, expected):
+    (tmp_path / "f.txt").write_bytes(whole.encode())
+    assert [(d.name, d.text) for d in read_documents(str(tmp_path / "f.txt"))] == expected
 
 
 def test_documents_are_parted_by_the_line_asked_for(tmp_path):
