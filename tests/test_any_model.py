@@ -1,17 +1,14 @@
 """The commands of one model on all of them: every family as a folder, and a checkpoint of TransformerLens' format."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from starlette.testclient import TestClient
 from tokenizers import Tokenizer
 from torch.testing import assert_close
-from transformers import PreTrainedTokenizerFast
 
 from headscope import jobs
 from headscope.cli import main
@@ -22,12 +19,15 @@ from headscope.models.load import load_model
 from headscope.sae.formats import save_sae
 from headscope.sae.model import SAE
 from test_models import FAMILIES, build
-from test_tl_checkpoint import configuration, random_state
+from tl_files import configuration, write_checkpoint
 
 POST_NORM = {"gemma2", "gemma3_text"}
 
 
-@pytest.fixture(params=[*FAMILIES, "transformerlens"])
+CHECKPOINTS = {"transformerlens": "gelu", "attention only": "attn_only"}
+
+
+@pytest.fixture(params=[*FAMILIES, *CHECKPOINTS])
 def folder(
     request: pytest.FixtureRequest,
     random_model: Callable[..., Model],
@@ -37,15 +37,9 @@ def folder(
 ) -> Path:
     """A model with random weights, as files."""
     folder = tmp_path / "model"
-    if request.param != "transformerlens":
+    if request.param not in CHECKPOINTS:
         return save_model(build(random_model, request.param), folder)
-    folder.mkdir()
-    config = configuration()
-    torch.save({name: t.float() for name, t in random_state(config).items()}, folder / "model_final.pth")
-    (folder / "tl_config.json").write_text(json.dumps(config))
-    copied = Tokenizer.from_str(tokenizer.to_str())
-    PreTrainedTokenizerFast(tokenizer_object=copied, bos_token="<|bos|>").save_pretrained(folder)
-    return folder
+    return write_checkpoint(folder, tokenizer, config=configuration(CHECKPOINTS[request.param]))
 
 
 def run(*arguments: object) -> None:

@@ -26,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from headscope.artefact import read_json
 from headscope.errors import ModelError
+from headscope.models.families import NoMLP
 from headscope.models.hub import advice
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2", "silu", "solu_ln")
@@ -123,14 +124,6 @@ class SoLU(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Of activations `[..., d_mlp]`."""
         return super().forward(input * input.softmax(-1))
-
-
-class NoMLP(nn.Module):
-    """The MLP of an attention-only model: adds nothing."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Zeros."""
-        return torch.zeros_like(x)
 
 
 # -------------------------------------------------------------------------------------------------------------- finding
