@@ -7,12 +7,12 @@ from torch.testing import assert_close
 from headscope.cli import main
 from headscope.decomposition import Upstream
 from headscope.errors import ModelError
-from headscope.interventions import at, constant
-from headscope.models.load import load_model
-from headscope.sae.formats import save_sae
 from headscope.index.build import SAERecord, build_index
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
+from headscope.interventions import at, constant
+from headscope.models.load import load_model
+from headscope.sae.formats import save_sae
 from headscope.site import KINDS, Site
 from headscope.studies.ablation import downstream
 from headscope.studies.paths import path_names

@@ -63,9 +63,7 @@ def test_padding_does_not_count_for_the_context(models, no_type_checks):
     ids = torch.arange(n)[None] % model.spec.d_vocab
     padded, attended = torch.cat([ids[:, :3], ids], 1), torch.ones(1, n + 3, dtype=torch.bool)
     attended[0, :3] = False
-    torch.testing.assert_close(
-        model.logits(padded, attended=attended)[:, 3:], model.logits(ids), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(model.logits(padded, attended=attended)[:, 3:], model.logits(ids), rtol=1e-4, atol=1e-4)
     attended[0, 2] = True
     with pytest.raises(ModelError, match=f"{n + 1} tokens in a sequence"):
         model.read(padded, [Z], attended=attended)

@@ -6,9 +6,9 @@ A feature of layer L writes w to the stream at `attn_out` of L. With every other
     mlp.m     resid_post + mlp_m(mlp_in_m + w) - mlp_out_m           m >= L; m > L where blocks are parallel
     attn.m    resid_post + attn_m(resid_pre_m + w) - attn_out_m      m > L
 
-(attention-only models have no mlp.m) are final residual streams, and what each loses is the effect of that path. A path through two components is in `total`
-alone: the run in which everything after the write sees it. In the last layer there is none, so what the paths write
-adds up exactly; their losses need not, after the final norm and the softmax.
+are final residual streams, and what each loses is the effect of that path; attention-only models have no mlp.m. A path
+through two components is in `total` alone: the run in which everything after the write sees it. In the last layer there
+is none, so what the paths write adds up exactly; their losses need not, after the final norm and the softmax.
 """
 
 from collections.abc import Mapping
