@@ -119,7 +119,7 @@ def test_a_pattern_and_a_folder_of_several_kinds(tmp_path, tokenizer):
 
 
 def parted(whole):
-    """What a text with lines `<|doc|>` holds: (number, text) of each document that is not blank; how many lines part it.
+    """What a text with lines `<|doc|>` holds: (number, text) of each document that is not blank; how many lines do.
 
     Written over the whole text: such a line is nobody's text, nor is the line end before it; one with no line between
     it and the one before it, or the beginning, parts nothing.

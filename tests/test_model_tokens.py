@@ -68,7 +68,7 @@ def test_padding_does_not_count_for_the_context(models, no_type_checks):
     with pytest.raises(ModelError, match=f"{n + 1} tokens in a sequence"):
         model.read(padded, [Z], attended=attended)
     for wrong in (attended[:, :-1], attended.float()):
-        with pytest.raises(ModelError, match="(?s)`attended` of .*a mask, torch.bool"):
+        with pytest.raises(ModelError, match=r"(?s)`attended` of .*a mask, torch\.bool"):
             model.read(padded, [Z], attended=wrong)
 
 

@@ -72,15 +72,11 @@ def _is_off(value: object) -> bool:
 
 
 def _check_activation(files: Files, config: Json) -> None:
-    own = "topk" if config["architecture"] == "topk" else "relu"
-    for name, expected in (
-        ("activation_fn", (None, own)),
-        ("activation_fn_kwargs", (None, {}, {"k": config.get("k")})),
-    ):
-        if config.get(name) not in expected:
-            raise unsupported(
-                files, f"{name} {config[name]!r}", expected=f"{own}, as the architecture {config['architecture']!r} has"
-            )
+    architecture = config["architecture"]
+    own = "topk" if architecture == "topk" else "relu"
+    for name, expected in (("activation_fn", own), ("activation_fn_kwargs", {"k": config.get("k")})):
+        if not _is_off(config.get(name)) and config[name] != expected:
+            raise unsupported(files, f"{name} {config[name]!r}", expected=f"{own}, as {architecture!r} has")
 
 
 def _check_place(files: Files, config: Json, metadata: Json) -> None:
