@@ -315,10 +315,22 @@ def test_a_dataset_that_was_read_needs_no_network_again(hub, tokenizer):
     assert read("some/data", tokenizer).fingerprint() == first
 
 
+class DatasetNotFoundError(FileNotFoundError):
+    """As `datasets` has it."""
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (ConnectionError("Couldn't reach 'a/b' on the Hub\nmore"), "ConnectionError: Couldn't reach"),
+        (
+            ConnectionError("Couldn't reach 'a/b' on the Hub\nmore"),
+            r"(?s)no file or folder 'a/b' here, so .* the hub cannot be reached.*check the path; .*hf download a/b "
+            "--repo-type dataset",
+        ),
+        (
+            DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"),
+            "(?s)there is none of this name.*check the path",
+        ),
         (ValueError("Config name is missing."), "(?s)Config name is missing.*--dataset-config"),
         (FileNotFoundError("Dataset 'a/b' is a gated dataset"), "(?s)gated.*hf auth login"),
         ([{"body": "x"}], "(?s)row 0: no field text or input_ids or tokens.*body.*--field"),
@@ -332,7 +344,9 @@ def test_what_goes_wrong_on_the_hub_is_said(hub, tokenizer, answer, said):
 
 def test_without_the_extra_it_is_named(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CorpusError, match=r"(?s)no corpus 'a/b'.*headscope\[hub\]"):
+    with pytest.raises(
+        CorpusError, match=r"(?s)no file or folder 'a/b' here, so .*`datasets` is not installed.*headscope\[hub\]"
+    ):
         read("a/b", tokenizer)
 
 
@@ -363,6 +377,17 @@ def bad_files() -> dict[str, tuple[bytes | np.ndarray, dict, str]]:
         "o.npy": (np.array([[1, -2]]), {}, "token ids -2 to 1"),
         "p.parquet": (b"PAR1 cut short", {}, "a whole Parquet or Arrow file"),
         "q.bin": (bytes(range(256)), {}, "is a binary file"),
+        "u.json": (
+            b'[{"text": "x"}]',
+            {},
+            r"(?s)u.json is no text, by its ending .json.*JSONL.*NAME.jsonl.*end its name",
+        ),
+        "u.JSON": (b"{}", {}, r"(?s)u.JSON is no text"),
+        "u.ipynb": (b"{}", {}, r"(?s)u.ipynb is no text.*nbconvert"),
+        "u.csv": (b"text,n\nwords,1\n", {}, r"(?s)u.csv is no text.*read_csv.*lines=True"),
+        "u.tsv": (b"text\tn\nwords\t1\n", {}, r"(?s)u.tsv is no text.*read_table"),
+        "u.jsonl.gz": (b"\x1f\x8b", {}, "(?s)u.jsonl.gz is no text.*unpack it"),
+        "u.arrow": (b"ARROW1", {}, "(?s)u.arrow is no text.*save_to_disk"),
         "r.txt": (b"abc \xc3", {}, r"not UTF-8 \(byte 4\)"),
         "s.txt": (b"", {}, "no documents"),
         "t.txt": (b"words and words", {"separator": "no such token"}, "a token of the vocabulary"),
@@ -380,6 +405,27 @@ def test_bad_files_are_refused_with_what_was_expected(tmp_path, tokenizer, name)
         read(tmp_path / name, tokenizer, **reading)
     assert raised.value.do
     assert raised.value.expected
+
+
+def test_a_file_that_is_no_text_is_refused_in_a_folder_too_before_anything_is_read(tmp_path, tokenizer, tokenised):
+    (tmp_path / "a.txt").write_text("some words")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "package.json").write_text('{"name": "x"}')
+    with pytest.raises(CorpusError, match=rf"(?s)package.json is no text.*leave it out: --corpus '{tmp_path}/\*\*/"):
+        read(tmp_path, tokenizer)
+    with pytest.raises(CorpusError, match=r"(?s)package.json is no text.*--corpus 'FOLDER/\*\*/\*.txt'"):
+        read(tmp_path / "**" / "*", tokenizer)
+    assert tokenised == []
+    assert read(tmp_path / "**" / "*.txt", tokenizer).documents == ("a.txt",)
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl", "texts/missing.parquet", "texts/missing", "no/*.md"])
+def test_the_name_of_a_file_that_is_not_there_is_none_of_a_dataset(tmp_path, tokenizer, monkeypatch, hub, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(CorpusError, match=r"(?s)no corpus .*: no such file or folder here.*check the path"):
+        read(name, tokenizer)
+    assert hub.asked == []
 
 
 def test_objects_in_an_array_are_never_unpickled(tmp_path, tokenizer):

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from headscope.errors import ModelError
+from headscope.hub import advice
 from headscope.models import transformer_lens
 from headscope.models.families import family_of
 from headscope.models.hf import Model
-from headscope.models.hub import advice
 from headscope.models.tl_checkpoint import find_checkpoint, load_checkpoint
 from headscope.models.vocabulary import check_vocabulary, first_token, no_tokenizer
 

@@ -26,8 +26,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from headscope.artefact import read_json
 from headscope.errors import ModelError
+from headscope.hub import advice
 from headscope.models.families import NoMLP
-from headscope.models.hub import advice
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2", "silu", "solu_ln")
 
