@@ -332,7 +332,7 @@ class DatasetNotFoundError(FileNotFoundError):
             "(?s)there is none of this name.*check the path",
         ),
         (ValueError("Config name is missing."), "(?s)Config name is missing.*--dataset-config"),
-        (FileNotFoundError("Dataset 'a/b' is a gated dataset"), "(?s)gated.*hf auth login"),
+        (FileNotFoundError("Dataset 'a/b' is a gated dataset"), "(?s)asks for a login.*hf auth login"),
         ([{"body": "x"}], "(?s)row 0: no field text or input_ids or tokens.*body.*--field"),
     ],
 )
@@ -380,7 +380,7 @@ def bad_files() -> dict[str, tuple[bytes | np.ndarray, dict, str]]:
         "u.json": (
             b'[{"text": "x"}]',
             {},
-            r"(?s)u.json is no text, by its ending .json.*JSONL.*NAME.jsonl.*end its name",
+            r"(?s)u.json is no text, by its ending .json.*NAME.jsonl.*end its name",
         ),
         "u.JSON": (b"{}", {}, r"(?s)u.JSON is no text"),
         "u.ipynb": (b"{}", {}, r"(?s)u.ipynb is no text.*nbconvert"),
