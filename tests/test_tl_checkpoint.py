@@ -86,7 +86,7 @@ def test_it_computes_what_the_formulas_say(save: Callable[..., Path], kind: str,
         attention = model.attention(TOKENS, layer)
         assert_close(attention.pattern, expected[f"pattern{layer}"], rtol=1e-10, atol=1e-10)
         assert_close(attention.z, expected[f"z{layer}"], rtol=1e-10, atol=1e-10)
-        sites = [Site(at, layer) for at in ("resid_pre", "z", "mlp_out")]
+        sites = [Site(at, layer) for at in ("resid_pre", "z", "mlp_out") if at in model.spec.kinds]
         for site, value in model.read(TOKENS, sites).items():
             assert_close(value, expected[f"{site.kind}{layer}"], rtol=1e-10, atol=1e-10)
 

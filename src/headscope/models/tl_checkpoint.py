@@ -11,6 +11,7 @@ runs.
 """
 
 import math
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -297,6 +298,13 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         if others:
             raise TypeError(f"not a tensor: {others[0]}")
         return weights
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"cannot read the weights in {file}: a pickle with more in it than tensors, or damaged; nothing of it was "
+            "executed",
+            expected="a state dict, saved with torch.save or safetensors",
+            do="ask who made it for a .safetensors file, or fetch it again",
+        ) from error
     except Exception as error:  # a damaged pickle can fail anywhere in its reader
         raise ModelError(
             f"cannot read the weights in {file}: {_first_line(error)}",
