@@ -1,17 +1,21 @@
 """The commands of one model on all of them: every family as a folder, and a checkpoint of TransformerLens' format."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from starlette.testclient import TestClient
 from tokenizers import Tokenizer
 from torch.testing import assert_close
-from transformers import PreTrainedTokenizerFast
 
 from headscope import jobs
 from headscope.cli import main
@@ -22,12 +26,15 @@ from headscope.models.load import load_model
 from headscope.sae.formats import save_sae
 from headscope.sae.model import SAE
 from test_models import FAMILIES, build
-from test_tl_checkpoint import configuration, random_state
+from tl_files import configuration, write_checkpoint
 
 POST_NORM = {"gemma2", "gemma3_text"}
 
 
-@pytest.fixture(params=[*FAMILIES, "transformerlens"])
+CHECKPOINTS = {"transformerlens": "gelu", "attention only": "attn_only"}
+
+
+@pytest.fixture(params=[*FAMILIES, *CHECKPOINTS])
 def folder(
     request: pytest.FixtureRequest,
     random_model: Callable[..., Model],
@@ -37,15 +44,9 @@ def folder(
 ) -> Path:
     """A model with random weights, as files."""
     folder = tmp_path / "model"
-    if request.param != "transformerlens":
+    if request.param not in CHECKPOINTS:
         return save_model(build(random_model, request.param), folder)
-    folder.mkdir()
-    config = configuration()
-    torch.save({name: t.float() for name, t in random_state(config).items()}, folder / "model_final.pth")
-    (folder / "tl_config.json").write_text(json.dumps(config))
-    copied = Tokenizer.from_str(tokenizer.to_str())
-    PreTrainedTokenizerFast(tokenizer_object=copied, bos_token="<|bos|>").save_pretrained(folder)
-    return folder
+    return write_checkpoint(folder, tokenizer, config=configuration(CHECKPOINTS[request.param]))
 
 
 def run(*arguments: object) -> None:
@@ -88,3 +89,31 @@ def test_each_model_is_evaluated_indexed_and_served(
 
 def test_which_families_have_a_norm_after_attention(random_model: Callable[..., Model]) -> None:
     assert {name for name in FAMILIES if build(random_model, name).spec.post_norm} == POST_NORM
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_the_command_serves_an_index_with_its_model(
+    tokenizer: Tokenizer, random_sae: Callable[..., SAE], tmp_path: Path
+) -> None:
+    """As a newcomer would: a checkpoint of TransformerLens' format, an SAE, `index`, `serve`, and questions to it."""
+    folder = write_checkpoint(tmp_path / "model", tokenizer)
+    sae = save_sae(replace(random_sae(load_model(str(folder))), model_name=str(folder)), tmp_path / "sae")
+    (tmp_path / "text.txt").write_text("some words of text, again and again. " * 20)
+    choice = ["--corpus", tmp_path / "text.txt", "--split", "all", "--block-size", "16"]
+    run("index", "--sae", sae, "--model", folder, "--out", tmp_path / "index", *choice)
+    command = [sys.executable, "-m", "headscope", "serve", "--index", str(tmp_path / "index"), "--model", str(folder)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    address = None
+    try:
+        address = next((m for line in process.stdout if (m := re.search(r"http://127\.0\.0\.1:\d+", line))), None)
+        assert address is not None
+        with urllib.request.urlopen(f"{address[0]}/api/about", timeout=60) as answer:
+            assert json.load(answer)["site"] == "blocks.1.attn.hook_z"
+        with urllib.request.urlopen(f"{address[0]}/api/feature/0", timeout=60) as answer:
+            assert json.load(answer)["latent"] == 0
+    finally:
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert (process.returncode, "Traceback" in errors) == (0, False), errors

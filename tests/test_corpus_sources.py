@@ -118,21 +118,61 @@ def test_a_pattern_and_a_folder_of_several_kinds(tmp_path, tokenizer):
     assert names == ["a.txt", "c.jsonl:0", "c.jsonl:3", "deep/b.txt", "deep/notes.md"]
 
 
+def parted(whole):
+    """What a text with lines `<|doc|>` holds: (number, text) of each document that is not blank; how many lines do.
+
+    Written over the whole text: such a line is nobody's text, nor is the line end before it; one with no line between
+    it and the one before it, or the beginning, parts nothing.
+    """
+    documents, n_parting = [""], 0
+    for line in whole.splitlines(keepends=True):
+        if line.rstrip("\n") != "<|doc|>":
+            documents[-1] += line
+        elif documents[-1]:
+            documents[-1] = documents[-1].removesuffix("\n")
+            documents.append("")
+            n_parting += 1
+    return [(i, text) for i, text in enumerate(documents) if text.strip()], n_parting
+
+
 @given(st.lists(st.sampled_from(["", "word", "<|doc|>", "x" * 9, " "]), max_size=14), st.booleans())
 def test_a_file_is_parted_and_cut_as_its_whole_text_would_be(tmp_path_factory, lines, ends):
     path = tmp_path_factory.mktemp("text") / "f.txt"
     whole = "\n".join(lines) + "\n" * ends
     path.write_text(whole)
     expected = []
+    documents, n_parting = parted(whole)
+    around = [*zip(["<|doc|>", *lines], [*lines, "<|doc|>"], strict=True)]
+    if ("<|doc|>", "<|doc|>") not in around:  # as SEPARATOR.join of texts makes them
+        assert documents == [(i, text) for i, text in enumerate(whole.split(SEPARATOR)) if text.strip()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "_SECTION", 8)
-        texts = whole.split(SEPARATOR)
-        for i, own in enumerate(texts):
-            pieces = list(text.sections(own)) or [""]
-            name = "f.txt" if len(texts) == 1 else f"f.txt:{i}"
+        for i, own in documents:
+            pieces = list(text.sections(own))
+            name = f"f.txt:{i}" if n_parting else "f.txt"
             named = [(name if len(pieces) == 1 else f"{name}#{j}", piece) for j, piece in enumerate(pieces)]
             expected += [(name, piece) for name, piece in named if piece.strip()]
         assert [(d.name, d.text) for d in read_documents(str(path))] == expected
+
+
+@pytest.mark.parametrize(
+    ("whole", "expected"),
+    [
+        ("<|doc|>\na\n<|doc|>\nb\n", [("f.txt:0", "a"), ("f.txt:1", "b\n")]),
+        ("a\n<|doc|>\nb\n<|doc|>\n", [("f.txt:0", "a"), ("f.txt:1", "b")]),
+        ("a\n<|doc|>\nb\n<|doc|>", [("f.txt:0", "a"), ("f.txt:1", "b")]),
+        ("a\n<|doc|>\n<|doc|>\n<|doc|>\nb", [("f.txt:0", "a"), ("f.txt:1", "b")]),
+        ("a\n<|doc|>\n\n<|doc|>\nb", [("f.txt:0", "a"), ("f.txt:2", "b")]),
+        ("<|doc|>\na\n", [("f.txt", "a\n")]),
+        ("<|doc|>\r\na\r\n<|doc|>\r\nb\r\n<|doc|>", [("f.txt:0", "a"), ("f.txt:1", "b")]),
+        ("\ufeff<|doc|>\na", [("f.txt", "a")]),
+        ("a <|doc|>\n<|doc|> b", [("f.txt", "a <|doc|>\n<|doc|> b")]),
+        ("<|doc|>", []),
+    ],
+)
+def test_a_separator_line_is_never_text(tmp_path, whole, expected):
+    (tmp_path / "f.txt").write_bytes(whole.encode())
+    assert [(d.name, d.text) for d in read_documents(str(tmp_path / "f.txt"))] == expected
 
 
 def test_documents_are_parted_by_the_line_asked_for(tmp_path):
@@ -275,12 +315,24 @@ def test_a_dataset_that_was_read_needs_no_network_again(hub, tokenizer):
     assert read("some/data", tokenizer).fingerprint() == first
 
 
+class DatasetNotFoundError(FileNotFoundError):
+    """As `datasets` has it."""
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (ConnectionError("Couldn't reach 'a/b' on the Hub\nmore"), "ConnectionError: Couldn't reach"),
+        (
+            ConnectionError("Couldn't reach 'a/b' on the Hub\nmore"),
+            r"(?s)no file or folder 'a/b' here, so .* the hub cannot be reached.*check the path; .*hf download a/b "
+            "--repo-type dataset",
+        ),
+        (
+            DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"),
+            "(?s)there is none of this name.*check the path",
+        ),
         (ValueError("Config name is missing."), "(?s)Config name is missing.*--dataset-config"),
-        (FileNotFoundError("Dataset 'a/b' is a gated dataset"), "(?s)gated.*hf auth login"),
+        (FileNotFoundError("Dataset 'a/b' is a gated dataset"), "(?s)asks for a login.*hf auth login"),
         ([{"body": "x"}], "(?s)row 0: no field text or input_ids or tokens.*body.*--field"),
     ],
 )
@@ -292,7 +344,9 @@ def test_what_goes_wrong_on_the_hub_is_said(hub, tokenizer, answer, said):
 
 def test_without_the_extra_it_is_named(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CorpusError, match=r"(?s)no corpus 'a/b'.*headscope\[hub\]"):
+    with pytest.raises(
+        CorpusError, match=r"(?s)no file or folder 'a/b' here, so .*`datasets` is not installed.*headscope\[hub\]"
+    ):
         read("a/b", tokenizer)
 
 
@@ -323,6 +377,17 @@ def bad_files() -> dict[str, tuple[bytes | np.ndarray, dict, str]]:
         "o.npy": (np.array([[1, -2]]), {}, "token ids -2 to 1"),
         "p.parquet": (b"PAR1 cut short", {}, "a whole Parquet or Arrow file"),
         "q.bin": (bytes(range(256)), {}, "is a binary file"),
+        "u.json": (
+            b'[{"text": "x"}]',
+            {},
+            r"(?s)u.json is no text, by its ending .json.*NAME.jsonl.*end its name",
+        ),
+        "u.JSON": (b"{}", {}, r"(?s)u.JSON is no text"),
+        "u.ipynb": (b"{}", {}, r"(?s)u.ipynb is no text.*nbconvert"),
+        "u.csv": (b"text,n\nwords,1\n", {}, r"(?s)u.csv is no text.*read_csv.*lines=True"),
+        "u.tsv": (b"text\tn\nwords\t1\n", {}, r"(?s)u.tsv is no text.*read_table"),
+        "u.jsonl.gz": (b"\x1f\x8b", {}, "(?s)u.jsonl.gz is no text.*unpack it"),
+        "u.arrow": (b"ARROW1", {}, "(?s)u.arrow is no text.*save_to_disk"),
         "r.txt": (b"abc \xc3", {}, r"not UTF-8 \(byte 4\)"),
         "s.txt": (b"", {}, "no documents"),
         "t.txt": (b"words and words", {"separator": "no such token"}, "a token of the vocabulary"),
@@ -340,6 +405,27 @@ def test_bad_files_are_refused_with_what_was_expected(tmp_path, tokenizer, name)
         read(tmp_path / name, tokenizer, **reading)
     assert raised.value.do
     assert raised.value.expected
+
+
+def test_a_file_that_is_no_text_is_refused_in_a_folder_too_before_anything_is_read(tmp_path, tokenizer, tokenised):
+    (tmp_path / "a.txt").write_text("some words")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "package.json").write_text('{"name": "x"}')
+    with pytest.raises(CorpusError, match=rf"(?s)package.json is no text.*leave it out: --corpus '{tmp_path}/\*\*/"):
+        read(tmp_path, tokenizer)
+    with pytest.raises(CorpusError, match=r"(?s)package.json is no text.*--corpus 'FOLDER/\*\*/\*.txt'"):
+        read(tmp_path / "**" / "*", tokenizer)
+    assert tokenised == []
+    assert read(tmp_path / "**" / "*.txt", tokenizer).documents == ("a.txt",)
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl", "texts/missing.parquet", "texts/missing", "no/*.md"])
+def test_the_name_of_a_file_that_is_not_there_is_none_of_a_dataset(tmp_path, tokenizer, monkeypatch, hub, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(CorpusError, match=r"(?s)no corpus .*: no such file or folder here.*check the path"):
+        read(name, tokenizer)
+    assert hub.asked == []
 
 
 def test_objects_in_an_array_are_never_unpickled(tmp_path, tokenizer):

@@ -131,6 +131,57 @@ def test_weights_that_are_not_finite_are_refused(folder, bad):
         load_model(folder)
 
 
+class Bomb:
+    """Unpickled, it would leave a file."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (open, (str(self.mark), "w"))
+
+
+def test_a_pickle_of_weights_is_not_run(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Bomb(tmp_path / "mark")}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"a pickle with more in it than tensors[\s\S]*nothing was executed") as e:
+        load_model(folder)
+    assert "weights_only" not in str(e.value)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 3}, r"not a multiple of the number of attention heads \(3\)[\s\S]*fetch or save"),
+        ({"vocab_size": 60}, r"other sizes than its config.json says[\s\S]*mend config.json"),
+        ({"model_type": "nonesuch"}, r"`nonesuch`[\s\S]*fetch or save"),
+        ({"num_hidden_layers": 1}, r"of which config.json says nothing"),
+        ({"num_hidden_layers": 5}, r"lack or misfit"),
+    ],
+)
+def test_a_configuration_of_another_model_is_refused(folder, changes, message):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=message):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        ("tokenizer.json", "fast tokenizer"),
+        ("model.safetensors", r"no file named model.safetensors[\s\S]*fetch or save"),
+        ("config.json", "fetch or save"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_refused_without_a_word_of_the_network(folder, left_out, message):
+    (folder / left_out).unlink()
+    with pytest.raises(ModelError, match=message) as raised:
+        load_model(folder)
+    assert "network" not in str(raised.value)
+
+
 def test_quantised_weights_are_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}

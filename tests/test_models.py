@@ -469,7 +469,7 @@ def test_the_model_is_bit_identical_after_edits_that_raise(model, tokens, kind):
         model.read(tokens, sites_of(model))
     with pytest.raises(RuntimeError), model.edit({site: fail}), model.restartable(0):
         model.losses(tokens)
-    with pytest.raises(IndexError):
+    with pytest.raises(ModelError, match="token id 10,000"):
         model.token_values(1, torch.tensor([10_000]))
     for left in (model.attention(tokens, 1), model.value_offset(1), model.W_V(1), model.token_values(1)):
         assert left is not None

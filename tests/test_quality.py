@@ -16,7 +16,7 @@ from headscope.models.hf import Model
 from headscope.sae.model import SAE, ReLU
 from headscope.sae.quality import DENSITY_EDGES, Quality, evaluate
 from headscope.sae.quality_table import quality_rows
-from headscope.site import Site
+from headscope.site import Kind, Site
 from headscope.stats import Estimate, bootstrap_ratio, wilson
 
 SITES = [Site("z", 0), Site("z", 1), Site("attn_out", 0), Site("mlp_out", 0), Site("mlp_out", 1), Site("resid_pre", 1)]
@@ -327,6 +327,22 @@ def test_the_figures_are_strict_json_and_a_table_beside_the_posts(
     assert rows["dead"].post == "24 %"
     assert rows["loss_recovered"].value.startswith(f"{100 * q['loss_recovered']['value']:.1f} %")
     assert all(row.definition for row in rows.values())
+
+
+@pytest.mark.parametrize("kind", ["attn_out", "mlp_out", "resid_post"])
+def test_the_table_names_the_site_that_is_replaced(
+    model: Model, corpus: Corpus, random_sae: Callable[..., SAE], kind: Kind
+) -> None:
+    q = evaluate(model, random_sae(model, site=Site(kind, 1)), corpus).as_dict()
+    rows = {row.name: row.definition for row in quality_rows(q)}
+    assert f"{kind} set to c, which is zero" in rows["loss_recovered"]
+    assert f"{kind} set to zero" in rows["ce_loss_score"]
+    assert f"{kind} set to its mean" in rows["loss_recovered, mean ablation"]
+    assert f"{kind} ablated" in rows["CE zero / mean / c"]
+    assert " z " not in "".join(definition.replace("sites but z", "") for definition in rows.values())
+    assert q["ce"]["c"] == pytest.approx(q["ce"]["zero"], rel=1e-12)
+    earlier = {name: value for name, value in q.items() if name != "site"}
+    assert "z set to the constant c" in {row.name: row.definition for row in quality_rows(earlier)}["loss_recovered"]
 
 
 def test_an_sae_that_never_fires_still_gets_its_figures_written(model: Model, corpus: Corpus, tmp_path: Path) -> None:

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from headscope import jobs
 from headscope.errors import HeadscopeError, OutputError, SAEError, StudyError
@@ -20,7 +17,7 @@ from headscope.report.records import Claim, Study
 from headscope.report.registry import STUDIES
 from headscope.report.run import Inputs, run
 from headscope.sae.formats import save_sae
-from test_tl_checkpoint import configuration, random_state
+from tl_files import configuration, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -191,15 +188,10 @@ def test_the_loss_recovered_is_that_of_the_evaluation(inputs, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_study_runs_on_a_checkpoint_of_transformerlens_format(inputs, random_sae, tokenizer, tmp_path):
+@pytest.mark.parametrize("kind", ["gelu", "attn_only"])
+def test_every_study_runs_on_a_checkpoint_of_transformerlens_format(inputs, random_sae, tokenizer, tmp_path, kind):
     """The format of gelu-2l, with random weights: nothing breaks, and what cannot be asked of them says why."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    config = configuration()
-    torch.save({name: t.float() for name, t in random_state(config).items()}, folder / "model_final.pth")
-    (folder / "tl_config.json").write_text(json.dumps(config))
-    copied = Tokenizer.from_str(tokenizer.to_str())
-    PreTrainedTokenizerFast(tokenizer_object=copied, bos_token="<|bos|>").save_pretrained(folder)
+    folder = write_checkpoint(tmp_path / "checkpoint", tokenizer, config=configuration(kind))
     save_sae(random_sae(load_model(str(folder)), 60), tmp_path / "sae")
     text = replace(inputs.text, block_size=16)
     chosen = Inputs(model=str(folder), saes=(str(tmp_path / "sae"),), text=text)

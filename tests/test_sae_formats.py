@@ -1,3 +1,5 @@
+import ast
+import importlib.util
 import json
 import pickle
 from collections.abc import Callable
@@ -13,7 +15,9 @@ from headscope.artefact import file_hash
 from headscope.errors import HeadscopeError, OutputError, SAEError
 from headscope.models.hf import Model
 from headscope.sae.formats import WEIGHTS, load_sae, locate, sae_hash, save_sae
+from headscope.sae.formats.saelens_settings import KNOWN
 from headscope.sae.model import SAE, JumpReLU, TopK
+from headscope.site import Site
 
 RandomSAE = Callable[..., SAE]
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -125,8 +129,32 @@ def test_rescaling_by_the_decoder_norm_is_folded_into_the_weights(
     assert_close(loaded.W_dec.norm(dim=1), torch.ones_like(norms), rtol=1e-6, atol=1e-6)
 
 
-def test_unknown_keys_of_the_config_do_not_matter(saved: Path) -> None:
-    change_config(saved, from_the_future=1)
+def fields_of_saelens() -> set[str]:
+    """What SAELens' own classes of configurations have, read off its files; it is not imported."""
+    package = importlib.util.find_spec("sae_lens")
+    if package is None or package.submodule_search_locations is None:
+        pytest.skip("sae-lens is not installed")
+    root, found = Path(package.submodule_search_locations[0]), set()
+    own = [root / "saes" / f"{name}_sae.py" for name in ("standard", "jumprelu", "topk", "gated", "batchtopk")]
+    for file in (*own, root / "saes" / "matryoshka_batchtopk_sae.py", root / "saes" / "sae.py", root / "config.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            name = node.name if isinstance(node, ast.ClassDef) else ""
+            if name.endswith(("SAEConfig", "LoggingConfig", "LanguageModelSAERunnerConfig")):
+                found |= {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
+    return found
+
+
+def test_whatever_saelens_itself_writes_is_known(saved: Path) -> None:
+    fields = fields_of_saelens()
+    assert {"d_sae", "l1_coefficient", "matryoshka_widths", "train_batch_size_tokens", "wandb_id"} < fields
+    assert fields - KNOWN == set()
+    change_config(saved, lr=1e-3, l1_coefficient=5.0, l1_warm_up_steps=100, autocast_lm=True, wandb_project="saes")
+    assert load_sae(saved).d_sae == 48
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}])
+def test_an_unknown_setting_that_is_off_changes_nothing(saved: Path, value: Any) -> None:
+    change_config(saved, from_the_future=value)
     assert load_sae(saved).d_sae == 48
 
 
@@ -210,6 +238,40 @@ def test_an_architecture_not_read_here_is_refused(saved: Path, architecture: Any
 def test_an_sae_of_normalised_activations_is_refused(saved: Path, how: str) -> None:
     change_config(saved, normalize_activations=how)
     refuses(saved, f"normalize_activations '{how}'")
+
+
+@pytest.mark.parametrize("name", ["post_scale", "from_the_future", "is_transcoder", "use_error_term"])
+@pytest.mark.parametrize("version", ["6.1.0", "4.3.0"])
+def test_an_unknown_setting_is_refused_by_name(saved: Path, name: str, version: str) -> None:
+    config = json.loads((saved / "cfg.json").read_text())
+    metadata = config["metadata"] | {"sae_lens_version": version}
+    change_config(saved, **{"metadata": metadata, name: 1.5})
+    refuses(saved, rf"cfg.json says {name} 1.5")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"activation_fn": "tanh-relu"}, "activation_fn 'tanh-relu'"),
+        ({"activation_fn": "topk", "activation_fn_kwargs": {"k": 4}}, "activation_fn 'topk'"),
+        ({"activation_fn_kwargs": {"slope": 2}}, "activation_fn_kwargs {'slope': 2}"),
+        ({"d_out": 16}, "d_out 16, a transcoder"),
+    ],
+)
+def test_another_activation_than_the_architectures_is_refused(saved: Path, changes: dict, match: str) -> None:
+    change_config(saved, activation_fn="relu", activation_fn_kwargs={}, d_out=32)
+    assert load_sae(saved).d_sae == 48
+    change_config(saved, **changes)
+    refuses(saved, match)
+
+
+@pytest.mark.parametrize("name", ["hook_name_out", "hook_head_index_out"])
+def test_an_sae_that_reconstructs_another_activation_is_refused(saved: Path, name: str) -> None:
+    metadata = json.loads((saved / "cfg.json").read_text())["metadata"]
+    change_config(saved, metadata=metadata | {"hook_name_out": metadata["hook_name"], "hook_head_index_out": None})
+    assert load_sae(saved).site == Site("z", 1)
+    change_config(saved, metadata=metadata | {name: "blocks.1.hook_mlp_out"})
+    refuses(saved, f"{name} 'blocks.1.hook_mlp_out', a transcoder")
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"hook_name": "blocks.1.attn.hook_q"}])

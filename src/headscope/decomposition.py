@@ -114,7 +114,7 @@ class Upstream:
             saes: of z, attn_out or mlp_out of earlier layers, at most one of each layer's attention and of its MLP.
 
         Raises:
-            ModelError: no such layer.
+            ModelError: no such layer, or a model without the site of an SAE.
             SAEError: an SAE of another kind of site, of this layer or a later one, of another width, or two of one
                 component.
         """
@@ -162,7 +162,8 @@ class Stream:
         kinds: tuple[AnyKind, ...] = ("v", "pattern", "z", "ln1_scale")
         layers = range(layer + 1)
         sites = [Site(kind, l) for l in layers for kind in kinds] + [Site("resid_pre", l) for l in {0, layer}]
-        found = model.read(self.tokens, [*sites, *(Site("mlp_out", l) for l in range(layer))])
+        mlps = [] if model.spec.attention_only else [Site("mlp_out", l) for l in range(layer)]
+        found = model.read(self.tokens, [*sites, *mlps])
         self.attention = [
             Attention(
                 pattern=found[Site("pattern", l)],
@@ -173,7 +174,7 @@ class Stream:
         ]
         self.scale = [found[Site("ln1_scale", l)].to(model.module.dtype) for l in layers]
         """`ln1_scale` by layer, `[batch, position, 1]`."""
-        self._mlp_out = [found[Site("mlp_out", l)] for l in range(layer)]
+        self._mlp_out = [found[site] for site in mlps]
         self._embedding: Tensor = model.module.get_input_embeddings()(self.tokens)
         position = found[Site("resid_pre", 0)] - self._embedding
         self._position = position if position.any() else None
@@ -186,7 +187,7 @@ class Stream:
         for l in range(self.upstream.layer if before is None else before):
             gone = {kind for site in self.written if site.layer == l for kind in _SPLIT[site.kind]}
             whole = [Part("head", l, head) for head in range(self.upstream.model.spec.n_heads)]
-            whole += [Part("bias", l), Part("mlp", l)]
+            whole += [Part("bias", l)] + ([Part("mlp", l)] if self._mlp_out else [])
             found += [part for part in whole if part.kind not in gone]
             for site in (site for site in self.written if site.layer == l):
                 found += [Part("b_dec", l, site=site.kind), Part("error", l, site=site.kind)]
@@ -255,7 +256,9 @@ class Stream:
         model, total = self.upstream.model, self._embedding
         total = total if self._position is None else total + self._position
         for l in range(self.upstream.layer):
-            total = total + self.attention[l].z @ model.W_O(l) + model.b_O(l) + self._mlp_out[l]
+            total = total + self.attention[l].z @ model.W_O(l) + model.b_O(l)
+        for added in self._mlp_out:
+            total = total + added
         check_closes(
             stream,
             total,
@@ -292,6 +295,7 @@ def _check_saes(model: Model, layer: int, saes: Sequence[SAE]) -> None:
     """Raise SAEError unless each SAE takes the place of a component of its own before the layer."""
     taken: set[tuple[int, PartKind]] = set()
     for sae in saes:
+        model.check_site(sae.site)
         kinds = _SPLIT.get(sae.site.kind, ())
         own: set[tuple[int, PartKind]] = {(sae.site.layer, kind) for kind in kinds}
         if not own or sae.site.layer >= layer or own & taken or sae.d_in != model.width(sae.site):

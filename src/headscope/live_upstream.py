@@ -26,6 +26,7 @@ from headscope.studies.corruptions import (
     unused_token,
 )
 from headscope.studies.feature_patching import patch_features
+from headscope.studies.nodes import INPUTS
 from headscope.studies.patching import Interaction, Node, NodeKind, Patching, interaction, nodes_of, patch
 from headscope.studies.upstream import compare_heads, source_shares
 
@@ -109,7 +110,8 @@ class LiveUpstream:
         with self._lock:
             prompts, said = self._pair(latent, at, how)
             columns = _columns(prompts)
-            chosen = self._nodes(prompts, NODES[nodes])
+            known = (*INPUTS, *self._live.model.spec.kinds)
+            chosen = self._nodes(prompts, tuple(kind for kind in NODES[nodes] if kind in known))
             wanted = [node for node in chosen if node.position is None or node.position in columns]
             found = patch(prompts, wanted)
             joint = _joint(prompts, found)

@@ -53,7 +53,11 @@ def load_corpus(
         OutputError: the cache or the blocks of a large corpus do not fit the disk.
     """
     if block_size < 2:
-        raise CorpusError(f"a block of {block_size} tokens", expected="2 or more", do="raise --block-size")
+        raise CorpusError(
+            f"a block of {block_size} tokens",
+            expected="2 or more",
+            do="raise --block-size, which is no more than the model's context",
+        )
     reading = reading or Reading()
     enough = None if max_tokens is None else max_tokens + block_size
     stream, folder = _tokenised(source, tokenizer, bos, split, reading, enough, on_tokens)

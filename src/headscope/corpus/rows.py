@@ -19,6 +19,7 @@ from headscope.artefact import read_json
 from headscope.corpus.reading import Reading
 from headscope.corpus.text import Document, cut_documents, sections
 from headscope.errors import CorpusError
+from headscope.hub import advice, trouble
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -284,12 +285,13 @@ def hub_documents(name: str, reading: Reading) -> Iterator[Document | TokenDocum
         CorpusError: `datasets` is not installed, there is no network, no such dataset, configuration, split or field,
             or the dataset is gated.
     """
+    taken = f"no file or folder {name!r} here, so it was taken for a dataset on the hub"
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise CorpusError(
-            f"no corpus {name!r} on this machine",
-            expected="`python`, a path, or a dataset on the hub with the package `datasets`",
+            f"{taken}, and the package `datasets` is not installed",
+            expected="`python`, a path, or a dataset on the hub with that package",
             do="check the path, or: pip install 'headscope[hub]'",
         ) from error
     try:
@@ -301,9 +303,20 @@ def hub_documents(name: str, reading: Reading) -> Iterator[Document | TokenDocum
     except CorpusError:
         raise
     except Exception as error:  # of a dozen classes of three libraries, by what is wrong with the name or the network
-        raise CorpusError(
-            f"the dataset {name!r}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-            expected="a path on this machine, or a dataset that can be reached, with its configuration and split",
-            do="check the path and the network, name --dataset-config and --dataset-split, log in with `hf auth login` "
-            "if it is gated, or download it and pass the folder",
-        ) from error
+        raise _hub_error(taken, name, error) from error
+
+
+def _hub_error(taken: str, name: str, error: Exception) -> CorpusError:
+    problem = trouble(error)
+    said = {
+        "gated": ", which asks for a login, or for its terms to be accepted",
+        "missing": ", and there is none of this name, or it is private",
+        "unreachable": ", and the hub cannot be reached",
+    }
+    line = (str(error).splitlines() or [""])[0]
+    do = advice(error, name, dataset=True, otherwise="name --dataset-config and --dataset-split, or check the path")
+    return CorpusError(
+        taken + (said[problem] if problem else f": {type(error).__name__}: {line}"),
+        expected="a path on this machine, or a dataset that can be read, with its configuration and split",
+        do=do if problem in (None, "gated") else f"check the path; if a dataset was meant, {do}",
+    )

@@ -23,6 +23,19 @@ from headscope.errors import CorpusError
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
+_PACKED = "unpack it, and pass what it holds"
+_NO_TEXT = {
+    ".json": "write it as JSONL, one object with a field `text` a line, in a file NAME.jsonl",
+    ".ipynb": "convert it: jupyter nbconvert --to markdown FILE",
+    ".csv": "write it as JSONL: pandas.read_csv(FILE).to_json('NAME.jsonl', orient='records', lines=True)",
+    ".tsv": "write it as JSONL: pandas.read_table(FILE).to_json('NAME.jsonl', orient='records', lines=True)",
+    ".arrow": "pass the folder that save_to_disk wrote, or write it as Parquet",
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"), _PACKED),
+}
+"""By ending: what to do with files that are no text, though some could be read as if they were."""
+_OF_FILES = {*_NO_TEXT, ".txt", ".text", ".md", ".rst", ".tex", ".py", ".html", ".jsonl", ".ndjson", ".parquet", ".npy"}
+"""Endings by which a name is that of a file, not of a dataset on the hub."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -43,7 +56,7 @@ def find_source(name: str, reading: Reading, bos: int) -> Source:
         bos: where a stream of token ids is cut.
 
     Raises:
-        CorpusError: there is no such thing.
+        CorpusError: there is no such thing, or files among it that are no text.
     """
     if name == "python":
         return Source(python_documents, partial(_state, dict(python_files())))
@@ -55,14 +68,31 @@ def find_source(name: str, reading: Reading, bos: int) -> Source:
         )
     named = _files(name)
     if named is not None:
+        _check_endings(named, path)
         return Source(partial(_documents, named, reading, bos), partial(_state, named))
-    if _HUB_NAME.fullmatch(name):
+    is_file = path.suffix.lower() in _OF_FILES or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
+    if _HUB_NAME.fullmatch(name) and not is_file:
         return Source(partial(hub_documents, name, reading), lambda: ["hub", name])
     raise CorpusError(
-        f"no corpus {name!r}",
+        f"no corpus {name!r}: no such file or folder here" + (", and no file matches" if has_magic(name) else ""),
         expected="'python', a file or a folder of text, JSONL, Parquet or token ids, or a dataset on the hub",
         do="check the path given to --corpus",
     )
+
+
+def _check_endings(files: dict[str, Path], path: Path) -> None:
+    """Refuse files that would be read as text and are none, by name."""
+    for file in files.values():
+        ending = file.suffix.lower()
+        if ending in _NO_TEXT:
+            out = (
+                "" if file == path else f"; or leave it out: --corpus '{path if path.is_dir() else 'FOLDER'}/**/*.txt'"
+            )
+            raise CorpusError(
+                f"{file} is no text, by its ending {ending}",
+                expected="UTF-8 text, .jsonl, .parquet or .npy",
+                do=_NO_TEXT[ending] + out + "; to read it as text all the same, end its name in .txt",
+            )
 
 
 def _files(name: str) -> dict[str, Path] | None:

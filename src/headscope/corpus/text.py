@@ -5,7 +5,7 @@ import mmap
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def file_documents(path: Path, name: str, line: str = "<|doc|>") -> Iterator[Doc
         CorpusError: it cannot be read, is binary, is not UTF-8, or has a line of more than 64 million characters.
     """
     _check_text(path)
-    parted = _has(path, line.encode()) and f"{line}\n" in islice(_read_lines(path), 1, None)
+    parted = _is_parted(path, line)
     for i, pieces in groupby(_pieces(path, line), key=itemgetter(0)):
         yield from cut_documents((piece for _, piece in pieces), f"{name}:{i}" if parted else name)
 
@@ -70,26 +70,33 @@ def sections(text: str) -> Iterator[str]:
 def _pieces(path: Path, line: str) -> Iterator[tuple[int, str]]:
     """(number of a document, a section of it).
 
-    A line that parts documents has a line of the document before it, whose end belongs to neither.
+    A line that parts documents is no text, nor is the line end before it. With no line since the one before it, or
+    since the beginning, it parts nothing, so it counts for no number.
     """
-    lines, parting = _read_lines(path), f"{line}\n"
-    i, held, size = 0, [], 0
-    current = next(lines, None)
-    while current is not None:
-        following = next(lines, None)
-        if following == parting:
-            if rest := "".join([*held, current[:-1]]):
-                yield i, rest
-            i, held, size, current = i + 1, [], 0, next(lines, None)
+    i, held, size, begun = 0, [], 0, False
+    for current, following in pairwise(chain(_read_lines(path), [""])):
+        if _parts(current, line):
+            i, begun = i + begun, False
             continue
-        held.append(current)
+        ends, begun = _parts(following, line), True
+        held.append(current.removesuffix("\n") if ends else current)
         size += len(current)
-        if size > _SECTION and current.endswith("\n"):
-            yield i, "".join(held)
+        if ends or not following or (size > _SECTION and current.endswith("\n")):
+            if section := "".join(held):
+                yield i, section
             held, size = [], 0
-        current = following
-    if held:
-        yield i, "".join(held)
+
+
+def _parts(current: str, line: str) -> bool:
+    """Whether what was read is the line that parts documents, which may be the last one, without a line end."""
+    return current in (f"{line}\n", line)
+
+
+def _is_parted(path: Path, line: str) -> bool:
+    """Whether a file has such a line after another line."""
+    return _has(path, line.encode()) and any(
+        _parts(b, line) and not _parts(a, line) for a, b in pairwise(_read_lines(path))
+    )
 
 
 def _read_lines(path: Path) -> Iterator[str]:

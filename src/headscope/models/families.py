@@ -6,10 +6,19 @@ docs/models.md says what to check before a row is added, and shows the table as 
 import operator
 from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from headscope.errors import ModelError
 from headscope.models.norms import Norm
+
+
+class NoMLP(nn.Module):
+    """The MLP of an attention-only model: adds nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(x)
 
 
 @dataclass(frozen=True)

@@ -162,9 +162,11 @@ class Model(Running):
             scale: `ln1_scale` of the layer.
 
         Raises:
-            ModelError: a layer that does not exist, queries and keys that are normed, or scores that are capped.
+            ModelError: a layer that does not exist, tokens that the model cannot read, queries and keys that are
+                normed, or scores that are capped.
         """
         self.check_layer(layer)
+        self.check_tokens(tokens[None])
         self._check_bilinear()
         norm = self._blocks[layer].attention_norm
         gain, bias = norm.gain, norm.bias
@@ -231,11 +233,12 @@ class Model(Running):
             tokens: which tokens; the whole vocabulary if None.
 
         Raises:
-            ModelError: a layer that does not exist, or a family whose z is not pattern @ v.
+            ModelError: a layer that does not exist, a family whose z is not pattern @ v, or ids outside the vocabulary.
         """
         self.check_layer(layer)
         self.check_mixed()
         tokens = torch.arange(self.spec.d_vocab) if tokens is None else tokens
+        self.check_tokens(tokens[:, None])
         site, parts = Site("z", layer), []
         with self._hooks.suspended():
             for chunk in tokens.to(self.device).split(_TOKEN_ROWS):

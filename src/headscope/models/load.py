@@ -1,21 +1,20 @@
 """Load a model: by name, from a folder or a file, or from an object that a user has loaded already."""
 
 import copy
-import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from headscope.errors import ModelError
+from headscope.hub import advice
 from headscope.models import transformer_lens
 from headscope.models.families import family_of
 from headscope.models.hf import Model
-from headscope.models.hub import advice
 from headscope.models.tl_checkpoint import find_checkpoint, load_checkpoint
 from headscope.models.vocabulary import check_vocabulary, first_token, no_tokenizer
 
@@ -95,13 +94,13 @@ def _load(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
         module, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             source, dtype=dtype or torch.float32, output_loading_info=True, attn_implementation="eager", **local
         )
+        if folder is not None and not (folder / "tokenizer.json").is_file():  # transformers invents an empty one
+            raise no_tokenizer(name)
         tokenizer = AutoTokenizer.from_pretrained(source, **local)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        raise ModelError(
-            f"cannot load the model {name!r}: {str(error).strip().splitlines()[0] if str(error) else type(error)}",
-            expected="`tiny`, a folder with config.json (or tl_config.json), weights and tokenizer.json, or a hub name",
-            do=advice(error, name, otherwise="check the name, and for a hub name the network"),
-        ) from error
+    except ModelError:
+        raise
+    except Exception as error:  # of several libraries, by what is damaged, missing or out of reach
+        raise _unreadable(name, error, is_folder=folder is not None) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         raise ModelError(
             f"the weights of {name!r} lack or misfit {sorted(map(str, info['missing_keys']))[:3]}",
@@ -115,9 +114,30 @@ def _load(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
             expected="the weights that config.json describes: without these the model is another one",
             do="mend config.json (biases, number of layers), or save the model again",
         )
-    if folder is not None and not (folder / "tokenizer.json").is_file():  # transformers invents an empty one
-        raise no_tokenizer(name)
     return module, tokenizer
+
+
+def _unreadable(name: str, error: Exception, *, is_folder: bool) -> ModelError:
+    """What is wrong with a model that `transformers` does not load."""
+    if isinstance(error, pickle.UnpicklingError):
+        return ModelError(
+            f"the weights of {name!r} are a pickle with more in it than tensors, or damaged; nothing was executed",
+            expected="tensors, in .safetensors best",
+            do="ask who made it for .safetensors files, or fetch it again",
+        )
+    if "ignore_mismatched_sizes" in str(error):
+        return ModelError(
+            f"the weights of {name!r} have other sizes than its config.json says",
+            expected="the weights that config.json describes",
+            do="mend config.json, or fetch or save the model again",
+        )
+    lines = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
+    otherwise = "fetch or save the model again" if is_folder else "check the name, and for a hub name the network"
+    return ModelError(
+        f"cannot load the model {name!r}: {lines}",
+        expected="`tiny`, a folder with config.json (or tl_config.json), weights and tokenizer.json, or a hub name",
+        do=otherwise if is_folder else advice(error, name, otherwise=otherwise),
+    )
 
 
 def _quantised(name: str) -> ModelError:

@@ -22,6 +22,7 @@ from headscope.models.families import family_of
 from headscope.models.hooks import Hooks
 from headscope.models.norms import Norm
 from headscope.models.spec import Edit, ModelSpec, Restart, SiteEdit
+from headscope.models.tokens import TokenCheck
 from headscope.site import Kind, Site
 
 _LOSS_ROWS = 512  # [rows, d_vocab] logits at a time: they stay in the cache and are never held for a whole batch
@@ -54,6 +55,10 @@ class Running:
         self.spec = ModelSpec.of(module, name, self.family, self._blocks[0])
         self.module.set_attn_implementation(IMPLEMENTATION if self.family.scores_capped else "sdpa")
         self._hooks = Hooks(module, self._blocks, self._final_norm)
+        embedding: nn.Module = module.get_input_embeddings()
+        n_ids = min(self.spec.d_vocab, len(embedding.weight))  # pyright: ignore[reportArgumentType]
+        self.check_tokens = TokenCheck(name, self.spec.context, n_ids)
+        """Refuse tokens that the model cannot read; called before each run."""
 
     @property
     def device(self) -> torch.device:
@@ -80,11 +85,12 @@ class Running:
                 expected=f"layer {last}, the last, after which that norm stands",
                 do=f"name Site('ln_final_scale', {last})",
             )
-        if site.kind == "resid_mid" and self.spec.parallel:
+        if site.kind not in self.spec.kinds:
+            parallel = "whose attention and MLP stand side by side: both read resid_pre and add to it"
             raise ModelError(
-                f"resid_mid of {self.spec.name}, whose attention and MLP stand side by side",
-                expected="a site that parallel blocks have: both read resid_pre and add to it",
-                do="use resid_pre, mlp_in or resid_post",
+                f"{site.kind} of {self.spec.name}, " + (parallel if self.spec.parallel else "which has no MLPs"),
+                expected=f"one of its sites: {', '.join(self.spec.kinds)}",
+                do="use resid_pre, mlp_in or resid_post" if self.spec.parallel else "use attn_out or resid_post",
             )
 
     def check_mixed(self) -> None:
@@ -132,8 +138,10 @@ class Running:
             restart: a run on the same tokens, from whose layer on it is made again; `attended` is what it was there.
 
         Raises:
-            ModelError: a site that the model does not have, or one before the layer of `restart`.
+            ModelError: a site that the model does not have, one before the layer of `restart`, or tokens that are none
+                of the vocabulary, more than the context has, or not there.
         """
+        self.check_tokens(tokens, attended)
         return self._read(tokens, sites, restart, **_padding(attended))
 
     def attention(
@@ -164,6 +172,7 @@ class Running:
             ModelError: a layer that does not exist, or a family where z is not pattern @ value.
         """
         self.check_mixed()
+        self.check_tokens(tokens, attended)
         sites = [Site(kind, layer) for layer in layers for kind in ("v", "pattern", "z")]
         found = self._read(tokens, sites, None, **_padding(attended))
         return {
@@ -231,7 +240,12 @@ class Running:
     def logits(
         self, tokens: Int[Tensor, "batch position"], *, attended: Bool[Tensor, "batch position"] | None = None
     ) -> Float[Tensor, "batch position d_vocab"]:
-        """Next-token logits; `attended` as in `read`."""
+        """Next-token logits; `attended` as in `read`.
+
+        Raises:
+            ModelError: tokens that the model cannot read, as in `read`.
+        """
+        self.check_tokens(tokens, attended)
         return self.module(input_ids=tokens, use_cache=False, **_padding(attended)).logits
 
     @torch.no_grad()
@@ -241,11 +255,15 @@ class Running:
         """Cross-entropy in nats of predicting token t+1 at t, for all positions but the last.
 
         With `restart`, from a run on the same tokens, only its layer and later ones are computed again.
+
+        Raises:
+            ModelError: tokens that the model cannot read, as in `read`.
         """
+        self.check_tokens(tokens)
         return self._next_losses(self._body(tokens) if restart is None else self._continue(restart), tokens)
 
     def _next_losses(self, normed: Float[Tensor, "batch position d_model"], tokens: Tensor) -> Tensor:
-        return self._losses_of(normed[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).view(tokens.shape[0], -1)
+        return self._losses_of(normed[:, :-1].flatten(0, 1), tokens[:, 1:].flatten().long()).view(tokens.shape[0], -1)
 
     def _losses_of(self, normed: Float[Tensor, "row d_model"], targets: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
         chunks = [
@@ -264,8 +282,9 @@ class Running:
         At [b, q] it is of the losses at q and all later positions of row b, which are all that the value can reach.
 
         Raises:
-            ModelError: a site that the model does not have.
+            ModelError: a site that the model does not have, or tokens that it cannot read, as in `read`.
         """
+        self.check_tokens(tokens)
         leaves: list[Tensor] = []
 
         def watch(value: Tensor) -> Tensor:
@@ -289,9 +308,9 @@ class Running:
             scale: what the norm divides by, instead of what it would.
 
         Raises:
-            ModelError: a layer that does not exist.
+            ModelError: a layer that does not exist, or a model without MLPs.
         """
-        self.check_layer(layer)
+        self.check_site(Site("mlp_out", layer))
         part = self._blocks[layer]
         with self._hooks.suspended():
             added = part.mlp(part.mlp_norm.apply(x, scale)[None])[0]

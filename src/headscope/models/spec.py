@@ -7,11 +7,13 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headscope.models.families import Block, Family
-from headscope.site import Site
+from headscope.models.families import Block, Family, NoMLP
+from headscope.site import KINDS, AnyKind, Site
 
 Edit = Callable[[Tensor], Tensor]
 """Is given the value at a site, shaped as `Site` says, and returns what is to stand in its place, shaped alike."""
+
+_WITH_MLP: tuple[AnyKind, ...] = ("resid_mid", "mlp_in", "ln2_scale", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,14 @@ class ModelSpec:
     """Scores are `cap * tanh(scores / cap)`."""
     logits_cap: float | None = None
     """Logits are `cap * tanh(logits / cap)`."""
+    attention_only: bool = False
+    """There are no MLPs: a layer ends with what attention adds."""
+
+    @property
+    def kinds(self) -> tuple[AnyKind, ...]:
+        """The sites of a layer; `ln_final_scale` is one of the last layer alone."""
+        lacks = _WITH_MLP if self.attention_only else ("resid_mid",) if self.parallel else ()
+        return tuple(kind for kind in KINDS if kind not in lacks)
 
     @classmethod
     def of(cls, module: PreTrainedModel, name: str, family: Family, block: Block) -> "ModelSpec":
@@ -61,6 +71,7 @@ class ModelSpec:
             qk_norm=family.qk_norm,
             scores_cap=config.attn_logit_softcapping if family.scores_capped else None,
             logits_cap=config.final_logit_softcapping if family.logits_capped else None,
+            attention_only=isinstance(block.mlp, NoMLP),
         )
 
 

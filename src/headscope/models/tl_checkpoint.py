@@ -11,6 +11,7 @@ runs.
 """
 
 import math
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from headscope.artefact import read_json
 from headscope.errors import ModelError
-from headscope.models.hub import advice
+from headscope.hub import advice
+from headscope.models.families import NoMLP
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2", "silu", "solu_ln")
 
@@ -123,14 +125,6 @@ class SoLU(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Of activations `[..., d_mlp]`."""
         return super().forward(input * input.softmax(-1))
-
-
-class NoMLP(nn.Module):
-    """The MLP of an attention-only model: adds nothing."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Zeros."""
-        return torch.zeros_like(x)
 
 
 # -------------------------------------------------------------------------------------------------------------- finding
@@ -304,6 +298,13 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         if others:
             raise TypeError(f"not a tensor: {others[0]}")
         return weights
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"cannot read the weights in {file}: a pickle with more in it than tensors, or damaged; nothing of it was "
+            "executed",
+            expected="a state dict, saved with torch.save or safetensors",
+            do="ask who made it for a .safetensors file, or fetch it again",
+        ) from error
     except Exception as error:  # a damaged pickle can fail anywhere in its reader
         raise ModelError(
             f"cannot read the weights in {file}: {_first_line(error)}",

@@ -39,7 +39,7 @@ def _findings(subject: Subject, exemplar: Exemplar, record: Downstream) -> list[
         shared = Claim(name, f"Loss increase {how} that is on {which}", "", unit="share", missing="", **common)
         mean = Claim(name, f"Mean loss change {how}", "", unit="nats", missing="", **common)
         if path not in record.paths:
-            why = f"the model has no path {path}: attention and MLP stand side by side"
+            why = f"the model has no path {path}: no MLP reads what attention of this layer writes"
             claims += [replace(c, definition="change of the loss", missing=why) for c in (shared, mean)]
             continue
         share = record.share(path, chosen)

@@ -25,6 +25,7 @@ from headscope.interventions import at, constant, reconstruction
 from headscope.models.hf import Edit, Model
 from headscope.sae.convert import check_fits
 from headscope.sae.model import SAE
+from headscope.site import AnyKind
 from headscope.stats import Estimate, bootstrap_ratio, wilson
 
 DENSITY_EDGES = np.linspace(-7, 0, 43)
@@ -35,6 +36,8 @@ DENSITY_EDGES = np.linspace(-7, 0, 43)
 class Quality:
     """The quality of one SAE on one corpus; each figure's definition is in `rows`."""
 
+    site: AnyKind
+    """What the SAE reads, and is replaced."""
     n_tokens: int
     """Tokens read, BOS excluded."""
     n_blocks: int
@@ -221,6 +224,7 @@ def _summary(corpus: Corpus, sae: SAE, r: _Reconstruction, losses: dict[str, Flo
     alive = density[density > 0]
     ce = {k: float(v.sum() / losses["n_bos" if k.endswith("_bos") else "n"].sum()) for k, v in losses.items()}
     return Quality(
+        site=sae.site.kind,
         n_tokens=int(n),
         n_blocks=len(corpus.blocks),
         l0=bootstrap_ratio(r.l0, r.n),

@@ -17,6 +17,8 @@ class Row:
 def quality_rows(q: dict[str, Any]) -> list[Row]:
     """The rows of `Quality.as_dict()`, beside the post's figures for gelu-2l layer 1 (Kissane et al., 2024)."""
     n, ce = f"{q['n_tokens']:,} tokens", q["ce"]
+    site = q.get("site", "z")  # files written before sites were named in them are of z
+    c = "the constant c" if site == "z" else "c, which is zero at all sites but z"
     return [
         Row("L0", _plain(q["l0"]), "12", f"active latents per token, {n} without BOS"),
         Row("L0 with BOS", f"{q['l0_with_bos']:.2f}", "", "the same, BOS positions counted"),
@@ -24,19 +26,19 @@ def quality_rows(q: dict[str, Any]) -> list[Row]:
             "loss_recovered",
             _percent(q["loss_recovered"]),
             "87 %",
-            "(CE_c - CE_sae) / (CE_c - CE_clean); z set to the constant c, BOS included (the post's)",
+            f"(CE_c - CE_sae) / (CE_c - CE_clean); {site} set to {c}, BOS included (the post's)",
         ),
         Row(
             "ce_loss_score",
             _percent(q["ce_loss_score"]),
             "",
-            "(CE_zero - CE_sae) / (CE_zero - CE_clean); raw zero, special tokens skipped (SAELens')",
+            f"(CE_zero - CE_sae) / (CE_zero - CE_clean); {site} set to zero, special tokens skipped (SAELens')",
         ),
         Row(
             "loss_recovered, mean ablation",
             _percent(q["loss_recovered_mean_ablation"]),
             "",
-            "(CE_mean - CE_sae) / (CE_mean - CE_clean); z set to its mean over the corpus",
+            f"(CE_mean - CE_sae) / (CE_mean - CE_clean); {site} set to its mean over the corpus",
         ),
         Row(
             "null: the mean alone",
@@ -45,7 +47,12 @@ def quality_rows(q: dict[str, Any]) -> list[Row]:
             "(CE_c - CE_mean) / (CE_c - CE_clean): what one constant recovers without any SAE",
         ),
         Row("CE clean / SAE", f"{ce['clean']:.4f} / {ce['sae']:.4f}", "", "nats a token, without BOS positions"),
-        Row("CE zero / mean / c", f"{ce['zero']:.4f} / {ce['mean']:.4f} / {ce['c']:.4f}", "", "the same, z ablated"),
+        Row(
+            "CE zero / mean / c",
+            f"{ce['zero']:.4f} / {ce['mean']:.4f} / {ce['c']:.4f}",
+            "",
+            f"the same, {site} ablated",
+        ),
         Row(
             "CE with BOS: clean / SAE / c",
             f"{ce['clean_bos']:.4f} / {ce['sae_bos']:.4f} / {ce['c_bos']:.4f}",

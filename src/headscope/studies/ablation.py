@@ -311,6 +311,8 @@ class _Ablation:
         notes = []
         if self.model.spec.parallel:
             notes.append("attention and MLP of a block stand side by side: no path leads through the MLP of this layer")
+        if self.model.spec.attention_only:
+            notes.append("the model has no MLPs: no path leads through one")
         if self.last:
             notes.append("last layer: an ablation changes the loss at its own token alone, so one and everywhere agree")
         else:

@@ -6,9 +6,9 @@ A feature of layer L writes w to the stream at `attn_out` of L. With every other
     mlp.m     resid_post + mlp_m(mlp_in_m + w) - mlp_out_m           m >= L; m > L where blocks are parallel
     attn.m    resid_post + attn_m(resid_pre_m + w) - attn_out_m      m > L
 
-are final residual streams, and what each loses is the effect of that path. A path through two components is in `total`
-alone: the run in which everything after the write sees it. In the last layer there is none, so what the paths write
-adds up exactly; their losses need not, after the final norm and the softmax.
+are final residual streams, and what each loses is the effect of that path; attention-only models have no mlp.m. A path
+through two components is in `total` alone: the run in which everything after the write sees it. In the last layer there
+is none, so what the paths write adds up exactly; their losses need not, after the final norm and the softmax.
 """
 
 from collections.abc import Mapping
@@ -27,13 +27,9 @@ _ROWS = 4096  # rows of an MLP computed at a time
 
 def path_names(spec: ModelSpec, layer: int) -> tuple[str, ...]:
     """`total`, `direct`, and the components that read what attention of a layer writes, in the order of the model."""
-    own = () if spec.parallel else (f"mlp.{layer}",)
-    return (
-        "total",
-        "direct",
-        *own,
-        *(f"{kind}.{m}" for m in range(layer + 1, spec.n_layers) for kind in ("attn", "mlp")),
-    )
+    kinds = ("attn",) if spec.attention_only else ("attn", "mlp")
+    own = () if spec.parallel or spec.attention_only else (f"mlp.{layer}",)
+    return ("total", "direct", *own, *(f"{kind}.{m}" for m in range(layer + 1, spec.n_layers) for kind in kinds))
 
 
 def path_definition(path: str) -> str:
@@ -96,7 +92,7 @@ class BaselineRun:
         """
         clean = self.losses(block, query)
         added = {"direct": write}
-        if not self.model.spec.parallel:
+        if f"mlp.{self.layer}" in self.paths:
             added[f"mlp.{self.layer}"] = self._through_mlp(self.layer, block, query, write)
         added["total"] = torch.stack(list(added.values())).sum(0)
         return {path: self._final(block, query, added[path]) - clean for path in self.paths}

@@ -7,20 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import httpx
 import yaml
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
 
 from headscope.errors import SAEError
+from headscope.hub import advice, trouble
 
 _FOLDER_FILES = (
     "cfg.json",
@@ -110,22 +101,39 @@ def fetch(entry: Entry) -> Path:
             return Path(hf_hub_download(entry.repository, entry.path))
         wanted = [f"{entry.path}/{name}" for name in _FOLDER_FILES] + [f"{Path(entry.path).parent}/config.json"]
         return Path(snapshot_download(entry.repository, allow_patterns=wanted)) / entry.path
-    except GatedRepoError as error:
-        raise SAEError(
-            f"{entry.repository} asks for a login, or for its terms to be accepted",
-            expected="an account that may read it",
-            do=f"accept the terms at https://huggingface.co/{entry.repository}, then run: hf auth login",
-        ) from error
-    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
-        if isinstance(error, LocalEntryNotFoundError):
-            raise _offline(entry) from error
-        raise SAEError(
-            f"no {entry.path} in the repository {entry.repository}, or no such repository",
-            expected="RELEASE/ID of SAELens' registry (with sae-lens installed), or USER/REPOSITORY/FOLDER on the hub",
-            do="check the name; a private repository also asks for: hf auth login",
-        ) from error
-    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise _offline(entry) from error
+    except Exception as error:  # of several libraries, by what is wrong with the name, the login or the network
+        found = _trouble(entry, error)
+        if found is None:
+            raise
+        raise found from error
+
+
+def _trouble(entry: Entry, error: Exception) -> SAEError | None:
+    """What is wrong with an entry of the hub; None where it is something else."""
+    match trouble(error):
+        case "gated":
+            return SAEError(
+                f"{entry.repository} asks for a login, or for its terms to be accepted",
+                expected="an account that may read it",
+                do=advice(error, entry.repository, otherwise=""),
+            )
+        case "missing":
+            return SAEError(
+                f"no {entry.path} in the repository {entry.repository}, or no such repository",
+                expected="RELEASE/ID of SAELens' registry (with sae-lens installed), or USER/REPOSITORY/FOLDER on the "
+                "hub",
+                do=advice(error, entry.repository, otherwise=""),
+            )
+        case "unreachable":
+            return _offline(entry)
+        case None if isinstance(error, OSError):
+            return SAEError(
+                f"{entry.path} of {entry.repository} cannot be stored: {error}",
+                expected="room in the hub's cache",
+                do="free some space, or set HF_HOME to a folder on a larger disk",
+            )
+        case None:
+            return None
 
 
 def _offline(entry: Entry) -> SAEError:

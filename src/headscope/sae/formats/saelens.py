@@ -27,6 +27,7 @@ from headscope.sae.formats.files import (
     unsupported,
     whole_number,
 )
+from headscope.sae.formats.saelens_settings import check_settings
 from headscope.sae.model import PROCESSED, SAE, Activation, Gated, JumpReLU, ReLU, TopK
 
 WEIGHTS = "sae_weights.safetensors"
@@ -48,6 +49,7 @@ _OF_METADATA = (
     "model_from_pretrained_kwargs",
     "hook_name",
     "hook_head_index",
+    "hook_name_out",
     "prepend_bos",
     "exclude_special_tokens",
     "context_size",
@@ -130,7 +132,7 @@ def read(files: Files, stated: Stated) -> SAE:
     architecture = config["architecture"]
     if architecture not in ARCHITECTURES:
         raise refusal(files, architecture)
-    _check_settings(files, config, metadata)
+    check_settings(files, config, metadata)
     tensors = _weights(files, architecture)
     hook_name = metadata.get("hook_name")
     site = chosen_site(files, site_of(hook_name, files) if hook_name else None, stated)
@@ -182,35 +184,10 @@ def _modern(files: Files) -> tuple[Json, Json]:
     activation, given = config.get("activation_fn", "relu"), config.get("activation_fn_kwargs") or {}
     if activation == "topk" and architecture in ("standard", "topk"):
         config |= {"architecture": "topk", "k": given.get("k", config.get("k"))}
-    elif activation not in ("relu", None):
-        raise unsupported(files, f"activation_fn {activation!r}", expected="relu or topk")
     normalised = config.get("normalize_activations")
     if isinstance(normalised, bool) or normalised is None:
         config["normalize_activations"] = "expected_average_only_in" if normalised else "none"
     return config, metadata
-
-
-def _check_settings(files: Files, config: Json, metadata: Json) -> None:
-    """Refuse what changes the numbers and is not understood."""
-    head = metadata.get("hook_head_index")
-    if head is not None:
-        raise unsupported(files, f"an SAE of head {head} alone", expected="one of all heads, concatenated")
-    normalised = config.get("normalize_activations", "none")
-    if normalised not in ("none", "expected_average_only_in"):
-        known = {
-            "layer_norm": "each input is divided by its own standard deviation",
-            "constant_norm_rescale": "each input is divided by its own norm",
-            "covariance_whitening": "the whitening matrix has not been folded into the weights",
-        }
-        raise unsupported(
-            files,
-            f"normalize_activations {normalised!r}" + (f": {known[normalised]}" if normalised in known else ""),
-            expected="'none' or 'expected_average_only_in': pre-activations linear in the activations of the model",
-            do="fold the normalisation into the weights where that can be done, or use another SAE",
-        )
-    reshape = config.get("reshape_activations", "none")
-    if reshape not in ("none", "hook_z"):
-        raise unsupported(files, f"reshape_activations {reshape!r}", expected="'none' or 'hook_z'")
 
 
 def _weights(files: Files, architecture: str) -> dict[str, Tensor]:

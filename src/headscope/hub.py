@@ -1,0 +1,72 @@
+"""What is wrong when something cannot be fetched from the Hugging Face hub, and what a user can do about it."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+Trouble = Literal["gated", "missing", "unreachable"]
+
+_MISSING = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)
+_UNREACHABLE = (ConnectionError, TimeoutError, HfHubHTTPError)
+_CARRIERS = ("aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3")
+"""Packages that carry requests; which of them raises is up to the version of `huggingface_hub`."""
+
+
+def trouble(error: BaseException) -> Trouble | None:
+    """What is wrong, by an error and its causes; None for anything that is not of the hub.
+
+    `missing` may be a private repository: the hub tells nobody of it without a login.
+    """
+    causes = list(_causes(error))
+    if any(isinstance(e, GatedRepoError) or "is a gated dataset" in str(e) for e in causes):
+        return "gated"
+    for e in causes:
+        if isinstance(e, LocalEntryNotFoundError):  # which is also an EntryNotFoundError
+            return "unreachable"
+        if isinstance(e, _MISSING) or type(e).__name__ == "DatasetNotFoundError":
+            return "missing"
+        if isinstance(e, _UNREACHABLE) or type(e).__module__.partition(".")[0] in _CARRIERS:
+            return "unreachable"
+    return None
+
+
+def advice(error: BaseException, name: str, *, otherwise: str, dataset: bool = False) -> str:
+    """What a user can do about an error.
+
+    Args:
+        error: what was raised.
+        name: of the repository.
+        otherwise: what to say of an error that is not of the hub.
+        dataset: it is one of a dataset.
+    """
+    match trouble(error):
+        case "gated":
+            return (
+                f"accept the terms at https://huggingface.co/{'datasets/' * dataset}{name}, then log in with "
+                "`hf auth login`, or set HF_TOKEN to a token of an account that has access"
+            )
+        case "missing":
+            return "check the name; for a private repository log in with `hf auth login`, or set HF_TOKEN"
+        case "unreachable":
+            return (
+                "check the network, or fetch it where there is one, "
+                f"`hf download {name}{' --repo-type dataset' * dataset} --local-dir FOLDER`, and pass the path of "
+                "FOLDER instead of the name"
+            )
+        case None:
+            return otherwise
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
