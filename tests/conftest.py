@@ -28,6 +28,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from checked import remember_definitions
+
+remember_definitions()  # before anything of headscope is imported
+
 from headscope.corpus import Corpus
 from headscope.models.hf import Model
 from headscope.sae.model import SAE, Gated, JumpReLU, ReLU, TopK
