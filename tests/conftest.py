@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HEADSCOPE_CACHE"] = tempfile.mkdtemp(prefix="headscope-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that wants the network fails at once
@@ -29,14 +29,15 @@ from transformers import (
 )
 
 from checked import remember_definitions
-
-remember_definitions()  # before anything of headscope is imported
-
 from headscope.corpus import Corpus
 from headscope.models.hf import Model
 from headscope.sae.model import SAE, Gated, JumpReLU, ReLU, TopK
 from headscope.site import Site
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+remember_definitions()
 atexit.register(shutil.rmtree, os.environ["HEADSCOPE_CACHE"], ignore_errors=True)
 settings.register_profile("headscope", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("headscope")
@@ -222,3 +223,16 @@ def random_sae() -> Callable[..., SAE]:
         )
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """The system's Chromium. Not for a whole session: while it runs, its thread is in an event loop."""
+    from playwright.sync_api import sync_playwright
+
+    from browsing import launched
+
+    with sync_playwright() as playwright:
+        browser = launched(playwright)
+        yield browser
+        browser.close()
