@@ -4,11 +4,13 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-os.environ["HEADSCOPE_CACHE"] = tempfile.mkdtemp(prefix="headscope-tests-")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what the process that starts them has made
+    os.environ["HEADSCOPE_CACHE"] = tempfile.mkdtemp(prefix="headscope-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that wants the network fails at once
 
 import jaxtyping
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 remember_definitions()
-atexit.register(shutil.rmtree, os.environ["HEADSCOPE_CACHE"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    atexit.register(shutil.rmtree, os.environ["HEADSCOPE_CACHE"], ignore_errors=True)
 settings.register_profile("headscope", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("headscope")
 
@@ -103,6 +106,21 @@ def _randomise(module: PreTrainedModel, generator: torch.Generator) -> None:
             p.data = noise * 0.3
         else:
             p.data = 1 + 0.2 * noise
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, then those with many: a worker takes a file at a time, and the last are short."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    n_tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -n_tests[item.path]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Thousands of small files are not written through to the disk: no test takes the power away."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture
