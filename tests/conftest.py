@@ -13,7 +13,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what the process th
     os.environ["HEADSCOPE_CACHE"] = tempfile.mkdtemp(prefix="headscope-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that wants the network fails at once
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -30,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from checked import remember_definitions
+from checked import unchecked
 from headscope.corpus import Corpus
 from headscope.models.hf import Model
 from headscope.sae.model import SAE, Gated, JumpReLU, ReLU, TopK
@@ -39,7 +38,6 @@ from headscope.site import Site
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-remember_definitions()
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["HEADSCOPE_CACHE"], ignore_errors=True)
 settings.register_profile("headscope", deadline=None, max_examples=60, derandomize=True)
@@ -125,10 +123,9 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 
 @pytest.fixture
 def no_type_checks() -> Iterator[None]:
-    """Run as an installation does: annotations are not executed, so that an error of our own is what is raised."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    """Annotations are not executed, as in an installation: an error of our own is what is raised."""
+    with unchecked():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def made(random_model, random_corpus, random_sae, folder, family, layer, activat
     model = random_model(name, dtype=torch.float64, n_layers=3, **changes)
     sae = random_sae(model, 20, activation, site=Site("z", layer))
     sae.b_enc[DEAD] = -1e4
-    corpus = random_corpus(model, 16, 16)
+    corpus = random_corpus(model, 8, 16)
     build_index(model, [(sae, SAERecord("random", "sha256:0"))], corpus, folder)
     return LiveIndex(FeatureIndex.open(folder), model, sae), corpus
 
