@@ -115,7 +115,7 @@ def test_each_path_at_one_token_is_an_edited_run(case, baseline, norms):
     for latent, record in zip(LATENTS, records, strict=True):
         assert record.position.tolist() == active(live, corpus, latent)
         assert tuple(record.paths) == paths.path_names(live.model.spec, live.sae.site.layer)
-        for i in range(latent % 5, record.n, 25):
+        for i in range(latent % 5, record.n, 12):
             position = int(record.position[i])
             query = position % corpus.block_size
             for name, effect in record.paths.items():
