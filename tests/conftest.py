@@ -4,14 +4,15 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-os.environ["HEADSCOPE_CACHE"] = tempfile.mkdtemp(prefix="headscope-tests-")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what the process that starts them has made
+    os.environ["HEADSCOPE_CACHE"] = tempfile.mkdtemp(prefix="headscope-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that wants the network fails at once
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -28,12 +29,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from checked import unchecked
 from headscope.corpus import Corpus
 from headscope.models.hf import Model
 from headscope.sae.model import SAE, Gated, JumpReLU, ReLU, TopK
 from headscope.site import Site
 
-atexit.register(shutil.rmtree, os.environ["HEADSCOPE_CACHE"], ignore_errors=True)
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    atexit.register(shutil.rmtree, os.environ["HEADSCOPE_CACHE"], ignore_errors=True)
 settings.register_profile("headscope", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("headscope")
 
@@ -100,12 +106,26 @@ def _randomise(module: PreTrainedModel, generator: torch.Generator) -> None:
             p.data = 1 + 0.2 * noise
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, then those with many: a worker takes a file at a time, and the last are short."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    n_tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -n_tests[item.path]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Thousands of small files are not written through to the disk: no test takes the power away."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture
 def no_type_checks() -> Iterator[None]:
-    """Run as an installation does: annotations are not executed, so that an error of our own is what is raised."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    """Annotations are not executed, as in an installation: an error of our own is what is raised."""
+    with unchecked():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -218,3 +238,16 @@ def random_sae() -> Callable[..., SAE]:
         )
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """The system's Chromium. Not for a whole session: while it runs, its thread is in an event loop."""
+    from playwright.sync_api import sync_playwright
+
+    from browsing import launched
+
+    with sync_playwright() as playwright:
+        browser = launched(playwright)
+        yield browser
+        browser.close()

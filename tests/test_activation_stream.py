@@ -32,6 +32,7 @@ from headscope.sae.training.read_ahead import ReadAhead, reads_ahead
 from headscope.sae.training.source import Place, open_source
 from headscope.sae.training.stream import ActivationStream
 from headscope.site import Site
+from small_training import remembering
 
 Z1 = Site("z", 1)
 N_BLOCKS, BLOCK = 130, 9  # two blocks a group
@@ -48,19 +49,7 @@ def config(**changes: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def model(random_model: Callable[..., Model]) -> Model:
-    """One that reads the same tokens once: a stream reads small groups many times, and checked annotations are slow."""
-    made, known, lock = random_model("gpt_neox"), {}, threading.Lock()
-    read = made.read
-
-    def remembered(tokens: Tensor, sites: list[Site]) -> dict[Site, Tensor]:
-        key = tokens.numpy().tobytes(), *sites
-        with lock:
-            if key not in known:
-                known[key] = read(tokens, sites)
-            return known[key]
-
-    made.read, made.replica = remembered, lambda: made
-    return made
+    return remembering(random_model("gpt_neox"))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ FORMAT = (ROOT / "docs" / "index-format.md").read_text(encoding="utf-8")
 DIVES = (ROOT / "docs" / "deep-dives.md").read_text(encoding="utf-8")
 PROMPTS = (ROOT / "docs" / "prompt-explorer.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LATENT = 1582
+LATENT = int(re.findall(r"WHERE latent = (\d+)", FORMAT)[0])  # the feature that the examples are about
 BLOCK = 256
 
 

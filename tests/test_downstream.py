@@ -29,7 +29,7 @@ def made(random_model, random_corpus, random_sae, folder, family, layer, activat
     model = random_model(name, dtype=torch.float64, n_layers=3, **changes)
     sae = random_sae(model, 20, activation, site=Site("z", layer))
     sae.b_enc[DEAD] = -1e4
-    corpus = random_corpus(model, 16, 16)
+    corpus = random_corpus(model, 8, 16)
     build_index(model, [(sae, SAERecord("random", "sha256:0"))], corpus, folder)
     return LiveIndex(FeatureIndex.open(folder), model, sae), corpus
 
@@ -115,7 +115,7 @@ def test_each_path_at_one_token_is_an_edited_run(case, baseline, norms):
     for latent, record in zip(LATENTS, records, strict=True):
         assert record.position.tolist() == active(live, corpus, latent)
         assert tuple(record.paths) == paths.path_names(live.model.spec, live.sae.site.layer)
-        for i in range(latent % 5, record.n, 25):
+        for i in range(latent % 5, record.n, 12):
             position = int(record.position[i])
             query = position % corpus.block_size
             for name, effect in record.paths.items():

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect
 
-from browsing import CHROMIUM, launched, quiet_page, serving
+from browsing import CHROMIUM, quiet_page, serving
 from dive_index import COMMON, DEAD, HOSTILE_NAME, N_LATENTS, RARE, built
 from headscope import jobs
 from headscope.explorer.cards import IndexCards
@@ -92,14 +92,6 @@ def dives(index: FeatureIndex) -> IndexDives:
 def address(index: FeatureIndex, dives: IndexDives) -> Iterator[str]:
     with serving(make_app(IndexCards(index), dives=dives)) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = launched(playwright)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

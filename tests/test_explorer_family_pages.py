@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
-from browsing import CHROMIUM, launched, quiet_page, serving
+from browsing import CHROMIUM, quiet_page, serving
 from headscope.explorer.cards import IndexCards
 from headscope.explorer.export import export_folder, export_html
 from headscope.explorer.families import IndexFamilies
@@ -52,14 +52,6 @@ def bare(index: FeatureIndex, tmp_path_factory) -> FeatureIndex:
     opened = FeatureIndex.open(folder)
     add_induction(opened, members=())
     return opened
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = launched(playwright)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect
 
-from browsing import CHROMIUM, launched, quiet_page
+from browsing import CHROMIUM, quiet_page
 from browsing import serving as serving_app
 from explorer_source import BLOCK, DEAD_LATENT, EMOJI, HOSTILE, LONE, N_BLOCKS, NEWLINE, TWIN_LATENT, FakeSource
 from headscope.explorer.export import export_folder, export_html
@@ -39,14 +39,6 @@ def serving(source: FakeSource) -> AbstractContextManager[str]:
 def address() -> Iterator[str]:
     with serving(SOURCE) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = launched(playwright)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
-from browsing import CHROMIUM, launched, quiet_page, serving
+from browsing import CHROMIUM, quiet_page, serving
 from dive_index import COMMON, DEAD, RARE, built_live
 from headscope.errors import HeadscopeError
 from headscope.explorer.cards import IndexCards
@@ -42,14 +42,6 @@ def upstream(live: LiveIndex, random_sae) -> IndexUpstream:
 def address(live: LiveIndex, upstream: IndexUpstream) -> Iterator[str]:
     with serving(make_app(IndexCards(live.index), dives=IndexDives(live.index), upstream=upstream)) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = launched(playwright)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

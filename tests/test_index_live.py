@@ -1,5 +1,7 @@
 """DFA of any token and feature, on demand: it sums, it is what the index stored, and it refuses other weights."""
 
+from collections import defaultdict
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -33,10 +35,13 @@ def test_parts_sum_to_the_pre_activation_whether_active_or_not(live):
 
 def test_it_is_what_the_index_stored_of_its_examples(live):
     index, _ = live
-    n = 0
+    n, at_position = 0, defaultdict(list)
     for latent in range(40):
         for example in (e for group in index.index.examples(latent) for e in group.examples):
-            (dfa,) = index.dfa(example.position, [latent])
+            at_position[example.position].append((latent, example))
+    for position, chosen in at_position.items():
+        found = index.dfa(position, [latent for latent, _ in chosen])
+        for dfa, (_, example) in zip(found, chosen, strict=True):
             assert_allclose(dfa.pre, example.pre, atol=1e-4)
             assert_allclose(dfa.heads, example.heads, atol=1e-4)
             at = [source.position for source in example.sources]

@@ -65,25 +65,33 @@ def random_tokens(model: Model, shape: tuple[int, int]) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------- TransformerLens 3.9
+@pytest.fixture(scope="module")
+def all_judged(
+    random_model: Callable[..., Model], save_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Path]]:
+    """The folder of each model, and a folder with tokens and what TransformerLens computes with them: one process."""
+    cases: dict[str, tuple[Path, Path]] = {}
+    for name in MODELS:
+        root = tmp_path_factory.mktemp("judged")
+        folder = TINY
+        if name in RANDOM:
+            family, changes = RANDOM[name]
+            folder = save_model(random_model(family, **changes), root / "model")
+        np.savez(root / "tokens.npz", tokens=random_tokens(load_model(str(folder)), (3, 48)).numpy())
+        cases[name] = folder, root
+    run_judge("transformer_lens_bridge.py", *(path for case in cases.values() for path in case))
+    return cases
+
+
 @pytest.fixture(params=MODELS, scope="module")
 def judged(
-    request: pytest.FixtureRequest,
-    random_model: Callable[..., Model],
-    save_model: Callable[[Model, Path], Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, all_judged: dict[str, tuple[Path, Path]]
 ) -> tuple[Model, Tensor, dict[str, Tensor]]:
     """A model, tokens, and what TransformerLens computes with them."""
-    root = tmp_path_factory.mktemp("judged")
-    if request.param == "tiny":
-        folder = TINY
-    else:
-        family, changes = RANDOM[request.param]
-        folder = save_model(random_model(family, **changes), root / "model")
-    model = load_model(str(folder))
-    tokens = random_tokens(model, (3, 48))
-    np.savez(root / "tokens.npz", tokens=tokens.numpy())
-    run_judge("transformer_lens_bridge.py", folder, root / "tokens.npz", root / "judged.npz")
-    return model, tokens, {name: torch.from_numpy(value) for name, value in np.load(root / "judged.npz").items()}
+    folder, root = all_judged[request.param]
+    tokens = torch.from_numpy(np.load(root / "tokens.npz")["tokens"])
+    theirs = {name: torch.from_numpy(value) for name, value in np.load(root / "judged.npz").items()}
+    return load_model(str(folder)), tokens, theirs
 
 
 def named(site: Site, model: Model, judged: dict[str, Tensor]) -> Tensor | None:

@@ -5,9 +5,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
-from browsing import CHROMIUM, launched, quiet_page, serving
+from browsing import CHROMIUM, quiet_page, serving
 from explorer_source import DEAD_LATENT, HOSTILE, FakeIndex, FakeSource
 from headscope.explorer.labelling import LabelRoutes
 from headscope.explorer.server import make_app
@@ -17,14 +17,6 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="
 
 SOURCE = FakeSource()
 ATTACK = "</script><img src=x onerror=alert(1)><b>bold</b>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = launched(playwright)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

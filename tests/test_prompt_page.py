@@ -8,9 +8,9 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
-from browsing import CHROMIUM, launched, quiet_page, serving
+from browsing import CHROMIUM, quiet_page, serving
 from explorer_source import FakeSource
 from headscope.explorer.cards import IndexCards
 from headscope.explorer.export import export_html
@@ -49,14 +49,6 @@ def address(live: LiveIndex, source: Prompts) -> Iterator[str]:
     routes = PromptRoutes(source, PromptCircuits(live.model, live.sae))
     with serving(make_app(IndexCards(live.index), prompts=routes)) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = launched(playwright)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ def run(*arguments: str, **variables: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @needs_triton
 def test_in_the_interpreter() -> None:
     """Every test of `interpreted_kernels.py`."""

@@ -1,7 +1,8 @@
-"""Write what TransformerLens' Bridge computes with a model folder: `FOLDER TOKENS.npz OUT.npz`.
+"""Write what TransformerLens' Bridge computes with models: `FOLDER ROOT`, of each model one after the other.
 
-Every activation of the names below that the model has, the logits, and the logits under each edit of layer 0. Run as a
-program of its own: booting a Bridge patches transformers for the whole process.
+Reads `ROOT/tokens.npz` and writes `ROOT/judged.npz`: every activation of the names below that the model has, the
+logits, and the logits under each edit of layer 0. Run as a program of its own: booting a Bridge patches transformers
+for the whole process.
 """
 
 import sys
@@ -43,12 +44,12 @@ EDITS = {
 }
 
 
-def main(folder: Path, tokens_file: Path, out: Path) -> None:
+def judge(folder: Path, root: Path) -> None:
     module = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     bridge = TransformerBridge.boot_transformers(str(folder), hf_model=module, tokenizer=tokenizer)
     bridge.set_use_hook_mlp_in(True)
-    tokens = torch.from_numpy(np.load(tokens_file)["tokens"]).long()
+    tokens = torch.from_numpy(np.load(root / "tokens.npz")["tokens"]).long()
     with torch.no_grad():
         logits, cache = bridge.run_with_cache(tokens, return_type="logits")
         wanted = [f"blocks.{i}.{name}" for i in range(module.config.num_hidden_layers) for name in NAMES]
@@ -56,7 +57,8 @@ def main(folder: Path, tokens_file: Path, out: Path) -> None:
         for name, edit in EDITS.items():
             hooks = [(f"blocks.0.{name}", edit)]
             found[f"edited {name}"] = bridge.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
-    np.savez(out, **{name: value.float().numpy() for name, value in found.items()})
+    np.savez(root / "judged.npz", **{name: value.float().numpy() for name, value in found.items()})
 
 
-main(*map(Path, sys.argv[1:4]))
+for folder, root in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    judge(Path(folder), Path(root))
