@@ -9,8 +9,8 @@ Latents that are active on none of the held-out inputs are left out; how many ar
 rows are what the table is to be read by: the planted dictionary itself, encoded with its transpose and with its true
 activations, and two nulls, as many random directions and as many inputs.
 
-    python benchmarks/planted_recovery.py            some fifteen minutes
-    python benchmarks/planted_recovery.py --quick    about a minute: BatchTopK, one setting
+    python benchmarks/planted_recovery.py            a quarter to half an hour
+    python benchmarks/planted_recovery.py --quick    minutes: BatchTopK, one setting
 """
 
 import json
@@ -39,8 +39,8 @@ HELD_OUT = 16_384
 PEER_RATES = {"batchtopk": (1e-3, 3e-3)}
 PEER_RATE = 3e-3
 """Where not several are tried: of those of batchtopk, the better."""
-PEER_COEFFICIENTS = {"relu": 10.0, "jumprelu": 1.0, "gated": 5.0}
-"""Of the size at which headscope's steering ends; twice that for relu, which is denser there."""
+PEER_COEFFICIENTS = {"relu": 5.0, "jumprelu": 1.0, "gated": 5.0}
+"""Of the size at which headscope's steering ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
