@@ -1,5 +1,6 @@
 """The gradients that are written out are those of the loss as its formula says, differentiated by torch."""
 
+import math
 from typing import Any
 
 import pytest
@@ -193,3 +194,27 @@ def test_a_guess_from_the_last_batch_changes_nothing(name: str) -> None:
     objective = objectives(problem.space)[name]
     for _ in range(3):
         assert_is_naive(problem, objective)
+
+
+def test_the_threshold_learns_the_derivative_of_the_mean_loss() -> None:
+    """One latent on inputs along it, pre-activations p spread evenly over [0, W], squared error and lambda an input.
+
+    The mean loss at threshold t is `t^3 / 3W + lambda (1 - t / W)`. Its derivative is `(t^2 - lambda) / W`; a rectangle
+    of width e reads p half below t in the mean by e / 4, so the estimate is `(t (t - e / 4) - lambda) / W`.
+    """
+    n, width, bandwidth, theta, coefficient = 100_000, 2.0, 0.2, 0.7, 0.3
+    one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    p = {"encoder": one, "b_enc": zero, "decoder": one, "b_dec": zero, "log_threshold": zero + math.log(theta)}
+    x = ((torch.arange(n, dtype=torch.float64) + 0.5) * (width / n))[:, None]
+
+    def mean_loss(at: float) -> float:
+        moved = p | {"log_threshold": zero + math.log(at)}
+        got = JumpReLU(bandwidth=bandwidth)(moved, x, Now(coefficient, torch.zeros(1, dtype=torch.bool)))
+        return got.squared_error.mean().item() + coefficient * got.penalty
+
+    got = JumpReLU(bandwidth=bandwidth)(p, x, Now(coefficient, torch.zeros(1, dtype=torch.bool)))
+    estimate = got.gradients["log_threshold"].item() / theta
+    assert estimate == pytest.approx((theta * (theta - bandwidth / 4) - coefficient) / width, abs=1e-6)
+    exact = (mean_loss(theta + 0.01) - mean_loss(theta - 0.01)) / 0.02
+    assert exact == pytest.approx((theta**2 - coefficient) / width, abs=1e-4)
+    assert estimate == pytest.approx(exact, abs=theta * bandwidth / (4 * width) + 1e-4)
