@@ -3,8 +3,8 @@
 The data are those of `headscope.sae.planted`: low-rank blocks of heads, features of one head or several, Zipf
 frequencies, groups, parents and children; the numbers those of `headscope.sae.recovery`. Both libraries train for as
 many steps on the same batches, each from its own start. headscope takes its default recipe, penalties steered to the
-planted L0. SAELens takes each of several learning rates and coefficients, with its warm-up and decay, and its row is
-the best of these by MMCS, chosen with the planted dictionary in view, as headscope's is not; `--json` has all of them.
+planted L0. SAELens has its warm-up and decay and coefficients that bring it to about that L0; for BatchTopK it takes
+two learning rates, the others the better of these, by MMCS. `--json` has both.
 Latents that are active on none of the held-out inputs are left out; how many are not stands in the table. The last
 rows are what the table is to be read by: the planted dictionary itself, encoded with its transpose and with its true
 activations, and two nulls, as many random directions and as many inputs.
