@@ -127,6 +127,11 @@ def test_other_inputs_are_refused_and_replaced_only_when_asked(inputs, tmp_path)
     assert not (out / "indexes" / "one").exists()
 
 
+def test_an_empty_list_of_studies_runs_none(inputs, tmp_path):
+    report = run(tmp_path / "out", inputs, quick=True, studies=[])
+    assert [s.studies for s in report.subjects] == [(), ()]
+
+
 def test_a_folder_with_something_else_is_left_alone(inputs, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="something else"):

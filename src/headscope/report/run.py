@@ -94,7 +94,7 @@ def run(
     work = _Work(out, inputs, settings, device, on_progress or (lambda _stage, _done, _total: None), say)
     work.claim(overwrite=overwrite)
     try:
-        subjects = tuple(work.subject(*named, studies or STUDIES) for named in work.named())
+        subjects = tuple(work.subject(*named, STUDIES if studies is None else studies) for named in work.named())
     except BaseException:
         work.give_up()
         raise
