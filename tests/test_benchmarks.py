@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+import headscope.sae
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -219,3 +221,27 @@ def test_rows_are_lines_of_json_with_the_keys_that_readers_expect(module) -> Non
     assert ours["step_s"] == 0.2
     assert ours["loss"] == pytest.approx(files.held_out.clamp(max=0).square().sum(1).mean().item(), rel=1e-5)
     assert (peer["step_s"], peer["failure"]) == (None, "no pip")
+
+
+# ------------------------------------------------------------------------------------------------------ whole trainings
+def test_an_sae_is_judged_by_what_it_explains_of_held_out_text(module, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_run = module("train_run")
+    monkeypatch.setattr(train_run, "HELD_OUT", 5000)
+    folder = Path(headscope.sae.__file__).parent / "tiny-z1"
+    l0, explained_variance = train_run.judged(folder, headscope.load_model("tiny"))
+    assert 10 < l0 < 16
+    assert 0.8 < explained_variance < 0.9
+
+
+def test_a_peers_row_is_its_best_setting_at_its_least_time(module) -> None:
+    train_run = module("train_run")
+
+    def row(setting: str, seconds: float, explained: float) -> object:
+        return train_run.Row("SAELens", "relu", setting, seconds, 2 * seconds, "6", 12.0, explained)
+
+    rows = [row("fp32, lr 1", 9.0, 0.5), row("fp32, lr 2", 8.0, 0.4), row("bf16, lr 1", 5.0, 0.3)]
+    best = list(train_run._best(rows))
+    assert [(r.setting, r.seconds, r.explained_variance) for r in best] == [
+        ("fp32, lr 1", 8.0, 0.5),
+        ("bf16, lr 1", 5.0, 0.3),
+    ]
