@@ -218,3 +218,11 @@ def test_the_threshold_learns_the_derivative_of_the_mean_loss() -> None:
     exact = (mean_loss(theta + 0.01) - mean_loss(theta - 0.01)) / 0.02
     assert exact == pytest.approx((theta**2 - coefficient) / width, abs=1e-4)
     assert estimate == pytest.approx(exact, abs=theta * bandwidth / (4 * width) + 1e-4)
+
+
+def test_a_guess_that_is_no_number_is_none() -> None:
+    objective = TopK(2.0)
+    p = {"encoder": torch.eye(3), "b_enc": torch.full((3,), -1e3), "decoder": torch.eye(3), "b_dec": torch.zeros(3)}
+    outcome = objective(p, torch.ones(4, 3), Now(0.0, torch.zeros(3, dtype=torch.bool)))
+    assert len(outcome.active) == 0
+    assert objective.guess is None

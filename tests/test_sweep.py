@@ -74,7 +74,7 @@ def test_recipes_that_make_no_sweep() -> None:
     with pytest.raises(TrainingError, match="at least one of both"):
         sweep.recipes(CONFIG, (), (3.0,))
     with pytest.raises(TrainingError, match="--coefficient None"):
-        sweep.recipes(TrainConfig(coefficient=2.0), ("relu",), (3.0,))
+        sweep.recipes(TrainConfig(variant="relu", coefficient=2.0), ("relu",), (3.0,))
 
 
 def test_each_sae_is_what_it_is_alone(swept: Path, options, tmp_path: Path) -> None:

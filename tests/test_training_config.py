@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from headscope.errors import TrainingError
+from headscope.sae.config import TrainConfig
 from small_training import BATCH, config
 
 
@@ -71,8 +72,29 @@ def test_a_recipe_is_plain_values() -> None:
         {"prefixes": (9, 3)},
         {"prefixes": (0, 3)},
         {"prefixes": (3, 3)},
+        {"variant": "relu", "tanh": 4.0},
+        {"coefficient": 1.0},
     ],
 )
 def test_values_that_cannot_train_anything_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(TrainingError, match=r"(?s)expected: .*do: "):
         config(**changes)
+
+
+def test_the_first_resampling_finds_latents_dead_that_never_fired() -> None:
+    long = TrainConfig(variant="relu")
+    assert long.dead_steps == 244  # 500,000 activations
+    short = TrainConfig(variant="relu", tokens=500_000)
+    assert short.dead_steps == min(short.resampled_at) - 1 == 47
+    assert TrainConfig(tokens=500_000).dead_steps == 244
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("variant", "standard"), ("decoder", "x"), ("resample_by", "anthropic"), ("scaling", None), ("betas", (0.9,))],
+)
+def test_words_that_mean_nothing_are_refused(name: str, value: object) -> None:
+    config = TrainConfig()
+    object.__setattr__(config, name, value)  # these tests look at the types of arguments, who uses it does not
+    with pytest.raises(TrainingError, match=name):
+        config.__post_init__()

@@ -13,6 +13,7 @@ from headscope.models.hf import Model
 from headscope.sae.formats import load_sae
 from headscope.sae.metrics import Status
 from headscope.sae.model import SAE
+from headscope.sae.training.checkpoint import Checkpoints
 from training_worker import tensors
 
 RECIPE = {"tokens": 1024, "batch": 64, "buffer": 256, "d-sae": 24, "target-l0": 3, "block-size": 32, "resample": 1}
@@ -113,3 +114,24 @@ def test_a_finished_sae_is_not_trained_over(
     with pytest.raises(SystemExit):
         train(options | {"tokens": 128}, tmp_path / "sae")
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_the_same_command_ends_a_training_that_was_killed_once_its_sae_was_written(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object], whole: SAE, tmp_path: Path
+) -> None:
+    out, clear, calls = tmp_path / "sae", Checkpoints.clear, []
+
+    def killed(kept: Checkpoints) -> None:
+        calls.append(kept)
+        if len(calls) == 2:
+            raise SystemExit
+        clear(kept)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "clear", killed)
+        with pytest.raises(SystemExit):
+            train(options, out)
+    assert names(tmp_path) == {"sae", "sae.training"}
+    train(options, out)
+    assert_equal(load_sae(out), whole)
+    assert names(tmp_path) == {"sae"}

@@ -20,6 +20,7 @@ from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Status, read_metrics
 from headscope.sae.model import SAE
 from headscope.sae.training import checkpoint
+from headscope.sae.training.ranks import ALONE
 from headscope.sae.training.run import METRICS, TrainResult, train_sae, train_saes
 from headscope.sae.training.trainer import Trainer
 from headscope.site import Site
@@ -347,11 +348,31 @@ def test_a_loss_that_is_not_finite_saves_the_batch(model: Model, corpus: Corpus,
     wild = small(lr=1e25, warmup_steps=0)
     with pytest.raises(TrainingError, match=r"(?s)the loss at step \d.*do: lower --lr; .*holds the batch"):
         train_sae(model, corpus, Z1, wild, folder=tmp_path)
-    [file] = tmp_path.glob("bad-batch-*.safetensors")
+    [file] = tmp_path.glob("bad-batch-*-0.safetensors")
     held = checkpoint.load_file(file)
     assert held["x"].shape == (128, 32)
     assert held["x"].isfinite().all()
     assert held["encoder"].shape == (24, 32)
+
+
+def test_a_batch_that_cannot_be_saved_does_not_hide_the_loss(
+    model: Model, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OutputError("the disk is full", expected="room", do="free some")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "keep", full)
+    with pytest.raises(TrainingError, match=r"(?s)the loss at step .*could not be kept for a look: the disk is full"):
+        train_sae(model, corpus, Z1, small(lr=1e25, warmup_steps=0), folder=tmp_path)
+
+
+def test_only_whole_checkpoints_count_and_unfinished_ones_are_removed(tmp_path: Path) -> None:
+    kept = checkpoint.Checkpoints(tmp_path, ALONE)
+    for name in ("step-00000002", "step-00000004", "step-00000006.bak", ".step-00000008"):
+        (tmp_path / name).mkdir()
+    kept.claim({"recipe": 1})
+    assert kept.steps() == [4, 2]
+    assert not (tmp_path / ".step-00000008").exists()
 
 
 def test_metrics_are_lines_of_json_as_far_as_they_are_whole(tmp_path: Path) -> None:

@@ -148,7 +148,8 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     text, ranks = text or CorpusChoice(split="train"), Ranks.joined()
     kept = Checkpoints(out.with_name(f"{out.name}{TRAINING}"), ranks)
     going_on = kept.begun and not overwrite
-    overwrite = overwrite or (going_on and _was_interrupted(out))
+    config = config or TrainConfig()
+    overwrite = overwrite or (going_on and _is_of_this_training(out, config))
     check_run_folder(out, overwrite=overwrite, inputs=[model, text.corpus])
     if not going_on:
         kept.clear()
@@ -156,7 +157,7 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
     loaded.check_layer(chosen.layer)
     corpus = text.load(loaded, on_progress)
-    result = train_sae(loaded, corpus, chosen, config or TrainConfig(), on_step, folder=kept.folder)
+    result = train_sae(loaded, corpus, chosen, config, on_step, folder=kept.folder)
     if ranks.rank == 0:
         try:
             save_sae(result.sae, out, overwrite=overwrite)
@@ -173,11 +174,11 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     return result
 
 
-def _was_interrupted(sae: Path) -> bool:
-    """Whether a folder holds an SAE whose training was ended early."""
+def _is_of_this_training(sae: Path, config: TrainConfig) -> bool:
+    """Whether a folder holds an SAE whose training was ended early, or before its checkpoints were removed."""
     try:
-        held = read_json(sae / "cfg.json")
-        return held["metadata"]["training"]["interrupted"] is True
+        held = read_json(sae / "cfg.json")["metadata"]["training"]
+        return held["interrupted"] is True or held["config"] == config.as_dict()
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

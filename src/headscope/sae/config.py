@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from headscope.errors import TrainingError
 
@@ -69,7 +69,7 @@ class TrainConfig:
     resample_by: Literal["loss", "random"] = "loss"
     """On inputs drawn by their squared loss (Bricken et al. 2023), or on random directions."""
     dead_after: int = 500_000
-    """Activations without firing after which a latent is dead."""
+    """Activations without firing after which a latent is dead; fewer where the first resampling comes sooner."""
     exclude_bos: bool = True
     """Leave BOS positions out of training."""
     buffer: int = 262_144
@@ -80,8 +80,10 @@ class TrainConfig:
     """Decides the initial dictionary and the order of activations."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot train anything."""
+        """Refuse values that cannot train anything, or that would have no part in it."""
+        self._check_words()
         self._check_numbers()
+        self._check_parts()
         if self.batch < 2 or round(self.target_l0 * self.batch) < 1:
             raise TrainingError(
                 f"batch = {self.batch} at target_l0 = {self.target_l0}",
@@ -109,6 +111,29 @@ class TrainConfig:
                 do="change --prefixes",
             )
 
+    def _check_words(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise TrainingError(
+                    f"{name} = {value!r}",
+                    expected=f"one of {', '.join(get_args(kind))}",
+                    do=f"change --{name.replace('_', '-')}",
+                )
+
+    def _check_parts(self) -> None:
+        """Options that are given to variants or recipes that have no use for them."""
+        idle = {
+            "tanh": self.tanh is not None and self.variant != "jumprelu",
+            "coefficient": bool(self.coefficient) and self.variant in ("topk", "batchtopk"),
+        }
+        for name in (name for name, useless in idle.items() if useless):
+            raise TrainingError(
+                f"{name} = {getattr(self, name)} for {self.variant}",
+                expected="a coefficient for relu, jumprelu and gated, tanh for jumprelu",
+                do=f"leave out --{name}, or pass --{name} None where a preset has one",
+            )
+
     def _check_numbers(self) -> None:
         positive = ("d_sae", "target_l0", "tokens", "batch", "lr", "buffer", "dead_after", "bandwidth")
         optional = ("clip", "tanh", "resample_every")
@@ -122,6 +147,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise TrainingError(f"{name} = {value}", expected="0 or more", do=f"raise --{name.replace('_', '-')}")
+        if len(self.betas) != 2:
+            raise TrainingError(f"betas = {self.betas}", expected="two shares", do="change --betas")
         shares = {"decay": self.decay, "coefficient_warmup": self.coefficient_warmup}
         shares |= {f"betas[{i}]": beta for i, beta in enumerate(self.betas)}
         for name, value in shares.items():
@@ -147,6 +174,11 @@ class TrainConfig:
         if self.resample_every is not None:
             return frozenset(self.resample_every * (i + 1) for i in range(n))
         return frozenset(int(0.6 / n * (i + 1) * self.n_steps) for i in range(n)) - {0}
+
+    @property
+    def dead_steps(self) -> int:
+        """Steps without firing after which a latent is dead."""
+        return max(1, min([round(self.dead_after / self.batch), *(step - 1 for step in self.resampled_at)]))
 
     @property
     def auxiliary_coefficient(self) -> float:

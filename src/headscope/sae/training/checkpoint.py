@@ -10,6 +10,7 @@
 A folder becomes `step-...` when all of it is on disk; the last two stay.
 """
 
+import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from headscope.artefact import file_hash, read_json, write_json
+from headscope.artefact import atomic_write, file_hash, read_json, write_json
 from headscope.errors import OutputError, TrainingError
 from headscope.sae.training.ranks import Ranks
 
 _KEPT = 2
+_STEP = re.compile(r"step-(\d+)")
 _STREAM = "stream-{rank}"
 
 
@@ -42,8 +44,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Numbers of the steps after which there is a checkpoint, the last first."""
-        found = [int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*") if path.is_dir()]
-        return sorted(found, reverse=True)
+        names = [_STEP.fullmatch(path.name) for path in self.folder.glob("step-*") if path.is_dir()]
+        return sorted((int(name[1]) for name in names if name), reverse=True)
 
     def claim(self, recipe: Mapping[str, Any]) -> None:
         """Begin a run here, or make sure that the one that began here is the same.
@@ -65,6 +67,9 @@ class Checkpoints:
                 )
         elif self.ranks.rank == 0:
             write_json(file, dict(recipe))
+        if self.ranks.rank == 0:
+            for unfinished in self.folder.glob(".step-*"):  # of a run that was killed while it wrote one
+                shutil.rmtree(unfinished)
         self.ranks.wait()
 
     def save(self, step: int, trainers: Mapping[str, Mapping[str, Any]], stream: Mapping[str, Any]) -> None:
@@ -137,10 +142,14 @@ class Checkpoints:
         return {name: _read(path, name) for name in names}, _read(path, _STREAM.format(rank=self.ranks.rank))
 
     def keep(self, name: str, tensors: dict[str, Tensor]) -> Path:
-        """Write tensors for a look at them."""
-        path = self.folder / name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+        """Write tensors of this rank for a look at them, to `NAME-RANK.safetensors`.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        path = self.folder / f"{name}-{self.ranks.rank}.safetensors"
+        with atomic_write(path) as file:
+            file.write(save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}))
         return path
 
     def clear(self) -> None:

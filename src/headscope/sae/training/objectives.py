@@ -22,6 +22,7 @@ pre-activations to reconstruct what the others left out (Gao et al. 2024, auxili
 Activity is sparse, so nearly all of it is sums over active pairs (`headscope.sae.training.kernels`).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -316,11 +317,12 @@ class TopK:
             self.guess = 0.93 * self.ranks.least(values)
             return active, values
         active, values = select_topk(centred, p["encoder"], p["b_enc"], round(self.k), self.guess)
-        if len(values):
-            size = torch.linalg.vector_norm(centred, dim=1)
-            least = size.new_full((len(centred),), torch.inf)
-            least = least.scatter_reduce(0, active.row, values, "amin") / size.clamp_min(1e-12)
-            self.guess = 0.95 * least.sort().values[len(least) // 50].item()  # the rest of the rows are read again
+        size = torch.linalg.vector_norm(centred, dim=1)
+        least = size.new_full((len(centred),), torch.inf)
+        least = least.scatter_reduce(0, active.row, values, "amin") / size.clamp_min(1e-12)
+        low = 0.95 * least.sort().values[len(least) // 50].item()  # rows below it are read again
+        [shared] = self.ranks.mean(low)  # a checkpoint holds one for all ranks
+        self.guess = shared if math.isfinite(shared) else None
         return active, values
 
     def _revive(self, centred: Tensor, error: Tensor, p: Parameters, dead: Tensor, gradients: Parameters) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from headscope.corpus import Corpus
-from headscope.errors import TrainingError
+from headscope.errors import OutputError, TrainingError
 from headscope.models.hf import Model
 from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Metrics, Point, Status
@@ -212,8 +212,11 @@ class _Run:
         except TrainingError as error:
             if self.checkpoints is None:
                 raise
-            kept = self.checkpoints.keep(f"bad-batch-{name}.safetensors", {"x": x} | trainer.p)
-            raise TrainingError(error.got, expected=error.expected, do=f"{error.do}; {kept} holds the batch") from error
+            try:
+                where = f"{self.checkpoints.keep(f'bad-batch-{name}', {'x': x} | trainer.p)} holds the batch"
+            except OutputError as unwritten:
+                where = f"the batch could not be kept for a look: {unwritten.got}"
+            raise TrainingError(error.got, expected=error.expected, do=f"{error.do}; {where}") from error
 
     def save(self) -> None:
         """Write a checkpoint of where the run stands, unless there is one or a step was cut in two."""

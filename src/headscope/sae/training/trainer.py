@@ -87,9 +87,8 @@ class Trainer:
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:
-        """Latents that have not fired for `dead_after` activations."""
-        steps = max(1, round(self.config.dead_after / (self.config.batch)))
-        return self.step_number - self.last_fired > steps
+        """Latents that have not fired for `dead_after` activations, or since the start when resampling comes sooner."""
+        return self.step_number - self.last_fired > self.config.dead_steps
 
     @torch.no_grad()
     def step(self, x: Float[Tensor, "batch d_in"]) -> Status:
