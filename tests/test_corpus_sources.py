@@ -495,3 +495,6 @@ def test_the_mark_of_byte_order_is_no_text(tmp_path):
     file = tmp_path / "marked.txt"
     file.write_text("plain text", encoding="utf-8-sig")
     assert [document.text for document in read_documents(str(file))] == ["plain text"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a row"}', encoding="utf-8-sig")
+    assert [document.text for document in read_documents(str(rows))] == ["a row"]

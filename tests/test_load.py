@@ -12,7 +12,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.testing import assert_close
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from headscope.errors import ModelError
 from headscope.models.load import load_model
@@ -114,6 +114,19 @@ def test_half_precision_is_near_and_losses_are_of_float32(folder, dtype):
     attention = half.attention(tokens, 1)
     mixed = torch.einsum("bhqs,bshe->bqhe", attention.pattern.float(), attention.value.float()).flatten(2)
     assert (mixed - attention.z.float()).norm() < 0.01 * mixed.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotary_frequencies_are_never_rounded(folder, dtype):
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    expected = plain.model.rotary_emb.inv_freq
+    assert expected.dtype == torch.float32
+    for given in (str(folder), AutoModelForCausalLM.from_pretrained(folder)):
+        tokenizer = None if isinstance(given, str) else AutoTokenizer.from_pretrained(folder)
+        half = load_model(given, dtype=dtype, tokenizer=tokenizer)
+        assert torch.equal(half.module.model.rotary_emb.inv_freq, expected)
+        tokens = torch.arange(1, 40)[None]
+        assert_close(half.logits(tokens), plain(tokens).logits, atol=0.02, rtol=0.02)
 
 
 def test_a_dtype_that_does_not_compute_is_refused(folder):

@@ -45,6 +45,7 @@ def test_tokens_that_a_model_cannot_read_are_refused(models, family, call, no_ty
         r"torch.float32 in 2 dimensions[\s\S]*int64": torch.ones(1, 3),
         "torch.int64 in 1 dimensions[\\s\\S]*one row for each": ids[0],
     }
+    refused["tokens of list[\\s\\S]*torch.tensor"] = [[1, 2]]
     for message, tokens in refused.items():
         with pytest.raises(ModelError, match=message):
             run(tokens)

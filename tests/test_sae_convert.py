@@ -20,6 +20,7 @@ from headscope.sae.formats import load_sae, save_sae
 from headscope.sae.model import MODULE_OUTPUT, PROCESSED, SAE
 from headscope.sae.quality import evaluate
 from headscope.site import Kind, Site
+from sae_files import write_dictionary_learning
 from test_judges import assert_same_scale, needs, random_tokens, run_judge
 
 RandomSAE = Callable[..., SAE]
@@ -122,6 +123,17 @@ def test_a_modules_output_is_not_what_a_model_with_norms_behind_it_adds(
         check_fits(sae, gemma)
     check_fits(random_sae(gemma, site=site), gemma)
     check_fits(replace(random_sae(llama, site=site), metadata={"reads": MODULE_OUTPUT}), llama)
+
+
+def test_dictionary_learning_reads_a_modules_output_unless_it_names_a_hook(
+    random_model: RandomModel, random_sae: RandomSAE, tmp_path: Path
+) -> None:
+    gemma, site = random_model("gemma2"), Site("attn_out", 0)
+    sae = random_sae(gemma, site=site)
+    with pytest.raises(SAEError, match="has a norm after the module"):
+        check_fits(load_sae(write_dictionary_learning(sae, tmp_path / "module")), gemma)
+    hook = {"submodule_name": "blocks.0.hook_attn_out"}
+    check_fits(load_sae(write_dictionary_learning(sae, tmp_path / "hook", **hook)), gemma)
 
 
 # ------------------------------------------------------------------------------------------------- TransformerLens 3.9

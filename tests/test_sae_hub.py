@@ -189,6 +189,12 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, error: Exception,
         load_sae("google/x/z/one")
 
 
+def test_a_repository_of_which_other_files_are_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(SAEError, match=r"z/one of google/x is not in the cache, and is not [\s\S]*hf download"):
+        load_sae("google/x/z/one")
+
+
 @pytest.mark.network
 def test_the_posts_gelu_2l_sae() -> None:
     name = "gelu-2l_L1_Hcat_z_lr1.00e-03_l12.00e+00_ds16384_bs4096_dc1.00e-07_rie50000_nr4_v78.pt"

@@ -50,7 +50,7 @@ def jsonl_documents(path: Path, name: str, reading: Reading) -> Iterator[Documen
         CorpusError: a line is no JSON object, or lacks the field.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for i, line in enumerate(file):
                 if line.strip():
                     row = _parsed(line, f"{path}, line {i + 1}")

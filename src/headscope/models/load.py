@@ -59,8 +59,18 @@ def load_model(
     bos = first_token(tokenizer, name)
     check_vocabulary(tokenizer, len(_embedding(module)), name)
     _check_weights(module, name)
+    return Model(_placed(module, device, dtype), tokenizer.backend_tokenizer, bos, name)
+
+
+def _placed(module: PreTrainedModel, device: torch.device | str | None, dtype: torch.dtype | None) -> PreTrainedModel:
+    """On its device, in its precision; buffers such as rotary frequencies are never rounded, as in transformers."""
+    rounds = dtype in (torch.bfloat16, torch.float16)
+    buffers = {name: b for name, b in module.named_buffers() if rounds and b.is_floating_point()}
     placed: Any = nn.Module.to(module, device=device, dtype=dtype)
-    return Model(placed, tokenizer.backend_tokenizer, bos, name)
+    for name, buffer in buffers.items():
+        owner, _, own = name.rpartition(".")
+        setattr(placed.get_submodule(owner), own, buffer.to(placed.device))
+    return placed
 
 
 def _embedding(module: PreTrainedModel) -> Tensor:

@@ -79,6 +79,8 @@ _READ: dict[str, tuple[Any, ...]] = {
     "scale_attn_by_inverse_layer_idx": _NO,
     "use_local_attn": _NO,
     "use_qk_norm": _NO,
+    "clip_qkv": (None,),
+    "use_logn_attn": _NO,
     "use_attention_sinks": _NO,
     "n_key_value_heads": (None,),
     "attn_scores_soft_cap": (-1, 0, None),

@@ -45,6 +45,12 @@ class TokenCheck:
         self._check_ids(tokens)
 
     def _check_shape(self, tokens: Tensor, attended: Tensor | None) -> None:
+        if not isinstance(tokens, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ModelError(
+                f"tokens of {type(tokens).__name__}",
+                expected="a tensor of token ids [batch, position], in int64 or int32",
+                do="pass torch.tensor([ids]), one row for each sequence",
+            )
         if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise ModelError(
                 f"tokens of {tokens.dtype} in {tokens.ndim} dimensions",

@@ -81,7 +81,7 @@ def _of_bridge(model: Any, name: str) -> PreTrainedModel:
 
 def _check_same(theirs: Any, module: PreTrainedModel, name: str) -> None:
     """Raise ModelError unless the two give the same log-probabilities for a few tokens."""
-    n = min(8, module.config.get_text_config().max_position_embeddings)
+    n = min(128, module.config.get_text_config().max_position_embeddings)
     d_vocab: int = module.get_output_embeddings().out_features  # pyright: ignore[reportAssignmentType, reportOptionalMemberAccess]
     tokens = (torch.arange(n, device=module.device) * 7919 % d_vocab)[None]
     got = module(input_ids=tokens, use_cache=False).logits.log_softmax(-1)

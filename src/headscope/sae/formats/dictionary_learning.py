@@ -26,7 +26,7 @@ from headscope.sae.formats.files import (
     tensors_of,
     unsupported,
 )
-from headscope.sae.model import SAE, Gated, JumpReLU, ReLU, TopK
+from headscope.sae.model import MODULE_OUTPUT, SAE, Gated, JumpReLU, ReLU, TopK
 from headscope.site import Kind, Site
 
 _WEIGHTS, _CONFIG = "ae.pt", "config.json"
@@ -86,6 +86,7 @@ def read(files: Files, stated: Stated) -> SAE:
             "z_convention": "raw",
             "context_size": (config.get("buffer") or {}).get("ctx_len"),
             "training": {"config": trainer},
+            **({} if _is_hook(trainer) else {"reads": MODULE_OUTPUT}),
         },
     )
     sizes = tuple(trainer.get(key, own) for key, own in (("activation_dim", sae.d_in), ("dict_size", sae.d_sae)))
@@ -99,6 +100,11 @@ def read(files: Files, stated: Stated) -> SAE:
     return _unit_norm(sae) if name == "AutoEncoder" else sae
 
 
+def _is_hook(trainer: Json) -> bool:
+    """Whether what was read is named as a hook of TransformerLens, and not a module whose output was taken."""
+    return str(trainer.get("submodule_name") or "").startswith("blocks.")
+
+
 def _unit_norm(sae: SAE) -> SAE:
     """Decoder norms folded into the encoder, where they are not 1."""
     norms = sae.W_dec.norm(dim=1)
@@ -110,7 +116,7 @@ def _unit_norm(sae: SAE) -> SAE:
 def _site(files: Files, trainer: Json) -> Site | None:
     """By `submodule_name`, which is the user's own word: None where it says nothing that is known."""
     named, layer = str(trainer.get("submodule_name") or ""), trainer.get("layer")
-    if named.startswith("blocks."):
+    if _is_hook(trainer):
         return site_of(named, files)
     if named in _KINDS and isinstance(layer, int):
         return Site(_KINDS[named], layer)

@@ -100,12 +100,15 @@ def fetch(entry: Entry) -> Path:
             hf_hub_download(entry.repository, f"{entry.path.removesuffix('.pt')}_cfg.json")
             return Path(hf_hub_download(entry.repository, entry.path))
         wanted = [f"{entry.path}/{name}" for name in _FOLDER_FILES] + [f"{Path(entry.path).parent}/config.json"]
-        return Path(snapshot_download(entry.repository, allow_patterns=wanted)) / entry.path
+        folder = Path(snapshot_download(entry.repository, allow_patterns=wanted)) / entry.path
     except Exception as error:  # of several libraries, by what is wrong with the name, the login or the network
         found = _trouble(entry, error)
         if found is None:
             raise
         raise found from error
+    if not folder.is_dir():  # a repository of which other files are in the cache
+        raise _offline(entry, "is not in the cache, and is not in the repository or the hub cannot be reached")
+    return folder
 
 
 def _trouble(entry: Entry, error: Exception) -> SAEError | None:
@@ -136,11 +139,11 @@ def _trouble(entry: Entry, error: Exception) -> SAEError | None:
             return None
 
 
-def _offline(entry: Entry) -> SAEError:
+def _offline(entry: Entry, how: str = "is not in the cache, and the hub cannot be reached") -> SAEError:
     folder = entry.path.removesuffix(".pt")
     return SAEError(
-        f"{entry.path} of {entry.repository} is not in the cache, and the hub cannot be reached",
-        expected="a network, or the files on this machine",
+        f"{entry.path} of {entry.repository} {how}",
+        expected="a folder of that repository and a network, or the files on this machine",
         do=f"where there is a network, run: hf download {entry.repository} --include '{folder}*' --local-dir FOLDER; "
         f"copy FOLDER here, and name FOLDER/{entry.path}",
     )
