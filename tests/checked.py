@@ -19,6 +19,7 @@ from types import CodeType
 from typing import Any, ForwardRef, get_args
 
 import jaxtyping
+from beartype.roar import BeartypeCallHintViolation
 
 _jaxtyped = jaxtyping.jaxtyped
 _known: dict[tuple[str, CodeType], Callable[..., Any]] = {}
@@ -78,7 +79,12 @@ def _plain(function: Callable[..., Any], typechecker: Any) -> Callable[..., Any]
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return (function if jaxtyping.config.jaxtyping_disable else checks)(*args, **kwargs)
+        if jaxtyping.config.jaxtyping_disable:
+            return function(*args, **kwargs)
+        try:
+            return checks(*args, **kwargs)
+        except BeartypeCallHintViolation as violation:  # which is no TypeError, as jaxtyping's is
+            raise jaxtyping.TypeCheckError(str(violation)) from violation
 
     return wrapped
 

@@ -15,7 +15,7 @@ from headscope.models.hf import Model
 from headscope.site import Site
 from headscope.studies.qk import CONSTANT, PromptScores
 from test_circuit import EXACT, SETTINGS, precise, text
-from test_judges import assert_same_scale, judged, named, needs  # noqa: F401 - judged is a fixture
+from test_judges import all_judged, assert_same_scale, judged, named, needs  # noqa: F401 - judged and all_judged are fixtures
 
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}}
 

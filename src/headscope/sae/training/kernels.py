@@ -145,8 +145,7 @@ def sum_by_latent(
     if pairs.dense:
         return torch.mm(pairs.matrix(weights).T, of_rows, out=out)
     if (gpu := gpu_kernels(of_rows)) is not None:
-        found = gpu.sum_by_latent(pairs, weights, of_rows)
-        return found if out is None else out.copy_(found)
+        return gpu.sum_by_latent(pairs, weights, of_rows, out)
     if out is None:
         return _bags(pairs.row, pairs.latent_starts, weights, of_rows)
     firsts = range(0, pairs.d_sae, _BLOCK)

@@ -240,20 +240,27 @@ def sum_by_row(
 
 
 def sum_by_latent(
-    pairs: Pairs, weights: Float[Tensor, " pair"], of_rows: Float[Tensor, "batch d"]
+    pairs: Pairs,
+    weights: Float[Tensor, " pair"],
+    of_rows: Float[Tensor, "batch d"],
+    out: Float[Tensor, "d_sae d"] | None = None,
 ) -> Float[Tensor, "d_sae d"]:
     """`headscope.sae.training.kernels.sum_by_latent`: the weighted sum of the rows' vectors at each latent, in float32.
+
+    `out`, contiguous and of float32, is written and returned where it is given.
 
     Raises:
         TrainingError: the numbers are neither float32 nor bfloat16.
     """
-    return _bags(pairs.latent_starts, None, pairs.row, weights, of_rows)
+    return _bags(pairs.latent_starts, None, pairs.row, weights, of_rows, out)
 
 
-def _bags(starts: Tensor, order: Tensor | None, index: Tensor, weights: Tensor, vectors: Tensor) -> Tensor:
+def _bags(
+    starts: Tensor, order: Tensor | None, index: Tensor, weights: Tensor, vectors: Tensor, out: Tensor | None = None
+) -> Tensor:
     _check(weights, vectors)
     n, d = len(starts) - 1, vectors.shape[1]
-    out = vectors.new_empty(n, d, dtype=torch.float32)
+    out = vectors.new_empty(n, d, dtype=torch.float32) if out is None else out
     block = _power_of_two(d, at_most=256)
     given = (starts, index if order is None else order, index, weights.contiguous(), vectors.contiguous(), out, d)
     _launch(_sum_bags, (n, _parts(d, block)), *given, ordered=order is not None, pairs=8, block=block)
