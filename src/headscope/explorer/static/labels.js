@@ -225,7 +225,7 @@ export class Labelling {
     if (latent !== this.#latent) return;
     const live = this.#live();
     const after = [...live.slice(live.indexOf(latent)), ...live].find((one) => !this.#labels.has(one));
-    if (after !== undefined) return this.change({ n: String(after) });
+    if (after !== undefined) return this.#while(() => this.change({ n: String(after) })); // until the next card is there
     this.#drawPanel();
     if (s) this.said.append(" · all are labelled: see the results below");
   }
