@@ -8,7 +8,7 @@ headscope's time has the tokenising in it, SAELens' gets tokens. Held-out tokens
 folders.
 
     python benchmarks/train_run.py            about half an hour on two cores
-    python benchmarks/train_run.py --quick    a few minutes: BatchTopK, 300,000 tokens, one learning rate
+    python benchmarks/train_run.py --quick    a few minutes: BatchTopK, 100,000 tokens, one learning rate
 """
 
 import json

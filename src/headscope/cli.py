@@ -431,7 +431,7 @@ class Report(_OnDevice):
     """Replicate the post on SAEs of one model, side by side: every study, written as one HTML file, JSON and Markdown.
 
     What is finished is kept: an interrupted run goes on with the same command. Without --sae and --index it is of the
-    bundled model, its best SAE and the ReLU SAE of the post's recipe.
+    bundled model, its best SAE and the ReLU SAE, of the post's kind.
     """
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]

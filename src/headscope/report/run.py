@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from headscope.sae.model import SAE
 
 TINY = ("tiny-z1", "tiny-z1-relu")
-"""Of the bundled model: its best SAE, and the ReLU SAE of the post's recipe."""
+"""Of the bundled model: its best SAE, and the ReLU SAE, of the post's kind."""
 TINY_UPSTREAM = "tiny-mlp0"
 _PLAN = "plan.json"
 _KEPT = ("indexes", "studies", _PLAN, "report.json", "report.html", "report.md")

@@ -27,7 +27,7 @@ class TrainConfig:
     prefixes: tuple[int, ...] = ()
     """Matryoshka: so many latents, for each number here, also reconstruct without those after them."""
     decoder: Literal["unit", "free"] = "unit"
-    """Decoder rows of unit norm; free ones weigh the penalty by their norm."""
+    """Decoder rows of unit norm; free ones weigh relu's penalty, and jumprelu's with tanh, by their norm."""
     auxiliary: float | None = None
     """topk, batchtopk: coefficient of the error that dead latents reconstruct, 1/4 when not given. jumprelu: of what
     they lack to fire, 1/32."""
