@@ -146,7 +146,8 @@ def test_search_finds_tokens_and_numbers(page: Page, address: str) -> None:
         if HOSTILE in rows["logit_tokens"][i] + rows["example_tokens"][i] or rows["top_source"][i] == HOSTILE
         if rows["alive"][i]
     ]
-    expect(page.locator("[data-count] b")).to_have_text(str(len(hits)))  # of the whole word, not of what is typed so far
+    # of the whole word, not of what is typed so far
+    expect(page.locator("[data-count] b")).to_have_text(str(len(hits)))
     page.fill("[data-search]", "example:onerror")
     expect(page.locator("[data-count]")).not_to_contain_text("by logit")
     assert shown_ids(page) == [i for i in range(200) if HOSTILE in rows["example_tokens"][i]][:5]
