@@ -75,10 +75,6 @@ def shown_ids(page: Page, n: int = 5) -> list[int]:
     return [int(str(row.get_attribute("data-latent"))) for row in page.locator("[data-table] a.row").all()[:n]]
 
 
-def count(page: Page) -> int:
-    return int(str(page.locator("[data-count] b").get_attribute("data-n")))
-
-
 # --- the table
 
 
