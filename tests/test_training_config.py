@@ -81,12 +81,13 @@ def test_values_that_cannot_train_anything_are_refused(changes: dict[str, Any]) 
         config(**changes)
 
 
-def test_the_first_resampling_finds_latents_dead_that_never_fired() -> None:
+def test_a_short_training_finds_latents_dead_sooner() -> None:
     long = TrainConfig(variant="relu")
     assert long.dead_steps == 244  # 500,000 activations
-    short = TrainConfig(variant="relu", tokens=500_000)
-    assert short.dead_steps == min(short.resampled_at) - 1 == 47
-    assert TrainConfig(tokens=500_000).dead_steps == 244
+    resampled = TrainConfig(variant="relu", tokens=500_000, resample=6)
+    assert resampled.dead_steps == min(resampled.resampled_at) - 1 == 23  # of 245 steps
+    assert TrainConfig(tokens=500_000).dead_steps == 30
+    assert TrainConfig(tokens=1).dead_steps == 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from headscope.errors import TrainingError
 from headscope.sae.presets import KISSANE_GPT2_COEFFICIENTS, PRESETS, preset
-from headscope.sae.training.schedule import coefficient_at, rate, steer
+from headscope.sae.training.schedule import coefficient_at, l0_at, rate, steer
 from headscope.sae.training.trainer import Trainer
 from naive_training import NaiveTraining
 from small_training import BATCH, config, data
@@ -106,9 +106,20 @@ def test_a_given_coefficient_rises_and_stays() -> None:
 
 def test_steering_raises_the_coefficient_of_what_is_too_dense() -> None:
     chosen = config(variant="relu", target_l0=10.0)
-    assert steer(chosen, 2.0, 20.0) > 2.0 > steer(chosen, 2.0, 5.0) > 0
-    assert steer(chosen, 2.0, 10.0) == 2.0
-    assert 0 < steer(chosen, 2.0, 0.0) < 2.0
+    assert steer(chosen, 2.0, 20.0, 0) > 2.0 > steer(chosen, 2.0, 5.0, 0) > 0
+    assert steer(chosen, 2.0, 10.0, 0) == 2.0
+    assert 0 < steer(chosen, 2.0, 0.0, 0) < 2.0
+
+
+@pytest.mark.parametrize("variant", ["jumprelu", "gated"])
+def test_thresholds_and_gates_start_dense(variant: str) -> None:
+    chosen = config(variant=variant, target_l0=10.0, d_sae=1000, tokens=BATCH * 1000)
+    wanted = {0: 80.0, 200: 40.0, 400: 20.0, 600: 10.0, 601: 10.0, 999: 10.0}
+    assert {step: pytest.approx(l0_at(chosen, step)) for step in wanted} == wanted
+    assert steer(chosen, 2.0, 40.0, 0) < 2.0 < steer(chosen, 2.0, 40.0, 600)
+    assert l0_at(replace(chosen, d_sae=80), 0) == pytest.approx(20.0)  # a quarter of all latents
+    assert l0_at(replace(chosen, d_sae=20), 0) == 10.0
+    assert {l0_at(replace(chosen, variant=v), 0) for v in ("relu", "topk", "batchtopk")} == {10.0}
 
 
 def test_resampling_is_spread_over_the_first_60_percent_or_as_asked() -> None:

@@ -19,7 +19,8 @@ class TrainConfig:
     d_sae: int = 2048
     """Latents."""
     target_l0: float = 12.0
-    """Mean number of active latents per token: k for topk and batchtopk; the others' penalty is steered towards it."""
+    """Mean number of active latents per token: k for topk and batchtopk; the others' penalty is steered towards it, for
+    jumprelu and gated from eight times as many."""
     coefficient: float | None = None
     """Of the penalty; given, it is kept, and target_l0 has no part."""
     coefficient_warmup: float = 0.0
@@ -69,7 +70,8 @@ class TrainConfig:
     resample_by: Literal["loss", "random"] = "loss"
     """On inputs drawn by their squared loss (Bricken et al. 2023), or on random directions."""
     dead_after: int = 500_000
-    """Activations without firing after which a latent is dead; fewer where the first resampling comes sooner."""
+    """Activations without firing after which a latent is dead; fewer than there are before the first resampling, and at
+    most an eighth of all, unless `resample_every` sets a pace of its own."""
     exclude_bos: bool = True
     """Leave BOS positions out of training."""
     buffer: int = 262_144
@@ -178,7 +180,10 @@ class TrainConfig:
     @property
     def dead_steps(self) -> int:
         """Steps without firing after which a latent is dead."""
-        return max(1, min([round(self.dead_after / self.batch), *(step - 1 for step in self.resampled_at)]))
+        limits = [step - 1 for step in self.resampled_at]
+        if self.resample_every is None:
+            limits.append(self.n_steps // 8)
+        return max(1, min([round(self.dead_after / self.batch), *limits]))
 
     @property
     def auxiliary_coefficient(self) -> float:

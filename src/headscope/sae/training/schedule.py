@@ -7,6 +7,8 @@ from headscope.sae.config import TrainConfig
 _GAIN = 0.01  # change of log lambda, a step and unit of log(L0 / target)
 _FIRST = 1.0
 """Coefficient that steering starts from."""
+_DENSE_START = 8.0  # times the target L0
+_FALL = 0.6  # share of training over which the L0 that is steered to falls to the target
 
 
 def rate(config: TrainConfig, step: int) -> float:
@@ -46,6 +48,19 @@ def coefficient_at(config: TrainConfig, step: int, steered: float) -> float:
     return steered * min(1.0, step / (config.coefficient_warmup * config.n_steps))
 
 
-def steer(config: TrainConfig, coefficient: float, l0: float) -> float:
-    """The coefficient for the next step: raised where too many latents are active, lowered where too few are."""
-    return coefficient * math.exp(_GAIN * math.log(max(l0, 1e-3) / config.target_l0))
+def l0_at(config: TrainConfig, step: int) -> float:
+    """The number of active latents that is wanted at a step.
+
+    Jumprelu and gated start dense, and the number falls, each step by the same factor, to the target: a latent whose
+    threshold or gate is shut learns nothing, and one that starts open finds what it stands for before it must shut.
+    The penalty of relu would have to rise so far meanwhile that it ends with a worse dictionary.
+    """
+    if config.variant not in ("jumprelu", "gated"):
+        return config.target_l0
+    dense = max(1.0, min(_DENSE_START, config.d_sae / (4 * config.target_l0)))
+    return config.target_l0 * dense ** max(0.0, 1 - step / (_FALL * config.n_steps))
+
+
+def steer(config: TrainConfig, coefficient: float, l0: float, step: int) -> float:
+    """The coefficient after a step: raised where too many latents are active, lowered where too few are."""
+    return coefficient * math.exp(_GAIN * math.log(max(l0, 1e-3) / l0_at(config, step)))

@@ -15,7 +15,7 @@ from headscope.sae.model import SAE
 from headscope.sae.training.dictionary import first_parameters, first_threshold, scale_of, started_anew
 from headscope.sae.training.objectives import Gated, JumpReLU, Now, Objective, Outcome, Parameters, ReLU, Space, TopK
 from headscope.sae.training.ranks import ALONE, Ranks
-from headscope.sae.training.schedule import coefficient_at, first_coefficient, likely_coefficient, rate, steer
+from headscope.sae.training.schedule import coefficient_at, first_coefficient, l0_at, likely_coefficient, rate, steer
 from headscope.site import Site
 
 _THRESHOLD_RATE = 0.01  # of the running mean of the least activation that is kept; more while the run is short
@@ -137,7 +137,7 @@ class Trainer:
         self.last_fired[outcome.active.latent] = self.step_number
         self.ranks.largest(self.last_fired)
         if self.config.steered:
-            self.coefficient = steer(self.config, self.coefficient, status.l0)
+            self.coefficient = steer(self.config, self.coefficient, status.l0, status.step)
         if self.config.variant == "batchtopk":
             least = self.ranks.least(outcome.values)
             share = 1.0 if self.step_number == 1 else max(_THRESHOLD_RATE, min(0.3, 10 / self.step_number))
@@ -179,7 +179,7 @@ class Trainer:
         """
         p, config, level = self.p, self.config, 0.0
         if config.variant in ("relu", "gated", "jumprelu"):
-            level = first_threshold(p, x, config.target_l0)
+            level = first_threshold(p, x, l0_at(config, 0))
             if "log_threshold" in p:
                 p["log_threshold"].fill_(math.log(level))
             else:
