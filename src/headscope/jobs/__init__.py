@@ -1,4 +1,4 @@
-"""The commands as functions: names and paths in, files out. `headscope.cli` is a thin layer over them.
+"""The commands as functions: names and paths in, files out. `headscope.commands` is a thin layer over them.
 
 Each job checks where it will write before it computes anything, and what it writes is whole or absent. Heavy
 imports are inside the functions: `headscope --help` is quick, and a served page loads no torch.
