@@ -29,7 +29,7 @@ CRITERIA = {
     "reading": {"unit": "token", "first": "fails", "expected": "before B"},
 }
 _NUMBERS = ("token", "n_expected", "rate", "first_rate", "source_share", "head", "copy_rank", "off", "off_control")
-_INDUCTION = (*_NUMBERS, "verdict")  # as `induction_composite.save` writes them
+_INDUCTION = (*_NUMBERS, "verdict")  # as `induction_store.save_columns` writes them
 
 
 def live_latents(index: FeatureIndex) -> list[int]:

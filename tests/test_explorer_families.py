@@ -23,7 +23,8 @@ from headscope.index.store import FeatureIndex
 from headscope.stats import wilson
 from headscope.studies import superposition
 from headscope.studies.induction import Reading, compare_rule, head_share
-from headscope.studies.induction_composite import Criteria, induction_features, save
+from headscope.studies.induction_composite import Criteria, induction_features
+from headscope.studies.induction_store import save_columns
 from role_index import HOSTILE, LABELLED, MEMBERS, add_induction, live_latents, pages_of, score_of, studied
 
 BASE = "http://127.0.0.1:8000"
@@ -115,7 +116,7 @@ def test_columns_that_the_study_itself_wrote(bare: FeatureIndex, random_model, r
     reading = Reading(expected="every A")
     asked = Criteria(rate=0.3, reading=reading, least=1, source_share=0.0, copy_rank=0.5, off=None)
     judged = induction_features(live, criteria=asked, null=False)
-    save(bare, judged)
+    save_columns(bare, judged)
     found = IndexFamilies(bare).family("induction")
     assert any(0 < passed.sum() < len(passed) for passed in judged.tests.values()), "or this shows nothing"
     for i, test in enumerate(found["tests"]):

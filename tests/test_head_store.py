@@ -28,7 +28,7 @@ def planted(tmp_path_factory):
 def found(planted):
     """Both commands, one after the other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "live", lambda *_args, **_named: planted)
+        patch.setattr("headscope.jobs.indexes.live", lambda *_args, **_named: planted)
         seen = []
         family = jobs.families(planted.index.folder, on_progress=lambda stage, *_: seen.append(stage))
         tables = jobs.heads(planted.index.folder, n_shuffles=3, on_progress=lambda stage, *_: seen.append(stage))
@@ -92,7 +92,7 @@ def test_a_family_without_a_member_and_other_weights(random_model, random_corpus
     index = built(random_model, random_corpus, random_sae, tmp_path / "index")
     model = random_model("gpt_neox")
     live = LiveIndex(FeatureIndex.open(index), model, random_sae(model, D_SAE))
-    monkeypatch.setattr(jobs, "live", lambda *_args, **_named: live)
+    monkeypatch.setattr("headscope.jobs.indexes.live", lambda *_args, **_named: live)
     family = jobs.families(index)
     assert family.head is None
     assert "none: no feature passes all tests" in family.lines()[-1]

@@ -21,7 +21,8 @@ from headscope.studies.induction import (
     selected,
     targets,
 )
-from headscope.studies.induction_composite import Criteria, copy_ranks, induction_features, save
+from headscope.studies.induction_composite import Criteria, copy_ranks, induction_features
+from headscope.studies.induction_store import save_columns
 from induction_index import planted_live
 from planted import V
 
@@ -202,7 +203,7 @@ def test_control_groups(random):
 
 def test_it_is_saved_as_columns(planted):
     judged = induction_features(planted, n_blocks=None, null=False)
-    save(planted.index, judged)
+    save_columns(planted.index, judged)
     table = planted.index.columns("induction")
     assert np.flatnonzero(table["verdict"].fill_null(False).to_numpy()).tolist() == list(range(1, V))
     counts = Counter(table["head"].to_pylist()[1:V])

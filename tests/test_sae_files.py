@@ -260,6 +260,10 @@ def test_gemma_scope_transcoders_are_refused(model: Model, random_sae: RandomSAE
         ({"normalize_activations": "layer_norm"}, "'layer_norm': each input is divided by its own standard deviation"),
         ({"normalize_activations": "my_own"}, "normalize_activations 'my_own'"),
         ({"normalize_activations": "expected_average_only_in"}, "no scaling factor"),
+        ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input 'false'"),
+        ({"apply_b_dec_to_input": None}, "apply_b_dec_to_input None"),
+        ({"architecture": "topk", "k": 4.7, "rescale_acts_by_decoder_norm": False}, "k = 4.7"),
+        ({"architecture": "topk", "k": True, "rescale_acts_by_decoder_norm": False}, "k = True"),
         (
             {
                 "metadata": {
@@ -425,23 +429,6 @@ def test_the_readers_formats_are_tried_on_what_is_another(model: Model, random_s
     folder = save_sae(replace(random_sae(model), model_name="m"), tmp_path / "sae")
     (folder / WEIGHTS).rename(folder / "sae.safetensors")
     refuses(folder, "holds W_enc, b_enc beside .* in a file of sparsify")
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input 'false'"),
-        ({"apply_b_dec_to_input": None}, "apply_b_dec_to_input None"),
-        ({"architecture": "topk", "k": 4.7, "rescale_acts_by_decoder_norm": False}, "k = 4.7"),
-        ({"architecture": "topk", "k": True, "rescale_acts_by_decoder_norm": False}, "k = True"),
-    ],
-)
-def test_settings_of_saelens_that_could_mean_two_things_are_refused(
-    model: Model, random_sae: RandomSAE, tmp_path: Path, changes: dict[str, Any], match: str
-) -> None:
-    path = save_sae(random_sae(model), tmp_path / "sae")
-    edit_json(path / "cfg.json", **changes)
-    refuses(path, match)
 
 
 def test_z_of_weights_in_another_basis_is_refused(model: Model, random_sae: RandomSAE, tmp_path: Path) -> None:

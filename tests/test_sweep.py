@@ -9,6 +9,7 @@ import pytest
 from torch.testing import assert_close
 
 from headscope import cli, jobs, sweep
+from headscope.display import Display
 from headscope.errors import OutputError, TrainingError
 from headscope.sae.config import TrainConfig
 from headscope.sae.formats import load_sae
@@ -186,13 +187,13 @@ def test_the_command(options, tmp_path: Path, capsys, monkeypatch) -> None:
 
 
 def test_ctrl_c_says_how_to_go_on(options, tmp_path: Path, capsys, monkeypatch) -> None:
-    def press(_display: cli.Display, statuses: Any) -> None:
+    def press(_display: Display, statuses: Any) -> None:
         if statuses["topk-l0-2"].step == 3:
             raise KeyboardInterrupt
 
     corpus = ["--model", options["model"], "--corpus", options["text"].corpus, "--block-size", "32"]
     recipe = ["--tokens", "512", "--batch", "64", "--buffer", "256", "--d-sae", "24"]
-    monkeypatch.setattr(cli.Display, "on_steps", press)
+    monkeypatch.setattr(Display, "on_steps", press)
     cli.main(["sweep", "--out", str(tmp_path / "s"), *corpus, *recipe, "--variants", "topk", "--target-l0s", "2"])
     assert "the same command goes on from here" in capsys.readouterr().out
     assert [run.step for run in find_runs([tmp_path])] == [4]

@@ -3,20 +3,8 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 Trouble = Literal["gated", "missing", "unreachable"]
 
-_MISSING = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)
-_UNREACHABLE = (ConnectionError, TimeoutError, HfHubHTTPError)
 _CARRIERS = ("aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3")
 """Packages that carry requests; which of them raises is up to the version of `huggingface_hub`."""
 
@@ -26,15 +14,24 @@ def trouble(error: BaseException) -> Trouble | None:
 
     `missing` may be a private repository: the hub tells nobody of it without a login.
     """
+    from huggingface_hub import errors  # which loads an HTTP client, and every command line reads this file
+
+    missing = (
+        errors.EntryNotFoundError,
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+        errors.HFValidationError,
+    )
+    unreachable = (ConnectionError, TimeoutError, errors.HfHubHTTPError)
     causes = list(_causes(error))
-    if any(isinstance(e, GatedRepoError) or "is a gated dataset" in str(e) for e in causes):
+    if any(isinstance(e, errors.GatedRepoError) or "is a gated dataset" in str(e) for e in causes):
         return "gated"
     for e in causes:
-        if isinstance(e, LocalEntryNotFoundError):  # which is also an EntryNotFoundError
+        if isinstance(e, errors.LocalEntryNotFoundError):  # which is also an EntryNotFoundError
             return "unreachable"
-        if isinstance(e, _MISSING) or type(e).__name__ == "DatasetNotFoundError":
+        if isinstance(e, missing) or type(e).__name__ == "DatasetNotFoundError":
             return "missing"
-        if isinstance(e, _UNREACHABLE) or type(e).__module__.partition(".")[0] in _CARRIERS:
+        if isinstance(e, unreachable) or type(e).__module__.partition(".")[0] in _CARRIERS:
             return "unreachable"
     return None
 

@@ -1,6 +1,6 @@
 """Families of features as the columns of an index tell them: who belongs, and how well a simple rule would find them.
 
-`induction` is held against the post's rule, the decoder share of one head (`studies.induction_composite` writes its
+`induction` is held against the post's rule, the decoder share of one head (`studies.induction_store` writes its
 columns); the families of proxies against the correlation of their best proxy (`proxies.search_table` does). No torch,
 no model: what no study has added to the index is said, with the command that adds it.
 """

@@ -6,15 +6,12 @@ against its tables.
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import cached_property, wraps
 from pathlib import Path
-from tempfile import gettempdir
 from threading import RLock
 from typing import Any, Concatenate, ParamSpec, TypeVar
-from uuid import uuid4
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
@@ -22,6 +19,7 @@ from jaxtyping import Float, Int
 from headscope.artefact import file_hash
 from headscope.errors import IndexFormatError
 from headscope.index.columns import read_columns, studies
+from headscope.index.database import Database
 from headscope.index.reading import (
     TABLES,
     ActivationRows,
@@ -34,28 +32,11 @@ from headscope.index.reading import (
     read_own,
     reading,
 )
-from headscope.index.records import (
-    Activations,
-    Correlated,
-    Example,
-    ExampleGroup,
-    Feature,
-    Null,
-    Shares,
-    Source,
-    Sources,
-    SourceToken,
-)
+from headscope.index.records import Activations, ExampleGroup, Feature, Null, Shares, Sources
+from headscope.index.rows import activations_of, feature_of, groups_of, null_of, sources_of
 from headscope.index.schema import Sizes, check_footers
-from headscope.index.sweep import KINDS
 from headscope.sae.quality_table import quality_rows
-from headscope.stats import wilson
 
-_ALONE: dict[str, Any] = {
-    "autoinstall_known_extensions": False,
-    "autoload_known_extensions": False,
-    "python_enable_replacements": False,  # a local variable is no table
-}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -81,8 +62,7 @@ class FeatureIndex:
         names = check_files(folder, manifest)
         check_footers(folder, names, self._sizes)
         parts = [folder / name for name in names if name.startswith("activations/")]
-        self._connection = duckdb.connect(config=_ALONE)
-        self._create_views({name: [folder / f"{name}.parquet"] for name in TABLES} | {"activations": parts})
+        self._database = Database({name: [folder / f"{name}.parquet"] for name in TABLES} | {"activations": parts})
         self._lock = RLock()
         self._features = read_own(folder / "features.parquet", self._sizes)
         self._activations = ActivationRows(parts, self._features["n_active"].to_numpy(), self._sizes)
@@ -137,18 +117,6 @@ class FeatureIndex:
                     do=f"pass that {what}, or build an index with this one",
                 )
 
-    def _create_views(self, views: dict[str, list[Path]]) -> None:
-        """Let the database read these files, nothing else on this machine, and nothing off it."""
-        run = self._connection.execute
-        run("SET enable_progress_bar = false")  # it would be drawn on stdout
-        run(f"SET temp_directory = {_quoted(f'{gettempdir()}/headscope-{uuid4().hex}')}")
-        paths = {name: [_quoted(str(path.absolute())) for path in own] for name, own in views.items()}
-        for name, own in paths.items():
-            run(f"CREATE VIEW {name} AS SELECT * FROM read_parquet([{', '.join(own)}])")
-        run(f"SET allowed_paths = [{', '.join(path for own in paths.values() for path in own)}]")
-        run("SET enable_external_access = false")
-        run("SET lock_configuration = true")
-
     def _check_meaning(self) -> None:
         """Hold what the manifest says of the tables' content against it: a wrong count must not be a wrong number."""
         corpus, size = self.manifest["corpus"], self.block_size
@@ -178,17 +146,8 @@ class FeatureIndex:
         Raises:
             IndexFormatError: it is not one query, or DuckDB cannot run it.
         """
-        with self._lock:
-            try:
-                for study, own in self._studied():
-                    self._connection.register(f"{study}_columns", own)
-                kinds = [statement.type for statement in self._connection.extract_statements(query)]
-                if kinds == [duckdb.StatementType.SELECT]:
-                    return self._connection.sql(query, params=parameters).to_arrow_table()
-                found = f"{len(kinds)} statements" if len(kinds) != 1 else f"a statement of type {kinds[0].name}"
-            except duckdb.Error as error:
-                raise _no_query(query, str(error)) from error
-        raise _no_query(query, found)
+        columns = {f"{study}_columns": own for study, own in tuple(self._studied())}
+        return self._database.select(query, parameters, columns)
 
     # -------------------------------------------------------------------------------------------------------- features
     @property
@@ -224,33 +183,7 @@ class FeatureIndex:
         """
         self.check_latent(latent)
         row = {name: self._features[name][latent].as_py() for name in self._features.column_names}
-        density = wilson(row["n_active"], int(self.manifest["corpus"]["n_tokens"]))
-        plain = ("n_active", "density", "mean", "std", "skew", "kurtosis", "maximum", "bias", "copy_rank")
-        return Feature(
-            latent=latent,
-            **{name: row[name] for name in plain},
-            density_interval=(density.low, density.high),
-            **{name: _array(row[name]) for name in ("quantiles", "histogram", "mass")},
-            shares=Shares(
-                decoder=np.asarray(row["decoder_share"]),
-                decoder_out=np.asarray(row["decoder_out_share"]),
-                encoder=np.asarray(row["encoder_share"]),
-                encoder_in=np.asarray(row["encoder_in_share"]),
-                dfa=_array(row["dfa_share"]),
-                dfa_covariance=_array(row["dfa_covariance"]),
-                dfa_mean=_array(row["dfa_mean"]),
-            ),
-            logit_top=_pairs(row["logit_top_tokens"], row["logit_top_values"]),
-            logit_bottom=_pairs(row["logit_bottom_tokens"], row["logit_bottom_values"]),
-            **{name: row[name] for name in ("logit_mean", "logit_std", "logit_skew", "logit_kurtosis")},
-            copy_top=_pairs(row["copy_tokens"], row["copy_values"]),
-            correlated=tuple(
-                Correlated(*values)
-                for values in zip(
-                    row["correlated_latents"], row["correlated_pearson"], row["correlated_cosine"], strict=True
-                )
-            ),
-        )
+        return feature_of(row, int(self.manifest["corpus"]["n_tokens"]))
 
     @_of_folder
     def sources(self, latent: int, threshold: float | None = None) -> Sources | None:
@@ -275,19 +208,7 @@ class FeatureIndex:
                 expected=f"one of {', '.join(map(str, thresholds))}",
                 do="build the index with it: headscope index --thresholds",
             )
-        (total,) = (row for row in self._source_totals.of(latent).to_pylist() if row["threshold"] == chosen)
-        if not total["n_active"]:
-            return None
-        rows = (row for row in self._sources.of(latent).to_pylist() if row["threshold"] == chosen)
-        return Sources(
-            threshold=chosen,
-            n_active=total["n_active"],
-            kept=total["kept"],
-            bos_share=total["bos_share"],
-            kept_by_head=np.asarray(total["kept_by_head"], dtype=np.float64),
-            bos_share_by_head=np.asarray(total["bos_share_by_head"], dtype=np.float64),
-            tokens=tuple(_source_token(row) for row in rows),
-        )
+        return sources_of(self._source_totals.of(latent), self._sources.of(latent), chosen)
 
     @_of_folder
     def activations(self, latent: int) -> Activations:
@@ -297,7 +218,7 @@ class FeatureIndex:
             IndexFormatError: no such latent.
         """
         self.check_latent(latent)
-        return self._read_activations(self._activations.of(latent))
+        return activations_of(self._activations.of(latent), self.n_heads)
 
     def each_latent(self) -> Iterator[tuple[int, Activations]]:
         """Every latent with its active tokens, dead ones too: for studies of the whole dictionary.
@@ -308,11 +229,7 @@ class FeatureIndex:
             IndexFormatError: they are damaged.
         """
         for latent, table in enumerate(self._activations.each()):
-            yield latent, self._read_activations(table)
-
-    def _read_activations(self, table: pa.Table) -> Activations:
-        heads = [table[f"head_{h}"].to_numpy() for h in range(self.n_heads)]
-        return Activations(table["position"].to_numpy(), table["activation"].to_numpy(), np.stack(heads, axis=1))
+            yield latent, activations_of(table, self.n_heads)
 
     @_of_folder
     def examples(self, latent: int) -> tuple[ExampleGroup, ...]:
@@ -322,24 +239,7 @@ class FeatureIndex:
             IndexFormatError: no such latent.
         """
         self.check_latent(latent)
-        by_position = {example.position: example for example in _examples(self._examples.of(latent))}
-        groups = self._groups.of(latent).to_pylist()
-        unknown = {p for group in groups for p in group["positions"]} - set(by_position)
-        if unknown or {group["kind"] for group in groups} - set(KINDS):
-            raise ValueError(
-                f"groups of latent {latent} that are of no known kind, or lack examples: {sorted(unknown)[:5]}"
-            )
-        plain = ("kind", "number", "low", "high", "n", "share_active", "share_mass", "sampled")
-        return tuple(
-            ExampleGroup(
-                **{name: group[name] for name in plain},
-                examples=tuple(
-                    replace(by_position[p], duplicates=d) if d else by_position[p]
-                    for p, d in zip(group["positions"], group["duplicates"], strict=True)
-                ),
-            )
-            for group in groups
-        )
+        return groups_of(latent, self._groups.of(latent), self._examples.of(latent))
 
     @cached_property
     @_of_folder
@@ -355,10 +255,7 @@ class FeatureIndex:
     def nulls(self) -> tuple[Null, ...]:
         """Directions that mean nothing, active as often as real features: the control of `Shares`."""
         rows = read_own(self.folder / "nulls.parquet", self._sizes).to_pylist()
-        return tuple(
-            Null(r["kind"], r["latent"], r["n_active"], _array(r["dfa_share"]), _array(r["dfa_covariance"]))
-            for r in rows
-        )
+        return tuple(null_of(row) for row in rows)
 
     # ----------------------------------------------------------------------------------------------------------- table
     @cached_property
@@ -521,68 +418,8 @@ class FeatureIndex:
             ) from error
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _no_query(query: str, why: str) -> IndexFormatError:
-    return IndexFormatError(
-        f"{query.strip()[:200]}: {why}",
-        expected="one SELECT over the views that docs/index-format.md names",
-        do="correct the query",
-    )
-
-
 def _check_number(what: str, number: int, n: int) -> None:
     if not isinstance(number, (int, np.integer)) or not 0 <= number < n:
         raise IndexFormatError(
             f"{what} {number}", expected=f"a whole number from 0 to {n - 1}", do=f"pass another {what}"
         )
-
-
-# ------------------------------------------------------------------------------------------------------------- records
-def _array(values: list | None) -> np.ndarray | None:
-    return None if values is None else np.asarray(values)
-
-
-def _pairs(tokens: list[int] | None, values: list[float] | None) -> tuple[tuple[int, float], ...]:
-    return () if tokens is None or values is None else tuple(zip(tokens, values, strict=True))
-
-
-def _source_token(row: dict[str, Any]) -> SourceToken:
-    values: dict[str, Any] = {name: row[name] for name in ("token", "n", "share", "share_linear", "frequency")}
-    for name in ("share_by_head", "attention", "attention_elsewhere"):
-        values[name] = np.asarray(row[name])
-    return SourceToken(**values)
-
-
-def _examples(table: pa.Table) -> list[Example]:
-    """The records of some rows; lists are cut from whole columns, not built one by one."""
-    plain = {name: table[name].to_pylist() for name in ("position", "activation", "pre", "bias", "residual")}
-    cut: dict[str, Callable[[int], np.ndarray]] = {
-        name: _cutter(table[name]) for name in table.column_names if pa.types.is_list(table[name].type)
-    }
-    examples = []
-    for i in range(len(table)):
-        heads = cut["heads"](i)
-        by_source = cut["source_heads"](i).reshape(-1, len(heads))
-        pattern = cut["source_pattern"](i).reshape(-1, len(heads))
-        position = cut["source"](i).tolist()
-        examples.append(
-            Example(
-                **{name: values[i] for name, values in plain.items()},
-                heads=heads,
-                sources=tuple(Source(*of) for of in zip(position, by_source, pattern, strict=True)),
-                rest=cut["rest"](i),
-                rest_pattern=1 - pattern.sum(0),
-                active_at=cut["active_at"](i),
-                active_value=cut["active_value"](i),
-            )
-        )
-    return examples
-
-
-def _cutter(lists: pa.ChunkedArray) -> Callable[[int], np.ndarray]:
-    """The i-th list of a column as an array."""
-    values, offsets = flat(lists)
-    return lambda i: values[offsets[i] : offsets[i + 1]]

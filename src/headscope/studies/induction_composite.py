@@ -10,13 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow as pa
 import torch
 from jaxtyping import Bool, Float, Int
 
 from headscope import attribution
 from headscope.errors import StudyError
-from headscope.index.columns import add_columns
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.stats import MINIMUM, Estimate, Measure, wilson
@@ -447,66 +445,3 @@ def _judge(
         own = np.flatnonzero(places.row == row)
         few[own[drawn(len(own), plan.n_corrupted, (plan.seed, int(latents[row]), 4))]] = True
     return replace(judged, corruption=_corrupt(live, text, places.at(few), n, plan.seed, report))
-
-
-# ------------------------------------------------------------------------------------------------------------- columns
-_COLUMNS = {
-    "token": "B: the token whose logit the feature raises most",
-    "n_expected": "later A's of groups A B ... A B of a block at which it should be on",
-    "rate": "share of those at which it is on, and off at the first A of the group",
-    "first_rate": "share of the first A's at which it is on",
-    "source_share": "median share of positive DFA from earlier B's, at later A's where it is active",
-    "head": "the head that brings most of it",
-    "copy_rank": "share of the vocabulary that would raise it more than B does, through that head",
-    "off": "share of later A's at which it turns off when the A's before earlier B's are replaced",
-    "off_control": "the same when as many other tokens are",
-    "verdict": "passes all tests",
-}
-
-
-def save(index: FeatureIndex, judged: InductionFeatures) -> None:
-    """Add what was found to the index as the columns `induction.*`; see `index.columns`.
-
-    Raises:
-        IndexFormatError: of another index.
-    """
-    reading = judged.criteria.reading
-    n, first, corruption = judged.behaviour.n_expected(reading), judged.behaviour.first, judged.corruption
-    with np.errstate(invalid="ignore"):
-        values = {
-            "token": judged.behaviour.token,
-            "n_expected": n,
-            "rate": judged.behaviour.rate(reading),
-            "first_rate": first[:, 1] / first[:, 0],
-            "source_share": judged.sources.share,
-            "head": judged.sources.head,
-            "copy_rank": judged.copy_rank,
-            "off": corruption.n_off / corruption.n,
-            "off_control": corruption.n_off_control / corruption.n,
-            "verdict": judged.verdict,
-        }
-    columns = {name: _spread(of, judged.latents, index.n_latents) for name, of in values.items()}
-    table = pa.table({"latent": pa.array(np.arange(index.n_latents), pa.int32()), **columns})
-    asked = {**vars(judged.criteria), "reading": vars(reading)}
-    add_columns(
-        index,
-        "induction",
-        table,
-        {"settings": asked, "definitions": _COLUMNS, "n": f"{len(judged.latents)} live features"},
-    )
-
-
-def _spread(values: np.ndarray, latents: np.ndarray, n: int) -> pa.Array:
-    """A value for each latent, null where there is none."""
-    whole, missing = np.zeros(n, dtype=values.dtype), np.ones(n, dtype=bool)
-    whole[latents] = values
-    missing[latents] = (
-        np.isnan(values) if values.dtype.kind == "f" else values == -1 if values.dtype.kind == "i" else False
-    )
-    return pa.array(np.where(missing, 0, whole).astype(values.dtype), mask=missing)
-
-
-def heads_of(judged: InductionFeatures) -> dict[int, Estimate]:
-    """Of each head that brings most of some induction feature, the share of them, Wilson 95 %."""
-    counts = judged.heads()
-    return {int(h): wilson(int(counts[h]), int(counts.sum())) for h in np.flatnonzero(counts)}

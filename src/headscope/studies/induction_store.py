@@ -4,10 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from headscope.errors import StudyError
+from headscope.index.columns import add_columns
 from headscope.index.head_table import add_head_table, measure_row
 from headscope.index.live import LiveIndex
+from headscope.index.store import FeatureIndex
 from headscope.stats import Measure
 from headscope.studies.induction import (
     CONTROL,
@@ -19,10 +22,23 @@ from headscope.studies.induction import (
     head_share,
     selected,
 )
-from headscope.studies.induction_composite import InductionFeatures, induction_features, save
+from headscope.studies.induction_composite import InductionFeatures, induction_features
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, what is done of it and all of it."""
+
+_COLUMNS = {
+    "token": "B: the token whose logit the feature raises most",
+    "n_expected": "later A's of groups A B ... A B of a block at which it should be on",
+    "rate": "share of those at which it is on, and off at the first A of the group",
+    "first_rate": "share of the first A's at which it is on",
+    "source_share": "median share of positive DFA from earlier B's, at later A's where it is active",
+    "head": "the head that brings most of it",
+    "copy_rank": "share of the vocabulary that would raise it more than B does, through that head",
+    "off": "share of later A's at which it turns off when the A's before earlier B's are replaced",
+    "off_control": "the same when as many other tokens are",
+    "verdict": "passes all tests",
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +126,7 @@ def save_family(live: LiveIndex, found: InductionFamily) -> None:
     index = live.index
     if len(found.judged.latents) and int(found.judged.latents.max()) >= index.n_latents:
         raise StudyError("features of another SAE", expected="those of the index", do="study this index")
-    save(index, found.judged)
+    save_columns(index, found.judged)
     provenance = {"settings": {"layer": found.layer}, "n": f"{len(found.judged.latents)} live features"}
     rows = [
         {"measure": name, "definition": measure.definition, **measure_row("value", measure)}
@@ -127,3 +143,45 @@ def _rule_row(rule: RuleComparison) -> dict:
     plain = {"n": rule.n, "n_true": rule.n_true, "at": rule.at}
     measured = (measure_row(name, getattr(rule, name)) for name in ("auc", "precision", "recall"))
     return {**plain, **curve, **{key: value for row in measured for key, value in row.items()}}
+
+
+def save_columns(index: FeatureIndex, judged: InductionFeatures) -> None:
+    """Add what was found to the index as the columns `induction.*`; see `index.columns`.
+
+    Raises:
+        IndexFormatError: of another index.
+    """
+    reading = judged.criteria.reading
+    n, first, corruption = judged.behaviour.n_expected(reading), judged.behaviour.first, judged.corruption
+    with np.errstate(invalid="ignore"):
+        values = {
+            "token": judged.behaviour.token,
+            "n_expected": n,
+            "rate": judged.behaviour.rate(reading),
+            "first_rate": first[:, 1] / first[:, 0],
+            "source_share": judged.sources.share,
+            "head": judged.sources.head,
+            "copy_rank": judged.copy_rank,
+            "off": corruption.n_off / corruption.n,
+            "off_control": corruption.n_off_control / corruption.n,
+            "verdict": judged.verdict,
+        }
+    columns = {name: _spread(of, judged.latents, index.n_latents) for name, of in values.items()}
+    table = pa.table({"latent": pa.array(np.arange(index.n_latents), pa.int32()), **columns})
+    asked = {**vars(judged.criteria), "reading": vars(reading)}
+    add_columns(
+        index,
+        "induction",
+        table,
+        {"settings": asked, "definitions": _COLUMNS, "n": f"{len(judged.latents)} live features"},
+    )
+
+
+def _spread(values: np.ndarray, latents: np.ndarray, n: int) -> pa.Array:
+    """A value for each latent, null where there is none."""
+    whole, missing = np.zeros(n, dtype=values.dtype), np.ones(n, dtype=bool)
+    whole[latents] = values
+    missing[latents] = (
+        np.isnan(values) if values.dtype.kind == "f" else values == -1 if values.dtype.kind == "i" else False
+    )
+    return pa.array(np.where(missing, 0, whole).astype(values.dtype), mask=missing)

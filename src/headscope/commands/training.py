@@ -1,4 +1,4 @@
-"""Commands about several trainings: `runs` and `sweep`; and how `--preset` decides what options are when not given."""
+"""Commands that train and compare trainings; and how `--preset` decides what options are when not given."""
 
 import argparse
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ import tyro
 
 from headscope import jobs, sweep
 from headscope.artefact import atomic_write, check_output
+from headscope.commands.options import FLAT
 from headscope.display import Display
 from headscope.errors import FigureError, SAEError
 from headscope.sae import pareto, runs
 from headscope.sae.config import TrainConfig, Variant
-from headscope.sae.presets import preset
+from headscope.sae.presets import preset, preset_note
 from headscope.site import Kind
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-_FLAT = tyro.conf.arg(name="")
 _recipe: ContextVar[TrainConfig | None] = ContextVar("recipe", default=None)
 
 
@@ -54,33 +54,50 @@ def preset_of(arguments: list[str]) -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Runs:
-    """List trainings, finished and not, with what was last measured; draw their curves."""
+class Train:
+    """Train an SAE on an attention layer's z (or another site) and write it as a SAELens folder."""
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDERS ...]")] = (Path(),)
-    """Where to look, in them and below."""
-    html: Path | None = None
-    """Draw curves of loss, L0, explained variance and dead latents into this file; needs plotly."""
+    out: Path
+    """Folder to write; must be new or empty."""
+    model: str = "tiny"
+    """`tiny` (bundled), a Hugging Face folder, or a name on the hub."""
+    text: Annotated[jobs.CorpusChoice, FLAT] = field(default_factory=lambda: jobs.CorpusChoice(split="train"))
+    site: Kind = "z"
+    """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out, or the residual stream."""
+    layer: int | None = None
+    """Layer of the site; the last one when not given."""
+    preset: str = "default"
+    """A published recipe, whose values hold for all options of the recipe that are not given: default, seed-gelu-2l,
+    kissane-gpt2 (of a layer of gpt2, its own), anthropic-april-2024. With --help, shows those values."""
+    config: Annotated[TrainConfig, FLAT] = field(default_factory=recipe)
+    hardware: Annotated[jobs.Hardware, FLAT] = field(default_factory=jobs.Hardware)
     overwrite: bool = False
-    """Replace the file."""
+    """Replace what `out` holds."""
 
     def run(self) -> None:
-        """Find, print and draw."""
-        from headscope import figures
+        """Train with a progress bar; together with the other processes that `torchrun` started."""
+        from headscope.sae.training.ranks import together
 
-        if self.html is not None:
-            check_output(self.html, overwrite=self.overwrite)
-        found, display = runs.find_runs(self.folders), Display()
-        if not found:
-            raise SAEError(
-                f"no training in {', '.join(map(str, self.folders))}",
-                expected="folders that `headscope train` or `headscope sweep` wrote, at any depth",
-                do="name other folders",
+        with together(self.hardware.device) as ranks, Display(quiet=ranks.rank > 0) as display:
+            if note := preset_note(self.preset, model=self.model, layer=self.layer):
+                display.say(note)
+            result = jobs.train(
+                self.out,
+                model=self.model,
+                text=self.text,
+                site=self.site,
+                layer=self.layer,
+                config=self.config,
+                hardware=self.hardware,
+                overwrite=self.overwrite,
+                on_step=display.on_step,
+                on_progress=display.on_progress,
             )
-        display.print_table("runs", runs.HEADINGS, [run.cells() for run in found])
-        if self.html is not None:
-            _write_html(self.html, figures.training_curves(found))
-            display.say(f"curves: {self.html}")
+        if result.interrupted:
+            display.say(
+                f"stopped after {result.epochs:.2f} epochs; what was trained is saved, and the same command goes on"
+            )
+        display.say(f"SAE: {self.out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +119,15 @@ class Sweep:
     """Measure on so many held-out tokens; on all when not given."""
     model: str = "tiny"
     """`tiny` (bundled), a Hugging Face folder, or a name on the hub."""
-    text: Annotated[jobs.CorpusChoice, _FLAT] = field(default_factory=lambda: jobs.CorpusChoice(split="train"))
+    text: Annotated[jobs.CorpusChoice, FLAT] = field(default_factory=lambda: jobs.CorpusChoice(split="train"))
     site: Kind = "z"
     """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out or resid_pre."""
     layer: int | None = None
     """Layer of the site; the last one when not given."""
     preset: str = "default"
     """See `train`: what the options of the recipe are when not given."""
-    config: Annotated[TrainConfig, _FLAT] = field(default_factory=recipe)
-    hardware: Annotated[jobs.Hardware, _FLAT] = field(default_factory=jobs.Hardware)
+    config: Annotated[TrainConfig, FLAT] = field(default_factory=recipe)
+    hardware: Annotated[jobs.Hardware, FLAT] = field(default_factory=jobs.Hardware)
     overwrite: bool = False
     """Start again, replacing what `out` holds of these SAEs."""
 
@@ -149,6 +166,36 @@ class Sweep:
             display.say(f"curves: {self.out / 'pareto.html'}")
         except FigureError as error:
             display.say(f"no curves were drawn: {error.got}; {error.do}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """List trainings, finished and not, with what was last measured; draw their curves."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDERS ...]")] = (Path(),)
+    """Where to look, in them and below."""
+    html: Path | None = None
+    """Draw curves of loss, L0, explained variance and dead latents into this file; needs plotly."""
+    overwrite: bool = False
+    """Replace the file."""
+
+    def run(self) -> None:
+        """Find, print and draw."""
+        from headscope import figures
+
+        if self.html is not None:
+            check_output(self.html, overwrite=self.overwrite)
+        found, display = runs.find_runs(self.folders), Display()
+        if not found:
+            raise SAEError(
+                f"no training in {', '.join(map(str, self.folders))}",
+                expected="folders that `headscope train` or `headscope sweep` wrote, at any depth",
+                do="name other folders",
+            )
+        display.print_table("runs", runs.HEADINGS, [run.cells() for run in found])
+        if self.html is not None:
+            _write_html(self.html, figures.training_curves(found))
+            display.say(f"curves: {self.html}")
 
 
 def _write_html(path: Path, figure: "go.Figure") -> None:

@@ -1,0 +1,89 @@
+"""Commands that show an index: the explorer, and pages to keep."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from headscope import jobs
+from headscope.commands.options import OnDevice
+from headscope.display import Display
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(OnDevice):
+    """Serve the explorer of an index on 127.0.0.1 until Ctrl-C."""
+
+    index: Path
+    """An index folder."""
+    model: str | None = None
+    """The model the index was built with, to run it in the tabs that say what features do and how they are computed."""
+    upstream_sae: tuple[str, ...] = ()
+    """SAEs of earlier components of the model, such as `tiny-mlp0`, whose features are told apart upstream."""
+    port: int | None = None
+    """A free one when not given."""
+    open: bool = False
+    """Open the page in the default browser."""
+
+    def run(self) -> None:
+        """Serve."""
+        jobs.serve(
+            self.index,
+            model=self.model,
+            device=self.device,
+            upstream_saes=self.upstream_sae,
+            port=self.port,
+            open_browser=self.open,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write the explorer as one HTML file that opens without a server or a network, or as a folder to be hosted."""
+
+    index: Path
+    """An index folder."""
+    out: Path
+    """`page.html` for one file of at most 2,000 features; any other name for a folder that a static host can serve."""
+    features: tuple[int, ...] = ()
+    """Latents to put in it; all alive ones when not given, the 2,000 most active at most in a file."""
+    overwrite: bool = False
+    """Replace what is there."""
+
+    def run(self) -> None:
+        """Write and say how large it is."""
+        path = jobs.export(self.index, self.out, features=self.features, overwrite=self.overwrite)
+        size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file())
+        Display().say(f"page: {path} ({size / 1e6:.1f} MB)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dive(OnDevice):
+    """Write the deep dive into one feature, when it fires and what it does, as one HTML file."""
+
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    """An index folder."""
+    feature: Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURE")]
+    """Its latent."""
+    proxy: tuple[str, ...] = ()
+    """Rules that say where it should fire, such as 'induction("board")'; the page's suggestions when not given."""
+    model: str | None = None
+    """The model the index was built with, to remove the feature from it too."""
+    out: Path
+    """`page.html`."""
+    overwrite: bool = False
+    """Replace what is there."""
+
+    def run(self) -> None:
+        """Write and say how large it is."""
+        path = jobs.dive(
+            self.index,
+            self.feature,
+            self.out,
+            proxies=self.proxy,
+            model=self.model,
+            device=self.device,
+            overwrite=self.overwrite,
+        )
+        Display().say(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,85 @@
+"""Commands about an SAE that is there: what it is, how good it is, and the same in another format."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from headscope import jobs
+from headscope.commands.options import FLAT
+from headscope.display import Display
+from headscope.site import Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure an SAE on held-out text: L0, loss recovered, explained variance, dead latents, each defined."""
+
+    sae: str
+    """An SAE folder, or a bundled one by name."""
+    model: str | None = None
+    """The model; the one the SAE names when not given."""
+    text: Annotated[jobs.CorpusChoice, FLAT] = field(default_factory=jobs.CorpusChoice)
+    hardware: Annotated[jobs.Hardware, FLAT] = field(default_factory=jobs.Hardware)
+
+    def run(self) -> None:
+        """Measure and print."""
+        with Display() as display:
+            quality = jobs.eval(
+                self.sae, model=self.model, text=self.text, hardware=self.hardware, on_progress=display.on_progress
+            )
+        display.print_quality(quality.as_dict(), self.text.split)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Print what an SAE or a model is, its conventions, and whether the two fit one another."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    """A bundled SAE or model, a path, or a name on the hub."""
+    model: str | None = None
+    """Of an SAE: say whether it fits this model; status 1 if it does not."""
+
+    def run(self) -> None:
+        """Print."""
+        lines, fit = jobs.info(self.name, model=self.model)
+        display = Display()
+        for what, said in lines + (fit.lines if fit else []):
+            display.say(f"{what + ':':<24}{said}")
+        if fit is not None and not fit.fits:
+            sys.exit(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write an SAE of any format as a SAELens folder that reads the model's own activations and states all it knows."""
+
+    sae: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
+    """A path, or a name on the hub."""
+    out: Path
+    """Folder to write; must be new or empty."""
+    model: str | None = None
+    """The model whose processed weights it was trained on; the one the SAE names when not given."""
+    site: Kind | None = None
+    """What it reads, for files that do not say; with --layer."""
+    layer: int | None = None
+    """See --site."""
+    trained_on: str | None = None
+    """The model's name, for files that do not say or say another program's."""
+    overwrite: bool = False
+    """Replace what `out` holds."""
+
+    def run(self) -> None:
+        """Convert and say what was written."""
+        sae = jobs.convert(
+            self.sae,
+            self.out,
+            model=self.model,
+            site=self.site,
+            layer=self.layer,
+            trained_on=self.trained_on,
+            overwrite=self.overwrite,
+        )
+        Display().say(f"SAE: {self.out} ({sae.activation.name}, {sae.site.hook_name} of {sae.model_name})")

@@ -1,0 +1,66 @@
+"""SQL over the tables of an index: one SELECT at a time, with its own files and nothing else of this machine."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import gettempdir
+from threading import RLock
+from typing import Any
+from uuid import uuid4
+
+import duckdb
+import pyarrow as pa
+
+from headscope.errors import IndexFormatError
+
+_ALONE: dict[str, Any] = {
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+    "python_enable_replacements": False,  # a local variable is no table
+}
+
+
+class Database:
+    """DuckDB with a view of each table; safe to use from several threads."""
+
+    def __init__(self, tables: Mapping[str, list[Path]]) -> None:
+        """Let the database read these files, nothing else on this machine, and nothing off it."""
+        self._connection, self._lock = duckdb.connect(config=_ALONE), RLock()
+        run = self._connection.execute
+        run("SET enable_progress_bar = false")  # it would be drawn on stdout
+        run(f"SET temp_directory = {_quoted(f'{gettempdir()}/headscope-{uuid4().hex}')}")
+        paths = {name: [_quoted(str(path.absolute())) for path in own] for name, own in tables.items()}
+        for name, own in paths.items():
+            run(f"CREATE VIEW {name} AS SELECT * FROM read_parquet([{', '.join(own)}])")
+        run(f"SET allowed_paths = [{', '.join(path for own in paths.values() for path in own)}]")
+        run("SET enable_external_access = false")
+        run("SET lock_configuration = true")
+
+    def select(self, query: str, parameters: list[Any] | None, more: Mapping[str, pa.Table]) -> pa.Table:
+        """Run one query over the views, and over `more` tables by their names.
+
+        Raises:
+            IndexFormatError: it is not one SELECT, or DuckDB cannot run it.
+        """
+        with self._lock:
+            try:
+                for name, own in more.items():
+                    self._connection.register(name, own)
+                kinds = [statement.type for statement in self._connection.extract_statements(query)]
+                if kinds == [duckdb.StatementType.SELECT]:
+                    return self._connection.sql(query, params=parameters).to_arrow_table()
+                found = f"{len(kinds)} statements" if len(kinds) != 1 else f"a statement of type {kinds[0].name}"
+            except duckdb.Error as error:
+                raise _no_query(query, str(error)) from error
+        raise _no_query(query, found)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _no_query(query: str, why: str) -> IndexFormatError:
+    return IndexFormatError(
+        f"{query.strip()[:200]}: {why}",
+        expected="one SELECT over the views that docs/index-format.md names",
+        do="correct the query",
+    )

@@ -1,0 +1,34 @@
+"""The commands as functions: names and paths in, files out. `headscope.commands` is a thin layer over them.
+
+Each job checks where it will write before it computes anything, and what it writes is whole or absent. Heavy
+imports are inside the functions: `headscope --help` is quick, and a served page loads no torch.
+"""
+
+from headscope.jobs.indexes import effects, families, heads, index, live, proxies, survey, upstream_sae
+from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
+from headscope.jobs.pages import dive, export, serve
+from headscope.jobs.saes import convert, eval, info, measure, measured_quality
+from headscope.jobs.training import train
+
+__all__ = [
+    "CorpusChoice",
+    "Hardware",
+    "Progress",
+    "convert",
+    "dive",
+    "effects",
+    "eval",
+    "export",
+    "families",
+    "heads",
+    "index",
+    "info",
+    "live",
+    "measure",
+    "measured_quality",
+    "proxies",
+    "serve",
+    "survey",
+    "train",
+    "upstream_sae",
+]

@@ -1,0 +1,222 @@
+"""An index: built, opened with its model, and studied, of which the results are kept beside it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headscope.artefact import check_run_folder
+from headscope.errors import OutputError, SAEError
+from headscope.index.config import IndexPlan
+from headscope.jobs.inputs import CorpusChoice, Hardware, Progress, load_on
+from headscope.jobs.saes import measured_quality
+
+if TYPE_CHECKING:
+    from headscope.index.head_records import HeadTables
+    from headscope.index.live import LiveIndex
+    from headscope.index.store import FeatureIndex
+    from headscope.proxies.search_records import FeatureProxies
+    from headscope.proxies.search_table import Summary
+    from headscope.sae.model import SAE
+    from headscope.studies.effects import DirectEffects
+    from headscope.studies.induction_store import InductionFamily
+    from headscope.studies.survey import Survey
+
+
+def index(
+    saes: Sequence[str | Path],
+    out: Path,
+    *,
+    model: str | None = None,
+    text: CorpusChoice | None = None,
+    plan: IndexPlan | None = None,
+    hardware: Hardware | None = None,
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+) -> "tuple[FeatureIndex, ...]":
+    """Index every feature of some z SAEs of one model on held-out text, in one pass, and open the indexes.
+
+    Under `torchrun` the ranks share the work; all but the first return nothing.
+
+    Raises:
+        HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
+    """
+    from headscope.index.build import SAERecord, build_index
+    from headscope.index.parts import Workers
+    from headscope.index.store import FeatureIndex
+    from headscope.sae.convert import fitted
+    from headscope.sae.formats import load_sae, sae_hash
+
+    text = text or CorpusChoice()
+    if not saes:
+        raise SAEError("no SAE to index", expected="one or more", do="name them after --sae")
+    _check_remnant(out, overwrite=overwrite)
+    check_run_folder(out, overwrite=overwrite, inputs=[*saes, text.corpus, *([model] if model else [])])
+    loaded_saes = [load_sae(sae) for sae in saes]
+    loaded = (hardware or Hardware()).load(model or loaded_saes[0].model_name)
+    corpus = text.load(loaded, on_progress)
+    workers = Workers.of_environment()
+    folders = build_index(
+        loaded,
+        [
+            (fitted(loaded_sae, loaded), SAERecord(str(sae), sae_hash(sae), measured_quality(sae, corpus)))
+            for sae, loaded_sae in zip(saes, loaded_saes, strict=True)
+        ],
+        corpus,
+        out,
+        overwrite=overwrite,
+        plan=plan,
+        workers=workers,
+        on_progress=on_progress,
+    )
+    return tuple(FeatureIndex.open(folder) for folder in folders) if workers.rank == 0 else ()
+
+
+def _check_remnant(out: Path, *, overwrite: bool) -> None:
+    """Name what a build left beside a finished index: one that replaces it, or its own, killed at its very end."""
+    partial = out.with_name(f"{out.name}.partial")
+    if not overwrite and (out / "manifest.json").is_file() and partial.is_dir():
+        raise OutputError(
+            f"{out} already exists, and {partial} holds what a build beside it left",
+            expected="a new or empty folder",
+            do="choose another folder, or pass --overwrite: it goes on with what is there, and clears it",
+        )
+
+
+def live(
+    index: str | Path, *, model: str | None = None, sae: str | Path | None = None, device: str = "cpu"
+) -> "LiveIndex":
+    """Open an index with the model and the SAE that its manifest names, or with others of the same weights.
+
+    The model computes in the precision that the index was made in.
+
+    Raises:
+        HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
+    """
+    from headscope.index.live import LiveIndex
+    from headscope.index.store import FeatureIndex
+    from headscope.sae.convert import fitted
+    from headscope.sae.formats import load_sae, sae_hash
+
+    opened = FeatureIndex.open(index)
+    name = sae or opened.manifest["sae"]["name"]
+    opened.check_same(sae_hash=sae_hash(name))
+    loaded = load_on(model or opened.manifest["model"]["name"], device, opened.manifest["dtype"])
+    return LiveIndex(opened, loaded, fitted(load_sae(name), loaded))
+
+
+def upstream_sae(opened: "LiveIndex", name: str) -> "SAE":
+    """An SAE of an earlier component of an index's model, as it reads this model's activations, and where it is.
+
+    Raises:
+        ModelError, SAEError: no such SAE, or one that does not fit the model.
+    """
+    from headscope.sae.convert import fitted
+    from headscope.sae.formats import load_sae
+
+    return fitted(load_sae(name), opened.model).to(opened.model.device).to(opened.model.module.dtype)
+
+
+def proxies(
+    index: str | Path, *, features: Sequence[int] = (), on_progress: Progress | None = None
+) -> "tuple[FeatureProxies, ...] | Summary":
+    """Find the proxies that go best with features: of all live ones, into the index's columns `proxies`.
+
+    Args:
+        index: an index folder.
+        features: only these, and nothing is written.
+        on_progress: called after every feature.
+
+    Returns:
+        What was found of each of `features`, or a count of kinds.
+
+    Raises:
+        IndexFormatError, OutputError: no index, no such feature, or columns that cannot be written.
+    """
+    from headscope.index.store import FeatureIndex
+    from headscope.proxies.search import search
+    from headscope.proxies.search_table import add_proxies
+
+    opened = FeatureIndex.open(index)
+    return tuple(search(opened, features)) if features else add_proxies(opened, on_progress=on_progress)
+
+
+def effects(
+    index: str | Path,
+    *,
+    model: str | None = None,
+    sae: str | Path | None = None,
+    max_work: float = 1e11,
+    device: str = "cpu",
+    on_progress: Progress | None = None,
+) -> "DirectEffects":
+    """The exact direct-path loss effect of every live feature of an index, added to it as the columns `effects`.
+
+    Raises:
+        HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
+    """
+    from headscope.studies.effects import direct_effects, write_effects
+
+    opened = live(index, model=model, sae=sae, device=device)
+    on_pairs = None if on_progress is None else lambda done, total: on_progress("effects", done, total)
+    found = direct_effects(opened, max_work=max_work, on_progress=on_pairs)
+    write_effects(opened, found)
+    return found
+
+
+def families(
+    index: str | Path,
+    *,
+    model: str | None = None,
+    sae: str | Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    on_progress: Progress | None = None,
+) -> "InductionFamily":
+    """Judge all live features of an index for induction, and keep it: columns `induction` and tables of heads.
+
+    Raises:
+        HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
+    """
+    from headscope.studies.induction_store import induction_family, save_family
+
+    opened = live(index, model=model, sae=sae, device=device)
+    found = induction_family(opened, seed=seed, on_progress=on_progress)
+    save_family(opened, found)
+    return found
+
+
+def heads(
+    index: str | Path,
+    *,
+    model: str | None = None,
+    sae: str | Path | None = None,
+    n_shuffles: int = 99,
+    seed: int = 0,
+    device: str = "cpu",
+    on_progress: Progress | None = None,
+) -> "HeadTables":
+    """Study every head of a model and all features of an index by head, and keep it beside the index.
+
+    Raises:
+        HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
+    """
+    from headscope.index.head_records import HeadTables
+    from headscope.studies.head_store import HeadPlan, study_heads
+
+    opened = live(index, model=model, sae=sae, device=device)
+    study_heads(opened, HeadPlan(n_shuffles=n_shuffles, seed=seed), on_progress)
+    return HeadTables(index)
+
+
+def survey(index: str | Path, *, sample: str = "first:50") -> "Survey":
+    """Tally what was said of a sample of an index's features: how many are alive, and how many interpretable.
+
+    Raises:
+        IndexFormatError, LabelError: no index, no such sample, or a damaged file of labels.
+    """
+    from headscope.index.labels import LabelStore
+    from headscope.index.store import FeatureIndex
+    from headscope.studies import survey as study
+
+    chosen, opened = study.Sample.parse(sample), FeatureIndex.open(index)
+    return study.survey(opened, LabelStore(opened).read(), chosen)

@@ -1,0 +1,84 @@
+"""What jobs are given: text, and a model on a device; and whom they tell how far they are."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from headscope.corpus import Corpus, Reading, Split, load_corpus
+from headscope.errors import ModelError
+
+if TYPE_CHECKING:
+    from headscope.models.hf import Model
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, the work done and the work in all, which is 0 where that is not known."""
+
+
+@dataclass(frozen=True)
+class CorpusChoice(Reading):
+    """Which text is read, and how it is cut."""
+
+    corpus: str = "python"
+    """`python` (the standard library of this interpreter); a file, folder or pattern of files: text, .jsonl, .parquet,
+    .npy; a folder that `datasets` saved; or a dataset on the hub."""
+    split: Split = "heldout"
+    """Documents to read: those for training (60 %), those held out (40 %, by hash of their name), or all."""
+    block_size: int | None = None
+    """Tokens in a block, BOS included; 256, or the model's context if that is shorter, when not given."""
+    max_tokens: int | None = None
+    """Read at most this many tokens."""
+
+    def load(self, model: "Model", on_progress: Progress | None = None) -> Corpus:
+        """Read, tokenise and pack; text that takes long to tokenise is told of as it goes on."""
+        return load_corpus(
+            self.corpus,
+            model.tokenizer,
+            bos=model.bos,
+            split=self.split,
+            block_size=min(256, model.spec.context) if self.block_size is None else self.block_size,
+            max_tokens=self.max_tokens,
+            reading=self,
+            on_tokens=None if on_progress is None else lambda done, total: on_progress("tokenise", done, total or 0),
+        )
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where and in what precision a model computes."""
+
+    device: str = "cpu"
+    """`cpu`, `cuda`, `cuda:1`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the model. SAEs, losses, norms' scales and statistics are of float32; an index is only made in float32."""
+
+    def load(self, name: str) -> "Model":
+        """Load a model.
+
+        Raises:
+            ModelError: no such model, or no such device.
+        """
+        return load_on(name, self.device, self.dtype)
+
+
+def load_on(name: str, device: str, dtype: str) -> "Model":
+    """A model on a device; `cuda` under `torchrun` is the GPU of the process's own.
+
+    Raises:
+        ModelError: no such model, or no such device.
+    """
+    import torch
+
+    from headscope.models.load import load_model
+
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"device {device!r}: {str(error).splitlines()[0]}",
+            expected="cpu, or cuda on a machine that has it",
+            do="pass another --device",
+        ) from error
+    return load_model(name, device=found, dtype=getattr(torch, dtype))

@@ -1,0 +1,139 @@
+"""An SAE that is there: measured, converted, described."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headscope.artefact import check_run_folder, file_hash, read_json, write_json
+from headscope.corpus import Corpus
+from headscope.errors import OutputError, SAEError
+from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
+from headscope.site import Kind, Site
+
+if TYPE_CHECKING:
+    from headscope.models.hf import Model
+    from headscope.sae.describe import Fit, Lines
+    from headscope.sae.model import SAE
+    from headscope.sae.quality import Quality
+
+
+def eval(
+    sae: str | Path,
+    *,
+    model: str | None = None,
+    text: CorpusChoice | None = None,
+    hardware: Hardware | None = None,
+    on_progress: Progress | None = None,
+) -> "Quality":
+    """Measure an SAE on held-out text; beside files of the user's own `quality.json` is written.
+
+    Raises:
+        HeadscopeError: any of its kinds.
+    """
+    from headscope.sae.convert import fitted
+    from headscope.sae.formats import load_sae
+
+    loaded_sae = load_sae(sae)
+    loaded = (hardware or Hardware()).load(model or loaded_sae.model_name)
+    corpus = (text or CorpusChoice()).load(loaded, on_progress)
+    on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
+    return measure(sae, fitted(loaded_sae, loaded), loaded, corpus, on_tokens)
+
+
+def measure(
+    name: str | Path,
+    sae: "SAE",
+    model: "Model",
+    corpus: Corpus,
+    on_tokens: Callable[[int, int], None] | None = None,
+) -> "Quality":
+    """As `eval`, of an SAE, a model and text that are loaded; `name` is what the SAE was loaded from."""
+    from headscope.sae.formats import locate
+    from headscope.sae.quality import evaluate
+
+    files, quality = locate(name), evaluate(model, sae, corpus, on_tokens)
+    record = {"sae_hash": file_hash(files.weights), "corpus": corpus.fingerprint(), "quality": quality.as_dict()}
+    if files.own:
+        try:
+            write_json(files.quality, record)
+        except OutputError as error:
+            warnings.warn(f"the figures are not kept beside the SAE: {error}", stacklevel=2)
+    return quality
+
+
+def measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
+    """What `eval` found for exactly these weights on exactly this text, if it was run."""
+    from headscope.sae.formats import locate, sae_hash
+
+    path = locate(sae).quality
+    if not path.is_file():
+        return None
+    try:
+        record = read_json(path)
+        same = record["sae_hash"] == sae_hash(sae) and record["corpus"] == corpus.fingerprint()
+        return record["quality"] if same else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{path} cannot be read and is left out: {error!r}", stacklevel=2)
+        return None
+
+
+def convert(
+    sae: str | Path,
+    out: Path,
+    *,
+    model: str | None = None,
+    site: Kind | None = None,
+    layer: int | None = None,
+    trained_on: str | None = None,
+    overwrite: bool = False,
+) -> "SAE":
+    """Write an SAE of any format as a SAELens folder that states all, and that reads the model's own activations.
+
+    Args:
+        sae: see `load_sae`.
+        out: the folder.
+        model: to convert an SAE of processed weights with; the one the SAE names when not given.
+        site: what it reads, with `layer`, for files that do not say.
+        layer: see `site`.
+        trained_on: the model's name, for files that do not say or say another program's.
+        overwrite: replace what `out` holds.
+
+    Raises:
+        HeadscopeError: any of its kinds.
+    """
+    from headscope.models.load import load_model
+    from headscope.sae.convert import fitted
+    from headscope.sae.formats import load_sae, save_sae
+
+    if (site is None) != (layer is None):
+        raise SAEError(
+            "a site without a layer, or a layer without a site", expected="both", do="give --site and --layer"
+        )
+    check_run_folder(out, overwrite=overwrite, inputs=[sae, *([model] if model else [])])
+    stated = None if site is None or layer is None else Site(site, layer)
+    loaded = load_sae(sae, site=stated, model_name=trained_on)
+    if loaded.processed or model is not None:
+        loaded = fitted(loaded, load_model(model or loaded.model_name))
+    save_sae(loaded, out, overwrite=overwrite)
+    return loaded
+
+
+def info(name: str | Path, *, model: str | None = None) -> "tuple[Lines, Fit | None]":
+    """What an SAE or a model is; of an SAE, with a model, whether the two fit.
+
+    Raises:
+        SAEError, ModelError: neither is there, or it cannot be read.
+    """
+    from headscope.models.load import load_model
+    from headscope.sae import describe
+    from headscope.sae.formats import is_sae, load_sae, locate
+
+    if not is_sae(name):
+        return describe.describe_model(load_model(str(name))), None
+    sae, files = load_sae(name), locate(name)
+    lines = describe.describe_sae(sae, files)
+    if model is None:
+        return lines, None
+    loaded = load_model(model)
+    return lines + describe.describe_model(loaded), describe.fit(sae, loaded)

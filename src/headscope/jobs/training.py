@@ -1,0 +1,83 @@
+"""Train an SAE: from names and paths to a folder that is whole, after interruptions too."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headscope.artefact import check_run_folder, read_json
+from headscope.errors import OutputError
+from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
+from headscope.sae.config import TrainConfig
+from headscope.sae.metrics import Status
+from headscope.sae.runs import METRICS, TRAINING
+from headscope.site import Kind, Site
+
+if TYPE_CHECKING:
+    from headscope.sae.training.run import TrainResult
+
+
+def train(  # noqa: PLR0913 - one argument an option of the command
+    out: Path,
+    *,
+    model: str = "tiny",
+    text: CorpusChoice | None = None,
+    site: Kind = "z",
+    layer: int | None = None,
+    config: TrainConfig | None = None,
+    hardware: Hardware | None = None,
+    overwrite: bool = False,
+    on_step: Callable[[Status], None] | None = None,
+    on_progress: Progress | None = None,
+) -> "TrainResult":
+    """Train an SAE and write it to `out`, a SAELens folder; `layer` None is the last.
+
+    Checkpoints are kept beside it, in `out.training`, until it is done: the same call goes on with a run that was cut
+    off. After Ctrl-C what was trained is written too, and the result says `interrupted`. In a process group all ranks
+    train one SAE, and the first writes it.
+
+    Raises:
+        HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
+    """
+    from headscope.sae.formats import save_sae
+    from headscope.sae.training.checkpoint import Checkpoints
+    from headscope.sae.training.ranks import Ranks
+    from headscope.sae.training.run import train_sae
+
+    text, ranks = text or CorpusChoice(split="train"), Ranks.joined()
+    kept = Checkpoints(out.with_name(f"{out.name}{TRAINING}"), ranks)
+    going_on = kept.begun and not overwrite
+    config = config or TrainConfig()
+    overwrite = overwrite or (going_on and _is_of_this_training(out, config))
+    check_run_folder(out, overwrite=overwrite, inputs=[model, text.corpus])
+    if not going_on:
+        kept.clear()
+    loaded = (hardware or Hardware()).load(model)
+    chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
+    loaded.check_layer(chosen.layer)
+    corpus = text.load(loaded, on_progress)
+    result = train_sae(loaded, corpus, chosen, config, on_step, folder=kept.folder)
+    if ranks.rank == 0:
+        try:
+            save_sae(result.sae, out, overwrite=overwrite)
+            shutil.copy(kept.folder / f"{METRICS}.jsonl", out)
+        except (OutputError, OSError) as error:
+            rescue = save_sae(result.sae, Path(tempfile.mkdtemp(prefix="headscope-"), out.name))
+            raise OutputError(
+                f"{out} could not be written ({error.__cause__ or error})",
+                expected="the folder to stay writable, on a disk with room",
+                do=f"move what was trained from {rescue}",
+            ) from error
+    if not result.interrupted:
+        kept.clear()
+    return result
+
+
+def _is_of_this_training(sae: Path, config: TrainConfig) -> bool:
+    """Whether a folder holds an SAE whose training was ended early, or before its checkpoints were removed."""
+    try:
+        held = read_json(sae / "cfg.json")["metadata"]["training"]
+        return held["interrupted"] is True or held["config"] == config.as_dict()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
