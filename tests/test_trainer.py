@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from headscope.errors import TrainingError
 from headscope.sae.model import SAE, Gated, JumpReLU, ReLU, TopK
+from headscope.sae.training import objectives
 from headscope.sae.training.dictionary import geometric_median, scale_of
 from headscope.sae.training.trainer import Trainer
 from headscope.site import Site
@@ -290,6 +291,14 @@ def test_resampling_with_all_latents_dead_starts_them_all_anew(variant: str, by:
     assert all(tensor.isfinite().all() for tensor in weights(t).values())
     assert_close(t.p["decoder"].norm(dim=1), ones(24))
     t.step(data(BATCH))
+
+
+@pytest.mark.parametrize("variant", RESAMPLED)
+def test_resampling_computes_no_gradients(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = trainer(steps=6, variant=variant)
+    let_die(t, [3])
+    monkeypatch.setattr(objectives, "backward", None)
+    assert t.resample(data(200, seed=77)) == 1
 
 
 def test_badly_reconstructed_inputs_are_drawn_more_often() -> None:

@@ -13,7 +13,18 @@ from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Status
 from headscope.sae.model import SAE
 from headscope.sae.training.dictionary import first_parameters, first_threshold, scale_of, started_anew
-from headscope.sae.training.objectives import Gated, JumpReLU, Now, Objective, Outcome, Parameters, ReLU, Space, TopK
+from headscope.sae.training.objectives import (
+    Gated,
+    JumpReLU,
+    Now,
+    Objective,
+    Outcome,
+    Parameters,
+    ReLU,
+    Space,
+    TopK,
+    squared_error,
+)
 from headscope.sae.training.ranks import ALONE, Ranks
 from headscope.sae.training.schedule import coefficient_at, first_coefficient, likely_coefficient, rate, steer
 from headscope.site import Site
@@ -205,7 +216,7 @@ class Trainer:
         if not dead.any():
             return 0
         x = x * self.scale
-        errors = [self._without_penalty(part).squared_error for part in x.split(_RESAMPLE_CHUNK)]
+        errors = [squared_error(self.objective, self.p, part) for part in x.split(_RESAMPLE_CHUNK)]
         for name, rows in started_anew(self.p, dead, x, torch.cat(errors), self.config, self.generator).items():
             self.p[name][dead] = rows
             for moment in ("exp_avg", "exp_avg_sq"):
