@@ -401,6 +401,39 @@ def test_a_restored_trainer_goes_on_bit_for_bit(name: str) -> None:
         assert torch.equal(tensor, weights(again)[weight]), weight
 
 
+def test_a_restored_trainer_remembers_how_often_latents_fired() -> None:
+    """Cut off within the window before a resampling, after one."""
+    changes = {"variant": "relu", "dead_after": 6 * BATCH, "dead_below": 0.05, "resample_every": 10, "resample": 2}
+    t, again = trainer(**changes), trainer(**changes)
+    for step in range(20):
+        if step == 10:
+            t.p["b_enc"][:12] -= 0.7
+        if step == 17:
+            again.restore(t.state())
+        for each in (t, again)[: 1 + (step >= 17)]:
+            each.step(data(BATCH, seed=step))
+    assert t.firings is not None
+    assert torch.equal(again.replaceable, t.replaceable)
+    assert 0 < t.replaceable.sum() < 24
+    assert (t.replaceable & ~t.dead).any()
+    assert trainer().state()["firings"] is None
+
+
+def test_firings_are_counted_in_the_window_before_a_resampling_alone() -> None:
+    t = trainer(variant="relu", dead_after=3 * BATCH, dead_below=0.5, resample_every=5, resample=2)
+    counted = torch.zeros(24, dtype=torch.int64)
+    for step in range(12):
+        active = outcome(t, data(BATCH, seed=step)).active
+        t.step(data(BATCH, seed=step))
+        if step + 1 in (3, 8):
+            counted.zero_()
+        if step + 1 in (3, 4, 5, 8, 9, 10):
+            counted += torch.bincount(active.latent, minlength=24)
+        assert torch.equal(t.firings, counted), step
+        assert torch.equal(t.replaceable, counted < 0.5 * 3 * BATCH)
+    assert counted.sum() > 0
+
+
 # ------------------------------------------------------------------------------------------------ planted dictionaries
 RECOVERED: dict[str, dict[str, Any]] = {
     name: RECIPES[name] for name in RECIPES if name not in ("after W_O", "matryoshka")

@@ -74,7 +74,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
 
 
 # --------------------------------------------------------------------------------------------------------------- ranks
-OF_RANKS: dict[str, dict[str, Any]] = RECIPES | {"relu after W_O": {"variant": "relu", "error_in": "output"}}
+OF_RANKS: dict[str, dict[str, Any]] = RECIPES | {
+    "relu after W_O": {"variant": "relu", "error_in": "output"},
+    "relu, rare": {"variant": "relu", "dead_below": 0.03},
+}
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,8 @@ class TrainConfig:
     """On inputs drawn by their squared loss (Bricken et al. 2023), or on random directions."""
     dead_after: int = 500_000
     """Activations without firing after which a latent is dead; fewer where the first resampling comes sooner."""
+    dead_below: float = 0.0
+    """Share of the dead_after activations before a resampling; who fires on fewer is started anew. 0: who never did."""
     exclude_bos: bool = True
     """Leave BOS positions out of training."""
     buffer: int = 262_144
@@ -149,7 +151,7 @@ class TrainConfig:
                 raise TrainingError(f"{name} = {value}", expected="0 or more", do=f"raise --{name.replace('_', '-')}")
         if len(self.betas) != 2:
             raise TrainingError(f"betas = {self.betas}", expected="two shares", do="change --betas")
-        shares = {"decay": self.decay, "coefficient_warmup": self.coefficient_warmup}
+        shares = {name: getattr(self, name) for name in ("decay", "coefficient_warmup", "dead_below")}
         shares |= {f"betas[{i}]": beta for i, beta in enumerate(self.betas)}
         for name, value in shares.items():
             if not (0 <= value < 1 or (name == "decay" and value == 1)):

@@ -83,6 +83,8 @@ class Trainer:
         """Running mean of the least activation of a batch, of batchtopk."""
         self.last_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=samples.device)
         """Step of each latent's last activation."""
+        self.firings = torch.zeros_like(self.last_fired) if config.dead_below else None
+        """Inputs that each latent fired on since the window before a resampling began, where their share decides."""
         if config.start != "random":
             self._fit_first_size(samples[:_RESAMPLE_CHUNK] * self.scale)
             ranks.share(self.p.values())
@@ -100,6 +102,13 @@ class Trainer:
     def dead(self) -> Bool[Tensor, " d_sae"]:
         """Latents that have not fired for `dead_after` activations, or since the start when resampling comes sooner."""
         return self.step_number - self.last_fired > self.config.dead_steps
+
+    @property
+    def replaceable(self) -> Bool[Tensor, " d_sae"]:
+        """Latents that a resampling starts anew: dead ones, or those that fired on too few inputs of the window."""
+        if self.firings is None:
+            return self.dead
+        return self.firings < self.config.dead_below * self.config.dead_steps * self.config.batch
 
     @torch.no_grad()
     def step(self, x: Float[Tensor, "batch d_in"]) -> Status:
@@ -147,12 +156,25 @@ class Trainer:
         self.step_number += 1
         self.last_fired[outcome.active.latent] = self.step_number
         self.ranks.largest(self.last_fired)
+        if self.firings is not None:
+            self._count_firings(self.firings, outcome)
         if self.config.steered:
             self.coefficient = steer(self.config, self.coefficient, status.l0)
         if self.config.variant == "batchtopk":
             least = self.ranks.least(outcome.values)
             share = 1.0 if self.step_number == 1 else max(_THRESHOLD_RATE, min(0.3, 10 / self.step_number))
             self.threshold += share * (least - self.threshold)
+
+    def _count_firings(self, firings: Tensor, outcome: Outcome) -> None:
+        """Add a batch, in the window before a resampling: the last `dead_steps` steps that it comes after."""
+        left = min((at - self.step_number for at in self.config.resampled_at if at >= self.step_number), default=None)
+        if left is None or left >= self.config.dead_steps:
+            return
+        if left == self.config.dead_steps - 1:
+            firings.zero_()
+        own = outcome.active.latent_starts.diff()
+        self.ranks.total(own)
+        firings += own
 
     def _status(self, x: Tensor, outcome: Outcome, coefficient: float, dead: Tensor) -> Status:
         centred = x - x.mean(0)
@@ -208,11 +230,11 @@ class Trainer:
 
     @torch.no_grad()
     def resample(self, x: Float[Tensor, "n d_in"]) -> int:
-        """Start dead latents anew, by what is reconstructed badly among raw activations; returns how many.
+        """Start `replaceable` latents anew, by what is reconstructed badly among raw activations; returns how many.
 
         Adam's moments of what is new are zero; nothing else changes.
         """
-        dead = self.dead
+        dead = self.replaceable
         if not dead.any():
             return 0
         x = x * self.scale
@@ -271,6 +293,7 @@ class Trainer:
             **moments,
             "scale": self.scale,
             "last_fired": self.last_fired,
+            "firings": self.firings,
             "generator": self.generator.get_state(),
             "step_number": self.step_number,
             "coefficient": self.coefficient,
@@ -287,6 +310,8 @@ class Trainer:
             self.adam.state[weight] = {key: value.to(weight.device).clone() for key, value in moments.items()}
         self.scale.copy_(state["scale"])
         self.last_fired.copy_(state["last_fired"])
+        if self.firings is not None:
+            self.firings.copy_(state["firings"])
         self.generator.set_state(state["generator"])
         self.step_number, self.coefficient = state["step_number"], state["coefficient"]
         self.threshold = state["threshold"]
