@@ -22,6 +22,7 @@ class NaiveTraining:
         self.adam = torch.optim.Adam(list(self.p.values()), lr=config.lr, betas=config.betas, foreach=False)
         self.n_steps_taken = 0
         self.last_fired = [0] * len(p["decoder"])
+        self.fired_on: list[list[int]] = []  # inputs of each step's batch, by latent
         self.resampled_after = 0  # steps
 
     def activations(self, x: Tensor) -> Tensor:
@@ -68,18 +69,29 @@ class NaiveTraining:
                 for row in decoder:
                     row /= row.norm()
         self.n_steps_taken += 1
-        for latent in range(len(decoder)):
-            if (f[:, latent] > 0).any():
+        self.fired_on.append([int((f[:, latent] > 0).sum()) for latent in range(len(decoder))])
+        for latent, n in enumerate(self.fired_on[-1]):
+            if n:
                 self.last_fired[latent] = self.n_steps_taken
 
     def dead(self) -> list[int]:
         window = self.config.dead_after // self.config.batch
         return [j for j, last in enumerate(self.last_fired) if self.n_steps_taken - last > window]
 
+    def to_start_anew(self) -> list[int]:
+        """Latents whose frequency in the look-back window is below the cutoff (Kissane et al. 2024)."""
+        if not self.config.dead_below:
+            return self.dead()
+        window = self.fired_on[-(self.config.dead_after // self.config.batch) :]
+        inputs = len(window) * self.config.batch
+        return [
+            j for j, by_step in enumerate(zip(*window, strict=True)) if sum(by_step) / inputs < self.config.dead_below
+        ]
+
     @torch.no_grad()
     def resample(self, x: Tensor, generator: Generator) -> None:
         """Start dead latents anew; draws what the recipe draws, from a generator in the state of the other's."""
-        dead = self.dead()
+        dead = self.to_start_anew()
         self.resampled_after = self.n_steps_taken
         if not dead:
             return

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from headscope.sae.training import kernels
-from headscope.sae.training.objectives import Gated, JumpReLU, Now, Objective, Outcome, ReLU, Space, TopK
+from headscope.sae.training.objectives import Gated, JumpReLU, Now, Objective, Outcome, ReLU, Space, TopK, squared_error
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 SIZES: dict[str, Any] = {
@@ -177,6 +177,23 @@ def test_dense_products_change_no_number(name: str, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(kernels, "DENSE_ABOVE", share)
         assert problem.outcome(objectives(problem.space)[name]).active.dense == dense
         assert_is_naive(problem, objectives(problem.space)[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=20)
+@given(**SIZES)
+def test_errors_without_gradients_are_the_same_bits(name: str, **sizes: Any) -> None:
+    problem = Problem(**sizes)
+    got = squared_error(objectives(problem.space)[name], problem.p, problem.x)
+    assert torch.equal(got, problem.outcome(objectives(problem.space)[name]).squared_error)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_encodes_is_active_or_zero(name: str) -> None:
+    problem = Problem()
+    pairs, values = objectives(problem.space)[name].encode(problem.p, problem.x - problem.p["b_dec"])
+    got = problem.outcome(objectives(problem.space)[name])
+    assert torch.equal(pairs.matrix(values), got.active.matrix(got.values))
 
 
 @pytest.mark.parametrize("name", NAMES)

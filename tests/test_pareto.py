@@ -102,8 +102,8 @@ def test_the_figure_without_plotly_names_the_extra(found: Pareto, monkeypatch) -
 def test_the_page_holds_the_numbers_and_no_paths(found: Pareto) -> None:
     text = page(found, "pareto.svg")
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert rows[0] == f"| {' | '.join(HEADINGS)} |"
-    assert rows[2:] == [f"| {' | '.join(p.cells())} |" for p in found.points]
+    assert rows[0] == f"| {' | '.join(['curve', *HEADINGS[1:]])} |"
+    assert rows[2:] == [f"| {' | '.join(p.cells())} |" for points in found.curves().values() for p in points]
     assert "| relu | 8 | 8.50 [8.49, 8.52] | 0.900 [0.890, 0.920] | 0.885 [0.875, 0.905] |" in text
     assert "5,000 held-out tokens in 20 blocks" in text
     assert "![Pareto curves](pareto.svg)" in text
@@ -127,13 +127,34 @@ def test_the_drawing_puts_points_where_they_are(found: Pareto) -> None:
 
 
 def test_lines_are_told_apart_without_colour(found: Pareto) -> None:
-    variants = ("relu", "batchtopk", "topk", "jumprelu", "gated")
-    points = tuple(point(variant, t, t) for variant in variants for t in (4.0, 8.0))
-    thick = re.findall(
+    points = tuple(point(f"kind {i}", t, t) for i in range(8) for t in (4.0, 8.0))
+    lines = re.findall(
         r'<polyline[^>]*stroke="(#\w{6})"[^>]*?(?:stroke-dasharray="([^"]*)")?/>', svg(replace(found, points=points))
     )
-    legend = thick[: len(variants)]
-    assert len({colour for colour, _ in legend}) == len({dash for _, dash in legend}) == len(variants)
+    legend = lines[:8]
+    assert len({colour for colour, _ in legend}) == len({dash for _, dash in legend}) == 8
+
+
+def test_more_curves_than_colours_are_other_pairs_of_colour_and_dashes(found: Pareto) -> None:
+    points = tuple(point(f"kind {i}", 4.0, 4.0) for i in range(40))
+    lines = re.findall(
+        r'<polyline[^>]*stroke="(#\w{6})"[^>]*?(?:stroke-dasharray="([^"]*)")?/>', svg(replace(found, points=points))
+    )
+    assert len(set(lines[:40])) == 40
+
+
+@pytest.mark.parametrize("length", [5, 30, 61, 250])
+def test_the_legend_fits(found: Pareto, length: int) -> None:
+    names = [f"{i} " + "word " * (length // 5) for i in range(8)]
+    root = ET.fromstring(svg(replace(found, points=tuple(point(name, 4.0, 4.0) for name in names))))
+    legend = [t for t in root.findall("{*}text") if t.text]
+    assert " ".join(t.text or "" for t in legend).split() == " ".join(names).split()
+    ends = [(float(t.get("x", "")), float(t.get("y", "")), len(t.text or "")) for t in legend]
+    assert all(x + 6.5 * letters < float(root.get("width", "")) for x, _, letters in ends)
+    for (x, y, letters), (following, lower, _) in itertools.pairwise(ends):
+        assert (lower == y and following > x + 6.5 * letters) or lower >= y + 14
+    panel = min(float(re.findall(r"[\d.]+", g.get("transform", ""))[1]) for g in root.findall("{*}g"))
+    assert max(y for _, y, _ in ends) < panel + 10  # above a panel's own title
 
 
 def test_names_are_escaped(found: Pareto) -> None:
@@ -171,6 +192,82 @@ def test_the_script_writes_what_the_code_says(found: Pareto, tmp_path: Path, mon
         assert Pareto.read(tmp_path / "docs" / "pareto.json") == found
 
 
+# --------------------------------------------------------------------------------------------------------------- joined
+def changed(found: Pareto, **recipe: object) -> Pareto:
+    """Another sweep: of SAEs whose recipe differs."""
+    return replace(found, points=tuple(replace(p, recipe={**p.recipe, **recipe}) for p in found.points))
+
+
+def test_sweeps_are_joined_and_curves_named_by_what_differs(found: Pareto) -> None:
+    sweeps = [found, changed(found, prefixes=[64, 512]), changed(found, decoder="free", lr=5e-5)]
+    joined = Pareto.joined(sweeps)
+    assert joined.points == tuple(p for sweep in sweeps for p in sweep.points)
+    assert (joined.model, joined.site, joined.corpus) == (found.model, found.site, found.corpus)
+    own = ["", ", prefixes 64 512", ", decoder free, lr 5e-05"]
+    assert list(joined.curves()) == [f"{variant}{options}" for options in own for variant in ("relu", "topk")]
+    assert [[p.target_l0 for p in points] for points in joined.curves().values()] == [[4.0, 8.0]] * 6
+
+
+def test_all_that_differs_is_said_and_all_that_does_not(found: Pareto) -> None:
+    joined = Pareto.joined([found, changed(found, prefixes=[64, 512], betas=[0.5, 0.9])])
+    assert joined.own()["topk"] == {"prefixes": [], "betas": [0.9, 0.999]}
+    assert joined.own()["topk, prefixes 64 512, betas 0.5 0.9"] == {"prefixes": [64, 512], "betas": [0.5, 0.9]}
+    everything = joined.common().keys() | joined.own()["relu"].keys() | {"variant", "target_l0"}
+    assert everything == found.points[0].recipe.keys()
+    text = page(joined, "pareto.svg")
+    assert "* relu: `prefixes` none, `betas` 0.9 0.999\n" in text
+    assert "* relu, prefixes 64 512, betas 0.5 0.9: `prefixes` 64 512, `betas` 0.5 0.9\n" in text
+    assert "\n| relu, prefixes 64 512, betas 0.5 0.9 | 4 | 4.25 " in text
+    common = next(line for line in text.splitlines() if line.startswith("Of all"))
+    assert "`decoder` unit" in common
+    assert "`prefixes`" not in common
+    assert "Of each curve" not in page(found, "pareto.svg")
+
+
+def test_an_option_that_older_saes_did_not_have_is_not_said_to_be_theirs(found: Pareto) -> None:
+    joined = Pareto.joined([found, changed(found, newer=3)])
+    assert list(joined.curves()) == ["relu", "topk", "relu, newer 3", "topk, newer 3"]
+    assert joined.own()["relu"] == {"newer": None}
+
+
+def test_widths_of_all_are_said(found: Pareto) -> None:
+    wide = replace(changed(found, d_sae=4096), points=tuple(replace(p, d_sae=4096) for p in found.points))
+    wide = changed(wide, d_sae=4096)
+    assert "n = 2,048 or 4,096 latents" in page(Pareto.joined([found, wide]), "pareto.svg")
+
+
+def test_sweeps_that_were_measured_on_something_else_are_refused(found: Pareto) -> None:
+    text = {**found.corpus, "split": "train"}
+    for what, other in {"model": "gpt2", "site": "blocks.0.attn.hook_z", "corpus": text}.items():
+        sweep = replace(changed(found, lr=1.0), **{what: other})
+        name = {"corpus": "split"}.get(what, what)
+        with pytest.raises(SAEError, match=rf"(?s)something else: {name} .*expected: SAEs of one .*do: leave one out"):
+            Pareto.joined([found, sweep])
+
+
+def test_a_recipe_that_was_swept_twice_is_refused(found: Pareto) -> None:
+    with pytest.raises(SAEError, match=r"(?s)relu-l0-8 is in two sweeps.*expected: each.*do: leave one out"):
+        Pareto.joined([found, changed(found, lr=1.0), found])
+
+
+def test_the_script_joins_sweeps(found: Pareto, tmp_path: Path, monkeypatch) -> None:
+    sweeps = {"one": found, "two": changed(found, decoder="free")}
+    for name, sweep in sweeps.items():
+        sweep.write(tmp_path / f"{name}.json")
+    script = tmp_path / "scripts" / "pareto.py"
+    script.parent.mkdir()
+    (tmp_path / "docs").mkdir()
+    script.write_text((DOCS.parent / "scripts" / "pareto.py").read_text())
+    for arguments in ([str(tmp_path / f"{name}.json") for name in sweeps], []):
+        monkeypatch.setattr(sys, "argv", ["pareto.py", *arguments])
+        runpy.run_path(str(script), run_name="__main__")
+        joined = Pareto.joined(list(sweeps.values()))
+        assert (tmp_path / "docs" / "pareto.md").read_text() == page(joined, "pareto.svg")
+        assert (tmp_path / "docs" / "pareto.svg").read_text() == svg(joined)
+        assert Pareto.read(tmp_path / "docs" / "pareto.json") == joined
+
+
+# ------------------------------------------------------------------------------------------------------------ committed
 @pytest.mark.skipif(not (DOCS / "pareto.json").is_file(), reason="no sweep was kept")
 def test_the_committed_page_is_that_of_the_committed_sweep() -> None:
     kept = Pareto.read(DOCS / "pareto.json")

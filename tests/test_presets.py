@@ -46,6 +46,7 @@ def test_a_layer_of_gpt2_has_its_own_values(trained, capsys, layer) -> None:
     run("--preset", "kissane-gpt2", "--model", "gpt2", "--layer", str(layer))
     assert trained[0].coefficient == KISSANE_GPT2_COEFFICIENTS[layer]
     assert trained[0].d_sae == (49_152 if layer in (5, 7) else 24_576)
+    assert trained[0].dead_below == {8: 1e-5, 10: 1e-5, 11: 3.16e-6}.get(layer, 1e-6)
     assert "kissane" not in capsys.readouterr().out
 
 
@@ -53,7 +54,9 @@ def test_a_layer_of_gpt2_has_its_own_values(trained, capsys, layer) -> None:
 def test_without_a_layer_of_gpt2_it_is_said_whose_values_hold(trained, capsys, options) -> None:
     run("--preset", "kissane-gpt2", *options)
     assert trained == [PRESETS["kissane-gpt2"]]
-    assert "those of layer 2 hold (coefficient 1, d_sae 24,576, unless given)" in capsys.readouterr().out
+    assert (
+        "those of layer 2 hold (coefficient 1, d_sae 24,576, dead_below 1e-06, unless given)" in capsys.readouterr().out
+    )
 
 
 def test_what_is_said_of_other_presets() -> None:
@@ -81,6 +84,7 @@ def test_the_help_names_all_presets_and_shows_their_values(capsys, monkeypatch) 
     shown = capsys.readouterr().out
     assert all(name in shown for name in PRESETS)
     assert re.search(r"--d-sae INT +Latents. \(default: 16384\)", shown)
+    assert re.search(r"--dead-below FLOAT +Share of .* \(default: 1e-07\)", shown)
 
 
 def test_the_page_on_training_lists_the_presets() -> None:

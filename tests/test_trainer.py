@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from headscope.errors import TrainingError
 from headscope.sae.model import SAE, Gated, JumpReLU, ReLU, TopK
+from headscope.sae.training import objectives
 from headscope.sae.training.dictionary import geometric_median, scale_of
 from headscope.sae.training.trainer import Trainer
 from headscope.site import Site
@@ -292,6 +293,14 @@ def test_resampling_with_all_latents_dead_starts_them_all_anew(variant: str, by:
     t.step(data(BATCH))
 
 
+@pytest.mark.parametrize("variant", RESAMPLED)
+def test_resampling_computes_no_gradients(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = trainer(steps=6, variant=variant)
+    let_die(t, [3])
+    monkeypatch.setattr(objectives, "backward", None)
+    assert t.resample(data(200, seed=77)) == 1
+
+
 def test_badly_reconstructed_inputs_are_drawn_more_often() -> None:
     t = trainer(steps=6, d_sae=400)
     x = data(64, seed=77)
@@ -390,6 +399,39 @@ def test_a_restored_trainer_goes_on_bit_for_bit(name: str) -> None:
     assert first.threshold == again.threshold
     for weight, tensor in weights(first).items():
         assert torch.equal(tensor, weights(again)[weight]), weight
+
+
+def test_a_restored_trainer_remembers_how_often_latents_fired() -> None:
+    """Cut off within the window before a resampling, after one."""
+    changes = {"variant": "relu", "dead_after": 6 * BATCH, "dead_below": 0.05, "resample_every": 10, "resample": 2}
+    t, again = trainer(**changes), trainer(**changes)
+    for step in range(20):
+        if step == 10:
+            t.p["b_enc"][:12] -= 0.7
+        if step == 17:
+            again.restore(t.state())
+        for each in (t, again)[: 1 + (step >= 17)]:
+            each.step(data(BATCH, seed=step))
+    assert t.firings is not None
+    assert torch.equal(again.replaceable, t.replaceable)
+    assert 0 < t.replaceable.sum() < 24
+    assert (t.replaceable & ~t.dead).any()
+    assert trainer().state()["firings"] is None
+
+
+def test_firings_are_counted_in_the_window_before_a_resampling_alone() -> None:
+    t = trainer(variant="relu", dead_after=3 * BATCH, dead_below=0.5, resample_every=5, resample=2)
+    counted = torch.zeros(24, dtype=torch.int64)
+    for step in range(12):
+        active = outcome(t, data(BATCH, seed=step)).active
+        t.step(data(BATCH, seed=step))
+        if step + 1 in (3, 8):
+            counted.zero_()
+        if step + 1 in (3, 4, 5, 8, 9, 10):
+            counted += torch.bincount(active.latent, minlength=24)
+        assert torch.equal(t.firings, counted), step
+        assert torch.equal(t.replaceable, counted < 0.5 * 3 * BATCH)
+    assert counted.sum() > 0
 
 
 # ------------------------------------------------------------------------------------------------ planted dictionaries

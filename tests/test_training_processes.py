@@ -4,12 +4,13 @@ import os
 import pickle
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,15 +18,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
+import training_worker
 from headscope.corpus import Corpus
 from headscope.models.hf import Model
+from headscope.sae.config import Variant
 from headscope.sae.formats import load_sae
 from headscope.site import Site
 from small_training import BATCH, D_HEAD, RECIPES, config, data, w_o
-from training_worker import processes, run_job, run_rank, save_job, tensors
+from training_worker import processes, run_job, run_job_as, run_rank, save_job, tensors
 
 N_KILLS = 6
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 pytestmark = pytest.mark.slow
 
 
@@ -42,9 +47,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     random_model: Callable[..., Model], random_corpus: Callable[..., Corpus], tmp_path: Path
 ) -> None:
     model = random_model("gpt_neox")
-    shared = {"batch": BATCH, "tokens": BATCH * 250, "buffer": 512, "d_sae": 90, "dead_after": 5 * BATCH, "lr": 1e-2}
+    shared = {"batch": BATCH, "tokens": BATCH * 150, "buffer": 512, "d_sae": 90, "dead_after": 5 * BATCH, "lr": 1e-2}
     shared["resample"] = 3
-    recipes = {variant: config(variant=variant, **shared) for variant in ("batchtopk", "jumprelu")}
+    recipes = {variant: config(variant=variant, **shared) for variant in get_args(Variant)}
     corpus = random_corpus(model, n_blocks=40, block_size=17)
     job = save_job(tmp_path / "job", model, corpus, Site("z", 1), recipes)
     folder, context, rng = tmp_path / "run", processes(), random.Random(0)
@@ -74,7 +79,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
 
 
 # --------------------------------------------------------------------------------------------------------------- ranks
-OF_RANKS: dict[str, dict[str, Any]] = RECIPES | {"relu after W_O": {"variant": "relu", "error_in": "output"}}
+OF_RANKS: dict[str, dict[str, Any]] = RECIPES | {
+    "relu after W_O": {"variant": "relu", "error_in": "output"},
+    "relu, rare": {"variant": "relu", "dead_below": 0.03},
+}
 
 
 @pytest.fixture(scope="module")
@@ -123,14 +131,12 @@ def test_torchrun_trains_one_sae(
     recipe = {"tokens": 2048, "batch": 64, "buffer": 512, "d-sae": 24, "target-l0": 3, "block-size": 32}
     options = {"model": model, "corpus": text, "out": tmp_path / "out"} | recipe
     arguments = ["train", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*launcher, "-m", "headscope", *arguments],
+        [*TORCHRUN, "-m", "headscope", *arguments],
         capture_output=True,
         text=True,
         timeout=400,
-        env=environment,
+        env=os.environ | RANK_ENVIRONMENT,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -139,3 +145,39 @@ def test_torchrun_trains_one_sae(
     assert sae.metadata["training"]["curve"][-1]["tokens"] == 2048
     assert all(tensor.isfinite().all() for tensor in tensors(sae).values())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text"]
+
+
+def test_torchrun_goes_on_where_both_ranks_were_killed(
+    random_model: Callable[..., Model], random_corpus: Callable[..., Corpus], tmp_path: Path
+) -> None:
+    model = random_model("gpt_neox")
+    shared = {"batch": BATCH, "tokens": BATCH * 120, "buffer": 512, "d_sae": 90, "dead_after": 5 * BATCH, "lr": 1e-2}
+    options = {"batchtopk": {}, "relu": {"dead_below": 0.03}}
+    recipes = {variant: config(variant=variant, resample=3, **shared | more) for variant, more in options.items()}
+    job = save_job(tmp_path / "job", model, random_corpus(model, n_blocks=40, block_size=17), Site("z", 1), recipes)
+    pids, folder, got = tmp_path / "pids", tmp_path / "run", tmp_path / "got"
+    pids.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"} | RANK_ENVIRONMENT
+    uninterrupted = (job, tmp_path / "uninterrupted", tmp_path / "expected", 1000, tmp_path)
+    ranks = [processes().Process(target=run_job_as, args=(environment | {"RANK": r}, *uninterrupted)) for r in "01"]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+        assert process.exitcode == 0
+    arguments = [Path(training_worker.__file__), job, folder, got, 10, pids]
+    command = [*TORCHRUN, *map(str, arguments)]
+    first = subprocess.Popen(command, env=os.environ | RANK_ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while first.poll() is None and not any(name.startswith("step-") for name in names(folder)):
+        time.sleep(0.002)  # until there is a checkpoint
+    assert first.poll() is None
+    for rank in "01":
+        os.kill(int((pids / rank).read_text()), signal.SIGKILL)
+    assert first.wait(300) != 0
+    assert not got.exists()
+    assert any(name.startswith("step-") for name in names(folder))
+    subprocess.run(command, env=os.environ | RANK_ENVIRONMENT, timeout=300, check=True)
+    assert contents(got) == contents(tmp_path / "expected")

@@ -32,10 +32,13 @@ def assert_same_weights(t: Trainer, naive: NaiveTraining, step: int) -> None:
         assert_close(t.p[name], weight.detach(), **EXACT, msg=lambda m, name=name: f"{name} after step {step}: {m}")
 
 
+@pytest.mark.parametrize("dead_below", [0.0, 0.02])
 @pytest.mark.parametrize("name", ["seed-gelu-2l", "kissane-gpt2"])
-def test_the_posts_recipe_is_the_naive_loop(name: str) -> None:
-    t, naive = beside(name, **POST)
-    resampled = []
+def test_the_posts_recipe_is_the_naive_loop(name: str, dead_below: float) -> None:
+    t, naive = beside(name, **POST, dead_below=dead_below)
+    t.p["b_enc"][[7, 8]] -= 2.0  # these fire seldom
+    naive.p["b_enc"].data.copy_(t.p["b_enc"])
+    resampled, rare = [], set()
     for step in range(48):
         x = data(BATCH, seed=step + 1)
         status = t.step(x)
@@ -46,11 +49,14 @@ def test_the_posts_recipe_is_the_naive_loop(name: str) -> None:
             draws = torch.Generator()
             draws.set_state(t.generator.get_state())
             x = data(300, seed=1000 + step)
+            assert t.replaceable.nonzero()[:, 0].tolist() == naive.to_start_anew()
+            rare |= {*naive.to_start_anew()} - {*naive.dead()}
             resampled.append(t.resample(x))
             naive.resample(x, draws)
         assert_same_weights(t, naive, step)
     assert len(resampled) == 2
     assert resampled[0] >= 4
+    assert bool(rare) == bool(dead_below)
 
 
 def test_the_recipe_of_april_2024_is_the_naive_loop() -> None:
@@ -134,6 +140,7 @@ def test_presets_have_the_published_numbers() -> None:
     post, gpt2, april = (preset(name) for name in ("seed-gelu-2l", "kissane-gpt2", "anthropic-april-2024"))
     assert (post.d_sae, post.lr, post.coefficient, post.batch, post.tokens) == (16_384, 1e-3, 2.0, 4096, 2 * 10**9)
     assert (post.buffer, post.betas, post.resample_by) == (384 * 4096, (0.9, 0.99), "random")
+    assert (post.dead_after, post.dead_below, gpt2.dead_below) == (102_400_000, 1e-7, 1e-6)
     assert (gpt2.d_sae, gpt2.lr, gpt2.batch, gpt2.dead_after) == (24_576, 1.2e-3, 4096, 51_200_000)
     assert (gpt2.betas, gpt2.resample_by, gpt2.resample) == ((0.9, 0.99), "loss", 4)
     assert (april.lr, april.betas, april.clip, april.decay) == (5e-5, (0.9, 0.999), 1.0, 0.2)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from headscope.corpus import Corpus
 from headscope.models.hf import Model
 from headscope.sae.config import TrainConfig
 from headscope.sae.model import SAE
-from headscope.sae.training.ranks import Ranks
+from headscope.sae.training.ranks import Ranks, together
 from headscope.sae.training.run import train_saes
 from headscope.sae.training.trainer import Trainer
 from headscope.site import Site
@@ -45,11 +46,12 @@ def save_job(path: Path, model: Model, corpus: Corpus, site: Site, configs: Mapp
 
 
 def run_job(path: Path, folder: Path, out: Path, every: int) -> None:
-    """Train, or go on with training, and write weights and metrics to a folder."""
+    """Train, or go on with training, and write weights and metrics to a folder; of several ranks the first writes."""
     torch.set_num_threads(1)
     module, tokenizer, bos, name, corpus, site, configs = pickle.loads(path.read_bytes())
     model = Model(module, Tokenizer.from_str(tokenizer), bos, name)
-    for trained, result in train_saes(model, corpus, site, configs, folder=folder, checkpoint_every=every).items():
+    results = train_saes(model, corpus, site, configs, folder=folder, checkpoint_every=every)
+    for trained, result in results.items() if Ranks.joined().rank == 0 else ():
         out.mkdir(exist_ok=True)
         save_file(tensors(result.sae), out / f"{trained}.safetensors")
         (out / f"{trained}.jsonl").write_text((folder / f"{trained}.jsonl").read_text())
@@ -78,3 +80,22 @@ def run_rank(rank: int, size: int, meeting: Path, path: Path, out: Path) -> None
         save_file(state, out / f"{name} {rank} of {size}.safetensors")
     if size > 1:
         dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------------ torchrun
+def run_job_together(path: Path, folder: Path, out: Path, every: int, pids: Path) -> None:
+    """`run_job` by the processes of which this is one, as their environment says."""
+    (pids / os.environ["RANK"]).write_text(str(os.getpid()))
+    with together("cpu"):
+        run_job(path, folder, out, every)
+
+
+def run_job_as(environment: Mapping[str, str], path: Path, folder: Path, out: Path, every: int, pids: Path) -> None:
+    """The same in an environment such as torchrun makes."""
+    os.environ |= environment
+    run_job_together(path, folder, out, every, pids)
+
+
+if __name__ == "__main__":
+    job, training, written, steps, known = sys.argv[1:]
+    run_job_together(Path(job), Path(training), Path(written), int(steps), Path(known))

@@ -72,6 +72,8 @@ class TrainConfig:
     dead_after: int = 500_000
     """Activations without firing after which a latent is dead; fewer than there are before the first resampling, and at
     most an eighth of all, unless `resample_every` sets a pace of its own."""
+    dead_below: float = 0.0
+    """Share of the dead_after activations before a resampling; who fires on fewer is started anew. 0: who never did."""
     exclude_bos: bool = True
     """Leave BOS positions out of training."""
     buffer: int = 262_144
@@ -151,7 +153,7 @@ class TrainConfig:
                 raise TrainingError(f"{name} = {value}", expected="0 or more", do=f"raise --{name.replace('_', '-')}")
         if len(self.betas) != 2:
             raise TrainingError(f"betas = {self.betas}", expected="two shares", do="change --betas")
-        shares = {"decay": self.decay, "coefficient_warmup": self.coefficient_warmup}
+        shares = {name: getattr(self, name) for name in ("decay", "coefficient_warmup", "dead_below")}
         shares |= {f"betas[{i}]": beta for i, beta in enumerate(self.betas)}
         for name, value in shares.items():
             if not (0 <= value < 1 or (name == "decay" and value == 1)):

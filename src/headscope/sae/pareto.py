@@ -1,7 +1,7 @@
 """What a sweep found: for each SAE how sparse and how good it is on held-out text; no torch."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ _CELLS = {
     "dead": "{:.3f}",
     "reconstruction_bias": "{:.3f}",
 }
+_OF_EACH = ("variant", "target_l0")  # what a sweep is over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ HEADINGS = (
 
 @dataclass(frozen=True)
 class Pareto:
-    """All SAEs of a sweep."""
+    """All SAEs of a sweep, or of several."""
 
     model: str
     site: str
@@ -114,12 +115,66 @@ class Pareto:
     """The evaluated text."""
     points: tuple[Point, ...]
 
-    def curves(self) -> dict[str, list[Point]]:
-        """Points by variant, each by L0."""
-        ordered = sorted(self.points, key=lambda point: point.l0.value)
+    @classmethod
+    def joined(cls, sweeps: Sequence["Pareto"]) -> "Pareto":
+        """Several sweeps as one.
+
+        Raises:
+            SAEError: they were measured on another model, site or text, or have an SAE of the same recipe.
+        """
+        first, *others = [{"model": s.model, "site": s.site, **s.corpus} for s in sweeps]
+        for other in others:
+            unlike = [what for what in {**first, **other} if first.get(what) != other.get(what)]
+            if unlike:
+                got = "; ".join(f"{what} {first.get(what)} and {other.get(what)}" for what in unlike)
+                raise SAEError(
+                    f"sweeps that were measured on something else: {got}",
+                    expected="SAEs of one model and site, measured on the same text",
+                    do="leave one out, or sweep again with the same --model, --site, --layer, text and --eval-tokens",
+                )
+        points = tuple(point for sweep in sweeps for point in sweep.points)
+        for i, point in enumerate(points):
+            if any(point.recipe == before.recipe for before in points[:i]):
+                raise SAEError(
+                    f"{point.name} is in two sweeps with the same recipe",
+                    expected="each recipe once",
+                    do="leave one out, or sweep over other targets",
+                )
+        return replace(sweeps[0], points=points)
+
+    def common(self) -> dict[str, Any]:
+        """Options of the recipe that are the same for all SAEs, but for variant and target."""
+        return {option: value for option, value in self._options() if option not in self._differing()}
+
+    def own(self) -> dict[str, dict[str, Any]]:
+        """The other options, by curve; None where an SAE is older than an option."""
         return {
-            variant: [p for p in ordered if p.variant == variant] for variant in unique(p.variant for p in self.points)
+            name: {option: points[0].recipe.get(option) for option in self._differing()}
+            for name, points in self.curves().items()
         }
+
+    def curves(self) -> dict[str, list[Point]]:
+        """Points by L0, of all recipes that differ in their target alone.
+
+        A curve is named by its variant and what differs from the first SAE's recipe: `batchtopk, prefixes 64 512`.
+        """
+        base, differing = self.points[0].recipe, self._differing()
+        found: dict[str, list[Point]] = {}
+        for point in self.points:
+            values = {option: point.recipe.get(option) for option in differing}
+            changed = [f"{option} {said(v)}" for option, v in values.items() if v != base.get(option)]
+            found.setdefault(", ".join([point.variant, *changed]), []).append(point)
+        return {name: sorted(points, key=lambda point: point.l0.value) for name, points in found.items()}
+
+    def _options(self) -> Iterable[tuple[str, Any]]:
+        """All there are, with the first value that is found of each."""
+        found: dict[str, Any] = {}
+        for point in self.points:
+            found = {**point.recipe, **found}
+        return ((option, value) for option, value in found.items() if option not in _OF_EACH)
+
+    def _differing(self) -> list[str]:
+        return [option for option, v in self._options() if any(p.recipe.get(option) != v for p in self.points)]
 
     def write(self, path: Path) -> None:
         """Write pareto.json.
@@ -148,9 +203,11 @@ class Pareto:
             ) from error
 
 
-def unique(names: Iterable[str]) -> list[str]:
-    """Names in the order of their first appearance."""
-    return list(dict.fromkeys(names))
+def said(value: object) -> str:
+    """A value of a recipe, as the command line takes it."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or "none"
+    return str(value)
 
 
 def _estimate(record: Mapping[str, Any]) -> Estimate:

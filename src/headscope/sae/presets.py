@@ -36,6 +36,7 @@ PRESETS: dict[str, TrainConfig] = {
         resample_every=50_000,
         resample_by="random",
         dead_after=25_000 * 4096,
+        dead_below=1e-7,
     ),
     "kissane-gpt2": replace(
         _KISSANE,
@@ -45,6 +46,7 @@ PRESETS: dict[str, TrainConfig] = {
         tokens=2_000_000_000,
         resample_every=25_000,
         dead_after=12_500 * 4096,
+        dead_below=1e-6,
     ),
     "anthropic-april-2024": TrainConfig(
         variant="relu",
@@ -68,6 +70,7 @@ PRESETS: dict[str, TrainConfig] = {
 KISSANE_GPT2_COEFFICIENTS = (1.8, 0.8, 1.0, 0.9, 1.1, 1.0, 1.1, 1.1, 1.3, 1.2, 1.3, 3.0)
 """L1 coefficient by layer of GPT-2 small."""
 _WIDE_LAYERS = (5, 7)  # of GPT-2 small, have twice as many latents
+_DEAD_BELOW = {8: 1e-5, 10: 1e-5, 11: 3.16e-6}  # of its layers whose cutoff is not that of the others
 
 
 def preset(name: str, *, model: str | None = None, layer: int | None = None) -> TrainConfig:
@@ -81,7 +84,12 @@ def preset(name: str, *, model: str | None = None, layer: int | None = None) -> 
     config = PRESETS[name]
     if name == "kissane-gpt2" and layer is not None and _has_own(model, layer):
         wide = 2 if layer in _WIDE_LAYERS else 1
-        return replace(config, coefficient=KISSANE_GPT2_COEFFICIENTS[layer], d_sae=wide * config.d_sae)
+        return replace(
+            config,
+            coefficient=KISSANE_GPT2_COEFFICIENTS[layer],
+            d_sae=wide * config.d_sae,
+            dead_below=_DEAD_BELOW.get(layer, config.dead_below),
+        )
     return config
 
 
@@ -91,7 +99,8 @@ def preset_note(name: str, *, model: str | None = None, layer: int | None = None
         return None
     return (
         "kissane-gpt2 is of GPT-2 small, each layer with its own values; here those of layer 2 hold (coefficient "
-        f"{PRESETS[name].coefficient:g}, d_sae {PRESETS[name].d_sae:,}, unless given). "
+        f"{PRESETS[name].coefficient:g}, d_sae {PRESETS[name].d_sae:,}, dead_below {PRESETS[name].dead_below:g}, "
+        "unless given). "
         "With --model gpt2 --layer N they are that layer's"
     )
 

@@ -99,13 +99,8 @@ class Space:
         self, x: Float[Tensor, "batch d_in"], active: Pairs, values: Float[Tensor, " pair"], p: Parameters
     ) -> Reconstruction:
         """Decode, and differentiate the mean squared error."""
-        ends = [*self.prefixes, len(p["decoder"])]
-        groups = [active.between(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-        error, errors = x - p["b_dec"], []
-        for (pairs, at), start in zip(groups, [0, *ends[:-1]], strict=True):
-            error = error - sum_by_row(pairs, values[at], p["decoder"][start : start + pairs.d_sae])
-            errors.append(error)
-        weighted = [e if self.metric is None else e @ self.metric for e in errors]
+        ends, groups, errors = self._decoded(x, active, values, p)
+        error, weighted = errors[-1], [self._weighted(e) for e in errors]
         each = [(e * w).sum(1) for e, w in zip(errors, weighted, strict=True)]
         d_x_hat, d_values, by_prefix = torch.zeros_like(x), [], []
         for (pairs, at), end, w in reversed(list(zip(groups, ends, weighted, strict=True))):
@@ -114,6 +109,28 @@ class Space:
             by_prefix.insert(0, (pairs, values[at], d_x_hat))
         loss = torch.stack(each).mean().item()
         return Reconstruction(each[-1], error, loss, _joined(d_values), d_x_hat.sum(0), by_prefix)
+
+    def squared_error(
+        self, x: Float[Tensor, "batch d_in"], active: Pairs, values: Float[Tensor, " pair"], p: Parameters
+    ) -> Float[Tensor, " batch"]:
+        """That of `reconstruct`, bit for bit, without the gradients."""
+        error = self._decoded(x, active, values, p)[2][-1]
+        return (error * self._weighted(error)).sum(1)
+
+    def _decoded(
+        self, x: Tensor, active: Pairs, values: Tensor, p: Parameters
+    ) -> tuple[list[int], list[tuple[Pairs, slice]], list[Tensor]]:
+        """Ends of prefixes, the pairs that each adds with where they stand, and what is left of x after each."""
+        ends = [*self.prefixes, len(p["decoder"])]
+        groups = [active.between(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        error, errors = x - p["b_dec"], []
+        for (pairs, at), start in zip(groups, [0, *ends[:-1]], strict=True):
+            error = error - sum_by_row(pairs, values[at], p["decoder"][start : start + pairs.d_sae])
+            errors.append(error)
+        return ends, groups, errors
+
+    def _weighted(self, error: Tensor) -> Tensor:
+        return error if self.metric is None else error @ self.metric
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -166,6 +183,15 @@ class Objective(Protocol):
         """
         ...
 
+    def encode(self, p: Parameters, centred: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
+        """Activations of inputs from which b_dec was taken: pairs that hold all that are not 0, and their values."""
+        ...
+
+
+def squared_error(objective: Objective, p: Parameters, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, " batch"]:
+    """||x - x_hat||^2 of each input, bit for bit that of the objective's outcome, which has gradients as well."""
+    return objective.space.squared_error(x, *objective.encode(p, x - p["b_dec"]), p)
+
 
 @dataclass
 class ReLU:
@@ -177,7 +203,7 @@ class ReLU:
     def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """See `Objective`."""
         centred = x - p["b_dec"]
-        active, values = select_above(centred, p["encoder"], p["b_enc"])
+        active, values = self.encode(p, centred)
         r = self.space.reconstruct(x, active, values, p)
         share = now.coefficient / len(x)
         total = active.latent_sums(values)
@@ -187,6 +213,10 @@ class ReLU:
             gradients["decoder"].addcmul_((total / norm.clamp_min(1e-12))[:, None], p["decoder"], value=share)
         penalty = (total * norm).sum().item() / len(x)
         return Outcome(active, values, r.squared_error, r.error, penalty, 0.0, gradients)
+
+    def encode(self, p: Parameters, centred: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
+        """See `Objective`."""
+        return select_above(centred, p["encoder"], p["b_enc"])
 
 
 @dataclass
@@ -204,11 +234,8 @@ class JumpReLU:
     def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """See `Objective`; `log_threshold` is a weight too."""
         centred, theta = x - p["b_dec"], p["log_threshold"].exp()
-        # all pairs that are active or within half a bandwidth of it: the others have no part in any gradient
-        low = theta - self.bandwidth / 2
-        near, above = select_above(centred, p["encoder"], p["b_enc"] - low)
-        pre, threshold = above + low[near.latent], theta[near.latent]
-        on = (pre > threshold).to(pre.dtype)
+        near, pre, on = self._near(p, centred, theta)
+        threshold = theta[near.latent]
         r = self.space.reconstruct(x, near, pre * on, p)
         share = now.coefficient / len(x)
         norm = torch.linalg.vector_norm(p["decoder"], dim=1)
@@ -231,6 +258,21 @@ class JumpReLU:
         auxiliary = self._revive(centred, p, norm, theta, now.dead, gradients)
         fires = on > 0
         return Outcome(near.kept(fires), pre[fires], r.squared_error, r.error, penalty / len(x), auxiliary, gradients)
+
+    def encode(self, p: Parameters, centred: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
+        """See `Objective`."""
+        near, pre, on = self._near(p, centred, p["log_threshold"].exp())
+        return near, pre * on
+
+    def _near(self, p: Parameters, centred: Tensor, theta: Tensor) -> tuple[Pairs, Tensor, Tensor]:
+        """All pairs that are active or within half a bandwidth of it, their pre-activations, and 1 where active.
+
+        The others have no part in any gradient.
+        """
+        low = theta - self.bandwidth / 2
+        near, above = select_above(centred, p["encoder"], p["b_enc"] - low)
+        pre = above + low[near.latent]
+        return near, pre, (pre > theta[near.latent]).to(pre.dtype)
 
     def _revive(
         self, centred: Tensor, p: Parameters, norm: Tensor, theta: Tensor, dead: Tensor, gradients: Parameters
@@ -263,12 +305,9 @@ class Gated:
     def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """See `Objective`; the gate's bias is b_enc, `r_mag` and `b_mag` are weights too."""
         centred = x - p["b_dec"]
-        open_, gate = select_above(centred, p["encoder"], p["b_enc"])
-        read = gate - p["b_enc"][open_.latent]
-        gain = p["r_mag"].exp()[open_.latent]
-        magnitude = gain * read + p["b_mag"][open_.latent]
+        open_, gate, read, gain, magnitude = self._open(p, centred)
         on = (magnitude > 0).to(magnitude.dtype)
-        r = self.space.reconstruct(x, open_, magnitude * on, p)
+        r = self.space.reconstruct(x, open_, magnitude.relu(), p)
         aside = self.space.reconstruct(x, open_, gate, p)  # the decoder is held fixed there, b_dec too
         d_magnitude = r.d_values * on
         d_gate = aside.d_values + now.coefficient / len(x)
@@ -282,6 +321,19 @@ class Gated:
         penalty = gate.sum().item() / len(x)
         active, values = open_.kept(kept), magnitude[kept]
         return Outcome(active, values, r.squared_error, r.error, penalty, aside.loss, gradients)
+
+    def encode(self, p: Parameters, centred: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
+        """See `Objective`."""
+        open_, *_, magnitude = self._open(p, centred)
+        return open_, magnitude.relu()
+
+    @staticmethod
+    def _open(p: Parameters, centred: Tensor) -> tuple[Pairs, Tensor, Tensor, Tensor, Tensor]:
+        """Pairs whose gate is open; by pair the gate, `s_j`, `exp(r_j)` and the activation before its relu."""
+        open_, gate = select_above(centred, p["encoder"], p["b_enc"])
+        read = gate - p["b_enc"][open_.latent]
+        gain = p["r_mag"].exp()[open_.latent]
+        return open_, gate, read, gain, gain * read + p["b_mag"][open_.latent]
 
 
 @dataclass
@@ -303,14 +355,15 @@ class TopK:
     def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """See `Objective`; the coefficient has nothing to weigh here."""
         centred = x - p["b_dec"]
-        active, values = self._select(centred, p)
+        active, values = self.encode(p, centred)
         r = self.space.reconstruct(x, active, values, p)
         gradients = backward(r, centred, active, r.d_values, p, now.into)
         auxiliary = self._revive(centred, r.error, p, now.dead, gradients)
         penalty = values.sum().item() / len(x)
         return Outcome(active, values, r.squared_error, r.error, penalty, auxiliary, gradients)
 
-    def _select(self, centred: Tensor, p: Parameters) -> tuple[Pairs, Tensor]:
+    def encode(self, p: Parameters, centred: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
+        """See `Objective`; over a batch the inputs here are one."""
         if self.over_batch:
             n = round(self.k * len(centred) * self.ranks.size)
             active, values = select_batch_topk(centred, p["encoder"], p["b_enc"], n, self.guess, self.ranks)

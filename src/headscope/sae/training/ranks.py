@@ -40,6 +40,11 @@ class Ranks:
         self.average([together])
         return together.tolist()
 
+    def total(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
     def largest(self, tensor: Tensor) -> None:
         """Replace a tensor by its largest values over ranks."""
         if self.size > 1:

@@ -202,7 +202,7 @@ class _Run:
         statuses = {}
         for name, trainer in self.trainers.items():
             statuses[name] = self._step_of(name, trainer, x)
-            if trainer.step_number in trainer.config.resampled_at and trainer.dead.any():
+            if trainer.step_number in trainer.config.resampled_at and trainer.replaceable.any():
                 trainer.resample(self.stream.sample(_RESAMPLE_BATCHES * self.config.batch))
         return statuses
 

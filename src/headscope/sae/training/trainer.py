@@ -13,7 +13,19 @@ from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Status
 from headscope.sae.model import SAE
 from headscope.sae.training.dictionary import first_parameters, first_threshold, scale_of, started_anew
-from headscope.sae.training.objectives import Gated, JumpReLU, Now, Objective, Outcome, Parameters, ReLU, Space, TopK
+from headscope.sae.training.kernels import sum_by_row
+from headscope.sae.training.objectives import (
+    Gated,
+    JumpReLU,
+    Now,
+    Objective,
+    Outcome,
+    Parameters,
+    ReLU,
+    Space,
+    TopK,
+    squared_error,
+)
 from headscope.sae.training.ranks import ALONE, Ranks
 from headscope.sae.training.schedule import coefficient_at, first_coefficient, l0_at, likely_coefficient, rate, steer
 from headscope.site import Site
@@ -72,6 +84,8 @@ class Trainer:
         """Running mean of the least activation of a batch, of batchtopk."""
         self.last_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=samples.device)
         """Step of each latent's last activation."""
+        self.firings = torch.zeros_like(self.last_fired) if config.dead_below else None
+        """Inputs that each latent fired on since the window before a resampling began, where their share decides."""
         if config.start != "random":
             self._fit_first_size(samples[:_RESAMPLE_CHUNK] * self.scale)
             ranks.share(self.p.values())
@@ -89,6 +103,13 @@ class Trainer:
     def dead(self) -> Bool[Tensor, " d_sae"]:
         """Latents that have not fired for `dead_after` activations, or since the start when resampling comes sooner."""
         return self.step_number - self.last_fired > self.config.dead_steps
+
+    @property
+    def replaceable(self) -> Bool[Tensor, " d_sae"]:
+        """Latents that a resampling starts anew: dead ones, or those that fired on too few inputs of the window."""
+        if self.firings is None:
+            return self.dead
+        return self.firings < self.config.dead_below * self.config.dead_steps * self.config.batch
 
     @torch.no_grad()
     def step(self, x: Float[Tensor, "batch d_in"]) -> Status:
@@ -136,12 +157,25 @@ class Trainer:
         self.step_number += 1
         self.last_fired[outcome.active.latent] = self.step_number
         self.ranks.largest(self.last_fired)
+        if self.firings is not None:
+            self._count_firings(self.firings, outcome)
         if self.config.steered:
             self.coefficient = steer(self.config, self.coefficient, status.l0, status.step)
         if self.config.variant == "batchtopk":
             least = self.ranks.least(outcome.values)
             share = 1.0 if self.step_number == 1 else max(_THRESHOLD_RATE, min(0.3, 10 / self.step_number))
             self.threshold += share * (least - self.threshold)
+
+    def _count_firings(self, firings: Tensor, outcome: Outcome) -> None:
+        """Add a batch, in the window before a resampling: the last `dead_steps` steps that it comes after."""
+        left = min((at - self.step_number for at in self.config.resampled_at if at >= self.step_number), default=None)
+        if left is None or left >= self.config.dead_steps:
+            return
+        if left == self.config.dead_steps - 1:
+            firings.zero_()
+        own = outcome.active.latent_starts.diff()
+        self.ranks.total(own)
+        firings += own
 
     def _status(self, x: Tensor, outcome: Outcome, coefficient: float, dead: Tensor) -> Status:
         centred = x - x.mean(0)
@@ -168,9 +202,6 @@ class Trainer:
             lr=self.config.lr * rate(self.config, self.step_number),
         )
 
-    def _without_penalty(self, x: Float[Tensor, "batch d_in"]) -> Outcome:
-        return self.objective(self.p, x, Now(0.0, torch.zeros_like(self.last_fired, dtype=torch.bool)))
-
     def _fit_first_size(self, x: Float[Tensor, "batch d_in"]) -> None:
         """Make about the wanted number of latents active, and scale the encoder to what reconstructs best.
 
@@ -184,9 +215,9 @@ class Trainer:
                 p["log_threshold"].fill_(math.log(level))
             else:
                 p["b_enc"].fill_(-level)
-        error = self._without_penalty(x).error
         x = x - p["b_dec"]
-        x_hat = x - error
+        pairs, values = self.objective.encode(p, x)
+        x_hat = sum_by_row(pairs, values, p["decoder"])
         factor = ((x * x_hat).sum() / x_hat.square().sum().clamp_min(1e-12)).clamp(0.01, 100)
         p["encoder"] *= factor
         p["b_enc"] *= factor
@@ -197,15 +228,15 @@ class Trainer:
 
     @torch.no_grad()
     def resample(self, x: Float[Tensor, "n d_in"]) -> int:
-        """Start dead latents anew, by what is reconstructed badly among raw activations; returns how many.
+        """Start `replaceable` latents anew, by what is reconstructed badly among raw activations; returns how many.
 
         Adam's moments of what is new are zero; nothing else changes.
         """
-        dead = self.dead
+        dead = self.replaceable
         if not dead.any():
             return 0
         x = x * self.scale
-        errors = [self._without_penalty(part).squared_error for part in x.split(_RESAMPLE_CHUNK)]
+        errors = [squared_error(self.objective, self.p, part) for part in x.split(_RESAMPLE_CHUNK)]
         for name, rows in started_anew(self.p, dead, x, torch.cat(errors), self.config, self.generator).items():
             self.p[name][dead] = rows
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -260,6 +291,7 @@ class Trainer:
             **moments,
             "scale": self.scale,
             "last_fired": self.last_fired,
+            "firings": self.firings,
             "generator": self.generator.get_state(),
             "step_number": self.step_number,
             "coefficient": self.coefficient,
@@ -276,6 +308,8 @@ class Trainer:
             self.adam.state[weight] = {key: value.to(weight.device).clone() for key, value in moments.items()}
         self.scale.copy_(state["scale"])
         self.last_fired.copy_(state["last_fired"])
+        if self.firings is not None:
+            self.firings.copy_(state["firings"])
         self.generator.set_state(state["generator"])
         self.step_number, self.coefficient = state["step_number"], state["coefficient"]
         self.threshold = state["threshold"]
