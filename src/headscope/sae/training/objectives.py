@@ -373,7 +373,7 @@ class TopK:
         size = torch.linalg.vector_norm(centred, dim=1)
         least = size.new_full((len(centred),), torch.inf)
         least = least.scatter_reduce(0, active.row, values, "amin") / size.clamp_min(1e-12)
-        low = 0.95 * least.sort().values[len(least) // 50].item()  # rows below it are read again
+        low = 0.98 * least.sort().values[len(least) // 50].item()  # rows below it are read again
         [shared] = self.ranks.mean(low)  # a checkpoint holds one for all ranks
         self.guess = shared if math.isfinite(shared) else None
         return active, values

@@ -1,0 +1,179 @@
+"""Which pairs of an input and a latent can be active at all, by a product of whole numbers of eight bits.
+
+Processors multiply bytes several times as fast as float32. Each vector is divided by a scale of its own and rounded,
+`x / s = x^ + error` with components from -127 to 127, and the product of the whole numbers, which is exact, is raised
+by a bound on what rounding did to it. With `lost = |x / s - x^|` and `size = |x^| + lost`, of input and latent,
+
+    |x.w / (s t) - x^.w^|  <=  lost_x size_w + size_x lost_w            (Cauchy and Schwarz).
+
+Bound, bias and limit are added by a few more components, whole numbers too, rounded to the side that raises the sum. So
+whatever is above its limit has a product above zero; what has one is computed again in float32, which decides.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, Int8
+from torch import Tensor
+from torch import _int_mm as int_mm  # pyright: ignore[reportPrivateImportUsage] - no public function has it
+
+BLOCK = 1024
+"""Latents whose pre-activations are in memory at a time."""
+_GROUP = 8  # latents that are looked at together first
+_MOST = 127  # of a byte
+_SHARE = 126  # digit of a share of 1, which rounding must not lift above what a byte holds
+_ACCUMULATION = 2.0**-22  # error of a float32 sum, a term and unit of the product of norms; four times the bound
+_LEAST = 1e-30  # by which can be divided without overflow
+_SLACK = 1e-4  # relative, for what float32 rounds in all that becomes a digit, and in adding the bias
+
+
+@cache
+def fast_bytes() -> bool:
+    """Whether this processor multiplies bytes faster than float32."""
+    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported())
+
+
+class Side(NamedTuple):
+    """Inputs or latents, before they are rounded."""
+
+    vectors: Float[Tensor, "n d"]
+    largest: Float[Tensor, " n"]
+    """Component of each vector."""
+    floor: float
+    """The least `largest` of which a scale is made: smaller vectors have fewer digits."""
+    offset: Float[Tensor, " n"]
+    """Added to all products of a vector."""
+
+    def part(self, start: int, end: int) -> "Side":
+        """Some of them."""
+        return Side(self.vectors[start:end], self.largest[start:end], self.floor, self.offset[start:end])
+
+    @property
+    def scale(self) -> Float[Tensor, " n"]:
+        """What vectors are divided by."""
+        return self.largest.clamp_min(self.floor) / _MOST
+
+    def digits(self, floor: float) -> Float[Tensor, " n"]:
+        """The offset where the other side's scale is that of its floor, for one component of `_SHARE` there."""
+        return self.offset / self.scale / (floor / _MOST) / _SHARE
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many components each term takes, and how it is divided between the two sides."""
+
+    lost: float
+    """Factor on `lost`, by which `size` is divided."""
+    bound: int
+    """Components of each half of the bound."""
+    raising: tuple[int, int]
+    """Components of positive offsets, of inputs and of latents."""
+    lowering: tuple[int, int]
+    """Components of negative ones."""
+
+
+def proposed(
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    limit: Float[Tensor, " batch"],
+) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]] | None:
+    """(latent, row), in this order, of all pairs with `x . encoder_j + bias_j > limit` in float32, and of some others.
+
+    None where bytes cannot tell: numbers that are not finite, or biases far larger than products.
+    """
+    inputs, latents = _side(x, -limit), _side(encoder, bias)
+    if inputs is None or latents is None or (layout := _layout(inputs, latents)) is None:
+        return None
+    of_inputs = whole(inputs, latents.floor, layout, of_latents=False).T
+    found = [
+        torch.stack(_positive(int_mm(of_latents, of_inputs))) + torch.tensor([[start], [0]])
+        for start, of_latents in _blocks(latents, inputs.floor, layout)
+    ]
+    latent, row = torch.cat(found, 1)
+    return latent, row
+
+
+def _blocks(latents: Side, floor: float, layout: Layout) -> Iterator[tuple[int, Int8[Tensor, "n d"]]]:
+    for start in range(0, len(latents.vectors), BLOCK):
+        yield start, whole(latents.part(start, start + BLOCK), floor, layout, of_latents=True)
+
+
+def _side(vectors: Tensor, offset: Tensor) -> Side | None:
+    """None where they are not finite, zero, or too small to divide by."""
+    largest = torch.cat([part.abs().amax(1) for part in vectors.split(BLOCK)])
+    some = largest[largest != 0]
+    if not len(some) or not some.max().item() < math.inf or (floor := some.median().item() / 2) < _LEAST:
+        return None
+    return Side(vectors, largest, floor, offset)
+
+
+def _layout(inputs: Side, latents: Side) -> Layout | None:
+    """None where positive offsets need too many components; negative ones that do are taken for less than they are."""
+    d = inputs.vectors.shape[1]
+    lost = math.sqrt(d) / 2 + _accumulation(d) * (_MOST + 1) * math.sqrt(d)
+    factor = (_MOST - 1) / lost
+    bound = math.ceil((_MOST * math.sqrt(d) + lost) * (1 + _SLACK) / factor / _MOST)
+    most, raising, lowering = d // 8 + 8, [], []
+    for side, floor in ((inputs, latents.floor), (latents, inputs.floor)):
+        digits = side.digits(floor) * ((1 + _SLACK) / _MOST)
+        high, low = digits.max().item(), digits.min().item()
+        if not high <= most or math.isnan(low):
+            return None
+        raising.append(math.ceil(max(high, 0.0)))
+        lowering.append(math.ceil(min(max(-low, 0.0), most)))
+    return Layout(factor, bound, (raising[0], raising[1]), (lowering[0], lowering[1]))
+
+
+def _accumulation(d: int) -> float:
+    """What float32 loses in a sum of d products, in units of the product of the norms."""
+    return 2 * (d + 8) * _ACCUMULATION
+
+
+def whole(side: Side, floor: float, layout: Layout, *, of_latents: bool) -> Int8[Tensor, "n d_and_more"]:
+    """Rounded vectors, and the components that add bound and offsets to their products with the other side's.
+
+    Args:
+        side: inputs or latents.
+        floor: the other side's.
+        layout: of both.
+        of_latents: which of the two they are.
+    """
+    scaled = side.vectors / side.scale[:, None]
+    rounded = scaled.round()
+    lost = torch.linalg.vector_norm(scaled - rounded, dim=1)
+    size = torch.linalg.vector_norm(rounded, dim=1)
+    lost = lost + _accumulation(scaled.shape[1]) * (size + lost)
+    bound = [lost * layout.lost, (size + lost) / (layout.lost * layout.bound)]
+    own, other = int(of_latents), 1 - int(of_latents)
+    share, digits = side.floor / side.largest.clamp_min(side.floor) * _SHARE, side.digits(floor)
+    raised, lowered = digits.clamp_min(0) * (1 + _SLACK), digits.clamp_max(0) * (1 - _SLACK)
+    offsets = [
+        (raised / max(1, layout.raising[own]), layout.raising[own]),
+        (lowered / max(1, layout.lowering[own]), layout.lowering[own]),
+    ]
+    shares = [
+        (share * (1 + _SLACK), layout.raising[other]),
+        ((share * (1 - _SLACK)).floor(), layout.lowering[other]),
+    ]
+    terms = [(term * (1 + _SLACK), layout.bound) for term in (bound[::-1] if of_latents else bound)]
+    terms += shares + offsets if of_latents else offsets + shares
+    columns = [term.ceil().clamp(-_MOST, _MOST).to(torch.int8)[:, None].expand(-1, n) for term, n in terms]
+    return torch.cat([rounded.to(torch.int8), *columns], 1)
+
+
+def _positive(raised: Int[Tensor, "latent batch"]) -> tuple[Tensor, Tensor]:
+    """(latent, row), in this order, of what is above zero: they are few, so groups of 8 latents are read first."""
+    n_latents, batch = raised.shape
+    if n_latents % _GROUP:
+        latent, row = raised.gt(0).nonzero(as_tuple=True)
+        return latent, row
+    groups = raised.view(-1, _GROUP, batch)
+    group, row = groups.amax(1).gt(0).nonzero(as_tuple=True)
+    found, within = groups[group, :, row].gt(0).nonzero(as_tuple=True)
+    place = ((group[found] * _GROUP + within) * batch + row[found]).sort().values
+    return place // batch, place % batch
