@@ -55,6 +55,8 @@ class Arguments:
     batch: int = 512
     rows: int = 262_144
     """Inputs, which are gone through as often as the steps take."""
+    seed: int = 0
+    """Of the dictionary and its inputs."""
     threads: int = torch.get_num_threads()
 
 
@@ -77,8 +79,8 @@ def main(arguments: Arguments) -> None:
     if arguments.quick:
         arguments = replace(arguments, variants=("batchtopk",))
     torch.set_num_threads(arguments.threads)
-    planted = plant(PLANTED)
-    x = scaled(planted_rows(planted, arguments.rows + HELD_OUT, seed=1))
+    planted = plant(replace(PLANTED, seed=arguments.seed))
+    x = scaled(planted_rows(planted, arguments.rows + HELD_OUT, seed=1 + arguments.seed))
     held_out = x[arguments.rows :]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +100,10 @@ def _said(rows: Iterable[Row], arguments: Arguments) -> Iterator[Row]:
     """The same rows; as JSON, each is printed when it is there."""
     for row in rows:
         if arguments.json:
-            print(json.dumps(asdict(row) | {"steps": arguments.steps, "batch": arguments.batch}), flush=True)
+            print(
+                json.dumps(asdict(row) | {"steps": arguments.steps, "batch": arguments.batch, "seed": arguments.seed}),
+                flush=True,
+            )
         yield row
 
 
@@ -164,7 +169,7 @@ def _references(planted: PlantedDictionary, held_out: Tensor) -> Iterator[Row]:
 def _print_table(rows: list[Row], arguments: Arguments) -> None:
     print(
         f"{PLANTED.n_features} features in {PLANTED.n_heads} heads of {PLANTED.d_head}, L0 {PLANTED.l0:g}; {D_SAE} "
-        f"latents, {arguments.steps:,} steps of {arguments.batch:,}; 95 % intervals in brackets"
+        f"latents, {arguments.steps:,} steps of {arguments.batch:,}, seed {arguments.seed}; 95 % intervals in brackets"
     )
     columns = [name.replace("_", " ") for name in rows[0].found.measures()]
     print(f"{'':<21}" + "".join(f"{column:>21}" for column in columns) + f"{'alive':>7}{'L0':>7}{'EV':>8}   setting")
