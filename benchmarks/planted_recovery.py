@@ -39,8 +39,8 @@ HELD_OUT = 16_384
 PEER_RATES = {"batchtopk": (1e-3, 3e-3)}
 PEER_RATE = 3e-3
 """Where not several are tried: of those of batchtopk, the better."""
-PEER_COEFFICIENTS = {"relu": 5.0, "jumprelu": 1.0, "gated": 5.0}
-"""Of the size at which headscope's steering ends."""
+PEER_COEFFICIENTS = {"relu": 7.0, "jumprelu": 1.0, "gated": 5.0}
+"""That bring them to about the planted L0."""
 
 
 @dataclass(frozen=True, kw_only=True)
