@@ -130,6 +130,14 @@ def difficult(
         x[:, half : 2 * half] = x[:, :half]
         encoder[:, half : 2 * half] = -encoder[:, :half] * (1 + 1e-4)
         bias = torch.zeros(d_sae)
+    elif kind == "errors that add up":  # nearly half a step of rounding in each component, to the same side
+        steps = torch.full((d_in,), 20.49 / 127)
+        steps[0] = 1
+        x, encoder, bias = (steps * x_scale).expand_as(x), (steps * w_scale).expand_as(encoder), torch.zeros(d_sae)
+    elif kind == "digits but for rounding":  # all that is lost is what float32 loses in dividing by the scale
+        x, encoder = (t.sign() * (t.abs() / t.abs().max() * 127).round() for t in (x, encoder))
+        x[:, 0], encoder[:, 0], bias = 127, 127, torch.zeros(d_sae)
+        x, encoder = x * (0.1 * x_scale), encoder * (0.3 * w_scale)
     elif kind == "whole numbers":
         x, encoder, bias = (t.round() for t in (x, encoder, bias))
     return x, encoder, bias
@@ -143,6 +151,8 @@ KINDS = [
     "zero rows",
     "nearly on the threshold",
     "products that cancel",
+    "errors that add up",
+    "digits but for rounding",
     "whole numbers",
 ]
 INPUTS: dict[str, Any] = SIZES | {
@@ -251,6 +261,29 @@ def test_offsets_decide_where_vectors_are_zero(
     bias = torch.nextafter(bias, torch.tensor(torch.inf))  # above one limit by what is the least
     assert_bounded(x, encoder, bias, limit)
     assert_proposed(x, encoder, bias, limit)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("of_latents", [False, True])
+def test_shares_and_offsets_that_are_nearly_whole_are_rounded_to_the_right_side(sign: int, *, of_latents: bool) -> None:
+    """Vectors of which shares are 1 to 126 and zero ones whose offsets are 1 to 127 digits, but for what rounds them."""
+    nearly = 1 + torch.arange(-4, 5)[:, None] * 2**-24
+    scaled = (126 / torch.arange(1, 127) * nearly).flatten()
+    scaled = torch.cat([scaled, torch.full((len(scaled),), 2.0)])[:, None]  # twice the floor, so that it is 1
+    offset = (sign * torch.arange(128) * 126 / 127**2 * nearly).flatten()
+    vectors = torch.zeros(len(offset), 1)
+    vectors[0] = 2
+    if of_latents:
+        assert assert_bounded(vectors, scaled, torch.zeros(len(scaled)), -offset)
+    else:
+        assert assert_bounded(scaled, vectors, offset, torch.zeros(len(scaled)))
+
+
+def test_neither_zero_vectors_nor_dead_latents_are_proposed() -> None:
+    x, encoder, bias = torch.ones(6, 4), torch.ones(10, 4), torch.zeros(10)
+    x[1:3], encoder[4:6], encoder[6:, ::2] = 0, 0, -1
+    bias[6:] = torch.tensor([-7.0, -100.0, -1e6, -1e30])
+    assert assert_proposed(x, encoder, bias, torch.zeros(6)) == 4 * 4
 
 
 @pytest.mark.parametrize("small", [1e-18, 1e-25, 1e-42])
