@@ -1,7 +1,7 @@
 """The sparse arithmetic of training finds the pairs that plain products do, and sums over them as full matrices do."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -130,6 +130,14 @@ def difficult(
         x[:, half : 2 * half] = x[:, :half]
         encoder[:, half : 2 * half] = -encoder[:, :half] * (1 + 1e-4)
         bias = torch.zeros(d_sae)
+    elif kind == "errors that add up":  # nearly half a step of rounding in each component, to the same side
+        steps = torch.full((d_in,), 20.49 / 127)
+        steps[0] = 1
+        x, encoder, bias = (steps * x_scale).expand_as(x), (steps * w_scale).expand_as(encoder), torch.zeros(d_sae)
+    elif kind == "digits but for rounding":  # all that is lost is what float32 loses in dividing by the scale
+        x, encoder = (t.sign() * (t.abs() / t.abs().max() * 127).round() for t in (x, encoder))
+        x[:, 0], encoder[:, 0], bias = 127, 127, torch.zeros(d_sae)
+        x, encoder = x * (0.1 * x_scale), encoder * (0.3 * w_scale)
     elif kind == "whole numbers":
         x, encoder, bias = (t.round() for t in (x, encoder, bias))
     return x, encoder, bias
@@ -143,6 +151,8 @@ KINDS = [
     "zero rows",
     "nearly on the threshold",
     "products that cancel",
+    "errors that add up",
+    "digits but for rounding",
     "whole numbers",
 ]
 INPUTS: dict[str, Any] = SIZES | {
@@ -158,30 +168,42 @@ def limits(x: Tensor, encoder: Tensor, of_rows: float) -> Tensor:
     return of_rows * torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(encoder, dim=1).mean()
 
 
-@settings(max_examples=200)
-@given(**INPUTS)
-def test_the_bound_is_never_below_the_product(of_rows: float, **inputs: Any) -> None:
-    x, encoder, bias = difficult(**inputs)
-    limit = limits(x, encoder, of_rows)
+@pytest.fixture(scope="module", autouse=True)
+def exact_products() -> Iterator[None]:
+    """Processors whose products of bytes saturate check the rest all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not proposals.exact_bytes():
+            patch.setattr(proposals, "int_mm", lambda a, b: a.int() @ b.int())
+        yield
+
+
+def test_bytes_are_used_where_their_products_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert proposals.exact_bytes()
+    monkeypatch.setattr(proposals, "int_mm", lambda a, b: (a.int() @ b.int()).clamp_max(2**15 - 1))
+    assert not proposals.exact_bytes()
+    assert not proposals.fast_bytes.__wrapped__()
+
+
+def assert_bounded(x: Tensor, encoder: Tensor, bias: Tensor, limit: Tensor) -> bool:
+    """The raised product of bytes is no less than the exact one; False where there is none."""
     inputs, latents = proposals._side(x, -limit), proposals._side(encoder, bias)
     layout = proposals._layout(inputs, latents) if inputs and latents else None
     if layout is None:
-        return
+        return False
     of_inputs = whole(inputs, latents.floor, layout, of_latents=False)
     of_latents = whole(latents, inputs.floor, layout, of_latents=True)
     exact = encoder.double() @ x.double().T + bias.double()[:, None] - limit.double()
     in_steps = exact / latents.scale.double()[:, None] / inputs.scale.double()
-    assert (of_latents.int() @ of_inputs.int().T >= in_steps).all()
+    exceeds = of_latents.int() @ of_inputs.int().T >= in_steps
+    assert exceeds[~proposals.too_high(latents, inputs.floor, layout)].all()
+    return True
 
 
-@settings(max_examples=200)
-@given(**INPUTS)
-def test_all_that_is_above_the_threshold_is_proposed(of_rows: float, **inputs: Any) -> None:
-    x, encoder, bias = difficult(**inputs)
-    limit = limits(x, encoder, of_rows)
+def assert_proposed(x: Tensor, encoder: Tensor, bias: Tensor, limit: Tensor) -> int | None:
+    """All above the limit are proposed, once and in order; how many are, None where bytes cannot tell."""
     found = proposals.proposed(x, encoder, bias, limit)
     if found is None:
-        return
+        return None
     latent, row = found
     proposed = torch.zeros(len(encoder), len(x), dtype=torch.bool)
     proposed[latent, row] = True
@@ -189,8 +211,114 @@ def test_all_that_is_above_the_threshold_is_proposed(of_rows: float, **inputs: A
     plain = torch.addmm(bias[:, None], encoder, x.T)
     assert proposed[exact > limit.double()].all()
     assert proposed[plain > limit].all()
-    place = latent * len(x) + row
-    assert (place.diff() > 0).all()
+    assert ((latent * len(x) + row).diff() > 0).all()
+    return len(latent)
+
+
+@settings(max_examples=200)
+@given(**INPUTS)
+def test_the_bound_is_never_below_the_product(of_rows: float, **inputs: Any) -> None:
+    x, encoder, bias = difficult(**inputs)
+    assert_bounded(x, encoder, bias, limits(x, encoder, of_rows))
+
+
+@settings(max_examples=200)
+@given(**INPUTS)
+def test_all_that_is_above_the_threshold_is_proposed(of_rows: float, **inputs: Any) -> None:
+    x, encoder, bias = difficult(**inputs)
+    assert_proposed(x, encoder, bias, limits(x, encoder, of_rows))
+
+
+@pytest.mark.parametrize("of_rows", [0.0, 1.0])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rows of many sizes"])
+@pytest.mark.parametrize("d_in", [512, 2048, 5000])
+def test_bytes_tell_of_long_vectors(d_in: int, kind: str, of_rows: float) -> None:
+    x, encoder, bias = difficult(5, d_in, 24, 0, 1.0, 1.0, kind)
+    limit = limits(x, encoder, of_rows)
+    assert assert_bounded(x, encoder, bias, limit)
+    assert assert_proposed(x, encoder, bias, limit) is not None
+
+
+@settings(max_examples=200)
+@given(
+    **SIZES,
+    zero=st.sampled_from(["inputs", "latents"]),
+    size=st.sampled_from([1e-44, 1e-20, 0.03, 1.0, 30.0, 1000.0]),
+    spread=st.sampled_from([0.0, 1.0, 6.0]),
+    scale=st.sampled_from([*SCALES, 1e12]),
+)
+def test_offsets_decide_where_vectors_are_zero(
+    batch: int, d_in: int, d_sae: int, seed: int, zero: str, size: float, spread: float, scale: float
+) -> None:
+    g = generator(seed)
+    x, encoder = (
+        torch.randn(n, d_in, generator=g) * torch.exp(spread * torch.randn(n, 1, generator=g)) * scale
+        for n in (batch + 1, d_sae + 1)
+    )
+    (x if zero == "inputs" else encoder)[1:] = 0  # the first one has a scale
+    limit = torch.randn(batch + 1, generator=g) * size
+    bias = limit[torch.randint(batch + 1, (d_sae + 1,), generator=g)]
+    bias = torch.nextafter(bias, torch.tensor(torch.inf))  # above one limit by what is the least
+    assert_bounded(x, encoder, bias, limit)
+    assert_proposed(x, encoder, bias, limit)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("of_latents", [False, True])
+def test_shares_and_offsets_that_are_nearly_whole_are_rounded_to_the_right_side(sign: int, *, of_latents: bool) -> None:
+    """Vectors of which shares are 1 to 126 and zero ones whose offsets are 1 to 127 digits, but for what rounds them."""
+    nearly = 1 + torch.arange(-4, 5)[:, None] * 2**-24
+    scaled = (126 / torch.arange(1, 127) * nearly).flatten()
+    scaled = torch.cat([scaled, torch.full((len(scaled),), 2.0)])[:, None]  # twice the floor, so that it is 1
+    offset = (sign * torch.arange(128) * 126 / 127**2 * nearly).flatten()
+    vectors = torch.zeros(len(offset), 1)
+    vectors[0] = 2
+    if of_latents:
+        assert assert_bounded(vectors, scaled, torch.zeros(len(scaled)), -offset)
+    else:
+        assert assert_bounded(scaled, vectors, offset, torch.zeros(len(scaled)))
+
+
+def test_neither_zero_vectors_nor_dead_latents_are_proposed() -> None:
+    x, encoder, bias = torch.ones(6, 4), torch.ones(10, 4), torch.zeros(10)
+    x[1:3], encoder[4:6], encoder[6:, ::2] = 0, 0, -1
+    bias[6:] = torch.tensor([-7.0, -100.0, -1e6, -1e30])
+    assert assert_proposed(x, encoder, bias, torch.zeros(6)) == 4 * 4
+
+
+@pytest.mark.parametrize("small", [1e-18, 1e-25, 1e-42])
+@pytest.mark.parametrize("of_latents", [False, True])
+def test_vectors_far_smaller_than_the_others_are_proposed(small: float, *, of_latents: bool) -> None:
+    x, encoder, _ = difficult(12, 16, 24, 0, 1.0, 1.0, "normal")
+    (encoder if of_latents else x)[:3] *= small
+    assert assert_proposed(x, encoder, torch.zeros(24), torch.zeros(12)) is not None
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_sizes_that_float32_cannot_multiply_are_left_to_it(scale: float) -> None:
+    x, encoder, _ = difficult(12, 16, 24, 0, scale, scale, "normal")
+    found = assert_proposed(x, encoder, torch.zeros(24), torch.zeros(12))
+    assert (found is None) == (scale in (1e-30, 1e30))
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("which", ["x", "encoder", "bias", "limit"])
+def test_what_is_not_finite_is_selected_as_float32_selects_it(
+    which: str, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, encoder, bias = difficult(12, 16, 40, 0, 1.0, 1.0, "normal")
+    given = {"x": x, "encoder": encoder, "bias": bias - 6, "limit": torch.zeros(12)}
+    given[which].view(-1)[7] = bad
+    never = (which, bad) in {("bias", -torch.inf), ("limit", torch.inf)}
+    always = (which, bad) == ("bias", torch.inf)
+    assert (proposals.proposed(*given.values()) is not None) == (never or always)
+    selected = []
+    for bytes_do in (True, False):
+        monkeypatch.setattr(kernels, "fast_bytes", lambda bytes_do=bytes_do: bytes_do)
+        pairs, pre = select_above(*given.values())
+        selected.append(pairs.matrix(pre))
+    assert 12 < (selected[0] > 0).sum() < 200
+    assert_close(*selected, rtol=1e-4, atol=1e-4)
 
 
 def test_few_are_proposed_in_vain() -> None:
@@ -200,6 +328,24 @@ def test_few_are_proposed_in_vain() -> None:
     assert n_above > 100
     assert found is not None
     assert len(found[0]) < 2 * n_above
+
+
+def test_one_latent_of_large_bias_is_proposed_alone() -> None:
+    x, encoder, bias = difficult(64, 128, 800, 0, 1.0, 1.0, "normal")
+    bias = torch.full_like(bias, -30)
+    before = assert_proposed(x, encoder, bias, torch.zeros(64))
+    bias[9] = 1e4
+    after = assert_proposed(x, encoder, bias, torch.zeros(64))
+    assert before is not None
+    assert after is not None
+    assert 64 <= after < 1.1 * before + 64
+
+
+def test_limits_far_below_zero_are_left_to_float32() -> None:
+    x, encoder, bias = difficult(64, 128, 80, 0, 1.0, 1.0, "normal")
+    limit = torch.zeros(64)
+    limit[3] = -1e4
+    assert proposals.proposed(x, encoder, bias, limit) is None
 
 
 @pytest.fixture(params=[True, False], ids=["bytes", "float32"])

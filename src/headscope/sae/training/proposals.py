@@ -17,7 +17,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 from torch import _int_mm as int_mm  # pyright: ignore[reportPrivateImportUsage] - no public function has it
 
@@ -27,14 +27,20 @@ _GROUP = 8  # latents that are looked at together first
 _MOST = 127  # of a byte
 _SHARE = 126  # digit of a share of 1, which rounding must not lift above what a byte holds
 _ACCUMULATION = 2.0**-22  # error of a float32 sum, a term and unit of the product of norms; four times the bound
-_LEAST = 1e-30  # by which can be divided without overflow
+_LEAST, _LARGEST = 1e-15, 1e15  # components that are scaled: float32 loses nothing of products but by rounding
 _SLACK = 1e-4  # relative, for what float32 rounds in all that becomes a digit, and in adding the bias
 
 
 @cache
 def fast_bytes() -> bool:
-    """Whether this processor multiplies bytes faster than float32."""
-    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported())
+    """Whether this processor multiplies bytes faster than float32, and exactly."""
+    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported()) and exact_bytes()
+
+
+def exact_bytes() -> bool:
+    """Whether products of bytes are exact here: older instructions saturate sums of two of them at 16 bits."""
+    most = torch.full((_GROUP, 64), _MOST, dtype=torch.int8)
+    return bool((int_mm(most, most.T) == 64 * _MOST**2).all())
 
 
 class Side(NamedTuple):
@@ -58,8 +64,11 @@ class Side(NamedTuple):
         return self.largest.clamp_min(self.floor) / _MOST
 
     def digits(self, floor: float) -> Float[Tensor, " n"]:
-        """The offset where the other side's scale is that of its floor, for one component of `_SHARE` there."""
-        return self.offset / self.scale / (floor / _MOST) / _SHARE
+        """The offset where the other side's scale is that of its floor, for one component of `_SHARE` there.
+
+        In float64, where the least float32 divided by a scale is not zero.
+        """
+        return self.offset.double() / self.scale / (floor / _MOST) / _SHARE
 
 
 @dataclass(frozen=True)
@@ -84,18 +93,26 @@ def proposed(
 ) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]] | None:
     """(latent, row), in this order, of all pairs with `x . encoder_j + bias_j > limit` in float32, and of some others.
 
-    None where bytes cannot tell: numbers that are not finite, or biases far larger than products.
+    None where bytes cannot tell: numbers that are not finite or of extreme sizes, or limits far below zero. Latents
+    whose biases are far larger than products are proposed for all inputs.
     """
     inputs, latents = _side(x, -limit), _side(encoder, bias)
     if inputs is None or latents is None or (layout := _layout(inputs, latents)) is None:
         return None
     of_inputs = whole(inputs, latents.floor, layout, of_latents=False).T
-    found = [
-        torch.stack(_positive(int_mm(of_latents, of_inputs))) + torch.tensor([[start], [0]])
-        for start, of_latents in _blocks(latents, inputs.floor, layout)
-    ]
+    everywhere = too_high(latents, inputs.floor, layout)
+    found = []
+    for start, of_latents in _blocks(latents, inputs.floor, layout):
+        raised = int_mm(of_latents, of_inputs)
+        raised[everywhere[start : start + BLOCK]] = 1
+        found.append(torch.stack(_positive(raised)) + torch.tensor([[start], [0]]))
     latent, row = torch.cat(found, 1)
     return latent, row
+
+
+def too_high(latents: Side, floor: float, layout: Layout) -> Bool[Tensor, " n"]:
+    """Which latents have biases that the components for them cannot hold."""
+    return latents.digits(floor) * (1 + _SLACK) > layout.raising[1] * _MOST
 
 
 def _blocks(latents: Side, floor: float, layout: Layout) -> Iterator[tuple[int, Int8[Tensor, "n d"]]]:
@@ -104,16 +121,19 @@ def _blocks(latents: Side, floor: float, layout: Layout) -> Iterator[tuple[int, 
 
 
 def _side(vectors: Tensor, offset: Tensor) -> Side | None:
-    """None where they are not finite, zero, or too small to divide by."""
+    """None where they are not finite, zero, or of sizes whose products float32 may not hold."""
     largest = torch.cat([part.abs().amax(1) for part in vectors.split(BLOCK)])
     some = largest[largest != 0]
-    if not len(some) or not some.max().item() < math.inf or (floor := some.median().item() / 2) < _LEAST:
+    if not len(some) or not some.max().item() < _LARGEST or (floor := some.median().item() / 2) < _LEAST:
         return None
     return Side(vectors, largest, floor, offset)
 
 
 def _layout(inputs: Side, latents: Side) -> Layout | None:
-    """None where positive offsets need too many components; negative ones that do are taken for less than they are."""
+    """None where an input's positive offset needs too many components, or one is not a number.
+
+    Those of latents that do are not taken into account; negative ones that do are taken for less than they are.
+    """
     d = inputs.vectors.shape[1]
     lost = math.sqrt(d) / 2 + _accumulation(d) * (_MOST + 1) * math.sqrt(d)
     factor = (_MOST - 1) / lost
@@ -122,9 +142,9 @@ def _layout(inputs: Side, latents: Side) -> Layout | None:
     for side, floor in ((inputs, latents.floor), (latents, inputs.floor)):
         digits = side.digits(floor) * ((1 + _SLACK) / _MOST)
         high, low = digits.max().item(), digits.min().item()
-        if not high <= most or math.isnan(low):
+        if math.isnan(low) or (side is inputs and high > most):
             return None
-        raising.append(math.ceil(max(high, 0.0)))
+        raising.append(math.ceil(min(max(high, 0.0), most)))
         lowering.append(math.ceil(min(max(-low, 0.0), most)))
     return Layout(factor, bound, (raising[0], raising[1]), (lowering[0], lowering[1]))
 
@@ -148,6 +168,7 @@ def whole(side: Side, floor: float, layout: Layout, *, of_latents: bool) -> Int8
     lost = torch.linalg.vector_norm(scaled - rounded, dim=1)
     size = torch.linalg.vector_norm(rounded, dim=1)
     lost = lost + _accumulation(scaled.shape[1]) * (size + lost)
+    lost = torch.where(side.largest > 0, lost.clamp_min(_LEAST), lost)  # squares of the least components are zero
     bound = [lost * layout.lost, (size + lost) / (layout.lost * layout.bound)]
     own, other = int(of_latents), 1 - int(of_latents)
     share, digits = side.floor / side.largest.clamp_min(side.floor) * _SHARE, side.digits(floor)
