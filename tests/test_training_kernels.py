@@ -185,15 +185,17 @@ def test_bytes_are_used_where_their_products_are_exact(monkeypatch: pytest.Monke
 
 
 def assert_bounded(x: Tensor, encoder: Tensor, bias: Tensor, limit: Tensor) -> bool:
-    """The raised product of bytes is no less than the exact one; False where there is none."""
+    """The raised product of bytes is no less than any in float32; False where there is none."""
     inputs, latents = proposals._side(x, -limit), proposals._side(encoder, bias)
     layout = proposals._layout(inputs, latents) if inputs and latents else None
     if layout is None:
         return False
     of_inputs = whole(inputs, latents.floor, layout, of_latents=False)
     of_latents = whole(latents, inputs.floor, layout, of_latents=True)
-    exact = encoder.double() @ x.double().T + bias.double()[:, None] - limit.double()
-    in_steps = exact / latents.scale.double()[:, None] / inputs.scale.double()
+    x, encoder, limit, bias = x.double(), encoder.double(), limit.double(), bias.double()[:, None]
+    size = torch.linalg.vector_norm(encoder, dim=1)[:, None] * torch.linalg.vector_norm(x, dim=1)
+    rounding = 2**-24 * (x.shape[1] * size + 4 * (bias.abs() + limit.abs()))  # of float32 sums
+    in_steps = (encoder @ x.T + bias - limit + rounding) / latents.scale.double()[:, None] / inputs.scale.double()
     exceeds = of_latents.int() @ of_inputs.int().T >= in_steps
     assert exceeds[~proposals.too_high(latents, inputs.floor, layout)].all()
     return True
@@ -332,10 +334,11 @@ def test_few_are_proposed_in_vain() -> None:
 
 def test_one_latent_of_large_bias_is_proposed_alone() -> None:
     x, encoder, bias = difficult(64, 128, 800, 0, 1.0, 1.0, "normal")
-    bias = torch.full_like(bias, -30)
-    before = assert_proposed(x, encoder, bias, torch.zeros(64))
-    bias[9] = 1e4
-    after = assert_proposed(x, encoder, bias, torch.zeros(64))
+    bias, limit = torch.full_like(bias, -30), torch.zeros(64)
+    x[5] = -encoder[9]
+    before = assert_proposed(x, encoder, bias, limit)
+    bias[9] = encoder[9].square().sum() * 1.001
+    after = assert_proposed(x, encoder, bias, limit)
     assert before is not None
     assert after is not None
     assert 64 <= after < 1.1 * before + 64
