@@ -21,7 +21,7 @@ from headscope.sae.training.kernels import (
     sum_by_latent,
     sum_by_row,
 )
-from headscope.sae.training.proposals import whole
+from headscope.sae.training.proposals import BLOCK, whole
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 SIZES = {
@@ -268,7 +268,7 @@ def test_offsets_decide_where_vectors_are_zero(
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("of_latents", [False, True])
 def test_shares_and_offsets_that_are_nearly_whole_are_rounded_to_the_right_side(sign: int, *, of_latents: bool) -> None:
-    """Vectors of which shares are 1 to 126 and zero ones whose offsets are 1 to 127 digits, but for what rounds them."""
+    """Shares are 1 to 126, and offsets of zero vectors 0 to 127 digits, but for a few units of the last place."""
     nearly = 1 + torch.arange(-4, 5)[:, None] * 2**-24
     scaled = (126 / torch.arange(1, 127) * nearly).flatten()
     scaled = torch.cat([scaled, torch.full((len(scaled),), 2.0)])[:, None]  # twice the floor, so that it is 1
@@ -333,11 +333,11 @@ def test_few_are_proposed_in_vain() -> None:
 
 
 def test_one_latent_of_large_bias_is_proposed_alone() -> None:
-    x, encoder, bias = difficult(64, 128, 800, 0, 1.0, 1.0, "normal")
+    x, encoder, bias = difficult(64, 128, BLOCK + 16, 0, 1.0, 1.0, "normal")
     bias, limit = torch.full_like(bias, -30), torch.zeros(64)
-    x[5] = -encoder[9]
+    x[5] = -2 * encoder[BLOCK + 9]
     before = assert_proposed(x, encoder, bias, limit)
-    bias[9] = encoder[9].square().sum() * 1.001
+    bias[BLOCK + 9] = encoder[BLOCK + 9].square().sum() * 2.002  # little more than lifts x[5] above zero
     after = assert_proposed(x, encoder, bias, limit)
     assert before is not None
     assert after is not None
