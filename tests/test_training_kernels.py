@@ -320,7 +320,7 @@ def test_what_is_not_finite_is_selected_as_float32_selects_it(
         pairs, pre = select_above(*given.values())
         selected.append(pairs.matrix(pre))
     assert 12 < (selected[0] > 0).sum() < 200
-    assert_close(*selected, rtol=1e-4, atol=1e-4)
+    assert_close(selected[0], selected[1], rtol=1e-4, atol=1e-4)
 
 
 def test_few_are_proposed_in_vain() -> None:
