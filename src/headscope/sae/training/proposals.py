@@ -28,7 +28,7 @@ _MOST = 127  # of a byte
 _SHARE = 126  # digit of a share of 1, which rounding must not lift above what a byte holds
 _ACCUMULATION = 2.0**-22  # error of a float32 sum, a term and unit of the product of norms; four times the bound
 _LEAST, _LARGEST = 1e-15, 1e15  # components that are scaled: float32 loses nothing of products but by rounding
-_SLACK = 1e-4  # relative, for what float32 rounds in all that becomes a digit, and in adding the bias
+_SLACK = 1e-4  # relative, for what float32 rounds in bounds and shares, and in adding the bias
 
 
 @cache
@@ -112,7 +112,7 @@ def proposed(
 
 def too_high(latents: Side, floor: float, layout: Layout) -> Bool[Tensor, " n"]:
     """Which latents have biases that the components for them cannot hold."""
-    return latents.digits(floor) * (1 + _SLACK) > layout.raising[1] * _MOST
+    return latents.digits(floor) > layout.raising[1] * _MOST
 
 
 def _blocks(latents: Side, floor: float, layout: Layout) -> Iterator[tuple[int, Int8[Tensor, "n d"]]]:
@@ -140,7 +140,7 @@ def _layout(inputs: Side, latents: Side) -> Layout | None:
     bound = math.ceil((_MOST * math.sqrt(d) + lost) * (1 + _SLACK) / factor / _MOST)
     most, raising, lowering = d // 8 + 8, [], []
     for side, floor in ((inputs, latents.floor), (latents, inputs.floor)):
-        digits = side.digits(floor) * ((1 + _SLACK) / _MOST)
+        digits = side.digits(floor) / _MOST
         high, low = digits.max().item(), digits.min().item()
         if math.isnan(low) or (side is inputs and high > most):
             return None
@@ -172,10 +172,9 @@ def whole(side: Side, floor: float, layout: Layout, *, of_latents: bool) -> Int8
     bound = [lost * layout.lost, (size + lost) / (layout.lost * layout.bound)]
     own, other = int(of_latents), 1 - int(of_latents)
     share, digits = side.floor / side.largest.clamp_min(side.floor) * _SHARE, side.digits(floor)
-    raised, lowered = digits.clamp_min(0) * (1 + _SLACK), digits.clamp_max(0) * (1 - _SLACK)
     offsets = [
-        (raised / max(1, layout.raising[own]), layout.raising[own]),
-        (lowered / max(1, layout.lowering[own]), layout.lowering[own]),
+        (digits.clamp_min(0) / max(1, layout.raising[own]), layout.raising[own]),
+        (digits.clamp_max(0) / max(1, layout.lowering[own]), layout.lowering[own]),
     ]
     shares = [
         (share * (1 + _SLACK), layout.raising[other]),
