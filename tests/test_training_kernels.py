@@ -332,6 +332,27 @@ def test_few_are_proposed_in_vain() -> None:
     assert len(found[0]) < 2 * n_above
 
 
+@pytest.mark.parametrize("times", [1, 30, 1000])
+def test_a_component_far_larger_than_the_others_costs_little(times: float) -> None:
+    x, encoder, bias = difficult(64, 128, 800, 0, 1.0, 1.0, "normal")
+    x[:, 3] *= times
+    encoder[:, 3] /= times
+    found = proposals.proposed(x, encoder, bias - 30, torch.zeros(64))
+    assert found is not None
+    assert len(found[0]) < 2 * int((x @ encoder.T + bias - 30 > 0).sum())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rows of many sizes"])
+def test_sharing_out_components_changes_no_product(kind: str) -> None:
+    x, encoder, _ = difficult(17, 40, 70, 0, 1.0, 1.0, kind)
+    x = x * torch.where(torch.arange(40) % 7 == 0, 1000.0, 1.0)
+    x[:, 1], encoder[:, 1] = 0, 0
+    other_x, other_encoder = proposals.balanced(x, encoder)
+    assert other_x.abs().max() < x.abs().max()
+    exact = encoder.double() @ x.double().T
+    assert_close(other_encoder.double() @ other_x.double().T, exact, rtol=1e-10, atol=1e-10 * exact.abs().max().item())
+
+
 def test_one_latent_of_large_bias_is_proposed_alone() -> None:
     x, encoder, bias = difficult(64, 128, BLOCK + 16, 0, 1.0, 1.0, "normal")
     bias, limit = torch.full_like(bias, -30), torch.zeros(64)

@@ -28,6 +28,8 @@ _MOST = 127  # of a byte
 _SHARE = 126  # digit of a share of 1, which rounding must not lift above what a byte holds
 _ACCUMULATION = 2.0**-22  # error of a float32 sum, a term and unit of the product of norms; four times the bound
 _LEAST, _LARGEST = 1e-15, 1e15  # components that are scaled: float32 loses nothing of products but by rounding
+_OUTLYING = 8  # times the median of components, in size, from which one is shared out
+_MOST_SHARED = 2.0**40
 _SLACK = 1e-4  # relative, for what float32 rounds in bounds and shares, and in adding the bias
 
 
@@ -96,18 +98,42 @@ def proposed(
     None where bytes cannot tell: numbers that are not finite or of extreme sizes, or limits far below zero. Latents
     whose biases are far larger than products are proposed for all inputs.
     """
+    x, encoder = balanced(x, encoder)
     inputs, latents = _side(x, -limit), _side(encoder, bias)
     if inputs is None or latents is None or (layout := _layout(inputs, latents)) is None:
         return None
     of_inputs = whole(inputs, latents.floor, layout, of_latents=False).T
     everywhere = too_high(latents, inputs.floor, layout)
+    memory = torch.empty(BLOCK, len(x), dtype=torch.int32)  # fresh memory costs a third of the product
     found = []
     for start, of_latents in _blocks(latents, inputs.floor, layout):
-        raised = int_mm(of_latents, of_inputs)
-        raised[everywhere[start : start + BLOCK]] = 1
+        raised = int_mm(of_latents, of_inputs, out=memory[: len(of_latents)])
+        for j in everywhere[start : start + BLOCK].nonzero()[:, 0].tolist():
+            raised[j] = 1
         found.append(torch.stack(_positive(raised)) + torch.tensor([[start], [0]]))
     latent, row = torch.cat(found, 1)
     return latent, row
+
+
+def balanced(
+    x: Float[Tensor, "batch d_in"], encoder: Float[Tensor, "d_sae d_in"]
+) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "d_sae d_in"]]:
+    """The same products, with components that are far larger in inputs than the others shared out between both sides.
+
+    By powers of two. Else bytes, whose steps are a share of the largest component, would have few left for the others.
+    """
+    shares = _shares(x)
+    if not _OUTLYING < shares.max().item() < math.inf:
+        return x, encoder
+    larger = (shares / _shares(encoder)).nan_to_num(1.0).clamp(1, _MOST_SHARED)  # components can be zero on both sides
+    factor = torch.exp2((larger.log2() / 2).round())
+    return x / factor, encoder * factor
+
+
+def _shares(vectors: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
+    """Size of each component over the median of those that are not zero."""
+    size = torch.linalg.vector_norm(vectors, dim=0)
+    return size / size[size != 0].median() if size.any() else size
 
 
 def too_high(latents: Side, floor: float, layout: Layout) -> Bool[Tensor, " n"]:
