@@ -1,8 +1,8 @@
-"""The least that a training step of an SAE on a CPU can take: the encoder's product in bf16 and fused Adam.
+"""The least that a training step of an SAE in bf16 can take on a CPU: the encoder's product and fused Adam.
 
 Any step has to multiply the batch by the encoder, `[batch, d_in] @ [d_in, d_sae]`, to know what is active, and to move
 the two matrices of `d_in * d_sae` float32 weights; the rest can be sparse. Casting weights to bf16, biases, selection,
-decoding and gradients are left out, so no step reaches it.
+decoding and gradients are left out. headscope's product that proposes is of bytes, so its step may come below.
 
     python benchmarks/floor.py --d-in 512 --d-sae 16384
 """

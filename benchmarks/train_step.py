@@ -1,4 +1,4 @@
-"""How long a training step of an SAE takes, beside the peers' own trainers and the least that it can take.
+"""How long a training step of an SAE takes, beside the peers' own trainers and the least that bf16 can take.
 
     headscope             `headscope.sae.training`
     SAELens               `SAETrainer.step`: float32 and bf16 autocast; the sparse activations of its TopK need a GPU
