@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from headscope import cli
+from headscope.display import Display
 from headscope.models.hf import Model
 from headscope.sae.formats import load_sae
 from headscope.sae.metrics import Status
@@ -48,12 +49,12 @@ def train(options: dict[str, object], out: Path, *more: str) -> None:
 def interrupted(monkeypatch: pytest.MonkeyPatch, options: dict[str, object], out: Path) -> None:
     """A training in which Ctrl-C is pressed."""
 
-    def press(_display: cli.Display, status: Status) -> None:
+    def press(_display: Display, status: Status) -> None:
         if status.step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli.Display, "on_step", press)
+        patch.setattr(Display, "on_step", press)
         train(options, out)
 
 
