@@ -14,7 +14,8 @@ from headscope.sae.pareto import DEFINITIONS
 from headscope.sae.presets import PRESETS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
-FOREIGN = {"--help", "--json", "--nproc-per-node", "--quick"}
+FOREIGN = {"--help", "--nproc-per-node"} | {"--data", "--json", "--quick", "--rounds", "--shapes", "--steps"}
+"""Of any command, of torchrun; of benchmarks."""
 
 
 def options_of(capsys: pytest.CaptureFixture[str], command: str) -> set[str]:
