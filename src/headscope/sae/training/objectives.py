@@ -234,8 +234,8 @@ class JumpReLU:
     def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """See `Objective`; `log_threshold` is a weight too."""
         centred, theta = x - p["b_dec"], p["log_threshold"].exp()
-        near, pre, on = self._near(p, centred, theta)
-        threshold = theta[near.latent]
+        near, pre, threshold = self._near(p, centred, theta)
+        on = (pre > threshold).to(pre.dtype)
         r = self.space.reconstruct(x, near, pre * on, p)
         share = now.coefficient / len(x)
         norm = torch.linalg.vector_norm(p["decoder"], dim=1)
@@ -261,18 +261,17 @@ class JumpReLU:
 
     def encode(self, p: Parameters, centred: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
         """See `Objective`."""
-        near, pre, on = self._near(p, centred, p["log_threshold"].exp())
-        return near, pre * on
+        near, pre, threshold = self._near(p, centred, p["log_threshold"].exp())
+        return near, pre * (pre > threshold)
 
     def _near(self, p: Parameters, centred: Tensor, theta: Tensor) -> tuple[Pairs, Tensor, Tensor]:
-        """All pairs that are active or within half a bandwidth of it, their pre-activations, and 1 where active.
+        """All pairs that are active or within half a bandwidth of it, their pre-activations, and their thresholds.
 
         The others have no part in any gradient.
         """
         low = theta - self.bandwidth / 2
         near, above = select_above(centred, p["encoder"], p["b_enc"] - low)
-        pre = above + low[near.latent]
-        return near, pre, (pre > theta[near.latent]).to(pre.dtype)
+        return near, above + low[near.latent], theta[near.latent]
 
     def _revive(
         self, centred: Tensor, p: Parameters, norm: Tensor, theta: Tensor, dead: Tensor, gradients: Parameters
