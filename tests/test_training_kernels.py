@@ -173,7 +173,7 @@ def exact_products() -> Iterator[None]:
     """Processors whose products of bytes saturate check the rest all the same."""
     with pytest.MonkeyPatch.context() as patch:
         if not proposals.exact_bytes():
-            patch.setattr(proposals, "int_mm", lambda a, b: a.int() @ b.int())
+            patch.setattr(proposals, "int_mm", lambda a, b, out=None: torch.mm(a.int(), b.int(), out=out))
         yield
 
 
@@ -513,6 +513,73 @@ def test_topk_is_topk_of_each_row(
     f = pairs.matrix(got).sort(1, descending=True).values
     assert_close(f[:, :k], pre.topk(k, dim=1).values.relu(), rtol=0, atol=0)
     assert not f[:, k:].any()
+
+
+@pytest.mark.usefixtures("proposal")
+@SHARED
+@given(k=st.integers(1, 9), **INPUTS)
+def test_topk_in_float32_is_that_of_exact_numbers_but_for_rounding(k: int, of_rows: float, **inputs: Any) -> None:
+    x, encoder, bias = difficult(**inputs)
+    k = min(k, len(encoder))
+    pairs, pre = select_topk(x, encoder, bias, k, of_rows)
+    exact = x.double() @ encoder.double().T + bias.double()
+    size = torch.linalg.vector_norm(x.double(), dim=1)[:, None] * torch.linalg.vector_norm(encoder.double(), dim=1)
+    rounding = (2**-22 * (x.shape[1] + 2) * (size + bias.double().abs())).amax(1, keepdim=True)
+    got = pairs.matrix(pre).double().sort(1, descending=True).values
+    assert (got[:, :k] - exact.topk(k, dim=1).values.relu()).abs().le(rounding).all()
+    assert not got[:, k:].any()
+    assert ((pre - exact[pairs.row, pairs.latent]).abs() <= rounding[pairs.row, 0]).all()
+    assert ((pairs.latent * len(x) + pairs.row).diff() > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["normal", "sizes of latents", "biases", "one giant", "no whole groups"])
+def test_few_are_proposed_in_vain_to_be_among_the_largest(kind: str) -> None:
+    x, encoder, bias = difficult(64, 128, 805 if kind == "no whole groups" else 800, 0, 1.0, 1.0, "normal")
+    if kind == "sizes of latents":
+        encoder *= torch.exp(0.5 * torch.randn(800, 1, generator=generator(1)))
+    elif kind == "biases":
+        bias = 3 * torch.randn(800, generator=generator(1))
+    elif kind == "one giant":
+        encoder[17] *= 1000
+    found = proposals.proposed_topk(x, encoder, bias, 8)
+    assert found is not None
+    latent, row, limit = found
+    pre = torch.addmm(bias, x, encoder.T)
+    kth = pre.topk(8, dim=1).values[:, -1]
+    assert (limit < kth).all()  # other rows would be looked at again
+    assert 8 * 64 < len(latent) < 3 * 8 * 64
+    proposed = torch.zeros_like(pre, dtype=torch.bool)
+    proposed[row, latent] = True
+    assert proposed[pre > limit[:, None]].all()
+    assert ((latent * 64 + row).diff() > 0).all()
+
+
+@pytest.mark.usefixtures("proposal")
+def test_latents_of_large_biases_are_among_the_largest() -> None:
+    x, encoder, bias = difficult(64, 128, 800, 0, 1.0, 1.0, "normal")
+    bias[[3, 500]] = torch.tensor([1e6, 1e7])
+    for k, expected in ((1, {500}), (2, {3, 500})):
+        pairs, _ = select_topk(x, encoder, bias, k)
+        assert set(pairs.latent.tolist()) == expected
+        assert len(pairs) == 64 * k
+
+
+@pytest.mark.parametrize("products", [1, 900, 5000])
+def test_parts_of_the_inputs_join(products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, encoder, bias = difficult(23, 40, 90, 0, 1.0, 1.0, "normal")
+    limit = limits(x, encoder, 0.1)
+
+    def found() -> list[Tensor]:
+        by_limit, by_rank = proposals.proposed(x, encoder, bias, limit), proposals.proposed_topk(x, encoder, bias, 5)
+        assert by_limit is not None
+        assert by_rank is not None
+        return [*by_limit, *by_rank]
+
+    at_once = found()
+    monkeypatch.setattr(proposals, "_PRODUCTS", products)
+    for part, everything in zip(found(), at_once, strict=True):
+        assert len(part) > 20
+        assert_close(part, everything, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("n", [1, 3600, 200_000])

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from headscope.sae.training.proposals import BLOCK, fast_bytes, proposed
+from headscope.sae.training.proposals import BLOCK, fast_bytes, proposed, proposed_topk
 from headscope.sae.training.ranks import ALONE, Ranks
 
 DENSE_ABOVE = 0.1
@@ -187,17 +187,25 @@ def select_above(
         return gpu.select_above(x, encoder, bias, threshold)
     batch, d_sae = len(x), len(encoder)
     limit = x.new_zeros(batch) if threshold is None else threshold
-    bytes_do = x.is_cpu and x.dtype == torch.float32 and fast_bytes()
-    if bytes_do and (found := proposed(x, encoder, bias, limit)) is not None:
+    if _bytes_do(x) and (found := proposed(x, encoder, bias, limit)) is not None:
         latent, row = found
         pairs = Pairs(row, latent, batch, d_sae)
         if not pairs.dense:
-            pre = products(pairs, encoder, x) + bias[latent]
-            kept = pre > limit[row]
-            return pairs.kept(kept), pre[kept]
+            return _decided(pairs, x, encoder, bias, limit)
     parts = list(_computed(x, encoder, bias, limit))
     latent, row, pre = (torch.cat(same) for same in zip(*parts, strict=True))
     return Pairs(row, latent, batch, d_sae), pre
+
+
+def _bytes_do(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype == torch.float32 and fast_bytes()
+
+
+def _decided(pairs: Pairs, x: Tensor, encoder: Tensor, bias: Tensor, limit: Tensor) -> tuple[Pairs, Tensor]:
+    """Those of some pairs that float32 finds above their limits, and their pre-activations."""
+    pre = products(pairs, encoder, x) + bias[pairs.latent]
+    kept = pre > limit[pairs.row]
+    return pairs.kept(kept), pre[kept]
 
 
 def select_batch_topk(
@@ -252,11 +260,15 @@ def select_topk(
         guess: of the least, over rows, k-th largest value in units of the row's norm; a good one makes this faster,
             none changes the result.
     """
-    size = torch.linalg.vector_norm(x, dim=1)
-    bound = _usable(_guessed_topk(x, encoder, bias, k) if guess is None else guess)
-    pairs, pre = select_above(x, encoder, bias, size * bound)
+    if _bytes_do(x) and (proposals := proposed_topk(x, encoder, bias, k)) is not None:
+        latent, row, limit = proposals
+        pairs, pre = _decided(Pairs(row, latent, len(x), len(encoder)), x, encoder, bias, limit)
+    else:
+        bound = _usable(_guessed_topk(x, encoder, bias, k) if guess is None else guess)
+        limit = torch.linalg.vector_norm(x, dim=1) * bound
+        pairs, pre = select_above(x, encoder, bias, limit)
     found = torch.bincount(pairs.row, minlength=len(x))
-    short = (found < k).nonzero()[:, 0] if bound > 0 else found[:0]
+    short = ((found < k) & (limit > 0)).nonzero()[:, 0]
     if len(short):  # rows for which the guess was too high
         latent, row, values = (torch.cat(same) for same in zip(*_topk_dense(x, encoder, bias, k, short), strict=True))
         keep = (found >= k)[pairs.row]

@@ -20,10 +20,14 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 from torch import _int_mm as int_mm  # pyright: ignore[reportPrivateImportUsage] - no public function has it
+from torch.nn.functional import pad
 
 BLOCK = 1024
 """Latents whose pre-activations are in memory at a time."""
+_PRODUCTS = 2**22  # that are in memory at a time
 _GROUP = 8  # latents that are looked at together first
+_SPREAD = 8  # times k: groups among which the k-th largest is looked for
+_MARGIN = 1.2  # times the bound, by which the k-th largest is taken for less than its raised product
 _MOST = 127  # of a byte
 _SHARE = 126  # digit of a share of 1, which rounding must not lift above what a byte holds
 _ACCUMULATION = 2.0**-22  # error of a float32 sum, a term and unit of the product of norms; four times the bound
@@ -87,6 +91,31 @@ class Layout:
     """Components of negative ones."""
 
 
+class Rounded(NamedTuple):
+    """Both sides in bytes, with the components that raise products."""
+
+    inputs: Int8[Tensor, "batch width"]
+    latents: Int8[Tensor, "groups_of_8 width"]
+    """Filled up with zeros, whose products are never above zero."""
+    everywhere: Int[Tensor, " some"]
+    """Latents whose biases no component can hold: their products count as above zero."""
+    bound: slice
+    """The two components that add what rounding can have taken."""
+    times: int
+    """That they stand there, one after another."""
+
+    def products(self) -> Iterator[tuple[slice, Int[Tensor, "groups_of_8 part"]]]:
+        """Some inputs, and the raised products of all latents with them, in memory that the next take over."""
+        n = max(1, _PRODUCTS // len(self.latents))
+        memory = torch.empty(len(self.latents) * n, dtype=torch.int32)  # fresh memory costs a third of the product
+        for start in range(0, len(self.inputs), n):
+            inputs = self.inputs[start : start + n]
+            raised = memory[: len(self.latents) * len(inputs)].view(len(self.latents), len(inputs))
+            int_mm(self.latents, inputs.T, out=raised)
+            raised[self.everywhere] = 1
+            yield slice(start, start + len(inputs)), raised
+
+
 def proposed(
     x: Float[Tensor, "batch d_in"],
     encoder: Float[Tensor, "d_sae d_in"],
@@ -99,20 +128,89 @@ def proposed(
     whose biases are far larger than products are proposed for all inputs.
     """
     x, encoder = balanced(x, encoder)
-    inputs, latents = _side(x, -limit), _side(encoder, bias)
-    if inputs is None or latents is None or (layout := _layout(inputs, latents)) is None:
+    sides = _sides(x, encoder, bias, -limit)
+    if sides is None or (rounded := _rounded(*sides)) is None:
         return None
-    of_inputs = whole(inputs, latents.floor, layout, of_latents=False).T
-    everywhere = too_high(latents, inputs.floor, layout)
-    memory = torch.empty(BLOCK, len(x), dtype=torch.int32)  # fresh memory costs a third of the product
     found = []
-    for start, of_latents in _blocks(latents, inputs.floor, layout):
-        raised = int_mm(of_latents, of_inputs, out=memory[: len(of_latents)])
-        for j in everywhere[start : start + BLOCK].nonzero()[:, 0].tolist():
-            raised[j] = 1
-        found.append(torch.stack(_positive(raised)) + torch.tensor([[start], [0]]))
-    latent, row = torch.cat(found, 1)
-    return latent, row
+    for rows, raised in rounded.products():
+        groups = raised.view(-1, _GROUP, raised.shape[1])
+        group, row = groups.amax(1).gt(0).nonzero(as_tuple=True)
+        which, within = groups[group, :, row].gt(0).nonzero(as_tuple=True)
+        found.append((group[which] * _GROUP + within) * len(x) + row[which] + rows.start)
+    return _places(torch.cat(found), len(x))
+
+
+def proposed_topk(
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    k: int,
+) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Float[Tensor, " batch"]] | None:
+    """A limit for each row, likely below its k-th largest pre-activation, and (latent, row) as `proposed` for these.
+
+    The largest of some latents at a time are looked at, less their bound: their k-th largest is nearly that of all.
+    Latents stand in the order of their scales for it, so that some at a time have the same unit.
+    """
+    x, encoder = balanced(x, encoder)
+    sides = _sides(x, encoder, bias, x.new_zeros(len(x)))
+    if sides is None:
+        return None
+    inputs, latents = sides
+    rounded = _rounded(inputs, latents)
+    if rounded is None or len(rounded.everywhere) or len(rounded.latents) < k * _GROUP:
+        return None
+    scale, order = pad(latents.scale, (0, -len(encoder) % _GROUP), value=latents.scale.max().item()).sort(stable=True)
+    rounded = rounded._replace(latents=rounded.latents.index_select(0, order))
+    scale = scale.view(-1, _GROUP)
+    unit = scale.amax(1)
+    found, limits = [], []
+    for rows, raised in rounded.products():
+        groups = raised.view(-1, _GROUP, raised.shape[1])
+        largest = groups.amax(1)
+        limit = _likely_kth(largest, scale.amin(1), rounded.inputs[rows], rounded, k)
+        limits.append(limit)
+        least = (1 - _SLACK) * limit
+        group, row = (largest * unit[:, None] > least).nonzero(as_tuple=True)
+        which, within = (groups[group, :, row] > (least[row] / unit[group])[:, None]).nonzero(as_tuple=True)
+        found.append(order[group[which] * _GROUP + within] * len(x) + row[which] + rows.start)
+    return *_places(torch.cat(found), len(x)), torch.cat(limits) * inputs.scale
+
+
+def _likely_kth(
+    largest: Int[Tensor, "group part"], unit: Float[Tensor, " group"], inputs: Tensor, rounded: Rounded, k: int
+) -> Float[Tensor, " part"]:
+    """Little less than the k-th largest product, in the units of the inputs; zero where it is not positive."""
+    n = 1
+    while len(unit) % (2 * n) == 0 and len(unit) >= 2 * n * _SPREAD * k:
+        n *= 2
+    bounds = rounded.latents[:, rounded.bound].view(len(unit) // n, -1, 2).amax(1).float()
+    added = bounds @ inputs[:, rounded.bound].float().T
+    likely = largest.view(len(unit) // n, n, -1).amax(1) - _MARGIN * rounded.times * added
+    return (likely * unit.view(-1, n).amin(1)[:, None]).T.contiguous().topk(k, sorted=False).values.amin(1).clamp_min(0)
+
+
+def _places(found: Int[Tensor, " pair"], batch: int) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
+    place = found.sort().values
+    return place // batch, place % batch
+
+
+def _sides(x: Tensor, encoder: Tensor, bias: Tensor, offset: Tensor) -> tuple[Side, Side] | None:
+    inputs, latents = _side(x, offset), _side(encoder, bias)
+    return None if inputs is None or latents is None else (inputs, latents)
+
+
+def _rounded(inputs: Side, latents: Side) -> Rounded | None:
+    layout = _layout(inputs, latents)
+    if layout is None:
+        return None
+    of_inputs = whole(inputs, latents.floor, layout, of_latents=False)
+    d, n = inputs.vectors.shape[1], len(latents.vectors)
+    of_latents = of_inputs.new_zeros(n + -n % _GROUP, of_inputs.shape[1])
+    for start in range(0, n, BLOCK):
+        part = latents.part(start, start + BLOCK)
+        of_latents[start : start + len(part.vectors)] = whole(part, inputs.floor, layout, of_latents=True)
+    everywhere = too_high(latents, inputs.floor, layout).nonzero()[:, 0]
+    return Rounded(of_inputs, of_latents, everywhere, slice(d, d + 2 * layout.bound, layout.bound), layout.bound)
 
 
 def balanced(
@@ -139,11 +237,6 @@ def _shares(vectors: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
 def too_high(latents: Side, floor: float, layout: Layout) -> Bool[Tensor, " n"]:
     """Which latents have biases that the components for them cannot hold."""
     return latents.digits(floor) > layout.raising[1] * _MOST
-
-
-def _blocks(latents: Side, floor: float, layout: Layout) -> Iterator[tuple[int, Int8[Tensor, "n d"]]]:
-    for start in range(0, len(latents.vectors), BLOCK):
-        yield start, whole(latents.part(start, start + BLOCK), floor, layout, of_latents=True)
 
 
 def _side(vectors: Tensor, offset: Tensor) -> Side | None:
@@ -210,16 +303,3 @@ def whole(side: Side, floor: float, layout: Layout, *, of_latents: bool) -> Int8
     terms += shares + offsets if of_latents else offsets + shares
     columns = [term.ceil().clamp(-_MOST, _MOST).to(torch.int8)[:, None].expand(-1, n) for term, n in terms]
     return torch.cat([rounded.to(torch.int8), *columns], 1)
-
-
-def _positive(raised: Int[Tensor, "latent batch"]) -> tuple[Tensor, Tensor]:
-    """(latent, row), in this order, of what is above zero: they are few, so groups of 8 latents are read first."""
-    n_latents, batch = raised.shape
-    if n_latents % _GROUP:
-        latent, row = raised.gt(0).nonzero(as_tuple=True)
-        return latent, row
-    groups = raised.view(-1, _GROUP, batch)
-    group, row = groups.amax(1).gt(0).nonzero(as_tuple=True)
-    found, within = groups[group, :, row].gt(0).nonzero(as_tuple=True)
-    place = ((group[found] * _GROUP + within) * batch + row[found]).sort().values
-    return place // batch, place % batch
