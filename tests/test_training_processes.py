@@ -23,6 +23,7 @@ from headscope.corpus import Corpus
 from headscope.models.hf import Model
 from headscope.sae.config import Variant
 from headscope.sae.formats import load_sae
+from headscope.sae.runs import METRICS
 from headscope.site import Site
 from small_training import BATCH, D_HEAD, RECIPES, config, data, w_o
 from training_worker import processes, run_job, run_job_as, run_rank, save_job, tensors
@@ -120,7 +121,7 @@ def test_two_ranks_with_half_a_batch_each_are_one_with_the_whole(
     assert alone["n_resampled"] >= 5
 
 
-def test_torchrun_trains_one_sae(
+def test_torchrun_trains_one_sae_and_ended_early_goes_on_with_it(
     random_model: Callable[..., Model], save_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = save_model(random_model("gpt_neox"), tmp_path / "model")
@@ -128,23 +129,36 @@ def test_torchrun_trains_one_sae(
     text.mkdir()
     for i in range(12):
         (text / f"{i}.txt").write_text("".join(chr(33 + (i * 7 + j * j) % 90) for j in range(300)))
-    recipe = {"tokens": 2048, "batch": 64, "buffer": 512, "d-sae": 24, "target-l0": 3, "block-size": 32}
-    options = {"model": model, "corpus": text, "out": tmp_path / "out"} | recipe
-    arguments = ["train", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
-    done = subprocess.run(
-        [*TORCHRUN, "-m", "headscope", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=os.environ | RANK_ENVIRONMENT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("SAE: ") == 1
-    sae = load_sae(tmp_path / "out")
-    assert sae.metadata["training"]["curve"][-1]["tokens"] == 2048
-    assert all(tensor.isfinite().all() for tensor in tensors(sae).values())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text"]
+    recipe = {"tokens": 64 * 1500, "batch": 64, "buffer": 512, "d-sae": 24, "target-l0": 3, "block-size": 32}
+
+    def start(out: str) -> subprocess.Popen[str]:
+        options = {"model": model, "corpus": text, "out": tmp_path / out} | recipe
+        arguments = ["train", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+        command, pipe = [*TORCHRUN, "-m", "headscope", *arguments], subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | RANK_ENVIRONMENT)
+
+    first = start("out")
+    metrics = tmp_path / "out.training" / f"{METRICS}.jsonl"
+    while first.poll() is None and not metrics.exists():
+        time.sleep(0.01)
+    first.terminate()  # as a cluster does, some time before it kills
+    said, _ = first.communicate(timeout=300)
+    assert said.count("what was trained is saved, and the same command goes on") == 1
+    stopped_at = load_sae(tmp_path / "out").metadata["training"]["curve"][-1]["tokens"]
+    assert 0 < stopped_at < 64 * 1500
+    assert names(tmp_path / "out.training")
+    for out in ("out", "uninterrupted"):
+        done = start(out)
+        said, errors = done.communicate(timeout=300)
+        assert done.returncode == 0, errors
+        assert said.count("SAE: ") == 1
+    resumed, whole = (load_sae(tmp_path / out) for out in ("out", "uninterrupted"))
+    assert resumed.metadata["training"] == whole.metadata["training"]
+    assert whole.metadata["training"]["curve"][-1]["tokens"] == 64 * 1500
+    for name, tensor in tensors(whole).items():
+        assert tensor.isfinite().all()
+        assert torch.equal(tensors(resumed)[name], tensor)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text", "uninterrupted"]
 
 
 def test_torchrun_goes_on_where_both_ranks_were_killed(
@@ -179,5 +193,7 @@ def test_torchrun_goes_on_where_both_ranks_were_killed(
     assert first.wait(300) != 0
     assert not got.exists()
     assert any(name.startswith("step-") for name in names(folder))
+    saved = max(int(name.removeprefix("step-").split(".")[0]) for name in names(folder) if name.startswith("step-"))
     subprocess.run(command, env=os.environ | RANK_ENVIRONMENT, timeout=300, check=True)
+    assert {int((pids / f"first-step-{rank}").read_text()) for rank in "01"} == {saved}
     assert contents(got) == contents(tmp_path / "expected")

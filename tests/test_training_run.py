@@ -161,21 +161,24 @@ def whole(model: Model, corpus: Corpus) -> TrainResult:
     return train_sae(model, corpus, Z1, with_deaths())
 
 
-def press(at: int) -> Callable[[Status], None]:
-    """Ctrl-C after a step, as a terminal sends it."""
+def press(at: int, number: signal.Signals = signal.SIGINT) -> Callable[[Status], None]:
+    """Ctrl-C after a step, as a terminal sends it; or another signal."""
 
     def on_step(status: Status) -> None:
         if status.step == at:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     return on_step
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at", [0, 7])
-def test_ctrl_c_returns_what_was_trained_and_says_so(model: Model, corpus: Corpus, at: int) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    result = train_sae(model, corpus, Z1, small(), press(at))
-    assert signal.getsignal(signal.SIGINT) is before
+def test_ctrl_c_returns_what_was_trained_and_says_so(
+    model: Model, corpus: Corpus, at: int, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    result = train_sae(model, corpus, Z1, small(), press(at, number))
+    assert signal.getsignal(number) is before
     assert result.interrupted
     assert result.sae.metadata["training"]["interrupted"] is True
     assert result.epochs == (at + 1) * 128 / N_AVAILABLE

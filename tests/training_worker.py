@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,11 +16,14 @@ from torch import Tensor
 from headscope.corpus import Corpus
 from headscope.models.hf import Model
 from headscope.sae.config import TrainConfig
+from headscope.sae.metrics import Status
 from headscope.sae.model import SAE
 from headscope.sae.training.ranks import Ranks, together
 from headscope.sae.training.run import train_saes
 from headscope.sae.training.trainer import Trainer
 from headscope.site import Site
+
+OnSteps = Callable[[Mapping[str, Status]], None]
 
 
 def processes() -> multiprocessing.context.ForkServerContext:
@@ -45,12 +48,12 @@ def save_job(path: Path, model: Model, corpus: Corpus, site: Site, configs: Mapp
     return path
 
 
-def run_job(path: Path, folder: Path, out: Path, every: int) -> None:
+def run_job(path: Path, folder: Path, out: Path, every: int, on_steps: OnSteps | None = None) -> None:
     """Train, or go on with training, and write weights and metrics to a folder; of several ranks the first writes."""
     torch.set_num_threads(1)
     module, tokenizer, bos, name, corpus, site, configs = pickle.loads(path.read_bytes())
     model = Model(module, Tokenizer.from_str(tokenizer), bos, name)
-    results = train_saes(model, corpus, site, configs, folder=folder, checkpoint_every=every)
+    results = train_saes(model, corpus, site, configs, on_steps, folder=folder, checkpoint_every=every)
     for trained, result in results.items() if Ranks.joined().rank == 0 else ():
         out.mkdir(exist_ok=True)
         save_file(tensors(result.sae), out / f"{trained}.safetensors")
@@ -83,17 +86,23 @@ def run_rank(rank: int, size: int, meeting: Path, path: Path, out: Path) -> None
 
 
 # ------------------------------------------------------------------------------------------------------------ torchrun
-def run_job_together(path: Path, folder: Path, out: Path, every: int, pids: Path) -> None:
-    """`run_job` by the processes of which this is one, as their environment says."""
-    (pids / os.environ["RANK"]).write_text(str(os.getpid()))
+def run_job_together(path: Path, folder: Path, out: Path, every: int, known: Path) -> None:
+    """`run_job` by the processes of which this is one; what each is and began with is written to `known`."""
+    rank, steps = os.environ["RANK"], []
+
+    def on_steps(statuses: Mapping[str, Status]) -> None:
+        steps.extend(status.step for status in statuses.values())
+        (known / f"first-step-{rank}").write_text(str(steps[0]))
+
+    (known / rank).write_text(str(os.getpid()))
     with together("cpu"):
-        run_job(path, folder, out, every)
+        run_job(path, folder, out, every, on_steps)
 
 
-def run_job_as(environment: Mapping[str, str], path: Path, folder: Path, out: Path, every: int, pids: Path) -> None:
+def run_job_as(environment: Mapping[str, str], path: Path, folder: Path, out: Path, every: int, known: Path) -> None:
     """The same in an environment such as torchrun makes."""
     os.environ |= environment
-    run_job_together(path, folder, out, every, pids)
+    run_job_together(path, folder, out, every, known)
 
 
 if __name__ == "__main__":

@@ -389,7 +389,7 @@ class TopK:
         k = min(self.auxiliary_k, len(which))
         encoder, decoder = p["encoder"][which], p["decoder"][which]
         pre = torch.addmm(p["b_enc"][which], centred, encoder.T)
-        values, latents = pre.topk(k, dim=1)
+        values, latents = pre.topk(k, dim=1, sorted=False)
         f = torch.zeros_like(pre).scatter_(1, latents, values.relu())
         left = error - f @ decoder
         weighted = left if self.space.metric is None else left @ self.space.metric

@@ -52,7 +52,7 @@ def train_sae(
 ) -> TrainResult:
     """Train an SAE on the activations of a site over a corpus; in a process group, together with the other ranks.
 
-    Ctrl-C ends the training early; what was trained is returned, marked as interrupted.
+    Ctrl-C or SIGTERM ends the training early; what was trained is returned, marked as interrupted.
 
     Args:
         model: the model to read.
@@ -230,7 +230,7 @@ class _Run:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Make Ctrl-C wait until a step is whole; a second one does not."""
+    """Make Ctrl-C, and what a cluster sends before it kills, wait until a step is whole; a second one does not."""
     asked = False
 
     def ask(_number: int, _frame: object) -> None:
@@ -242,11 +242,12 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _recipe(model: Model, corpus: Corpus, site: Site, configs: Mapping[str, TrainConfig]) -> dict[str, Any]:
