@@ -564,6 +564,17 @@ def test_latents_of_large_biases_are_among_the_largest() -> None:
         assert len(pairs) == 64 * k
 
 
+@pytest.mark.usefixtures("proposal")
+@pytest.mark.parametrize(("size", "guess"), [(0.0, 1e3), (1e19, None)])
+def test_rows_without_a_limit_keep_what_was_found(size: float, guess: float | None) -> None:
+    x, encoder, bias = difficult(20, 16, 30, 0, 1.0, 1.0, "normal")
+    x[3], bias[:3], bias[3:] = size * x[3], 2.0, -1.0  # of zeros three are positive; the norm of others overflows
+    pairs, pre = select_topk(x, encoder, bias, 5, guess)
+    expected = torch.addmm(bias, x, encoder.T).topk(5, dim=1).values.relu()
+    assert_close(pairs.matrix(pre).sort(1, descending=True).values[:, :5], expected, rtol=1e-4, atol=1e-4)
+    assert expected[3].any()
+
+
 @pytest.mark.parametrize("products", [1, 900, 5000])
 def test_parts_of_the_inputs_join(products: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, encoder, bias = difficult(23, 40, 90, 0, 1.0, 1.0, "normal")

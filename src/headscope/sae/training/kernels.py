@@ -265,13 +265,15 @@ def select_topk(
         pairs, pre = _decided(Pairs(row, latent, len(x), len(encoder)), x, encoder, bias, limit)
     else:
         bound = _usable(_guessed_topk(x, encoder, bias, k) if guess is None else guess)
-        limit = torch.linalg.vector_norm(x, dim=1) * bound
+        size = torch.linalg.vector_norm(x, dim=1)
+        limit = torch.where(size.isfinite(), size * bound, 0.0)
         pairs, pre = select_above(x, encoder, bias, limit)
     found = torch.bincount(pairs.row, minlength=len(x))
-    short = ((found < k) & (limit > 0)).nonzero()[:, 0]
-    if len(short):  # rows for which the guess was too high
-        latent, row, values = (torch.cat(same) for same in zip(*_topk_dense(x, encoder, bias, k, short), strict=True))
-        keep = (found >= k)[pairs.row]
+    short = (found < k) & (limit > 0)
+    if short.any():  # rows for which the limit was too high
+        which = short.nonzero()[:, 0]
+        latent, row, values = (torch.cat(same) for same in zip(*_topk_dense(x, encoder, bias, k, which), strict=True))
+        keep = ~short[pairs.row]
         pairs, pre = _sorted(
             torch.cat([pairs.latent[keep], latent]),
             torch.cat([pairs.row[keep], row]),
