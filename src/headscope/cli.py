@@ -10,6 +10,7 @@ from headscope.commands.pages import Dive, Export, Serve
 from headscope.commands.saes import Convert, Eval, Info
 from headscope.commands.training import Runs, Sweep, Train, preset_of
 from headscope.errors import HeadscopeError
+from headscope.memory import keep_freed_memory
 
 Command = (
     Demo
@@ -34,6 +35,7 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run one command; errors of the user's input end with status 2."""
+    keep_freed_memory()
     try:
         with preset_of(sys.argv[1:] if arguments is None else arguments):
             command = tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION)

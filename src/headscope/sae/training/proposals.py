@@ -102,7 +102,12 @@ class Rounded(NamedTuple):
     bound: slice
     """The two components that add what rounding can have taken."""
     times: int
-    """That they stand there, one after another."""
+    """That each of the two stands there."""
+
+    def added(self, rows: slice, n: int) -> Float[Tensor, "group part"]:
+        """What the bound adds to products of some inputs, at most, with n latents at a time."""
+        of_latents = self.latents[:, self.bound].view(-1, n, 2).amax(1).float()
+        return of_latents @ self.inputs[rows, self.bound].T.float() * self.times
 
     def products(self) -> Iterator[tuple[slice, Int[Tensor, "groups_of_8 part"]]]:
         """Some inputs, and the raised products of all latents with them, in memory that the next take over."""
@@ -161,32 +166,32 @@ def proposed_topk(
         return None
     scale, order = pad(latents.scale, (0, -len(encoder) % _GROUP), value=latents.scale.max().item()).sort(stable=True)
     rounded = rounded._replace(latents=rounded.latents.index_select(0, order))
-    scale = scale.view(-1, _GROUP)
-    unit = scale.amax(1)
+    least, most = scale.view(-1, _GROUP).aminmax(dim=1)
     found, limits = [], []
     for rows, raised in rounded.products():
         groups = raised.view(-1, _GROUP, raised.shape[1])
         largest = groups.amax(1)
-        limit = _likely_kth(largest, scale.amin(1), rounded.inputs[rows], rounded, k)
-        limits.append(limit)
-        least = (1 - _SLACK) * limit
-        group, row = (largest * unit[:, None] > least).nonzero(as_tuple=True)
-        which, within = (groups[group, :, row] > (least[row] / unit[group])[:, None]).nonzero(as_tuple=True)
+        limits.append(_likely_kth(rounded, rows, largest, least, k))
+        limit = limits[-1] * (1 - _SLACK)
+        group, row = (largest * most[:, None] > limit).nonzero(as_tuple=True)
+        which, within = (groups[group, :, row] > (limit[row] / most[group])[:, None]).nonzero(as_tuple=True)
         found.append(order[group[which] * _GROUP + within] * len(x) + row[which] + rows.start)
     return *_places(torch.cat(found), len(x)), torch.cat(limits) * inputs.scale
 
 
 def _likely_kth(
-    largest: Int[Tensor, "group part"], unit: Float[Tensor, " group"], inputs: Tensor, rounded: Rounded, k: int
+    rounded: Rounded, rows: slice, largest: Int[Tensor, "group part"], scale: Float[Tensor, " group"], k: int
 ) -> Float[Tensor, " part"]:
-    """Little less than the k-th largest product, in the units of the inputs; zero where it is not positive."""
+    """Little less than the k-th largest product, in the units of the inputs; zero where it is not positive.
+
+    Of the largest products of a group the largest of several are taken: some 8 k are enough to look at.
+    """
     n = 1
-    while len(unit) % (2 * n) == 0 and len(unit) >= 2 * n * _SPREAD * k:
+    while len(scale) % (2 * n) == 0 and len(scale) >= 2 * n * _SPREAD * k:
         n *= 2
-    bounds = rounded.latents[:, rounded.bound].view(len(unit) // n, -1, 2).amax(1).float()
-    added = bounds @ inputs[:, rounded.bound].float().T
-    likely = largest.view(len(unit) // n, n, -1).amax(1) - _MARGIN * rounded.times * added
-    return (likely * unit.view(-1, n).amin(1)[:, None]).T.contiguous().topk(k, sorted=False).values.amin(1).clamp_min(0)
+    likely = largest.view(-1, n, largest.shape[1]).amax(1) - _MARGIN * rounded.added(rows, n * _GROUP)
+    likely = likely * scale.view(-1, n).amin(1)[:, None]
+    return likely.T.contiguous().topk(k, sorted=False).values.amin(1).clamp_min(0)
 
 
 def _places(found: Int[Tensor, " pair"], batch: int) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
