@@ -52,10 +52,11 @@ class FloorStep:
         for weight in self.weights:
             weight.grad = torch.randn(d_in, d_sae, generator=generator)
         self.adam = torch.optim.Adam(self.weights, lr=1e-3, fused=True)
+        self.memory = torch.empty(batch, d_sae, dtype=torch.bfloat16)
 
     def product(self) -> Tensor:
         """The batch times the encoder, in bf16 `[batch, d_sae]`."""
-        return self.x @ self.encoder
+        return torch.mm(self.x, self.encoder, out=self.memory)
 
     def update(self) -> None:
         """One step of Adam on both matrices."""

@@ -6,7 +6,6 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from headscope.memory import keep_freed_memory
 from headscope.sae.config import TrainConfig
 from headscope.sae.model import SAE, JumpReLU
 from headscope.sae.training.trainer import Trainer
@@ -63,7 +62,6 @@ def trained(sae: SAE, variant: str) -> dict[str, Tensor]:
 
 def main() -> None:
     """Train, with resampling where the recipe has it."""
-    keep_freed_memory()
     task, report = Task.from_command_line(), Report()
     trainer = trainer_for(task)
 

@@ -11,7 +11,6 @@ import tyro
 from transformers import AutoTokenizer, GPTNeoXForCausalLM  # noqa: F401 - loaded when needed, and imports are not counted
 
 from headscope import jobs
-from headscope.memory import keep_freed_memory
 from headscope.sae.config import TrainConfig, Variant
 
 
@@ -33,7 +32,6 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     """Train, write the SAE, print what it took."""
-    keep_freed_memory()
     torch.set_num_threads(args.threads)
     start, used = time.perf_counter(), time.process_time()
     jobs.train(

@@ -1,7 +1,8 @@
 """Processes that train, each in its own environment, which is made the first time and kept.
 
 An environment is a `venv` in `$XDG_CACHE_HOME/headscope-benchmarks` (else `~/.cache/...`) with pinned versions. It also
-sees the packages of the environment that runs the benchmark, so that what fits is not installed again.
+sees the packages of the environment that runs the benchmark, so that what fits is not installed again. Freed memory is
+kept in all of them as the program keeps it (`headscope.memory`).
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from tempfile import NamedTemporaryFile
 from safetensors.torch import load_file
 from torch import Tensor
 
+from headscope.memory import SETTINGS
 from peers.common import Task
 
 HERE = Path(__file__).parent
@@ -92,8 +94,9 @@ def run(command: list[str], *, threads: int | None = None) -> str:
         ProcessError: it ended with another status than 0.
     """
     quiet = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    memory = {name: str(size) for name, _, size in SETTINGS}  # as the program has it; the peers too
     limits = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet | limits)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet | memory | limits)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
         raise ProcessError(next((line for line in reversed(said) if _ERROR.match(line)), said[-1]))

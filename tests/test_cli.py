@@ -263,7 +263,9 @@ def test_ctrl_c_in_training_saves_what_was_trained_and_says_so(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Display, "on_step", press)
-    run(*train_with(training))
+    with pytest.raises(SystemExit) as ended:
+        run(*train_with(training))
+    assert ended.value.code == 130
     assert "what was trained is saved" in capsys.readouterr().out
     assert load_sae(training["--out"]).metadata["training"]["interrupted"] is True
 

@@ -194,7 +194,9 @@ def test_ctrl_c_says_how_to_go_on(options, tmp_path: Path, capsys, monkeypatch) 
     corpus = ["--model", options["model"], "--corpus", options["text"].corpus, "--block-size", "32"]
     recipe = ["--tokens", "512", "--batch", "64", "--buffer", "256", "--d-sae", "24"]
     monkeypatch.setattr(Display, "on_steps", press)
-    cli.main(["sweep", "--out", str(tmp_path / "s"), *corpus, *recipe, "--variants", "topk", "--target-l0s", "2"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sweep", "--out", str(tmp_path / "s"), *corpus, *recipe, "--variants", "topk", "--target-l0s", "2"])
+    assert ended.value.code == 130
     assert "the same command goes on from here" in capsys.readouterr().out
     assert [run.step for run in find_runs([tmp_path])] == [4]
     assert not any((tmp_path / "s").iterdir())

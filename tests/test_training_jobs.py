@@ -55,7 +55,9 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, options: dict[str, object], out
 
     with monkeypatch.context() as patch:
         patch.setattr(Display, "on_step", press)
-        train(options, out)
+        with pytest.raises(SystemExit) as ended:
+            train(options, out)
+    assert ended.value.code == 130
 
 
 def names(folder: Path) -> set[str]:

@@ -532,26 +532,50 @@ def test_topk_in_float32_is_that_of_exact_numbers_but_for_rounding(k: int, of_ro
     assert ((pairs.latent * len(x) + pairs.row).diff() > 0).all()
 
 
-@pytest.mark.parametrize("kind", ["normal", "sizes of latents", "biases", "one giant", "no whole groups"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "sizes of latents", "biases", "one bias", "one giant", "no whole groups", "many latents"]
+)
 def test_few_are_proposed_in_vain_to_be_among_the_largest(kind: str) -> None:
-    x, encoder, bias = difficult(64, 128, 805 if kind == "no whole groups" else 800, 0, 1.0, 1.0, "normal")
+    d_sae = {"no whole groups": 805, "many latents": 4096}.get(kind, 800)
+    x, encoder, bias = difficult(64, 128, d_sae, 0, 1.0, 1.0, "normal")
     if kind == "sizes of latents":
-        encoder *= torch.exp(0.5 * torch.randn(800, 1, generator=generator(1)))
+        encoder *= torch.exp(0.5 * torch.randn(d_sae, 1, generator=generator(1)))
     elif kind == "biases":
-        bias = 3 * torch.randn(800, generator=generator(1))
+        bias = 3 * torch.randn(d_sae, generator=generator(1))
+    elif kind == "one bias":
+        bias = torch.full((d_sae,), -1e-3)
+        bias[17] = -1000.0
     elif kind == "one giant":
         encoder[17] *= 1000
     found = proposals.proposed_topk(x, encoder, bias, 8)
     assert found is not None
     latent, row, limit = found
     pre = torch.addmm(bias, x, encoder.T)
-    kth = pre.topk(8, dim=1).values[:, -1]
-    assert (limit < kth).all()  # other rows would be looked at again
-    assert 8 * 64 < len(latent) < 3 * 8 * 64
+    assert (limit < pre.topk(8, dim=1).values[:, -1]).all()  # other rows would be looked at again
+    assert 8 * 64 < len(latent) < 4 * 8 * 64
     proposed = torch.zeros_like(pre, dtype=torch.bool)
     proposed[row, latent] = True
     assert proposed[pre > limit[:, None]].all()
     assert ((latent * 64 + row).diff() > 0).all()
+
+
+def test_rows_whose_limit_was_too_high_are_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, encoder, bias = difficult(20, 16, 64, 0, 1.0, 1.0, "normal")
+    x[3], bias[:3], bias[3:] = 0.0, 2.0, -1.0  # there three are positive, above a limit of zero
+    again, topk_dense = [], kernels._topk_dense
+
+    def looked_at(*given: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        again.extend(given[-1].tolist())
+        return topk_dense(*given)
+
+    monkeypatch.setattr(kernels, "fast_bytes", lambda: True)
+    monkeypatch.setattr(kernels, "_topk_dense", looked_at)
+    monkeypatch.setattr(proposals, "_MARGIN", -5.0)
+    pairs, pre = select_topk(x, encoder, bias, 5)
+    expected = torch.addmm(bias, x, encoder.T).topk(5, dim=1).values.relu()
+    assert_close(pairs.matrix(pre).sort(1, descending=True).values[:, :5], expected, rtol=1e-4, atol=1e-4)
+    assert len(again) > 3
+    assert 3 not in again
 
 
 @pytest.mark.usefixtures("proposal")

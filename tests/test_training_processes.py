@@ -142,8 +142,9 @@ def test_torchrun_trains_one_sae_and_ended_early_goes_on_with_it(
     while first.poll() is None and not metrics.exists():
         time.sleep(0.01)
     first.terminate()  # as a cluster does, some time before it kills
-    said, _ = first.communicate(timeout=300)
-    assert said.count("what was trained is saved, and the same command goes on") == 1
+    said, errors = first.communicate(timeout=300)
+    assert said.count("what was trained is saved, and the same command goes on") == 1, errors
+    assert first.returncode != 0
     stopped_at = load_sae(tmp_path / "out").metadata["training"]["curve"][-1]["tokens"]
     assert 0 < stopped_at < 64 * 1500
     assert names(tmp_path / "out.training")
@@ -169,8 +170,8 @@ def test_torchrun_goes_on_where_both_ranks_were_killed(
     options = {"batchtopk": {}, "relu": {"dead_below": 0.03}}
     recipes = {variant: config(variant=variant, resample=3, **shared | more) for variant, more in options.items()}
     job = save_job(tmp_path / "job", model, random_corpus(model, n_blocks=40, block_size=17), Site("z", 1), recipes)
-    pids, folder, got = tmp_path / "pids", tmp_path / "run", tmp_path / "got"
-    pids.mkdir()
+    known, folder, got = tmp_path / "known", tmp_path / "run", tmp_path / "got"
+    known.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -182,18 +183,18 @@ def test_torchrun_goes_on_where_both_ranks_were_killed(
     for process in ranks:
         process.join(300)
         assert process.exitcode == 0
-    arguments = [Path(training_worker.__file__), job, folder, got, 10, pids]
+    arguments = [Path(training_worker.__file__), job, folder, got, 10, known]
     command = [*TORCHRUN, *map(str, arguments)]
     first = subprocess.Popen(command, env=os.environ | RANK_ENVIRONMENT, stderr=subprocess.DEVNULL)
     while first.poll() is None and not any(name.startswith("step-") for name in names(folder)):
         time.sleep(0.002)  # until there is a checkpoint
     assert first.poll() is None
     for rank in "01":
-        os.kill(int((pids / rank).read_text()), signal.SIGKILL)
+        os.kill(int((known / rank).read_text()), signal.SIGKILL)
     assert first.wait(300) != 0
     assert not got.exists()
     assert any(name.startswith("step-") for name in names(folder))
-    saved = max(int(name.removeprefix("step-").split(".")[0]) for name in names(folder) if name.startswith("step-"))
+    saved = max(int(name.removeprefix("step-")) for name in names(folder) if name.startswith("step-"))
     subprocess.run(command, env=os.environ | RANK_ENVIRONMENT, timeout=300, check=True)
-    assert {int((pids / f"first-step-{rank}").read_text()) for rank in "01"} == {saved}
+    assert {int((known / f"first-step-{rank}").read_text()) for rank in "01"} == {saved}
     assert contents(got) == contents(tmp_path / "expected")

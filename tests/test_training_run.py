@@ -20,6 +20,7 @@ from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Status, read_metrics
 from headscope.sae.model import SAE
 from headscope.sae.training import checkpoint
+from headscope.sae.training.checkpoint import Checkpoints
 from headscope.sae.training.ranks import ALONE
 from headscope.sae.training.run import METRICS, TrainResult, train_sae, train_saes
 from headscope.sae.training.trainer import Trainer
@@ -183,6 +184,36 @@ def test_ctrl_c_returns_what_was_trained_and_says_so(
     assert result.sae.metadata["training"]["interrupted"] is True
     assert result.epochs == (at + 1) * 128 / N_AVAILABLE
     assert result.sae.encode(torch.zeros(3, 32)).shape == (3, 24)
+
+
+def test_one_sigterm_after_another_lets_the_checkpoint_be_written(
+    model: Model, corpus: Corpus, whole: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, said = Checkpoints.save, []
+
+    def again(self: Checkpoints, *given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(self, *given)
+        said.append(given[0])
+
+    def twice(status: Status) -> None:
+        press(5, signal.SIGTERM)(status)
+        press(5, signal.SIGTERM)(status)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", again)
+        assert train_sae(model, corpus, Z1, with_deaths(), twice, folder=tmp_path).interrupted
+    assert said == [6]
+    assert_same_result(train_sae(model, corpus, Z1, with_deaths(), folder=tmp_path), whole)
+
+
+def test_signals_that_are_ignored_or_of_others_stay_so(model: Model, corpus: Corpus) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert not train_sae(model, corpus, Z1, small(), press(3, signal.SIGTERM)).interrupted
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_run_that_was_interrupted_goes_on_bit_for_bit(

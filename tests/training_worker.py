@@ -88,11 +88,13 @@ def run_rank(rank: int, size: int, meeting: Path, path: Path, out: Path) -> None
 # ------------------------------------------------------------------------------------------------------------ torchrun
 def run_job_together(path: Path, folder: Path, out: Path, every: int, known: Path) -> None:
     """`run_job` by the processes of which this is one; what each is and began with is written to `known`."""
-    rank, steps = os.environ["RANK"], []
+    rank = os.environ["RANK"]
+    first = known / f"first-step-{rank}"
+    first.unlink(missing_ok=True)
 
     def on_steps(statuses: Mapping[str, Status]) -> None:
-        steps.extend(status.step for status in statuses.values())
-        (known / f"first-step-{rank}").write_text(str(steps[0]))
+        if not first.exists():
+            first.write_text(str(min(status.step for status in statuses.values())))
 
     (known / rank).write_text(str(os.getpid()))
     with together("cpu"):

@@ -9,7 +9,7 @@ from headscope.commands.indexes import Effects, Families, Heads, Index, Proxies,
 from headscope.commands.pages import Dive, Export, Serve
 from headscope.commands.saes import Convert, Eval, Info
 from headscope.commands.training import Runs, Sweep, Train, preset_of
-from headscope.errors import HeadscopeError
+from headscope.errors import INTERRUPTED, HeadscopeError
 from headscope.memory import keep_freed_memory
 
 Command = (
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("headscope: interrupted\n")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 _DESCRIPTION = "Find and explain what the attention layers of language models compute."

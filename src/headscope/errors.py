@@ -20,6 +20,9 @@ Every message says what was got, what was expected, and what to do.
 from collections.abc import Callable
 from functools import partial
 
+INTERRUPTED = 130
+"""Status of a command that was ended from outside, by Ctrl-C or SIGTERM, also where it saved what it had."""
+
 
 class HeadscopeError(Exception):
     """The root of all errors that a user's input can cause."""

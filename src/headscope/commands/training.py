@@ -1,6 +1,7 @@
 """Commands that train and compare trainings; and how `--preset` decides what options are when not given."""
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,7 +15,7 @@ from headscope import jobs, sweep
 from headscope.artefact import atomic_write, check_output
 from headscope.commands.options import FLAT
 from headscope.display import Display
-from headscope.errors import FigureError, SAEError
+from headscope.errors import INTERRUPTED, FigureError, SAEError
 from headscope.sae import pareto, runs
 from headscope.sae.config import TrainConfig, Variant
 from headscope.sae.presets import preset, preset_note
@@ -98,6 +99,8 @@ class Train:
                 f"stopped after {result.epochs:.2f} epochs; what was trained is saved, and the same command goes on"
             )
         display.say(f"SAE: {self.out}")
+        if result.interrupted:
+            sys.exit(INTERRUPTED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +157,8 @@ class Sweep:
             display.say("stopped early; the same command goes on from here")
         if result.pareto is not None and ranks.rank == 0:
             self._print(display, result.pareto)
+        if result.interrupted:
+            sys.exit(INTERRUPTED)
 
     def _print(self, display: Display, found: pareto.Pareto) -> None:
         from headscope import figures

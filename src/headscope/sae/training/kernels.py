@@ -187,11 +187,9 @@ def select_above(
         return gpu.select_above(x, encoder, bias, threshold)
     batch, d_sae = len(x), len(encoder)
     limit = x.new_zeros(batch) if threshold is None else threshold
-    if _bytes_do(x) and (found := proposed(x, encoder, bias, limit)) is not None:
+    if _bytes_do(x) and (found := proposed(x, encoder, bias, limit, DENSE_ABOVE * batch * d_sae)) is not None:
         latent, row = found
-        pairs = Pairs(row, latent, batch, d_sae)
-        if not pairs.dense:
-            return _decided(pairs, x, encoder, bias, limit)
+        return _decided(Pairs(row, latent, batch, d_sae), x, encoder, bias, limit)
     parts = list(_computed(x, encoder, bias, limit))
     latent, row, pre = (torch.cat(same) for same in zip(*parts, strict=True))
     return Pairs(row, latent, batch, d_sae), pre
@@ -257,8 +255,8 @@ def select_topk(
         encoder: by latent.
         bias: of the latents.
         k: how many in a row.
-        guess: of the least, over rows, k-th largest value in units of the row's norm; a good one makes this faster,
-            none changes the result.
+        guess: of the least, over rows, k-th largest value in units of the row's norm; a good one makes this faster
+            where limits are not found from products of bytes, none changes the result.
     """
     if _bytes_do(x) and (proposals := proposed_topk(x, encoder, bias, k)) is not None:
         latent, row, limit = proposals

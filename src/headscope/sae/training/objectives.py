@@ -349,7 +349,7 @@ class TopK:
     ranks: Ranks = ALONE
     """Whose inputs together are the batch."""
     guess: float | None = None
-    """Where the last batch's selection ended, from which the next starts; decides speed only."""
+    """Where the last batch's selection ended, from which the next starts, if it needs one; decides speed only."""
 
     def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """See `Objective`; the coefficient has nothing to weigh here."""

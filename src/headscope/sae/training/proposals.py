@@ -7,7 +7,8 @@ by a bound on what rounding did to it. With `lost = |x / s - x^|` and `size = |x
     |x.w / (s t) - x^.w^|  <=  lost_x size_w + size_x lost_w            (Cauchy and Schwarz).
 
 Bound, bias and limit are added by a few more components, whole numbers too, rounded to the side that raises the sum. So
-whatever is above its limit has a product above zero; what has one is computed again in float32, which decides.
+whatever is above its limit has a product above zero; what has one is computed again in float32, which decides. Limits
+that are found from the products themselves, for the k largest of a row, are compared with them afterwards.
 """
 
 import math
@@ -23,11 +24,11 @@ from torch import _int_mm as int_mm  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import pad
 
 BLOCK = 1024
-"""Latents whose pre-activations are in memory at a time."""
+"""Latents that are looked at together."""
 _PRODUCTS = 2**22  # that are in memory at a time
 _GROUP = 8  # latents that are looked at together first
 _SPREAD = 8  # times k: groups among which the k-th largest is looked for
-_MARGIN = 1.2  # times the bound, by which the k-th largest is taken for less than its raised product
+_MARGIN = 1.2  # times what was added to a product, that is taken off it where one below it is wanted
 _MOST = 127  # of a byte
 _SHARE = 126  # digit of a share of 1, which rounding must not lift above what a byte holds
 _ACCUMULATION = 2.0**-22  # error of a float32 sum, a term and unit of the product of norms; four times the bound
@@ -103,11 +104,15 @@ class Rounded(NamedTuple):
     """The two components that add what rounding can have taken."""
     times: int
     """That each of the two stands there."""
+    biases: int
+    """Components of biases, which are the last of latents."""
 
     def added(self, rows: slice, n: int) -> Float[Tensor, "group part"]:
-        """What the bound adds to products of some inputs, at most, with n latents at a time."""
+        """What bound and rounding of biases add to products of some inputs, at most, with n latents at a time."""
         of_latents = self.latents[:, self.bound].view(-1, n, 2).amax(1).float()
-        return of_latents @ self.inputs[rows, self.bound].T.float() * self.times
+        bound = of_latents @ self.inputs[rows, self.bound].T.float() * self.times
+        digits = self.latents[:, self.latents.shape[1] - self.biases :].abs().sum(1)
+        return bound + digits.view(-1, n).amax(1)[:, None] + self.biases * _SHARE
 
     def products(self) -> Iterator[tuple[slice, Int[Tensor, "groups_of_8 part"]]]:
         """Some inputs, and the raised products of all latents with them, in memory that the next take over."""
@@ -126,11 +131,12 @@ def proposed(
     encoder: Float[Tensor, "d_sae d_in"],
     bias: Float[Tensor, " d_sae"],
     limit: Float[Tensor, " batch"],
+    most: float = math.inf,
 ) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]] | None:
     """(latent, row), in this order, of all pairs with `x . encoder_j + bias_j > limit` in float32, and of some others.
 
-    None where bytes cannot tell: numbers that are not finite or of extreme sizes, or limits far below zero. Latents
-    whose biases are far larger than products are proposed for all inputs.
+    None where bytes cannot tell: numbers that are not finite or of extreme sizes, or limits far below zero; and where
+    there would be more than `most`. Latents whose biases are far larger than products are proposed for all inputs.
     """
     x, encoder = balanced(x, encoder)
     sides = _sides(x, encoder, bias, -limit)
@@ -142,6 +148,9 @@ def proposed(
         group, row = groups.amax(1).gt(0).nonzero(as_tuple=True)
         which, within = groups[group, :, row].gt(0).nonzero(as_tuple=True)
         found.append((group[which] * _GROUP + within) * len(x) + row[which] + rows.start)
+        most -= len(which)
+        if most < 0:
+            return None
     return _places(torch.cat(found), len(x))
 
 
@@ -151,10 +160,12 @@ def proposed_topk(
     bias: Float[Tensor, " d_sae"],
     k: int,
 ) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Float[Tensor, " batch"]] | None:
-    """A limit for each row, likely below its k-th largest pre-activation, and (latent, row) as `proposed` for these.
+    """(latent, row) as `proposed` for limits that are chosen here: likely just below each row's k-th largest, or 0.
 
-    The largest of some latents at a time are looked at, less their bound: their k-th largest is nearly that of all.
-    Latents stand in the order of their scales for it, so that some at a time have the same unit.
+    A row's limit is the k-th largest of maxima, each over some latents, of products less what was added to them. Units
+    of products are the latents' scales, so latents stand in the order of these. Where a limit is too high fewer than k
+    pairs turn out above it in float32, and the row has to be looked at again. None as `proposed`, and for a bias too
+    large for its components or fewer than 8 k latents.
     """
     x, encoder = balanced(x, encoder)
     sides = _sides(x, encoder, bias, x.new_zeros(len(x)))
@@ -165,7 +176,7 @@ def proposed_topk(
     if rounded is None or len(rounded.everywhere) or len(rounded.latents) < k * _GROUP:
         return None
     scale, order = pad(latents.scale, (0, -len(encoder) % _GROUP), value=latents.scale.max().item()).sort(stable=True)
-    rounded = rounded._replace(latents=rounded.latents.index_select(0, order))
+    rounded = rounded._replace(latents=rounded.latents.index_select(0, order))  # `everywhere` is empty
     least, most = scale.view(-1, _GROUP).aminmax(dim=1)
     found, limits = [], []
     for rows, raised in rounded.products():
@@ -184,7 +195,8 @@ def _likely_kth(
 ) -> Float[Tensor, " part"]:
     """Little less than the k-th largest product, in the units of the inputs; zero where it is not positive.
 
-    Of the largest products of a group the largest of several are taken: some 8 k are enough to look at.
+    `largest` are maxima over 8 latents each. They are brought down to 8 k to 16 k by taking maxima again: that two of
+    the k largest fall together is rare enough, and fewer are sorted.
     """
     n = 1
     while len(scale) % (2 * n) == 0 and len(scale) >= 2 * n * _SPREAD * k:
@@ -215,7 +227,8 @@ def _rounded(inputs: Side, latents: Side) -> Rounded | None:
         part = latents.part(start, start + BLOCK)
         of_latents[start : start + len(part.vectors)] = whole(part, inputs.floor, layout, of_latents=True)
     everywhere = too_high(latents, inputs.floor, layout).nonzero()[:, 0]
-    return Rounded(of_inputs, of_latents, everywhere, slice(d, d + 2 * layout.bound, layout.bound), layout.bound)
+    bound, biases = slice(d, d + 2 * layout.bound, layout.bound), layout.raising[1] + layout.lowering[1]
+    return Rounded(of_inputs, of_latents, everywhere, bound, layout.bound, biases)
 
 
 def balanced(

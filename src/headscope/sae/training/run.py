@@ -102,11 +102,12 @@ def train_saes(
     with closing(stream):
         run = _Run(model, corpus, site, configs, stream, ranks, folder)
         interrupted = False
-        try:
-            run.to_the_end(on_steps, checkpoint_every)
-        except KeyboardInterrupt:
-            interrupted = True
-            run.save()
+        with _asked_to_stop() as asked:
+            try:
+                run.to_the_end(on_steps, checkpoint_every, asked)
+            except KeyboardInterrupt:
+                interrupted = True
+                run.save()
         results = {}
         for name, trainer in run.trainers.items():
             epochs = trainer.step_number * config.batch / stream.n_available
@@ -179,22 +180,26 @@ class _Run:
         """Steps that all trainers have taken."""
         return min(trainer.step_number for trainer in self.trainers.values())
 
-    def to_the_end(self, on_steps: Callable[[Mapping[str, Status]], None] | None, checkpoint_every: int) -> None:
-        """Take all steps that are left."""
+    def to_the_end(
+        self,
+        on_steps: Callable[[Mapping[str, Status]], None] | None,
+        checkpoint_every: int,
+        asked: Callable[[], bool],
+    ) -> None:
+        """Take all steps that are left, unless it is asked to stop."""
         n_steps, batches = self.config.n_steps, iter(self.stream)
-        with _asked_to_stop() as asked:
-            while self.step_number < n_steps:
-                self.between_steps = False
-                statuses = self._step(next(batches))
-                for name, status in statuses.items():
-                    self.metrics[name].add(status)
-                self.between_steps = True
-                if self.step_number % checkpoint_every == 0 and self.step_number < n_steps:
-                    self.save()
-                if on_steps is not None:
-                    on_steps(statuses)
-                if sum(self.ranks.mean(asked())) > 0:
-                    raise KeyboardInterrupt
+        while self.step_number < n_steps:
+            self.between_steps = False
+            statuses = self._step(next(batches))
+            for name, status in statuses.items():
+                self.metrics[name].add(status)
+            self.between_steps = True
+            if self.step_number % checkpoint_every == 0 and self.step_number < n_steps:
+                self.save()
+            if on_steps is not None:
+                on_steps(statuses)
+            if sum(self.ranks.mean(asked())) > 0:
+                raise KeyboardInterrupt
         for metrics in self.metrics.values():
             metrics.flush()
 
@@ -230,24 +235,30 @@ class _Run:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Make Ctrl-C, and what a cluster sends before it kills, wait until a step is whole; a second one does not."""
+    """Make Ctrl-C, and SIGTERM, which clusters send before they kill, wait until a step is whole and saved.
+
+    A second Ctrl-C does not wait. A second SIGTERM, as torchrun and others send it, adds nothing to the first.
+    """
     asked = False
 
-    def ask(_number: int, _frame: object) -> None:
+    def ask(number: int, _frame: object) -> None:
         nonlocal asked
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked = True
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = {number: known for number, known in before.items() if known not in (None, signal.SIG_IGN)}
+    for number in ours:
+        signal.signal(number, ask)
     try:
         yield lambda: asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, known in ours.items():
+            signal.signal(number, known)
 
 
 def _recipe(model: Model, corpus: Corpus, site: Site, configs: Mapping[str, TrainConfig]) -> dict[str, Any]:
