@@ -129,7 +129,7 @@ def test_torchrun_trains_one_sae_and_ended_early_goes_on_with_it(
     text.mkdir()
     for i in range(12):
         (text / f"{i}.txt").write_text("".join(chr(33 + (i * 7 + j * j) % 90) for j in range(300)))
-    recipe = {"tokens": 64 * 1500, "batch": 64, "buffer": 512, "d-sae": 24, "target-l0": 3, "block-size": 32}
+    recipe = {"tokens": 64 * 800, "batch": 64, "buffer": 512, "d-sae": 24, "target-l0": 3, "block-size": 32}
 
     def start(out: str) -> subprocess.Popen[str]:
         options = {"model": model, "corpus": text, "out": tmp_path / out} | recipe
@@ -146,7 +146,7 @@ def test_torchrun_trains_one_sae_and_ended_early_goes_on_with_it(
     assert said.count("what was trained is saved, and the same command goes on") == 1, errors
     assert first.returncode != 0
     stopped_at = load_sae(tmp_path / "out").metadata["training"]["curve"][-1]["tokens"]
-    assert 0 < stopped_at < 64 * 1500
+    assert 0 < stopped_at < 64 * 800
     assert names(tmp_path / "out.training")
     for out in ("out", "uninterrupted"):
         done = start(out)
@@ -155,7 +155,7 @@ def test_torchrun_trains_one_sae_and_ended_early_goes_on_with_it(
         assert said.count("SAE: ") == 1
     resumed, whole = (load_sae(tmp_path / out) for out in ("out", "uninterrupted"))
     assert resumed.metadata["training"] == whole.metadata["training"]
-    assert whole.metadata["training"]["curve"][-1]["tokens"] == 64 * 1500
+    assert whole.metadata["training"]["curve"][-1]["tokens"] == 64 * 800
     for name, tensor in tensors(whole).items():
         assert tensor.isfinite().all()
         assert torch.equal(tensors(resumed)[name], tensor)

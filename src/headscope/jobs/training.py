@@ -34,8 +34,8 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     """Train an SAE and write it to `out`, a SAELens folder; `layer` None is the last.
 
     Checkpoints are kept beside it, in `out.training`, until it is done: the same call goes on with a run that was cut
-    off. After Ctrl-C what was trained is written too, and the result says `interrupted`. In a process group all ranks
-    train one SAE, and the first writes it.
+    off. After Ctrl-C or SIGTERM what was trained is written too, and the result says `interrupted`. In a process group
+    all ranks train one SAE, and the first writes it.
 
     Raises:
         HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
