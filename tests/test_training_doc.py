@@ -14,7 +14,8 @@ from headscope.sae.pareto import DEFINITIONS
 from headscope.sae.presets import PRESETS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
-FOREIGN = {"--help", "--nproc-per-node", "--shutdown-timeout"} | {"--data", "--json", "--quick", "--rounds", "--shapes", "--steps"}
+FOREIGN = {"--help", "--nproc-per-node", "--shutdown-timeout"}
+FOREIGN |= {"--data", "--json", "--quick", "--rounds", "--shapes", "--steps"}
 """Of any command, of torchrun; of benchmarks."""
 
 
