@@ -107,10 +107,10 @@ class Rounded(NamedTuple):
     biases: int
     """Components of biases, which are the last of latents."""
 
-    def added(self, rows: slice, n: int) -> Float[Tensor, "group part"]:
-        """What bound and rounding of biases add to products of some inputs, at most, with n latents at a time."""
+    def added(self, n: int) -> Float[Tensor, "group batch"]:
+        """What bound and rounding of biases add to products of inputs, at most, with n latents at a time."""
         of_latents = self.latents[:, self.bound].view(-1, n, 2).amax(1).float()
-        bound = of_latents @ self.inputs[rows, self.bound].T.float() * self.times
+        bound = of_latents @ self.inputs[:, self.bound].T.float() * self.times
         digits = self.latents[:, self.latents.shape[1] - self.biases :].abs().sum(1)
         return bound + digits.view(-1, n).amax(1)[:, None] + self.biases * _SHARE
 
@@ -178,11 +178,14 @@ def proposed_topk(
     scale, order = pad(latents.scale, (0, -len(encoder) % _GROUP), value=latents.scale.max().item()).sort(stable=True)
     rounded = rounded._replace(latents=rounded.latents.index_select(0, order))  # `everywhere` is empty
     least, most = scale.view(-1, _GROUP).aminmax(dim=1)
+    n = _together(len(least), k)
+    margin, unit = _MARGIN * rounded.added(n * _GROUP), least.view(-1, n).amin(1)
     found, limits = [], []
     for rows, raised in rounded.products():
         groups = raised.view(-1, _GROUP, raised.shape[1])
         largest = groups.amax(1)
-        limits.append(_likely_kth(rounded, rows, largest, least, k))
+        likely = (largest.view(-1, n, raised.shape[1]).amax(1) - margin[:, rows]) * unit[:, None]
+        limits.append(likely.T.contiguous().topk(k, sorted=False).values.amin(1).clamp_min(0))
         limit = limits[-1] * (1 - _SLACK)
         group, row = (largest * most[:, None] > limit).nonzero(as_tuple=True)
         which, within = (groups[group, :, row] > (limit[row] / most[group])[:, None]).nonzero(as_tuple=True)
@@ -190,20 +193,15 @@ def proposed_topk(
     return *_places(torch.cat(found), len(x)), torch.cat(limits) * inputs.scale
 
 
-def _likely_kth(
-    rounded: Rounded, rows: slice, largest: Int[Tensor, "group part"], scale: Float[Tensor, " group"], k: int
-) -> Float[Tensor, " part"]:
-    """Little less than the k-th largest product, in the units of the inputs; zero where it is not positive.
+def _together(n_groups: int, k: int) -> int:
+    """How many groups to take the maximum of before the k-th largest is looked for, so that 8 k to 16 k are left.
 
-    `largest` are maxima over 8 latents each. They are brought down to 8 k to 16 k by taking maxima again: that two of
-    the k largest fall together is rare enough, and fewer are sorted.
+    That two of the k largest fall together is rare enough then, and fewer are sorted.
     """
     n = 1
-    while len(scale) % (2 * n) == 0 and len(scale) >= 2 * n * _SPREAD * k:
+    while n_groups % (2 * n) == 0 and n_groups >= 2 * n * _SPREAD * k:
         n *= 2
-    likely = largest.view(-1, n, largest.shape[1]).amax(1) - _MARGIN * rounded.added(rows, n * _GROUP)
-    likely = likely * scale.view(-1, n).amin(1)[:, None]
-    return likely.T.contiguous().topk(k, sorted=False).values.amin(1).clamp_min(0)
+    return n
 
 
 def _places(found: Int[Tensor, " pair"], batch: int) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
