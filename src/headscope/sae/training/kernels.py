@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from headscope.sae.training import c_kernels
 from headscope.sae.training.proposals import BLOCK, fast_bytes, proposed, proposed_topk
 from headscope.sae.training.ranks import ALONE, Ranks
 
@@ -104,6 +105,8 @@ def products(
         return (of_latents @ of_rows.T)[pairs.latent, pairs.row]
     if (gpu := gpu_kernels(of_rows)) is not None:
         return gpu.products(pairs, of_latents, of_rows)
+    if c_kernels.fit(of_rows):
+        return c_kernels.products(pairs.latent, pairs.row, of_latents, of_rows)
     _quiet_csr()
     zeros = of_rows.new_zeros(len(pairs))
     shape = (pairs.d_sae, pairs.batch)
@@ -137,19 +140,22 @@ def sum_by_latent(
         return torch.mm(pairs.matrix(weights).T, of_rows, out=out)
     if (gpu := gpu_kernels(of_rows)) is not None:
         return gpu.sum_by_latent(pairs, weights, of_rows, out)
-    if out is None:
-        return _bags(pairs.row, pairs.latent_starts, weights, of_rows)
+    if out is None or c_kernels.fit(of_rows):
+        return _bags(pairs.row, pairs.latent_starts, weights, of_rows, out)
     firsts = range(0, pairs.d_sae, BLOCK)
     ends = pairs.latent_starts[BLOCK::BLOCK].tolist()
     for first, start, end in zip(firsts, [0, *ends], [*ends, len(pairs)], strict=False):
         starts = pairs.latent_starts[first : first + BLOCK + 1] - start
         at = slice(start, end)
-        out[first : first + BLOCK] = _bags(pairs.row[at], starts, weights[at], of_rows)
+        _bags(pairs.row[at], starts, weights[at], of_rows, out[first : first + BLOCK])
     return out
 
 
-def _bags(indices: Tensor, starts: Tensor, weights: Tensor, vectors: Tensor) -> Tensor:
-    return embedding_bag(indices, vectors, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
+def _bags(indices: Tensor, starts: Tensor, weights: Tensor, vectors: Tensor, out: Tensor | None = None) -> Tensor:
+    if c_kernels.fit(vectors):
+        return c_kernels.weighted_sums(indices, starts, weights, vectors, out)
+    bags = embedding_bag(indices, vectors, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
+    return bags if out is None else out.copy_(bags)
 
 
 def gpu_kernels(like: Tensor) -> ModuleType | None:
@@ -202,7 +208,7 @@ def _bytes_do(x: Tensor) -> bool:
 def _decided(pairs: Pairs, x: Tensor, encoder: Tensor, bias: Tensor, limit: Tensor) -> tuple[Pairs, Tensor]:
     """Those of some pairs that float32 finds above their limits, and their pre-activations."""
     pre = products(pairs, encoder, x) + bias[pairs.latent]
-    kept = pre > limit[pairs.row]
+    kept = (pre > limit[pairs.row]).nonzero()[:, 0]
     return pairs.kept(kept), pre[kept]
 
 

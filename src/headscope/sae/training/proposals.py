@@ -23,9 +23,12 @@ from torch import Tensor
 from torch import _int_mm as int_mm  # pyright: ignore[reportPrivateImportUsage] - no public function has it
 from torch.nn.functional import pad
 
+from headscope.sae.training import c_kernels
+
 BLOCK = 1024
 """Latents that are looked at together."""
 _PRODUCTS = 2**22  # that are in memory at a time
+_PART = 64  # inputs, of which as many parts are looked at together as that allows, or one
 _GROUP = 8  # latents that are looked at together first
 _SPREAD = 8  # times k: groups among which the k-th largest is looked for
 _MARGIN = 1.2  # times what was added to a product, that is taken off it where one below it is wanted
@@ -91,6 +94,11 @@ class Layout:
     lowering: tuple[int, int]
     """Components of negative ones."""
 
+    @property
+    def width(self) -> int:
+        """Components of all terms."""
+        return 2 * self.bound + sum(self.raising) + sum(self.lowering)
+
 
 class Rounded(NamedTuple):
     """Both sides in bytes, with the components that raise products."""
@@ -116,7 +124,7 @@ class Rounded(NamedTuple):
 
     def products(self) -> Iterator[tuple[slice, Int[Tensor, "groups_of_8 part"]]]:
         """Some inputs, and the raised products of all latents with them, in memory that the next take over."""
-        n = max(1, _PRODUCTS // len(self.latents))
+        n = max(1, _PRODUCTS // len(self.latents) // _PART) * _PART
         memory = torch.empty(len(self.latents) * n, dtype=torch.int32)  # fresh memory costs a third of the product
         for start in range(0, len(self.inputs), n):
             inputs = self.inputs[start : start + n]
@@ -142,16 +150,13 @@ def proposed(
     sides = _sides(x, encoder, bias, -limit)
     if sides is None or (rounded := _rounded(*sides)) is None:
         return None
-    found = []
+    n, zero = len(rounded.latents), x.new_zeros(len(x))
+    found = _found(torch.arange(n), x.new_ones(n), len(x))
     for rows, raised in rounded.products():
-        groups = raised.view(-1, _GROUP, raised.shape[1])
-        group, row = groups.amax(1).gt(0).nonzero(as_tuple=True)
-        which, within = groups[group, :, row].gt(0).nonzero(as_tuple=True)
-        found.append((group[which] * _GROUP + within) * len(x) + row[which] + rows.start)
-        most -= len(which)
-        if most < 0:
+        found.add(rows, raised, zero[rows])
+        if len(found) > most:
             return None
-    return _places(torch.cat(found), len(x))
+    return found.places()
 
 
 def proposed_topk(
@@ -177,20 +182,40 @@ def proposed_topk(
         return None
     scale, order = pad(latents.scale, (0, -len(encoder) % _GROUP), value=latents.scale.max().item()).sort(stable=True)
     rounded = rounded._replace(latents=rounded.latents.index_select(0, order))  # `everywhere` is empty
-    least, most = scale.view(-1, _GROUP).aminmax(dim=1)
-    n = _together(len(least), k)
-    margin, unit = _MARGIN * rounded.added(n * _GROUP), least.view(-1, n).amin(1)
-    found, limits = [], []
+    n = _GROUP * _together(len(order) // _GROUP, k)
+    margin, unit = _MARGIN * rounded.added(n), scale.view(-1, n).amin(1)
+    found, limits = _found(order, scale, len(x)), []
     for rows, raised in rounded.products():
-        groups = raised.view(-1, _GROUP, raised.shape[1])
-        largest = groups.amax(1)
-        likely = (largest.view(-1, n, raised.shape[1]).amax(1) - margin[:, rows]) * unit[:, None]
+        likely = (raised.view(-1, n, raised.shape[1]).amax(1) - margin[:, rows]) * unit[:, None]
         limits.append(likely.T.contiguous().topk(k, sorted=False).values.amin(1).clamp_min(0))
-        limit = limits[-1] * (1 - _SLACK)
-        group, row = (largest * most[:, None] > limit).nonzero(as_tuple=True)
-        which, within = (groups[group, :, row] > (limit[row] / most[group])[:, None]).nonzero(as_tuple=True)
-        found.append(order[group[which] * _GROUP + within] * len(x) + row[which] + rows.start)
-    return *_places(torch.cat(found), len(x)), torch.cat(limits) * inputs.scale
+        found.add(rows, raised, limits[-1] * (1 - _SLACK))
+    return *found.places(), torch.cat(limits) * inputs.scale
+
+
+class _Found:
+    """As `c_kernels.Marks`, which (latent, row) have products above limits: groups of latents first, then each."""
+
+    def __init__(self, latent: Tensor, scale: Tensor, batch: int) -> None:
+        self._latent, self._scale, self._batch = latent, scale.view(-1, _GROUP), batch
+        self._most = self._scale.amax(1)
+        self._found: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._found))
+
+    def add(self, rows: slice, products: Tensor, limit: Tensor) -> None:
+        groups = products.view(-1, _GROUP, products.shape[1])
+        group, row = (groups.amax(1) * self._most[:, None] > limit).nonzero(as_tuple=True)
+        which, within = (groups[group, :, row] * self._scale[group] > limit[row, None]).nonzero(as_tuple=True)
+        self._found.append(self._latent[group[which] * _GROUP + within] * self._batch + row[which] + rows.start)
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        place = torch.cat(self._found).sort().values
+        return place // self._batch, place % self._batch
+
+
+def _found(latent: Tensor, scale: Tensor, batch: int) -> "c_kernels.Marks | _Found":
+    return (c_kernels.Marks if c_kernels.fit(scale) else _Found)(latent, scale, batch)
 
 
 def _together(n_groups: int, k: int) -> int:
@@ -202,11 +227,6 @@ def _together(n_groups: int, k: int) -> int:
     while n_groups % (2 * n) == 0 and n_groups >= 2 * n * _SPREAD * k:
         n *= 2
     return n
-
-
-def _places(found: Int[Tensor, " pair"], batch: int) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
-    place = found.sort().values
-    return place // batch, place % batch
 
 
 def _sides(x: Tensor, encoder: Tensor, bias: Tensor, offset: Tensor) -> tuple[Side, Side] | None:
@@ -223,7 +243,7 @@ def _rounded(inputs: Side, latents: Side) -> Rounded | None:
     of_latents = of_inputs.new_zeros(n + -n % _GROUP, of_inputs.shape[1])
     for start in range(0, n, BLOCK):
         part = latents.part(start, start + BLOCK)
-        of_latents[start : start + len(part.vectors)] = whole(part, inputs.floor, layout, of_latents=True)
+        whole(part, inputs.floor, layout, of_latents=True, out=of_latents[start : start + len(part.vectors)])
     everywhere = too_high(latents, inputs.floor, layout).nonzero()[:, 0]
     bound, biases = slice(d, d + 2 * layout.bound, layout.bound), layout.raising[1] + layout.lowering[1]
     return Rounded(of_inputs, of_latents, everywhere, bound, layout.bound, biases)
@@ -246,7 +266,7 @@ def balanced(
 
 def _shares(vectors: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
     """Size of each component over the median of those that are not zero."""
-    size = torch.linalg.vector_norm(vectors, dim=0)
+    size = vectors.square().sum(0).sqrt()
     return size / size[size != 0].median() if size.any() else size
 
 
@@ -257,7 +277,10 @@ def too_high(latents: Side, floor: float, layout: Layout) -> Bool[Tensor, " n"]:
 
 def _side(vectors: Tensor, offset: Tensor) -> Side | None:
     """None where they are not finite, zero, or of sizes whose products float32 may not hold."""
-    largest = torch.cat([part.abs().amax(1) for part in vectors.split(BLOCK)])
+    if c_kernels.fit(vectors):
+        largest = c_kernels.largest_of_rows(vectors)
+    else:
+        largest = torch.cat([part.abs().amax(1) for part in vectors.split(BLOCK)])
     some = largest[largest != 0]
     if not len(some) or not some.max().item() < _LARGEST or (floor := some.median().item() / 2) < _LEAST:
         return None
@@ -289,7 +312,14 @@ def _accumulation(d: int) -> float:
     return 2 * (d + 8) * _ACCUMULATION
 
 
-def whole(side: Side, floor: float, layout: Layout, *, of_latents: bool) -> Int8[Tensor, "n d_and_more"]:
+def whole(
+    side: Side,
+    floor: float,
+    layout: Layout,
+    *,
+    of_latents: bool,
+    out: Int8[Tensor, "n d_and_more"] | None = None,
+) -> Int8[Tensor, "n d_and_more"]:
     """Rounded vectors, and the components that add bound and offsets to their products with the other side's.
 
     Args:
@@ -297,12 +327,13 @@ def whole(side: Side, floor: float, layout: Layout, *, of_latents: bool) -> Int8
         floor: the other side's.
         layout: of both.
         of_latents: which of the two they are.
+        out: where they are written; new memory when not given.
     """
-    scaled = side.vectors / side.scale[:, None]
-    rounded = scaled.round()
-    lost = torch.linalg.vector_norm(scaled - rounded, dim=1)
-    size = torch.linalg.vector_norm(rounded, dim=1)
-    lost = lost + _accumulation(scaled.shape[1]) * (size + lost)
+    n, d = side.vectors.shape
+    if out is None:
+        out = torch.empty(n, d + layout.width, dtype=torch.int8, device=side.vectors.device)
+    lost, size = _round(side, out[:, :d])
+    lost = lost + _accumulation(d) * (size + lost)
     lost = torch.where(side.largest > 0, lost.clamp_min(_LEAST), lost)  # squares of the least components are zero
     bound = [lost * layout.lost, (size + lost) / (layout.lost * layout.bound)]
     own, other = int(of_latents), 1 - int(of_latents)
@@ -317,5 +348,17 @@ def whole(side: Side, floor: float, layout: Layout, *, of_latents: bool) -> Int8
     ]
     terms = [(term * (1 + _SLACK), layout.bound) for term in (bound[::-1] if of_latents else bound)]
     terms += shares + offsets if of_latents else offsets + shares
-    columns = [term.ceil().clamp(-_MOST, _MOST).to(torch.int8)[:, None].expand(-1, n) for term, n in terms]
-    return torch.cat([rounded.to(torch.int8), *columns], 1)
+    columns = [term.ceil().clamp(-_MOST, _MOST)[:, None].expand(-1, times) for term, times in terms]
+    for column, to in zip(columns, out[:, d:].split([times for _, times in terms], 1), strict=True):
+        to.copy_(column)
+    return out
+
+
+def _round(side: Side, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Write vectors over their scales, rounded; returns norms of what rounding took, and of what it left."""
+    if c_kernels.fit(side.vectors):
+        return c_kernels.round_rows(side.vectors, side.scale, out)
+    scaled = side.vectors / side.scale[:, None]
+    rounded = scaled.round()
+    out.copy_(rounded)
+    return torch.linalg.vector_norm(scaled - rounded, dim=1), torch.linalg.vector_norm(rounded, dim=1)

@@ -1,0 +1,136 @@
+"""Some loops of SAE training in C, where the machine has a compiler; without one torch does the same.
+
+The first time that they are needed `cc` compiles `c_kernels.c`, in half a second, for the processor it runs on; nothing
+is kept for other processes. The functions share torch's threads. What they propose is decided as ever; products and
+sums differ from torch's by the rounding of another order of summation, if at all.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Int8, Int32
+from torch import Tensor
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_FLAGS = (
+    *("-std=gnu11", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fno-math-errno"),
+    *("-fno-trapping-math", "-shared", "-fPIC"),
+)
+_WORD = 64  # bits
+
+
+def fit(like: Tensor) -> bool:
+    """Whether tensors like this one can be worked on here: float32, not on a GPU, with a compiler at hand."""
+    return like.is_cpu and like.dtype == torch.float32 and library() is not None
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None without a compiler that takes them."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    try:
+        with TemporaryDirectory(prefix="headscope-") as folder:
+            made = Path(folder, "c_kernels.so")
+            subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-lm", "-o", str(made)], capture_output=True, check=True)
+            return ctypes.CDLL(str(made))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _call(name: str, *arguments: Tensor | int) -> None:
+    """Call a function with addresses, sizes, and as many threads as torch has."""
+    made = library()
+    assert made is not None
+    given: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            given.append(ctypes.c_void_p(argument.data_ptr()))
+        else:
+            given.append(ctypes.c_int64(argument))
+    getattr(made, name)(*given, ctypes.c_int(torch.get_num_threads()))
+
+
+def largest_of_rows(vectors: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """The largest component of each row, in size."""
+    largest = vectors.new_empty(len(vectors))
+    _call("largest_of_rows", vectors.contiguous(), *vectors.shape, largest)
+    return largest
+
+
+def round_rows(
+    vectors: Float[Tensor, "n d"], scale: Float[Tensor, " n"], out: Int8[Tensor, "n d_and_more"]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Write `round(vectors / scale)`; returns norms of what rounding took, and of what it left."""
+    lost, size = torch.empty_like(scale), torch.empty_like(scale)
+    vectors, scale = vectors.contiguous(), scale.contiguous()
+    _call("round_rows", vectors, scale, *vectors.shape, out, out.stride(0), lost, size)
+    return lost, size
+
+
+def products(
+    latent: Int[Tensor, " pair"],
+    row: Int[Tensor, " pair"],
+    of_latents: Float[Tensor, "d_sae d"],
+    of_rows: Float[Tensor, "batch d"],
+) -> Float[Tensor, " pair"]:
+    """The dot product of each pair's two vectors."""
+    out = of_rows.new_empty(len(latent))
+    given = [latent.contiguous(), row.contiguous(), len(latent), of_latents.contiguous(), of_rows.contiguous()]
+    _call("products", *given, of_rows.shape[1], out)
+    return out
+
+
+def weighted_sums(
+    index: Int[Tensor, " pair"],
+    starts: Int[Tensor, " n_and_one"],
+    weights: Float[Tensor, " pair"],
+    vectors: Float[Tensor, "m d"],
+    out: Float[Tensor, "n d"] | None = None,
+) -> Float[Tensor, "n d"]:
+    """For each i the sum of `weights[p] vectors[index[p]]` over p from `starts[i]` to `starts[i + 1]`; in `out`."""
+    n, d = len(starts) - 1, vectors.shape[1]
+    out = vectors.new_empty(n, d) if out is None else out
+    given = [index.contiguous(), starts.contiguous(), weights.contiguous(), vectors.contiguous()]
+    _call("weighted_sums", *given, n, d, out)
+    return out
+
+
+class Marks:
+    """Which (latent, row) were found, one bit each, filled in part by part of the rows."""
+
+    def __init__(self, latent: Int[Tensor, " n"], scale: Float[Tensor, " n"], batch: int) -> None:
+        """Begin without any.
+
+        Args:
+            latent: numbers of latents, each once, in the order of products.
+            scale: of each latent's products.
+            batch: rows in all.
+        """
+        self._latent, self._scale = latent, scale
+        self._words = -(-batch // _WORD)
+        self._bits = torch.zeros(len(latent), self._words, dtype=torch.int64)
+        self._counts = torch.zeros(len(latent), dtype=torch.int64)
+
+    def __len__(self) -> int:
+        """How many."""
+        return int(self._counts.sum())
+
+    def add(self, rows: slice, products: Int32[Tensor, "n part"], limit: Float[Tensor, " part"]) -> None:
+        """Mark where `product * scale > limit`, for rows that begin at a whole number of words."""
+        given = [products, self._latent, self._scale, limit.contiguous(), *products.shape]
+        _call("mark_above", *given, self._bits, self._words, rows.start // _WORD, self._counts)
+
+    def places(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
+        """Latent and row of all, in this order."""
+        starts = self._counts.cumsum(0) - self._counts
+        latent, row = torch.empty(2, len(self), dtype=torch.int64)
+        _call("marked", self._bits, starts, *self._bits.shape, latent, row)
+        return latent, row

@@ -1,0 +1,182 @@
+"""The loops in C are torch's, whatever the number of threads; without a compiler they are left to torch."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from headscope.sae.config import TrainConfig
+from headscope.sae.training import c_kernels
+from headscope.sae.training.trainer import Trainer
+
+EXACTLY = {"rtol": 0, "atol": 0, "equal_nan": True}
+SIZES = {"n": st.integers(1, 40), "d": st.integers(1, 200), "seed": st.integers(0, 2**32 - 1)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler() -> None:
+    if c_kernels.library() is None:
+        pytest.skip("no compiler")
+
+
+@pytest.fixture
+def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    c_kernels.library.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    yield
+    c_kernels.library.cache_clear()
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=50)
+@given(**SIZES, bad=st.sampled_from([0.0, -1e30, torch.inf, -torch.inf, torch.nan]))
+def test_the_largest_component_is_that_of_each_row(n: int, d: int, seed: int, bad: float) -> None:
+    vectors = normal(seed, n, d)
+    vectors[seed % n, seed % d] = bad
+    assert_close(c_kernels.largest_of_rows(vectors), vectors.abs().amax(1), **EXACTLY)
+
+
+@settings(max_examples=50)
+@given(**SIZES, more=st.integers(0, 70))
+def test_rows_are_rounded_as_torch_rounds_them(n: int, d: int, seed: int, more: int) -> None:
+    vectors = 100 * normal(seed, n, d)
+    scale = torch.exp2((vectors.abs().amax(1) / 127).log2().ceil())
+    vectors[:, 0] = 2.5 * scale  # half-way: to even
+    room = torch.full((n, d + more), 99, dtype=torch.int8)
+    lost, size = c_kernels.round_rows(vectors, scale, room[:, :d])
+    scaled = vectors / scale[:, None]
+    assert_close(room[:, :d], scaled.round().to(torch.int8), **EXACTLY)
+    assert (room[:, d:] == 99).all()
+    assert (room[:, 0] == 2).all()
+    assert_close(lost, torch.linalg.vector_norm(scaled - scaled.round(), dim=1), rtol=1e-5, atol=1e-6)
+    assert_close(size, torch.linalg.vector_norm(scaled.round(), dim=1), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=50)
+@given(
+    n=st.integers(1, 40),
+    batch=st.integers(1, 300),
+    part=st.sampled_from([64, 128, 320]),
+    share=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_marks_are_where_products_exceed_their_limits(n: int, batch: int, part: int, share: float, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    order, scale = torch.randperm(n, generator=g), torch.rand(n, generator=g) + 0.5
+    products = torch.randint(-1000, 1000, (n, batch), generator=g, dtype=torch.int32)
+    limit = torch.full((batch,), 3000.0) - 6000 * (torch.rand(batch, generator=g) < share)
+    marks = c_kernels.Marks(order, scale, batch)
+    for start in range(0, batch, part):
+        rows = slice(start, start + part)
+        marks.add(rows, products[:, rows].contiguous(), limit[rows])
+    above = torch.zeros(n, batch, dtype=torch.bool)
+    above[order] = products * scale[:, None] > limit
+    assert len(marks) == above.sum()
+    for found, expected in zip(marks.places(), above.nonzero(as_tuple=True), strict=True):
+        assert_close(found, expected, **EXACTLY)
+
+
+@settings(max_examples=50)
+@given(**SIZES, n_pairs=st.integers(0, 100))
+def test_products_and_sums_are_torchs(n: int, d: int, seed: int, n_pairs: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    of_latents, of_rows = normal(seed, 30, d), normal(seed + 1, n, d)
+    latent = torch.randint(30, (n_pairs,), generator=g).sort().values
+    row, weights = torch.randint(n, (n_pairs,), generator=g), normal(seed + 2, n_pairs)
+    expected = (of_latents[latent].double() * of_rows[row].double()).sum(1)
+    assert_close(c_kernels.products(latent, row, of_latents, of_rows).double(), expected, rtol=1e-5, atol=1e-4)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(latent, minlength=30).cumsum(0)])
+    summed = torch.zeros(30, d, dtype=torch.float64).index_add_(0, latent, weights[:, None].double() * of_rows[row])
+    memory = torch.full((30, d), torch.nan)
+    assert c_kernels.weighted_sums(row, starts, weights, of_rows, memory) is memory
+    assert_close(memory.double(), summed, rtol=1e-5, atol=1e-4)
+    assert_close(c_kernels.weighted_sums(row, starts, weights, of_rows), memory, **EXACTLY)
+
+
+def test_tensors_that_are_views_are_read_as_they_are() -> None:
+    wide = normal(0, 6, 40)
+    view, pairs = wide.T[:20], torch.arange(6)
+    assert_close(c_kernels.largest_of_rows(view), view.abs().amax(1), **EXACTLY)
+    found = c_kernels.products(pairs, pairs, view, view)
+    assert_close(found, view[:6].square().sum(1), rtol=1e-5, atol=1e-5)
+    starts = torch.arange(14)[::2]
+    summed = c_kernels.weighted_sums(pairs.repeat(2), starts, wide[0, :24:2], view)
+    assert_close(summed[0], view[0] * wide[0, 0] + view[1] * wide[0, 2], rtol=1e-5, atol=1e-5)
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    x, before, found = normal(0, 500, 64), torch.get_num_threads(), []
+    latent, row = torch.arange(400).repeat_interleave(2), torch.arange(800) % 500
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        summed = c_kernels.weighted_sums(row, torch.arange(0, 801, 2), x.flatten()[:800], x)
+        found.append([c_kernels.products(latent, row, x, x), summed, c_kernels.largest_of_rows(x)])
+    torch.set_num_threads(before)
+    for one, three in zip(*found, strict=True):
+        assert_close(one, three, **EXACTLY)
+
+
+@pytest.mark.parametrize("variant", ["relu", "topk", "batchtopk", "jumprelu", "gated"])
+def test_training_is_the_same_but_for_rounding(variant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normal(0, 2048, 32)
+    config = TrainConfig(variant=variant, d_sae=128, target_l0=4.0, batch=256, buffer=512, tokens=256 * 50)
+
+    def trained() -> dict[str, Tensor]:
+        trainer = Trainer(x, config)
+        for batch in x.split(256):
+            trainer.step(batch)
+        return trainer.p
+
+    compiled = trained()
+    monkeypatch.setattr(c_kernels, "library", lambda: None)
+    for name, weight in trained().items():
+        assert_close(compiled[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("without_a_compiler")
+def test_without_a_compiler_there_is_no_library() -> None:
+    assert c_kernels.library() is None
+    assert not c_kernels.fit(torch.zeros(1))
+
+
+@pytest.mark.parametrize("does", ["exit 1", "touch $9", "exit 0"])
+def test_a_compiler_that_makes_nothing_of_use_is_left_alone(
+    does: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(tmp_path, "cc").write_text(f"#!/bin/sh\n{does}\n")
+    Path(tmp_path, "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    c_kernels.library.cache_clear()
+    try:
+        assert c_kernels.library() is None
+    finally:
+        c_kernels.library.cache_clear()
+
+
+@pytest.mark.parametrize("like", [torch.zeros(1, dtype=torch.float64), torch.zeros(1, device="meta")])
+def test_other_numbers_and_places_are_left_to_torch(like: Tensor) -> None:
+    assert not c_kernels.fit(like)
+
+
+def test_one_runtime_of_threads_is_loaded() -> None:
+    said = subprocess.run([sys.executable, "-c", _LOADED], capture_output=True, text=True, check=True).stdout.split()
+    assert len(said) == 1, said
+
+
+_LOADED = """
+from pathlib import Path
+from headscope.sae.training import c_kernels
+assert c_kernels.library() is not None
+print(*{line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line})
+"""
