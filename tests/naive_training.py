@@ -14,7 +14,7 @@ from headscope.sae.config import TrainConfig
 
 
 class NaiveTraining:
-    """Weights and one step; ReLU with an L1 penalty, on inputs that are not scaled."""
+    """Weights and one step; ReLU with an L1 penalty, on inputs that are scaled before, if at all."""
 
     def __init__(self, p: dict[str, Tensor], config: TrainConfig) -> None:
         self.p = {name: weight.clone().requires_grad_(True) for name, weight in p.items()}
@@ -26,7 +26,8 @@ class NaiveTraining:
         self.resampled_after = 0  # steps
 
     def activations(self, x: Tensor) -> Tensor:
-        return ((x - self.p["b_dec"]) @ self.p["encoder"].T + self.p["b_enc"]).relu()
+        centred = x if self.config.center == "none" else x - self.p["b_dec"]
+        return (centred @ self.p["encoder"].T + self.p["b_enc"]).relu()
 
     def loss_of(self, x: Tensor, f: Tensor) -> Tensor:
         return (x - f @ self.p["decoder"] - self.p["b_dec"]).square().sum(1)

@@ -27,6 +27,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "after W_O": {"variant": "batchtopk", "error_in": "output"},
 }
 """One of each kind."""
+APRIL: dict[str, Any] = RECIPES["relu, free decoder"] | {
+    "scaling": "norm",
+    "center": "none",
+    "start": "transpose",
+}
+"""As Conerly et al. (April 2024) scale inputs, read and start."""
 
 
 def remembering(model: Model) -> Model:

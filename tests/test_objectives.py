@@ -23,6 +23,7 @@ SIZES: dict[str, Any] = {
     "metric": st.booleans(),
     "coefficient": st.sampled_from([0.0, 0.7]),
     "n_dead": st.integers(0, 8),
+    "centred": st.booleans(),
 }
 
 
@@ -30,7 +31,7 @@ class Problem:
     """Weights, inputs and a space to measure errors in."""
 
     def __init__(
-        self, batch=9, d_in=5, d_sae=20, seed=0, prefixes=True, metric=True, coefficient=0.7, n_dead=3
+        self, batch=9, d_in=5, d_sae=20, seed=0, prefixes=True, metric=True, coefficient=0.7, n_dead=3, centred=True
     ) -> None:
         g = torch.Generator().manual_seed(seed)
 
@@ -47,7 +48,7 @@ class Problem:
             "b_mag": normal(d_sae),
         }
         self.x, root = normal(batch, d_in), normal(d_in, d_in)
-        self.space = Space(root @ root.T if metric else None, (d_sae // 3, d_sae // 2) if prefixes else ())
+        self.space = Space(root @ root.T if metric else None, (d_sae // 3, d_sae // 2) if prefixes else (), centred)
         self.coefficient = coefficient
         self.dead = torch.arange(d_sae) < n_dead
 
@@ -87,7 +88,7 @@ def naive(  # noqa: PLR0915 - a branch a variant
     """Gradients by autograd over full matrices; activations; error."""
     q = {name: t.clone().requires_grad_(True) for name, t in problem.p.items()}
     x, lam, space = problem.x, problem.coefficient, objective.space
-    read = (x - q["b_dec"]) @ q["encoder"].T
+    read = (x - q["b_dec"] if space.centred else x) @ q["encoder"].T
     pre, norm = read + q["b_enc"], q["decoder"].norm(dim=1)
     if isinstance(objective, ReLU):
         f = pre.relu()

@@ -15,6 +15,7 @@ from headscope.sae.training.dictionary import geometric_median, scale_of
 from headscope.sae.training.trainer import Trainer
 from headscope.site import Site
 from small_training import (
+    APRIL,
     BATCH,
     D_HEAD,
     RECIPES,
@@ -70,6 +71,20 @@ def test_a_random_start_ties_nothing_and_scales_nothing() -> None:
     assert not t.p["b_enc"].any()
 
 
+@pytest.mark.parametrize(("decoder", "norm"), [("free", 0.1), ("unit", 1.0)])
+@pytest.mark.parametrize("variant", ["relu", "jumprelu", "gated", "topk", "batchtopk"])
+def test_a_start_as_the_transpose_is_random_for_both(variant: str, decoder: Any, norm: float) -> None:
+    t = trainer(start="transpose", variant=variant, decoder=decoder)
+    assert torch.equal(t.p["encoder"], t.p["decoder"])
+    assert_close(t.p["decoder"].norm(dim=1), norm * ones(24))
+    cosines = normalize(t.p["decoder"], dim=1) @ t.p["decoder"].T / norm
+    assert (cosines - torch.eye(24).double()).abs().max() < 0.9
+    assert not t.p["b_enc"].any()
+    for step in range(4):
+        t.step(data(BATCH, seed=step))
+    assert not torch.equal(t.p["encoder"], t.p["decoder"])
+
+
 @every_recipe
 def test_the_first_reconstructions_are_better_than_none(name: str) -> None:
     t = trainer(**RECIPES[name])
@@ -78,12 +93,12 @@ def test_the_first_reconstructions_are_better_than_none(name: str) -> None:
     assert error.square().sum() < ((x - x.mean(0)) * t.scale).square().sum()
 
 
-@pytest.mark.parametrize("center", ["mean", "median", "zero"])
+@pytest.mark.parametrize("center", ["mean", "median", "zero", "none"])
 def test_b_dec_starts_at_the_centre_that_is_asked_for(center: Any) -> None:
     t = trainer(center=center)
     samples = data(512) * t.scale
-    expected = {"mean": samples.mean(0), "median": geometric_median(samples), "zero": samples[0] * 0}
-    assert_close(t.p["b_dec"], expected[center])
+    expected = {"mean": samples.mean(0), "median": geometric_median(samples)}
+    assert_close(t.p["b_dec"], expected.get(center, samples[0] * 0))
 
 
 def test_the_geometric_median_has_the_least_sum_of_distances() -> None:
@@ -105,6 +120,22 @@ def test_inputs_are_scaled_to_a_mean_distance_of_root_d(scaling: Any, parts: int
     centred = ((x - x.mean(0)) * scale).unflatten(1, (parts, -1))
     assert_close(centred.norm(dim=2).mean(0), ones(parts) * (16 / parts) ** 0.5)
     assert scale.unique().numel() == parts
+
+
+def test_inputs_are_scaled_to_a_mean_norm_of_root_d() -> None:
+    x = data(512)
+    scale = scale_of(x, "norm", 0)
+    assert_close((x * scale).norm(dim=1).mean(), torch.tensor(4.0, dtype=torch.float64))
+    assert scale.unique().numel() == 1
+    assert scale[0] < 0.9 * scale_of(x, "site", 0)[0]  # inputs lie far from 0
+
+
+def test_after_w_o_inputs_are_as_long_as_they_are_scaled_to_be() -> None:
+    t, x = trainer(scaling="norm", error_in="output"), data(512)
+    metric = t.objective.space.metric
+    assert metric is not None
+    lengths = (((x * t.scale) @ metric) * x * t.scale).sum(1).sqrt()
+    assert_close(lengths.mean(), torch.tensor(4.0, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("changes", [{"scaling": "head"}, {"error_in": "output"}])
@@ -342,15 +373,27 @@ def finished(t: Trainer) -> SAE:
     return t.finish(Z1, "m")
 
 
-@pytest.mark.parametrize("scaling", ["site", "head", "none"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"scaling": "head"}, {"scaling": "none"}, {"scaling": "norm", "center": "none"}]
+)
 @every_recipe
-def test_the_final_sae_reconstructs_raw_activations_as_the_trainer_does(name: str, scaling: Any) -> None:
-    t = trainer(steps=40, **RECIPES[name] | {"scaling": scaling}, lr=5e-3)
+def test_the_final_sae_reconstructs_raw_activations_as_the_trainer_does(name: str, changes: dict[str, Any]) -> None:
+    assert_final_sae_is_the_trainers(trainer(steps=40, **RECIPES[name] | changes, lr=5e-3))
+
+
+def test_the_final_sae_of_april_2024_is_for_raw_activations() -> None:
+    t = trainer(steps=40, **APRIL, coefficient=0.1, lr=5e-3, warmup_steps=0)
+    assert t.p["b_dec"].abs().max() > 0.05
+    assert not finished(t).apply_b_dec_to_input
+    assert_final_sae_is_the_trainers(t)
+
+
+def assert_final_sae_is_the_trainers(t: Trainer) -> None:
     sae, x = finished(t), data(200, seed=300)
     kinds = {"relu": ReLU, "jumprelu": JumpReLU, "gated": Gated, "topk": TopK, "batchtopk": JumpReLU}
     assert type(sae.activation) is kinds[t.config.variant]
     if t.config.variant == "batchtopk":  # on single inputs: by its threshold
-        pre = (x * t.scale - t.p["b_dec"]) @ t.p["encoder"].T + t.p["b_enc"]
+        pre = t.objective.space.seen(x * t.scale, t.p) @ t.p["encoder"].T + t.p["b_enc"]
         f = pre * (pre > t.threshold)
         x_hat = f @ t.p["decoder"] + t.p["b_dec"]
     else:
@@ -384,9 +427,9 @@ def test_the_threshold_is_zero_where_fewer_than_k_are_positive() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- resuming
-@every_recipe
-def test_a_restored_trainer_goes_on_bit_for_bit(name: str) -> None:
-    changes = RECIPES[name] | {"dead_after": 3 * BATCH}
+@pytest.mark.parametrize("recipe", [*RECIPES.values(), APRIL], ids=[*RECIPES, "april 2024"])
+def test_a_restored_trainer_goes_on_bit_for_bit(recipe: dict[str, Any]) -> None:
+    changes = recipe | {"dead_after": 3 * BATCH}
     first, again = trainer(steps=12, **changes), trainer(**changes)
     again.restore(first.state())
     for t in (first, again):

@@ -95,7 +95,15 @@ def test_a_short_training_finds_latents_dead_sooner() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("variant", "standard"), ("decoder", "x"), ("resample_by", "anthropic"), ("scaling", None), ("betas", (0.9,))],
+    [
+        ("variant", "standard"),
+        ("decoder", "x"),
+        ("resample_by", "anthropic"),
+        ("scaling", None),
+        ("center", None),
+        ("start", "tied"),
+        ("betas", (0.9,)),
+    ],
 )
 def test_words_that_mean_nothing_are_refused(name: str, value: object) -> None:
     config = TrainConfig()

@@ -22,7 +22,7 @@ POST = SMALL | {"resample_every": 16, "resample": 2, "warmup_steps": 10, "dead_a
 
 def beside(name: str, **changes: Any) -> tuple[Trainer, NaiveTraining]:
     """A preset in small, some of whose latents cannot fire, and the naive loop with the same weights."""
-    t = Trainer(data(256), replace(preset(name), scaling="none", **changes))
+    t = Trainer(data(256), replace(preset(name), **changes))
     t.p["b_enc"][[3, 5, 11, 30]] = -100.0
     return t, NaiveTraining(t.p, t.config)
 
@@ -59,19 +59,36 @@ def test_the_posts_recipe_is_the_naive_loop(name: str, dead_below: float) -> Non
     assert bool(rare) == bool(dead_below)
 
 
-def test_the_recipe_of_april_2024_is_the_naive_loop() -> None:
-    changes = SMALL | {"coefficient": 0.5, "coefficient_warmup": 0.5, "decay": 0.3}
-    t, naive = beside("anthropic-april-2024", **changes)
-    norms = []
+def naive_start_of_april(seed: int) -> tuple[float, dict[str, Tensor]]:
+    """The factor on inputs that gives `data(256)` a mean norm of sqrt(d_in), and the weights to start from."""
+    norms = [row.square().sum().sqrt().item() for row in data(256)]
+    decoder = torch.randn(40, 16, generator=torch.Generator().manual_seed(seed)).double()
+    for row in decoder:
+        row *= 0.1 / row.norm()
+    weights = {"encoder": decoder.clone(), "decoder": decoder}
+    zeros = {"b_enc": torch.zeros(40).double(), "b_dec": torch.zeros(16).double()}
+    return 4.0 / (sum(norms) / len(norms)), weights | zeros
+
+
+def test_the_recipe_of_april_2024_is_the_naive_loop_from_its_own_start() -> None:
+    small = {"d_sae": 40, "batch": BATCH, "tokens": BATCH * 48, "buffer": 512, "lr": 1e-2}
+    t = Trainer(data(256), replace(preset("anthropic-april-2024"), **small, seed=3))
+    factor, p = naive_start_of_april(seed=3)
+    naive = NaiveTraining(p, t.config)
+    assert_close(t.scale, torch.full((16,), factor, dtype=torch.float64), **EXACT)
+    assert_same_weights(t, naive, step=-1)
     for step in range(48):
         x = data(BATCH, seed=step + 1)
         status = t.step(x)
         assert status.coefficient == pytest.approx(naive.coefficient(), rel=1e-12)
-        naive.step(x)
+        assert status.lr == pytest.approx(1e-2 * naive.factor(), rel=1e-12)
+        naive.step(x * factor)
         assert_same_weights(t, naive, step)
-        norms.append(t.p["decoder"].norm(dim=1))
-    assert (norms[-1] - 1).abs().max() > 0.05  # rows are free, indeed
-    assert t.config.clip == 1.0
+        if step == 0:
+            assert status.l0 > 10  # latents fire from the start
+    assert t.p["b_dec"].abs().max() > 0.05
+    norms = t.p["decoder"].norm(dim=1)
+    assert norms.max() - norms.min() > 0.05  # rows are free, indeed
 
 
 def test_clipping_changes_what_is_applied() -> None:
@@ -145,6 +162,8 @@ def test_presets_have_the_published_numbers() -> None:
     assert (gpt2.betas, gpt2.resample_by, gpt2.resample) == ((0.9, 0.99), "loss", 4)
     assert (april.lr, april.betas, april.clip, april.decay) == (5e-5, (0.9, 0.999), 1.0, 0.2)
     assert (april.coefficient_warmup, april.decoder, april.n_steps) == (0.05, "free", 200_000)
+    assert (april.scaling, april.center, april.start) == ("norm", "none", "transpose")
+    assert (april.variant, april.coefficient, april.warmup_steps, april.resampled_at) == ("relu", 5.0, 0, frozenset())
     assert len(KISSANE_GPT2_COEFFICIENTS) == 12
     assert gpt2.coefficient == KISSANE_GPT2_COEFFICIENTS[2]
     assert all(0 < c < 4 for c in KISSANE_GPT2_COEFFICIENTS)

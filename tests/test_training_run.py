@@ -25,7 +25,7 @@ from headscope.sae.training.ranks import ALONE
 from headscope.sae.training.run import METRICS, TrainResult, train_sae, train_saes
 from headscope.sae.training.trainer import Trainer
 from headscope.site import Site
-from small_training import RECIPES, config, remembering
+from small_training import APRIL, RECIPES, config, remembering
 from training_worker import tensors
 
 Z1 = Site("z", 1)
@@ -104,7 +104,8 @@ def test_the_target_l0_is_reached(model: Model, corpus: Corpus, name: str, targe
 
 def test_several_saes_on_one_stream_are_those_trained_alone(model: Model, corpus: Corpus) -> None:
     n_steps = 14
-    recipes = {name: with_deaths(**changes, tokens=128 * n_steps) for name, changes in RECIPES.items()}
+    kinds = RECIPES | {"april 2024": APRIL}
+    recipes = {name: with_deaths(**changes, tokens=128 * n_steps) for name, changes in kinds.items()}
     seen = []
     together = train_saes(model, corpus, Z1, recipes, lambda statuses: seen.append(set(statuses)))
     assert seen == [set(recipes)] * n_steps

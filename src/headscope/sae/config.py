@@ -38,14 +38,16 @@ class TrainConfig:
     """jumprelu: penalise tanh(this * activation); else the number of active latents."""
     error_in: Literal["site", "output"] = "site"
     """Where errors are measured: `output`, for z, after W_O, as the residual stream gets them."""
-    scaling: Literal["site", "head", "none"] = "site"
+    scaling: Literal["site", "head", "norm", "none"] = "site"
     """What inputs are divided by, so that their mean distance from their mean is sqrt(d_in): one number, one for each
-    head (and then sqrt(d_head)), or nothing."""
-    center: Literal["mean", "median", "zero"] = "mean"
-    """Where b_dec starts: the mean of inputs, their geometric median, 0."""
-    start: Literal["data", "subspace", "random"] = "data"
+    head (and then sqrt(d_head)), or nothing; norm: one number, so that their mean norm is sqrt(d_in)."""
+    center: Literal["mean", "median", "zero", "none"] = "mean"
+    """Where b_dec starts: the mean of inputs, their geometric median, 0. none: at 0, and the encoder reads inputs as
+    they are, not less b_dec."""
+    start: Literal["data", "subspace", "random", "transpose"] = "data"
     """The first dictionary: directions of inputs, random ones in the subspace where inputs vary (both with the encoder
-    tied), or random ones for encoder and decoder each."""
+    tied), or random ones for encoder and decoder each; transpose: random ones for the decoder, at a norm of 0.1 where
+    it is free, and the encoder as its transpose."""
     tokens: int = 4_500_000
     """Activations to train on in all; the corpus is read as often as that takes."""
     batch: int = 2048

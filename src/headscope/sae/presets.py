@@ -2,7 +2,8 @@
 
 `seed-gelu-2l` and `kissane-gpt2` are those of Kissane et al. (2024), by their run names, code and configuration files;
 Adam's betas of the first are inferred from a run beside it. `anthropic-april-2024` is Conerly et al., "Update on how we
-train SAEs" (Transformer Circuits Thread, April 2024).
+train SAEs" (Transformer Circuits Thread, April 2024); its number of latents, batch, buffer, treatment of BOS and
+coefficient (5, of 2, 5 and 10) are choices of ours.
 """
 
 from dataclasses import replace
@@ -51,8 +52,9 @@ PRESETS: dict[str, TrainConfig] = {
     "anthropic-april-2024": TrainConfig(
         variant="relu",
         decoder="free",
-        center="zero",
-        start="random",
+        scaling="norm",
+        center="none",
+        start="transpose",
         coefficient=5.0,
         coefficient_warmup=0.05,
         lr=5e-5,

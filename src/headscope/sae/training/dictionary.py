@@ -14,6 +14,8 @@ _THRESHOLD = 0.1
 _THRESHOLD_INPUTS = 1024
 _SUBSPACE = 0.99  # of the variance is in the subspace where random directions are drawn
 _MEDIAN_ROUNDS = 100
+_FREE_NORM = 0.1
+"""Of free decoder rows where the encoder starts as their transpose; of 0.05 to 1 (Conerly et al., April 2024)."""
 
 
 def unit(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -21,14 +23,19 @@ def unit(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-12)
 
 
+def measured(x: Float[Tensor, "n d_in"], scaling: str) -> Float[Tensor, "n d_in"]:
+    """What scaling measures the length of: inputs less their mean, or with `norm` as they are."""
+    return x if scaling == "norm" else x - x.mean(0)
+
+
 def scale_of(x: Float[Tensor, "n d_in"], scaling: str, d_head: int) -> Float[Tensor, " d_in"]:
-    """Factors on inputs, by component: afterwards the mean distance from the mean is sqrt(d), by head or in all."""
+    """Factors on inputs, by component: afterwards the mean length of what is measured is sqrt(d), by head or in all."""
     d = x.shape[1]
     if scaling == "none":
         return torch.ones_like(x[0])
-    parts = (x - x.mean(0)).unflatten(1, (-1, d_head if scaling == "head" else d))
-    spread = torch.linalg.vector_norm(parts, dim=2).mean(0).clamp_min(1e-12)  # by head, or one
-    return (math.sqrt(parts.shape[2]) / spread).repeat_interleave(parts.shape[2])
+    parts = measured(x, scaling).unflatten(1, (-1, d_head if scaling == "head" else d))
+    length = torch.linalg.vector_norm(parts, dim=2).mean(0).clamp_min(1e-12)  # by head, or one
+    return (math.sqrt(parts.shape[2]) / length).repeat_interleave(parts.shape[2])
 
 
 def first_parameters(x: Float[Tensor, "n d_in"], config: TrainConfig, generator: torch.Generator) -> Parameters:
@@ -47,16 +54,24 @@ def first_parameters(x: Float[Tensor, "n d_in"], config: TrainConfig, generator:
         directions = _subspace(x - mean)
         decoder = unit(normal(d_sae, len(directions)) @ directions)
         encoder = decoder.clone()
+    elif config.start == "transpose":
+        decoder = unit(normal(d_sae, d_in)) * (_FREE_NORM if config.decoder == "free" else 1.0)
+        encoder = decoder.clone()
     else:
         encoder, decoder = kaiming(d_sae, d_in, generator).to(x), unit(kaiming(d_sae, d_in, generator).to(x))
-    centers = {"mean": lambda: mean, "median": lambda: geometric_median(x), "zero": lambda: torch.zeros_like(mean)}
     zeros = torch.zeros(d_sae).to(x)
-    p = {"encoder": encoder, "b_enc": zeros, "decoder": decoder, "b_dec": centers[config.center]()}
+    p = {"encoder": encoder, "b_enc": zeros, "decoder": decoder, "b_dec": _center(x, config.center)}
     if config.variant == "jumprelu":
         p["log_threshold"] = torch.full_like(zeros, math.log(_THRESHOLD))
     if config.variant == "gated":
         p |= {"r_mag": zeros.clone(), "b_mag": zeros.clone()}
     return p
+
+
+def _center(x: Float[Tensor, "n d_in"], center: str) -> Float[Tensor, " d_in"]:
+    if center == "mean":
+        return x.mean(0)
+    return geometric_median(x) if center == "median" else torch.zeros_like(x[0])
 
 
 def kaiming(d_sae: int, d_in: int, generator: torch.Generator) -> Float[Tensor, "d_sae d_in"]:

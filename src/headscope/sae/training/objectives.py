@@ -88,12 +88,22 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Space:
-    """Where errors are measured."""
+    """Where errors are measured, and how the encoder sees inputs."""
 
     metric: Float[Tensor, "d_in d_in"] | None = None
     """M, symmetric; None is the identity."""
     prefixes: Sequence[int] = ()
     """Numbers of latents that reconstruct alone, below d_sae and rising; none of them for all latents together only."""
+    centred: bool = True
+    """Whether the encoder sees inputs less b_dec, or as they are."""
+
+    def seen(self, x: Float[Tensor, "batch d_in"], p: Parameters) -> Float[Tensor, "batch d_in"]:
+        """Inputs as the encoder sees them."""
+        return x - p["b_dec"] if self.centred else x
+
+    def through_encoder(self, d_b_enc: Float[Tensor, " n"], encoder: Float[Tensor, "n d_in"]) -> Float[Tensor, " d_in"]:
+        """What b_dec has of its gradient through the encoder."""
+        return -(d_b_enc @ encoder) if self.centred else torch.zeros_like(encoder[0])
 
     def reconstruct(
         self, x: Float[Tensor, "batch d_in"], active: Pairs, values: Float[Tensor, " pair"], p: Parameters
@@ -138,20 +148,21 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def backward(
+    space: Space,
     r: Reconstruction,
-    x: Float[Tensor, "batch d_in"],
+    seen: Float[Tensor, "batch d_in"],
     active: Pairs,
     d_pre: Float[Tensor, " pair"],
     p: Parameters,
     into: Parameters,
 ) -> Parameters:
-    """Gradients of all weights from those of the reconstruction and of the pre-activations of pairs; x is centred."""
+    """Gradients of all weights from those of the reconstruction and of the pre-activations of pairs."""
     d_b_enc = active.latent_sums(d_pre)
     return {
-        "encoder": sum_by_latent(active, d_pre, x, into.get("encoder")),
+        "encoder": sum_by_latent(active, d_pre, seen, into.get("encoder")),
         "b_enc": d_b_enc,
         "decoder": r.d_decoder(into.get("decoder")),
-        "b_dec": r.d_b_dec - d_b_enc @ p["encoder"],
+        "b_dec": r.d_b_dec + space.through_encoder(d_b_enc, p["encoder"]),
     }
 
 
@@ -183,14 +194,14 @@ class Objective(Protocol):
         """
         ...
 
-    def encode(self, p: Parameters, centred: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
-        """Activations of inputs from which b_dec was taken: pairs that hold all that are not 0, and their values."""
+    def encode(self, p: Parameters, seen: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
+        """Activations of inputs as the encoder sees them: pairs that hold all that are not 0, and their values."""
         ...
 
 
 def squared_error(objective: Objective, p: Parameters, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, " batch"]:
     """||x - x_hat||^2 of each input, bit for bit that of the objective's outcome, which has gradients as well."""
-    return objective.space.squared_error(x, *objective.encode(p, x - p["b_dec"]), p)
+    return objective.space.squared_error(x, *objective.encode(p, objective.space.seen(x, p)), p)
 
 
 @dataclass
@@ -202,21 +213,21 @@ class ReLU:
 
     def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """See `Objective`."""
-        centred = x - p["b_dec"]
-        active, values = self.encode(p, centred)
+        seen = self.space.seen(x, p)
+        active, values = self.encode(p, seen)
         r = self.space.reconstruct(x, active, values, p)
         share = now.coefficient / len(x)
         total = active.latent_sums(values)
         norm = torch.linalg.vector_norm(p["decoder"], dim=1) if self.free_decoder else torch.ones_like(total)
-        gradients = backward(r, centred, active, r.d_values + share * norm[active.latent], p, now.into)
+        gradients = backward(self.space, r, seen, active, r.d_values + share * norm[active.latent], p, now.into)
         if self.free_decoder:
             gradients["decoder"].addcmul_((total / norm.clamp_min(1e-12))[:, None], p["decoder"], value=share)
         penalty = (total * norm).sum().item() / len(x)
         return Outcome(active, values, r.squared_error, r.error, penalty, 0.0, gradients)
 
-    def encode(self, p: Parameters, centred: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
+    def encode(self, p: Parameters, seen: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
         """See `Objective`."""
-        return select_above(centred, p["encoder"], p["b_enc"])
+        return select_above(seen, p["encoder"], p["b_enc"])
 
 
 @dataclass
@@ -233,8 +244,8 @@ class JumpReLU:
 
     def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """See `Objective`; `log_threshold` is a weight too."""
-        centred, theta = x - p["b_dec"], p["log_threshold"].exp()
-        near, pre, threshold = self._near(p, centred, theta)
+        seen, theta = self.space.seen(x, p), p["log_threshold"].exp()
+        near, pre, threshold = self._near(p, seen, theta)
         on = (pre > threshold).to(pre.dtype)
         r = self.space.reconstruct(x, near, pre * on, p)
         share = now.coefficient / len(x)
@@ -252,42 +263,42 @@ class JumpReLU:
         # a latent on its threshold that fires adds theta to its activation, and costs what being active costs
         inside = ((pre - threshold).abs() < self.bandwidth / 2).to(pre.dtype)
         d_threshold = near.latent_sums((threshold * r.d_values + cost) * inside * (-1 / self.bandwidth))
-        gradients = backward(r, centred, near, d_pre, p, now.into) | {"log_threshold": d_threshold * theta}
+        gradients = backward(self.space, r, seen, near, d_pre, p, now.into) | {"log_threshold": d_threshold * theta}
         if pull is not None:
             gradients["decoder"].addcmul_(pull[:, None], p["decoder"])
-        auxiliary = self._revive(centred, p, norm, theta, now.dead, gradients)
+        auxiliary = self._revive(seen, p, norm, theta, now.dead, gradients)
         fires = on > 0
         return Outcome(near.kept(fires), pre[fires], r.squared_error, r.error, penalty / len(x), auxiliary, gradients)
 
-    def encode(self, p: Parameters, centred: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
+    def encode(self, p: Parameters, seen: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
         """See `Objective`."""
-        near, pre, threshold = self._near(p, centred, p["log_threshold"].exp())
+        near, pre, threshold = self._near(p, seen, p["log_threshold"].exp())
         return near, pre * (pre > threshold)
 
-    def _near(self, p: Parameters, centred: Tensor, theta: Tensor) -> tuple[Pairs, Tensor, Tensor]:
+    def _near(self, p: Parameters, seen: Tensor, theta: Tensor) -> tuple[Pairs, Tensor, Tensor]:
         """All pairs that are active or within half a bandwidth of it, their pre-activations, and their thresholds.
 
         The others have no part in any gradient.
         """
         low = theta - self.bandwidth / 2
-        near, above = select_above(centred, p["encoder"], p["b_enc"] - low)
+        near, above = select_above(seen, p["encoder"], p["b_enc"] - low)
         return near, above + low[near.latent], theta[near.latent]
 
     def _revive(
-        self, centred: Tensor, p: Parameters, norm: Tensor, theta: Tensor, dead: Tensor, gradients: Parameters
+        self, seen: Tensor, p: Parameters, norm: Tensor, theta: Tensor, dead: Tensor, gradients: Parameters
     ) -> float:
         """Add `revive / B sum_n sum_dead relu(theta_j - p_j) ||D_j||` to the gradients; returns it."""
         which = dead.nonzero()[:, 0]
         if not self.revive or not len(which):
             return 0.0
-        encoder, share = p["encoder"][which], self.revive / len(centred)
-        lack = (theta[which] - torch.addmm(p["b_enc"][which], centred, encoder.T)).relu()
+        encoder, share = p["encoder"][which], self.revive / len(seen)
+        lack = (theta[which] - torch.addmm(p["b_enc"][which], seen, encoder.T)).relu()
         weight = norm[which]
         d_pre = -share * (lack > 0).to(lack.dtype) * weight
         total, d_b_enc = lack.sum(0), d_pre.sum(0)
-        gradients["encoder"].index_add_(0, which, d_pre.T @ centred)
+        gradients["encoder"].index_add_(0, which, d_pre.T @ seen)
         gradients["b_enc"].index_add_(0, which, d_b_enc)
-        gradients["b_dec"] -= d_b_enc @ encoder
+        gradients["b_dec"] += self.space.through_encoder(d_b_enc, encoder)
         gradients["log_threshold"].index_add_(0, which, -d_b_enc * theta[which])
         gradients["decoder"].index_add_(
             0, which, share * (total / weight.clamp_min(1e-12))[:, None] * p["decoder"][which]
@@ -303,15 +314,15 @@ class Gated:
 
     def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """See `Objective`; the gate's bias is b_enc, `r_mag` and `b_mag` are weights too."""
-        centred = x - p["b_dec"]
-        open_, gate, read, gain, magnitude = self._open(p, centred)
+        seen = self.space.seen(x, p)
+        open_, gate, read, gain, magnitude = self._open(p, seen)
         on = (magnitude > 0).to(magnitude.dtype)
         r = self.space.reconstruct(x, open_, magnitude.relu(), p)
         aside = self.space.reconstruct(x, open_, gate, p)  # the decoder is held fixed there, b_dec too
         d_magnitude = r.d_values * on
         d_gate = aside.d_values + now.coefficient / len(x)
         d_read = d_magnitude * gain + d_gate
-        gradients = backward(r, centred, open_, d_read, p, now.into) | {
+        gradients = backward(self.space, r, seen, open_, d_read, p, now.into) | {
             "b_enc": open_.latent_sums(d_gate),
             "b_mag": open_.latent_sums(d_magnitude),
             "r_mag": open_.latent_sums(d_magnitude * gain * read),
@@ -321,15 +332,15 @@ class Gated:
         active, values = open_.kept(kept), magnitude[kept]
         return Outcome(active, values, r.squared_error, r.error, penalty, aside.loss, gradients)
 
-    def encode(self, p: Parameters, centred: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
+    def encode(self, p: Parameters, seen: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
         """See `Objective`."""
-        open_, *_, magnitude = self._open(p, centred)
+        open_, *_, magnitude = self._open(p, seen)
         return open_, magnitude.relu()
 
     @staticmethod
-    def _open(p: Parameters, centred: Tensor) -> tuple[Pairs, Tensor, Tensor, Tensor, Tensor]:
+    def _open(p: Parameters, seen: Tensor) -> tuple[Pairs, Tensor, Tensor, Tensor, Tensor]:
         """Pairs whose gate is open; by pair the gate, `s_j`, `exp(r_j)` and the activation before its relu."""
-        open_, gate = select_above(centred, p["encoder"], p["b_enc"])
+        open_, gate = select_above(seen, p["encoder"], p["b_enc"])
         read = gate - p["b_enc"][open_.latent]
         gain = p["r_mag"].exp()[open_.latent]
         return open_, gate, read, gain, gain * read + p["b_mag"][open_.latent]
@@ -353,31 +364,31 @@ class TopK:
 
     def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """See `Objective`; the coefficient has nothing to weigh here."""
-        centred = x - p["b_dec"]
-        active, values = self.encode(p, centred)
+        seen = self.space.seen(x, p)
+        active, values = self.encode(p, seen)
         r = self.space.reconstruct(x, active, values, p)
-        gradients = backward(r, centred, active, r.d_values, p, now.into)
-        auxiliary = self._revive(centred, r.error, p, now.dead, gradients)
+        gradients = backward(self.space, r, seen, active, r.d_values, p, now.into)
+        auxiliary = self._revive(seen, r.error, p, now.dead, gradients)
         penalty = values.sum().item() / len(x)
         return Outcome(active, values, r.squared_error, r.error, penalty, auxiliary, gradients)
 
-    def encode(self, p: Parameters, centred: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
+    def encode(self, p: Parameters, seen: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
         """See `Objective`; over a batch the inputs here are one."""
         if self.over_batch:
-            n = round(self.k * len(centred) * self.ranks.size)
-            active, values = select_batch_topk(centred, p["encoder"], p["b_enc"], n, self.guess, self.ranks)
+            n = round(self.k * len(seen) * self.ranks.size)
+            active, values = select_batch_topk(seen, p["encoder"], p["b_enc"], n, self.guess, self.ranks)
             self.guess = 0.93 * self.ranks.least(values)
             return active, values
-        active, values = select_topk(centred, p["encoder"], p["b_enc"], round(self.k), self.guess)
-        size = torch.linalg.vector_norm(centred, dim=1)
-        least = size.new_full((len(centred),), torch.inf)
+        active, values = select_topk(seen, p["encoder"], p["b_enc"], round(self.k), self.guess)
+        size = torch.linalg.vector_norm(seen, dim=1)
+        least = size.new_full((len(seen),), torch.inf)
         least = least.scatter_reduce(0, active.row, values, "amin") / size.clamp_min(1e-12)
         low = 0.98 * least.sort().values[len(least) // 50].item()  # rows below it are read again
         [shared] = self.ranks.mean(low)  # a checkpoint holds one for all ranks
         self.guess = shared if math.isfinite(shared) else None
         return active, values
 
-    def _revive(self, centred: Tensor, error: Tensor, p: Parameters, dead: Tensor, gradients: Parameters) -> float:
+    def _revive(self, seen: Tensor, error: Tensor, p: Parameters, dead: Tensor, gradients: Parameters) -> float:
         """Let dead latents reconstruct the error, which is held fixed; adds to the gradients, returns the loss.
 
         `auxiliary / B sum_n ||error_n - sum over the largest of the dead f_j D_j||^2_M`, scaled down while fewer are
@@ -388,7 +399,7 @@ class TopK:
             return 0.0
         k = min(self.auxiliary_k, len(which))
         encoder, decoder = p["encoder"][which], p["decoder"][which]
-        pre = torch.addmm(p["b_enc"][which], centred, encoder.T)
+        pre = torch.addmm(p["b_enc"][which], seen, encoder.T)
         values, latents = pre.topk(k, dim=1, sorted=False)
         f = torch.zeros_like(pre).scatter_(1, latents, values.relu())
         left = error - f @ decoder
@@ -397,8 +408,8 @@ class TopK:
         d_x_hat = weighted * (-2 * scale)
         d_pre = (d_x_hat @ decoder.T) * (f > 0)
         d_b_enc = d_pre.sum(0)
-        gradients["encoder"].index_add_(0, which, d_pre.T @ centred)
+        gradients["encoder"].index_add_(0, which, d_pre.T @ seen)
         gradients["decoder"].index_add_(0, which, f.T @ d_x_hat)
         gradients["b_enc"].index_add_(0, which, d_b_enc)
-        gradients["b_dec"] -= d_b_enc @ encoder
+        gradients["b_dec"] += self.space.through_encoder(d_b_enc, encoder)
         return scale * (left * weighted).sum().item()

@@ -12,7 +12,7 @@ from headscope.sae import model as sae_model
 from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Status
 from headscope.sae.model import SAE
-from headscope.sae.training.dictionary import first_parameters, first_threshold, scale_of, started_anew
+from headscope.sae.training.dictionary import first_parameters, first_threshold, measured, scale_of, started_anew
 from headscope.sae.training.kernels import sum_by_row
 from headscope.sae.training.objectives import (
     Gated,
@@ -86,7 +86,7 @@ class Trainer:
         """Step of each latent's last activation."""
         self.firings = torch.zeros_like(self.last_fired) if config.dead_below else None
         """Inputs that each latent fired on since the window before a resampling began, where their share decides."""
-        if config.start != "random":
+        if config.start in ("data", "subspace"):
             self._fit_first_size(samples[:_RESAMPLE_CHUNK] * self.scale)
             ranks.share(self.p.values())
 
@@ -277,6 +277,7 @@ class Trainer:
             activation=activation,
             site=site,
             model_name=model_name,
+            apply_b_dec_to_input=self.objective.space.centred,
         )
 
     def state(self) -> dict[str, Any]:
@@ -318,18 +319,18 @@ class Trainer:
 
 
 def _metric(x: Tensor, W_O: Tensor, scale: Tensor, config: TrainConfig) -> Float[Tensor, "d_in d_in"]:  # noqa: N803
-    """`S^-1 W_O W_O^T S^-1` for inputs that were multiplied by S, in units in which their variance is d_in."""
+    """`S^-1 W_O W_O^T S^-1` for inputs that were multiplied by S, in units in which they stay as long."""
     read = W_O.to(scale) / scale[:, None]
     metric = read @ read.T
     if config.scaling == "none":
         return metric
-    centred = (x - x.mean(0)) * scale
-    spread = ((centred @ metric) * centred).sum(1).clamp_min(0).sqrt().mean().clamp_min(1e-12)
-    return metric * (x.shape[1] / spread.square())
+    scaled = measured(x, config.scaling) * scale
+    length = ((scaled @ metric) * scaled).sum(1).clamp_min(0).sqrt().mean().clamp_min(1e-12)
+    return metric * (x.shape[1] / length.square())
 
 
 def _objective(config: TrainConfig, metric: Tensor | None, d_in: int, ranks: Ranks) -> Objective:
-    space = Space(metric, config.prefixes)
+    space = Space(metric, config.prefixes, centred=config.center != "none")
     if config.variant == "relu":
         return ReLU(space, free_decoder=config.decoder == "free")
     if config.variant == "gated":
