@@ -13,7 +13,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -21,13 +23,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from headscope.memory import SETTINGS
-from peers.common import Task
+from peers.common import Task, is_gpu
 
 HERE = Path(__file__).parent
 _ERROR = re.compile(
     r"[\w.]+(Error|Exception|Exit)\b|ERROR:"
 )  # the line of a traceback, or of pip, that says what it is
-TORCH = "torch==2.13.0"
+TORCH = f"torch=={version('torch').partition('+')[0]}"
+"""That of the environment that runs the benchmark, for the CPU or for a GPU: all train with the same."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Peer:
     pins: tuple[str, ...]
     dependencies: bool = True
     """Let pip install what the pins depend on."""
+    cpu_variables: dict[str, str] = field(default_factory=dict)
+    """Of its process, where it trains on a CPU."""
 
 
 PEERS = {
@@ -47,7 +52,13 @@ PEERS = {
         ("dictionary-learning==0.1.0", "einops==0.8.2", "tqdm==4.70.1"),
         dependencies=False,  # it asks for a version of nnsight that does not go with transformers 5
     ),
-    "sparsify": Peer("run_sparsify.py", ("eai-sparsify==1.3.3", "natsort==8.4.0", "schedulefree==1.4.1", TORCH)),
+    "sparsify": Peer(
+        "run_sparsify.py",
+        ("eai-sparsify==1.3.3", "natsort==8.4.0", "schedulefree==1.4.1", TORCH),
+        # It decodes by Triton wherever Triton can be imported, also on a CPU, where Triton's first kernel fails as
+        # there is no driver. This is its own switch to its other decoder, torch's embedding_bag: all there is on a CPU.
+        cpu_variables={"SPARSIFY_DISABLE_TRITON": "1"},
+    ),
 }
 OURS = "headscope"
 
@@ -59,7 +70,8 @@ class Trained:
     seconds: list[float]
     """Of each step."""
     peak_mb: float
-    """Largest resident memory, less what was resident when everything was imported and nothing was made."""
+    """Largest resident memory, less what was resident when everything was imported and nothing was made; on a GPU, the
+    most that tensors took there."""
     version: str
     weights: dict[str, Tensor]
 
@@ -78,17 +90,25 @@ def train(library: str, task: Task) -> Trained:
     Raises:
         ProcessError: no environment could be made, or training failed.
     """
+    variables: dict[str, str] = {}
     if library == OURS:
         command = [sys.executable, str(HERE / "ours.py")]
     else:
-        command = [str(environment(library)), str(HERE / "peers" / PEERS[library].script)]
+        peer = PEERS[library]
+        command = [str(environment(library)), str(HERE / "peers" / peer.script)]
+        variables = {} if is_gpu(task.device) else peer.cpu_variables
     with NamedTemporaryFile(suffix=".safetensors") as out:
-        said = run([*command, *replace(task, out=out.name).arguments()], threads=task.threads)
+        said = run([*command, *replace(task, out=out.name).arguments()], threads=task.threads, variables=variables)
         return Trained(**json.loads(said.splitlines()[-1]), weights=load_file(out.name))
 
 
-def run(command: list[str], *, threads: int | None = None) -> str:
+def run(command: list[str], *, threads: int | None = None, variables: Mapping[str, str] | None = None) -> str:
     """Run to its end and return what it printed.
+
+    Args:
+        command: what to run.
+        threads: of OpenMP; as many as it takes by itself where none is given.
+        variables: of its environment, beside those that are inherited.
 
     Raises:
         ProcessError: it ended with another status than 0.
@@ -96,7 +116,8 @@ def run(command: list[str], *, threads: int | None = None) -> str:
     quiet = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     memory = {name: str(size) for name, _, size in SETTINGS}  # as the program has it; the peers too
     limits = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet | memory | limits)
+    surroundings = {**os.environ, **quiet, **memory, **limits, **(variables or {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=surroundings)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
         raise ProcessError(next((line for line in reversed(said) if _ERROR.match(line)), said[-1]))

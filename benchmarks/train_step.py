@@ -1,7 +1,7 @@
 """How long a training step of an SAE takes, beside the peers' own trainers and the least that bf16 can take.
 
     headscope             `headscope.sae.training`
-    SAELens               `SAETrainer.step`: float32 and bf16 autocast; the sparse activations of its TopK need a GPU
+    SAELens               `SAETrainer.step`: float32 and bf16 autocast
     dictionary_learning   `StandardTrainer.update`, `BatchTopKTrainer.update`
     sparsify              `Trainer.fit` on a model that looks activations up: TopK, by Adam and by its default signum
     floor                 the encoder's product in bf16 and fused Adam on both matrices (`floor.py`)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -132,10 +133,16 @@ def task_for(module, folder: Path, variant: str, steps: int) -> object:
 
 
 def test_a_task_survives_its_command_line(module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = task_for(module, tmp_path, "topk", 3)
+    task = replace(task_for(module, tmp_path, "topk", 3), device="cuda:1")
     monkeypatch.setattr(sys, "argv", ["script", *task.arguments()])
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     assert type(task).from_command_line() == task
+
+
+def test_batches_and_weights_are_on_the_device_of_the_task(module, tmp_path: Path) -> None:
+    task = replace(task_for(module, tmp_path, "topk", 3), device="meta")
+    assert next(task.batches()).is_meta
+    assert all(weight.is_meta for weight in task.weights().values())
 
 
 @pytest.mark.parametrize("variant", ["relu", "topk", "batchtopk"])
@@ -169,6 +176,142 @@ def test_a_process_that_fails_says_why(module) -> None:
     script = "import sys; print('noise', file=sys.stderr)\nraise ValueError('a width of 3\\nand more')"
     with pytest.raises(processes.ProcessError, match="ValueError: a width of 3"):
         processes.run([sys.executable, "-c", script])
+
+
+def test_variables_reach_a_process_beside_those_inherited(module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INHERITED", "a")
+    script = "import os; print(os.environ['INHERITED'], os.environ['GIVEN'])"
+    assert module("processes").run([sys.executable, "-c", script], variables={"GIVEN": "b"}) == "a b\n"
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", {"SPARSIFY_DISABLE_TRITON": "1"}), ("cuda", {})])
+def test_sparsify_decodes_without_triton_on_a_cpu_alone(
+    module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, expected: dict[str, str]
+) -> None:
+    processes, given = module("processes"), {}
+
+    def run(_command: list[str], **settings: object) -> str:
+        given.update(settings)
+        raise processes.ProcessError("not run")
+
+    monkeypatch.setattr(processes, "environment", lambda _: Path(sys.executable))
+    monkeypatch.setattr(processes, "run", run)
+    with pytest.raises(processes.ProcessError, match="not run"):
+        processes.train("sparsify", replace(task_for(module, tmp_path, "topk", 3), device=device))
+    assert given["variables"] == expected
+
+
+# ------------------------------------------------------------------------------------------------------- steps on a GPU
+@pytest.fixture
+def gpu_step(module, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark of a GPU, on a CPU: all but the kernels."""
+    found = module("gpu_step")
+    monkeypatch.setattr(found, "DEVICE", "cpu")
+    monkeypatch.setattr(found, "of_kernels", lambda _: {})
+    monkeypatch.setattr(found, "environment", lambda _: Path(sys.executable))
+    return found
+
+
+def small(gpu_step: ModuleType) -> object:
+    return gpu_step.Arguments(d_in=16, d_sae=64, batch=32, l0=4.0)
+
+
+def test_a_step_on_a_gpu_stands_beside_every_peer(module, gpu_step, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(library: str, task: object) -> object:
+        return module("processes").Trained([9.0, 9.0, 9.0, 0.5, 0.25, 0.5], 10.0, library, task.weights())
+
+    monkeypatch.setattr(gpu_step, "train", train)
+    rows = {row["name"]: row for row in gpu_step.rows(small(gpu_step), 3, best=1e9)}
+    ours = {f"step, {variant}" for variant in ("relu", "topk", "batchtopk")}
+    peers = {f"{name}, {peer}" for name in ours for peer in ("SAELens", "SAELens bf16")}
+    peers |= {
+        f"step, topk, {peer}" for peer in ("SAELens sparse", "SAELens bf16 sparse", "sparsify", "sparsify signum")
+    }
+    assert set(rows) == {"product", "adam"} | ours | peers
+    for name in peers:
+        assert (rows[name]["seconds"], rows[name]["activations_per_s"]) == (0.5, 64.0)
+        assert rows[name]["share_of_peak"] == pytest.approx(2 * 32 * 16 * 64 / 0.5 / 1e9)
+        assert rows[name]["version"] == ("sparsify" if "sparsify" in name else "saelens")
+    assert {rows[name]["l0"] for name in peers if "topk" in name} == {4.0}
+    for name in ours:
+        assert rows[name]["share_of_peak"] * 1e9 * rows[name]["seconds"] == pytest.approx(2 * 32 * 16 * 64)
+    assert "share_of_peak" not in rows["adam"]
+
+
+def test_without_peers_our_steps_are_left(gpu_step) -> None:
+    names = {row["name"] for row in gpu_step.rows(replace(small(gpu_step), peers=False), 1, best=1e9)}
+    assert names == {"product", "adam", "step, relu", "step, topk", "step, batchtopk"}
+
+
+def test_peers_start_from_our_batch_and_weights(gpu_step, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: dict[str, tuple[object, Tensor, dict[str, Tensor]]] = {}
+
+    def train(_library: str, task: object) -> object:
+        tasks[task.variant] = task, next(task.batches()), task.weights()
+        raise gpu_step.ProcessError("enough is known")
+
+    monkeypatch.setattr(gpu_step, "train", train)
+    args = small(gpu_step)
+    p = gpu_step.problem(args)
+    _, trainers = gpu_step.of_trainer(args, p)
+    assert len(list(gpu_step.of_peers(args, p, 4))) == 10
+    for variant, (task, x, weights) in tasks.items():
+        ours = trainers[f"step, {variant}"].p
+        assert torch.equal(x, p.x)
+        assert torch.equal(weights["W_enc"].T, ours["encoder"])
+        assert torch.equal(weights["W_dec"], ours["decoder"])
+        assert torch.equal(weights["b_enc"], ours["b_enc"])
+        assert torch.equal(weights["b_dec"], ours["b_dec"])
+        assert (task.steps, task.k, task.batch, task.device) == (7, 4, 32, "cpu")
+    assert set(tasks) == {"relu", "topk", "batchtopk"}
+
+
+def test_a_peer_that_is_missing_or_fails_has_a_row_that_says_why(
+    module, gpu_step, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def environment(library: str) -> Path:
+        asked.append(library)
+        if library == "sparsify":
+            raise gpu_step.ProcessError("ERROR: no network")
+        return Path(sys.executable)
+
+    def train(library: str, task: object) -> object:
+        assert library != "sparsify"
+        if task.option == "bf16":
+            raise gpu_step.ProcessError("OutOfMemoryError: " + 50 * "much ")
+        return module("processes").Trained([0.5] * 5, 10.0, "1.0", task.weights())
+
+    monkeypatch.setattr(gpu_step, "environment", environment)
+    monkeypatch.setattr(gpu_step, "train", train)
+    args = small(gpu_step)
+    for row in gpu_step.of_peers(args, gpu_step.problem(args), 2):
+        gpu_step.show(gpu_step.rated(row, args, 1e9), as_json=False)
+        gpu_step.show(gpu_step.rated(row, args, 1e9), as_json=True)
+    assert sorted(asked) == ["saelens", "sparsify"]  # once: without a network each takes pip a while
+    said = capsys.readouterr().out.splitlines()
+    lines = {line[:36].strip(): line[36:].strip() for line in said[::2]}
+    assert len(lines) == 10
+    assert lines["step, topk, sparsify"] == lines["step, topk, sparsify signum"] == "failed: ERROR: no network"
+    assert lines["step, relu, SAELens bf16"].startswith("failed: OutOfMemoryError: much much")
+    assert "activations/s" in lines["step, relu, SAELens"]
+    failures = {row["name"]: row.get("failure") for row in map(json.loads, said[1::2]) if row["seconds"] is None}
+    assert len(failures) == 5
+    assert failures["step, topk, sparsify"] == "ERROR: no network"
+
+
+@pytest.mark.slow
+def test_a_peers_own_trainer_gives_a_row(module, gpu_step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SAELens, which is installed where tests run, with the options that no other benchmark has."""
+    monkeypatch.setattr(module("processes"), "environment", lambda _: Path(sys.executable))
+    monkeypatch.setattr(gpu_step, "PEERS", {"topk": (("SAELens bf16 sparse", "saelens", "bf16-sparse"),)})
+    args = small(gpu_step)
+    (row,) = gpu_step.of_peers(args, gpu_step.problem(args), 2)
+    assert row.get("failure") is None
+    assert (row["name"], row["l0"]) == ("step, topk, SAELens bf16 sparse", 4.0)
+    assert row["seconds"] > 0
+    assert row["version"].startswith("6.54")
 
 
 # ---------------------------------------------------------------------------------------------------------------- table

@@ -46,6 +46,8 @@ class Task:
     * sum of the gate's positive pre-activations (gated)."""
     lr: float
     threads: int
+    device: str = "cpu"
+    """Where weights and batches are, as torch names it."""
 
     @classmethod
     def from_command_line(cls) -> "Task":
@@ -78,7 +80,7 @@ class Task:
 
     def weights(self) -> dict[str, Tensor]:
         """The initial ones: W_enc, b_enc, W_dec, b_dec."""
-        return load_file(self.initial)
+        return {name: weight.to(self.device) for name, weight in load_file(self.initial).items()}
 
     def batches(self) -> Iterator[Tensor]:
         """The inputs in order, from the start again when they end; without end."""
@@ -86,7 +88,7 @@ class Task:
         starts = range(0, len(rows) - self.batch + 1, self.batch)
         while True:
             for start in starts:
-                yield torch.from_numpy(np.array(rows[start : start + self.batch]))
+                yield torch.from_numpy(np.array(rows[start : start + self.batch])).to(self.device)
 
 
 class Report:
@@ -100,15 +102,32 @@ class Report:
     def train(self, task: Task, step: Callable[[int, Tensor], object]) -> None:
         """Call `step(number, batch)` for all steps and time each; fetching the batch is not counted."""
         for number, x in zip(range(task.steps), task.batches(), strict=False):
-            start = time.perf_counter()
+            start = now(task.device)
             step(number, x)
-            self.seconds.append(time.perf_counter() - start)
+            self.seconds.append(now(task.device) - start)
 
     def finish(self, task: Task, weights: dict[str, Tensor], version: str) -> None:
         """Write the weights and print the rest."""
-        peak = _memory_mb("VmHWM") - self._before
-        save_file({name: value.detach().float().contiguous() for name, value in weights.items()}, Path(task.out))
+        peak = _allocated_mb(task.device) if is_gpu(task.device) else _memory_mb("VmHWM") - self._before
+        save_file({name: value.detach().float().cpu().contiguous() for name, value in weights.items()}, Path(task.out))
         print(json.dumps({"seconds": self.seconds, "peak_mb": peak, "version": version}))
+
+
+def is_gpu(device: str) -> bool:
+    """Whether work is queued there, and done while the program goes on."""
+    return torch.device(device).type == "cuda"
+
+
+def now(device: str) -> float:
+    """The clock when all is done that was asked of the device."""
+    if is_gpu(device):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _allocated_mb(device: str) -> float:
+    """The most that tensors have taken on a GPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**20
 
 
 def _memory_mb(key: str) -> float:

@@ -1,4 +1,4 @@
-"""Trains with the `update` of dictionary_learning's own trainers; option: fp32, all that it does on a CPU."""
+"""Trains with the `update` of dictionary_learning's own trainers; option: fp32."""
 
 import sys
 from importlib.metadata import version
@@ -24,7 +24,7 @@ def trainer_for(task: Task) -> StandardTrainer | BatchTopKTrainer:
         "lm_name": "none",
         "lr": task.lr,
         "warmup_steps": 0,
-        "device": "cpu",
+        "device": task.device,
     }
     if task.variant == "relu":
         trainer = StandardTrainer(**shared, l1_penalty=task.coefficient, sparsity_warmup_steps=None)

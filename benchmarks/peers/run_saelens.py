@@ -1,4 +1,8 @@
-"""Trains with `sae_lens.training.sae_trainer.SAETrainer.step`; options: fp32, bf16 (autocast)."""
+"""Trains with `sae_lens.training.sae_trainer.SAETrainer.step`.
+
+Options: fp32, bf16 (autocast); for topk also fp32-sparse and bf16-sparse, with its sparse activations. These do without
+its weighing by decoder norms, its default: torch has no gradient of a sparse matrix times a vector that is broadcast.
+"""
 
 import torch
 from common import Report, Task
@@ -36,7 +40,7 @@ WARM_UP, DECAY = 0.05, 0.3
 def trainer_for(task: Task) -> SAETrainer:
     """Its trainer, with the initial weights put in where they are given."""
     made, config = KINDS[task.variant]
-    sae = made(config(d_in=task.d_in, d_sae=task.d_sae, **settings(task)))
+    sae = made(config(d_in=task.d_in, d_sae=task.d_sae, device=task.device, **settings(task)))
     schedule = {}
     if task.initial:
         with torch.no_grad():
@@ -49,7 +53,8 @@ def trainer_for(task: Task) -> SAETrainer:
         train_batch_size_samples=task.batch,
         lr=task.lr,
         lr_end=task.lr / 10,  # must be set; a constant rate has no use for it
-        autocast=task.option == "bf16",
+        autocast=task.option.startswith("bf16"),
+        device=task.device,
         **schedule,
     )
     return SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
@@ -62,15 +67,17 @@ def settings(task: Task) -> dict[str, object]:
         return {"l1_coefficient": task.coefficient, "l1_warm_up_steps": warm_up}
     if task.variant == "jumprelu":
         return {"l0_coefficient": task.coefficient, "l0_warm_up_steps": warm_up}
-    widths = {"matryoshka_widths": [*task.prefixes, task.d_sae]} if task.variant == "matryoshka" else {}
-    return {"k": task.k, **widths}
+    if task.variant == "matryoshka":
+        return {"k": task.k, "matryoshka_widths": [*task.prefixes, task.d_sae]}
+    sparse = task.option.endswith("-sparse")
+    return {"k": task.k, "use_sparse_activations": sparse, "rescale_acts_by_decoder_norm": not sparse}
 
 
 def trained(trainer: SAETrainer, variant: str) -> dict[str, Tensor]:
     """Its weights.
 
-    topk and its kin choose by activations times the decoder's norms, which is folded in. Gated: the magnitude's
-    weights, and the magnitude at which the gate opens as the threshold.
+    topk and its kin choose by activations times the decoder's norms, which is folded in, but for sparse activations.
+    Gated: the magnitude's weights, and the magnitude at which the gate opens as the threshold.
     """
     sae = trainer.sae
     weights = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
@@ -79,7 +86,8 @@ def trained(trainer: SAETrainer, variant: str) -> dict[str, Tensor]:
         return weights | {"W_enc": sae.W_enc * gain, "b_enc": sae.b_mag, "threshold": sae.b_mag - gain * sae.b_gate}
     if variant == "jumprelu":
         return weights | {"b_enc": sae.b_enc, "threshold": sae.threshold}
-    norm = torch.ones_like(sae.b_enc) if variant == "relu" else sae.W_dec.norm(dim=1)
+    weighed = variant != "relu" and sae.cfg.rescale_acts_by_decoder_norm
+    norm = sae.W_dec.norm(dim=1) if weighed else torch.ones_like(sae.b_enc)
     return weights | {"W_enc": sae.W_enc * norm, "b_enc": sae.b_enc * norm, "W_dec": sae.W_dec / norm[:, None]}
 
 

@@ -5,12 +5,11 @@ activations up in the file of inputs, the tokens being row numbers; a step is ti
 the next batch.
 """
 
-import time
 from contextlib import suppress
 from types import SimpleNamespace
 
 import torch
-from common import Report, Task
+from common import Report, Task, now
 from sparsify import SparseCoderConfig, TrainConfig, Trainer, __version__
 from torch import Tensor, nn
 
@@ -29,10 +28,10 @@ class Lookup(nn.Module):
         super().__init__()
         self.site = nn.Identity()
         self.config = SimpleNamespace(num_hidden_layers=1)
-        self.device = torch.device("cpu")
+        self.device = torch.device(task.device)
         self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
         self.started = 0.0
-        self._width = task.d_in
+        self._task = task
         self._batches = task.batches()
 
     @property
@@ -43,8 +42,8 @@ class Lookup(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """The next batch, as one sequence; zeros for the probe of the width."""
         n = input_ids.shape[1]
-        x = torch.zeros(1, self._width) if n == 1 else next(self._batches)
-        self.started = time.perf_counter()
+        x = torch.zeros(1, self._task.d_in, device=self.device) if n == 1 else next(self._batches)
+        self.started = now(self._task.device)
         return self.site(x.reshape(1, n, -1))
 
 
@@ -62,7 +61,7 @@ class Steps:
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         """Tokens, of which only the number matters."""
         if number > 0:
-            self._report.seconds.append(time.perf_counter() - self._model.started)
+            self._report.seconds.append(now(self._task.device) - self._model.started)
         if number == self._task.steps:
             raise Done
         return {"input_ids": torch.arange(self._task.batch)}
