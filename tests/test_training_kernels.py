@@ -652,3 +652,17 @@ def test_the_search_ends_on_what_overflowed(select: Callable[..., Any], guess: f
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.parametrize("n", [1, BLOCK + 3])
+def test_what_is_parallel_is_taken_from_each_row(n: int) -> None:
+    rows = torch.nn.functional.normalize(torch.randn(n, 50, generator=generator(0)), dim=1)
+    gradient = torch.randn(n, 50, generator=generator(1))
+    expected = gradient - (gradient * rows).sum(1, keepdim=True) * rows
+    for exact in (gradient.double(), gradient):
+        kernels.take_parallel(exact, rows.to(exact))
+        assert_close(exact, expected.to(exact), rtol=1e-5, atol=1e-5)
+    transposed = torch.randn(50, n, generator=generator(2)).T
+    expected = transposed - (transposed * rows).sum(1, keepdim=True) * rows
+    kernels.take_parallel(transposed, rows)
+    assert_close(transposed, expected, rtol=1e-5, atol=1e-5)

@@ -121,3 +121,19 @@ void weighted_sums(const int64_t *index, const int64_t *starts, const float *wei
         }
     }
 }
+
+// takes from each row of `gradient` its part along the same row of `unit_vectors`
+void take_parallel(float *gradient, const float *unit_vectors, int64_t n, int64_t d, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        float *g = gradient + i * d, along = 0;
+        const float *v = unit_vectors + i * d;
+#pragma omp simd reduction(+ : along)
+        for (int64_t k = 0; k < d; k++)
+            along += g[k] * v[k];
+#pragma omp simd
+        for (int64_t k = 0; k < d; k++)
+            g[k] -= along * v[k];
+    }
+}

@@ -103,6 +103,11 @@ def weighted_sums(
     return out
 
 
+def take_parallel(gradient: Float[Tensor, "n d"], unit_vectors: Float[Tensor, "n d"]) -> None:
+    """Take from each row of a gradient, in place, its part along the same row of vectors of unit norm."""
+    _call("take_parallel", gradient, unit_vectors.contiguous(), *gradient.shape)
+
+
 class Marks:
     """Which (latent, row) were found, one bit each, filled in part by part of the rows."""
 

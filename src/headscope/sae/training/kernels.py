@@ -158,6 +158,15 @@ def _bags(indices: Tensor, starts: Tensor, weights: Tensor, vectors: Tensor, out
     return bags if out is None else out.copy_(bags)
 
 
+def take_parallel(gradient: Float[Tensor, "d_sae d"], unit_vectors: Float[Tensor, "d_sae d"]) -> None:
+    """Take from each row of a gradient, in place, its part along the same row of vectors of unit norm."""
+    if c_kernels.fit(gradient) and gradient.is_contiguous():
+        c_kernels.take_parallel(gradient, unit_vectors)
+        return
+    for d_rows, rows in zip(gradient.split(BLOCK), unit_vectors.split(BLOCK), strict=True):
+        d_rows.addcmul_(rows, torch.linalg.vecdot(d_rows, rows)[:, None], value=-1)
+
+
 def gpu_kernels(like: Tensor) -> ModuleType | None:
     """The same functions as Triton kernels, for tensors that these can work on."""
     if not like.is_cuda or like.dtype == torch.float64 or find_spec("triton") is None:

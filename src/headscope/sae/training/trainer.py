@@ -13,7 +13,7 @@ from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Status
 from headscope.sae.model import SAE
 from headscope.sae.training.dictionary import first_parameters, first_threshold, measured, scale_of, started_anew
-from headscope.sae.training.kernels import sum_by_row
+from headscope.sae.training.kernels import sum_by_row, take_parallel
 from headscope.sae.training.objectives import (
     Gated,
     JumpReLU,
@@ -32,7 +32,6 @@ from headscope.site import Site
 
 _THRESHOLD_RATE = 0.01  # of the running mean of the least activation that is kept; more while the run is short
 _RESAMPLE_CHUNK = 8192
-_ROWS = 1024  # of a matrix, that a processor's cache holds
 _SPEED = {"log_threshold": 10.0}
 """Factors on the learning rate, by weight: a threshold must keep up with encoder rows, whose components are small."""
 
@@ -139,8 +138,7 @@ class Trainer:
         d_decoder, decoder = gradients["decoder"], self.p["decoder"]
         unit_rows = self.config.decoder == "unit"
         if unit_rows:
-            for d_rows, rows in zip(d_decoder.split(_ROWS), decoder.split(_ROWS), strict=True):
-                d_rows.addcmul_(rows, torch.linalg.vecdot(d_rows, rows)[:, None], value=-1)
+            take_parallel(d_decoder, decoder)
         if self.config.clip is not None:
             norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
             for gradient in gradients.values():
