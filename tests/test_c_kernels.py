@@ -79,12 +79,41 @@ def test_marks_are_where_products_exceed_their_limits(n: int, batch: int, part: 
     marks = c_kernels.Marks(order, scale, batch)
     for start in range(0, batch, part):
         rows = slice(start, start + part)
-        marks.add(rows, products[:, rows].contiguous(), limit[rows])
+        marks.add(c_kernels.Products(rows, products[:, rows].contiguous()), limit[rows])
     above = torch.zeros(n, batch, dtype=torch.bool)
     above[order] = products * scale[:, None] > limit
     assert len(marks) == above.sum()
     for found, expected in zip(marks.places(), above.nonzero(as_tuple=True), strict=True):
         assert_close(found, expected, **EXACTLY)
+
+
+@pytest.mark.skipif(not c_kernels.tiles_fit(), reason="a processor without tiles")
+@settings(max_examples=100)
+@given(
+    n=st.integers(1, 20).map(lambda groups: 8 * groups),
+    batch=st.integers(1, 200),
+    d=st.integers(1, 200),
+    scale=st.sampled_from([0.01, 1.0]),
+    limit=st.sampled_from([-1e9, 0.0, 1000.0, 1e9]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_tiles_are_the_products_of_bytes(n: int, batch: int, d: int, scale: float, limit: float, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    latents, inputs = (torch.randint(-127, 128, (m, d), generator=g, dtype=torch.int8) for m in (n, batch))
+    order, scales, limits = torch.randperm(n, generator=g), torch.full((n,), scale), torch.full((batch,), limit)
+    exact = latents.int() @ inputs.T.int()
+    found, expected = (c_kernels.Marks(order, scales, batch) for _ in range(2))
+    for start in range(0, batch, 128):
+        rows = slice(start, min(batch, start + 128))
+        tiles = c_kernels.Tiles(rows, latents, inputs[rows])
+        products = c_kernels.Products(rows, exact[:, rows].contiguous())
+        found.add(tiles, limits[rows])
+        expected.add(products, limits[rows])
+        for together in (m for m in (8, 16, 32, 64) if n % m == 0):
+            assert_close(tiles.largest(together), products.largest(together), **EXACTLY)
+    assert len(found) == len(expected)
+    for one, other in zip(found.places(), expected.places(), strict=True):
+        assert_close(one, other, **EXACTLY)
 
 
 @settings(max_examples=50)
@@ -104,6 +133,16 @@ def test_products_and_sums_are_torchs(n: int, d: int, seed: int, n_pairs: int) -
     assert_close(c_kernels.weighted_sums(row, starts, weights, of_rows), memory, **EXACTLY)
 
 
+@settings(max_examples=50)
+@given(n=st.integers(1, 40), n_pairs=st.integers(0, 200), seed=st.integers(0, 2**32 - 1))
+def test_pairs_are_ordered_by_row_as_torch_orders_them(n: int, n_pairs: int, seed: int) -> None:
+    row = torch.randint(n, (n_pairs,), generator=torch.Generator().manual_seed(seed))
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(row, minlength=n).cumsum(0)])
+    before = starts.clone()
+    assert_close(c_kernels.order_by_row(row, starts), row.argsort(stable=True), **EXACTLY)
+    assert_close(starts, before, **EXACTLY)
+
+
 def test_tensors_that_are_views_are_read_as_they_are() -> None:
     wide = normal(0, 6, 40)
     view, pairs = wide.T[:20], torch.arange(6)
@@ -121,7 +160,12 @@ def test_the_number_of_threads_changes_nothing() -> None:
     for n in (1, 3):
         torch.set_num_threads(n)
         summed = c_kernels.weighted_sums(row, torch.arange(0, 801, 2), x.flatten()[:800], x)
-        found.append([c_kernels.products(latent, row, x, x), summed, c_kernels.largest_of_rows(x)])
+        marks = c_kernels.Marks(torch.arange(500), torch.ones(500), 500)
+        if c_kernels.tiles_fit():
+            rounded = (40 * x).to(torch.int8)
+            marks.add(c_kernels.Tiles(slice(0, 500), rounded, rounded), torch.full((500,), 9000.0))
+        places = marks.places()
+        found.append([c_kernels.products(latent, row, x, x), summed, c_kernels.largest_of_rows(x), *places])
     torch.set_num_threads(before)
     for one, three in zip(*found, strict=True):
         assert_close(one, three, **EXACTLY)

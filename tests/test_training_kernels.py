@@ -168,14 +168,17 @@ def limits(x: Tensor, encoder: Tensor, of_rows: float) -> Tensor:
     return of_rows * torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(encoder, dim=1).mean()
 
 
-@pytest.fixture(scope="module", autouse=True, params=["C", "torch"])
+@pytest.fixture(scope="module", autouse=True, params=["tiles", "C", "torch"])
 def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With a compiler at hand, and without."""
-    if request.param == "C" and c_kernels.library() is None:
-        pytest.skip("no compiler")
+    """With products tile by tile, with a compiler at hand, and without."""
+    needs = {"tiles": c_kernels.tiles_fit, "C": lambda: c_kernels.library() is not None, "torch": lambda: True}
+    if not needs[request.param]():
+        pytest.skip(f"no {request.param}")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
             patch.setattr(c_kernels, "library", lambda: None)
+        elif request.param == "C":
+            patch.setattr(c_kernels, "tiles_fit", lambda: False)
         yield
 
 

@@ -11,7 +11,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Int8, Int32
@@ -23,6 +23,7 @@ _FLAGS = (
     *("-fno-trapping-math", "-shared", "-fPIC"),
 )
 _WORD = 64  # bits
+_STEP = 64  # bytes of a row of a tile
 
 
 def fit(like: Tensor) -> bool:
@@ -43,6 +44,12 @@ def library() -> ctypes.CDLL | None:
             return ctypes.CDLL(str(made))
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def tiles_fit() -> bool:
+    """Whether this processor multiplies tiles of bytes (Intel's AMX), and may."""
+    made = library()
+    return made is not None and bool(made.tiles_work())
 
 
 def _call(name: str, *arguments: Tensor | int) -> None:
@@ -73,6 +80,13 @@ def round_rows(
     vectors, scale = vectors.contiguous(), scale.contiguous()
     _call("round_rows", vectors, scale, *vectors.shape, out, out.stride(0), lost, size)
     return lost, size
+
+
+def order_by_row(row: Int[Tensor, " pair"], starts: Int[Tensor, " n_and_one"]) -> Int[Tensor, " pair"]:
+    """`row.argsort(stable=True)`, where it is known where each row's pairs are to start."""
+    order = torch.empty_like(row)
+    _call("order_by_row", row.contiguous(), len(row), starts.clone(), order)
+    return order
 
 
 def products(
@@ -108,6 +122,36 @@ def take_parallel(gradient: Float[Tensor, "n d"], unit_vectors: Float[Tensor, "n
     _call("take_parallel", gradient, unit_vectors.contiguous(), *gradient.shape)
 
 
+class Products(NamedTuple):
+    """Products of all latents with some rows."""
+
+    rows: slice
+    products: Int32[Tensor, "n part"]
+
+    def largest(self, together: int) -> Int32[Tensor, "group part"]:
+        """Of so many latents at a time."""
+        return self.products.view(-1, together, self.products.shape[1]).amax(1)
+
+
+class Tiles:
+    """The same without the products, which are made tile by tile when they are looked at."""
+
+    def __init__(self, rows: slice, latents: Int8[Tensor, "n d"], of_rows: Int8[Tensor, "part d"]) -> None:
+        """Lay out some rows for the tiles."""
+        (n, d), n_rows = latents.shape, len(of_rows)
+        steps = -(-d // _STEP)
+        packed = torch.empty(-(-n_rows // _WORD) * _WORD * steps * _STEP, dtype=torch.int8)
+        _call("pack_rows", of_rows.contiguous(), n_rows, d, packed, steps)
+        self.rows, self.arguments = rows, (latents.contiguous(), n, d, packed, n_rows, steps)
+
+    def largest(self, together: int) -> Int32[Tensor, "group part"]:
+        """Of so many latents at a time: 8, 16, 32 ..."""
+        _, n, _, _, n_rows, _ = self.arguments
+        largest = torch.empty(n // together, n_rows, dtype=torch.int32)
+        _call("largest_of_tiles", *self.arguments, together, largest)
+        return largest
+
+
 class Marks:
     """Which (latent, row) were found, one bit each, filled in part by part of the rows."""
 
@@ -128,10 +172,14 @@ class Marks:
         """How many."""
         return int(self._counts.sum())
 
-    def add(self, rows: slice, products: Int32[Tensor, "n part"], limit: Float[Tensor, " part"]) -> None:
-        """Mark where `product * scale > limit`, for rows that begin at a whole number of words."""
-        given = [products, self._latent, self._scale, limit.contiguous(), *products.shape]
-        _call("mark_above", *given, self._bits, self._words, rows.start // _WORD, self._counts)
+    def add(self, part: "Products | Tiles", limit: Float[Tensor, " part"]) -> None:
+        """Mark where `product * scale > limit`, for a part whose rows begin at a whole number of words."""
+        first = part.rows.start // _WORD
+        given = [self._latent, self._scale, limit.contiguous(), self._bits, self._words, first, self._counts]
+        if isinstance(part, Tiles):
+            _call("mark_tiles", *part.arguments, *given)
+        else:
+            _call("mark_above", part.products, *part.products.shape, *given)
 
     def places(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
         """Latent and row of all, in this order."""

@@ -60,6 +60,8 @@ class Pairs:
     @cached_property
     def to_rows(self) -> Int[Tensor, " pair"]:
         """The permutation that sorts pairs by row, then by latent."""
+        if self.row.is_cpu and c_kernels.library() is not None:
+            return c_kernels.order_by_row(self.row, self.row_starts)
         return self.row.argsort(stable=True)
 
     @cached_property

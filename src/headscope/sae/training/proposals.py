@@ -28,6 +28,8 @@ from headscope.sae.training import c_kernels
 BLOCK = 1024
 """Latents that are looked at together."""
 _PRODUCTS = 2**22  # that are in memory at a time
+_ROWS = 1024  # inputs whose bytes a processor's cache holds, where products are made tile by tile
+_WIDEST = 2**15  # components of which 32 latents lie in a thread's stack there
 _PART = 64  # inputs, of which as many parts are looked at together as that allows, or one
 _GROUP = 8  # latents that are looked at together first
 _SPREAD = 8  # times k: groups among which the k-th largest is looked for
@@ -122,8 +124,13 @@ class Rounded(NamedTuple):
         digits = self.latents[:, self.latents.shape[1] - self.biases :].abs().sum(1)
         return bound + digits.view(-1, n).amax(1)[:, None] + self.biases * _SHARE
 
-    def products(self) -> Iterator[tuple[slice, Int[Tensor, "groups_of_8 part"]]]:
-        """Some inputs, and the raised products of all latents with them, in memory that the next take over."""
+    def parts(self) -> Iterator[c_kernels.Products | c_kernels.Tiles]:
+        """The raised products of all latents with some inputs, in memory that the next take over."""
+        if self.latents.shape[1] <= _WIDEST and not len(self.everywhere) and c_kernels.tiles_fit():
+            for start in range(0, len(self.inputs), _ROWS):
+                inputs = self.inputs[start : start + _ROWS]
+                yield c_kernels.Tiles(slice(start, start + len(inputs)), self.latents, inputs)
+            return
         n = max(1, _PRODUCTS // len(self.latents) // _PART) * _PART
         memory = torch.empty(len(self.latents) * n, dtype=torch.int32)  # fresh memory costs a third of the product
         for start in range(0, len(self.inputs), n):
@@ -131,7 +138,7 @@ class Rounded(NamedTuple):
             raised = memory[: len(self.latents) * len(inputs)].view(len(self.latents), len(inputs))
             int_mm(self.latents, inputs.T, out=raised)
             raised[self.everywhere] = 1
-            yield slice(start, start + len(inputs)), raised
+            yield c_kernels.Products(slice(start, start + len(inputs)), raised)
 
 
 def proposed(
@@ -152,8 +159,8 @@ def proposed(
         return None
     n, zero = len(rounded.latents), x.new_zeros(len(x))
     found = _found(torch.arange(n), x.new_ones(n), len(x))
-    for rows, raised in rounded.products():
-        found.add(rows, raised, zero[rows])
+    for part in rounded.parts():
+        found.add(part, zero[part.rows])
         if len(found) > most:
             return None
     return found.places()
@@ -185,10 +192,10 @@ def proposed_topk(
     n = _GROUP * _together(len(order) // _GROUP, k)
     margin, unit = _MARGIN * rounded.added(n), scale.view(-1, n).amin(1)
     found, limits = _found(order, scale, len(x)), []
-    for rows, raised in rounded.products():
-        likely = (raised.view(-1, n, raised.shape[1]).amax(1) - margin[:, rows]) * unit[:, None]
+    for part in rounded.parts():
+        likely = (part.largest(n) - margin[:, part.rows]) * unit[:, None]
         limits.append(likely.T.contiguous().topk(k, sorted=False).values.amin(1).clamp_min(0))
-        found.add(rows, raised, limits[-1] * (1 - _SLACK))
+        found.add(part, limits[-1] * (1 - _SLACK))
     return *found.places(), torch.cat(limits) * inputs.scale
 
 
@@ -203,7 +210,8 @@ class _Found:
     def __len__(self) -> int:
         return sum(map(len, self._found))
 
-    def add(self, rows: slice, products: Tensor, limit: Tensor) -> None:
+    def add(self, part: c_kernels.Products, limit: Tensor) -> None:
+        rows, products = part
         groups = products.view(-1, _GROUP, products.shape[1])
         group, row = (groups.amax(1) * self._most[:, None] > limit).nonzero(as_tuple=True)
         which, within = (groups[group, :, row] * self._scale[group] > limit[row, None]).nonzero(as_tuple=True)
