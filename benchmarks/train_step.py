@@ -1,7 +1,7 @@
 """How long a training step of an SAE takes, beside the peers' own trainers and the least that bf16 can take.
 
     headscope             `headscope.sae.training`
-    SAELens               `SAETrainer.step`: float32 and bf16 autocast
+    SAELens               `SAETrainer.step`: float32 and bf16 autocast, for TopK also with sparse activations
     dictionary_learning   `StandardTrainer.update`, `BatchTopKTrainer.update`
     sparsify              `Trainer.fit` on a model that looks activations up: TopK, by Adam and by its default signum
     floor                 the encoder's product in bf16 and fused Adam on both matrices (`floor.py`)
@@ -45,6 +45,8 @@ ENTRIES = {
         ("headscope", OURS, "default"),
         ("SAELens", "saelens", "fp32"),
         ("SAELens bf16", "saelens", "bf16"),
+        ("SAELens sparse", "saelens", "fp32-sparse"),
+        ("SAELens bf16 sparse", "saelens", "bf16-sparse"),
         ("sparsify", "sparsify", "adam"),
         ("sparsify signum", "sparsify", "signum"),
     ),
