@@ -143,6 +143,45 @@ def test_pairs_are_ordered_by_row_as_torch_orders_them(n: int, n_pairs: int, see
     assert_close(starts, before, **EXACTLY)
 
 
+@settings(max_examples=100)
+@given(
+    n=st.integers(1, 60),
+    groups=st.integers(1, 40),
+    k=st.integers(1, 40),
+    few=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_limits_are_the_kth_largest(n: int, groups: int, k: int, few: bool, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    most, k = 3 if few else 10_000, min(k, groups)
+    largest = torch.randint(-most, most + 1, (groups, n), generator=g, dtype=torch.int32)
+    margin, unit = torch.rand(groups, n + 7, generator=g)[:, 3:-4] * (not few), torch.rand(groups, generator=g) + 0.5
+    best = ((largest - margin) * unit[:, None]).T.topk(k).values.relu()
+    limit = c_kernels.limits_of_rows(largest, margin, unit, k)
+    assert (limit <= best[:, -1]).all()
+    assert (limit >= best[:, -1] - 1.01 * 2**-14 * best[:, 0]).all()
+
+
+@settings(max_examples=100)
+@given(
+    n=st.integers(1, 20),
+    n_pairs=st.integers(0, 300),
+    k=st.integers(1, 20),
+    few=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_largest_of_each_row_are_kept(n: int, n_pairs: int, k: int, few: bool, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    row, values = torch.randint(n, (n_pairs,), generator=g), torch.randn(n_pairs, generator=g)
+    values = values.round() if few else values  # many are equal
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(row, minlength=n).cumsum(0)])
+    kept = c_kernels.largest_of_pairs(values, row.argsort(stable=True), starts, k)
+    for i in range(n):
+        own = (row == i).nonzero()[:, 0]
+        best = values[own].sort(descending=True, stable=True).indices[:k].sort().values
+        assert_close(kept[own].nonzero()[:, 0], best, **EXACTLY)
+
+
 def test_tensors_that_are_views_are_read_as_they_are() -> None:
     wide = normal(0, 6, 40)
     view, pairs = wide.T[:20], torch.arange(6)

@@ -12,7 +12,7 @@
 #include <unistd.h>
 #endif
 
-enum { WORD = 64 };  // bits
+enum { WORD = 64, SOME = 16, HALVINGS = 14 };  // bits; rows at a time; of an interval
 
 // bit i: products[i] * scale > limit[i]
 static inline uint64_t above(const int32_t *products, float scale, const float *limit, int64_t n)
@@ -102,6 +102,83 @@ void order_by_row(const int64_t *row, int64_t n, int64_t *next, int64_t *order, 
     (void)threads;
     for (int64_t p = 0; p < n; p++)
         order[next[row[p]]++] = p;
+}
+
+// the k-th largest of n numbers, none of them NaN; leaves them in another order
+static float kth_largest(float *x, int64_t n, int64_t k)
+{
+    int64_t left = 0, right = n - 1;
+    while (left < right) {
+        float pivot = x[left + (right - left) / 2];
+        int64_t i = left, j = right;
+        while (i <= j) {
+            while (x[i] > pivot)
+                i++;
+            while (x[j] < pivot)
+                j--;
+            if (i <= j) {
+                float swapped = x[i];
+                x[i++] = x[j];
+                x[j--] = swapped;
+            }
+        }
+        if (k - 1 <= j)
+            right = j;
+        else if (k - 1 >= i)
+            left = i;
+        else
+            break;
+    }
+    return x[k - 1];
+}
+
+// limit[r] = the k-th largest over groups g of (largest[g][r] - margin[g][r]) * unit[g], or less, by at most
+// 2^-HALVINGS of the largest of them; or 0 if that is less
+void limits_of_rows(const int32_t *largest, const float *margin, int64_t stride, const float *unit, int64_t n_groups,
+                    int64_t n_rows, int64_t k, float *limit, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < n_rows; first += SOME) {
+        float low[SOME] = {0}, high[SOME] = {0}, middle[SOME];
+        int64_t n = n_rows - first < SOME ? n_rows - first : SOME;
+        for (int halving = -1; halving < HALVINGS; halving++) {  // the first time finds the largest
+            int32_t count[SOME] = {0};
+            for (int64_t r = 0; r < SOME; r++)
+                middle[r] = halving < 0 ? INFINITY : (low[r] + high[r]) / 2;
+            for (int64_t g = 0; g < n_groups; g++)
+#pragma omp simd
+                for (int64_t r = 0; r < n; r++) {
+                    float value = (largest[g * n_rows + first + r] - margin[g * stride + first + r]) * unit[g];
+                    count[r] += value > middle[r];
+                    high[r] = halving < 0 && value > high[r] ? value : high[r];
+                }
+            for (int64_t r = 0; r < n && halving >= 0; r++)
+                *(count[r] >= k ? &low[r] : &high[r]) = middle[r];
+        }
+        memcpy(limit + first, low, n * sizeof(float));
+    }
+}
+
+// kept[p]: values[p] is among the k largest of its row, of equal ones the first; order and starts are of pairs by row
+void largest_of_pairs(const float *values, const int64_t *order, const int64_t *starts, int64_t n_rows, int64_t k,
+                      float *by_row, uint8_t *kept, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < n_rows; r++) {
+        int64_t n = starts[r + 1] - starts[r], left = k;
+        const int64_t *own = order + starts[r];
+        float *x = by_row + starts[r], least = -INFINITY;
+        for (int64_t i = 0; i < n; i++)
+            x[i] = values[own[i]];
+        if (n > k)
+            least = kth_largest(x, n, k);
+        for (int64_t i = 0; i < n; i++)
+            left -= values[own[i]] > least;
+        for (int64_t i = 0; i < n; i++) {
+            float value = values[own[i]];
+            kept[own[i]] = value > least || (value == least && left-- > 0);
+        }
+    }
 }
 
 // out[p] = of_latents[latent[p]] . of_rows[row[p]]

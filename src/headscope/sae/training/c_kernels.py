@@ -6,6 +6,7 @@ sums differ from torch's by the rounding of another order of summation, if at al
 """
 
 import ctypes
+import platform
 import shutil
 import subprocess
 from functools import cache
@@ -14,13 +15,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Int8, Int32
+from jaxtyping import Bool, Float, Int, Int8, Int32
 from torch import Tensor
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = (
-    *("-std=gnu11", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fno-math-errno"),
-    *("-fno-trapping-math", "-shared", "-fPIC"),
+    *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"),
+    *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
 )
 _WORD = 64  # bits
 _STEP = 64  # bytes of a row of a tile
@@ -87,6 +88,29 @@ def order_by_row(row: Int[Tensor, " pair"], starts: Int[Tensor, " n_and_one"]) -
     order = torch.empty_like(row)
     _call("order_by_row", row.contiguous(), len(row), starts.clone(), order)
     return order
+
+
+def limits_of_rows(
+    largest: Int32[Tensor, "group part"], margin: Float[Tensor, "group part"], unit: Float[Tensor, " group"], k: int
+) -> Float[Tensor, " part"]:
+    """The k-th largest `(largest - margin) * unit` of each row, or 0 where that is less.
+
+    It can be less by 2^-14 of the largest of the row.
+    """
+    margin = margin if margin.stride(1) == 1 else margin.contiguous()
+    limit = unit.new_empty(largest.shape[1])
+    _call("limits_of_rows", largest, margin, margin.stride(0), unit, *largest.shape, k, limit)
+    return limit
+
+
+def largest_of_pairs(
+    values: Float[Tensor, " pair"], order: Int[Tensor, " pair"], starts: Int[Tensor, " n_and_one"], k: int
+) -> Bool[Tensor, " pair"]:
+    """Which are among the k largest of their row, of equal ones the first; `order` and `starts` are of pairs by row."""
+    kept = torch.empty(len(values), dtype=torch.bool)
+    given = [values.contiguous(), order, starts, len(starts) - 1, k, torch.empty_like(values)]
+    _call("largest_of_pairs", *given, kept)
+    return kept
 
 
 def products(

@@ -302,6 +302,8 @@ def select_topk(
 def _largest_of_rows(pairs: Pairs, pre: Tensor, k: int) -> Bool[Tensor, " pair"]:
     """Which pairs are the k largest of their row; of equal ones the first."""
     order = pairs.to_rows
+    if c_kernels.fit(pre):
+        return c_kernels.largest_of_pairs(pre, order, pairs.row_starts, k)
     row = pairs.row[order]
     place = torch.arange(len(pairs), device=pre.device) - pairs.row_starts[row]
     width = max(k, int(place.max()) + 1 if len(pairs) else 0)

@@ -193,10 +193,17 @@ def proposed_topk(
     margin, unit = _MARGIN * rounded.added(n), scale.view(-1, n).amin(1)
     found, limits = _found(order, scale, len(x)), []
     for part in rounded.parts():
-        likely = (part.largest(n) - margin[:, part.rows]) * unit[:, None]
-        limits.append(likely.T.contiguous().topk(k, sorted=False).values.amin(1).clamp_min(0))
+        limits.append(_likely(part.largest(n), margin[:, part.rows], unit, k))
         found.add(part, limits[-1] * (1 - _SLACK))
     return *found.places(), torch.cat(limits) * inputs.scale
+
+
+def _likely(largest: Tensor, margin: Tensor, unit: Tensor, k: int) -> Float[Tensor, " part"]:
+    """The k-th largest of each input's maxima, less what was added to them, or 0."""
+    if c_kernels.fit(unit):
+        return c_kernels.limits_of_rows(largest, margin, unit, k)
+    likely = (largest - margin) * unit[:, None]
+    return likely.T.contiguous().topk(k, sorted=False).values.amin(1).clamp_min(0)
 
 
 class _Found:
