@@ -217,7 +217,8 @@ class _Found:
     def __len__(self) -> int:
         return sum(map(len, self._found))
 
-    def add(self, part: c_kernels.Products, limit: Tensor) -> None:
+    def add(self, part: c_kernels.Products | c_kernels.Tiles, limit: Tensor) -> None:
+        assert isinstance(part, c_kernels.Products)  # whoever has tiles has marks
         rows, products = part
         groups = products.view(-1, _GROUP, products.shape[1])
         group, row = (groups.amax(1) * self._most[:, None] > limit).nonzero(as_tuple=True)
