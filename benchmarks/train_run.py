@@ -52,6 +52,8 @@ class Arguments:
     k: int = 12
     """Target L0."""
     buffer: int = 262_144
+    rates: tuple[float, ...] = RATES
+    """Learning rates of SAELens' BatchTopK, of which the best is shown."""
     threads: int = torch.get_num_threads()
 
 
@@ -72,7 +74,7 @@ class Row:
 def main(arguments: Arguments) -> None:
     """Train, judge and print."""
     if arguments.quick:
-        arguments = replace(arguments, variants=("batchtopk",), tokens=100_000)
+        arguments = replace(arguments, variants=("batchtopk",), tokens=100_000, rates=RATES[1:2])
     torch.set_num_threads(arguments.threads)
     model = load_model("tiny")
     with tempfile.TemporaryDirectory() as folder:
@@ -93,9 +95,9 @@ def _ours(variant: str, folder: Path, model: Model, arguments: Arguments) -> Row
 
 def _saelens(variant: str, blocks: Path, model: Model, arguments: Arguments) -> Iterator[Row]:
     script = HERE / "peers" / "run_saelens_model.py"
-    settings = [(rate, 0.0) for rate in RATES] if variant == "batchtopk" else [(1e-3, c) for c in COEFFICIENTS]
+    settings = [(rate, 0.0) for rate in arguments.rates] if variant == "batchtopk" else [(1e-3, c) for c in COEFFICIENTS]
     for option in ("fp32", "bf16"):
-        for rate, coefficient in settings[1:2] if arguments.quick else settings:
+        for rate, coefficient in settings:
             out = blocks.parent / f"saelens-{variant}-{option}-{rate}-{coefficient}"
             given = {"model": TINY, "blocks": blocks, "out": out, "option": option, "lr": rate}
             options = [part for n, v in (given | {"coefficient": coefficient}).items() for part in (f"--{n}", str(v))]

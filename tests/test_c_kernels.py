@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from headscope.sae.config import TrainConfig
-from headscope.sae.training import c_kernels
+from headscope.sae.training import c_kernels, kernels
 from headscope.sae.training.trainer import Trainer
 
 EXACTLY = {"rtol": 0, "atol": 0, "equal_nan": True}
@@ -191,6 +191,44 @@ def test_tensors_that_are_views_are_read_as_they_are() -> None:
     starts = torch.arange(14)[::2]
     summed = c_kernels.weighted_sums(pairs.repeat(2), starts, wide[0, :24:2], view)
     assert_close(summed[0], view[0] * wide[0, 0] + view[1] * wide[0, 2], rtol=1e-5, atol=1e-5)
+    for room in (torch.full((6, 6), torch.nan).T, torch.full((6, 20), torch.nan)[:, :6]):
+        assert c_kernels.weighted_sums(pairs.repeat(2), starts, wide[0, :24:2], view, room) is room
+        assert_close(room, summed, **EXACTLY)
+
+
+def test_numbers_of_other_kinds_never_come_to_c() -> None:
+    x, pairs = normal(0, 6, 8), kernels.Pairs(torch.arange(6), torch.arange(6), 6, 6)
+    with pytest.raises(RuntimeError):  # torch's
+        kernels.products(pairs, x.double(), x)
+    with pytest.raises(RuntimeError):
+        kernels.sum_by_row(pairs, x[:, 0].double(), x)
+    with pytest.raises(AssertionError, match="int32"):
+        c_kernels.products(torch.arange(6, dtype=torch.int32), torch.arange(6), x, x)
+    with pytest.raises(AssertionError, match="bfloat16"):
+        c_kernels.largest_of_rows(x.bfloat16())
+
+
+@pytest.mark.parametrize("level", ["-O0", "-O1", "-O2"])
+def test_the_compilers_level_changes_no_product(level: str) -> None:
+    subprocess.run([sys.executable, "-c", _AT_LEVEL, level], check=True)
+
+
+_AT_LEVEL = """
+import sys
+import torch
+from headscope.sae.training import c_kernels
+c_kernels._FLAGS = tuple(sys.argv[1] if flag == "-O3" else flag for flag in c_kernels._FLAGS)
+assert c_kernels.library() is not None
+g = torch.Generator().manual_seed(0)
+a, b = (torch.randint(-127, 128, (96, 100), generator=g, dtype=torch.int8) for _ in range(2))
+products = c_kernels.Products(slice(0, 96), a.int() @ b.T.int())
+parts = [products, *([c_kernels.Tiles(slice(0, 96), a, b)] if c_kernels.tiles_fit() else [])]
+for part in parts:
+    assert torch.equal(part.largest(8), products.largest(8))
+    marks = c_kernels.Marks(torch.arange(96), torch.ones(96), 96)
+    marks.add(part, torch.full((96,), 50_000.0))
+    assert torch.equal(torch.stack(marks.places()), (products.products > 50_000).nonzero().T)
+"""
 
 
 def test_the_number_of_threads_changes_nothing() -> None:

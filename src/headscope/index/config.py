@@ -18,7 +18,8 @@ N_NULLS = 64
 
 DEFINITIONS = {
     "density": "share of tokens (special ones left out) on which the feature is active; Wilson 95 % interval",
-    "activation": "f = activation(pre), pre = (x - b_dec) @ W_enc + b_enc, x the raw z of all heads",
+    "activation": "f = activation(pre), pre = (x - b_dec) @ W_enc + b_enc, without b_dec where the SAE's encoder does "
+    "without it, x the raw z of all heads",
     "dfa": "C[h, s] = pattern[h, q, s] (v[s, h] - c_h) . W_enc[h, :, j]: direct feature attribution of the "
     "pre-activation to head h and source s, before the activation function; C_h is its sum over sources",
     "dfa_share": "sum over active tokens of C_h^2, divided by its sum over heads (the post's fraction of variance)",

@@ -1,8 +1,8 @@
 """Some loops of SAE training in C, where the machine has a compiler; without one torch does the same.
 
-The first time that they are needed `cc` compiles `c_kernels.c`, in half a second, for the processor it runs on; nothing
-is kept for other processes. The functions share torch's threads. What they propose is decided as ever; products and
-sums differ from torch's by the rounding of another order of summation, if at all.
+The first time that they are needed `cc` compiles `c_kernels.c`, in about a second, for the processor it runs on;
+nothing is kept for other processes. With gcc they share torch's threads. What they propose is decided as ever; products
+and sums differ from torch's by the rounding of another order of summation, if at all.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ _WORD = 64  # bits
 _STEP = 64  # bytes of a row of a tile
 
 
-def fit(like: Tensor) -> bool:
-    """Whether tensors like this one can be worked on here: float32, not on a GPU, with a compiler at hand."""
-    return like.is_cpu and like.dtype == torch.float32 and library() is not None
+def fit(*like: Tensor) -> bool:
+    """Whether tensors like these can be worked on here: float32, not on a GPU, with a compiler at hand."""
+    return all(t.is_cpu and t.dtype == torch.float32 for t in like) and library() is not None
 
 
 @cache
@@ -41,16 +41,24 @@ def library() -> ctypes.CDLL | None:
     try:
         with TemporaryDirectory(prefix="headscope-") as folder:
             made = Path(folder, "c_kernels.so")
-            subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-lm", "-o", str(made)], capture_output=True, check=True)
+            command = [compiler, *_FLAGS, str(_SOURCE), "-lm", "-o", str(made)]
+            # a session of its own: a Ctrl-C that is to wait for the end of a step must not end it
+            subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, start_new_session=True)
             return ctypes.CDLL(str(made))
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def tiles_fit() -> bool:
-    """Whether this processor multiplies tiles of bytes (Intel's AMX), and may."""
+    """Whether this processor multiplies tiles of bytes (Intel's AMX), and may; who does not ask may not."""
     made = library()
     return made is not None and bool(made.tiles_work())
+
+
+def _plain(kind: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """Without gaps; the functions get bare addresses, so numbers of another kind must not come to them."""
+    assert all(t.dtype == kind and t.is_cpu for t in tensors), [t.dtype for t in tensors]
+    return [t.contiguous() for t in tensors]
 
 
 def _call(name: str, *arguments: Tensor | int) -> None:
@@ -69,7 +77,7 @@ def _call(name: str, *arguments: Tensor | int) -> None:
 def largest_of_rows(vectors: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     """The largest component of each row, in size."""
     largest = vectors.new_empty(len(vectors))
-    _call("largest_of_rows", vectors.contiguous(), *vectors.shape, largest)
+    _call("largest_of_rows", *_plain(torch.float32, vectors), *vectors.shape, largest)
     return largest
 
 
@@ -77,16 +85,18 @@ def round_rows(
     vectors: Float[Tensor, "n d"], scale: Float[Tensor, " n"], out: Int8[Tensor, "n d_and_more"]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Write `round(vectors / scale)`; returns norms of what rounding took, and of what it left."""
+    assert out.stride(1) == 1
+    vectors, scale = _plain(torch.float32, vectors, scale)
     lost, size = torch.empty_like(scale), torch.empty_like(scale)
-    vectors, scale = vectors.contiguous(), scale.contiguous()
     _call("round_rows", vectors, scale, *vectors.shape, out, out.stride(0), lost, size)
     return lost, size
 
 
 def order_by_row(row: Int[Tensor, " pair"], starts: Int[Tensor, " n_and_one"]) -> Int[Tensor, " pair"]:
     """`row.argsort(stable=True)`, where it is known where each row's pairs are to start."""
+    row, starts = _plain(torch.int64, row, starts)
     order = torch.empty_like(row)
-    _call("order_by_row", row.contiguous(), len(row), starts.clone(), order)
+    _call("order_by_row", row, len(row), starts.clone(), order)
     return order
 
 
@@ -98,6 +108,7 @@ def limits_of_rows(
     It can be less by 2^-14 of the largest of the row.
     """
     margin = margin if margin.stride(1) == 1 else margin.contiguous()
+    _plain(torch.float32, margin, unit)
     limit = unit.new_empty(largest.shape[1])
     _call("limits_of_rows", largest, margin, margin.stride(0), unit, *largest.shape, k, limit)
     return limit
@@ -108,8 +119,8 @@ def largest_of_pairs(
 ) -> Bool[Tensor, " pair"]:
     """Which are among the k largest of their row, of equal ones the first; `order` and `starts` are of pairs by row."""
     kept = torch.empty(len(values), dtype=torch.bool)
-    given = [values.contiguous(), order, starts, len(starts) - 1, k, torch.empty_like(values)]
-    _call("largest_of_pairs", *given, kept)
+    given = [*_plain(torch.float32, values), *_plain(torch.int64, order, starts)]
+    _call("largest_of_pairs", *given, len(starts) - 1, k, torch.empty_like(values), kept)
     return kept
 
 
@@ -120,9 +131,10 @@ def products(
     of_rows: Float[Tensor, "batch d"],
 ) -> Float[Tensor, " pair"]:
     """The dot product of each pair's two vectors."""
+    assert of_latents.shape[1] == of_rows.shape[1]
     out = of_rows.new_empty(len(latent))
-    given = [latent.contiguous(), row.contiguous(), len(latent), of_latents.contiguous(), of_rows.contiguous()]
-    _call("products", *given, of_rows.shape[1], out)
+    vectors = _plain(torch.float32, of_latents, of_rows)
+    _call("products", *_plain(torch.int64, latent, row), len(latent), *vectors, of_rows.shape[1], out)
     return out
 
 
@@ -135,15 +147,16 @@ def weighted_sums(
 ) -> Float[Tensor, "n d"]:
     """For each i the sum of `weights[p] vectors[index[p]]` over p from `starts[i]` to `starts[i + 1]`; in `out`."""
     n, d = len(starts) - 1, vectors.shape[1]
-    out = vectors.new_empty(n, d) if out is None else out
-    given = [index.contiguous(), starts.contiguous(), weights.contiguous(), vectors.contiguous()]
-    _call("weighted_sums", *given, n, d, out)
-    return out
+    summed = out if out is not None and out.is_contiguous() else vectors.new_empty(n, d)
+    given = [*_plain(torch.int64, index, starts), *_plain(torch.float32, weights, vectors, summed)]
+    _call("weighted_sums", *given[:-1], n, d, summed)
+    return summed if out is None or out is summed else out.copy_(summed)
 
 
 def take_parallel(gradient: Float[Tensor, "n d"], unit_vectors: Float[Tensor, "n d"]) -> None:
     """Take from each row of a gradient, in place, its part along the same row of vectors of unit norm."""
-    _call("take_parallel", gradient, unit_vectors.contiguous(), *gradient.shape)
+    assert gradient.is_contiguous()
+    _call("take_parallel", *_plain(torch.float32, gradient, unit_vectors), *gradient.shape)
 
 
 class Products(NamedTuple):
@@ -165,8 +178,9 @@ class Tiles:
         (n, d), n_rows = latents.shape, len(of_rows)
         steps = -(-d // _STEP)
         packed = torch.empty(-(-n_rows // _WORD) * _WORD * steps * _STEP, dtype=torch.int8)
-        _call("pack_rows", of_rows.contiguous(), n_rows, d, packed, steps)
-        self.rows, self.arguments = rows, (latents.contiguous(), n, d, packed, n_rows, steps)
+        latents, of_rows = _plain(torch.int8, latents, of_rows)
+        _call("pack_rows", of_rows, n_rows, d, packed, steps)
+        self.rows, self.arguments = rows, (latents, n, d, packed, n_rows, steps)
 
     def largest(self, together: int) -> Int32[Tensor, "group part"]:
         """Of so many latents at a time: 8, 16, 32 ..."""
@@ -187,7 +201,7 @@ class Marks:
             scale: of each latent's products.
             batch: rows in all.
         """
-        self._latent, self._scale = latent, scale
+        [self._latent], [self._scale] = _plain(torch.int64, latent), _plain(torch.float32, scale)
         self._words = -(-batch // _WORD)
         self._bits = torch.zeros(len(latent), self._words, dtype=torch.int64)
         self._counts = torch.zeros(len(latent), dtype=torch.int64)
@@ -199,11 +213,11 @@ class Marks:
     def add(self, part: "Products | Tiles", limit: Float[Tensor, " part"]) -> None:
         """Mark where `product * scale > limit`, for a part whose rows begin at a whole number of words."""
         first = part.rows.start // _WORD
-        given = [self._latent, self._scale, limit.contiguous(), self._bits, self._words, first, self._counts]
+        given = [self._latent, self._scale, *_plain(torch.float32, limit), self._bits, self._words, first, self._counts]
         if isinstance(part, Tiles):
             _call("mark_tiles", *part.arguments, *given)
         else:
-            _call("mark_above", part.products, *part.products.shape, *given)
+            _call("mark_above", *_plain(torch.int32, part.products), *part.products.shape, *given)
 
     def places(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
         """Latent and row of all, in this order."""

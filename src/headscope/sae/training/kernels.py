@@ -107,7 +107,7 @@ def products(
         return (of_latents @ of_rows.T)[pairs.latent, pairs.row]
     if (gpu := gpu_kernels(of_rows)) is not None:
         return gpu.products(pairs, of_latents, of_rows)
-    if c_kernels.fit(of_rows):
+    if c_kernels.fit(of_latents, of_rows):
         return c_kernels.products(pairs.latent, pairs.row, of_latents, of_rows)
     _quiet_csr()
     zeros = of_rows.new_zeros(len(pairs))
@@ -142,7 +142,7 @@ def sum_by_latent(
         return torch.mm(pairs.matrix(weights).T, of_rows, out=out)
     if (gpu := gpu_kernels(of_rows)) is not None:
         return gpu.sum_by_latent(pairs, weights, of_rows, out)
-    if out is None or c_kernels.fit(of_rows):
+    if out is None or c_kernels.fit(weights, of_rows, out):
         return _bags(pairs.row, pairs.latent_starts, weights, of_rows, out)
     firsts = range(0, pairs.d_sae, BLOCK)
     ends = pairs.latent_starts[BLOCK::BLOCK].tolist()
@@ -154,7 +154,7 @@ def sum_by_latent(
 
 
 def _bags(indices: Tensor, starts: Tensor, weights: Tensor, vectors: Tensor, out: Tensor | None = None) -> Tensor:
-    if c_kernels.fit(vectors):
+    if c_kernels.fit(weights, vectors):
         return c_kernels.weighted_sums(indices, starts, weights, vectors, out)
     bags = embedding_bag(indices, vectors, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
     return bags if out is None else out.copy_(bags)
@@ -162,7 +162,7 @@ def _bags(indices: Tensor, starts: Tensor, weights: Tensor, vectors: Tensor, out
 
 def take_parallel(gradient: Float[Tensor, "d_sae d"], unit_vectors: Float[Tensor, "d_sae d"]) -> None:
     """Take from each row of a gradient, in place, its part along the same row of vectors of unit norm."""
-    if c_kernels.fit(gradient) and gradient.is_contiguous():
+    if c_kernels.fit(gradient, unit_vectors) and gradient.is_contiguous():
         c_kernels.take_parallel(gradient, unit_vectors)
         return
     for d_rows, rows in zip(gradient.split(BLOCK), unit_vectors.split(BLOCK), strict=True):

@@ -27,10 +27,10 @@ from headscope.sae.training import c_kernels
 
 BLOCK = 1024
 """Latents that are looked at together."""
-_PRODUCTS = 2**22  # that are in memory at a time
+_PRODUCTS = 2**22  # that are in memory at a time, unless one part is more
 _ROWS = 1024  # inputs whose bytes a processor's cache holds, where products are made tile by tile
-_WIDEST = 2**15  # components of which 32 latents lie in a thread's stack there
-_PART = 64  # inputs, of which as many parts are looked at together as that allows, or one
+_WIDEST = 2**13  # components of which 32 latents lie in a thread's stack there
+_PART = 64  # inputs, the least that are looked at together
 _GROUP = 8  # latents that are looked at together first
 _SPREAD = 8  # times k: groups among which the k-th largest is looked for
 _MARGIN = 1.2  # times what was added to a product, that is taken off it where one below it is wanted
@@ -124,9 +124,13 @@ class Rounded(NamedTuple):
         digits = self.latents[:, self.latents.shape[1] - self.biases :].abs().sum(1)
         return bound + digits.view(-1, n).amax(1)[:, None] + self.biases * _SHARE
 
-    def parts(self) -> Iterator[c_kernels.Products | c_kernels.Tiles]:
-        """The raised products of all latents with some inputs, in memory that the next take over."""
-        if self.latents.shape[1] <= _WIDEST and not len(self.everywhere) and c_kernels.tiles_fit():
+    def parts(self, *, tiles: bool) -> Iterator[c_kernels.Products | c_kernels.Tiles]:
+        """The raised products of all latents with some inputs, in memory that the next take over.
+
+        Args:
+            tiles: products tile by tile are of use, where the processor has them.
+        """
+        if tiles and self.latents.shape[1] <= _WIDEST and not len(self.everywhere) and c_kernels.tiles_fit():
             for start in range(0, len(self.inputs), _ROWS):
                 inputs = self.inputs[start : start + _ROWS]
                 yield c_kernels.Tiles(slice(start, start + len(inputs)), self.latents, inputs)
@@ -158,8 +162,8 @@ def proposed(
     if sides is None or (rounded := _rounded(*sides)) is None:
         return None
     n, zero = len(rounded.latents), x.new_zeros(len(x))
-    found = _found(torch.arange(n), x.new_ones(n), len(x))
-    for part in rounded.parts():
+    found = _marks(torch.arange(n), x.new_ones(n), len(x))
+    for part in rounded.parts(tiles=isinstance(found, c_kernels.Marks)):
         found.add(part, zero[part.rows])
         if len(found) > most:
             return None
@@ -191,8 +195,8 @@ def proposed_topk(
     rounded = rounded._replace(latents=rounded.latents.index_select(0, order))  # `everywhere` is empty
     n = _GROUP * _together(len(order) // _GROUP, k)
     margin, unit = _MARGIN * rounded.added(n), scale.view(-1, n).amin(1)
-    found, limits = _found(order, scale, len(x)), []
-    for part in rounded.parts():
+    found, limits = _marks(order, scale, len(x)), []
+    for part in rounded.parts(tiles=isinstance(found, c_kernels.Marks)):
         limits.append(_likely(part.largest(n), margin[:, part.rows], unit, k))
         found.add(part, limits[-1] * (1 - _SLACK))
     return *found.places(), torch.cat(limits) * inputs.scale
@@ -206,7 +210,7 @@ def _likely(largest: Tensor, margin: Tensor, unit: Tensor, k: int) -> Float[Tens
     return likely.T.contiguous().topk(k, sorted=False).values.amin(1).clamp_min(0)
 
 
-class _Found:
+class _Places:
     """As `c_kernels.Marks`, which (latent, row) have products above limits: groups of latents first, then each."""
 
     def __init__(self, latent: Tensor, scale: Tensor, batch: int) -> None:
@@ -230,8 +234,8 @@ class _Found:
         return place // self._batch, place % self._batch
 
 
-def _found(latent: Tensor, scale: Tensor, batch: int) -> "c_kernels.Marks | _Found":
-    return (c_kernels.Marks if c_kernels.fit(scale) else _Found)(latent, scale, batch)
+def _marks(latent: Tensor, scale: Tensor, batch: int) -> "c_kernels.Marks | _Places":
+    return (c_kernels.Marks if c_kernels.fit(scale) else _Places)(latent, scale, batch)
 
 
 def _together(n_groups: int, k: int) -> int:
