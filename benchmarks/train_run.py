@@ -95,7 +95,8 @@ def _ours(variant: str, folder: Path, model: Model, arguments: Arguments) -> Row
 
 def _saelens(variant: str, blocks: Path, model: Model, arguments: Arguments) -> Iterator[Row]:
     script = HERE / "peers" / "run_saelens_model.py"
-    settings = [(rate, 0.0) for rate in arguments.rates] if variant == "batchtopk" else [(1e-3, c) for c in COEFFICIENTS]
+    rates, coefficients = [(rate, 0.0) for rate in arguments.rates], [(1e-3, c) for c in COEFFICIENTS]
+    settings = rates if variant == "batchtopk" else coefficients
     for option in ("fp32", "bf16"):
         for rate, coefficient in settings:
             out = blocks.parent / f"saelens-{variant}-{option}-{rate}-{coefficient}"
