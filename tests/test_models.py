@@ -1,11 +1,12 @@
 """Reading and editing a model: explicit = fast = a forward pass written out, and the model is left as it was."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from cases import each
 from headscope.errors import ModelError
 from headscope.models import attention as attention_function
 from headscope.models.attention import ATTENTION_KINDS, repeat_heads
@@ -28,16 +29,34 @@ def build(random_model, name, **options):
     return random_model(family, **changes, **options)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request, random_model):
-    return build(random_model, request.param, dtype=torch.float64)
+    """Shared by the tests of this file; checked at the end to be unchanged."""
+    made = build(random_model, request.param, dtype=torch.float64)
+    with left_as_it_was(made):
+        yield made
+
+
+@contextmanager
+def left_as_it_was(model):
+    fingerprint, weights = model.fingerprint(), weights_of(model)
+    implementation = model.module.config._attn_implementation
+    yield
+    after = weights_of(model)
+    assert weights.keys() == after.keys()
+    assert all(torch.equal(weights[name], after[name]) for name in weights)
+    assert model.fingerprint() == fingerprint
+    assert model.module.config._attn_implementation == implementation
+    assert implementation == ("sdpa" if model.spec.scores_cap is None else attention_function.IMPLEMENTATION)
+    assert not attention_function._watched
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
 
 
 def some_tokens(model, seed=0, shape=(3, 17)):
     return torch.randint(1, model.spec.d_vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokens(model):
     return some_tokens(model)
 
@@ -55,11 +74,9 @@ def sites_of(model):
 
 
 def site_of(model, kind, layer=0):
-    """The site of a kind in a layer, or where the model has it."""
+    """The site of a kind in a layer, or where the model has it; None if it has no such place."""
     site = Site(kind, model.spec.n_layers - 1 if kind == "ln_final_scale" else layer)
-    if not has(model, site):
-        pytest.skip("parallel blocks have no such place")
-    return site
+    return site if has(model, site) else None
 
 
 def weights_of(model):
@@ -88,7 +105,7 @@ def test_in_float32_too(random_model, family):
         )
 
 
-@pytest.mark.parametrize("length", [1, 2, 64])
+@each("length", [1, 2, 64])
 def test_reading_one_site_is_reading_all(model, length):
     tokens = some_tokens(model, shape=(2, length))
     together = model.read(tokens, sites_of(model))
@@ -149,9 +166,11 @@ def unit(vectors):
     return vectors / vectors.norm(dim=-1, keepdim=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each("kind", KINDS)
 def test_a_run_stops_after_the_deepest_site(model, tokens, kind):
     site = site_of(model, kind)
+    if site is None:
+        return
     called = []
     modules = {f"{name} {layer}": m for layer in (0, 1) for name, m in parts(model, layer).items() if name != "final"}
     modules |= {"final": parts(model, 0)["final"], "unembedding": model.module.get_output_embeddings()}
@@ -170,8 +189,6 @@ def test_a_run_stops_after_the_deepest_site(model, tokens, kind):
 
 
 def test_layers_that_need_no_steps_keep_their_fast_path(model, tokens, monkeypatch):
-    if model.spec.scores_cap is not None:
-        pytest.skip("SDPA cannot cap scores")
     calls = []
     fast = attention_function.sdpa_attention_forward
 
@@ -181,6 +198,9 @@ def test_layers_that_need_no_steps_keep_their_fast_path(model, tokens, monkeypat
 
     monkeypatch.setattr(attention_function, "sdpa_attention_forward", counted)
     model.read(tokens, [Site("pattern", 1), Site("z", 1)])
+    if model.spec.scores_cap is not None:
+        assert calls == [], "SDPA cannot cap scores"
+        return
     assert calls == [parts(model, 0)["attention"]]
     model.read(tokens, [Site("v", 1), Site("z", 1)])
     assert calls == [parts(model, 0)["attention"]] * 2 + [parts(model, 1)["attention"]]
@@ -189,7 +209,7 @@ def test_layers_that_need_no_steps_keep_their_fast_path(model, tokens, monkeypat
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
-@pytest.mark.parametrize("layer", [0, 1])
+@each("layer", [0, 1])
 def test_z_is_pattern_times_value(model, tokens, layer):
     attention = model.attention(tokens, layer)
     z = torch.einsum("bhqs,bshe->bqhe", attention.pattern, attention.value).flatten(2)
@@ -197,7 +217,7 @@ def test_z_is_pattern_times_value(model, tokens, layer):
     assert_close(model.read(tokens, [Site("z", layer)])[Site("z", layer)], z, **EXACT)
 
 
-@pytest.mark.parametrize("layer", [0, 1])
+@each("layer", [0, 1])
 def test_patterns_are_causal_and_sum_to_one(model, tokens, layer):
     pattern = model.attention(tokens, layer).pattern
     assert_close(pattern.sum(-1), torch.ones_like(pattern[..., 0]), atol=1e-12, rtol=0)
@@ -207,13 +227,10 @@ def test_patterns_are_causal_and_sum_to_one(model, tokens, layer):
 
 
 def eager_patterns(model, tokens):
-    implementation = model.module.config._attn_implementation
-    model.module.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            return model.module(tokens, output_attentions=True, use_cache=False).attentions
-    finally:
-        model.module.set_attn_implementation(implementation)
+    eager = model.replica().module  # transformers leaves its hooks on a model whose attention it puts out
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        return eager(tokens, output_attentions=True, use_cache=False).attentions
 
 
 def test_the_attention_of_several_layers_in_one_run_is_that_of_each(model, tokens):
@@ -242,10 +259,12 @@ def test_losses_are_the_cross_entropy_of_the_logits(model, tokens):
     assert_close(model.losses(tokens).flatten(), expected, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layer", [0, 1])
+@each("kind", KINDS)
+@each("layer", [0, 1])
 def test_a_restarted_run_is_the_whole_run(model, tokens, layer, kind):
     site = site_of(model, kind, layer)
+    if site is None:
+        return
     with model.restartable(layer) as restart:
         clean = model.losses(tokens)
     assert torch.equal(model.losses(tokens, restart), clean)
@@ -256,7 +275,7 @@ def test_a_restarted_run_is_the_whole_run(model, tokens, layer, kind):
     assert torch.equal(model.losses(tokens, restart), clean)
 
 
-@pytest.mark.parametrize("kind", ["resid_pre", "z", "pattern", "resid_post"])
+@each("kind", ["resid_pre", "z", "pattern", "resid_post"])
 def test_an_edit_made_while_a_restartable_run_was_made_is_made_once(model, tokens, kind):
     edits = {Site(kind, layer): EDITS[kind] for layer in (0, 1)}
     with model.edit(edits):
@@ -285,10 +304,12 @@ def layer_normed(model):
     return isinstance(parts(model, 0)["norm1"], torch.nn.LayerNorm)
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("kind", KINDS)
+@each("layer", [0, 1])
+@each("kind", KINDS)
 def test_an_edit_changes_all_that_follows_as_written_out(model, tokens, kind, layer):
     site = site_of(model, kind, layer)
+    if site is None:
+        return
     expected, logits = naive(model, tokens, {site: EDITS[kind]})
     with model.edit({site: EDITS[kind]}):
         assert_close(model.logits(tokens), logits, **close_as_the_norm_is(model, kind))
@@ -299,9 +320,11 @@ def test_an_edit_changes_all_that_follows_as_written_out(model, tokens, kind, la
     assert (logits - model.logits(tokens)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each("kind", KINDS)
 def test_a_site_edited_to_its_own_value_changes_nothing(model, tokens, kind):
     clean, site = model.logits(tokens), site_of(model, kind)
+    if site is None:
+        return
     with model.edit({site: lambda value: value.clone()}):
         edited = model.logits(tokens)
     if kind in ("scores", "pattern") or kind.endswith("scale"):
@@ -323,7 +346,7 @@ def test_edits_everywhere_at_once_are_made_in_the_order_of_the_model(model, toke
         assert_close(model.logits(tokens), logits, **tolerance)
 
 
-@pytest.mark.parametrize(
+@each(
     "kinds",
     [
         {"resid_pre": [1]},
@@ -338,6 +361,8 @@ def test_edits_everywhere_at_once_are_made_in_the_order_of_the_model(model, toke
 )
 def test_patching_all_that_is_upstream_gives_the_other_prompts_run(model, tokens, kinds):
     sites = [site_of(model, kind, layer) for kind, layers in kinds.items() for layer in layers]
+    if None in sites:
+        return
     other = some_tokens(model, seed=1)
     there = model.read(other, sites)
     with model.edit({site: lambda _value, site=site: there[site] for site in sites}):
@@ -397,9 +422,11 @@ def test_a_position_edited_changes_nothing_before_it(model, tokens):
 
 
 # ------------------------------------------------------------------------------------------------------------- nesting
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "scores"])
+@each("kind", [k for k in KINDS if k != "scores"])
 def test_the_inner_edit_is_given_the_outer_ones_result_and_reads_come_last(model, tokens, kind):
     site = site_of(model, kind)
+    if site is None:
+        return
     clean = model.read(tokens, [site])[site]
     with model.edit({site: lambda value: 2 * value}):
         with model.edit({site: lambda value: value + 1}):
@@ -453,34 +480,30 @@ def test_an_edit_may_run_the_model_between_two_others(random_model, family):
 
 
 # -------------------------------------------------------------------------------------------------- leaving no trace
-@pytest.mark.parametrize("kind", KINDS)
+@each("kind", KINDS)
 def test_the_model_is_bit_identical_after_edits_that_raise(model, tokens, kind):
-    before, clean, site = weights_of(model), model.logits(tokens), site_of(model, kind, 1)
-    implementation = model.module.config._attn_implementation
+    clean, site = model.logits(tokens), site_of(model, kind, 1)
+    if site is None:
+        return
 
     def fail(value):
         raise RuntimeError("in the middle of a run")
 
-    with pytest.raises(RuntimeError, match="in the middle"), model.edit({site: EDITS[kind]}), model.edit({site: fail}):
-        model.logits(tokens)
-    with pytest.raises(KeyError), model.edit({site: EDITS[kind]}):
-        raise KeyError
-    with pytest.raises(RuntimeError), model.edit({site: fail}):
-        model.read(tokens, sites_of(model))
-    with pytest.raises(RuntimeError), model.edit({site: fail}), model.restartable(0):
-        model.losses(tokens)
-    with pytest.raises(ModelError, match="token id 10,000"):
-        model.token_values(1, torch.tensor([10_000]))
-    for left in (model.attention(tokens, 1), model.value_offset(1), model.W_V(1), model.token_values(1)):
-        assert left is not None
-    after = weights_of(model)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert torch.equal(model.logits(tokens), clean)
-    assert model.module.config._attn_implementation == implementation
-    assert implementation == ("sdpa" if model.spec.scores_cap is None else attention_function.IMPLEMENTATION)
-    assert not attention_function._watched
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
+    failing = model.edit({site: fail})
+    with left_as_it_was(model):
+        with pytest.raises(RuntimeError, match="in the middle"), model.edit({site: EDITS[kind]}), failing:
+            model.logits(tokens)
+        with pytest.raises(KeyError), model.edit({site: EDITS[kind]}):
+            raise KeyError
+        with pytest.raises(RuntimeError), model.edit({site: fail}):
+            model.read(tokens, sites_of(model))
+        with pytest.raises(RuntimeError), model.edit({site: fail}), model.restartable(0):
+            model.losses(tokens)
+        with pytest.raises(ModelError, match="token id 10,000"):
+            model.token_values(1, torch.tensor([10_000]))
+        for left in (model.attention(tokens, 1), model.value_offset(1), model.W_V(1), model.token_values(1)):
+            assert left is not None
+        assert torch.equal(model.logits(tokens), clean)
 
 
 def test_a_run_that_failed_leaves_nothing_for_the_next(random_model):
@@ -504,7 +527,7 @@ def test_a_run_that_failed_leaves_nothing_for_the_next(random_model):
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
-@pytest.mark.parametrize("layer", [0, 1])
+@each("layer", [0, 1])
 def test_the_offset_is_the_part_of_z_that_no_text_changes(model, tokens, layer):
     """c = b_V + b_ln1 @ W_V: z - c is linear in the normed residual without its bias."""
     offset = model.value_offset(layer)
@@ -526,7 +549,7 @@ def test_the_offset_is_the_part_of_z_that_no_text_changes(model, tokens, layer):
     assert_close(twice - offset, 2 * (value - offset), atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("layer", [0, 1])
+@each("layer", [0, 1])
 def test_values_are_linear_in_the_normed_stream_by_w_v(model, tokens, layer):
     resid, scale = Site("resid_pre", layer), Site("ln1_scale", layer)
     read = model.read(tokens, [resid, scale])
@@ -540,7 +563,7 @@ def test_values_are_linear_in_the_normed_stream_by_w_v(model, tokens, layer):
     assert_close(model.attention(tokens, layer).value, value, **tolerance)
 
 
-@pytest.mark.parametrize("layer", [0, 1])
+@each("layer", [0, 1])
 def test_a_tokens_value_is_that_of_a_sequence_of_one(model, layer):
     tokens = torch.tensor([5, 0, 97, 5])
     middle = torch.full((1, 1), model.spec.context // 2)
@@ -598,15 +621,17 @@ def test_sites_that_a_model_does_not_have_are_refused(random_model):
         model.read(some_tokens(model), [Site("ln_final_scale", 0)])
 
 
-@pytest.mark.parametrize("kind", ["pattern", "v", "mlp_in", "ln1_scale"])
+@each("kind", ["pattern", "v", "mlp_in", "ln1_scale"])
 def test_no_sae_sits_at_the_other_sites(model, kind):
     with pytest.raises(ModelError, match=rf"an SAE of {kind}[\s\S]*z, attn_out, mlp_out, resid_pre"):
         model.width(Site(kind, 0))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each("kind", KINDS)
 def test_an_edit_that_returns_another_shape_or_type_is_refused(model, tokens, kind):
     site, clean = site_of(model, kind), model.logits(tokens)
+    if site is None:
+        return
     for wrong in (lambda value: value[:1], lambda value: value.float()):
         message = rf"edit of {kind} of layer \d[\s\S]*torch.float64 \(3, "
         with pytest.raises(ModelError, match=message), model.edit({site: wrong}):
