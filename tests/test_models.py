@@ -642,12 +642,3 @@ def test_an_edit_that_returns_another_shape_or_type_is_refused(model, tokens, ki
 def test_an_unknown_family_is_refused_with_where_to_add_it():
     with pytest.raises(ModelError, match=r"'bloom'[\s\S]*families.py"):
         family_of("bloom")
-
-
-def test_the_fingerprint_is_of_what_is_computed(random_model):
-    model = random_model("gpt_neox")
-    assert model.fingerprint() == random_model("gpt_neox").fingerprint()
-    others = [random_model("gpt_neox", seed=1), random_model("gpt_neox", layer_norm_eps=1e-3)]
-    rotated = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}
-    others.append(random_model("gpt_neox", rope_parameters=rotated))
-    assert len({m.fingerprint() for m in [model, *others]}) == 4

@@ -140,13 +140,13 @@ def _trained(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
 
 def _check_same(folder: Path, metadata: Mapping[str, Any], model: "Model", corpus: "Corpus", site: Site) -> None:
     """Make sure that an SAE of an earlier sweep was trained on what this one is."""
-    held = {
-        "model": metadata["model_hash"],
-        "text": metadata["corpus"]["hash"],
-        "site": metadata["hook_name"],
+    same = {
+        "model": model.matches(metadata["model_hash"]),
+        "text": metadata["corpus"]["hash"] == corpus.fingerprint(),
+        "site": metadata["hook_name"] == site.hook_name,
     }
-    for what, own in {"model": model.fingerprint(), "text": corpus.fingerprint(), "site": site.hook_name}.items():
-        if held[what] != own:
+    for what, fits in same.items():
+        if not fits:
             raise OutputError(
                 f"{folder} holds an SAE of another {what}",
                 expected=f"none, or one of this {what}",

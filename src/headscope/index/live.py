@@ -62,7 +62,7 @@ class LiveIndex:
             IndexFormatError: another model or SAE.
             SAEError: one that reads activations of processed weights.
         """
-        index.check_same(model_hash=model.fingerprint(), sae_hash=sae_hash)
+        index.check_same(model=model, sae_hash=sae_hash)
         if (sae.d_sae, sae.site.hook_name) != (index.n_latents, index.manifest["site"]):
             raise IndexFormatError(
                 f"an SAE of {sae.site.hook_name} with {sae.d_sae} latents",

@@ -10,7 +10,7 @@ from dataclasses import fields
 from functools import cached_property, wraps
 from pathlib import Path
 from threading import RLock
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +39,19 @@ from headscope.sae.quality_table import quality_rows
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """What tells whether it is the model of an artefact: `headscope.models.hf.Model`."""
+
+    def fingerprint(self) -> str:
+        """The hash that new artefacts keep."""
+        ...
+
+    def matches(self, known: str) -> bool:
+        """Whether a hash that an artefact keeps is its own."""
+        ...
 
 
 def _of_folder(reader: "Callable[Concatenate[FeatureIndex, P], R]") -> "Callable[Concatenate[FeatureIndex, P], R]":
@@ -102,20 +115,24 @@ class FeatureIndex:
                 do="build the index again, or copy it again",
             )
 
-    def check_same(self, *, model_hash: str | None = None, sae_hash: str | None = None) -> None:
-        """Refuse another model or SAE than the index was built with.
+    def check_same(self, *, model: Fingerprinted | None = None, sae_hash: str | None = None) -> None:
+        """Refuse a model or an SAE other than those the index was built with.
 
         Raises:
             IndexFormatError: a hash differs; it is named.
         """
-        for what, given in (("model", model_hash), ("sae", sae_hash)):
-            own = self.manifest[what]["hash"]
-            if given is not None and given != own:
-                raise IndexFormatError(
-                    f"{what} {given}",
-                    expected=f"{own} ({self.manifest[what]['name']}), with which {self.folder} was built",
-                    do=f"pass that {what}, or build an index with this one",
-                )
+        if model is not None and not model.matches(self.manifest["model"]["hash"]):
+            raise self._other("model", model.fingerprint())
+        if sae_hash is not None and sae_hash != self.manifest["sae"]["hash"]:
+            raise self._other("sae", sae_hash)
+
+    def _other(self, what: str, given: str) -> IndexFormatError:
+        own = self.manifest[what]
+        return IndexFormatError(
+            f"{what} {given}",
+            expected=f"{own['hash']} ({own['name']}), with which {self.folder} was built",
+            do=f"pass that {what}, or build an index with this one",
+        )
 
     def _check_meaning(self) -> None:
         """Hold what the manifest says of the tables' content against it: a wrong count must not be a wrong number."""

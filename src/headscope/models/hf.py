@@ -1,8 +1,6 @@
 """A `transformers` causal language model: what it computes (`running.py`), and what its weights say."""
 
 import copy
-import hashlib
-import json
 from contextlib import suppress
 from functools import cached_property
 
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from headscope.errors import ModelError
 from headscope.models.attention import Attention, repeat_heads
+from headscope.models.fingerprint import earlier_fingerprints, fingerprint
 from headscope.models.running import Running, Stop
 from headscope.models.spec import Edit, ModelSpec, Restart, SiteEdit
 from headscope.site import Site
@@ -19,9 +18,7 @@ from headscope.site import Site
 __all__ = ["Attention", "Edit", "Model", "ModelSpec", "Restart", "SiteEdit"]
 
 _TOKEN_ROWS = 4096  # one-token sequences at a time
-
-# What a configuration says that does not decide what is computed.
-_NOT_COMPUTED = {"architectures", "dtype", "name_or_path", "torch_dtype", "transformers_version", "use_cache"}
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
 class Model(Running):
@@ -33,14 +30,25 @@ class Model(Running):
         return Model(copy.deepcopy(self.module, shared), self.tokenizer, self.bos, self.spec.name)
 
     def fingerprint(self) -> str:
-        """`sha256:<hex>` of all that decides what the model computes: its configuration, BOS, weights and buffers."""
-        config = {k: v for k, v in self.module.config.to_dict().items() if k not in _NOT_COMPUTED and k[0] != "_"}
-        digest = hashlib.sha256(json.dumps([config, self.bos], sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.module.state_dict().items()):
-            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(raw.numpy())
-        return f"sha256:{digest.hexdigest()}"
+        """`sha256:<hex>` of all that decides what the model computes: its settings, BOS and weights."""
+        return fingerprint(self.module, self.family, self.spec, self.bos)
+
+    def matches(self, known: str, dtype: str | None = None) -> bool:
+        """Whether a fingerprint that an artefact keeps is of this model.
+
+        Args:
+            known: as `fingerprint` has it, or as earlier versions of headscope had it.
+            dtype: the precision that the artefact's model was in, e.g. `bfloat16`; this model's own when not given.
+                Weights are rounded to a lower precision to be compared; in a higher one they cannot be.
+        """
+        own = self.module.dtype
+        stated = _DTYPES.get(dtype or "", own)
+        if torch.promote_types(stated, own) != own:
+            return False
+        rounded = None if stated == own else stated
+        return known == fingerprint(self.module, self.family, self.spec, self.bos, rounded) or known in (
+            earlier_fingerprints(self.module, self.bos, rounded)
+        )
 
     # ------------------------------------------------------------------------------------------------------- weights
     def W_O(self, layer: int) -> Float[Tensor, "z d_model"]:  # noqa: N802 - the field's name

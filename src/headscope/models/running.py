@@ -21,6 +21,7 @@ from headscope.models.attention import IMPLEMENTATION, Attention, repeat_heads
 from headscope.models.families import family_of
 from headscope.models.hooks import Hooks
 from headscope.models.norms import Norm
+from headscope.models.settings import check_settings
 from headscope.models.spec import Edit, ModelSpec, Restart, SiteEdit
 from headscope.models.tokens import TokenCheck
 from headscope.site import Kind, Site
@@ -39,9 +40,10 @@ class Running:
         """Take a loaded model; use `headscope.load_model` to load one.
 
         Raises:
-            ModelError: the family is not known, or there is no unembedding.
+            ModelError: the family is not known, a setting of it is not read here, or there is no unembedding.
         """
         self.family = family_of(module.config.model_type)
+        check_settings(module.config, name)
         self.module, self.tokenizer, self.bos = module.eval(), tokenizer, bos
         self.module.requires_grad_(False)
         unembedding = module.get_output_embeddings()

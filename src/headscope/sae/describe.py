@@ -119,7 +119,7 @@ def fit(sae: SAE, model: Model) -> Fit:
     lines = [("fit", f"yes: {sae.site.hook_name} of {model.spec.name} has {sae.d_in} components")]
     known = sae.metadata.get("model_hash")
     if known is not None:
-        same = known == model.fingerprint()
+        same = model.matches(known, sae.metadata.get("dtype"))
         lines.append(("same weights", "yes" if same else "no: the SAE was trained on others, or in another dtype"))
     if sae.processed:
         how = "the constant part of z joins its biases" if sae.site.kind == "z" else "its encoder is centred"

@@ -48,7 +48,7 @@ def predictions(
         ProxyError: a proxy that cannot be evaluated, or no such token.
         StudyError: no token, or fewer than one example.
     """
-    index.check_same(model_hash=model.fingerprint())
+    index.check_same(model=model)
     chosen = [index.feature(latent).logit_top[0][0]] if tokens is None else tokens
     ids = np.unique(vocabulary_of(index).ids(chosen))
     if not len(ids) or n_examples < 1:

@@ -1,0 +1,86 @@
+"""Which model it is: a hash of all that decides what it computes, the same under every version of `transformers`.
+
+Weights are hashed by the part that they play (`block.3.self_attn.v_proj.weight`, `unembedding.weight`), settings by
+their meaning (`settings.py`). What a version of `transformers` calls a module, what a configuration says of generation
+or training, and the parts of a model that text never reaches play no role.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from headscope.models.families import Family
+from headscope.models.settings import computed
+from headscope.models.spec import ModelSpec
+
+_NOT_HASHED_EARLIER = {"architectures", "dtype", "name_or_path", "torch_dtype", "transformers_version", "use_cache"}
+_RENAMED = {"lm_head.weight": "embed_out.weight", "embed_out.weight": "lm_head.weight"}
+"""The unembedding of GPT-NeoX, in versions of `transformers` on either side of 5.14."""
+
+
+def fingerprint(
+    module: PreTrainedModel, family: Family, spec: ModelSpec, bos: int, dtype: torch.dtype | None = None
+) -> str:
+    """`sha256:<hex>` of a model's settings, BOS and weights; with a dtype, of its weights as rounded to it."""
+    digest = hashlib.sha256(_json([computed(module.config, spec), bos]))
+    hashed: dict[tuple[Any, ...], str] = {}  # tied weights are read once
+    for role, tensor in sorted(_by_role(module, family)):
+        key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if key not in hashed:
+            own = _rounded(tensor, dtype)
+            hashed[key] = f"{own.dtype} {hashlib.sha256(_bytes(own)).hexdigest()}"
+        digest.update(f"{role} {tuple(tensor.shape)} {hashed[key]}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def earlier_fingerprints(module: PreTrainedModel, bos: int, dtype: torch.dtype | None = None) -> Iterator[str]:
+    """Hashes that artefacts of earlier versions have of the same model: names and the whole configuration were in them.
+
+    Of what versions of `transformers` spell differently, each spelling is tried.
+    """
+    own = {k: v for k, v in module.config.to_dict().items() if k not in _NOT_HASHED_EARLIER and k[0] != "_"}
+    configs, renames = [own], [{}]
+    if module.config.model_type == "gpt_neox":
+        renames.append(_RENAMED)
+    if module.config.model_type == "gemma3_text":  # before 5.14
+        configs.append(own | {"rope_parameters": own["rope_parameters"] | {"rope_theta": None, "rope_type": "default"}})
+    state = module.state_dict(keep_vars=True)
+    for config in configs:
+        for names in renames:
+            digest = hashlib.sha256(_json([config, bos]))
+            for name, tensor in sorted((names.get(name, name), tensor) for name, tensor in state.items()):
+                rounded = _rounded(tensor, dtype)
+                digest.update(f"{name} {tuple(rounded.shape)} {rounded.dtype}\n".encode())
+                digest.update(_bytes(rounded))
+            yield f"sha256:{digest.hexdigest()}"
+
+
+def _by_role(module: PreTrainedModel, family: Family) -> Iterator[tuple[str, Tensor]]:
+    """Weights and persistent buffers that text reaches, by the part that they play."""
+    body = family.blocks.rpartition(".")[0]
+    roles = {family.blocks: "block", family.final_norm: "final_norm", body: "body"}
+    ends = {module.get_input_embeddings(): "embedding", module.get_output_embeddings(): "unembedding"}
+    roles |= {name: ends[part] for name, part in module.named_modules(remove_duplicate=False) if part in ends}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        owners = [path for path in roles if name.startswith(f"{path}.")]
+        if owners:
+            path = max(owners, key=len)
+            yield roles[path] + name[len(path) :], tensor
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A weight in another precision; buffers stay in theirs, as where a model is loaded."""
+    return tensor.to(dtype) if dtype is not None and isinstance(tensor, nn.Parameter) else tensor
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()
