@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -192,11 +191,9 @@ class _Work:
         written = [each.directions for each in stream.written.values()]  # [latent, d_model]
         weight = pattern / stream.scale[self.layer][row, :, 0]
         for number in range(len(self.of_z)):
-            by_part = einsum(pattern, along[:, :, number], "h n s, p s h -> n p s")
+            by_part = torch.einsum("hns,psh->nps", pattern, along[:, :, number])
             by_feature = [
-                einsum(
-                    weight[..., source], (directions @ self.read[number].T)[latent] * f[:, None], "h n p, p h -> n p"
-                )
+                torch.einsum("hnp,ph->np", weight[..., source], (directions @ self.read[number].T)[latent] * f[:, None])
                 for (source, latent, f), directions in zip(pairs, written, strict=True)
             ]
             if number:
@@ -205,7 +202,7 @@ class _Work:
                 continue
             self._keep_features(found, pairs, by_feature)
             found.by_part.append(by_part.cpu().numpy())
-            found.by_head.append(einsum(pattern.sum(1), along[:, :, 0], "h s, p s h -> p h").cpu().numpy())
+            found.by_head.append(torch.einsum("hs,psh->ph", pattern.sum(1), along[:, :, 0]).cpu().numpy())
             pre = self.sae.pre_activations(stream.attention[self.layer].z[row, query])[:, self.latent]
             total = by_part.sum((1, 2)) + sum(values.sum(1) for values in by_feature) + self.constant
             check_closes(pre, total, what="pre-activations", do="pass the model and SAEs that the index was built with")
@@ -235,7 +232,7 @@ class _Work:
             reached_in_all = []
             for row, query in enumerate(queries):
                 reached = top[row, :, query] @ stream.attention[l].pattern[row, head]  # [top head, token, source]
-                own[row].append(einsum(reached, along[row], "t n s, s t -> n s"))
+                own[row].append(torch.einsum("tns,st->ns", reached, along[row]))
                 reached_in_all.append(reached.sum(1))
             before = found.through.setdefault(part, {})
             for read, value in self._through(stream, torch.stack(reached_in_all), part, of_z).items():
@@ -253,11 +250,11 @@ class _Work:
         l, head = part.layer or 0, part.head or 0
         read = self.upstream.read_by(l, head, of_z)  # [top head, d_model]
         weight = reached / stream.scale[l][:, None, :, 0]
-        values = einsum(weight, stream.along(read, l), "b t s, p b s t -> p").tolist()
+        values = torch.einsum("bts,pbst->p", weight, stream.along(read, l)).tolist()
         found = dict(zip(stream.parts(l), values, strict=True))
         for site in (site for site in stream.written if site.layer < l):
             features = Part("features", site.layer, site=site.kind)
-            found[features] = einsum(weight, stream.vector(features) @ read.T, "b t s, b s t -> ").item()
+            found[features] = torch.einsum("bts,bst->", weight, stream.vector(features) @ read.T).item()
         return found
 
     # --------------------------------------------------------------------------------------------------------- records

@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -132,7 +131,7 @@ class PromptScores:
         self._q, self._k = model.queries_and_keys(self.stream.tokens[0], layer, vectors, self._scale)
         scores = Site("scores", layer)
         self.scores: Float[Tensor, "head query key"] = model.read(self.stream.tokens, [scores])[scores][0]
-        dots = einsum(self._q.sum(0), self._k.sum(0), "q h e, k h e -> h q k")
+        dots = torch.einsum("qhe,khe->hqk", self._q.sum(0), self._k.sum(0))
         seen = self.scores.isfinite()
         self._scaling = _slope(self.scores[seen], dots[seen])
         check_closes(self.scores, self._scaling * dots, what="scores", do=_REFUSED)
@@ -145,7 +144,7 @@ class PromptScores:
         """
         self._check(head=head, query=query)
         keys = self.scores[head, query].isfinite().nonzero()[:, 0]
-        pairs = einsum(self._q[:, query, head], self._k[:, keys, head], "a e, b k e -> a b k") * self._scaling
+        pairs = torch.einsum("ae,bke->abk", self._q[:, query, head], self._k[:, keys, head]) * self._scaling
         return ScoreSplit(
             layer=self.layer,
             head=head,
