@@ -126,6 +126,15 @@ def test_a_sample_is_weighted_and_rare_features_are_whole(live, found):
     assert least.sampled.tolist() == np.minimum(found.n, 1).tolist()
 
 
+def test_no_more_tokens_of_a_feature_are_looked_at_than_asked_for(live, found):
+    few = direct_effects(live, max_tokens=7)
+    assert few.most == 7
+    assert few.sampled.tolist() == np.minimum(found.n, 7).tolist()
+    assert few.n.tolist() == found.n.tolist()
+    densest = int(live.index.table()["n_active"].to_numpy().max())
+    assert direct_effects(live, max_tokens=densest).most is None
+
+
 def test_columns_come_back_with_null_where_there_is_no_number(live, found):
     write_effects(live, found)
     table, said = read_columns(live.index.folder, "effects")
@@ -173,3 +182,5 @@ def test_the_command_adds_columns_and_refuses_other_weights(random_model, random
 def test_a_limit_that_is_none_is_refused_before_anything_is_computed(max_work):
     with pytest.raises(StudyError, match="limit of"):
         direct_effects(None, max_work=max_work)
+    with pytest.raises(StudyError, match="at most 0 tokens"):
+        direct_effects(None, max_tokens=0)

@@ -241,6 +241,29 @@ def test_the_work_done_is_reported_to_its_end(model: Model, corpus: Corpus, rand
     assert calls[-1] == (2 * corpus.n_tokens, 2 * corpus.n_tokens)
 
 
+def test_losses_of_some_blocks_are_those_of_a_corpus_of_these_blocks(
+    model: Model, random_corpus: Callable[..., Corpus], random_sae: Callable[..., SAE]
+) -> None:
+    corpus, sae = random_corpus(model, n_blocks=9, block_size=14), random_sae(model)
+    calls: list[tuple[int, int]] = []
+    some = evaluate(model, sae, corpus, lambda *call: calls.append(call), loss_tokens=3 * 14)
+    chosen = [0, 3, 6]  # spread evenly
+    few = dataclasses.replace(
+        corpus, **{name: getattr(corpus, name)[chosen] for name in ("blocks", "document", "offset")}
+    )
+    alone, whole = evaluate(model, sae, few), evaluate(model, sae, corpus)
+    assert some.n_loss_tokens == alone.n_loss_tokens == (few.blocks[:, :-1] != model.bos).sum()
+    assert calls[-1] == (12 * 14, 12 * 14)
+    for name in ("clean", "sae", "c", "zero", "clean_bos", "sae_bos", "c_bos", "zero_bos"):  # the mean is of all blocks
+        assert_close(some.ce[name], alone.ce[name], rtol=1e-10, atol=0)
+    for name in ("loss_recovered", "ce_loss_score"):
+        assert_estimate(getattr(some, name), getattr(alone, name), rtol=1e-9, atol=1e-12)
+    for name in ("n_tokens", "n_blocks", "l0", "explained_variance", "dead", "density_histogram", "cosine"):
+        assert getattr(some, name) == getattr(whole, name)
+    assert evaluate(model, sae, corpus, loss_tokens=10**9) == whole
+    assert evaluate(model, sae, corpus, loss_tokens=1).n_loss_tokens == (corpus.blocks[0, :-1] != model.bos).sum()
+
+
 # ----------------------------------------------------------------------------------------------------------- identities
 def linear_sae(model: Model, site: Site, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> SAE:  # noqa: N803
     return SAE(W_enc, torch.zeros(W_enc.shape[1], dtype=torch.float64), W_dec, b_dec, ReLU(), site, model.spec.name)

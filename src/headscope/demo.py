@@ -1,4 +1,4 @@
-"""The whole job on the bundled model and the Python standard library: train, measure, index, and what to look at."""
+"""The whole pipeline on the bundled model and the standard library: train, evaluate, index, and run all studies."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,14 +8,21 @@ from typing import TYPE_CHECKING, Any
 from headscope import jobs
 from headscope.artefact import read_json
 from headscope.errors import OutputError
+from headscope.index.columns import studies
 from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Status
 
 if TYPE_CHECKING:
     from headscope.index.store import FeatureIndex
 
+MODEL, UPSTREAM_SAE = "tiny", "tiny-mlp0"
+"""The bundled model, and the bundled SAE of its first MLP, whose features the attribution tree names."""
 HELD_OUT_TOKENS = 1_010_000
-"""Tokens that the SAE is measured and indexed on."""
+"""Tokens that the SAE is evaluated and indexed on."""
+LOSS_TOKENS = 200_000
+"""Of these, tokens on which the model's losses are measured: intervals are then a few tenths of a percent wide."""
+STUDIES = {"proxies": jobs.proxies, "effects": jobs.effects, "induction": jobs.families, "heads": jobs.heads}
+"""What fills the tabs and pages of an index, by the name of the columns that each adds to it."""
 _HEAD_SHARE = 0.6
 
 
@@ -66,38 +73,42 @@ def run(
     on_progress: jobs.Progress | None = None,
     say: Callable[[str], None] = lambda _line: None,
 ) -> DemoResult:
-    """Train an SAE on z of the last layer of `tiny`, measure it, index it; what is finished is not done again.
+    """Train an SAE on z of the last layer of `tiny`, evaluate it, index it and run every study; resumes an earlier run.
 
     Args:
         out: gets `sae/` and `index/`.
         quick: few tokens, to see that everything works.
         overwrite: start again, replacing what an earlier run left.
         on_step: called with the status of every training step.
-        on_progress: called as the other work goes on.
-        say: called with a line now and then.
+        on_progress: called with the progress of every other stage.
+        say: called with messages, a line each.
 
     Raises:
         HeadscopeError: any of its kinds.
-        KeyboardInterrupt: Ctrl-C; what was trained is kept.
+        KeyboardInterrupt: Ctrl-C; what is finished is kept, and the next run resumes.
     """
     sae, index = out / "sae", out / "index"
     config = TrainConfig(tokens=400_000, d_sae=512, buffer=65_536) if quick else TrainConfig()
     held_out = jobs.CorpusChoice(max_tokens=100_000 if quick else HELD_OUT_TOKENS)
+    fresh = overwrite or not (index / "manifest.json").is_file()
     if not overwrite and (sae / "cfg.json").is_file():
         _check_recipe(sae, config)
         say(f"found a trained SAE in {sae} (--overwrite starts again)")
     elif jobs.train(sae, config=config, overwrite=overwrite, on_step=on_step, on_progress=on_progress).interrupted:
-        say(f"what was trained is in {sae}; the same command goes on with it, --overwrite starts again")
+        say(f"training so far is saved in {sae}; the same command resumes, --overwrite starts again")
         raise KeyboardInterrupt
-    if overwrite or not (index / "manifest.json").is_file():
+    if fresh:
         if not (sae / "quality.json").is_file():
-            jobs.eval(sae, text=held_out, on_progress=on_progress)
+            jobs.eval(sae, text=held_out, loss_tokens=LOSS_TOKENS, on_progress=on_progress)
         jobs.index([sae], index, text=held_out, overwrite=overwrite, on_progress=on_progress)
+    for study, run_study in STUDIES.items():
+        if study not in studies(index):
+            run_study(index, on_progress=on_progress)
     return _result(sae, index)
 
 
 def _check_recipe(sae: Path, config: TrainConfig) -> None:
-    """Refuse to go on with an SAE that this demo would not have trained."""
+    """Refuse to resume with an SAE that this demo would not have trained."""
     metadata = read_json(sae / "cfg.json").get("metadata", {})
     if metadata.get("training", {}).get("config") != config.as_dict():
         raise OutputError(

@@ -14,10 +14,10 @@ from headscope.report import run as report
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Train, measure, index and serve, on the bundled model and the Python standard library: no network."""
+    """Train, evaluate, index, run every study and serve, on the bundled model and the standard library: no network."""
 
     out: Path | None = None
-    """Folder for the SAE and the index; `runs/demo`, or `runs/demo-quick`, when not given. What is there is kept."""
+    """Folder for the SAE and the index; default `runs/demo`, or `runs/demo-quick`. What it holds is kept."""
     quick: bool = False
     """A small run that shows that everything works; its figures mean little."""
     serve: bool = True
@@ -43,7 +43,7 @@ class Demo:
         for line in result.lines():
             display.say(line)
         if self.serve:
-            jobs.serve(result.index, port=self.port)
+            jobs.serve(result.index, model=demo.MODEL, upstream_saes=(demo.UPSTREAM_SAE,), port=self.port)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,8 +99,10 @@ class Effects(OnDevice):
     """The model; the one the index names when not given. Its weights must be those the index was built with."""
     sae: str | None = None
     """The SAE, likewise."""
+    max_tokens: int = 2_000
+    """Active tokens looked at of each feature, at most."""
     max_work: float = 1e11
-    """Active tokens times vocabulary, beyond which features with many active tokens are sampled."""
+    """Active tokens of all features times vocabulary, at most; with a large vocabulary fewer are looked at."""
 
     def run(self) -> None:
         """Measure with a progress bar."""
@@ -109,6 +111,7 @@ class Effects(OnDevice):
                 self.index,
                 model=self.model,
                 sae=self.sae,
+                max_tokens=self.max_tokens,
                 max_work=self.max_work,
                 device=self.device,
                 on_progress=display.on_progress,

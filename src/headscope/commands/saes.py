@@ -22,13 +22,20 @@ class Eval:
     model: str | None = None
     """The model; the one the SAE names when not given."""
     text: Annotated[jobs.CorpusChoice, FLAT] = field(default_factory=jobs.CorpusChoice)
+    loss_tokens: int | None = None
+    """Measure losses, most of the work, on about this many tokens spread over the text; on all when not given."""
     hardware: Annotated[jobs.Hardware, FLAT] = field(default_factory=jobs.Hardware)
 
     def run(self) -> None:
         """Measure and print."""
         with Display() as display:
             quality = jobs.eval(
-                self.sae, model=self.model, text=self.text, hardware=self.hardware, on_progress=display.on_progress
+                self.sae,
+                model=self.model,
+                text=self.text,
+                hardware=self.hardware,
+                loss_tokens=self.loss_tokens,
+                on_progress=display.on_progress,
             )
         display.print_quality(quality.as_dict(), self.text.split)
 

@@ -145,6 +145,7 @@ def effects(
     *,
     model: str | None = None,
     sae: str | Path | None = None,
+    max_tokens: int = 2_000,
     max_work: float = 1e11,
     device: str = "cpu",
     on_progress: Progress | None = None,
@@ -158,7 +159,7 @@ def effects(
 
     opened = live(index, model=model, sae=sae, device=device)
     on_pairs = None if on_progress is None else lambda done, total: on_progress("effects", done, total)
-    found = direct_effects(opened, max_work=max_work, on_progress=on_pairs)
+    found = direct_effects(opened, max_tokens=max_tokens, max_work=max_work, on_progress=on_pairs)
     write_effects(opened, found)
     return found
 

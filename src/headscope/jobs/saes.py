@@ -24,9 +24,12 @@ def eval(
     model: str | None = None,
     text: CorpusChoice | None = None,
     hardware: Hardware | None = None,
+    loss_tokens: int | None = None,
     on_progress: Progress | None = None,
 ) -> "Quality":
-    """Measure an SAE on held-out text; beside files of the user's own `quality.json` is written.
+    """Measure an SAE on held-out text, and write `quality.json` beside it unless it is bundled or on the hub.
+
+    `loss_tokens` limits the tokens on which the model's losses are measured; see `headscope.sae.quality.evaluate`.
 
     Raises:
         HeadscopeError: any of its kinds.
@@ -38,7 +41,7 @@ def eval(
     loaded = (hardware or Hardware()).load(model or loaded_sae.model_name)
     corpus = (text or CorpusChoice()).load(loaded, on_progress)
     on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
-    return measure(sae, fitted(loaded_sae, loaded), loaded, corpus, on_tokens)
+    return measure(sae, fitted(loaded_sae, loaded), loaded, corpus, on_tokens, loss_tokens=loss_tokens)
 
 
 def measure(
@@ -47,12 +50,14 @@ def measure(
     model: "Model",
     corpus: Corpus,
     on_tokens: Callable[[int, int], None] | None = None,
+    *,
+    loss_tokens: int | None = None,
 ) -> "Quality":
     """As `eval`, of an SAE, a model and text that are loaded; `name` is what the SAE was loaded from."""
     from headscope.sae.formats import locate
     from headscope.sae.quality import evaluate
 
-    files, quality = locate(name), evaluate(model, sae, corpus, on_tokens)
+    files, quality = locate(name), evaluate(model, sae, corpus, on_tokens, loss_tokens=loss_tokens)
     record = {"sae_hash": file_hash(files.weights), "corpus": corpus.fingerprint(), "quality": quality.as_dict()}
     if files.own:
         try:

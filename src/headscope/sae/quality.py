@@ -41,6 +41,8 @@ class Quality:
     n_tokens: int
     """Tokens read, BOS excluded."""
     n_blocks: int
+    n_loss_tokens: int
+    """Predicting tokens that the losses are averaged over, BOS excluded."""
     l0: Estimate
     l0_with_bos: float
     loss_recovered: Estimate
@@ -88,21 +90,34 @@ class _Reconstruction:
     fired: Int[np.ndarray, " d_sae"]
 
 
-def evaluate(model: Model, sae: SAE, corpus: Corpus, on_tokens: Callable[[int, int], None] | None = None) -> Quality:
-    """Measure an SAE on a corpus: two passes, one over its activations and one over the model's losses.
+def evaluate(
+    model: Model,
+    sae: SAE,
+    corpus: Corpus,
+    on_tokens: Callable[[int, int], None] | None = None,
+    *,
+    loss_tokens: int | None = None,
+) -> Quality:
+    """Measure an SAE on a corpus: one pass over its activations, and one over the model's losses.
+
+    The second pass runs the end of the model five times for each token, which is most of the work. `loss_tokens` limits
+    it; the intervals say what that costs.
 
     Args:
         model: the model it was trained on.
         sae: the SAE.
         corpus: documents it was not trained on.
         on_tokens: called with (tokens done, tokens in all) over both passes.
+        loss_tokens: measure losses on blocks of about this many tokens in all, spread evenly over the corpus; on all
+            blocks if None.
 
     Raises:
         CorpusError, ModelError, SAEError: the three do not fit one another.
     """
     check_fits(sae, model)
     sae = sae.to(model.device)
-    done, total = 0, 2 * corpus.n_tokens
+    loss_blocks = _spread(len(corpus.blocks), corpus.block_size, loss_tokens)
+    done, total = 0, corpus.n_tokens + len(loss_blocks) * corpus.block_size
 
     def advance(n: int) -> None:
         nonlocal done
@@ -112,8 +127,14 @@ def evaluate(model: Model, sae: SAE, corpus: Corpus, on_tokens: Callable[[int, i
 
     r = _measure_reconstruction(model, sae, corpus, advance)
     mean = torch.from_numpy((r.total.sum(0) / r.n.sum()).astype(np.float32)).to(model.device)
-    losses = _measure_losses(model, sae, corpus, mean, advance)
+    losses = _measure_losses(model, sae, corpus, loss_blocks, mean, advance)
     return _summary(corpus, sae, r, losses)
+
+
+def _spread(n_blocks: int, block_size: int, tokens: int | None) -> Int[np.ndarray, " block"]:
+    """Block numbers, evenly spaced, that hold about so many tokens: at least one, at most all."""
+    n = n_blocks if tokens is None else min(n_blocks, max(1, round(tokens / block_size)))
+    return np.arange(n) * n_blocks // max(1, n)
 
 
 def _measure_reconstruction(model: Model, sae: SAE, corpus: Corpus, advance: Callable[[int], None]) -> _Reconstruction:
@@ -150,16 +171,22 @@ def _measure_reconstruction(model: Model, sae: SAE, corpus: Corpus, advance: Cal
 
 
 def _measure_losses(
-    model: Model, sae: SAE, corpus: Corpus, mean: Float[Tensor, " d"], advance: Callable[[int], None]
+    model: Model,
+    sae: SAE,
+    corpus: Corpus,
+    blocks: Int[np.ndarray, " block"],
+    mean: Float[Tensor, " d"],
+    advance: Callable[[int], None],
 ) -> dict[str, Float[np.ndarray, " block"]]:
-    """Summed loss of each block by condition; `n` and `n_bos` are the numbers of positions summed."""
+    """Summed loss of each of some blocks by condition; `n` and `n_bos` are the numbers of positions summed."""
     offset = model.value_offset(sae.site.layer) if sae.site.kind == "z" else torch.zeros_like(mean)
     sums: dict[str, np.ndarray] = {}
 
     def add(name: str, numbers: np.ndarray, values: Tensor) -> None:
-        sums.setdefault(name, np.zeros(len(corpus.blocks)))[numbers] = values.double().sum(1).cpu().numpy()
+        place = np.searchsorted(blocks, numbers)
+        sums.setdefault(name, np.zeros(len(blocks)))[place] = values.double().sum(1).cpu().numpy()
 
-    for numbers, tokens in token_batches(corpus, model.device):
+    for numbers, tokens in token_batches(corpus, model.device, blocks):
         text, real = is_text(model, tokens), _not_padding(corpus, numbers, model.device)
         counted = text[:, :-1] & real[:, 1:]  # of which the next token is predicted
         add("n", numbers, counted)
@@ -227,6 +254,7 @@ def _summary(corpus: Corpus, sae: SAE, r: _Reconstruction, losses: dict[str, Flo
         site=sae.site.kind,
         n_tokens=int(n),
         n_blocks=len(corpus.blocks),
+        n_loss_tokens=int(losses["n"].sum()),
         l0=bootstrap_ratio(r.l0, r.n),
         l0_with_bos=r.l0_bos,
         loss_recovered=recovered("c_bos", "sae_bos"),

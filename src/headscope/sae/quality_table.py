@@ -18,6 +18,7 @@ def quality_rows(q: dict[str, Any]) -> list[Row]:
     """The rows of `Quality.as_dict()`, beside the post's figures for gelu-2l layer 1 (Kissane et al., 2024)."""
     n, ce = f"{q['n_tokens']:,} tokens", q["ce"]
     site = q.get("site", "z")  # files written before sites were named in them are of z
+    predicting = f"{q['n_loss_tokens']:,} predicting tokens" if "n_loss_tokens" in q else "all tokens"  # an older file
     c = "the constant c" if site == "z" else "c, which is zero at all sites but z"
     return [
         Row("L0", _plain(q["l0"]), "12", f"active latents per token, {n} without BOS"),
@@ -26,7 +27,8 @@ def quality_rows(q: dict[str, Any]) -> list[Row]:
             "loss_recovered",
             _percent(q["loss_recovered"]),
             "87 %",
-            f"(CE_c - CE_sae) / (CE_c - CE_clean); {site} set to {c}, BOS included (the post's)",
+            f"(CE_c - CE_sae) / (CE_c - CE_clean); {site} set to {c}, BOS included (the post's); "
+            f"losses of {predicting}",
         ),
         Row(
             "ce_loss_score",
@@ -46,7 +48,12 @@ def quality_rows(q: dict[str, Any]) -> list[Row]:
             "",
             "(CE_c - CE_mean) / (CE_c - CE_clean): what one constant recovers without any SAE",
         ),
-        Row("CE clean / SAE", f"{ce['clean']:.4f} / {ce['sae']:.4f}", "", "nats a token, without BOS positions"),
+        Row(
+            "CE clean / SAE",
+            f"{ce['clean']:.4f} / {ce['sae']:.4f}",
+            "",
+            f"mean over {predicting}, nats; without BOS positions",
+        ),
         Row(
             "CE zero / mean / c",
             f"{ce['zero']:.4f} / {ce['mean']:.4f} / {ce['c']:.4f}",

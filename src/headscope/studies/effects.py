@@ -1,8 +1,8 @@
 """The exact direct-path effect of every live feature of an index on the loss, as columns of the index.
 
 The model is run once over the text, for its final residual streams; each active pair then takes one operation of the
-vocabulary's size (`studies.direct_path`). All pairs are computed while pairs * vocabulary stays below a limit; beyond
-it, features with more active tokens than a common number are sampled evenly, and what is found is weighted by n.
+vocabulary's size (`studies.direct_path`). Features with many active tokens are sampled evenly, each at most
+`max_tokens` of them and fewer where all pairs times the vocabulary would pass `max_work`; totals are scaled up to n.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,9 @@ from headscope.studies.direct_path import Pairs, direct_loss_changes
 
 STUDY = "effects"
 MAX_WORK = 1e11
-"""Pairs times vocabulary, beyond which dense features are sampled."""
+"""Pairs times vocabulary, at most."""
+MAX_TOKENS = 2_000
+"""Active tokens of each feature, at most: a mean over so many is known to about 2 % of its standard deviation."""
 N_NULL = 32
 """Tokens of each feature at which a random direction is taken instead."""
 N_SAMPLES = 500
@@ -96,7 +98,12 @@ class DirectEffects:
 
 
 def direct_effects(
-    live: LiveIndex, *, max_work: float = MAX_WORK, seed: int = 0, on_progress: Progress | None = None
+    live: LiveIndex,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    max_work: float = MAX_WORK,
+    seed: int = 0,
+    on_progress: Progress | None = None,
 ) -> DirectEffects:
     """The exact direct-path loss effect of every live feature over the index.
 
@@ -105,13 +112,16 @@ def direct_effects(
 
     Args:
         live: the index with its model and SAE.
-        max_work: pairs times vocabulary; when all pairs are more, features with many active tokens are sampled.
-        seed: of the draws.
+        max_tokens: active tokens looked at of each feature, at most.
+        max_work: pairs times vocabulary, at most: with a large vocabulary, fewer tokens of each feature are looked at.
+        seed: of the random samples.
         on_progress: called as pairs are done.
 
     Raises:
-        StudyError: `max_work` is not above 0, or without end.
+        StudyError: `max_work` is not above 0, or infinite; `max_tokens` is below 1.
     """
+    if max_tokens < 1:
+        raise StudyError(f"at most {max_tokens} tokens of a feature", expected="1 or more", do="raise max_tokens")
     if not 0 < max_work < np.inf:
         raise StudyError(
             f"a limit of {max_work:g} tokens times vocabulary", expected="a number above 0", do="1e11 is some minutes"
@@ -121,7 +131,7 @@ def direct_effects(
     counted = text.counted.reshape(-1)
     known = index.sql("SELECT n_active, logit_top_tokens[1] AS top FROM features ORDER BY latent")
     n_active, top = known["n_active"].to_numpy(), known["top"].to_numpy()
-    most = _most(n_active, max_work / live.model.spec.d_vocab)
+    most = _most(n_active, max_tokens, max_work / live.model.spec.d_vocab)
     found = [ActiveTokens.of(index, counted, j, most=most, seed=seed) for j in range(index.n_latents)]
     sampled = np.array([len(active.position) for active in found])
     nulls = [
@@ -155,11 +165,12 @@ def write_effects(live: LiveIndex, effects: DirectEffects) -> None:
     add_columns(live.index, STUDY, effects.table(), effects.provenance())
 
 
-def _most(n_active: Int[np.ndarray, " latent"], budget: float) -> int | None:
-    """The number of tokens of each latent at most that keeps them all together in the budget; None if all fit."""
-    if n_active.sum() <= budget:
+def _most(n_active: Int[np.ndarray, " latent"], max_tokens: int, budget: float) -> int | None:
+    """The largest number of tokens of each latent that keeps them all together in the budget; None if none is cut."""
+    densest = int(n_active.max(initial=0))
+    if densest <= max_tokens and n_active.sum() <= budget:
         return None
-    low, high = 1, int(n_active.max())  # one token of each is always looked at
+    low, high = 1, min(max_tokens, densest)  # one token of each is always looked at
     while low < high:
         middle = (low + high + 1) // 2
         fits = np.minimum(n_active, middle).sum() <= budget
