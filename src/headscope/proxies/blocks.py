@@ -123,3 +123,14 @@ class Blocks:
     vocabulary: Vocabulary
     documents: Sequence[str]
     """Names of the documents of the corpus."""
+
+    @cached_property
+    def stopped(self) -> Int[np.ndarray, "block position"]:
+        """The last stop of the vocabulary, or special token, up to each position of a block; -1 if there is none."""
+        return self.last(self.vocabulary.stops)
+
+    def last(self, stops: Bool[np.ndarray, " vocabulary"]) -> Int[np.ndarray, "block position"]:
+        """The last of some tokens, or of special ones, up to each position of a block; -1 if there is none."""
+        is_stop = stops[self.tokens] | ~self.text
+        positions = np.where(is_stop, np.arange(self.tokens.shape[1], dtype=np.int32), np.int32(-1))
+        return np.maximum.accumulate(positions, axis=1)

@@ -14,7 +14,6 @@ from headscope.proxies.matching import check_pattern, match_tokens, matches
 
 Stop = Literal["punctuation"] | tuple[Token, ...]
 
-_NEVER = -(1 << 30)
 _PART = 1 << 15  # positions looked at together where tables grow with what stands in them
 
 
@@ -69,16 +68,21 @@ class WithinAfter(Proxy):
         return f"within_after({_list(self.tokens)}, n={self.n}{stop})"
 
     def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
-        vocabulary = blocks.vocabulary
-        stops = vocabulary.stops if self.stop == "punctuation" else vocabulary.table(self.stop)
-        triggers = vocabulary.table(self.tokens)[blocks.tokens]
-        found = np.zeros(triggers.shape, dtype=bool)
-        rows = np.flatnonzero(triggers.any(1))
-        latest = _latest_before(triggers[rows])
-        stopped = _latest(stops[blocks.tokens[rows]] | ~blocks.text[rows])
-        near = np.arange(triggers.shape[1]) - latest <= self.n
-        found[rows] = near & (latest >= 0) & (stopped <= latest)
-        return found
+        size = blocks.tokens.shape[1]
+        is_trigger = blocks.vocabulary.table(self.tokens)
+        if self.stop == "punctuation":
+            stopped = blocks.stopped.ravel()
+        else:
+            stopped = blocks.last(blocks.vocabulary.table(self.stop)).ravel()
+        found = np.zeros(blocks.tokens.size, dtype=bool)
+        trigger = np.flatnonzero(is_trigger[blocks.tokens])
+        position = (trigger % size).astype(np.int32)
+        for step in range(1, min(self.n, size - 1) + 1):  # what a stop has ended goes on nowhere
+            open_ = position < size - step
+            open_[open_] = stopped[trigger[open_] + step] <= position[open_]
+            trigger, position = trigger[open_], position[open_]
+            found[trigger + step] = True
+        return found.reshape(-1, size)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ class AfterAny(Proxy):
         return f"after_any({_list(self.tokens)})"
 
     def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
-        return moved(np.logical_or.accumulate(blocks.vocabulary.table(self.tokens)[blocks.tokens], axis=1), 1)
+        is_there = blocks.vocabulary.table(self.tokens)[blocks.tokens]
+        first = np.where(is_there.any(1), is_there.argmax(1), is_there.shape[1])
+        return np.arange(is_there.shape[1]) > first[:, None]
 
 
 @dataclass(frozen=True)
@@ -318,19 +324,6 @@ def document_regex(pattern: str) -> DocumentRegex:
 
 
 # ----------------------------------------------------------------------------------------------------------- inside
-def _latest(true: Bool[np.ndarray, "block position"]) -> Int[np.ndarray, "block position"]:
-    """The last position up to each at which it is true; far below 0 if there is none."""
-    positions = np.where(true, np.arange(true.shape[1], dtype=np.int32), np.int32(_NEVER))
-    return np.maximum.accumulate(positions, axis=1)
-
-
-def _latest_before(true: Bool[np.ndarray, "block position"]) -> Int[np.ndarray, "block position"]:
-    """The same, before each position."""
-    found = np.full(true.shape, _NEVER, dtype=np.int32)
-    found[:, 1:] = _latest(true)[:, :-1]
-    return found
-
-
 def _follows(
     tokens: Int[np.ndarray, "block position"],
     is_target: Bool[np.ndarray, " vocabulary"],
