@@ -226,6 +226,18 @@ def test_the_table_shows_the_main_columns_of_studies(index: FeatureIndex, tmp_pa
     assert found == {"kind": None, "auc": 0.5, "recall": 0.25}
 
 
+def test_the_list_opens_on_the_largest_effects_where_a_study_has_measured_them(
+    index: FeatureIndex, tmp_path: Path
+) -> None:
+    copy = FeatureIndex.open(shutil.copytree(index.folder, tmp_path / "copy"))
+    assert IndexCards(copy).table()["sort"] == "-n_active"
+    table = pa.table({"latent": pa.array(range(N_LATENTS), pa.int32()), "importance": [0.5] * N_LATENTS})
+    add_columns(copy, "effects", table, {"settings": {}, "definitions": {"importance": "-"}, "n": 1})
+    shown = strict(IndexCards(copy).table())
+    assert shown["sort"] == "-effects.importance"
+    assert {c["name"] for c in shown["columns"] if c["listed"]} >= {"effects.importance"}
+
+
 def test_proxies_that_a_search_found_come_first(index: FeatureIndex, tmp_path: Path) -> None:
     copy = FeatureIndex.open(shutil.copytree(index.folder, tmp_path / "copy"))
     found = {

@@ -82,7 +82,10 @@ def test_the_table_lists_live_features_and_the_quality_of_the_sae(page: Page, ad
     page.goto(address)
     expect(page.locator("[data-count] b")).to_have_text("192")
     expect(page.locator("[data-count]")).to_contain_text("8 dead hidden")
-    assert shown_ids(page, 8) == [0, 1, 2, 3, 4, 5, 6, 8]
+    n_active = SOURCE.rows["n_active"]
+    most = sorted(range(200), key=lambda latent: (-n_active[latent], latent))
+    assert shown_ids(page, 8) == most[:8], "the most active first, where no study has measured effects"
+    expect(page.locator("[role=columnheader][aria-sort=descending]")).to_have_text("tokens")
     quality = page.locator("[data-quality] tr").all_inner_texts()
     assert quality[0].split() == ["here", "post"]
     assert quality[2].split() == ["loss_recovered", "91.0", "%", "[90.5,", "91.4]", "87", "%"]
@@ -92,7 +95,7 @@ def test_the_table_lists_live_features_and_the_quality_of_the_sae(page: Page, ad
 
 
 def test_only_rows_in_sight_are_in_the_page(page: Page, address: str) -> None:
-    page.goto(address)
+    page.goto(f"{address}/#sort=latent")
     expect(page.locator("[data-table] a.row").first).to_be_visible()
     assert page.locator("[data-table] a.row").count() < 60
     page.locator("[data-table]").evaluate("view => { view.scrollTop = view.scrollHeight; }")
@@ -114,7 +117,7 @@ def test_a_column_sorts_both_ways_and_blanks_come_last(page: Page, address: str)
 
 def test_filters_narrow_the_table_and_clear(page: Page, address: str) -> None:
     rows = SOURCE.rows
-    page.goto(address)
+    page.goto(f"{address}/#sort=latent")
     page.select_option("[data-filter=in]", "1.6")
     page.fill("[data-filter=share]", "70")
     expected = [i for i in range(200) if rows["top_head"][i] == "1.6" and rows["top_head_share"][i] >= 0.7]
@@ -130,7 +133,7 @@ def test_filters_narrow_the_table_and_clear(page: Page, address: str) -> None:
 
 
 def test_search_finds_tokens_and_numbers(page: Page, address: str) -> None:
-    page.goto(address)
+    page.goto(f"{address}/#sort=latent")
     expect(page.locator("[data-table] a.row").first).to_be_visible()
     page.keyboard.press("/")
     page.keyboard.type("onerror")
@@ -164,7 +167,7 @@ def test_search_for_an_exact_token(page: Page, address: str) -> None:
 
 
 def test_the_cursor_moves_and_opens(page: Page, address: str) -> None:
-    page.goto(address)
+    page.goto(f"{address}/#sort=latent")
     expect(page.locator("a.row.cursor[data-latent='0']")).to_be_visible()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("j")
@@ -662,14 +665,14 @@ def test_the_file_opens_with_the_network_refused(page: Page, exported: str) -> N
             route.abort()
 
     page.route("**/*", refuse)
-    page.goto(exported)
+    page.goto(f"{exported}#/?sort=latent")
     expect(page.locator("[data-count] b")).to_have_text("68")
     expect(page.locator(".facts")).to_contain_text("71 of its features in this file")
     page.click("a.row[data-latent='18']")
     card(page, 18)
     expect(page.locator("[data-group=top] .example")).to_have_count(12)
     expect(page.locator("[data-tab]")).to_have_count(4)  # no deep-dive tabs: nothing computes them here
-    assert page.url.endswith("#/f/18")
+    assert page.url.endswith("#/f/18?sort=latent")
     page.keyboard.press("j")
     card(page, 19)
     page.keyboard.press("w")
@@ -679,7 +682,7 @@ def test_the_file_opens_with_the_network_refused(page: Page, exported: str) -> N
     card(page, 18)
     page.keyboard.press("o")
     expect(page.locator("[data-scatter][data-points='68']")).to_be_visible()
-    assert page.url.endswith("#/dashboard")
+    assert page.url.endswith("#/dashboard?sort=latent")
     assert [url for url in asked if not re.match(r"file:|data:|blob:", url)] == []
     assert len([url for url in asked if url.startswith("file:")]) == 1
 
@@ -721,7 +724,7 @@ def test_a_folder_opens_on_any_static_host(page: Page, tmp_path: Path) -> None:
         threading.Thread(target=host.serve_forever, daemon=True).start()
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url.rsplit("/", 1)[-1]))
-        page.goto(f"http://127.0.0.1:{host.server_port}/#/f/66?ex=top.3&w=16")
+        page.goto(f"http://127.0.0.1:{host.server_port}/#/f/66?ex=top.3&w=16&sort=latent")
         card(page, 66)
         expect(page.locator("[data-ex='top.3'].current .tok.dst")).to_be_visible()
         assert asked[1:] == ["core.json.gz", "1.json.gz"], "one pack of features, not both"
@@ -747,7 +750,7 @@ def test_the_dashboard_shows_the_sae_and_the_null(page: Page, address: str) -> N
 
 
 def test_a_rectangle_filters_the_list(page: Page, address: str) -> None:
-    page.goto(f"{address}/dashboard?lx=0&x=maximum")
+    page.goto(f"{address}/dashboard?lx=0&x=maximum#sort=latent")
     expect(page.locator("[data-scatter][data-points='192']")).to_be_visible()
     box = page.locator("[data-scatter]").bounding_box()
     assert box is not None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MODEL, UPSTREAM_SAE = "tiny", "tiny-mlp0"
 """The bundled model, and the bundled SAE of its first MLP, whose features the attribution tree names."""
-HELD_OUT_TOKENS = 1_010_000
+HELD_OUT_TOKENS = 510_000
 """Tokens that the SAE is evaluated and indexed on."""
 LOSS_TOKENS = 200_000
 """Of these, tokens on which the model's losses are measured: intervals are then a few tenths of a percent wide."""

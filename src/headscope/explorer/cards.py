@@ -89,7 +89,8 @@ class IndexCards:
         columns = [column | {"definition": column["definition"] or words[column["name"]]} for column in _COLUMNS]
         added = self._study_columns(table)
         listed, others = [[c for c in added if c["listed"] == yes] for yes in (True, False)]
-        return {"columns": [*columns[:1], *listed, *columns[1:], *others], "rows": rows}
+        sort = next(name for name in _SORTS if name in rows)
+        return {"columns": [*columns[:1], *listed, *columns[1:], *others], "rows": rows, "sort": f"-{sort}"}
 
     def _study_columns(self, table: pa.Table) -> list[Json]:
         """What studies added, as far as the list and the dashboard's axes show it, in the words of the study."""
@@ -254,10 +255,13 @@ _STUDY_COLUMNS = {
     "proxies.precision": ("proxy precision", "percent", False),
     "proxies.recall": ("proxy recall", "percent", False),
     "proxies.pearson": ("proxy Pearson", "float", False),
-    "effects.importance": ("loss effect", "float", False),
+    "effects.importance": ("loss effect", "float", True),
     "effects.top_share": ("effect on top logit", "percent", False),
 }
 """Columns of studies in the table: label, kind and whether the list shows them; a card shows all of them."""
+
+_SORTS = ("effects.importance", "n_active")
+"""What the list is sorted by at first, largest on top: the first of these that the index has."""
 
 _COLUMNS = [
     _column("latent", "id", "int", "index of the dictionary entry"),

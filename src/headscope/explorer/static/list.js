@@ -17,8 +17,8 @@ export class FeatureList {
   #sortKeys = {};
 
   /** @param {import("./types").Table} table @param {import("./vocab.js").Vocab} vocab */
-  constructor({ columns, rows }, vocab) {
-    Object.assign(this, { columns, rows, vocab, size: rows.latent.length });
+  constructor({ columns, rows, sort }, vocab) {
+    Object.assign(this, { columns, rows, vocab, defaultSort: sort, size: rows.latent.length });
     this.rowOf = new Map(rows.latent.map((latent, row) => [latent, row]));
     this.heads = [...new Set(rows.top_head.filter(Boolean))].sort(natural.compare);
   }
@@ -48,7 +48,7 @@ export class FeatureList {
       order.push(row);
       for (const name of by) hits[name] = (hits[name] ?? 0) + 1;
     }
-    this.#sort(order, list.sort);
+    this.#sort(order, this.sortOf(list));
     return { order, hits, hidden };
   }
 
@@ -83,6 +83,11 @@ export class FeatureList {
     };
     const names = field ? [field] : Object.keys(tests);
     return (row) => names.filter((name) => tests[name](row));
+  }
+
+  /** How a listing is sorted: as it says, or as the table is at first. @param {import("./types").Listing} list */
+  sortOf(list) {
+    return list.sort || this.defaultSort;
   }
 
   #sort(order, sort) {

@@ -6,7 +6,7 @@ const QUEUE = { s: "", n: "", who: "", blind: "" };
 const FAMILY = { t: "", head: "", sort: "-score", show: "", q: "" };
 const GRID = { score: "", by: "" };
 const PROMPT = { prompt: "", packed: "", block: "", upto: "", token: "", feature: "", target: "", edits: "", tree: "", scores: "", pairs: "", paint: "" };
-const LIST = { q: "", sort: "latent", dead: "", share: "", in: "", dmin: "", dmax: "", box: "" };
+const LIST = { q: "", sort: "", dead: "", share: "", in: "", dmin: "", dmax: "", box: "" };
 
 /** The prompt explorer with no prompt in it. */
 export const NO_PROMPT = PROMPT;

@@ -81,7 +81,7 @@ export class TableView {
     const by = Object.entries(hits).filter(([name]) => name).map(([name, n]) => `${int(n)} by ${name}`).join(", ");
     this.count.replaceChildren(el("b", { "data-n": order.length }, int(order.length)), ` of ${int(this.features.size)}`, by && ` (${by})`, hidden > 0 ? ` · ${int(hidden)} dead hidden` : "");
     const at = order.indexOf(this.features.rowOf.get(latent));
-    this.table.update({ order, sort: list.sort, at: at >= 0 ? at : fresh ? 0 : null });
+    this.table.update({ order, sort: this.features.sortOf(list), at: at >= 0 ? at : fresh ? 0 : null });
   }
 
   #cell(row, { name, kind }) {

@@ -28,6 +28,8 @@ export interface Table {
   columns: { name: string; label: string; kind: "int" | "float" | "percent" | "token" | "text" | "head" | "bool"; definition: string; listed: boolean }[];
   /** Values by column, null where a dead latent has none; besides the columns, `logit_tokens` and `example_tokens`. */
   rows: Record<string, any[]>;
+  /** How the list is sorted at first: a column, with a minus from the largest down. */
+  sort: string;
 }
 
 /**
