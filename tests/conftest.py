@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from headscope.corpus import Corpus
 from headscope.models.hf import Model
 from headscope.sae.model import SAE, Gated, JumpReLU, ReLU, TopK
 from headscope.site import Site
+from unchanged import left_unchanged
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -157,6 +159,22 @@ def random_model(tokenizer: Tokenizer) -> Callable[..., Model]:
         return Model(module.to(dtype), tokenizer, 0, f"random {family}")
 
     return make
+
+
+@pytest.fixture(scope="module")
+def shared_model(random_model: Callable[..., Model]) -> Iterator[Callable[..., Model]]:
+    """`random_model`, called once a file for each choice of arguments; checked at the end to be left unchanged."""
+    made: dict[str, Model] = {}
+    with ExitStack() as checks:
+
+        def share(*args: Any, **options: Any) -> Model:
+            key = repr((args, sorted(options.items())))
+            if key not in made:
+                made[key] = random_model(*args, **options)
+                checks.enter_context(left_unchanged(made[key]))
+            return made[key]
+
+        yield share
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Reading and editing a model: explicit = fast = a forward pass written out, and the model is left as it was."""
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from headscope.models.attention import ATTENTION_KINDS, repeat_heads
 from headscope.models.families import family_of
 from headscope.site import KINDS, Site
 from naive_model import capped, hidden, naive, parts, scaling
+from unchanged import left_unchanged
 
 PYTHIAS = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
 FAMILIES = {
@@ -24,32 +25,14 @@ FAMILIES = {
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
 
 
-def build(random_model, name, **options):
+def build(make, name, **options):
     family, changes = FAMILIES[name]
-    return random_model(family, **changes, **options)
+    return make(family, **changes, **options)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def model(request, random_model):
-    """Shared by the tests of this file; checked at the end to be unchanged."""
-    made = build(random_model, request.param, dtype=torch.float64)
-    with left_as_it_was(made):
-        yield made
-
-
-@contextmanager
-def left_as_it_was(model):
-    fingerprint, weights = model.fingerprint(), weights_of(model)
-    implementation = model.module.config._attn_implementation
-    yield
-    after = weights_of(model)
-    assert weights.keys() == after.keys()
-    assert all(torch.equal(weights[name], after[name]) for name in weights)
-    assert model.fingerprint() == fingerprint
-    assert model.module.config._attn_implementation == implementation
-    assert implementation == ("sdpa" if model.spec.scores_cap is None else attention_function.IMPLEMENTATION)
-    assert not attention_function._watched
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
+def model(request, shared_model):
+    return build(shared_model, request.param, dtype=torch.float64)
 
 
 def some_tokens(model, seed=0, shape=(3, 17)):
@@ -77,11 +60,6 @@ def site_of(model, kind, layer=0):
     """The site of a kind in a layer, or where the model has it; None if it has no such place."""
     site = Site(kind, model.spec.n_layers - 1 if kind == "ln_final_scale" else layer)
     return site if has(model, site) else None
-
-
-def weights_of(model):
-    tensors = dict(model.module.named_parameters()) | dict(model.module.named_buffers())
-    return {name: t.clone() for name, t in tensors.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -490,7 +468,7 @@ def test_the_model_is_bit_identical_after_edits_that_raise(model, tokens, kind):
         raise RuntimeError("in the middle of a run")
 
     failing = model.edit({site: fail})
-    with left_as_it_was(model):
+    with left_unchanged(model):
         with pytest.raises(RuntimeError, match="in the middle"), model.edit({site: EDITS[kind]}), failing:
             model.logits(tokens)
         with pytest.raises(KeyError), model.edit({site: EDITS[kind]}):
