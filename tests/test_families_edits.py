@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.hooks import RemovableHandle
 
+from cases import each
 from headscope.interventions import at
 from headscope.models.families import FAMILIES
 from headscope.models.hf import Model
@@ -37,13 +38,13 @@ def hooked(model: Model, kind: AnyKind, layer: int, edit: Callable[[Tensor], Ten
     }[kind]()
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("kind", ["resid_pre", "z", "attn_out", "mlp_out", "resid_post"])
 @pytest.mark.parametrize("family", FAMILIES)
+@each("kind", ["resid_pre", "z", "attn_out", "mlp_out", "resid_post"])
+@each("layer", [0, 1])
 def test_an_edit_is_what_a_hook_of_torch_does(
-    random_model: Callable[..., Model], family: str, kind: AnyKind, layer: int
+    shared_model: Callable[..., Model], family: str, kind: AnyKind, layer: int
 ) -> None:
-    model = random_model(family, dtype=torch.float64)
+    model = shared_model(family, dtype=torch.float64)
     tokens = torch.randint(1, model.spec.d_vocab, (3, 9), generator=torch.Generator().manual_seed(0))
     chosen = torch.zeros(3, 9, 1, dtype=torch.bool)
     chosen[1, 4] = True

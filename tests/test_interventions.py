@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from cases import each
 from headscope.errors import HeadscopeError, ModelError
 from headscope.interventions import add, at, constant, pin, reconstruction, replace
 from headscope.sae.model import SAE, ReLU
@@ -14,12 +15,12 @@ EXACT = {"atol": 1e-10, "rtol": 1e-10}
 BATCH, N = 3, 11
 
 
-@pytest.fixture(params=FAMILIES)
-def model(request, random_model):
-    return random_model(request.param, dtype=torch.float64)
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, shared_model):
+    return shared_model(request.param, dtype=torch.float64)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokens(model):
     return torch.randint(1, model.spec.d_vocab, (BATCH, N), generator=torch.Generator().manual_seed(0))
 
@@ -38,14 +39,14 @@ def edited_at(model, tokens, site, edit):
 
 
 # -------------------------------------------------------------------------------------------------------------- values
-@pytest.mark.parametrize("kind", ["z", "resid_pre", "attn_out", "mlp_out", "resid_post", "mlp_in"])
+@each("kind", ["z", "resid_pre", "attn_out", "mlp_out", "resid_post", "mlp_in"])
 def test_a_constant_is_the_same_everywhere(model, tokens, kind):
     site = Site(kind, 0)
     vector = normal(value_at(model, tokens, site).shape[-1])
     assert_close(edited_at(model, tokens, site, constant(vector)), vector.expand(BATCH, N, -1), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["z", "q", "pattern", "resid_mid", "ln2_scale"])
+@each("kind", ["z", "q", "pattern", "resid_mid", "ln2_scale"])
 def test_values_of_another_run_stand_in(model, tokens, kind):
     site = Site(kind, 1)
     there = value_at(model, tokens.flip(1), site)
@@ -62,7 +63,7 @@ def test_a_vector_or_values_are_added(model, tokens):
 
 
 # ---------------------------------------------------------------------------------------------------------------- SAEs
-@pytest.fixture(params=["relu", "jumprelu", "topk"])
+@pytest.fixture(scope="module", params=["relu", "jumprelu", "topk"])
 def sae(request, model, random_sae):
     return random_sae(model, activation=request.param)
 
@@ -87,7 +88,7 @@ def test_an_sae_without_error_changes_nothing(model, tokens):
         assert_close(model.logits(tokens), clean, **EXACT)
 
 
-@pytest.mark.parametrize("activation", [0.0, 2.5])
+@each("activation", [0.0, 2.5])
 def test_a_feature_is_pinned_with_the_error_kept(model, tokens, sae, activation):
     z = value_at(model, tokens, sae.site)
     f = sae.encode(z)
@@ -106,7 +107,7 @@ def test_features_are_pinned_within_the_reconstruction(model, tokens, sae):
     assert_close(edited_at(model, tokens, sae.site, edit), sae.decode(f), **EXACT)
 
 
-@pytest.mark.parametrize("shape", [(BATCH,), (BATCH, N)])
+@each("shape", [(BATCH,), (BATCH, N)])
 def test_each_row_can_have_a_feature_and_activations_of_its_own(model, tokens, sae, shape):
     f = sae.encode(value_at(model, tokens, sae.site))
     latents, activations = f.sum(1).argmax(-1), normal(*shape).abs()
@@ -205,14 +206,14 @@ def assert_kept_to(model, tokens, kind, place):
     assert not torch.equal(expected, clean)
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", ["z", "q", "k", "v", "scores", "pattern", "resid_mid", "mlp_in", "ln1_scale"])
+@each("place", PLACES)
+@each("kind", ["z", "q", "k", "v", "scores", "pattern", "resid_mid", "mlp_in", "ln1_scale"])
 def test_an_edit_kept_to_rows_and_positions_is_a_loop_over_them(model, tokens, kind, place):
     assert_kept_to(model, tokens, kind, PLACES[place])
 
 
-@pytest.mark.parametrize("place", HEADS)
-@pytest.mark.parametrize("kind", ["z", "q", "k", "v", "scores", "pattern"])
+@each("place", HEADS)
+@each("kind", ["z", "q", "k", "v", "scores", "pattern"])
 def test_an_edit_kept_to_heads_is_a_loop_over_them(model, tokens, kind, place):
     assert_kept_to(model, tokens, kind, HEADS[place])
 
@@ -255,14 +256,14 @@ def test_all_heads_patched_are_the_whole_of_attn_out(model, tokens):
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
-@pytest.mark.parametrize("kind", ["resid_pre", "resid_mid", "attn_out", "mlp_in", "mlp_out", "ln1_scale"])
+@each("kind", ["resid_pre", "resid_mid", "attn_out", "mlp_in", "mlp_out", "ln1_scale"])
 def test_heads_are_refused_where_there_are_none_before_anything_runs(model, kind):
     edit = {Site(kind, 0): at(torch.zeros_like, heads=[0])}
     with pytest.raises(ModelError, match=rf"heads \[0\] at {kind} of layer 0[\s\S]*z, q, k, v, scores or pattern"):
         model.edit(edit).__enter__()
 
 
-@pytest.mark.parametrize(
+@each(
     ("place", "message"),
     [
         ({"rows": [3]}, r"rows \[3\][\s\S]*from -3 to 2"),
@@ -281,8 +282,8 @@ def test_places_that_do_not_exist_are_refused(model, tokens, place, message):
         model.logits(tokens)
 
 
-def test_a_shared_head_is_one_of_the_shared_ones(random_model):
-    model = random_model("llama", dtype=torch.float64)
+def test_a_shared_head_is_one_of_the_shared_ones(shared_model):
+    model = shared_model("llama", dtype=torch.float64)
     tokens = torch.randint(1, 98, (BATCH, N), generator=torch.Generator().manual_seed(0))
     with model.edit({Site("v", 0): at(torch.zeros_like, heads=[2])}), pytest.raises(HeadscopeError, match=r"-2 to 1"):
         model.logits(tokens)
