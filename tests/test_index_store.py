@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -17,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from cases import each
 from headscope.errors import HeadscopeError, IndexFormatError
 from headscope.explorer.cards import IndexCards
 from headscope.explorer.server import about_of, dump_json
@@ -41,11 +44,21 @@ def index(random_model, random_corpus, random_sae, tmp_path_factory):
 
 
 @pytest.fixture
-def copy(index, tmp_path):
+def fresh(index, tmp_path):
+    """`fresh()`: another copy, for a case that changes it."""
+
+    def another():
+        folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "copy"
+        shutil.copytree(index.folder, folder)
+        return folder
+
+    return another
+
+
+@pytest.fixture
+def copy(fresh):
     """A copy that may be changed."""
-    folder = tmp_path / "copy"
-    shutil.copytree(index.folder, folder)
-    return folder
+    return fresh()
 
 
 def change(folder, **entries):
@@ -101,14 +114,16 @@ def test_several_indexes_are_named(index, tmp_path):
     FeatureIndex.open(tmp_path / "all" / "one")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"text"', "{}", "[1, 2]", '{"indexes": 3}', "\xff"])
-def test_a_manifest_that_is_none(copy, text):
+@each("text", ["", "{", "[]", "3", "null", '"text"', "{}", "[1, 2]", '{"indexes": 3}', "\xff"])
+def test_a_manifest_that_is_none(fresh, text):
+    copy = fresh()
     (copy / "manifest.json").write_bytes(text.encode("latin-1"))
     refused(copy)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"format_version": 2, "files": ' + "[" * 100_000])
-def test_a_manifest_nested_without_end(copy, text):
+@each("text", ["[" * 100_000, '{"a":' * 100_000, '{"format_version": 2, "files": ' + "[" * 100_000])
+def test_a_manifest_nested_without_end(fresh, text):
+    copy = fresh()
     (copy / "manifest.json").write_text(text)
     refused(copy, "nested too deep")
 
@@ -146,14 +161,16 @@ def test_a_field_of_the_manifest_that_is_something_else_is_an_error_or_not_read(
     assert n_refused > 30
 
 
-@pytest.mark.parametrize("version", [1, 99, "2", None, True])
-def test_another_version(copy, version):
+@each("version", [1, 99, "2", None, True])
+def test_another_version(fresh, version):
+    copy = fresh()
     change(copy, format_version=version)
     refused(copy, "index format")
 
 
-@pytest.mark.parametrize("table", TABLES)
-def test_a_missing_or_cut_table_is_named(copy, table):
+@each("table", TABLES)
+def test_a_missing_or_cut_table_is_named(fresh, table):
+    copy = fresh()
     path = copy / f"{table}.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
@@ -181,10 +198,9 @@ def test_activations_that_neither_stand_nor_are_named(copy):
     refused(copy)
 
 
-@pytest.mark.parametrize(
-    "name", ["../secret", "/etc/hostname", "activations/../../secret", "a\0b", "", ".", "tokens.parquet/x"]
-)
-def test_a_file_outside_the_folder_is_not_read(copy, name):
+@each("name", ["../secret", "/etc/hostname", "activations/../../secret", "a\0b", "", ".", "tokens.parquet/x"])
+def test_a_file_outside_the_folder_is_not_read(fresh, name):
+    copy = fresh()
     secret = copy.parent / "secret"
     secret.write_text("secret")
     files = json.loads((copy / "manifest.json").read_text())["files"]
@@ -194,8 +210,9 @@ def test_a_file_outside_the_folder_is_not_read(copy, name):
     refused(copy)
 
 
-@pytest.mark.parametrize("name", ["sources.parquet", "activations/part-0000.parquet"])
-def test_a_link_is_not_followed(copy, name):
+@each("name", ["sources.parquet", "activations/part-0000.parquet"])
+def test_a_link_is_not_followed(fresh, name):
+    copy = fresh()
     outside = copy.parent / "outside"
     (copy / name).rename(outside)
     (copy / name).symlink_to(outside)
@@ -208,15 +225,16 @@ def test_a_folder_of_activations_that_is_a_link(copy):
     refused(copy, "activations")
 
 
-@pytest.mark.parametrize("entry", [None, 3, [], [1], "x", {"size": 3}, ["9", "sha256:0"], [-1, None]])
-def test_a_file_entry_that_is_none(copy, entry):
+@each("entry", [None, 3, [], [1], "x", {"size": 3}, ["9", "sha256:0"], [-1, None]])
+def test_a_file_entry_that_is_none(fresh, entry):
+    copy = fresh()
     files = json.loads((copy / "manifest.json").read_text())["files"]
     change(copy, files=files | {"nulls.parquet": entry})
     refused(copy)
 
 
-@pytest.mark.parametrize("bad", [10**30, -1, 0, 1.5, "20", None, [], True, {}])
-@pytest.mark.parametrize(
+@each("bad", [10**30, -1, 0, 1.5, "20", None, [], True, {}])
+@each(
     "entry",
     [
         "sae__d_sae",
@@ -228,7 +246,8 @@ def test_a_file_entry_that_is_none(copy, entry):
         "n_pairs",
     ],
 )
-def test_a_count_that_is_not_the_tables(copy, entry, bad):
+def test_a_count_that_is_not_the_tables(fresh, entry, bad):
+    copy = fresh()
     change(copy, **{entry: bad})
     refused(copy)
 
@@ -238,15 +257,17 @@ def test_blocks_of_another_size_with_the_same_product(copy):
     refused(copy)
 
 
-@pytest.mark.parametrize("entry", ["sae", "model", "corpus", "thresholds", "files"])
-@pytest.mark.parametrize("bad", [None, 3, "text", [], {}])
-def test_a_part_of_the_manifest_that_is_none(copy, entry, bad):
+@each("entry", ["sae", "model", "corpus", "thresholds", "files"])
+@each("bad", [None, 3, "text", [], {}])
+def test_a_part_of_the_manifest_that_is_none(fresh, entry, bad):
+    copy = fresh()
     change(copy, **{entry: bad})
     refused(copy)
 
 
-@pytest.mark.parametrize("bad", [[0.0], [0.0, 0.5, 1.0], [0.0, "0.5"], [0.5, 0.0]])
-def test_thresholds_that_are_not_the_tables(copy, bad):
+@each("bad", [[0.0], [0.0, 0.5, 1.0], [0.0, "0.5"], [0.5, 0.0]])
+def test_thresholds_that_are_not_the_tables(fresh, bad):
+    copy = fresh()
     change(copy, thresholds=bad)
     refused(copy)
 
@@ -315,8 +336,9 @@ POINTERS = [
 ]
 
 
-@pytest.mark.parametrize(("table", "column"), POINTERS)
-def test_a_number_that_points_nowhere(copy, table, column):
+@each(("table", "column"), POINTERS)
+def test_a_number_that_points_nowhere(fresh, table, column):
+    copy = fresh()
     whole = (copy / f"{table}.parquet").read_bytes()
     for value in (-1, 2**31 - 1):
         (copy / f"{table}.parquet").write_bytes(whole)
@@ -334,8 +356,9 @@ def test_every_column_that_is_written_is_known(index):
     assert known == set(COLUMNS) - {"loss"}  # which a build without losses does not write
 
 
-@pytest.mark.parametrize("name", COLUMNS)
-def test_a_column_of_another_type(copy, name):
+@each("name", COLUMNS)
+def test_a_column_of_another_type(fresh, name):
+    copy = fresh()
     for table in (*TABLES, "activations/part-0000"):
         if name in pq.read_schema(copy / f"{table}.parquet").names:
             found = pq.read_table(copy / f"{table}.parquet")
@@ -347,7 +370,7 @@ def test_a_column_of_another_type(copy, name):
     assert name == "loss"
 
 
-@pytest.mark.parametrize(
+@each(
     ("table", "column"),
     [
         ("features", "decoder_share"),
@@ -363,7 +386,9 @@ def test_a_column_of_another_type(copy, name):
         ("groups", "duplicates"),
     ],
 )
-def test_ragged_lists(copy, table, column):
+def test_ragged_lists(fresh, table, column):
+    copy = fresh()
+
     def make(found):
         values = found[column].to_pylist()
         at = next(i for i, own in enumerate(values) if own)
@@ -375,8 +400,9 @@ def test_ragged_lists(copy, table, column):
         read_all(copy)
 
 
-@pytest.mark.parametrize(("table", "column"), [("documents", "name"), ("vocabulary", "bytes"), ("groups", "kind")])
-def test_what_is_missing_though_it_never_is(copy, table, column):
+@each(("table", "column"), [("documents", "name"), ("vocabulary", "bytes"), ("groups", "kind")])
+def test_what_is_missing_though_it_never_is(fresh, table, column):
+    copy = fresh()
     rewrite(copy, table, with_value(column, None))
     with pytest.raises(IndexFormatError, match=f"{column} is missing"):
         read_all(copy)
@@ -395,15 +421,17 @@ def test_a_group_of_no_known_kind(copy):
         read_all(copy)
 
 
-@pytest.mark.parametrize("table", ["sources", "groups", "examples"])
-def test_rows_that_are_not_sorted(copy, table):
+@each("table", ["sources", "groups", "examples"])
+def test_rows_that_are_not_sorted(fresh, table):
+    copy = fresh()
     rewrite(copy, table, lambda found: found.take(list(range(len(found)))[::-1]))
     with pytest.raises(IndexFormatError, match="not sorted"):
         read_all(copy)
 
 
-@pytest.mark.parametrize("table", ["features", "tokens", "vocabulary", "documents", "source_totals"])
-def test_rows_that_the_manifest_does_not_know_of(copy, table):
+@each("table", ["features", "tokens", "vocabulary", "documents", "source_totals"])
+def test_rows_that_the_manifest_does_not_know_of(fresh, table):
+    copy = fresh()
     rewrite(copy, table, lambda found: pa.concat_tables([found, found.slice(0, 1)]))
     refused(copy, f"{table} in the tables")
 
@@ -415,8 +443,9 @@ def bomb(path, n, **columns):
     return [path.stat().st_size, "sha256:0"]
 
 
-@pytest.mark.parametrize("table", TABLES)
-def test_a_small_file_of_very_many_rows_is_refused_before_it_is_read(copy, table, monkeypatch):
+@each("table", TABLES)
+def test_a_small_file_of_very_many_rows_is_refused_before_it_is_read(fresh, table, monkeypatch):
+    copy = fresh()
     n = 30_000_000
     entry = bomb(copy / f"{table}.parquet", n, latent=0)
     assert entry[0] < 300_000
@@ -498,7 +527,20 @@ def test_a_flipped_byte_is_an_error_or_changes_nothing(index, copy, table):
 
 
 def snapshot(index) -> list:
-    return [repr(index.feature(j)) + repr(index.examples(j)) + repr(index.sources(j)) for j in range(index.n_latents)]
+    return [said_of(index, j) for j in range(index.n_latents)]
+
+
+def said_of(index, latent):
+    return plain([index.feature(latent), index.examples(latent), index.sources(latent)])
+
+
+def plain(value):
+    """Records and arrays as what `==` compares, to the last bit; printing them would round and be slower."""
+    if dataclasses.is_dataclass(value):
+        return type(value), [plain(getattr(value, field.name)) for field in dataclasses.fields(value)]
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -522,27 +564,27 @@ def test_another_model_or_sae_is_refused(index):
         index.check_same(model=model, sae_hash="sha256:other")
 
 
-@pytest.mark.parametrize("latent", [-1, D_SAE, 10**20])
+@each("latent", [-1, D_SAE, 10**20])
 def test_a_latent_that_does_not_exist(index, latent):
     for call in (index.feature, index.examples, index.activations, index.sources):
         with pytest.raises(IndexFormatError, match=f"latent {latent}"):
             call(latent)
 
 
-@pytest.mark.parametrize("latent", [None, "0", 0.0, [0]])
+@each("latent", [None, "0", 0.0, [0]])
 def test_a_latent_that_is_no_number(index, no_type_checks, latent):
     for call in (index.feature, index.examples, index.activations, index.sources):
         with pytest.raises(IndexFormatError, match="whole number"):
             call(latent)
 
 
-@pytest.mark.parametrize("threshold", [0.25, float("nan"), "0.5"])
+@each("threshold", [0.25, float("nan"), "0.5"])
 def test_a_threshold_that_was_not_built(index, no_type_checks, threshold):
     with pytest.raises(IndexFormatError, match=r"0\.0, 0\.5"):
         index.sources(0, threshold)
 
 
-@pytest.mark.parametrize("block", [-1, 12, 10**20])
+@each("block", [-1, 12, 10**20])
 def test_a_block_that_does_not_exist(index, block):
     for call in (index.tokens_of, index.documents_of):
         with pytest.raises(IndexFormatError, match=f"block {block}"):
@@ -623,7 +665,7 @@ def test_sql_is_read_with_parameters(index):
     assert total == [index.manifest["n_pairs"]] == index.sql("SELECT count(*) AS n FROM activations")["n"].to_pylist()
 
 
-@pytest.mark.parametrize(
+@each(
     ("query", "why"),
     [
         ("SELECT", "Parser Error"),
@@ -656,7 +698,7 @@ def test_what_duckdb_says_is_the_cause(index):
     assert isinstance(error.value.__cause__, duckdb.BinderException)
 
 
-@pytest.mark.parametrize(
+@each(
     "table",
     [
         "read_csv('{outside}')",
@@ -702,7 +744,7 @@ def test_many_threads_read_at_once(index):
 
     def ask(i: int) -> bool:
         j = (i * 7) % D_SAE
-        said = repr(fresh.feature(j)) + repr(fresh.examples(j)) + repr(fresh.sources(j)) == expected[j]
+        said = said_of(fresh, j) == expected[j]
         own = fresh.activations(j)
         rows = fresh.sql("SELECT count(*) AS n FROM activations WHERE latent = ?", [j])["n"][0].as_py()
         block = i % 12
@@ -751,7 +793,7 @@ def test_records_are_frozen(index):
         index.feature(0).density = 1.0
 
 
-@pytest.mark.parametrize(
+@each(
     "bad",
     [
         {"intervals": 1.5},
