@@ -1,4 +1,4 @@
-"""Many cases in one test: `@each("kind", KINDS)` where `pytest.mark.parametrize` would make a test of each."""
+"""Many cases in one test: listed ones, where `parametrize` would make a test of each, and Hypothesis' examples."""
 
 import functools
 import inspect
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 Test = Callable[..., None]
 
@@ -44,3 +45,12 @@ def each(names: str | tuple[str, ...], cases: Iterable[Any]) -> Callable[[Test],
         return run
 
     return decorate
+
+
+FULL, QUICK = 60, 10
+"""Examples of a property, in the profiles of `conftest.py`."""
+
+
+def examples(n: int) -> settings:
+    """Hypothesis settings for `n` examples; the quick profile runs the same fraction of them as of all others."""
+    return settings(max_examples=max(1, n * settings().max_examples // FULL))

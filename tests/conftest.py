@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cases import FULL, QUICK
 from checked import unchecked
 from headscope.corpus import Corpus
 from headscope.models.hf import Model
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["HEADSCOPE_CACHE"], ignore_errors=True)
-settings.register_profile("headscope", deadline=None, max_examples=60, derandomize=True)
-settings.load_profile("headscope")
+for profile, n_examples in {"full": FULL, "quick": QUICK}.items():  # chosen with --hypothesis-profile
+    settings.register_profile(profile, deadline=None, max_examples=n_examples, derandomize=True)
+settings.load_profile("full")
 
 BOS_TOKEN = "<|bos|>"
 

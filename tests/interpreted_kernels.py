@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from cases import examples
 from headscope.errors import TrainingError
 from headscope.sae.training import kernels, objectives, triton_kernels
 from headscope.sae.training.kernels import Pairs
 
-FEW = settings(max_examples=12)
+FEW = examples(12)
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 SIZES: dict[str, Any] = {
     "batch": st.integers(1, 20) | st.sampled_from([127, 128, 129]),

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from cases import examples
 from headscope.corpus import PADDING, Corpus
 from headscope.errors import CorpusError, ModelError, OutputError, TrainingError
 from headscope.models.hf import Model
@@ -280,7 +281,7 @@ def test_ranks_that_cannot_all_read_or_share_are_refused(model: Model, corpus: C
 
 
 # ------------------------------------------------------------------------------------------------------------ to resume
-@settings(max_examples=20)
+@examples(20)
 @given(st.integers(0, 90), st.integers(1, 40), st.sampled_from([64, 150, 100_000]), st.integers(0, 3))
 def test_a_resumed_stream_goes_on_bit_for_bit(
     model: Model, corpus: Corpus, at: int, n: int, buffer: int, seed: int
@@ -299,7 +300,7 @@ def test_a_resumed_stream_goes_on_bit_for_bit(
 
 
 @given(st.integers(0, 30))
-@settings(max_examples=8)
+@examples(8)
 def test_a_rank_resumes_too(model: Model, corpus: Corpus, at: int) -> None:
     made, resumed = (ActivationStream(model, corpus, Z1, config(), rank=1, ranks=2) for _ in range(2))
     take(made, at)

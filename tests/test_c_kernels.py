@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from cases import examples
 from headscope.sae.config import TrainConfig
 from headscope.sae.training import c_kernels, kernels
 from headscope.sae.training.trainer import Trainer
@@ -39,7 +40,7 @@ def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(**SIZES, bad=st.sampled_from([0.0, -1e30, torch.inf, -torch.inf, torch.nan]))
 def test_the_largest_component_is_that_of_each_row(n: int, d: int, seed: int, bad: float) -> None:
     vectors = normal(seed, n, d)
@@ -47,7 +48,7 @@ def test_the_largest_component_is_that_of_each_row(n: int, d: int, seed: int, ba
     assert_close(c_kernels.largest_of_rows(vectors), vectors.abs().amax(1), **EXACTLY)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(**SIZES, more=st.integers(0, 70))
 def test_rows_are_rounded_as_torch_rounds_them(n: int, d: int, seed: int, more: int) -> None:
     vectors = 100 * normal(seed, n, d)
@@ -63,7 +64,7 @@ def test_rows_are_rounded_as_torch_rounds_them(n: int, d: int, seed: int, more: 
     assert_close(size, torch.linalg.vector_norm(scaled.round(), dim=1), rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(
     n=st.integers(1, 40),
     batch=st.integers(1, 300),
@@ -88,7 +89,7 @@ def test_marks_are_where_products_exceed_their_limits(n: int, batch: int, part: 
 
 
 @pytest.mark.skipif(not c_kernels.tiles_fit(), reason="a processor without tiles")
-@settings(max_examples=100)
+@examples(100)
 @given(
     n=st.integers(1, 20).map(lambda groups: 8 * groups),
     batch=st.integers(1, 200),
@@ -116,7 +117,7 @@ def test_tiles_are_the_products_of_bytes(n: int, batch: int, d: int, scale: floa
         assert_close(one, other, **EXACTLY)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(**SIZES, n_pairs=st.integers(0, 100))
 def test_products_and_sums_are_torchs(n: int, d: int, seed: int, n_pairs: int) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -133,7 +134,7 @@ def test_products_and_sums_are_torchs(n: int, d: int, seed: int, n_pairs: int) -
     assert_close(c_kernels.weighted_sums(row, starts, weights, of_rows), memory, **EXACTLY)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(n=st.integers(1, 40), n_pairs=st.integers(0, 200), seed=st.integers(0, 2**32 - 1))
 def test_pairs_are_ordered_by_row_as_torch_orders_them(n: int, n_pairs: int, seed: int) -> None:
     row = torch.randint(n, (n_pairs,), generator=torch.Generator().manual_seed(seed))
@@ -143,7 +144,7 @@ def test_pairs_are_ordered_by_row_as_torch_orders_them(n: int, n_pairs: int, see
     assert_close(starts, before, **EXACTLY)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(
     n=st.integers(1, 60),
     groups=st.integers(1, 40),
@@ -162,7 +163,7 @@ def test_limits_are_the_kth_largest(n: int, groups: int, k: int, few: bool, seed
     assert (limit >= best[:, -1] - 1.01 * 2**-14 * best[:, 0]).all()
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(
     n=st.integers(1, 20),
     n_pairs=st.integers(0, 300),

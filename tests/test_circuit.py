@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from cases import examples
 from headscope.decomposition import Upstream
 from headscope.errors import HeadscopeError, ModelError, SAEError
 from headscope.interventions import add
@@ -86,7 +87,7 @@ def test_children_sum_to_their_parent_at_every_level(subject, with_saes):
     assert ("position" in kinds) == (model.spec.family == "gpt2")
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(seed=st.integers(0, 2**16), length=st.integers(1, 12), latent=st.integers(0, 19))
 def test_parts_heads_and_sources_sum_to_the_pre_activation(subject, seed, length, latent):
     model, sae, _ = subject

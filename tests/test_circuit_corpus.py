@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
+from cases import examples
 from headscope.decomposition import Part
 from headscope.errors import IndexFormatError, SAEError
 from headscope.index.build import SAERecord, build_index
@@ -83,7 +84,7 @@ def test_what_an_earlier_head_read_sums_to_what_it_adds(subject):
         assert (Part("features", 0, site="mlp_out") in names) == bool(used)
 
 
-@settings(max_examples=4)
+@examples(4)
 @given(blocks=st.integers(1, 14))
 def test_how_blocks_are_batched_changes_nothing(subject, blocks):
     live, saes = subject

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from cases import examples
 from headscope.attribution import HeadWeights, decoder_share_through_output, dfa_by_head, dfa_by_source
 from headscope.decomposition import Upstream
 from headscope.errors import ModelError
@@ -29,7 +30,7 @@ def some_tokens(shape, seed=0):
 
 
 # ----------------------------------------------------------------------------------------------------------- odd sizes
-@settings(max_examples=12)
+@examples(12)
 @given(
     batch=st.integers(1, 3),
     length=st.sampled_from([1, 2, 5, 6, 13, 64]),
@@ -58,7 +59,7 @@ def test_one_head_is_enough(random_model, family):
     assert_close(model.logits(tokens), logits, **EXACT)
 
 
-@settings(max_examples=16)
+@examples(16)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=3),
     left=st.booleans(),

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from cases import examples
 from headscope.sae.training import kernels
 from headscope.sae.training.objectives import Gated, JumpReLU, Now, Objective, Outcome, ReLU, Space, TopK, squared_error
 
@@ -164,7 +165,7 @@ def assert_is_naive(problem: Problem, objective: Objective) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40)
+@examples(40)
 @given(**SIZES)
 def test_gradients_are_those_of_autograd(name: str, **sizes: Any) -> None:
     problem = Problem(**sizes)
@@ -181,7 +182,7 @@ def test_dense_products_change_no_number(name: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=20)
+@examples(20)
 @given(**SIZES)
 def test_errors_without_gradients_are_the_same_bits(name: str, **sizes: Any) -> None:
     problem = Problem(**sizes)

@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
+from cases import examples
 from headscope.errors import CorpusError, HeadscopeError, ModelError, SAEError
 from headscope.models.load import load_model
 from headscope.sae.model import SAE
@@ -236,7 +237,7 @@ def test_each_patch_is_a_run_of_its_own_with_that_patch(random_model, random_sae
                 assert metric.read(base, prompts.query).pre == pytest.approx(got, abs=1e-10)
 
 
-@settings(max_examples=12)
+@examples(12)
 @given(seed=st.integers(0, 50), length=st.integers(3, 20), rows=st.integers(1, 9))
 def test_batches_of_any_size_give_the_same(random_model, random_sae, seed, length, rows):
     prompts = random_pair(random_model, random_sae, "gpt2", seed=seed, length=length, n_layers=2)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from cases import examples
 from headscope.errors import ProxyError
 from headscope.proxies import (
     Blocks,
@@ -134,7 +135,7 @@ def block_arrays(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 # -------------------------------------------------------------------------------------------------------- the families
 @given(SIMPLE, block_arrays())
-@settings(max_examples=400)
+@examples(400)
 def test_every_family_is_what_a_loop_over_tokens_says(recipe: tuple, arrays: tuple) -> None:
     proxy, blocks = made(recipe), make_blocks(*arrays)
     np.testing.assert_array_equal(proxy.holds(blocks), holds(proxy, blocks))
@@ -369,7 +370,7 @@ ANY_TOKEN = st.one_of(ANY_TEXT, st.integers(0, 10**17))
 
 
 @given(st.recursive(families_of(ANY_TOKEN, 10**6, ANY_TEXT), compounds, max_leaves=12))
-@settings(max_examples=200)
+@examples(200)
 def test_a_name_is_read_back_as_the_same_proxy(recipe: tuple) -> None:
     proxy = made(recipe)
     again = parse(proxy.name)

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+from cases import examples
 from headscope.decomposition import Part
 from headscope.errors import HeadscopeError, ModelError
 from headscope.interventions import add
@@ -28,7 +29,7 @@ def subject(request, random_model, random_sae):
     return model, [random_sae(model, 40, site=Site("mlp_out", 0)), random_sae(model, 30, "topk", site=Site("z", 1))]
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(seed=st.integers(0, 2**16), length=st.integers(1, 10), with_saes=st.booleans(), layer=st.integers(0, 2))
 def test_pairs_sum_to_the_models_scores_at_every_head_query_and_key(subject, seed, length, with_saes, layer):
     model, saes = subject

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from cases import each, examples
 from headscope.sae.training import c_kernels, kernels, proposals
 from headscope.sae.training.kernels import (
     Pairs,
@@ -84,7 +85,7 @@ def test_pairs_are_the_entries_of_a_matrix(batch: int, d_sae: int, share: float,
     assert_close(part.matrix(weights[at]), full[:, first:end], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dense_above", [0.0, 2.0])
+@each("dense_above", [0.0, 2.0])
 @given(
     batch=st.integers(1, 9),
     d_sae=st.integers(1, 30),
@@ -168,12 +169,12 @@ def limits(x: Tensor, encoder: Tensor, of_rows: float) -> Tensor:
     return of_rows * torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(encoder, dim=1).mean()
 
 
-@pytest.fixture(scope="module", autouse=True, params=["tiles", "C", "torch"])
+WAYS = {"tiles": c_kernels.tiles_fit(), "C": c_kernels.library() is not None, "torch": True}
+
+
+@pytest.fixture(scope="module", autouse=True, params=[way for way, possible in WAYS.items() if possible])
 def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With products tile by tile, with a compiler at hand, and without."""
-    needs = {"tiles": c_kernels.tiles_fit, "C": lambda: c_kernels.library() is not None, "torch": lambda: True}
-    if not needs[request.param]():
-        pytest.skip(f"no {request.param}")
+    """With products tile by tile, with a compiler at hand, and without; `test_c_kernels.py` says what is missing."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
             patch.setattr(c_kernels, "library", lambda: None)
@@ -231,23 +232,23 @@ def assert_proposed(x: Tensor, encoder: Tensor, bias: Tensor, limit: Tensor) -> 
     return len(latent)
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(**INPUTS)
 def test_the_bound_is_never_below_the_product(of_rows: float, **inputs: Any) -> None:
     x, encoder, bias = difficult(**inputs)
     assert_bounded(x, encoder, bias, limits(x, encoder, of_rows))
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(**INPUTS)
 def test_all_that_is_above_the_threshold_is_proposed(of_rows: float, **inputs: Any) -> None:
     x, encoder, bias = difficult(**inputs)
     assert_proposed(x, encoder, bias, limits(x, encoder, of_rows))
 
 
-@pytest.mark.parametrize("of_rows", [0.0, 1.0])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rows of many sizes"])
-@pytest.mark.parametrize("d_in", [512, 2048, 5000])
+@each("of_rows", [0.0, 1.0])
+@each("kind", [kind for kind in KINDS if kind != "rows of many sizes"])
+@each("d_in", [512, 2048, 5000])
 def test_bytes_tell_of_long_vectors(d_in: int, kind: str, of_rows: float) -> None:
     x, encoder, bias = difficult(5, d_in, 24, 0, 1.0, 1.0, kind)
     limit = limits(x, encoder, of_rows)
@@ -255,7 +256,7 @@ def test_bytes_tell_of_long_vectors(d_in: int, kind: str, of_rows: float) -> Non
     assert assert_proposed(x, encoder, bias, limit) is not None
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(
     **SIZES,
     zero=st.sampled_from(["inputs", "latents"]),
@@ -279,8 +280,8 @@ def test_offsets_decide_where_vectors_are_zero(
     assert_proposed(x, encoder, bias, limit)
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("of_latents", [False, True])
+@each("sign", [1, -1])
+@each("of_latents", [False, True])
 def test_shares_and_offsets_that_are_nearly_whole_are_rounded_to_the_right_side(sign: int, *, of_latents: bool) -> None:
     """Shares are 1 to 126, and offsets of zero vectors 0 to 127 digits, but for a few units of the last place."""
     nearly = 1 + torch.arange(-4, 5)[:, None] * 2**-24
@@ -302,23 +303,23 @@ def test_neither_zero_vectors_nor_dead_latents_are_proposed() -> None:
     assert assert_proposed(x, encoder, bias, torch.zeros(6)) == 4 * 4
 
 
-@pytest.mark.parametrize("small", [1e-18, 1e-25, 1e-42])
-@pytest.mark.parametrize("of_latents", [False, True])
+@each("small", [1e-18, 1e-25, 1e-42])
+@each("of_latents", [False, True])
 def test_vectors_far_smaller_than_the_others_are_proposed(small: float, *, of_latents: bool) -> None:
     x, encoder, _ = difficult(12, 16, 24, 0, 1.0, 1.0, "normal")
     (encoder if of_latents else x)[:3] *= small
     assert assert_proposed(x, encoder, torch.zeros(24), torch.zeros(12)) is not None
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@each("scale", [1e-30, 1e-12, 1e12, 1e30])
 def test_sizes_that_float32_cannot_multiply_are_left_to_it(scale: float) -> None:
     x, encoder, _ = difficult(12, 16, 24, 0, scale, scale, "normal")
     found = assert_proposed(x, encoder, torch.zeros(24), torch.zeros(12))
     assert (found is None) == (scale in (1e-30, 1e30))
 
 
-@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("which", ["x", "encoder", "bias", "limit"])
+@each("bad", [torch.inf, -torch.inf, torch.nan])
+@each("which", ["x", "encoder", "bias", "limit"])
 def test_what_is_not_finite_is_selected_as_float32_selects_it(
     which: str, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,7 +347,7 @@ def test_few_are_proposed_in_vain() -> None:
     assert len(found[0]) < 2 * n_above
 
 
-@pytest.mark.parametrize("times", [1, 30, 1000])
+@each("times", [1, 30, 1000])
 def test_a_component_far_larger_than_the_others_costs_little(times: float) -> None:
     x, encoder, bias = difficult(64, 128, 800, 0, 1.0, 1.0, "normal")
     x[:, 3] *= times
@@ -356,7 +357,7 @@ def test_a_component_far_larger_than_the_others_costs_little(times: float) -> No
     assert len(found[0]) < 2 * int((x @ encoder.T + bias - 30 > 0).sum())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rows of many sizes"])
+@each("kind", [kind for kind in KINDS if kind != "rows of many sizes"])
 def test_sharing_out_components_changes_no_product(kind: str) -> None:
     x, encoder, _ = (t.clone() for t in difficult(17, 40, 70, 0, 1.0, 1.0, kind))
     x[:, ::7] *= 1000
@@ -393,7 +394,7 @@ def proposal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return request.param
 
 
-SHARED = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SHARED = settings(examples(100), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.mark.usefixtures("proposal")
@@ -427,8 +428,8 @@ def test_what_is_on_the_threshold_is_not_above_it(limit: int, batch: int, d_in: 
     assert_close(pre, exact[pairs.row, pairs.latent], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5])
-@pytest.mark.parametrize("d_sae", [1, 1023, 1024, 1025, 2048, 2055])
+@each("share", [0.0, 0.01, 0.5])
+@each("d_sae", [1, 1023, 1024, 1025, 2048, 2055])
 def test_given_memory_is_filled_in_blocks(d_sae: int, share: float) -> None:
     pairs, weights, full = random_pairs(7, d_sae, share, seed=0)
     assert pairs.dense == (share == 0.5)
@@ -439,7 +440,7 @@ def test_given_memory_is_filled_in_blocks(d_sae: int, share: float) -> None:
 
 
 @pytest.mark.usefixtures("proposal")
-@pytest.mark.parametrize("d_sae", [1023, 1024, 1025, 2055])
+@each("d_sae", [1023, 1024, 1025, 2055])
 def test_blocks_of_latents_join(d_sae: int) -> None:
     x, encoder, bias = difficult(5, 16, d_sae, 0, 1.0, 1.0, "normal")
     pairs, pre = select_above(x, encoder, bias - 8)
@@ -488,8 +489,8 @@ def assert_selected(pairs: Pairs, got: Tensor, pre: Tensor) -> None:
     assert ((pairs.latent * len(pre) + pairs.row).diff() > 0).all()
 
 
-@pytest.mark.parametrize("name", values())
-@settings(max_examples=30)
+@each("name", values())
+@examples(30)
 @given(
     batch=st.integers(1, 30),
     d_sae=st.integers(1, 60),
@@ -508,8 +509,8 @@ def test_batch_topk_is_topk_of_the_flat_batch(
     assert_selected(pairs, got, pre)
 
 
-@pytest.mark.parametrize("name", values())
-@settings(max_examples=30)
+@each("name", values())
+@examples(30)
 @given(
     batch=st.integers(1, 30),
     d_sae=st.integers(1, 60),
@@ -546,9 +547,7 @@ def test_topk_in_float32_is_that_of_exact_numbers_but_for_rounding(k: int, of_ro
     assert ((pairs.latent * len(x) + pairs.row).diff() > 0).all()
 
 
-@pytest.mark.parametrize(
-    "kind", ["normal", "sizes of latents", "biases", "one bias", "one giant", "no whole groups", "many latents"]
-)
+@each("kind", ["normal", "sizes of latents", "biases", "one bias", "one giant", "no whole groups", "many latents"])
 def test_few_are_proposed_in_vain_to_be_among_the_largest(kind: str) -> None:
     d_sae = {"no whole groups": 805, "many latents": 4096}.get(kind, 800)
     x, encoder, bias = difficult(64, 128, d_sae, 0, 1.0, 1.0, "normal")
@@ -603,7 +602,7 @@ def test_latents_of_large_biases_are_among_the_largest() -> None:
 
 
 @pytest.mark.usefixtures("proposal")
-@pytest.mark.parametrize(("size", "guess"), [(0.0, 1e3), (1e19, None)])
+@each(("size", "guess"), [(0.0, 1e3), (1e19, None)])
 def test_rows_without_a_limit_keep_what_was_found(size: float, guess: float | None) -> None:
     x, encoder, bias = difficult(20, 16, 30, 0, 1.0, 1.0, "normal")
     x[3], bias[:3], bias[3:] = size * x[3], 2.0, -1.0  # of zeros three are positive; the norm of others overflows
@@ -631,8 +630,8 @@ def test_parts_of_the_inputs_join(products: int, monkeypatch: pytest.MonkeyPatch
         assert_close(part, everything, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("n", [1, 3600, 200_000])
-@pytest.mark.parametrize("name", values())
+@each("n", [1, 3600, 200_000])
+@each("name", values())
 def test_batch_topk_is_exact_where_its_bound_is_a_guess_from_some_rows(name: str, n: int) -> None:
     pre = values()[name](torch.randn(300, 1500, generator=generator(1)))
     _, got = select_batch_topk(*given_pre(pre), n)
@@ -640,9 +639,9 @@ def test_batch_topk_is_exact_where_its_bound_is_a_guess_from_some_rows(name: str
     assert_close(got.sort(descending=True).values, expected[expected > 0], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
-@pytest.mark.parametrize("guess", [None, 1.0, torch.inf, torch.nan])
-@pytest.mark.parametrize("select", [select_batch_topk, select_topk])
+@each("bad", [torch.inf, torch.nan])
+@each("guess", [None, 1.0, torch.inf, torch.nan])
+@each("select", [select_batch_topk, select_topk])
 def test_the_search_ends_on_what_overflowed(select: Callable[..., Any], guess: float | None, bad: float) -> None:
     def alarm(*_: Any) -> None:
         pytest.fail("the search for a bound does not end")
@@ -657,7 +656,7 @@ def test_the_search_ends_on_what_overflowed(select: Callable[..., Any], guess: f
         signal.signal(signal.SIGALRM, previous)
 
 
-@pytest.mark.parametrize("n", [1, BLOCK + 3])
+@each("n", [1, BLOCK + 3])
 def test_what_is_parallel_is_taken_from_each_row(n: int) -> None:
     rows = torch.nn.functional.normalize(torch.randn(n, 50, generator=generator(0)), dim=1)
     gradient = torch.randn(n, 50, generator=generator(1))
