@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what the process that starts them has made
-    os.environ["HEADSCOPE_CACHE"] = tempfile.mkdtemp(prefix="headscope-tests-")
+    os.environ["HEADSCOPE_TESTS"] = tempfile.mkdtemp(prefix="headscope-tests-")
+    os.environ["HEADSCOPE_CACHE"] = f"{os.environ['HEADSCOPE_TESTS']}/cache"
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that wants the network fails at once
 
 import numpy as np
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    atexit.register(shutil.rmtree, os.environ["HEADSCOPE_CACHE"], ignore_errors=True)
+    atexit.register(shutil.rmtree, os.environ["HEADSCOPE_TESTS"], ignore_errors=True)
 for profile, n_examples in {"full": FULL, "quick": QUICK}.items():  # chosen with --hypothesis-profile
     settings.register_profile(profile, deadline=None, max_examples=n_examples, derandomize=True)
 settings.load_profile("full")

@@ -18,8 +18,8 @@ from headscope.studies.ablation import downstream
 from headscope.studies.direct_path import Pairs, direct_loss_changes
 from headscope.studies.downstream import logit_effect
 from headscope.studies.paths import BaselineRun
+from judging import TINY, assert_same_scale, judged_by, random_tokens, run_judge
 from planted import BOS, V, induction_sequences, planted_model, planted_sae
-from test_judges import TINY, assert_same_scale, needs, random_tokens, run_judge
 
 N = 900
 
@@ -105,8 +105,7 @@ def test_an_induction_features_top_logit_is_the_token_it_copies(planted):
 
 
 # ----------------------------------------------------------------------------------------------------- TransformerLens
-@pytest.mark.slow
-@needs("transformer_lens")
+@judged_by("transformer_lens")
 def test_each_path_is_what_transformerlens_hooks_compute(tmp_path):
     model, sae = load_model(str(TINY)), load_sae("tiny-z1")
     tokens = random_tokens(model, (4, 40))

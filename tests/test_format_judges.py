@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from headscope.models.hf import Model
 from headscope.sae.formats import load_sae, save_sae
 from headscope.sae.model import SAE
 from headscope.site import Site
-from test_judges import assert_same_scale, needs, run_judge
+from judging import assert_same_scale, judged_by, run_judge
 
 KINDS = ("relu", "jumprelu", "topk", "gated")
 
@@ -53,7 +52,7 @@ def judged_saes(
             save_sae(sae, root / "ours" / f"{activation}-{'centred' if centred else 'uncentred'}")
     save_sae(random_sae(model, activation="jumprelu"), root / "ours" / "jumprelu-bfloat16", dtype=torch.bfloat16)
     save_sae(random_sae(model, site=Site("mlp_out", 0)), root / "ours" / "mlp_out")
-    run_judge("sae_lens_files.py", root)
+    run_judge("sae_lens_files.py", root, library="sae_lens")
     return root
 
 
@@ -79,23 +78,20 @@ THEIRS = [
 ]
 
 
-@pytest.mark.slow
-@needs("sae_lens")
+@judged_by("sae_lens")
 @pytest.mark.parametrize("name", [*OURS, "jumprelu-bfloat16"])
 def test_saelens_opens_what_is_saved_here(judged_saes: Path, name: str) -> None:
     assert_judged(judged_saes, "ours", name)
 
 
-@pytest.mark.slow
-@needs("sae_lens")
+@judged_by("sae_lens")
 def test_saelens_opens_an_sae_of_another_site(judged_saes: Path) -> None:
     judged = np.load(judged_saes / "ours" / "mlp_out.npz")
     x = torch.from_numpy(np.load(judged_saes / "x.npz")["x"])
     assert_same_scale(load_sae(judged_saes / "ours" / "mlp_out").encode(x), torch.from_numpy(judged["f"]), 1e-6)
 
 
-@pytest.mark.slow
-@needs("sae_lens")
+@judged_by("sae_lens")
 @pytest.mark.parametrize("name", THEIRS)
 def test_what_saelens_saves_opens_here(judged_saes: Path, name: str) -> None:
     assert_judged(judged_saes, "theirs", name)
@@ -128,14 +124,12 @@ def judged_foreign(foreign_packages: Path, tmp_path_factory: pytest.TempPathFact
     """A folder of SAEs of both libraries, each with what it encodes and decodes."""
     root = tmp_path_factory.mktemp("foreign")
     write_inputs(root)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(foreign_packages), os.environ.get("PYTHONPATH", "")]))
-        run_judge("dictionary_learning_files.py", root)
-        run_judge("sparsify_files.py", root)
+    for name in ("dictionary_learning_files.py", "sparsify_files.py"):
+        run_judge(name, root, library=None, path=foreign_packages)
     return root
 
 
-@pytest.mark.slow
+@pytest.mark.judge
 @pytest.mark.parametrize(
     "name",
     [
@@ -153,7 +147,7 @@ def test_what_dictionary_learning_saves_opens_here(judged_foreign: Path, name: s
     assert_judged(judged_foreign, "dictionary_learning", name)
 
 
-@pytest.mark.slow
+@pytest.mark.judge
 @pytest.mark.parametrize("name", ["topk", "topk-unnormalised", "topk-num-latents"])
 def test_what_sparsify_saves_opens_here(judged_foreign: Path, name: str) -> None:
     assert_judged(judged_foreign, "sparsify", name)

@@ -1,109 +1,27 @@
 """Our numbers against those of other people's programs; those that patch transformers run in a process of their own."""
 
 import copy
-import importlib.util
 import operator
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-import headscope.models
+from cases import each
 from headscope.interventions import at
 from headscope.models.hf import Model
-from headscope.models.load import load_model
 from headscope.site import KINDS, AnyKind, Site
+from judging import LIKE_LLAMA, assert_same_scale, judged_by, named, of_transformerlens, random_tokens  # noqa: F401 - a fixture
 from naive_model import hidden
 
-LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 FAMILIES = ("gpt_neox", "gpt2", *LIKE_LLAMA, "gemma3")
-JUDGES = Path(__file__).parent / "judges"
-TINY = Path(headscope.models.__file__).parent / "tiny"
-PYTHIAS = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
-RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt_neox": ("gpt_neox", {}),
-    "gpt_neox-parallel": ("gpt_neox", {"use_parallel_residual": True, "rope_parameters": PYTHIAS}),
-    "gpt2": ("gpt2", {}),
-    **{name: (name, {}) for name in LIKE_LLAMA},
-}
-MODELS = [*RANDOM, *(["tiny"] if (TINY / "config.json").is_file() else [])]
-
-
-def needs(package: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
-
-
-def run_judge(name: str, *arguments: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(JUDGES / name), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"},
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def assert_same_scale(got: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Equal within a share of the largest magnitude."""
-    assert_close(got, expected, rtol=0, atol=tolerance * expected.abs().max().item())
-
-
-def random_tokens(model: Model, shape: tuple[int, int]) -> Tensor:
-    tokens = torch.randint(1, model.spec.d_vocab, shape, generator=torch.Generator().manual_seed(0))
-    tokens[:, 0] = model.bos
-    return tokens
 
 
 # ------------------------------------------------------------------------------------------------- TransformerLens 3.9
-@pytest.fixture(scope="module")
-def all_judged(
-    random_model: Callable[..., Model], save_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Path, Path]]:
-    """The folder of each model, and a folder with tokens and what TransformerLens computes with them: one process."""
-    cases: dict[str, tuple[Path, Path]] = {}
-    for name in MODELS:
-        root = tmp_path_factory.mktemp("judged")
-        folder = TINY
-        if name in RANDOM:
-            family, changes = RANDOM[name]
-            folder = save_model(random_model(family, **changes), root / "model")
-        np.savez(root / "tokens.npz", tokens=random_tokens(load_model(str(folder)), (3, 48)).numpy())
-        cases[name] = folder, root
-    run_judge("transformer_lens_bridge.py", *(path for case in cases.values() for path in case))
-    return cases
-
-
-@pytest.fixture(params=MODELS, scope="module")
-def judged(
-    request: pytest.FixtureRequest, all_judged: dict[str, tuple[Path, Path]]
-) -> tuple[Model, Tensor, dict[str, Tensor]]:
-    """A model, tokens, and what TransformerLens computes with them."""
-    folder, root = all_judged[request.param]
-    tokens = torch.from_numpy(np.load(root / "tokens.npz")["tokens"])
-    theirs = {name: torch.from_numpy(value) for name, value in np.load(root / "judged.npz").items()}
-    return load_model(str(folder)), tokens, theirs
-
-
-def named(site: Site, model: Model, judged: dict[str, Tensor]) -> Tensor | None:
-    """What TransformerLens has at a site; unrotated queries and keys are not those that meet each other."""
-    name = site.hook_name
-    if site.kind in ("q", "k") and model.spec.family == "gpt2":
-        name = name.replace("hook_rot_", "hook_")
-    return judged.get(name)
-
-
-@pytest.mark.slow
-@needs("transformer_lens")
+@judged_by("transformer_lens")
 def test_every_site_is_that_of_transformerlens(judged: tuple[Model, Tensor, dict[str, Tensor]]) -> None:
     model, tokens, theirs = judged
     compared = set()
@@ -138,9 +56,8 @@ EDITS: dict[AnyKind, Any] = {
 }
 
 
-@pytest.mark.slow
-@needs("transformer_lens")
-@pytest.mark.parametrize("kind", EDITS)
+@judged_by("transformer_lens")
+@each("kind", EDITS)
 def test_an_edit_does_what_it_does_in_transformerlens(
     judged: tuple[Model, Tensor, dict[str, Tensor]], kind: AnyKind
 ) -> None:
@@ -174,12 +91,12 @@ def eager(model: Model, tokens: Tensor) -> tuple[list[Tensor], list[Tensor], Ten
     return zs, list(out.attentions), out.logits
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 64)])
 @pytest.mark.parametrize("family", FAMILIES)
+@each("shape", [(1, 1), (3, 17), (2, 64)])
 def test_z_pattern_and_logits_are_those_of_plain_transformers(
-    random_model: Callable[..., Model], family: str, shape: tuple[int, int]
+    shared_model: Callable[..., Model], family: str, shape: tuple[int, int]
 ) -> None:
-    model = random_model(family)
+    model = shared_model(family)
     tokens = random_tokens(model, shape)
     zs, patterns, logits = eager(model, tokens)
     for layer in range(model.spec.n_layers):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from headscope.errors import ModelError
 from headscope.models.load import load_model
 from headscope.site import Site
-from test_judges import needs, run_judge
+from judging import judged_by, run_judge
 
 BRIDGED = ("gpt2", "gpt_neox", "llama", "gemma2", "qwen3")
 
@@ -68,8 +68,7 @@ def test_another_module_is_refused():
         load_model(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.slow
-@needs("transformer_lens")
+@judged_by("transformer_lens")
 def test_objects_of_transformerlens_are_what_they_compute(random_model, save_model, tmp_path):
     folders = [save_model(random_model(name), tmp_path / name) for name in BRIDGED]
     run_judge("transformer_lens_objects.py", tmp_path / "out.json", *folders)

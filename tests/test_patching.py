@@ -25,8 +25,8 @@ from headscope.studies.corruptions import (
 )
 from headscope.studies.feature_patching import patch_features
 from headscope.studies.patching import Node, average, interaction, nodes_of, patch, role
+from judging import judged_by, run_judge
 from planted import OUT, Head, V, induction_sequences, planted_model, planted_sae
-from test_judges import needs, run_judge
 
 EXACT = {"atol": 1e-10, "rtol": 0}
 
@@ -463,8 +463,7 @@ def test_upstream_saes_that_cannot_be_used():
 
 
 # -------------------------------------------------------------------------------------------------- TransformerLens 3.9
-@pytest.mark.slow
-@needs("transformer_lens")
+@judged_by("transformer_lens")
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
 def test_patches_are_those_of_transformerlens(random_model, random_sae, save_model, tmp_path, family):
     """Every head and position of layer 0, one run of theirs each."""

@@ -15,8 +15,8 @@ from headscope.interventions import add
 from headscope.models.hf import Model
 from headscope.site import Site
 from headscope.studies.qk import CONSTANT, PromptScores
+from judging import assert_same_scale, judged_by, named, of_transformerlens  # noqa: F401 - a fixture
 from test_circuit import EXACT, SETTINGS, precise, text
-from test_judges import all_judged, assert_same_scale, judged, named, needs  # noqa: F401 - judged and all_judged are fixtures
 
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}}
 
@@ -158,9 +158,8 @@ def test_what_there_is_not_is_named(random_model, no_type_checks):
             wrong()
 
 
-@pytest.mark.slow
-@needs("transformer_lens")
-def test_scores_and_parts_are_transformerlens(judged) -> None:  # noqa: F811
+@judged_by("transformer_lens")
+def test_scores_and_parts_are_transformerlens(judged) -> None:
     model, tokens, theirs = judged
     n_heads, length = model.spec.n_heads, tokens.shape[1]
     if model.spec.qk_norm or model.spec.post_norm or model.spec.scores_cap is not None:

@@ -20,8 +20,8 @@ from headscope.sae.formats import load_sae, save_sae
 from headscope.sae.model import MODULE_OUTPUT, PROCESSED, SAE
 from headscope.sae.quality import evaluate
 from headscope.site import Kind, Site
+from judging import assert_same_scale, judged_by, random_tokens, run_judge
 from sae_files import write_dictionary_learning
-from test_judges import assert_same_scale, needs, random_tokens, run_judge
 
 RandomSAE = Callable[..., SAE]
 RandomModel = Callable[..., Model]
@@ -162,8 +162,7 @@ def judged(
     return root
 
 
-@pytest.mark.slow
-@needs("transformer_lens")
+@judged_by("transformer_lens")
 @pytest.mark.parametrize("kind", ["z", "attn_out", "mlp_out", "resid_pre", "resid_post"])
 @pytest.mark.parametrize("name", ["tl/gelu", *(f"hf/{name}" for name in HF)])
 def test_activations_on_processed_weights_are_those_of_the_converted_sae_on_the_model(

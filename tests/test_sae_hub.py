@@ -18,8 +18,8 @@ from headscope.sae.formats import hub, is_sae, load_sae, locate, sae_hash, save_
 from headscope.sae.formats.hub import entry_of
 from headscope.sae.model import SAE
 from headscope.site import Site
+from judging import needs
 from sae_files import write_authors, write_dictionary_learning, write_gemma_scope, write_sparsify
-from test_judges import needs
 
 RandomSAE = Callable[..., SAE]
 KK = "gpt2-small-hook-z-kk/blocks.5.hook_z"

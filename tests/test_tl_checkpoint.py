@@ -20,7 +20,7 @@ from headscope.errors import ModelError
 from headscope.models import tl_checkpoint
 from headscope.models.load import load_model
 from headscope.site import Site
-from test_judges import assert_same_scale, needs, run_judge
+from judging import assert_same_scale, judged_by, run_judge
 from tl_files import KINDS, NORMS, SIZES, configuration, random_state, write_checkpoint
 
 TOKENS = torch.randint(1, 98, (3, 17), generator=torch.Generator().manual_seed(1))
@@ -169,8 +169,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.slow
-@needs("transformer_lens")
+@judged_by("transformer_lens")
 @pytest.mark.parametrize("processed", ["", "-processed"])
 @pytest.mark.parametrize("kind", ["gelu", "gelu_new", "solu_ln", "attn_only"])
 def test_it_computes_what_transformerlens_computes(
