@@ -14,8 +14,11 @@ from tokenizers import Tokenizer
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from headscope.errors import ModelError
+from headscope.corpus import load_corpus
+from headscope.errors import CorpusError, IndexFormatError, ModelError, SAEError
+from headscope.index.store import FeatureIndex
 from headscope.models.load import load_model
+from headscope.sae.formats import WEIGHTS, load_sae, save_sae
 from headscope.site import Site
 from judging import judged_by, run_judge
 
@@ -128,9 +131,41 @@ def test_rotary_frequencies_are_never_rounded(folder, dtype):
         assert_close(half.logits(tokens), plain(tokens).logits, atol=0.02, rtol=0.02)
 
 
-def test_a_dtype_that_does_not_compute_is_refused(folder):
-    with pytest.raises(ModelError, match=r"int8[\s\S]*bfloat16"):
-        load_model(folder, dtype=torch.int8)
+def test_dtypes_and_devices_may_be_named(folder, random_sae, tmp_path):
+    for named in ("bfloat16", "torch.bfloat16"):
+        model = load_model(folder, dtype=named, device="cpu")
+        assert (model.module.dtype, model.device) == (torch.bfloat16, torch.device("cpu"))
+    sae = random_sae(model, dtype=torch.float32)
+    assert sae.to("float64").W_enc.dtype == torch.float64
+    assert sae.to("cpu").W_enc.device == torch.device("cpu")
+    save_sae(sae, tmp_path / "sae", dtype="bfloat16")
+    assert load_file(tmp_path / "sae" / WEIGHTS)["W_enc"].dtype == torch.bfloat16
+
+
+def test_dtypes_and_devices_that_do_not_compute_are_refused(folder, random_sae, random_model, tmp_path):
+    for dtype in (torch.int8, "int8", "float", "", "bf16"):
+        with pytest.raises(ModelError, match=r"dtype[\s\S]*bfloat16"):
+            load_model(folder, dtype=dtype)
+        with pytest.raises(ModelError, match=r"dtype[\s\S]*bfloat16"):
+            save_sae(random_sae(random_model()), tmp_path / "sae", dtype=dtype)
+    for device in ("meta", torch.device("meta"), "abacus", "", "cuda:99"):
+        with pytest.raises(ModelError, match=r"^device[\s\S]*expected: cpu"):
+            load_model(folder, device=device)
+    with pytest.raises(ModelError, match=r"^device 'abacus'"):
+        random_sae(random_model()).to("abacus")
+    assert not (tmp_path / "sae").exists()
+
+
+def test_names_that_nothing_can_have_are_refused_wherever_they_are_given(tokenizer):
+    for name in ("", " ", "n" * 300, "a\0b"):
+        with pytest.raises(ModelError, match=r"^model = "):
+            load_model(name)
+        with pytest.raises(SAEError, match=r"^sae = "):
+            load_sae(name)
+        with pytest.raises(CorpusError, match=r"^corpus = "):
+            load_corpus(name, tokenizer, bos=0)
+        with pytest.raises(IndexFormatError, match=r"^index = "):
+            FeatureIndex.open(name)
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused

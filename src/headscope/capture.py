@@ -22,18 +22,27 @@ def check_corpus(model: Model, corpus: Corpus) -> None:
     Raises:
         CorpusError: blocks longer than the model's context, or token ids outside its vocabulary.
     """
-    if corpus.block_size > model.spec.context:
-        raise CorpusError(
-            f"blocks of {corpus.block_size} tokens",
-            expected=f"at most {model.spec.context}, the context of {model.spec.name}",
-            do="lower --block-size",
-        )
+    check_block_size(model, corpus.block_size)
     largest = int(corpus.blocks.max())
     if largest >= model.spec.d_vocab or corpus.blocks.min() < 0:
         raise CorpusError(
             f"token id {largest}",
             expected=f"ids below {model.spec.d_vocab}, the model's vocabulary",
             do="tokenise the text with this model's own tokenizer",
+        )
+
+
+def check_block_size(model: Model, block_size: int) -> None:
+    """Refuse blocks longer than the model's context.
+
+    Raises:
+        CorpusError: they are.
+    """
+    if block_size > model.spec.context:
+        raise CorpusError(
+            f"blocks of {block_size} tokens",
+            expected=f"at most {model.spec.context}, the context of {model.spec.name}",
+            do="lower --block-size",
         )
 
 

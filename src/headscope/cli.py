@@ -1,6 +1,8 @@
 """The command line: parses it and runs one of the `commands`."""
 
+import re
 import sys
+from itertools import pairwise
 
 import tyro
 
@@ -9,7 +11,8 @@ from headscope.commands.indexes import Effects, Families, Heads, Index, Proxies,
 from headscope.commands.pages import Dive, Export, Serve
 from headscope.commands.saes import Convert, Eval, Info
 from headscope.commands.training import Runs, Sweep, Train, preset_of
-from headscope.errors import INTERRUPTED, HeadscopeError
+from headscope.errors import INTERRUPTED, HeadscopeError, OptionError
+from headscope.limits import check_fields
 from headscope.memory import keep_freed_memory
 
 Command = (
@@ -36,9 +39,12 @@ Command = (
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run one command; errors of the user's input end with status 2."""
     keep_freed_memory()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        with preset_of(sys.argv[1:] if arguments is None else arguments):
+        _check_not_empty(arguments)
+        with preset_of(arguments):
             command = tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION)
+        check_fields(command)
         command.run()
     except HeadscopeError as error:
         sys.stderr.write(f"headscope: {error}\n")
@@ -46,6 +52,17 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("headscope: interrupted\n")
         sys.exit(INTERRUPTED)
+
+
+def _check_not_empty(arguments: list[str]) -> None:
+    """Refuse an empty argument, which as a path would be the current folder: most often a variable that is not set."""
+    for before, argument in pairwise(["headscope", *arguments]):
+        if not argument or re.fullmatch(r"--[\w-]+=", argument):
+            raise OptionError(
+                f"an empty argument, {argument or f'after {before}'}",
+                expected="a value",
+                do="check that the shell variable given there is set",
+            )
 
 
 _DESCRIPTION = "Find and explain what the attention layers of language models compute."

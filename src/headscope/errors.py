@@ -4,6 +4,7 @@ HeadscopeError
  ├── ModelError       a model that is missing, truncated, of another family, or lacks what was asked of it
  ├── SAEError         an SAE folder that is missing, truncated, or does not fit the model
  ├── CorpusError      text that is missing, empty, too short, or not UTF-8
+ ├── OptionError      a number, a name or a device with which nothing can be done
  ├── OutputError      a folder that already holds a run, cannot be written, or a disk that is full
  ├── TrainingError    training that cannot go on (not finite, no data)
  ├── IndexFormatError an index that is incomplete, damaged, or of another version
@@ -47,6 +48,10 @@ class SAEError(HeadscopeError):
 
 class CorpusError(HeadscopeError):
     """Text that is missing, empty, too short, or not UTF-8."""
+
+
+class OptionError(HeadscopeError):
+    """A number, a name or a device with which nothing can be done."""
 
 
 class OutputError(HeadscopeError):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from headscope import jobs
 from headscope.artefact import check_run_folder, read_json
 from headscope.errors import OutputError, TrainingError
+from headscope.limits import Layer, Name, Output, Tokens, checked
 from headscope.sae.config import TrainConfig, Variant
 from headscope.sae.metrics import Status
 from headscope.sae.pareto import Pareto, Point
@@ -56,15 +57,16 @@ def recipes(
     }
 
 
+@checked
 def sweep(  # noqa: PLR0913 - one argument an option of the command
-    out: Path,
+    out: Output,
     configs: Mapping[str, TrainConfig],
     *,
-    model: str = "tiny",
+    model: Name = "tiny",
     text: jobs.CorpusChoice | None = None,
-    eval_tokens: int | None = None,
+    eval_tokens: Tokens | None = None,
     site: Kind = "z",
-    layer: int | None = None,
+    layer: Layer | None = None,
     hardware: jobs.Hardware | None = None,
     overwrite: bool = False,
     on_steps: Callable[[Mapping[str, Status]], None] | None = None,
@@ -92,6 +94,7 @@ def sweep(  # noqa: PLR0913 - one argument an option of the command
         HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
     """
     from headscope.sae.training.checkpoint import Checkpoints
+    from headscope.sae.training.needs import check_memory
     from headscope.sae.training.ranks import Ranks
 
     text, ranks = text or jobs.CorpusChoice(split="train"), Ranks.joined()
@@ -109,17 +112,19 @@ def sweep(  # noqa: PLR0913 - one argument an option of the command
     loaded = (hardware or jobs.Hardware()).load(model)
     chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
     loaded.check_layer(chosen.layer)
+    missing = {name: config for name, config in configs.items() if name not in held}
+    if missing:
+        check_memory(missing.values(), loaded.width(chosen), loaded.device)
+    heldout = replace(text, split="heldout", max_tokens=eval_tokens).load(loaded, on_progress)
     corpus = text.load(loaded, on_progress)
     for name, metadata in held.items():
         _check_same(out / name, metadata, loaded, corpus, chosen)
-    missing = {name: config for name, config in configs.items() if name not in held}
     if missing and _train(out, loaded, corpus, chosen, missing, kept.folder, on_steps):
         return SweepResult(None, interrupted=True)
     kept.clear()
     if ranks.rank:
         return SweepResult(None)
     del corpus
-    heldout = replace(text, split="heldout", max_tokens=eval_tokens).load(loaded, on_progress)
     points = []
     for i, (name, config) in enumerate(configs.items()):
         points.append(_measured(out / name, loaded, heldout, config, on_progress, f"{i + 1}/{len(configs)} {name}"))

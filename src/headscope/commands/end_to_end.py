@@ -9,6 +9,7 @@ import tyro
 from headscope import demo, jobs
 from headscope.commands.options import FLAT, OnDevice
 from headscope.display import Display
+from headscope.limits import Input, Name, Output, Port
 from headscope.report import run as report
 
 
@@ -16,13 +17,13 @@ from headscope.report import run as report
 class Demo:
     """Train, evaluate, index, run every study and serve, on the bundled model and the standard library: no network."""
 
-    out: Path | None = None
+    out: Output | None = None
     """Folder for the SAE and the index; default `runs/demo`, or `runs/demo-quick`. What it holds is kept."""
     quick: bool = False
     """A small run that shows that everything works; its figures mean little."""
     serve: bool = True
     """Serve the page at the end."""
-    port: int | None = None
+    port: Port | None = None
     """A free one when not given."""
     overwrite: bool = False
     """Start again, replacing what an earlier run left."""
@@ -54,15 +55,15 @@ class Report(OnDevice):
     bundled model, its best SAE and the ReLU SAE, of the post's kind.
     """
 
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    out: Annotated[Output, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the report, the indexes and what each study found."""
-    model: str | None = None
+    model: Name | None = None
     """The model; the one the first SAE names when not given."""
-    sae: tuple[str, ...] = ()
+    sae: tuple[Name, ...] = ()
     """z SAEs to index and study: folders, or bundled ones by name."""
-    index: tuple[Path, ...] = ()
+    index: tuple[Input, ...] = ()
     """Or indexes of SAEs, used as they are."""
-    upstream: str | None = None
+    upstream: Name | None = None
     """An SAE of an earlier MLP, whose features are looked at one by one; `tiny-mlp0` for the bundled SAEs."""
     text: Annotated[jobs.CorpusChoice, FLAT] = field(default_factory=jobs.CorpusChoice)
     quick: bool = False

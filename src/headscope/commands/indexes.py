@@ -1,7 +1,6 @@
 """Commands that make an index and study what is in it."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -10,6 +9,7 @@ from headscope import jobs
 from headscope.commands.options import FLAT, OnDevice
 from headscope.display import Display
 from headscope.index.config import IndexPlan
+from headscope.limits import Above0, Count, From0, Input, Latent, Name, Output, Seed, Shuffles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +19,14 @@ class Index:
     What an interrupted run left in `<out>.partial` is gone on with. Several processes share the work under `torchrun`.
     """
 
-    sae: tuple[str, ...]
+    sae: tuple[Name, ...]
     """SAE folders, or bundled ones by name; several SAEs of one model are indexed in one pass over the corpus."""
-    out: Path
+    out: Output
     """Folder to write, or folder of folders for several SAEs; must be new or empty."""
-    model: str | None = None
+    model: Name | None = None
     """The model; the one the SAE names when not given."""
     text: Annotated[jobs.CorpusChoice, FLAT] = field(default_factory=jobs.CorpusChoice)
-    thresholds: tuple[float, ...] = (0.0,)
+    thresholds: tuple[From0, ...] = (0.0,)
     """Tell source tokens for active tokens above each of these activations: 0, and then larger ones."""
     exact_sources: bool = False
     """Count all sources of every active token, not its 8 largest: slow, and much to write."""
@@ -70,9 +70,9 @@ class Proxies:
     Proxies are chosen on one half of the documents and scored on the other. An interrupted run is gone on with.
     """
 
-    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; what is found of all live features becomes its columns `proxies`."""
-    features: tuple[int, ...] = ()
+    features: tuple[Latent, ...] = ()
     """Print what is found of these latents, best proxy first, and write nothing."""
 
     def run(self) -> None:
@@ -93,15 +93,15 @@ class Proxies:
 class Effects(OnDevice):
     """Measure what every feature of an index does to the loss by its direct path, exactly; added to the index."""
 
-    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; gets the columns `effects`."""
-    model: str | None = None
+    model: Name | None = None
     """The model; the one the index names when not given. Its weights must be those the index was built with."""
-    sae: str | None = None
+    sae: Name | None = None
     """The SAE, likewise."""
-    max_tokens: int = 2_000
+    max_tokens: Count = 2_000
     """Active tokens looked at of each feature, at most."""
-    max_work: float = 1e11
+    max_work: Above0 = 1e11
     """Active tokens of all features times vocabulary, at most; with a large vocabulary fewer are looked at."""
 
     def run(self) -> None:
@@ -125,13 +125,13 @@ class Effects(OnDevice):
 class Families(OnDevice):
     """Find the induction features of an index without naming a head, and hold the post's rule against them."""
 
-    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; gets the columns `induction`, and tables in `heads`."""
-    model: str | None = None
+    model: Name | None = None
     """The model; the one the index names when not given. Its weights must be those the index was built with."""
-    sae: str | None = None
+    sae: Name | None = None
     """The SAE, likewise."""
-    seed: int = 0
+    seed: Seed = 0
     """Of all draws."""
 
     def run(self) -> None:
@@ -154,15 +154,15 @@ class Families(OnDevice):
 class Heads(OnDevice):
     """Study every head of the model: roles, the features it makes, what its ablation turns off, what is spread."""
 
-    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; gets tables in `heads`, and the columns `heads`. Families come first, if they are to count."""
-    model: str | None = None
+    model: Name | None = None
     """The model; the one the index names when not given. Its weights must be those the index was built with."""
-    sae: str | None = None
+    sae: Name | None = None
     """The SAE, likewise."""
-    n_shuffles: int = 99
+    n_shuffles: Shuffles = 99
     """Models with shuffled weights that roles are told from; with fewer than 99 none is found at 1 %."""
-    seed: int = 0
+    seed: Seed = 0
     """Of all draws."""
 
     def run(self) -> None:
@@ -186,7 +186,7 @@ class Heads(OnDevice):
 class Survey:
     """Print how many features of a sample are alive, how many people found interpretable, and how far they agree."""
 
-    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; features are labelled on the page that `headscope serve` opens."""
     sample: str = "first:50"
     """`first:50` (the post's), `random:50:0` or `stratified:50:0` (by density): how drawn, how many, and the seed."""

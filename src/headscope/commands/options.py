@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import tyro
 
+from headscope.limits import Device
+
 FLAT = tyro.conf.arg(name="")
 """Marks a record whose fields are options of the command itself."""
 
@@ -12,5 +14,5 @@ FLAT = tyro.conf.arg(name="")
 class OnDevice:
     """A command that runs the model of an index, in the precision that the index was made in."""
 
-    device: str = "cpu"
+    device: Device = "cpu"
     """Where the model runs: `cpu`, `cuda`, `cuda:1`."""

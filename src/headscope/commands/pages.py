@@ -1,7 +1,6 @@
 """Commands that show an index: the explorer, and pages to keep."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -9,19 +8,20 @@ import tyro
 from headscope import jobs
 from headscope.commands.options import OnDevice
 from headscope.display import Display
+from headscope.limits import Input, Latent, Name, Output, Port
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serve(OnDevice):
     """Serve the explorer of an index on 127.0.0.1 until Ctrl-C."""
 
-    index: Path
+    index: Input
     """An index folder."""
-    model: str | None = None
+    model: Name | None = None
     """The model the index was built with, to run it in the tabs that say what features do and how they are computed."""
-    upstream_sae: tuple[str, ...] = ()
+    upstream_sae: tuple[Name, ...] = ()
     """SAEs of earlier components of the model, such as `tiny-mlp0`, whose features are told apart upstream."""
-    port: int | None = None
+    port: Port | None = None
     """A free one when not given."""
     open: bool = False
     """Open the page in the default browser."""
@@ -42,11 +42,11 @@ class Serve(OnDevice):
 class Export:
     """Write the explorer as one HTML file that opens without a server or a network, or as a folder to be hosted."""
 
-    index: Path
+    index: Input
     """An index folder."""
-    out: Path
+    out: Output
     """`page.html` for one file of at most 2,000 features; any other name for a folder that a static host can serve."""
-    features: tuple[int, ...] = ()
+    features: tuple[Latent, ...] = ()
     """Latents to put in it; all alive ones when not given, the 2,000 most active at most in a file."""
     overwrite: bool = False
     """Replace what is there."""
@@ -62,15 +62,15 @@ class Export:
 class Dive(OnDevice):
     """Write the deep dive into one feature, when it fires and what it does, as one HTML file."""
 
-    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder."""
-    feature: Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURE")]
+    feature: Annotated[Latent, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURE")]
     """Its latent."""
     proxy: tuple[str, ...] = ()
     """Rules that say where it should fire, such as 'induction("board")'; the page's suggestions when not given."""
-    model: str | None = None
+    model: Name | None = None
     """The model the index was built with, to remove the feature from it too."""
-    out: Path
+    out: Output
     """`page.html`."""
     overwrite: bool = False
     """Replace what is there."""

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -10,6 +9,7 @@ import tyro
 from headscope import jobs
 from headscope.commands.options import FLAT
 from headscope.display import Display
+from headscope.limits import Layer, Name, Output
 from headscope.site import Kind
 
 
@@ -17,9 +17,9 @@ from headscope.site import Kind
 class Eval:
     """Measure an SAE on held-out text: L0, loss recovered, explained variance, dead latents, each defined."""
 
-    sae: str
+    sae: Name
     """An SAE folder, or a bundled one by name."""
-    model: str | None = None
+    model: Name | None = None
     """The model; the one the SAE names when not given."""
     text: Annotated[jobs.CorpusChoice, FLAT] = field(default_factory=jobs.CorpusChoice)
     loss_tokens: int | None = None
@@ -44,9 +44,9 @@ class Eval:
 class Info:
     """Print what an SAE or a model is, its conventions, and whether the two fit one another."""
 
-    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    name: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """A bundled SAE or model, a path, or a name on the hub."""
-    model: str | None = None
+    model: Name | None = None
     """Of an SAE: say whether it fits this model; status 1 if it does not."""
 
     def run(self) -> None:
@@ -63,17 +63,17 @@ class Info:
 class Convert:
     """Write an SAE of any format as a SAELens folder that reads the model's own activations and states all it knows."""
 
-    sae: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
+    sae: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
     """A path, or a name on the hub."""
-    out: Path
+    out: Output
     """Folder to write; must be new or empty."""
-    model: str | None = None
+    model: Name | None = None
     """The model whose processed weights it was trained on; the one the SAE names when not given."""
     site: Kind | None = None
     """What it reads, for files that do not say; with --layer."""
-    layer: int | None = None
+    layer: Layer | None = None
     """See --site."""
-    trained_on: str | None = None
+    trained_on: Name | None = None
     """The model's name, for files that do not say or say another program's."""
     overwrite: bool = False
     """Replace what `out` holds."""

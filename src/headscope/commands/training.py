@@ -16,6 +16,7 @@ from headscope.artefact import atomic_write, check_output
 from headscope.commands.options import FLAT
 from headscope.display import Display
 from headscope.errors import INTERRUPTED, FigureError, SAEError
+from headscope.limits import Above0, Input, Layer, Name, Output, Tokens
 from headscope.sae import pareto, runs
 from headscope.sae.config import TrainConfig, Variant
 from headscope.sae.presets import preset, preset_note
@@ -58,14 +59,14 @@ def preset_of(arguments: list[str]) -> Iterator[None]:
 class Train:
     """Train an SAE on an attention layer's z (or another site) and write it as a SAELens folder."""
 
-    out: Path
+    out: Output
     """Folder to write; must be new or empty."""
-    model: str = "tiny"
+    model: Name = "tiny"
     """`tiny` (bundled), a Hugging Face folder, or a name on the hub."""
     text: Annotated[jobs.CorpusChoice, FLAT] = field(default_factory=lambda: jobs.CorpusChoice(split="train"))
     site: Kind = "z"
     """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out, or the residual stream."""
-    layer: int | None = None
+    layer: Layer | None = None
     """Layer of the site; the last one when not given."""
     preset: str = "default"
     """A published recipe, whose values hold for all options of the recipe that are not given: default, seed-gelu-2l,
@@ -112,20 +113,20 @@ class Sweep:
     Interrupted, the same command goes on; with more variants or targets it trains and measures those that are new.
     """
 
-    out: Path
+    out: Output
     """Folder of the SAE folders."""
     variants: tuple[Variant, ...] = ("relu", "batchtopk")
     """In place of --variant."""
-    target_l0s: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0)
+    target_l0s: tuple[Above0, ...] = (4.0, 8.0, 16.0, 32.0)
     """In place of --target-l0; whole numbers for topk."""
-    eval_tokens: int | None = None
+    eval_tokens: Tokens | None = None
     """Measure on so many held-out tokens; on all when not given."""
-    model: str = "tiny"
+    model: Name = "tiny"
     """`tiny` (bundled), a Hugging Face folder, or a name on the hub."""
     text: Annotated[jobs.CorpusChoice, FLAT] = field(default_factory=lambda: jobs.CorpusChoice(split="train"))
     site: Kind = "z"
     """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out or resid_pre."""
-    layer: int | None = None
+    layer: Layer | None = None
     """Layer of the site; the last one when not given."""
     preset: str = "default"
     """See `train`: what the options of the recipe are when not given."""
@@ -177,9 +178,9 @@ class Sweep:
 class Runs:
     """List trainings, finished and not, with what was last measured; draw their curves."""
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDERS ...]")] = (Path(),)
+    folders: Annotated[tuple[Input, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDERS ...]")] = (Path(),)
     """Where to look, in them and below."""
-    html: Path | None = None
+    html: Output | None = None
     """Draw curves of loss, L0, explained variance and dead latents into this file; needs plotly."""
     overwrite: bool = False
     """Replace the file."""

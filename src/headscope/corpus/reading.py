@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from headscope.errors import CorpusError
+from headscope.limits import CountFrom0, Seed, check_fields
 
 Split = Literal["train", "heldout", "all"]
 Packing = Literal["packed", "rows"]
@@ -34,21 +35,18 @@ class Reading:
     """Put the BOS at the start of each block, of each document, of both, or nowhere; token files stay as they are."""
     separator: str | None = None
     """A token of the vocabulary that is put after every document."""
-    shuffle: int = 0
+    shuffle: CountFrom0 = 0
     """Documents are drawn from a buffer of so many; in order when 0."""
-    shuffle_seed: int = 0
+    shuffle_seed: Seed = 0
     """Of the order that --shuffle makes."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be read so.
 
         Raises:
-            CorpusError: a negative buffer or number, or a line that is none.
+            CorpusError: a number out of bounds, or a line that is none.
         """
-        if self.shuffle < 0 or self.shuffle_seed < 0:
-            raise CorpusError(
-                f"shuffle {self.shuffle} with seed {self.shuffle_seed}", expected="0 or more", do="change the option"
-            )
+        check_fields(self, CorpusError)
         if not self.document_line or self.document_line.splitlines() != [self.document_line]:
             raise CorpusError(
                 f"document_line {self.document_line!r}", expected="one line of text", do="change --document-line"

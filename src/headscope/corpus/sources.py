@@ -20,6 +20,7 @@ from headscope.corpus.rows import (
 )
 from headscope.corpus.text import Document, file_documents, python_documents, python_files
 from headscope.errors import CorpusError
+from headscope.limits import Name, check
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -58,6 +59,7 @@ def find_source(name: str, reading: Reading, bos: int) -> Source:
     Raises:
         CorpusError: there is no such thing, or files among it that are no text.
     """
+    check("corpus", name, Name, CorpusError)
     if name == "python":
         return Source(python_documents, partial(_state, dict(python_files())))
     path = Path(name)

@@ -1,10 +1,10 @@
 """What an index holds; plain values, no torch."""
 
 from dataclasses import asdict, dataclass
-from math import inf
 from typing import Any
 
 from headscope.errors import IndexFormatError
+from headscope.limits import Count, From0, check_fields
 
 FORMAT_VERSION = 3
 N_BINS = 50
@@ -52,43 +52,34 @@ DEFINITIONS = {
 class IndexPlan:
     """What an index keeps of each feature."""
 
-    n_sources: int | None = 8
+    n_sources: Count | None = 8
     """Sources kept for each active token, by |DFA| summed over heads; None keeps all (exact, and slow)."""
-    thresholds: tuple[float, ...] = (0.0,)
+    thresholds: tuple[From0, ...] = (0.0,)
     """Source tokens are told for the active tokens above each of these activations; the first is 0."""
     losses: bool = False
     """Run the model to the logits, and keep the loss of each next token."""
-    top: int = 12
+    top: Count = 12
     """Examples of each kind."""
-    random: int = 8
-    quantiles: int = 5
-    per_quantile: int = 4
-    intervals: int = 10
-    per_interval: int = 4
-    near_threshold: int = 4
-    part_tokens: int = 1 << 16
+    random: Count = 8
+    quantiles: Count = 5
+    per_quantile: Count = 4
+    intervals: Count = 10
+    per_interval: Count = 4
+    near_threshold: Count = 4
+    part_tokens: Count = 1 << 16
     """Tokens read before something is written: what a killed build loses at most."""
-    range_rows: int = 1 << 20
+    range_rows: Count = 1 << 20
     """Activations held at a time when those of a feature are brought together."""
 
     def __post_init__(self) -> None:
-        """Refuse thresholds that do not increase from 0, and sizes that are no whole numbers above 0."""
-        try:
-            object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
-            rising = all(a < b < inf for a, b in zip(self.thresholds, self.thresholds[1:], strict=False))
-        except (TypeError, ValueError):
-            rising = False
-        if not rising or not self.thresholds or self.thresholds[0] != 0:
+        """Refuse numbers out of bounds, and thresholds that do not increase from 0."""
+        check_fields(self, IndexFormatError)
+        if not self.thresholds or self.thresholds[0] != 0 or list(self.thresholds) != sorted(set(self.thresholds)):
             raise IndexFormatError(
                 f"thresholds {self.thresholds}", expected="0 and then larger ones", do="for example: 0 5"
             )
-        for name, value in asdict(self).items():
-            whole = type(value) is int and value > 0
-            allowed = {"thresholds": True, "losses": type(value) is bool, "n_sources": whole or value is None}
-            if not allowed.get(name, whole):
-                raise IndexFormatError(
-                    f"{name} {value!r}", expected="a whole number above 0", do=f"pass another {name}"
-                )
+        if type(self.losses) is not bool:
+            raise IndexFormatError(f"losses {self.losses!r}", expected="true or false", do="pass one of these")
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

@@ -35,6 +35,7 @@ from headscope.index.reading import (
 from headscope.index.records import Activations, ExampleGroup, Feature, Null, Shares, Sources
 from headscope.index.rows import activations_of, feature_of, groups_of, null_of, sources_of
 from headscope.index.schema import Sizes, check_footers
+from headscope.limits import NameOrPath, check
 from headscope.sae.quality_table import quality_rows
 
 P = ParamSpec("P")
@@ -95,7 +96,7 @@ class FeatureIndex:
         Raises:
             IndexFormatError: there is none, it is not finished, damaged, or another version wrote it.
         """
-        folder = Path(folder)
+        folder = Path(check("index", folder, NameOrPath, IndexFormatError))
         with reading(folder):
             return cls(folder, read_manifest(folder))
 

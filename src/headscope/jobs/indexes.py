@@ -9,6 +9,7 @@ from headscope.errors import OutputError, SAEError
 from headscope.index.config import IndexPlan
 from headscope.jobs.inputs import CorpusChoice, Hardware, Progress, load_on
 from headscope.jobs.saes import measured_quality
+from headscope.limits import Above0, Count, Device, Latent, Name, NameOrPath, Output, Seed, Shuffles, checked
 
 if TYPE_CHECKING:
     from headscope.index.head_records import HeadTables
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from headscope.studies.survey import Survey
 
 
+@checked
 def index(
-    saes: Sequence[str | Path],
-    out: Path,
+    saes: Sequence[NameOrPath],
+    out: Output,
     *,
-    model: str | None = None,
+    model: Name | None = None,
     text: CorpusChoice | None = None,
     plan: IndexPlan | None = None,
     hardware: Hardware | None = None,
@@ -82,8 +84,9 @@ def _check_remnant(out: Path, *, overwrite: bool) -> None:
         )
 
 
+@checked
 def live(
-    index: str | Path, *, model: str | None = None, sae: str | Path | None = None, device: str = "cpu"
+    index: NameOrPath, *, model: Name | None = None, sae: NameOrPath | None = None, device: Device = "cpu"
 ) -> "LiveIndex":
     """Open an index with the model and the SAE that its manifest names, or with others of the same weights.
 
@@ -116,8 +119,9 @@ def upstream_sae(opened: "LiveIndex", name: str) -> "SAE":
     return fitted(load_sae(name), opened.model).to(opened.model.device).to(opened.model.module.dtype)
 
 
+@checked
 def proxies(
-    index: str | Path, *, features: Sequence[int] = (), on_progress: Progress | None = None
+    index: NameOrPath, *, features: Sequence[Latent] = (), on_progress: Progress | None = None
 ) -> "tuple[FeatureProxies, ...] | Summary":
     """Find the proxies that go best with features: of all live ones, into the index's columns `proxies`.
 
@@ -140,14 +144,15 @@ def proxies(
     return tuple(search(opened, features)) if features else add_proxies(opened, on_progress=on_progress)
 
 
+@checked
 def effects(
-    index: str | Path,
+    index: NameOrPath,
     *,
-    model: str | None = None,
-    sae: str | Path | None = None,
-    max_tokens: int = 2_000,
-    max_work: float = 1e11,
-    device: str = "cpu",
+    model: Name | None = None,
+    sae: NameOrPath | None = None,
+    max_tokens: Count = 2_000,
+    max_work: Above0 = 1e11,
+    device: Device = "cpu",
     on_progress: Progress | None = None,
 ) -> "DirectEffects":
     """The exact direct-path loss effect of every live feature of an index, added to it as the columns `effects`.
@@ -164,13 +169,14 @@ def effects(
     return found
 
 
+@checked
 def families(
-    index: str | Path,
+    index: NameOrPath,
     *,
-    model: str | None = None,
-    sae: str | Path | None = None,
-    seed: int = 0,
-    device: str = "cpu",
+    model: Name | None = None,
+    sae: NameOrPath | None = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
     on_progress: Progress | None = None,
 ) -> "InductionFamily":
     """Judge all live features of an index for induction, and keep it: columns `induction` and tables of heads.
@@ -186,14 +192,15 @@ def families(
     return found
 
 
+@checked
 def heads(
-    index: str | Path,
+    index: NameOrPath,
     *,
-    model: str | None = None,
-    sae: str | Path | None = None,
-    n_shuffles: int = 99,
-    seed: int = 0,
-    device: str = "cpu",
+    model: Name | None = None,
+    sae: NameOrPath | None = None,
+    n_shuffles: Shuffles = 99,
+    seed: Seed = 0,
+    device: Device = "cpu",
     on_progress: Progress | None = None,
 ) -> "HeadTables":
     """Study every head of a model and all features of an index by head, and keep it beside the index.
@@ -209,7 +216,8 @@ def heads(
     return HeadTables(index)
 
 
-def survey(index: str | Path, *, sample: str = "first:50") -> "Survey":
+@checked
+def survey(index: NameOrPath, *, sample: str = "first:50") -> "Survey":
     """Tally what was said of a sample of an index's features: how many are alive, and how many interpretable.
 
     Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from headscope.corpus import Corpus, Reading, Split, load_corpus
-from headscope.errors import ModelError
+from headscope.limits import Count, Device, Name, Tokens, check_fields
 
 if TYPE_CHECKING:
     from headscope.models.hf import Model
@@ -19,24 +19,32 @@ Progress = Callable[[str, int, int], None]
 class CorpusChoice(Reading):
     """Which text is read, and how it is cut."""
 
-    corpus: str = "python"
+    corpus: Name = "python"
     """`python` (the standard library of this interpreter); a file, folder or pattern of files: text, .jsonl, .parquet,
     .npy; a folder that `datasets` saved; or a dataset on the hub."""
     split: Split = "heldout"
     """Documents to read: those for training (60 %), those held out (40 %, by hash of their name), or all."""
-    block_size: int | None = None
+    block_size: Count | None = None
     """Tokens in a block, BOS included; 256, or the model's context if that is shorter, when not given."""
-    max_tokens: int | None = None
+    max_tokens: Tokens | None = None
     """Read at most this many tokens."""
 
     def load(self, model: "Model", on_progress: Progress | None = None) -> Corpus:
-        """Read, tokenise and pack; text that takes long to tokenise is told of as it goes on."""
+        """Read, tokenise and pack the text into blocks, with progress where tokenising takes long.
+
+        Raises:
+            CorpusError: no such text, or blocks that the model cannot read; the latter before any text is read.
+        """
+        from headscope.capture import check_block_size
+
+        block_size = min(256, model.spec.context) if self.block_size is None else self.block_size
+        check_block_size(model, block_size)
         return load_corpus(
             self.corpus,
             model.tokenizer,
             bos=model.bos,
             split=self.split,
-            block_size=min(256, model.spec.context) if self.block_size is None else self.block_size,
+            block_size=block_size,
             max_tokens=self.max_tokens,
             reading=self,
             on_tokens=None if on_progress is None else lambda done, total: on_progress("tokenise", done, total or 0),
@@ -47,10 +55,18 @@ class CorpusChoice(Reading):
 class Hardware:
     """Where and in what precision a model computes."""
 
-    device: str = "cpu"
+    device: Device = "cpu"
     """`cpu`, `cuda`, `cuda:1`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the model. SAEs, losses, norms' scales and statistics are of float32; an index is only made in float32."""
+
+    def __post_init__(self) -> None:
+        """Refuse devices that cannot compute.
+
+        Raises:
+            OptionError: one of them.
+        """
+        check_fields(self)
 
     def load(self, name: str) -> "Model":
         """Load a model.
@@ -67,18 +83,8 @@ def load_on(name: str, device: str, dtype: str) -> "Model":
     Raises:
         ModelError: no such model, or no such device.
     """
-    import torch
-
     from headscope.models.load import load_model
 
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        found = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"device {device!r}: {str(error).splitlines()[0]}",
-            expected="cpu, or cuda on a machine that has it",
-            do="pass another --device",
-        ) from error
-    return load_model(name, device=found, dtype=getattr(torch, dtype))
+    return load_model(name, device=device, dtype=dtype)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from headscope.artefact import check_output, check_run_folder
 from headscope.errors import ExportError, SAEError
 from headscope.jobs.indexes import live, upstream_sae
+from headscope.limits import Device, Latent, Name, NameOrPath, Output, Port, checked
 
 if TYPE_CHECKING:
     from headscope.explorer.cards import IndexCards
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
     from headscope.studies.specificity_records import Predictions
 
 
+@checked
 def serve(
-    index: str | Path,
+    index: NameOrPath,
     *,
-    model: str | None = None,
-    device: str = "cpu",
-    upstream_saes: Sequence[str] = (),
-    port: int | None = None,
+    model: Name | None = None,
+    device: Device = "cpu",
+    upstream_saes: Sequence[Name] = (),
+    port: Port | None = None,
     open_browser: bool = False,
 ) -> None:
     """Serve the explorer of an index on 127.0.0.1 until Ctrl-C.
@@ -103,7 +105,10 @@ class _Effects:
             return predictions(self._live.index, self._live.model, latent, proxy)
 
 
-def export(index: str | Path, out: Path, *, features: Sequence[int] | None = None, overwrite: bool = False) -> Path:
+@checked
+def export(
+    index: NameOrPath, out: Output, *, features: Sequence[Latent] | None = None, overwrite: bool = False
+) -> Path:
     """Write the explorer as one HTML file, when `out` ends with .html, or as a folder for any static host.
 
     Without `features`, the alive ones; in a file at most the 2,000 most active of them.
@@ -142,14 +147,15 @@ def _most_active(source: "IndexCards", n: int | None) -> list[int]:
     return sorted(alive[:n])
 
 
+@checked
 def dive(
-    index: str | Path,
-    feature: int,
-    out: Path,
+    index: NameOrPath,
+    feature: Latent,
+    out: Output,
     *,
     proxies: Sequence[str] = (),
-    model: str | None = None,
-    device: str = "cpu",
+    model: Name | None = None,
+    device: Device = "cpu",
     overwrite: bool = False,
 ) -> Path:
     """Write the card of one feature with its deep-dive tabs as one HTML file.

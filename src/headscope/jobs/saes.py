@@ -9,6 +9,7 @@ from headscope.artefact import check_run_folder, file_hash, read_json, write_jso
 from headscope.corpus import Corpus
 from headscope.errors import OutputError, SAEError
 from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
+from headscope.limits import Layer, Name, NameOrPath, Output, checked
 from headscope.site import Kind, Site
 
 if TYPE_CHECKING:
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     from headscope.sae.quality import Quality
 
 
+@checked
 def eval(
-    sae: str | Path,
+    sae: NameOrPath,
     *,
-    model: str | None = None,
+    model: Name | None = None,
     text: CorpusChoice | None = None,
     hardware: Hardware | None = None,
     loss_tokens: int | None = None,
@@ -83,14 +85,15 @@ def measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
         return None
 
 
+@checked
 def convert(
-    sae: str | Path,
-    out: Path,
+    sae: NameOrPath,
+    out: Output,
     *,
-    model: str | None = None,
+    model: Name | None = None,
     site: Kind | None = None,
-    layer: int | None = None,
-    trained_on: str | None = None,
+    layer: Layer | None = None,
+    trained_on: Name | None = None,
     overwrite: bool = False,
 ) -> "SAE":
     """Write an SAE of any format as a SAELens folder that states all, and that reads the model's own activations.
@@ -124,7 +127,8 @@ def convert(
     return loaded
 
 
-def info(name: str | Path, *, model: str | None = None) -> "tuple[Lines, Fit | None]":
+@checked
+def info(name: NameOrPath, *, model: Name | None = None) -> "tuple[Lines, Fit | None]":
     """What an SAE or a model is; of an SAE, with a model, whether the two fit.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from headscope.artefact import check_run_folder, read_json
 from headscope.errors import OutputError
 from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
+from headscope.limits import Layer, Name, Output, checked
 from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Status
 from headscope.sae.runs import METRICS, TRAINING
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
     from headscope.sae.training.run import TrainResult
 
 
+@checked
 def train(  # noqa: PLR0913 - one argument an option of the command
-    out: Path,
+    out: Output,
     *,
-    model: str = "tiny",
+    model: Name = "tiny",
     text: CorpusChoice | None = None,
     site: Kind = "z",
-    layer: int | None = None,
+    layer: Layer | None = None,
     config: TrainConfig | None = None,
     hardware: Hardware | None = None,
     overwrite: bool = False,
@@ -42,6 +44,7 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     """
     from headscope.sae.formats import save_sae
     from headscope.sae.training.checkpoint import Checkpoints
+    from headscope.sae.training.needs import check_memory
     from headscope.sae.training.ranks import Ranks
     from headscope.sae.training.run import train_sae
 
@@ -56,6 +59,7 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     loaded = (hardware or Hardware()).load(model)
     chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
     loaded.check_layer(chosen.layer)
+    check_memory([config], loaded.width(chosen), loaded.device)
     corpus = text.load(loaded, on_progress)
     result = train_sae(loaded, corpus, chosen, config, on_step, folder=kept.folder)
     if ranks.rank == 0:

@@ -12,14 +12,15 @@ from transformers.utils import logging as transformers_logging
 
 from headscope.errors import ModelError
 from headscope.hub import advice
+from headscope.limits import NameOrPath, check
 from headscope.models import transformer_lens
 from headscope.models.families import family_of
 from headscope.models.hf import Model
+from headscope.models.placing import device_of, dtype_of
 from headscope.models.tl_checkpoint import find_checkpoint, load_checkpoint
 from headscope.models.vocabulary import check_vocabulary, first_token, no_tokenizer
 
 _BUNDLED = Path(__file__).parent
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load_model(
@@ -27,7 +28,7 @@ def load_model(
     *,
     tokenizer: Any = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> Model:
     """Load a causal language model with its tokenizer, or take one that is loaded.
 
@@ -38,21 +39,22 @@ def load_model(
             HookedTransformer or TransformerBridge of TransformerLens.
         tokenizer: a fast tokenizer of transformers, for a `PreTrainedModel`, which has none; otherwise the model's own
             is taken. Blocks of text start with its BOS, or with its EOS where it has none.
-        device: where to put the weights; the processor, or where an object's are.
-        dtype: of the weights and of what the model computes with them (losses, scales of norms and all statistics are
-            of float32 at least); float32, or an object's.
+        device: where to put the weights, such as `cuda:1`; the processor, or where an object's are.
+        dtype: of the weights and of what the model computes with them, such as `bfloat16` (losses, scales of norms and
+            all statistics are of float32 at least); float32, or an object's.
 
     Raises:
         ModelError: the model is missing, truncated, of an unknown family, has weights that are not finite, or has no
-            tokenizer that fits.
+            tokenizer that fits; or there is no such device or precision.
     """
+    device = None if device is None else device_of(device)
+    dtype = None if dtype is None else dtype_of(dtype)
     if isinstance(model, nn.Module):
         module, own, name = _loaded(model)
         tokenizer = own if tokenizer is None else tokenizer
     else:
         transformers_logging.disable_progress_bar()
-        name = str(model)
-        _check_dtype(dtype or torch.float32)
+        name = str(check("model", model, NameOrPath, ModelError))
         checkpoint = find_checkpoint(name)
         read = load_checkpoint(*checkpoint, dtype or torch.float32) if checkpoint else _load(name, dtype)
         module, tokenizer = read[0], read[1] if tokenizer is None else tokenizer
@@ -156,13 +158,6 @@ def _quantised(name: str) -> ModelError:
         expected="weights in float32, bfloat16 or float16, of which W_O and W_V can be read",
         do="load the model it was made from",
     )
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in _DTYPES:
-        raise ModelError(
-            f"dtype {dtype}", expected=", ".join(str(d).removeprefix("torch.") for d in _DTYPES), do="pass one of these"
-        )
 
 
 def _check_weights(module: nn.Module, name: str) -> None:

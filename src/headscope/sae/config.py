@@ -1,12 +1,25 @@
 """How an SAE is trained; plain values, no torch."""
 
-import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from headscope.errors import TrainingError
+from headscope.limits import (
+    Above0,
+    Count,
+    CountFrom0,
+    From0,
+    Name,
+    Number,
+    Seed,
+    Share,
+    ShareBelow1,
+    Tokens,
+    check_fields,
+)
 
 Variant = Literal["batchtopk", "topk", "relu", "jumprelu", "gated"]
+Resamplings = Annotated[int, Number(0, 1000, because="each starts latents that then have to be trained")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,25 +29,25 @@ class TrainConfig:
     variant: Variant = "batchtopk"
     """Of the activation function: batchtopk and topk keep a number of the largest pre-activations, relu (the post's),
     jumprelu and gated are held down by a penalty. Saved as SAELens' kinds; batchtopk as jumprelu."""
-    d_sae: int = 2048
+    d_sae: Count = 2048
     """Latents."""
-    target_l0: float = 12.0
+    target_l0: Above0 = 12.0
     """Mean number of active latents per token: k for topk and batchtopk; the others' penalty is steered towards it, for
     jumprelu and gated from eight times as many."""
-    coefficient: float | None = None
+    coefficient: From0 | None = None
     """Of the penalty; given, it is kept, and target_l0 has no part."""
-    coefficient_warmup: float = 0.0
+    coefficient_warmup: ShareBelow1 = 0.0
     """Share of training over which a given coefficient rises from 0."""
-    prefixes: tuple[int, ...] = ()
+    prefixes: tuple[Count, ...] = ()
     """Matryoshka: so many latents, for each number here, also reconstruct without those after them."""
     decoder: Literal["unit", "free"] = "unit"
     """Decoder rows of unit norm; free ones weigh relu's penalty, and jumprelu's with tanh, by their norm."""
-    auxiliary: float | None = None
+    auxiliary: From0 | None = None
     """topk, batchtopk: coefficient of the error that dead latents reconstruct, 1/4 when not given. jumprelu: of what
     they lack to fire, 1/32."""
-    bandwidth: float = 0.5
+    bandwidth: Above0 = 0.5
     """jumprelu: width of the rectangle through which thresholds learn, in the units of scaled inputs."""
-    tanh: float | None = None
+    tanh: Above0 | None = None
     """jumprelu: penalise tanh(this * activation); else the number of active latents."""
     error_in: Literal["site", "output"] = "site"
     """Where errors are measured: `output`, for z, after W_O, as the residual stream gets them."""
@@ -48,57 +61,59 @@ class TrainConfig:
     """The first dictionary: directions of inputs, random ones in the subspace where inputs vary (both with the encoder
     tied), or random ones for encoder and decoder each; transpose: random ones for the decoder, at a norm of 0.1 where
     it is free, and the encoder as its transpose."""
-    tokens: int = 4_500_000
+    tokens: Tokens = 4_500_000
     """Activations to train on in all; the corpus is read as often as that takes."""
-    batch: int = 2048
+    batch: Count = 2048
     """Activations in a step."""
-    lr: float = 2e-3
+    lr: Above0 = 2e-3
     """Adam's peak learning rate, for inputs scaled as above."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)
     """Adam's."""
     warmup: Literal["linear", "cosine"] = "linear"
     """From 0 in a line, or from a tenth in a cosine, which is repeated after each resampling."""
-    warmup_steps: int = 200
+    warmup_steps: CountFrom0 = 200
     """How long."""
-    decay: float = 0.3
+    decay: Share = 0.3
     """Share of training, at its end, over which the learning rate falls to 0."""
-    clip: float | None = None
+    clip: Above0 | None = None
     """Largest norm of all gradients together."""
-    resample: int | None = None
+    resample: Resamplings | None = None
     """How often dead latents are started anew; 3 times for relu and gated when not given, never for the others, whose
     dead latents have the auxiliary loss."""
-    resample_every: int | None = None
+    resample_every: Count | None = None
     """Steps between; without, resamplings are spread over the first 60 % of training."""
     resample_by: Literal["loss", "random"] = "loss"
     """On inputs drawn by their squared loss (Bricken et al. 2023), or on random directions."""
-    dead_after: int = 500_000
+    dead_after: Tokens = 500_000
     """Activations without firing after which a latent is dead; fewer than there are before the first resampling, and at
     most an eighth of all, unless `resample_every` sets a pace of its own."""
-    dead_below: float = 0.0
+    dead_below: ShareBelow1 = 0.0
     """Share of the dead_after activations before a resampling; who fires on fewer is started anew. 0: who never did."""
     exclude_bos: bool = True
     """Leave BOS positions out of training."""
-    buffer: int = 262_144
+    buffer: Count = 262_144
     """Activations held at a time to be mixed."""
-    cache: str | None = None
+    cache: Name | None = None
     """A folder that keeps the activations, for the next training on the same."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides the initial dictionary and the order of activations."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train anything, or that would have no part in it."""
+        check_fields(self, TrainingError)
         self._check_words()
-        self._check_numbers()
         self._check_parts()
+        if len(self.betas) != 2:
+            raise TrainingError(f"betas = {self.betas}", expected="two shares", do="change --betas")
+        if self.target_l0 >= self.d_sae:
+            raise TrainingError(
+                f"target_l0 = {self.target_l0}", expected=f"less than d_sae = {self.d_sae}", do="lower --target-l0"
+            )
         if self.batch < 2 or round(self.target_l0 * self.batch) < 1:
             raise TrainingError(
                 f"batch = {self.batch} at target_l0 = {self.target_l0}",
                 expected="2 or more, with at least one active latent in a batch",
                 do="raise --batch or --target-l0",
-            )
-        if self.target_l0 >= self.d_sae:
-            raise TrainingError(
-                f"target_l0 = {self.target_l0}", expected=f"less than d_sae = {self.d_sae}", do="lower --target-l0"
             )
         if self.variant == "topk" and self.target_l0 != round(self.target_l0):
             raise TrainingError(
@@ -139,29 +154,6 @@ class TrainConfig:
                 expected="a coefficient for relu, jumprelu and gated, tanh for jumprelu",
                 do=f"leave out --{name}, or pass --{name} None where a preset has one",
             )
-
-    def _check_numbers(self) -> None:
-        positive = ("d_sae", "target_l0", "tokens", "batch", "lr", "buffer", "dead_after", "bandwidth")
-        optional = ("clip", "tanh", "resample_every")
-        given = {n: getattr(self, n) for n in (*positive, *optional) if getattr(self, n) is not None}
-        for name, value in given.items():
-            if not 0 < value < math.inf:
-                raise TrainingError(
-                    f"{name} = {value}", expected="a finite number above 0", do=f"change --{name.replace('_', '-')}"
-                )
-        for name in ("resample", "seed", "warmup_steps", "auxiliary", "coefficient"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise TrainingError(f"{name} = {value}", expected="0 or more", do=f"raise --{name.replace('_', '-')}")
-        if len(self.betas) != 2:
-            raise TrainingError(f"betas = {self.betas}", expected="two shares", do="change --betas")
-        shares = {name: getattr(self, name) for name in ("decay", "coefficient_warmup", "dead_below")}
-        shares |= {f"betas[{i}]": beta for i, beta in enumerate(self.betas)}
-        for name, value in shares.items():
-            if not (0 <= value < 1 or (name == "decay" and value == 1)):
-                raise TrainingError(
-                    f"{name} = {value}", expected="a share, from 0 to 1", do=f"change --{name.replace('_', '-')}"
-                )
 
     @property
     def n_steps(self) -> int:

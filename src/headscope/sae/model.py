@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headscope.errors import SAEError
+from headscope.models.placing import DTYPES, device_of
 from headscope.site import Site
 
 
@@ -203,7 +204,13 @@ class SAE:
         return self.b_enc - self.b_dec @ self.W_enc if self.apply_b_dec_to_input else self.b_enc
 
     def to(self, target: torch.device | torch.dtype | str) -> "SAE":
-        """The same SAE on another device or in another precision."""
+        """The same SAE on another device or in another precision, by name or as torch has them.
+
+        Raises:
+            ModelError: there is no such device or precision.
+        """
+        if isinstance(target, str):
+            target = DTYPES.get(target) or device_of(target)
         weights = {name: getattr(self, name).to(target) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
         activation = self.activation
         if isinstance(activation, JumpReLU):

@@ -8,11 +8,12 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float
 
-from headscope.errors import IndexFormatError
+from headscope.errors import IndexFormatError, StudyError
 from headscope.index.columns import add_columns
 from headscope.index.head_table import add_head_table, measure_row
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
+from headscope.limits import Count, Seed, Shuffles, check_fields
 from headscope.stats import Measure
 from headscope.studies import superposition
 from headscope.studies.catalogue import HeadMass, catalogue, head_mass
@@ -38,16 +39,24 @@ Progress = Callable[[str, int, int], None]
 class HeadPlan:
     """How much of the corpus, and how much text without meaning, the studies of heads read."""
 
-    n_shuffles: int = 99
+    n_shuffles: Shuffles = 99
     """Models with shuffled weights, for the roles of heads; with fewer than 99 no role is found at 1 %."""
-    mean_blocks: int | None = 1024
+    mean_blocks: Count | None = 1024
     """Blocks of which the mean and the resampled z are taken; all when none is given."""
-    fire_blocks: int | None = 96
+    fire_blocks: Count | None = 96
     """Blocks on which features are encoded anew under ablation of each head."""
-    source_blocks: int | None = 1024
+    source_blocks: Count | None = 1024
     """Blocks on which the sources of heads of one feature are compared."""
-    seed: int = 0
+    seed: Seed = 0
     """Of all draws."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of bounds.
+
+        Raises:
+            StudyError: about the first of them.
+        """
+        check_fields(self, StudyError)
 
 
 @dataclass

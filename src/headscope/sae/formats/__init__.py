@@ -10,6 +10,7 @@ from pathlib import Path
 
 from headscope.artefact import file_hash
 from headscope.errors import SAEError
+from headscope.limits import NameOrPath, check
 from headscope.sae.formats import authors, dictionary_learning, gemma_scope, saelens, sparsify
 from headscope.sae.formats.files import UNREADABLE, Files, Format, Stated
 from headscope.sae.formats.hub import entry_of, fetch
@@ -84,8 +85,9 @@ def find_sae(name: str | Path) -> Files | None:
     """The files of a bundled SAE, or of a path on this machine, if there are any.
 
     Raises:
-        SAEError: a folder with several.
+        SAEError: a folder with several, or a name that nothing can have.
     """
+    check("sae", name, NameOrPath, SAEError)
     bundled = _BUNDLED / str(name)
     path = bundled if "/" not in str(name) and (bundled / saelens.CONFIG).is_file() else Path(name)
     for format_ in FORMATS:

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from headscope.artefact import atomic_write, new_folder, read_json, write_json
+from headscope.models.placing import dtype_of
 from headscope.sae.formats.files import (
     Files,
     Format,
@@ -67,18 +68,20 @@ def find(path: Path) -> tuple[Path, Path | None] | None:
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
-def save_sae(sae: SAE, folder: Path, *, overwrite: bool = False, dtype: torch.dtype = torch.float32) -> Path:
+def save_sae(sae: SAE, folder: Path, *, overwrite: bool = False, dtype: str | torch.dtype = torch.float32) -> Path:
     """Write an SAE as a SAELens folder, atomically.
 
     Args:
         sae: what to write.
         folder: must be new or empty, unless `overwrite`.
         overwrite: replace what is there.
-        dtype: of the numbers on disk; they are always read as float32.
+        dtype: of the numbers on disk, such as `bfloat16`; they are always read as float32.
 
     Raises:
+        ModelError: no such precision.
         OutputError: the folder holds something, or cannot be written.
     """
+    dtype = dtype_of(dtype)
     with new_folder(folder, overwrite=overwrite) as scratch:
         content = save({name: t.detach().to("cpu", dtype).contiguous() for name, t in _tensors(sae).items()})
         with atomic_write(scratch / WEIGHTS) as file:

@@ -18,7 +18,9 @@ from headscope.sae.metrics import Metrics, Point, Status
 from headscope.sae.model import SAE
 from headscope.sae.runs import METRICS
 from headscope.sae.training.checkpoint import Checkpoints
+from headscope.sae.training.needs import check_epochs, check_memory
 from headscope.sae.training.ranks import Ranks
+from headscope.sae.training.source import Source
 from headscope.sae.training.stream import ActivationStream
 from headscope.sae.training.trainer import Trainer
 from headscope.site import Site
@@ -98,6 +100,9 @@ def train_saes(
     _check_one_stream(configs)
     ranks = Ranks.joined()
     config = next(iter(configs.values()))
+    n_available = Source(model, corpus, site, config.exclude_bos).n_available
+    check_memory(configs.values(), model.width(site), model.device, n_available // ranks.size)
+    check_epochs(config, n_available)
     stream = ActivationStream(model, corpus, site, config, rank=ranks.rank, ranks=ranks.size)
     with closing(stream):
         run = _Run(model, corpus, site, configs, stream, ranks, folder)

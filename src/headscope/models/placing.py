@@ -1,0 +1,45 @@
+"""Where and in which precision tensors are kept: names of devices and of dtypes, as those of torch."""
+
+import torch
+
+from headscope.errors import ModelError
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
+"""Precisions that a model can compute in, by name."""
+
+
+def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
+    """Return a precision by its name, `bfloat16` or `torch.bfloat16`, or as it is.
+
+    Raises:
+        ModelError: it is none of `DTYPES`.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ModelError(f"dtype {dtype}", expected=", ".join(DTYPES), do="pass one of these")
+    return DTYPES[name]
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """Return a device that can compute here, by its name or as it is.
+
+    Raises:
+        ModelError: there is no such device, or it holds no numbers (`meta`).
+    """
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise _no_device(device, str(error).splitlines()[0]) from error
+    if found.type == "meta":
+        raise _no_device(device, "tensors without numbers")
+    return found
+
+
+def _no_device(device: str | torch.device, why: str) -> ModelError:
+    return ModelError(
+        f"device {str(device)!r}: {why}",
+        expected="cpu, or cuda on a machine that has it",
+        do="pass another device",
+    )

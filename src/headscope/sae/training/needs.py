@@ -1,0 +1,66 @@
+"""What a training needs at least, in memory and in passes over the text: refused before it begins, not hours later."""
+
+from collections.abc import Iterable
+
+import torch
+
+from headscope.errors import TrainingError
+from headscope.memory import available_memory
+from headscope.sae.config import TrainConfig
+
+MOST_EPOCHS = 10_000
+"""Passes over the text; more are a number with too many zeros."""
+_BYTES_A_WEIGHT = 16  # itself, its gradient and Adam's two moments, in float32
+_BYTES_BUFFERED = 2  # bfloat16
+_LIKELY_SPEED = 1e6  # activations a second: more than a small model gives on one GPU
+
+
+def check_memory(configs: Iterable[TrainConfig], d_in: int, device: torch.device, n_available: int = 0) -> None:
+    """Refuse SAEs whose weights, gradients and moments, with the buffer, are more than the memory that is free.
+
+    Args:
+        configs: recipes of all that are trained together.
+        d_in: components of an activation.
+        device: where they are trained.
+        n_available: activations that the text gives, of which the buffer holds no more.
+
+    Raises:
+        TrainingError: they do not fit.
+    """
+    configs = list(configs)
+    n_latents, buffer = sum(c.d_sae for c in configs), min(configs[0].buffer, n_available)
+    needed = d_in * (2 * _BYTES_A_WEIGHT * n_latents + _BYTES_BUFFERED * buffer)
+    free = _free(device)
+    if free is not None and needed > free:
+        raise TrainingError(
+            f"d_sae = {n_latents:,}{' in all' if len(configs) > 1 else ''} and a buffer of {buffer:,} activations of "
+            f"{d_in:,} components: {needed / 1e9:,.1f} GB of memory at least",
+            expected=f"at most the {free / 1e9:,.1f} GB that {device.type} has free",
+            do="lower d_sae or buffer" + (", or train fewer SAEs at once" if len(configs) > 1 else ""),
+        )
+
+
+def check_epochs(config: TrainConfig, n_available: int) -> None:
+    """Refuse a training that reads the text more than `MOST_EPOCHS` times.
+
+    Raises:
+        TrainingError: it does.
+    """
+    epochs, days = config.tokens / max(1, n_available), config.tokens / _LIKELY_SPEED / 86_400
+    if epochs > MOST_EPOCHS:
+        raise TrainingError(
+            f"tokens = {config.tokens:,}: {epochs:,.0f} epochs of the {n_available:,} activations that the text gives, "
+            f"{days:,.1f} days at a million a second",
+            expected=f"at most {MOST_EPOCHS:,} epochs, {MOST_EPOCHS * n_available:,} tokens",
+            do="lower tokens, or use more text",
+        )
+
+
+def _free(device: torch.device) -> int | None:
+    """Bytes that are free on a device; None where it is not known."""
+    if device.type == "cpu":
+        return available_memory()
+    if device.type != "cuda":
+        return None
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
