@@ -449,7 +449,7 @@ def test_a_limit_that_leaves_no_text(
 def test_a_block_without_room_for_text(
     capsys: pytest.CaptureFixture[str], training: dict[str, Any], block_size: str
 ) -> None:
-    fails(capsys, f"a block of {block_size} tokens", *train_with(training, "--block-size", block_size))
+    fails(capsys, f"block_size = {block_size}", *train_with(training, "--block-size", block_size))
 
 
 @pytest.mark.parametrize(

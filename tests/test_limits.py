@@ -7,16 +7,15 @@ import re
 import subprocess
 import sys
 import typing
-from collections.abc import Iterator
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from headscope import cli, jobs, sweep
+from command_options import COMMANDS, fields_of, parts_of
+from headscope import jobs, sweep
 from headscope.commands.training import Train
 from headscope.errors import HeadscopeError, OptionError, StudyError, TrainingError
 from headscope.index.config import IndexPlan
@@ -27,7 +26,6 @@ from headscope.sae.training import needs
 from headscope.site import Site
 from headscope.studies.head_store import HeadPlan
 
-COMMANDS = typing.get_args(cli.Command)
 BAD = (math.nan, math.inf, -math.inf, -1, -0.5, 2**70, 10**20)
 """What no option takes as a whole number; floats may be large."""
 FROM_ZERO = {
@@ -41,29 +39,13 @@ NAMES_OF_TEXT |= {f.name for f in dataclasses.fields(TrainConfig) if typing.get_
 """Options of text that is no path and no name on the hub."""
 
 
-def parts_of(hint: Any) -> tuple[set[type], set[Any]]:
-    """The plain types that an annotation is made of, and what annotates them."""
-    if typing.get_origin(hint) is Annotated:
-        base, *notes = typing.get_args(hint)
-        kinds, more = parts_of(base)
-        return kinds, more | {note for note in notes if isinstance(note, Rule)}
-    inner = [parts_of(part) for part in typing.get_args(hint) if part not in (NoneType, ...)]
-    if not inner:
-        return {hint}, set()
-    return set().union(*(kinds for kinds, _ in inner)), set().union(*(notes for _, notes in inner))
-
-
-def options_of(record: type) -> Iterator[tuple[type, dataclasses.Field]]:
-    """Every option of a command with the dataclass that holds it, nested ones included."""
-    for field in dataclasses.fields(record):
-        kinds, _ = parts_of(field.type)
-        nested = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
-        yield from options_of(nested[0]) if nested else [(record, field)]
-
-
-OPTIONS = {(record, field.name): field for command in COMMANDS for record, field in options_of(command)}
+OPTIONS = {(record, field.name): field for command in COMMANDS for record, field in fields_of(command)}
 NUMBERS = {key: field for key, field in OPTIONS.items() if parts_of(field.type)[0] & {int, float}}
 JOBS = [getattr(jobs, name) for name in jobs.__all__ if inspect.isfunction(getattr(jobs, name))] + [sweep.sweep]
+
+
+def rules_of(hint: Any) -> list[Any]:
+    return [note for note in parts_of(hint)[1] if isinstance(note, Rule)]
 
 
 def made(record: type, name: str, value: Any) -> None:
@@ -82,11 +64,7 @@ def _some(hint: Any) -> Any:
 
 def test_every_number_of_every_command_has_bounds() -> None:
     assert len(NUMBERS) > 30
-    unbounded = [key for key, field in NUMBERS.items() if not parts_of(field.type)[1]]
-    assert unbounded == []
-    for (_, name), field in NUMBERS.items():
-        kinds, [rule] = parts_of(field.type)
-        assert rule.expected(math.nan, kinds.pop()) is not None, name
+    assert [key for key, field in NUMBERS.items() if len(rules_of(field.type)) != 1] == []
 
 
 def test_every_number_out_of_bounds_is_refused(no_type_checks: None) -> None:
@@ -119,10 +97,10 @@ def test_every_number_of_every_job_has_bounds_and_is_checked(no_type_checks: Non
         given = some_arguments(job)
         for name, parameter in parameters.items():
             is_value = not isinstance(parameter.annotation, str) and "Callable" not in str(parameter.annotation)
-            kinds, rules = parts_of(parameter.annotation) if is_value else (set(), set())
+            kinds = parts_of(parameter.annotation)[0] if is_value else set()
             if not kinds & {int, float}:
                 continue
-            assert rules, (job.__name__, name)
+            assert rules_of(parameter.annotation), (job.__name__, name)
             found += 1
             for value in (math.nan, math.inf, -1, *([2**70, 10**20] if int in kinds else [])):
                 with pytest.raises(HeadscopeError, match=f"^{name} = "):

@@ -199,4 +199,5 @@ def test_a_model_of_one_layer_has_rows_with_reasons(random_model, random_corpus,
 
 def test_without_an_upstream_sae_the_rows_say_so(random):
     for claim in claims(random, "upstream_features").values():
-        assert "--mlp-sae" in claim.missing or "no SAE" in claim.missing
+        assert "no SAE of an earlier component" in claim.missing
+        assert "--upstream" in claim.missing

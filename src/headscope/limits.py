@@ -38,7 +38,7 @@ class Number:
     excluded: tuple[int | float, ...] = ()
     """Ends that do not belong to it."""
     because: str = ""
-    """Why larger ones are refused."""
+    """Why there is such a bound."""
 
     def expected(self, value: Any, kind: Any) -> str | None:
         """What is expected instead of a value; None if it is within the bounds."""
@@ -99,6 +99,7 @@ Count = Annotated[int, Number(1, LARGEST)]
 CountFrom0 = Annotated[int, Number(0, LARGEST)]
 Latent = CountFrom0
 Layer = CountFrom0
+BlockSize = Annotated[int, Number(2, LARGEST, because="a BOS and text")]
 Seed = Annotated[int, Number(0, _LARGEST_SEED)]
 Port = Annotated[int, Number(1, 65_535)]
 Shuffles = Annotated[int, Number(1, 10**6)]

@@ -16,6 +16,7 @@ from headscope.corpus.rows import TokenDocument
 from headscope.corpus.sources import Source, find_source
 from headscope.corpus.text import Document
 from headscope.errors import CorpusError
+from headscope.limits import BlockSize, Tokens, check
 
 _GROUP = 64  # documents given to the tokenizer at a time, which has a thread a core and hears no Ctrl-C
 _PATIENCE = 1.0  # seconds without a word of progress
@@ -52,12 +53,8 @@ def load_corpus(
         CorpusError: the source does not exist, is not what its name says, is empty, or is shorter than one block.
         OutputError: the cache or the blocks of a large corpus do not fit the disk.
     """
-    if block_size < 2:
-        raise CorpusError(
-            f"a block of {block_size} tokens",
-            expected="2 or more",
-            do="raise --block-size, which is no more than the model's context",
-        )
+    check("block_size", block_size, BlockSize, CorpusError)
+    check("max_tokens", max_tokens, Tokens | None, CorpusError)
     reading = reading or Reading()
     enough = None if max_tokens is None else max_tokens + block_size
     stream, folder = _tokenised(source, tokenizer, bos, split, reading, enough, on_tokens)

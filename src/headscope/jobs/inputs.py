@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from headscope.corpus import Corpus, Reading, Split, load_corpus
-from headscope.limits import Count, Device, Name, Tokens, check_fields
+from headscope.limits import BlockSize, Device, Name, Tokens, check_fields
 
 if TYPE_CHECKING:
     from headscope.models.hf import Model
@@ -24,7 +24,7 @@ class CorpusChoice(Reading):
     .npy; a folder that `datasets` saved; or a dataset on the hub."""
     split: Split = "heldout"
     """Documents to read: those for training (60 %), those held out (40 %, by hash of their name), or all."""
-    block_size: Count | None = None
+    block_size: BlockSize | None = None
     """Tokens in a block, BOS included; 256, or the model's context if that is shorter, when not given."""
     max_tokens: Tokens | None = None
     """Read at most this many tokens."""

@@ -420,7 +420,7 @@ def _circuit(subject: Subject, exemplar: Exemplar) -> Filled:
         single = found.features[0]
         claims["feature"] = _CIRCUIT["feature"].of(single.share, note=single.part.name)
     else:
-        claims["feature"] = _CIRCUIT["feature"].without("no SAE of an earlier component was given (--mlp-sae)")
+        claims["feature"] = _CIRCUIT["feature"].without("no SAE of an earlier component was given (--upstream)")
     return claims, (_parts(subject, exemplar, found),)
 
 
