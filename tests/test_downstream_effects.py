@@ -180,7 +180,7 @@ def test_the_command_adds_columns_and_refuses_other_weights(random_model, random
 @pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize("max_work", [0.0, -5.0, np.nan, np.inf])
 def test_a_limit_that_is_none_is_refused_before_anything_is_computed(max_work):
-    with pytest.raises(StudyError, match="limit of"):
+    with pytest.raises(StudyError, match="max_work = "):
         direct_effects(None, max_work=max_work)
-    with pytest.raises(StudyError, match="at most 0 tokens"):
+    with pytest.raises(StudyError, match="max_tokens = 0"):
         direct_effects(None, max_tokens=0)

@@ -9,7 +9,7 @@ import tyro
 from headscope import jobs
 from headscope.commands.options import FLAT
 from headscope.display import Display
-from headscope.limits import Layer, Name, Output
+from headscope.limits import Layer, Name, Output, Tokens
 from headscope.site import Kind
 
 
@@ -22,7 +22,7 @@ class Eval:
     model: Name | None = None
     """The model; the one the SAE names when not given."""
     text: Annotated[jobs.CorpusChoice, FLAT] = field(default_factory=jobs.CorpusChoice)
-    loss_tokens: int | None = None
+    loss_tokens: Tokens | None = None
     """Measure losses, most of the work, on about this many tokens spread over the text; on all when not given."""
     hardware: Annotated[jobs.Hardware, FLAT] = field(default_factory=jobs.Hardware)
 

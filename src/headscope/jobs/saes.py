@@ -9,7 +9,7 @@ from headscope.artefact import check_run_folder, file_hash, read_json, write_jso
 from headscope.corpus import Corpus
 from headscope.errors import OutputError, SAEError
 from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
-from headscope.limits import Layer, Name, NameOrPath, Output, checked
+from headscope.limits import Layer, Name, NameOrPath, Output, Tokens, checked
 from headscope.site import Kind, Site
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def eval(
     model: Name | None = None,
     text: CorpusChoice | None = None,
     hardware: Hardware | None = None,
-    loss_tokens: int | None = None,
+    loss_tokens: Tokens | None = None,
     on_progress: Progress | None = None,
 ) -> "Quality":
     """Measure an SAE on held-out text, and write `quality.json` beside it unless it is bundled or on the hub.
@@ -46,6 +46,7 @@ def eval(
     return measure(sae, fitted(loaded_sae, loaded), loaded, corpus, on_tokens, loss_tokens=loss_tokens)
 
 
+@checked
 def measure(
     name: str | Path,
     sae: "SAE",
@@ -53,7 +54,7 @@ def measure(
     corpus: Corpus,
     on_tokens: Callable[[int, int], None] | None = None,
     *,
-    loss_tokens: int | None = None,
+    loss_tokens: Tokens | None = None,
 ) -> "Quality":
     """As `eval`, of an SAE, a model and text that are loaded; `name` is what the SAE was loaded from."""
     from headscope.sae.formats import locate

@@ -370,7 +370,9 @@ def features(subject: Subject) -> tuple[Finding, ...]:
 def _features(subject: Subject, exemplar: Exemplar) -> Filled:
     sae = subject.upstream_sae
     if sae is None:
-        raise StudyError("no SAE of an earlier component", expected="one of mlp_out, say", do="pass --upstream")
+        raise StudyError(
+            "no SAE of an earlier component", expected="one, of mlp_out for example (--upstream)", do="pass --upstream"
+        )
     pairs = _pairs(subject, exemplar).found[:_FEATURE_PROMPTS]
     found = [(pair, patch_features(pair.pair, sae, list(pair.sources))) for pair in pairs]
     documents = [pair.document for pair, _ in found]

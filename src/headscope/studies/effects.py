@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from headscope.errors import StudyError
 from headscope.index.columns import add_columns
 from headscope.index.live import LiveIndex
+from headscope.limits import Above0, Count, check
 from headscope.site import Site
 from headscope.stats import MINIMUM, MINIMUM_UNITS, quotient, resampled, unit_draws
 from headscope.studies.active import ActiveTokens, Text, drawn
@@ -120,12 +121,8 @@ def direct_effects(
     Raises:
         StudyError: `max_work` is not above 0, or infinite; `max_tokens` is below 1.
     """
-    if max_tokens < 1:
-        raise StudyError(f"at most {max_tokens} tokens of a feature", expected="1 or more", do="raise max_tokens")
-    if not 0 < max_work < np.inf:
-        raise StudyError(
-            f"a limit of {max_work:g} tokens times vocabulary", expected="a number above 0", do="1e11 is some minutes"
-        )
+    check("max_tokens", max_tokens, Count, StudyError)
+    check("max_work", max_work, Above0, StudyError)
     index = live.index
     text = Text.of(index)
     counted = text.counted.reshape(-1)
