@@ -237,6 +237,51 @@ def test_quantised_weights_are_refused(folder):
         load_model(folder)
 
 
+def test_weights_without_numbers_are_refused_as_such(random_model, tokenizer):
+    theirs = random_model("llama").module
+    theirs.model.layers[1].mlp.to("meta")
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.\w+\.weight of 'llama' is on the device `meta`"):
+        load_model(theirs, tokenizer=fast(tokenizer, bos_token="<|bos|>"))
+
+
+def test_a_gguf_file_is_called_one(folder, tmp_path):
+    file = tmp_path / "model-q4.gguf"
+    file.write_bytes(b"GGUF\3\0\0\0")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for path in (file, alone / file.name):
+        path.write_bytes(b"GGUF\3\0\0\0")
+    (alone / "config.json").write_text((folder / "config.json").read_text())
+    for name in (file, alone):
+        with pytest.raises(ModelError, match=r"as GGUF[\s\S]*gguf_file="):
+            load_model(name)
+    (folder / file.name).write_bytes(b"GGUF\3\0\0\0")
+    assert load_model(folder).spec.family == "llama"
+
+
+class Adapted(torch.nn.Module):
+    """What an adapter that is not merged makes of a linear layer, in PEFT's names."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = torch.nn.Linear(base_layer.in_features, 2, bias=False)
+        self.lora_B = torch.nn.Linear(2, base_layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers reports the names that it does not know
+def test_an_adapter_on_the_unembedding_is_called_one(random_model, tokenizer, save_model, tmp_path):
+    model = random_model("llama", tie_word_embeddings=False)
+    model.module.lm_head = Adapted(model.module.lm_head)
+    with pytest.raises(ModelError, match=r"Adapted as its unembedding[\s\S]*merge the adapter"):
+        load_model(model.module, tokenizer=fast(tokenizer, bos_token="<|bos|>"))
+    with pytest.raises(ModelError, match=r"an adapter that is not merged.*lora_[\s\S]*merge_and_unload"):
+        load_model(save_model(model, tmp_path / "adapted"))
+
+
 @pytest.mark.parametrize(
     ("d_vocab", "message"), [(60, r"the token 97[\s\S]*d_vocab, 60"), (300, r"of 98 tokens[\s\S]*d_vocab 300")]
 )

@@ -18,7 +18,7 @@ from headscope.errors import SAEError
 from headscope.models.hf import Model
 from headscope.sae.formats import FORMATS, WEIGHTS, is_sae, load_sae, locate, sae_hash, save_sae
 from headscope.sae.formats.table import supported
-from headscope.sae.model import PROCESSED, SAE
+from headscope.sae.model import PROCESSED, SAE, TopK
 from headscope.site import Site
 from sae_files import (
     CASES,
@@ -186,6 +186,63 @@ def test_dictionary_learning_files_that_are_refused(
     model: Model, random_sae: RandomSAE, tmp_path: Path, changes: dict[str, Any], match: str
 ) -> None:
     refuses(write_dictionary_learning(random_sae(model), tmp_path / "a", **changes), match)
+
+
+def rewritten(path: Path, state: dict[str, torch.Tensor], dict_class: str | None = None, **trainer: Any) -> Path:
+    """Files of dictionary_learning with other weights, and another class or entries of its configuration."""
+    torch.save(state, path / "ae.pt")
+    config = json.loads((path / "config.json").read_text())
+    named = {} if dict_class is None else {"dict_class": dict_class}
+    config["trainer"] = {k: v for k, v in (config["trainer"] | named | trainer).items() if v != "absent"}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_topk_of_older_versions_of_dictionary_learning(model: Model, random_sae: RandomSAE, tmp_path: Path) -> None:
+    sae = random_sae(model, activation="topk")
+    path = write_dictionary_learning(sae, tmp_path / "topk")
+    state = torch.load(path / "ae.pt")
+    x = torch.randn(7, sae.d_in, generator=torch.Generator().manual_seed(0))
+    for left_out in ({"threshold"}, {"threshold", "k"}, {"k"}):
+        loaded = load_sae(rewritten(path, {n: t for n, t in state.items() if n not in left_out}))
+        assert loaded.activation == TopK(5)
+        assert_close(loaded(x), sae(x))
+    old = {n: t for n, t in state.items() if n not in ("threshold", "k")}
+    refuses(rewritten(path, old, k=2.5), "k = 2.5.*whole number")
+    refuses(rewritten(path, old, k="absent"), "cannot read the SAE.*lacks 'k'")
+
+
+def test_batchtopk_needs_its_threshold_and_not_its_k(model: Model, random_sae: RandomSAE, tmp_path: Path) -> None:
+    sae = random_sae(model, activation="topk")
+    path = write_dictionary_learning(sae, tmp_path / "batchtopk")
+    state = torch.load(path / "ae.pt") | {"threshold": torch.tensor(0.25)}
+    x = torch.randn(7, sae.d_in, generator=torch.Generator().manual_seed(0))
+    whole = load_sae(rewritten(path, state, "BatchTopKSAE"))
+    del state["k"]
+    loaded = load_sae(rewritten(path, state))
+    assert torch.equal(loaded(x), whole(x))
+    pre = sae.pre_activations(x)
+    assert_close(loaded.encode(x), torch.where(pre > 0.25, pre, 0.0))
+    del state["threshold"]
+    refuses(rewritten(path, state), "cannot read the SAE.*lacks 'threshold'")
+
+
+def test_a_decoder_vector_of_0_cannot_be_given_unit_norm(model: Model, random_sae: RandomSAE, tmp_path: Path) -> None:
+    path = write_dictionary_learning(random_sae(model), tmp_path / "zero")
+    state = torch.load(path / "ae.pt")
+    state["decoder.weight"][:, [3, 7]] = 0
+    refuses(rewritten(path, state), "decoder of 2 latents is 0: 3, 7.*unit norm")
+
+
+def test_weights_without_numbers_are_refused_by_name(model: Model, random_sae: RandomSAE, tmp_path: Path) -> None:
+    sae = random_sae(model)
+    for write in (write_dictionary_learning, write_authors):
+        path = write(sae, tmp_path / write.__name__)
+        weights = next(file for file in ([path] if path.is_file() else path.iterdir()) if file.suffix == ".pt")
+        torch.save({name: tensor.to("meta") for name, tensor in torch.load(weights).items()}, weights)
+        refuses(path, "on the device `meta`, shapes without numbers")
+    with pytest.raises(SAEError, match="b_dec is on the device `meta`"):
+        replace(sae, b_dec=sae.b_dec.to("meta"))
 
 
 def test_two_values_of_k_are_refused(model: Model, random_sae: RandomSAE, tmp_path: Path) -> None:

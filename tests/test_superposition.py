@@ -26,6 +26,8 @@ from headscope.studies.superposition import (
 from planted import BOS, D_HEAD, induction_sequences, planted_model
 
 AND, OR, ONE, BOTH = range(4)
+WRITES_NOTHING = 1
+"""A latent of the random SAE whose decoder vector is 0."""
 
 
 def planted_pair_sae():
@@ -66,6 +68,7 @@ def planted(tmp_path_factory):
 def random(random_model, random_corpus, random_sae, tmp_path_factory):
     model = random_model("gpt2", dtype=torch.float64)
     sae = random_sae(model, 70)
+    sae.W_dec[WRITES_NOTHING] = 0
     corpus = random_corpus(model, 40, 24)
     folder = tmp_path_factory.mktemp("superposition") / "index"
     build_index(model, [(sae, SAERecord("random", "none"))], corpus, folder)
@@ -177,6 +180,15 @@ def test_participation_in_every_definition(random, by):
         by, {"random"} if by in ("decoder", "encoder") else set()
     )
     assert (found.several.null is None) == (by in ("decoder_out", "encoder_in", "dfa_mean"))
+
+
+def test_a_feature_that_writes_nothing_has_no_shares_of_its_decoder(random):
+    index = random[0].index
+    assert index.feature(WRITES_NOTHING).n_active >= 30
+    assert index.feature(WRITES_NOTHING).shares.disagreement is None
+    assert index.table()["disagreement"][WRITES_NOTHING].as_py() is None
+    for by in DEFINITIONS:
+        assert (WRITES_NOTHING in concentration(index, by).latents) == (by not in ("decoder", "decoder_out"))
 
 
 def test_one_planted_head_has_all(planted):

@@ -41,8 +41,11 @@ class Shares:
 
     @property
     def disagreement(self) -> float | None:
-        """How far decoder and DFA shares are apart: half the summed |difference|, 0 to 1 (total variation)."""
-        return None if self.dfa is None else float(np.abs(self.dfa - self.decoder).sum() / 2)
+        """How far decoder and DFA shares are apart: half the summed |difference|, 0 to 1 (total variation).
+
+        None where there are none: of a dead latent, or one whose decoder vector is 0.
+        """
+        return None if self.dfa is None or not self.decoder.any() else float(np.abs(self.dfa - self.decoder).sum() / 2)
 
 
 @dataclass(frozen=True)

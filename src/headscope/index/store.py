@@ -302,7 +302,7 @@ class FeatureIndex:
                 "top_head": pa.array(head, pa.int32(), mask=~live),
                 "top_head_share": pa.array(dfa[rows, head], mask=~live),
                 "participation": pa.array(participation, mask=~live),
-                "disagreement": pa.array(disagreement, mask=~live),
+                "disagreement": pa.array(disagreement, mask=~(live & decoder.any(1))),
                 "decoder_head": pa.array(own, pa.int32()),
                 "decoder_share": decoder[rows, own],
                 "top_logit": pa.array(logits[:, 0].astype(np.int32)),

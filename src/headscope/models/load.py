@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from headscope.models.tl_checkpoint import find_checkpoint, load_checkpoint
 from headscope.models.vocabulary import check_vocabulary, first_token, no_tokenizer
 
 _BUNDLED = Path(__file__).parent
+_ADAPTER = re.compile(r"\b(lora_|base_layer|modules_to_save|original_module)")
 
 
 def load_model(
@@ -113,6 +115,12 @@ def _load(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
         raise
     except Exception as error:  # of several libraries, by what is damaged, missing or out of reach
         raise _unreadable(name, error, is_folder=folder is not None) from error
+    if adapted := [key for key in map(str, info["unexpected_keys"]) if _ADAPTER.search(key)]:
+        raise ModelError(
+            f"the weights of {name!r} hold an adapter that is not merged into them: {sorted(adapted)[:3]}",
+            expected="the weights that config.json describes",
+            do="merge the adapter and save the model again (PEFT: merge_and_unload, then save_pretrained)",
+        )
     if info["missing_keys"] or info["mismatched_keys"]:
         raise ModelError(
             f"the weights of {name!r} lack or misfit {sorted(map(str, info['missing_keys']))[:3]}",
@@ -163,7 +171,13 @@ def _quantised(name: str) -> ModelError:
 def _check_weights(module: nn.Module, name: str) -> None:
     """Raise ModelError where weights are quantised, not there, or not finite."""
     for key, tensor in module.state_dict().items():
-        if tensor.is_meta or not (tensor.is_floating_point() and tensor.dtype.itemsize > 1):
+        if tensor.is_meta:
+            raise ModelError(
+                f"{key} of {name!r} is on the device `meta`: a shape without numbers",
+                expected="a model with its weights in memory",
+                do="load it without init_empty_weights, torch.device('meta') or offloading",
+            )
+        if not (tensor.is_floating_point() and tensor.dtype.itemsize > 1):
             if tensor.dtype == torch.bool:
                 continue
             raise _quantised(name)
@@ -183,8 +197,24 @@ def _folder(name: str) -> Path | None:
     if name.isidentifier() and (bundled / "config.json").is_file():
         return bundled
     path = Path(name)
+    if _is_gguf(path):
+        raise ModelError(
+            f"{name!r} holds a model as GGUF (llama.cpp's)",
+            expected="a folder with config.json, weights in .safetensors and tokenizer.json",
+            do="convert it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(OUT), and its "
+            "AutoTokenizer likewise",
+        )
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith(("./", "../", "~")) or path.exists():
         raise ModelError(f"no model folder {name!r}", expected="a folder with config.json", do="check --model")
     return None
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, or a folder with such files and no other weights."""
+    if path.is_dir():
+        return any(path.glob("*.gguf")) and not any(
+            child.suffix in (".safetensors", ".bin") for child in path.iterdir()
+        )
+    return path.suffix == ".gguf" and path.is_file()

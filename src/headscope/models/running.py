@@ -48,8 +48,11 @@ class Running:
         self.module.requires_grad_(False)
         unembedding = module.get_output_embeddings()
         if not isinstance(unembedding, nn.Linear):
+            found = "no unembedding" if unembedding is None else f"{type(unembedding).__name__} as its unembedding"
             raise ModelError(
-                f"{name} has no linear unembedding", expected="a causal language model", do="pass another --model"
+                f"{name} has {found}",
+                expected="a causal language model with a linear layer there, of which W_U is read",
+                do="pass another model, or merge the adapter into its weights (PEFT: merge_and_unload)",
             )
         self._unembedding = unembedding
         self._blocks = [self.family.parts(block) for block in operator.attrgetter(self.family.blocks)(module)]

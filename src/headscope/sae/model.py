@@ -135,6 +135,12 @@ class SAE:
                     expected=f"{expected}, by W_enc {(d_in, d_sae)}",
                     do="check that all weights come from one SAE",
                 )
+            if tensor.is_meta:
+                raise SAEError(
+                    f"{name} is on the device `meta`: a shape without numbers",
+                    expected="weights in memory",
+                    do="load them",
+                )
             if not tensor.isfinite().all():
                 raise SAEError(f"{name} holds NaN or infinity", expected="finite weights", do="train it again")
 

@@ -80,7 +80,8 @@ def concentration(index: FeatureIndex, by: str = "dfa", *, least: int = MINIMUM,
     Args:
         index: open.
         by: a field of `records.Shares`.
-        least: active tokens that a feature must have, and a null direction.
+        least: active tokens that a feature must have, and a null direction. A feature without shares, of weights that
+            are 0, is left out.
         seed: of the Gaussian directions.
 
     Raises:
@@ -89,7 +90,7 @@ def concentration(index: FeatureIndex, by: str = "dfa", *, least: int = MINIMUM,
     if by not in DEFINITIONS:
         raise StudyError(f"shares {by!r}", expected=f"one of {', '.join(DEFINITIONS)}", do="name one of these")
     shares = index.shares[by]
-    chosen = np.flatnonzero((index.table()["n_active"].to_numpy() >= least) & ~np.isnan(shares).any(1))
+    chosen = np.flatnonzero((index.table()["n_active"].to_numpy() >= least) & ~np.isnan(shares).any(1) & shares.any(1))
     own = shares[chosen]
     nulls = _null_shares(index, by, least, seed)
     participation = _participation(own)

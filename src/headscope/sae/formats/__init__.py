@@ -50,8 +50,9 @@ def load_sae(name: str | Path, *, site: Site | None = None, model_name: str | No
     except SAEError:
         raise
     except UNREADABLE as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__} {error}"
         raise SAEError(
-            f"cannot read the SAE in {files.where}: {type(error).__name__} {error}",
+            f"cannot read the SAE in {files.where}: {what}",
             expected=f"{files.format.layout} as {files.format.name} writes them",
             do="copy or train it again",
         ) from error

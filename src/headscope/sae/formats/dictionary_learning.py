@@ -1,7 +1,9 @@
 """dictionary_learning (Marks, Karvonen, Mueller): a folder of `ae.pt`, a state dict, and `config.json`.
 
 What is computed is what its own `load_dictionary` computes: the decoder of an `AutoEncoder` is given unit norm as it is
-loaded, BatchTopK takes its threshold, `AutoEncoderTopK` the k largest of each token.
+loaded, BatchTopK takes its threshold, `AutoEncoderTopK` the k largest of each token. Files of `AutoEncoderTopK` have a
+`threshold`, of which it makes no use, only since December 2024, and `k` beside the weights only since October 2024;
+the configuration has k in all of them.
 """
 
 import re
@@ -25,6 +27,7 @@ from headscope.sae.formats.files import (
     site_of,
     tensors_of,
     unsupported,
+    whole_number,
 )
 from headscope.sae.model import MODULE_OUTPUT, SAE, Gated, JumpReLU, ReLU, TopK
 from headscope.site import Kind, Site
@@ -70,16 +73,9 @@ def read(files: Files, stated: Stated) -> SAE:
     if read_from != "out":
         raise unsupported(files, f"buffer.io {read_from!r}", expected="'out': one that reads a module's output")
     expected, parts = _CLASSES[name]
-    check_names(tensors, expected, files)
-    if "k" in tensors and int(tensors["k"]) != trainer.get("k"):
-        raise unsupported(
-            files,
-            f"k = {int(tensors['k'])} in {_WEIGHTS}",
-            expected=f"{trainer.get('k')}, as {_CONFIG} says",
-            do="copy both files again",
-        )
+    check_names(tensors, expected, files, optional=_OPTIONAL.get(name, ()))
     sae = SAE(
-        **parts(tensors),
+        **parts(tensors | _k_of(files, trainer, tensors)),
         site=chosen_site(files, _site(files, trainer), stated),
         model_name=chosen_model(trainer.get("lm_name"), stated),
         metadata={
@@ -97,7 +93,24 @@ def read(files: Files, stated: Stated) -> SAE:
             expected=f"{sizes[0]} x {sizes[1]}, as {_CONFIG} says",
             do="copy both files again",
         )
-    return _unit_norm(sae) if name == "AutoEncoder" else sae
+    return _unit_norm(files, sae) if name == "AutoEncoder" else sae
+
+
+def _k_of(files: Files, trainer: Json, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The number of active latents by the weights and by the configuration, which must agree; empty without one.
+
+    Raises:
+        SAEError: they do not, or it is not a whole number.
+    """
+    said = None if trainer.get("k") is None else whole_number(files, "k", trainer["k"])
+    if "k" in tensors and int(tensors["k"]) != said:
+        raise unsupported(
+            files,
+            f"k = {int(tensors['k'])} in {_WEIGHTS}",
+            expected=f"{said}, as {_CONFIG} says",
+            do="copy both files again",
+        )
+    return {} if said is None else {"k": torch.tensor(said)}
 
 
 def _is_hook(trainer: Json) -> bool:
@@ -105,9 +118,20 @@ def _is_hook(trainer: Json) -> bool:
     return str(trainer.get("submodule_name") or "").startswith("blocks.")
 
 
-def _unit_norm(sae: SAE) -> SAE:
-    """Decoder norms folded into the encoder, where they are not 1."""
+def _unit_norm(files: Files, sae: SAE) -> SAE:
+    """Decoder norms folded into the encoder, where they are not 1.
+
+    Raises:
+        SAEError: a decoder row is 0.
+    """
     norms = sae.W_dec.norm(dim=1)
+    if zero := (norms == 0).nonzero()[:, 0].tolist():
+        raise unsupported(
+            files,
+            f"the decoder of {len(zero)} latents is 0: {', '.join(map(str, zero[:5]))}",
+            expected="decoder vectors that can be given unit norm, as dictionary_learning does when it loads them",
+            do="leave these latents out: they add nothing to the reconstruction",
+        )
     if torch.isclose(norms, torch.ones_like(norms)).all():
         return sae
     return replace(sae, W_enc=sae.W_enc * norms, b_enc=sae.b_enc * norms, W_dec=sae.W_dec / norms[:, None])
@@ -169,15 +193,15 @@ _CLASSES: dict[str, tuple[set[str], Callable[[dict[str, Tensor]], Parts]]] = {
         _gated,
     ),
     "AutoEncoderTopK": (
-        _LINEAR | {"b_dec", "k", "threshold"},
+        _LINEAR | {"b_dec"},
         lambda t: _linear(t, "b_dec") | {"activation": TopK(int(t["k"]))},
     ),
     "BatchTopKSAE": (
-        _LINEAR | {"b_dec", "k", "threshold"},
+        _LINEAR | {"b_dec", "threshold"},
         lambda t: _linear(t, "b_dec") | {"activation": _same_threshold(t, len(t["encoder.bias"]))},
     ),
     "MatryoshkaBatchTopKSAE": (
-        _DIRECT | {"k", "threshold", "group_sizes"},
+        _DIRECT | {"threshold", "group_sizes"},
         lambda t: _direct(t) | {"activation": _same_threshold(t, len(t["b_enc"]))},
     ),
     "JumpReluAutoEncoder": (
@@ -186,6 +210,12 @@ _CLASSES: dict[str, tuple[set[str], Callable[[dict[str, Tensor]], Parts]]] = {
     ),
 }
 """By class: its tensors, and what they are here."""
+_OPTIONAL = {
+    "AutoEncoderTopK": ("k", "threshold"),
+    "BatchTopKSAE": ("k",),
+    "MatryoshkaBatchTopKSAE": ("k",),
+}
+"""By class: tensors that files of some versions lack, and that the configuration has or that nothing needs."""
 
 FORMAT = Format(
     name="dictionary_learning",
@@ -196,7 +226,7 @@ FORMAT = Format(
         "AutoEncoder": "ReLU; the decoder norms go to the encoder",
         "AutoEncoderNew": "ReLU, b_dec not applied to the input",
         "GatedAutoEncoder": "Gated",
-        "AutoEncoderTopK": "TopK",
+        "AutoEncoderTopK": "TopK; k from the configuration in files before October 2024",
         "BatchTopKSAE": "JumpReLU, by its threshold",
         "MatryoshkaBatchTopKSAE": "JumpReLU, by its threshold",
         "JumpReluAutoEncoder": "JumpReLU, b_dec not applied to the input",

@@ -6,7 +6,7 @@ Nothing is executed: pickles are opened with `weights_only=True`, arrays without
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,20 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, in float32; `.safetensors`, `.npz` or a state dict in a pickle.
 
     Raises:
-        SAEError: a pickle with code in it, or with anything but tensors.
+        SAEError: a pickle with code in it, with anything but tensors, or with tensors that hold no numbers.
         UNREADABLE: a damaged file.
     """
+    found = _tensors_of(path)
+    if empty := sorted(name for name, tensor in found.items() if tensor.is_meta):
+        raise SAEError(
+            f"{', '.join(empty)} in {path}: on the device `meta`, shapes without numbers",
+            expected="tensors with their numbers",
+            do="save the SAE again from where its weights are in memory",
+        )
+    return found
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return {name: tensor.float() for name, tensor in load_file(path).items()}
     if path.suffix == ".npz":
@@ -130,14 +141,16 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     return {str(name): tensor.detach().float() for name, tensor in content.items()}
 
 
-def check_names(tensors: Mapping[str, Tensor], expected: set[str], files: Files) -> None:
+def check_names(
+    tensors: Mapping[str, Tensor], expected: set[str], files: Files, *, optional: Collection[str] = ()
+) -> None:
     """Refuse tensors that the architecture does not have: what they do to the SAE is not known.
 
     Raises:
         SAEError: there are some.
         KeyError: one that it needs is missing.
     """
-    unknown = sorted(set(tensors) - expected)
+    unknown = sorted(set(tensors) - expected - {*optional})
     if unknown:
         raise SAEError(
             f"{files.where} holds {', '.join(unknown)} beside {', '.join(sorted(expected))}",
