@@ -18,6 +18,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import get_args
 from urllib.error import HTTPError
@@ -31,7 +32,6 @@ LATENT = 1540  # the feature of the documents
 PROXY = 'induction("._")'
 UPSTREAM_SAE = "tiny-mlp0"
 TOKENS = 150_000
-BROUGHT = {"httpx", "triton"}  # which huggingface_hub and torch bring
 PAGES = ("README.md", "docs/index-format.md", "docs/deep-dives.md", "docs/prompt-explorer.md")
 
 
@@ -60,16 +60,21 @@ def say(line: str) -> None:
 
 def check_environment() -> None:
     """Refuse an environment that holds development packages: they would hide what is not declared."""
-    extras = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-        "optional-dependencies"
-    ]
-    names = {re.split(r"[\s\[<>=!~;]", of)[0].lower().replace("-", "_") for of in extras["dev"]}
-    there = sorted(name for name in names - BROUGHT if importlib.util.find_spec(name) is not None)
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = [r for of in distributions() for r in of.requires or () if "extra ==" not in r]
+    brought = {named(requirement) for requirement in requirements}
+    development = {named(of) for of in project["optional-dependencies"]["dev"]} - brought
+    there = sorted(development & {named(of.name) for of in distributions()})
     if there:
         raise SystemExit(f"development packages are installed: {', '.join(there)}")
     package = importlib.util.find_spec("headscope")
     if package is None or package.origin is None or Path(package.origin).is_relative_to(CHECKOUT):
         raise SystemExit(f"headscope is not installed, or is the checkout's: {package and package.origin}")
+
+
+def named(requirement: str) -> str:
+    """The name of a distribution in a requirement, in one spelling."""
+    return re.split(r"[\s\[<>=!~;(]", requirement)[0].lower().replace("-", "_")
 
 
 def run(*arguments: str) -> str:
