@@ -105,7 +105,7 @@ def try_commands() -> None:
     run("convert", "tiny-z1", "--out", "runs/converted")
     run("train", "--out", "runs/one", "--tokens", "20000", "--d-sae", "64", "--buffer", "8192", "--max-tokens", "30000")
     run("sweep", "--out", "runs/sweep", "--tokens", "20000", "--d-sae", "64", "--buffer", "8192",
-        "--variants", "relu", "--l0", "8", "--max-tokens", "30000")  # fmt: skip
+        "--variants", "relu", "--target-l0s", "8", "--max-tokens", "30000")  # fmt: skip
     run("runs", "runs")
     run("survey", INDEX, "--sample", "first:50")
     for name in ("proxies", "effects", "families", "heads"):
@@ -163,7 +163,7 @@ def requests_of(index: str) -> dict[str, list[tuple[str, dict | None]]]:
     upstream = {
         "start": proxy,
         "heads": "",
-        "sources": "tokens=",
+        "sources": "tokens=5,12",
         "compare": f"at={at}",
         "patch": f"at={at}&how=sources&nodes=heads",
         "features": f"at={at}&how=sources&sae={UPSTREAM_SAE}",
