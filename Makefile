@@ -1,4 +1,4 @@
-# make demo   train, measure, index and serve on the bundled model      make test   all tests that need no GPU or network
+# make demo   train, measure, index and serve on the bundled model      make test   the tests, but for long ones
 # make check  lint, format, types, import layers                        make help   the other targets
 #
 # Everything is installed into .venv at the versions of constraints.txt; nothing else on the machine is changed, except
@@ -9,12 +9,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 BIN := .venv/bin
 # Modules are compiled when they are first imported, which is a third of them; files are run in conftest.py's order.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
-WORKERS := -n auto --dist loadfile --no-loadscope-reorder
+unexport PYTHONDONTWRITEBYTECODE # else each process would compile all that it imports
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
-.PHONY: help demo replication test check format clean
+.PHONY: help demo replication test test-all check format clean
 help:
 	@sed -n '1,2s/^# //p' Makefile
+	@echo "make test-all   all tests that need no GPU or network, with every annotation executed"
 	@echo "make replication  measure the post's claims on the bundled model, and write docs/replication.md"
 	@echo "make format     apply the formatter"
 	@echo "make clean      remove .venv, caches and runs"
@@ -28,7 +30,11 @@ replication: .venv/installed
 
 test: .venv/installed-dev
 	@sh scripts/ensure_chromium.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not network" $(WORKERS) $(ARGS)
+	$(PYTEST) -m "not (slow or judge or gpu or network) and (smoke or not browser)" --hypothesis-profile=quick $(ARGS)
+
+test-all: .venv/installed-dev
+	@sh scripts/ensure_chromium.sh
+	$(PYTEST) -m "not gpu and not network" --jaxtyping-packages=headscope,beartype.beartype $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -53,6 +53,7 @@ def run(*arguments: object) -> None:
     main([str(a) for a in arguments])
 
 
+@pytest.mark.slow
 def test_each_model_is_evaluated_indexed_and_served(
     folder: Path, random_sae: Callable[..., SAE], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +92,7 @@ def test_which_families_have_a_norm_after_attention(random_model: Callable[..., 
     assert {name for name in FAMILIES if build(random_model, name).spec.post_norm} == POST_NORM
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
 def test_the_command_serves_an_index_with_its_model(
     tokenizer: Tokenizer, random_sae: Callable[..., SAE], tmp_path: Path

@@ -367,6 +367,7 @@ def test_rows_are_lines_of_json_with_the_keys_that_readers_expect(module) -> Non
 
 
 # ------------------------------------------------------------------------------------------------------ whole trainings
+@pytest.mark.slow
 def test_an_sae_is_judged_by_what_it_explains_of_held_out_text(module, monkeypatch: pytest.MonkeyPatch) -> None:
     train_run = module("train_run")
     monkeypatch.setattr(train_run, "HELD_OUT", 5000)

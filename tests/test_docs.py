@@ -19,6 +19,8 @@ from headscope.index.store import TABLES, FeatureIndex
 from headscope.models.load import load_model
 from headscope.sae.formats import load_sae, sae_hash
 
+pytestmark = pytest.mark.slow  # the bundled model's index is built
+
 ROOT = Path(__file__).parents[1]
 FORMAT = (ROOT / "docs" / "index-format.md").read_text(encoding="utf-8")
 DIVES = (ROOT / "docs" / "deep-dives.md").read_text(encoding="utf-8")

@@ -135,6 +135,7 @@ def test_the_first_screen_loads_none_of_their_scripts(page: Page, address: str) 
     assert "dive.js" in asked
 
 
+@pytest.mark.smoke
 def test_specificity(page: Page, address: str, dives: IndexDives) -> None:
     dive = dives.dive(COMMON, PROXY)
     page.goto(link(address, "specificity"))

@@ -184,6 +184,7 @@ def test_too_few_activations_name_the_minimum(dives: IndexDives) -> None:
     assert "30" in precision["missing"]
 
 
+@pytest.mark.slow
 def test_suggested_proxies_are_proxies(index: FeatureIndex, dives: IndexDives) -> None:
     for latent in range(N_LATENTS):
         suggested = dives.start(latent)["proxies"]

@@ -85,6 +85,7 @@ def opened(page: Page, address: str, path: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ families
+@pytest.mark.smoke
 def test_the_list_of_families_leads_to_each(page: Page, address: str) -> None:
     opened(page, address, "/families")
     expect(page.locator("[data-family]")).to_have_count(4)

@@ -78,6 +78,7 @@ def shown_ids(page: Page, n: int = 5) -> list[int]:
 # --- the table
 
 
+@pytest.mark.smoke
 def test_the_table_lists_live_features_and_the_quality_of_the_sae(page: Page, address: str) -> None:
     page.goto(address)
     expect(page.locator("[data-count] b")).to_have_text("192")
@@ -166,6 +167,7 @@ def test_search_for_an_exact_token(page: Page, address: str) -> None:
     expect(page.locator("[data-empty]")).to_be_visible()
 
 
+@pytest.mark.smoke
 def test_the_cursor_moves_and_opens(page: Page, address: str) -> None:
     page.goto(f"{address}/#sort=latent")
     expect(page.locator("a.row.cursor[data-latent='0']")).to_be_visible()
@@ -180,6 +182,7 @@ def test_the_cursor_moves_and_opens(page: Page, address: str) -> None:
 # --- the card
 
 
+@pytest.mark.smoke
 def test_the_first_screen_of_a_card(page: Page, address: str) -> None:
     page.goto(f"{address}/f/15")
     card(page, 15)
@@ -606,6 +609,7 @@ def test_a_link_brings_the_view_back(page: Page, address: str) -> None:
 # --- tokens
 
 
+@pytest.mark.smoke
 def test_hostile_tokens_stay_text(page: Page, address: str) -> None:
     page.goto(f"{address}/f/{HOSTILE}?w=16&d=1")
     card(page, HOSTILE)
@@ -654,6 +658,7 @@ def test_bytes_become_characters_once(page: Page, address: str) -> None:
 # --- the single file
 
 
+@pytest.mark.smoke
 def test_the_file_opens_with_the_network_refused(page: Page, exported: str) -> None:
     asked: list[str] = []
 

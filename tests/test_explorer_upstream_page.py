@@ -88,6 +88,7 @@ def test_the_first_screen_and_other_tabs_load_none_of_their_scripts(page: Page, 
     assert own & set(asked) == {"upstream.js", "headshares.js"}
 
 
+@pytest.mark.smoke
 def test_dfa_by_head_shows_all_definitions_at_a_threshold(page: Page, address: str, upstream: IndexUpstream) -> None:
     found = upstream.heads(COMMON)
     page.goto(f"{address}/f/{COMMON}?tab=heads")

@@ -67,6 +67,7 @@ def test_a_shuffle_keeps_every_entry_and_nothing_of_their_order(random_model):
         assert torch.equal(own, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_shuffles", "n_models", "family"), [(19, 14, "gpt_neox"), (99, 2, "gpt2")])
 def test_models_at_random_have_roles_at_the_stated_rate(random_model, n_shuffles, n_models, family):
     """A score is one draw among its nulls: p is 1 / (1 + n_shuffles) or less in that share of heads, and no more."""

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from cases import each
 from headscope.errors import IndexFormatError, ModelError
 from headscope.index.build import SAERecord, build_index
 from headscope.index.config import DEFINITIONS, N_BINS, N_SOURCE_TOKENS, QUANTILES, IndexPlan
@@ -101,6 +102,9 @@ def case(request, random_model, random_corpus, random_sae, tmp_path_factory):
         )
         indexes[k] = FeatureIndex.open(out)
     return Case(request.param, indexes, naive_index(model, sae, corpus))
+
+
+in_float64 = pytest.mark.parametrize("case", [name for name in CASES if name != "float32"], indirect=True)
 
 
 def near(found, expected, tolerance):
@@ -264,8 +268,8 @@ def test_l0_is_the_mean_number_of_active_latents(case):
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
-@pytest.mark.parametrize("k", [8, 2, None])
-@pytest.mark.parametrize("threshold", THRESHOLDS)
+@each("k", [8, 2, None])
+@each("threshold", THRESHOLDS)
 def test_source_tokens(case, k, threshold):
     for j in range(D_SAE):
         found = case.indexes[k].sources(j, threshold)
@@ -501,9 +505,8 @@ def same_column(name, own, other, rtol, atol):
         assert own.equals(other), name
 
 
+@in_float64  # rounding depends on it
 def test_the_index_does_not_depend_on_how_the_work_was_cut(case, tmp_path, monkeypatch):
-    if case.name == "float32":
-        pytest.skip("rounding depends on it")
     naive = case.naive
     monkeypatch.setattr("headscope.index.passes.BATCH_TOKENS", 40)
     monkeypatch.setattr("headscope.index.passes._ROWS", 7)
@@ -685,10 +688,9 @@ def test_what_comes_later_changes_nothing_before(plain, tmp_path):
     assert again.sql(after, [size, at]) != index.sql(after, [size, at])
 
 
+@in_float64
 def test_latents_with_more_rows_than_are_held_at_a_time(case, tmp_path):
     """Quantiles and groups come from an even sample of them; what is counted is counted over all."""
-    if case.name == "float32":
-        pytest.skip("the same in float64")
     plan, naive = dataclasses.replace(PLAN, range_rows=60), case.naive
     again = build(naive.model, {"random": naive.sae}, naive.corpus, tmp_path / "again", plan)[0]
     large = [j for j, pairs in naive.pairs.items() if len(pairs) > 60]

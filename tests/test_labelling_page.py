@@ -56,6 +56,7 @@ def said(store: LabelStore) -> list[tuple[str, int, str, int]]:
     return [(own.annotator, own.latent, own.verdict, own.confidence) for own in store.read().standing]
 
 
+@pytest.mark.smoke
 def test_the_form_starts_a_queue_and_the_link_brings_it_back(
     open_page: Callable[..., Page], address: str, store: LabelStore
 ) -> None:

@@ -12,6 +12,8 @@ from headscope.index.store import FeatureIndex
 from headscope.studies.catalogue import catalogue
 from headscope.studies.induction_composite import copy_ranks, induction_features
 
+pytestmark = pytest.mark.slow
+
 SURE = 1e-4  # how rarely a right test fails for a bound
 ALPHA = 0.01
 N_MODELS, D_SAE = 4, 96

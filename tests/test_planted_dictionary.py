@@ -244,6 +244,7 @@ def learnt(seed: int, steps: int, **changes: Any) -> Recovery:
     return recovery(planted.directions, sae.W_dec[alive], planted.config.n_heads)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_finds_a_planted_dictionary(name: str) -> None:

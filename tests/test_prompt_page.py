@@ -84,6 +84,7 @@ def numbers(page: Page, selector: str, name: str) -> list[float]:
 # --- what it shows
 
 
+@pytest.mark.smoke
 def test_a_typed_prompt_is_shown_token_by_token(page: Page, address: str, source: Prompts) -> None:
     page.goto(f"{address}/")
     page.click("[data-page=prompt]")

@@ -80,6 +80,7 @@ def test_a_study_that_fails_is_a_row_with_its_reason_and_loses_no_other(inputs, 
     assert "by nought" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_exemplars")
 def test_an_interrupted_run_keeps_what_is_done_and_a_failure_is_tried_again(inputs, tmp_path):
     log: list[str] = []
@@ -100,6 +101,7 @@ def test_an_interrupted_run_keeps_what_is_done_and_a_failure_is_tried_again(inpu
     assert all(claim.ours == 60 for subject in report.subjects for claim in subject.claims)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_exemplars")
 def test_a_study_of_another_version_or_a_damaged_file_is_made_again(inputs, tmp_path):
     log: list[str] = []
@@ -114,6 +116,7 @@ def test_a_study_of_another_version_or_a_damaged_file_is_made_again(inputs, tmp_
     assert log == ["one first"] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_exemplars")
 def test_other_inputs_are_refused_and_replaced_only_when_asked(inputs, tmp_path):
     out, log = tmp_path / "out", []
@@ -170,6 +173,7 @@ def test_a_finished_index_is_used_as_it_is(inputs, tmp_path):
     assert not (tmp_path / "out" / "indexes").exists()
 
 
+@pytest.mark.slow
 def test_a_random_model_has_no_induction_exemplar(inputs, tmp_path):
     studies = [study for study in FEATURE if study.name == "examples"]
     (subject,) = run(tmp_path / "out", replace(inputs, saes=inputs.saes[:1]), quick=True, studies=studies).subjects
@@ -177,6 +181,7 @@ def test_a_random_model_has_no_induction_exemplar(inputs, tmp_path):
     assert "induction" not in {e.kind for e in subject.exemplars}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_exemplars")
 def test_without_exemplars_every_claim_about_one_says_so(inputs, tmp_path):
     studies = [*TRAINING, *FEATURE, *DOWNSTREAM]
@@ -193,6 +198,7 @@ def test_without_exemplars_every_claim_about_one_says_so(inputs, tmp_path):
     assert str(rated.missing).startswith("unlabelled")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_exemplars")
 def test_the_loss_recovered_is_that_of_the_evaluation(inputs, tmp_path):
     (subject,) = run(tmp_path / "out", replace(inputs, saes=inputs.saes[:1]), quick=True, studies=TRAINING).subjects

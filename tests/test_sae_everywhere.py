@@ -179,6 +179,7 @@ def run(*arguments: object) -> None:
     main([str(a) for a in arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_format_can_be_evaluated_indexed_and_served(
     random_sae: RandomSAE, model_folder: Path, text: Path, tmp_path: Path, name: str

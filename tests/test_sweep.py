@@ -17,6 +17,8 @@ from headscope.sae.pareto import Pareto
 from headscope.sae.runs import find_runs
 from headscope.sae.training import run as training
 
+pytestmark = pytest.mark.slow
+
 CONFIG = TrainConfig(tokens=1024, batch=64, buffer=256, d_sae=24, resample=0)
 CONFIGS = sweep.recipes(CONFIG, ("relu", "topk"), (3.0, 5.0))
 NAMES = ("relu-l0-3", "relu-l0-5", "topk-l0-3", "topk-l0-5")

@@ -102,6 +102,7 @@ def test_the_target_l0_is_reached(model: Model, corpus: Corpus, name: str, targe
     assert (sae.encode(z) > 0).sum(-1).float().mean().item() == pytest.approx(target_l0, rel=0.15)
 
 
+@pytest.mark.slow
 def test_several_saes_on_one_stream_are_those_trained_alone(model: Model, corpus: Corpus) -> None:
     n_steps = 14
     kinds = RECIPES | {"april 2024": APRIL}
