@@ -278,7 +278,7 @@ def test_without_a_model_the_tab_says_how_to_get_one(page: Page, address: str) -
     opened(page, "ablation")
     expect(page.locator("[data-nothing]")).to_contain_text("no loss effects yet")
     expect(page.locator("[data-advice]")).to_contain_text("headscope effects")
-    expect(page.locator("[data-advice]")).to_contain_text("serve --model")
+    expect(page.locator("[data-advice]")).to_contain_text("serve --with-model")
 
 
 def test_columns_of_effects_say_the_n_of_this_feature(page: Page, index: FeatureIndex, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_the_list_has_shares_with_intervals(index: FeatureIndex) -> None:
 
 def test_without_columns_the_command_is_named(bare: FeatureIndex) -> None:
     families = IndexFamilies(bare)
-    for name, command in (("induction", "headscope families INDEX --model"), ("token", "headscope proxies INDEX")):
+    for name, command in (("induction", "headscope families INDEX"), ("token", "headscope proxies INDEX")):
         found = families.family(name)
         assert found["command"].startswith(command)
         assert "no columns" in found["missing"]
@@ -267,7 +267,7 @@ def test_a_head_of_another_layer_has_scores_only(index: FeatureIndex) -> None:
 def test_without_tables_the_index_alone_is_shown_and_the_command_named(bare: FeatureIndex) -> None:
     heads = IndexHeads(bare)
     grid = heads.heads()
-    assert grid["scores"]["command"] == "headscope heads INDEX --model MODEL"
+    assert grid["scores"]["command"] == "headscope heads INDEX"
     assert {head["scores"] for layer in grid["layers"] for head in layer} == {None}
     found = heads.head("1.0")
     assert all("no table" in found[part]["missing"] for part in ("scores", "catalogue", "ablation"))

@@ -372,7 +372,7 @@ def test_a_saved_page_needs_no_script_and_no_server(
             assert saved_text.split() == live_text.split(), part
         expect(saved.locator("[data-path='1.2'] [data-path]").first).to_be_visible()
         expect(saved.locator(".saved-prompt")).to_have_text(TEXT)
-        expect(saved.locator(".saved-head")).to_contain_text("headscope serve --index INDEX --model")
+        expect(saved.locator(".saved-head")).to_contain_text("headscope serve --index INDEX --with-model")
         assert saved.locator("button, a, form, script, input").count() == 0
     assert [url for url in asked if not url.startswith("file:")] == []
 
@@ -403,7 +403,7 @@ def test_saved_json_has_all_numbers(page: Page, address: str, source: Prompts) -
 def test_without_a_model_the_page_says_what_it_takes(page: Page) -> None:
     with serving(make_app(FakeSource())) as address:
         page.goto(f"{address}/prompt?prompt=x")
-        expect(page.locator("[data-no-model]")).to_contain_text("headscope serve --index INDEX --model made-up")
+        expect(page.locator("[data-no-model]")).to_contain_text("headscope serve --index INDEX --with-model")
         page.goto(f"{address}/f/18?w=16")
         expect(page.locator(".example .tok").first).to_be_visible()
         assert page.locator("[data-explore]").count() == 0
@@ -415,7 +415,7 @@ def test_an_export_says_so_too(page: Page, tmp_path: Path) -> None:
     export_html(FakeSource(), tmp_path / "page.html", [18])
     page.goto(f"file://{tmp_path}/page.html#/prompt?prompt=x")
     expect(page.locator("[data-no-model]")).to_contain_text("This is an export")
-    expect(page.locator("[data-no-model]")).to_contain_text("headscope serve --index INDEX --model made-up")
+    expect(page.locator("[data-no-model]")).to_contain_text("headscope serve --index INDEX --with-model")
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -222,7 +222,10 @@ def test_an_index_of_other_weights_of_the_same_format_is_not_opened_with_these(
     state = torch.load(path)
     torch.save(state | {"b_enc": state["b_enc"] + 1}, path)
     with pytest.raises(IndexFormatError):
-        jobs.live(tmp_path / "index", model=str(model_folder))
+        jobs.live(tmp_path / "index", model=str(model_folder), sae=path)
+    own = fitted(load_sae(tmp_path / "index" / "sae"), model)
+    assert_close(jobs.live(tmp_path / "index", model=str(model_folder)).sae.b_enc, own.b_enc, rtol=0, atol=0)
+    assert not torch.equal(fitted(load_sae(path), model).b_enc, own.b_enc)
 
 
 def test_info_says_what_things_are_and_whether_they_fit(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from headscope.errors import OutputError
+from headscope.names import local
 
 
 @contextmanager
@@ -20,7 +21,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
-    path = Path(path)
+    path = _written_out(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -102,7 +103,7 @@ def check_run_folder(path: Path, *, overwrite: bool, inputs: Iterable[str | Path
             an index or an exported page has, and so is no earlier run.
     """
     path = Path(path)
-    if any(Path(i).resolve().is_relative_to(path.resolve()) for i in inputs):
+    if any(local(i).resolve().is_relative_to(path.resolve()) for i in inputs):
         raise OutputError(
             f"{path} holds what is to be read", expected="a folder of its own", do="choose another folder"
         )
@@ -123,7 +124,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         OutputError: `path` already holds something that `overwrite` does not give up, is the current folder or a
             mount point, or cannot be written.
     """
-    path = Path(path)
+    path = _written_out(path)
     whole = path.resolve()
     if whole == Path.cwd() or whole.is_mount():
         raise OutputError(
@@ -144,6 +145,21 @@ def check_output(path: Path, *, overwrite: bool) -> None:
             pass
     except OSError as error:
         raise _cannot_write(path, error) from error
+
+
+def _written_out(path: str | Path) -> Path:
+    """A path to write to, which must not begin with `~`: the command line has made it the home folder, Python has not.
+
+    Raises:
+        OutputError: it does.
+    """
+    if local(path) != Path(path):
+        raise OutputError(
+            f"the path {path}, of which Python does not read the ~",
+            expected="a path that is written out",
+            do="pass Path(...).expanduser()",
+        )
+    return Path(path)
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:

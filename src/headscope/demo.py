@@ -9,6 +9,7 @@ from headscope import jobs
 from headscope.artefact import read_json
 from headscope.errors import OutputError
 from headscope.index.columns import studies
+from headscope.limits import Output, checked
 from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Status
 
@@ -64,8 +65,9 @@ class DemoResult:
         return [*lines, f"SAE: {self.sae}   index: {self.index}"]
 
 
+@checked
 def run(
-    out: Path,
+    out: Output,
     *,
     quick: bool = False,
     overwrite: bool = False,

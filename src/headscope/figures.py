@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from headscope.errors import FigureError
+from headscope.names import short
 from headscope.sae.pareto import MEASURES, Pareto
 from headscope.sae.runs import Run
 from headscope.studies.downstream import Downstream, LogitEffect
@@ -245,7 +246,7 @@ def pareto(found: Pareto) -> "go.Figure":
         FigureError: plotly is not installed.
     """
     names = [f"{name}<br><sup>{_plain(said)}</sup>" for name, said in MEASURES.items()]
-    figure = _panels(f"{_plain(found.model)}, {_plain(found.site)}, held-out text", "L0", names)
+    figure = _panels(f"{_plain(short(found.model))}, {_plain(found.site)}, held-out text", "L0", names)
     for (variant, points), line in zip(found.curves().items(), _lines(), strict=False):
         for i, name in enumerate(MEASURES):
             estimates = [getattr(point, name) for point in points]

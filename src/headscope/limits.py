@@ -17,6 +17,7 @@ from types import UnionType
 from typing import Annotated, Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from headscope.errors import HeadscopeError, OptionError
+from headscope.names import at_home
 
 LARGEST = 2**31 - 1
 """Of a count or of the number of a latent: files hold them in 32 bits."""
@@ -59,7 +60,10 @@ class Number:
 
 @dataclass(frozen=True)
 class Spelling:
-    """Names of files, folders and things on the hub: not empty, and of a length that file systems take."""
+    """Names of files, folders and things on the hub: not empty, and of a length that file systems take.
+
+    `~` is the home folder, as in a shell, which leaves it in `--out=~/x`.
+    """
 
     output: bool = False
     """It names something to be written, beside which temporary files have longer names."""
@@ -69,6 +73,8 @@ class Spelling:
         text = str(value)
         if not text.strip():
             return "a name, not an empty one"
+        if text.split("/")[0] == "~":
+            return "a path that is written out, since no home folder is known"
         if self.output and Path(text).name in ("", ".."):
             return "the name of a new folder or file, neither the current folder nor one above it"
         try:
@@ -117,7 +123,7 @@ Device = Annotated[str, DeviceName()]
 
 
 def check_fields(record: Any, error: type[HeadscopeError] = OptionError) -> None:
-    """Check the fields of a dataclass by their annotations; numbers of numpy become Python's.
+    """Check the fields of a dataclass by their annotations; the fields become what `check` returns.
 
     Raises:
         HeadscopeError: of the type `error`, about the first value that is out of bounds.
@@ -151,7 +157,8 @@ def check(name: str, value: Any, hint: Any, error: type[HeadscopeError] = Option
     """Check one value by an annotation, through `| None` and sequences.
 
     Returns:
-        The value; a number as Python's own, a sequence of bounded items as a tuple.
+        The value; a number as Python's own, a sequence of bounded items as a tuple, a name that begins with `~` as the
+        path in the home folder.
 
     Raises:
         HeadscopeError: of the type `error`, if it is out of bounds.
@@ -177,6 +184,8 @@ def _is_sequence(origin: Any) -> bool:
 
 
 def _within(name: str, value: Any, kind: Any, rule: Rule, error: type[HeadscopeError]) -> Any:
+    if isinstance(rule, Spelling) and isinstance(value, str | Path):
+        value = at_home(value)
     expected = rule.expected(value, kind)
     if expected is not None:
         raise _refused(name, value, expected, error)

@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from headscope import jobs
-from headscope.commands.options import FLAT, OnDevice
+from headscope.commands.options import FLAT, OfIndex
 from headscope.display import Display
 from headscope.index.config import IndexPlan
 from headscope.limits import Above0, Count, From0, Input, Latent, Name, Output, Seed, Shuffles
@@ -32,6 +32,8 @@ class Index:
     """Count all sources of every active token, not its 8 largest: slow, and much to write."""
     losses: bool = False
     """Run the model to its logits too, and keep the loss of every next token."""
+    carry_sae: bool = True
+    """Put a copy of the SAE into the index, so that the index can be moved and shared without it."""
     hardware: Annotated[jobs.Hardware, FLAT] = field(default_factory=jobs.Hardware)
     overwrite: bool = False
     """Replace what `out` holds, and what an interrupted run with other options left."""
@@ -42,6 +44,7 @@ class Index:
             n_sources=None if self.exact_sources else IndexPlan.n_sources,
             thresholds=self.thresholds,
             losses=self.losses,
+            carry_sae=self.carry_sae,
         )
         with Display() as display:
             indexes = jobs.index(
@@ -90,15 +93,11 @@ class Proxies:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effects(OnDevice):
+class Effects(OfIndex):
     """Measure what every feature of an index does to the loss by its direct path, exactly; added to the index."""
 
     index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; gets the columns `effects`."""
-    model: Name | None = None
-    """The model; the one the index names when not given. Its weights must be those the index was built with."""
-    sae: Name | None = None
-    """The SAE, likewise."""
     max_tokens: Count = 2_000
     """Active tokens looked at of each feature, at most."""
     max_work: Above0 = 1e11
@@ -122,15 +121,11 @@ class Effects(OnDevice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Families(OnDevice):
+class Families(OfIndex):
     """Find the induction features of an index without naming a head, and hold the post's rule against them."""
 
     index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; gets the columns `induction`, and tables in `heads`."""
-    model: Name | None = None
-    """The model; the one the index names when not given. Its weights must be those the index was built with."""
-    sae: Name | None = None
-    """The SAE, likewise."""
     seed: Seed = 0
     """Of all draws."""
 
@@ -151,15 +146,11 @@ class Families(OnDevice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heads(OnDevice):
+class Heads(OfIndex):
     """Study every head of the model: roles, the features it makes, what its ablation turns off, what is spread."""
 
     index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; gets tables in `heads`, and the columns `heads`. Families come first, if they are to count."""
-    model: Name | None = None
-    """The model; the one the index names when not given. Its weights must be those the index was built with."""
-    sae: Name | None = None
-    """The SAE, likewise."""
     n_shuffles: Shuffles = 99
     """Models with shuffled weights that roles are told from; with fewer than 99 none is found at 1 %."""
     seed: Seed = 0

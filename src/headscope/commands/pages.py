@@ -6,21 +6,20 @@ from typing import Annotated
 import tyro
 
 from headscope import jobs
-from headscope.commands.options import OnDevice
+from headscope.commands.options import MayRunModel
 from headscope.display import Display
 from headscope.limits import Input, Latent, Name, Output, Port
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve(OnDevice):
+class Serve(MayRunModel):
     """Serve the explorer of an index on 127.0.0.1 until Ctrl-C."""
 
     index: Input
     """An index folder."""
-    model: Name | None = None
-    """The model the index was built with, to run it in the tabs that say what features do and how they are computed."""
     upstream_sae: tuple[Name, ...] = ()
-    """SAEs of earlier components of the model, such as `tiny-mlp0`, whose features are told apart upstream."""
+    """SAEs of earlier components of the model, such as `tiny-mlp0`, to split what comes from upstream by their
+    features. Implies --with-model."""
     port: Port | None = None
     """A free one when not given."""
     open: bool = False
@@ -31,6 +30,8 @@ class Serve(OnDevice):
         jobs.serve(
             self.index,
             model=self.model,
+            sae=self.sae,
+            with_model=self.with_model,
             device=self.device,
             upstream_saes=self.upstream_sae,
             port=self.port,
@@ -59,7 +60,7 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dive(OnDevice):
+class Dive(MayRunModel):
     """Write the deep dive into one feature, when it fires and what it does, as one HTML file."""
 
     index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
@@ -68,8 +69,6 @@ class Dive(OnDevice):
     """Its latent."""
     proxy: tuple[str, ...] = ()
     """Rules that say where it should fire, such as 'induction("board")'; the page's suggestions when not given."""
-    model: Name | None = None
-    """The model the index was built with, to remove the feature from it too."""
     out: Output
     """`page.html`."""
     overwrite: bool = False
@@ -83,6 +82,8 @@ class Dive(OnDevice):
             self.out,
             proxies=self.proxy,
             model=self.model,
+            sae=self.sae,
+            with_model=self.with_model,
             device=self.device,
             overwrite=self.overwrite,
         )

@@ -17,6 +17,7 @@ from headscope.commands.options import FLAT
 from headscope.display import Display
 from headscope.errors import INTERRUPTED, FigureError, SAEError
 from headscope.limits import Above0, Input, Layer, Name, Output, Tokens
+from headscope.names import short
 from headscope.sae import pareto, runs
 from headscope.sae.config import TrainConfig, Variant
 from headscope.sae.presets import preset, preset_note
@@ -164,7 +165,7 @@ class Sweep:
     def _print(self, display: Display, found: pareto.Pareto) -> None:
         from headscope import figures
 
-        title = f"{found.model}, {found.site}: {found.points[0].n_tokens:,} held-out tokens [95 % interval]"
+        title = f"{short(found.model)}, {found.site}: {found.points[0].n_tokens:,} held-out tokens [95 % interval]"
         display.print_table(title, pareto.HEADINGS, [point.cells() for point in found.points])
         display.say(f"SAEs and pareto.json: {self.out}")
         try:

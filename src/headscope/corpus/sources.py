@@ -21,6 +21,7 @@ from headscope.corpus.rows import (
 from headscope.corpus.text import Document, file_documents, python_documents, python_files
 from headscope.errors import CorpusError
 from headscope.limits import Name, check
+from headscope.names import is_path
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -59,7 +60,7 @@ def find_source(name: str, reading: Reading, bos: int) -> Source:
     Raises:
         CorpusError: there is no such thing, or files among it that are no text.
     """
-    check("corpus", name, Name, CorpusError)
+    name = check("corpus", name, Name, CorpusError)
     if name == "python":
         return Source(python_documents, partial(_state, dict(python_files())))
     path = Path(name)
@@ -72,7 +73,7 @@ def find_source(name: str, reading: Reading, bos: int) -> Source:
     if named is not None:
         _check_endings(named, path)
         return Source(partial(_documents, named, reading, bos), partial(_state, named))
-    is_file = path.suffix.lower() in _OF_FILES or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
+    is_file = path.suffix.lower() in _OF_FILES or is_path(name)
     if _HUB_NAME.fullmatch(name) and not is_file:
         return Source(partial(hub_documents, name, reading), lambda: ["hub", name])
     raise CorpusError(

@@ -15,6 +15,7 @@ from headscope.index.columns import read_columns
 from headscope.index.config import QUANTILES
 from headscope.index.records import ExampleGroup, Feature, Shares, Sources
 from headscope.index.store import FeatureIndex
+from headscope.names import shown
 from headscope.sae.quality_table import quality_rows
 
 _MAX_SOURCES = 10  # source tokens of a card
@@ -43,13 +44,14 @@ class IndexCards:
     def about(self) -> Json:
         """What is shown and where it comes from."""
         m = self._index.manifest
+        model = shown(m["model"])
         return {
             "format": m["format_version"],
-            "title": f"{m['model']['name']} · {m['site']}",
+            "title": f"{model['name']} · {m['site']}",
             "site": m["site"],
-            "model": m["model"],
-            "sae": m["sae"],
-            "corpus": m["corpus"],
+            "model": model,
+            "sae": shown(m["sae"]),
+            "corpus": shown(m["corpus"]),
             "heads": self._heads,
             "n_alive": m["n_alive"],
             "n_dead": m["sae"]["d_sae"] - m["n_alive"],

@@ -35,8 +35,8 @@ _KEPT = 8  # records of effects
 _MOST = 500  # tokens at which a feature is removed, each in a block of its own that the model must read
 _LARGE = 0.05  # of the squared DFA: a source token with less is not suggested
 _ADVICE = (
-    "`headscope effects INDEX --model MODEL` writes the exact effect by the direct path of every feature into the "
-    "index; `headscope serve --model MODEL` also removes this feature from the model, for the proxy that is typed here."
+    "`headscope effects INDEX` writes the exact effect by the direct path of every feature into the "
+    "index; `headscope serve --with-model` also removes this feature from the model, for the proxy that is typed here."
 )
 
 
@@ -120,7 +120,7 @@ class IndexDives:
             raise StudyError(
                 "no model to run",
                 expected="a server with the index's model",
-                do="start it with: headscope serve --model",
+                do="start it with: headscope serve --with-model",
             )
         return self._effects
 

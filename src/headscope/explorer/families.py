@@ -95,7 +95,7 @@ class IndexFamilies:
         """What was found of the features that were judged."""
         study = INDUCTION if name == INDUCTION else "proxies"
         folder = self._index.folder
-        command = "headscope families INDEX --model MODEL" if study == INDUCTION else "headscope proxies INDEX"
+        command = "headscope families INDEX" if study == INDUCTION else "headscope proxies INDEX"
         if study not in studies(folder):
             raise _MissingError(f"No study has looked for this family: the index has no columns {study!r}.", command)
         try:

@@ -33,7 +33,7 @@ _DIGITS = 4
 _CLUSTERS = 12
 _COUNTS = ("kind", "family", "n_tokens", "n_clean", "n_lost", "n_gained")
 _READINGS = ("firing", "lost", "by_dfa")
-_COMMAND = "headscope heads INDEX --model MODEL"
+_COMMAND = "headscope heads INDEX"
 
 
 class IndexHeads:

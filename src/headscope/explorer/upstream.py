@@ -29,7 +29,7 @@ _LARGE = 0.05  # of the squared DFA: a source token with less is not suggested
 MAX_TOKENS = 64
 """Source tokens in a set."""
 _STEPS = {"heads": 8, "sources": 5}  # thresholds
-COMMAND = "headscope serve --model MODEL --upstream-sae SAE"
+COMMAND = "headscope serve --with-model --upstream-sae SAE"
 """What starts a server that has what these tabs need; the SAE of an earlier component may be left out."""
 
 
@@ -77,7 +77,7 @@ class IndexUpstream:
         return {
             "live": self._model is not None,
             "saes": [] if self._model is None else list(self._model.saes),
-            "command": f"headscope serve --index {self._index.folder} --model {self._index.manifest['model']['name']}",
+            "command": f"headscope serve --index {self._index.folder} --with-model",
             "sets": self._sets(latent, proxy),
             "corpus": self._corpus(),
         }

@@ -31,14 +31,16 @@ from headscope.capture import check_corpus
 from headscope.corpus import Corpus
 from headscope.errors import CorpusError, IndexFormatError, ModelError, OutputError, SAEError
 from headscope.index import labels, tables, writing
-from headscope.index.config import DEFINITIONS, FORMAT_VERSION, N_CORRELATED, IndexPlan
+from headscope.index.config import CARRIED, DEFINITIONS, FORMAT_VERSION, N_CORRELATED, IndexPlan
 from headscope.index.correlations import most_correlated
 from headscope.index.parts import Parts, SortedParts, Workers, leave_after_first, leave_first, locked
 from headscope.index.passes import Subject, read_examples, read_part, subjects_of
 from headscope.index.readers import OnBatch, Readers
 from headscope.index.sweep import Distributions, Groups, sweep
 from headscope.models.hf import Model
+from headscope.names import relative
 from headscope.sae.convert import check_fits
+from headscope.sae.formats import WEIGHTS, save_sae
 from headscope.sae.model import SAE
 
 _POLL_SECONDS = 0.2
@@ -51,6 +53,7 @@ class SAERecord:
     """What an index says of the SAE's file."""
 
     name: str
+    """By which it is found from any working directory: of a path, the absolute one."""
     hash: str
     """Of its weights."""
     quality: dict[str, Any] | None = None
@@ -137,7 +140,8 @@ class _Build:
         workers: Workers,
     ) -> None:
         self.model, self.corpus, self.folder, self.plan, self.workers = model, corpus, folder, plan, workers
-        self.saes = [sae.to(model.device).to(model.module.dtype) for sae, _ in saes]
+        self.given = [sae for sae, _ in saes]
+        self.saes = [sae.to(model.device).to(model.module.dtype) for sae in self.given]
         self.records = [record for _, record in saes]
         self.partial = folder.with_name(f"{folder.name}.partial")
         self.final = self.partial / "final"
@@ -331,6 +335,7 @@ class _Build:
         for path in folder.iterdir():  # what an interrupted build wrote here is not to be in the manifest
             if path.is_file():
                 path.unlink()
+        shutil.rmtree(folder / CARRIED, ignore_errors=True)
         shared = {name: self._total(name) for name in ("token_counts", "source_pairs")}
         pairs = self._pairs(number)
         totals = self._totals(pairs)
@@ -349,7 +354,10 @@ class _Build:
         examples = SortedParts(self._parts(number, "examples"))
         tables.write_examples(folder, examples, corpus.block_size, self.plan.range_rows // 16, n_heads)
         model.tokenizer.save(str(folder / "tokenizer.json"))
-        manifest = self._manifest(number, subject, totals) | {"files": _hashes(folder)}
+        manifest: dict[str, Any] = self._manifest(number, subject, totals) | {"files": _hashes(folder)}
+        if self.plan.carry_sae:
+            carried = save_sae(self.given[number], folder / CARRIED, place=self.outputs[number] / CARRIED)
+            manifest["sae"]["carried"] = file_hash(carried / WEIGHTS)
         write_json(folder / "manifest.json", manifest)
 
     def _totals(self, pairs: SortedParts) -> tables.Totals:
@@ -390,6 +398,7 @@ class _Build:
             "dtype": str(model.module.dtype).removeprefix("torch."),
             "model": {
                 "name": model.spec.name,
+                "relative": relative(model.spec.name, self.outputs[number]),
                 "hash": self.model_hash,
                 "n_layers": model.spec.n_layers,
                 "n_heads": model.spec.n_heads,
@@ -399,6 +408,7 @@ class _Build:
             },
             "sae": {
                 "name": record.name,
+                "relative": relative(record.name, self.outputs[number]),
                 "hash": record.hash,
                 "architecture": sae.activation.name,
                 "d_in": sae.d_in,

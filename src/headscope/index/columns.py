@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from headscope.artefact import atomic_write
 from headscope.errors import IndexFormatError
 from headscope.index.reading import read_manifest, read_table
+from headscope.names import local
 
 if TYPE_CHECKING:
     from headscope.index.store import FeatureIndex
@@ -99,7 +100,7 @@ def read_columns(folder: str | Path, study: str) -> tuple[pa.Table, dict[str, An
     Raises:
         IndexFormatError: no index, no such study, a damaged file, or columns of another index: what differs is named.
     """
-    folder = Path(folder)
+    folder = local(folder)
     _check_name("study", study)
     if study not in studies(folder):
         raise IndexFormatError(

@@ -7,6 +7,8 @@ from headscope.errors import IndexFormatError
 from headscope.limits import Count, From0, check_fields
 
 FORMAT_VERSION = 3
+CARRIED = "sae"
+"""The folder of an index that holds a copy of its SAE."""
 N_BINS = 50
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 N_LOGITS = 20
@@ -58,6 +60,8 @@ class IndexPlan:
     """Source tokens are told for the active tokens above each of these activations; the first is 0."""
     losses: bool = False
     """Run the model to the logits, and keep the loss of each next token."""
+    carry_sae: bool = True
+    """Put a copy of the SAE into the index, so that it needs no other folder but the model's."""
     top: Count = 12
     """Examples of each kind."""
     random: Count = 8
@@ -78,8 +82,9 @@ class IndexPlan:
             raise IndexFormatError(
                 f"thresholds {self.thresholds}", expected="0 and then larger ones", do="for example: 0 5"
             )
-        if type(self.losses) is not bool:
-            raise IndexFormatError(f"losses {self.losses!r}", expected="true or false", do="pass one of these")
+        for name in ("losses", "carry_sae"):
+            if type(value := getattr(self, name)) is not bool:
+                raise IndexFormatError(f"{name} {value!r}", expected="true or false", do="pass one of these")
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from headscope.errors import IndexFormatError
 from headscope.index.head_table import ROLES, head_tables, read_head_table
 from headscope.index.reading import read_manifest
+from headscope.names import local
 from headscope.stats import Estimate, Measure
 
 
@@ -168,7 +169,7 @@ class HeadTables:
         Raises:
             IndexFormatError: no index.
         """
-        self.folder = Path(folder)
+        self.folder = local(folder)
         self._manifest = read_manifest(self.folder)
         self._held: dict[str, tuple[pa.Table, dict[str, Any]]] = {}
 

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from headscope.artefact import file_hash
 from headscope.errors import IndexFormatError
 from headscope.index.columns import read_columns, studies
+from headscope.index.config import CARRIED
 from headscope.index.database import Database
 from headscope.index.reading import (
     TABLES,
@@ -101,14 +102,16 @@ class FeatureIndex:
             return cls(folder, read_manifest(folder))
 
     def verify(self) -> None:
-        """Read all files and hold them against the checksums of the manifest.
+        """Read all files, the copy of the SAE included, and hold them against the checksums of the manifest.
 
         Raises:
             IndexFormatError: some differ; they are named.
         """
-        damaged = [
-            name for name, (_, digest) in self.manifest["files"].items() if file_hash(self.folder / name) != digest
-        ]
+        digests: dict[str, tuple] = {name: (digest,) for name, (_, digest) in self.manifest["files"].items()}
+        carried, sae = f"{CARRIED}/sae_weights.safetensors", self.manifest["sae"]
+        if (self.folder / carried).is_file():
+            digests[carried] = (sae["hash"], sae.get("carried"))
+        damaged = [name for name, known in digests.items() if file_hash(self.folder / name) not in known]
         if damaged:
             raise IndexFormatError(
                 f"{self.folder}: {', '.join(damaged)} changed after being written",
@@ -117,14 +120,15 @@ class FeatureIndex:
             )
 
     def check_same(self, *, model: Fingerprinted | None = None, sae_hash: str | None = None) -> None:
-        """Refuse a model or an SAE other than those the index was built with.
+        """Refuse a model or an SAE other than those the index was built with; its own copy of the SAE is the same.
 
         Raises:
             IndexFormatError: a hash differs; it is named.
         """
+        sae = self.manifest["sae"]
         if model is not None and not model.matches(self.manifest["model"]["hash"]):
             raise self._other("model", model.fingerprint())
-        if sae_hash is not None and sae_hash != self.manifest["sae"]["hash"]:
+        if sae_hash not in (None, sae["hash"], sae.get("carried")):
             raise self._other("sae", sae_hash)
 
     def _other(self, what: str, given: str) -> IndexFormatError:
@@ -132,7 +136,7 @@ class FeatureIndex:
         return IndexFormatError(
             f"{what} {given}",
             expected=f"{own['hash']} ({own['name']}), with which {self.folder} was built",
-            do=f"pass that {what}, or build an index with this one",
+            do=f"name that {what} with --{what}, or build an index with this one",
         )
 
     def _check_meaning(self) -> None:

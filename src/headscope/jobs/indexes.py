@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from headscope.artefact import check_run_folder
 from headscope.errors import OutputError, SAEError
 from headscope.index.config import IndexPlan
-from headscope.jobs.inputs import CorpusChoice, Hardware, Progress, load_on
+from headscope.jobs.finding import find_of, model_of
+from headscope.jobs.inputs import CorpusChoice, Hardware, Progress, load_on, usable
 from headscope.jobs.saes import measured_quality
 from headscope.limits import Above0, Count, Device, Latent, Name, NameOrPath, Output, Seed, Shuffles, checked
 
@@ -46,7 +47,7 @@ def index(
     from headscope.index.parts import Workers
     from headscope.index.store import FeatureIndex
     from headscope.sae.convert import fitted
-    from headscope.sae.formats import load_sae, sae_hash
+    from headscope.sae.formats import lasting_name, load_sae, sae_hash
 
     text = text or CorpusChoice()
     if not saes:
@@ -54,13 +55,13 @@ def index(
     _check_remnant(out, overwrite=overwrite)
     check_run_folder(out, overwrite=overwrite, inputs=[*saes, text.corpus, *([model] if model else [])])
     loaded_saes = [load_sae(sae) for sae in saes]
-    loaded = (hardware or Hardware()).load(model or loaded_saes[0].model_name)
+    loaded = model_of(loaded_saes[0], model, hardware or Hardware())
     corpus = text.load(loaded, on_progress)
     workers = Workers.of_environment()
     folders = build_index(
         loaded,
         [
-            (fitted(loaded_sae, loaded), SAERecord(str(sae), sae_hash(sae), measured_quality(sae, corpus)))
+            (fitted(loaded_sae, loaded), SAERecord(lasting_name(sae), sae_hash(sae), measured_quality(sae, corpus)))
             for sae, loaded_sae in zip(saes, loaded_saes, strict=True)
         ],
         corpus,
@@ -88,8 +89,9 @@ def _check_remnant(out: Path, *, overwrite: bool) -> None:
 def live(
     index: NameOrPath, *, model: Name | None = None, sae: NameOrPath | None = None, device: Device = "cpu"
 ) -> "LiveIndex":
-    """Open an index with the model and the SAE that its manifest names, or with others of the same weights.
+    """Open an index with the model and the SAE that it was built with.
 
+    Where they are not named, they are looked for beside the index, where they were, and by name (`finding.find_of`).
     The model computes in the precision that the index was made in.
 
     Raises:
@@ -101,10 +103,18 @@ def live(
     from headscope.sae.formats import load_sae, sae_hash
 
     opened = FeatureIndex.open(index)
-    name = sae or opened.manifest["sae"]["name"]
-    opened.check_same(sae_hash=sae_hash(name))
-    loaded = load_on(model or opened.manifest["model"]["name"], device, opened.manifest["dtype"])
-    return LiveIndex(opened, loaded, fitted(load_sae(name), loaded))
+
+    def own_sae(name: str) -> "SAE":
+        opened.check_same(sae_hash=sae_hash(name))
+        return load_sae(name)
+
+    def put_together(name: str) -> LiveIndex:
+        loaded = load_on(name, place, opened.manifest["dtype"])
+        return LiveIndex(opened, loaded, fitted(own, loaded))
+
+    place = usable(device)
+    own = find_of(opened, "sae", sae, own_sae)
+    return find_of(opened, "model", model, put_together)
 
 
 def upstream_sae(opened: "LiveIndex", name: str) -> "SAE":

@@ -9,6 +9,8 @@ from headscope.corpus import Corpus, Reading, Split, load_corpus
 from headscope.limits import BlockSize, Device, Name, Tokens, check_fields
 
 if TYPE_CHECKING:
+    import torch
+
     from headscope.models.hf import Model
 
 Progress = Callable[[str, int, int], None]
@@ -77,14 +79,25 @@ class Hardware:
         return load_on(name, self.device, self.dtype)
 
 
-def load_on(name: str, device: str, dtype: str) -> "Model":
-    """A model on a device; `cuda` under `torchrun` is the GPU of the process's own.
+def load_on(name: str, device: "str | torch.device", dtype: str) -> "Model":
+    """Load a model on a device.
 
     Raises:
         ModelError: no such model, or no such device.
     """
     from headscope.models.load import load_model
 
+    return load_model(name, device=usable(device), dtype=dtype)
+
+
+def usable(device: "str | torch.device") -> "torch.device":
+    """The device of a name; `cuda` under `torchrun` is the GPU of the process's own.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    from headscope.models.placing import device_of
+
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return load_model(name, device=device, dtype=dtype)
+    return device_of(device)

@@ -7,7 +7,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from headscope.artefact import check_output, check_run_folder
-from headscope.errors import ExportError, SAEError
+from headscope.errors import ExportError
 from headscope.jobs.indexes import live, upstream_sae
 from headscope.limits import Device, Latent, Name, NameOrPath, Output, Port, checked
 
@@ -26,6 +26,8 @@ def serve(
     index: NameOrPath,
     *,
     model: Name | None = None,
+    sae: NameOrPath | None = None,
+    with_model: bool = False,
     device: Device = "cpu",
     upstream_saes: Sequence[Name] = (),
     port: Port | None = None,
@@ -36,8 +38,10 @@ def serve(
     Args:
         index: an index folder.
         model: the index's, to ablate its features, to say how they are computed, and to read prompts.
+        sae: the index's, where it is not found (`live`).
+        with_model: run the model, which is then found as `live` finds it; so it is where any other of these is named.
         device: where the model runs.
-        upstream_saes: of earlier components of it, whose features are told apart.
+        upstream_saes: SAEs of earlier components of the model, whose features are told apart.
         port: where to listen; None takes a free one.
         open_browser: open the page in the default browser.
 
@@ -56,9 +60,9 @@ def serve(
     from headscope.index.store import FeatureIndex
 
     opened = FeatureIndex.open(index)
-    if upstream_saes and not model:
-        raise SAEError("upstream SAEs without a model", expected="the model that they are of", do="pass --model too")
-    effects, upstream, prompts = _models(index, model, device, upstream_saes) if model else (None, None, None)
+    effects = upstream = prompts = None
+    if with_model or model or sae or upstream_saes:
+        effects, upstream, prompts = _models(live(index, model=model, sae=sae, device=device), upstream_saes)
     app = make_app(
         IndexCards(opened),
         dives=IndexDives(opened, effects),
@@ -70,17 +74,15 @@ def serve(
     serve_app(app, port=port, open_browser=open_browser)
 
 
-def _models(
-    index: str | Path, model: str, device: str, saes: Sequence[str]
-) -> "tuple[_Effects, LiveUpstream, PromptRoutes]":
+def _models(opened: "LiveIndex", saes: Sequence[str]) -> "tuple[_Effects, LiveUpstream, PromptRoutes]":
     """What a page asks of a model: it is loaded once, and run for one question at a time."""
     from headscope.explorer.prompts import PromptRoutes
     from headscope.live_upstream import LiveUpstream
     from headscope.studies.prompt import Prompts
 
-    opened, lock = live(index, model=model, device=device), Lock()
+    lock = Lock()
     upstream = LiveUpstream(opened, {name: upstream_sae(opened, name) for name in saes}, lock=lock)
-    prompts = PromptRoutes(Prompts(opened, lock=lock), upstream.circuits, folder=str(index))
+    prompts = PromptRoutes(Prompts(opened, lock=lock), upstream.circuits, folder=str(opened.index.folder))
     return _Effects(opened, lock), upstream, prompts
 
 
@@ -148,13 +150,15 @@ def _most_active(source: "IndexCards", n: int | None) -> list[int]:
 
 
 @checked
-def dive(
+def dive(  # noqa: PLR0913 - one argument an option of the command
     index: NameOrPath,
     feature: Latent,
     out: Output,
     *,
     proxies: Sequence[str] = (),
     model: Name | None = None,
+    sae: NameOrPath | None = None,
+    with_model: bool = False,
     device: Device = "cpu",
     overwrite: bool = False,
 ) -> Path:
@@ -166,6 +170,8 @@ def dive(
         out: the file, whose name ends with .html.
         proxies: those that the page suggests when none are given.
         model: the index's, to remove the feature from it too.
+        sae: the index's, where it is not found (`live`).
+        with_model: run the model, which is then found as `live` finds it; so it is where one of these is named.
         device: where the model runs.
         overwrite: replace what is there.
 
@@ -184,7 +190,10 @@ def dive(
     check_output(out, overwrite=overwrite)
     opened = FeatureIndex.open(index)
     opened.check_latent(feature)
-    dives = IndexDives(opened, _Effects(live(index, model=model, device=device), Lock()) if model else None)
+    effects = None
+    if with_model or model or sae:
+        effects = _Effects(live(index, model=model, sae=sae, device=device), Lock())
+    dives = IndexDives(opened, effects)
     pages = packed(dives, feature, proxies)
     pages[feature]["upstream"] = IndexUpstream(opened).packed(feature)
     return export_html(IndexCards(opened), out, [feature], dives=pages)

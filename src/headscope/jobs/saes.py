@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from headscope.artefact import check_run_folder, file_hash, read_json, write_json
 from headscope.corpus import Corpus
 from headscope.errors import OutputError, SAEError
+from headscope.jobs.finding import model_of
 from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
 from headscope.limits import Layer, Name, NameOrPath, Output, Tokens, checked
 from headscope.site import Kind, Site
@@ -40,7 +41,7 @@ def eval(
     from headscope.sae.formats import load_sae
 
     loaded_sae = load_sae(sae)
-    loaded = (hardware or Hardware()).load(model or loaded_sae.model_name)
+    loaded = model_of(loaded_sae, model, hardware or Hardware())
     corpus = (text or CorpusChoice()).load(loaded, on_progress)
     on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
     return measure(sae, fitted(loaded_sae, loaded), loaded, corpus, on_tokens, loss_tokens=loss_tokens)
@@ -111,7 +112,6 @@ def convert(
     Raises:
         HeadscopeError: any of its kinds.
     """
-    from headscope.models.load import load_model
     from headscope.sae.convert import fitted
     from headscope.sae.formats import load_sae, save_sae
 
@@ -123,7 +123,7 @@ def convert(
     stated = None if site is None or layer is None else Site(site, layer)
     loaded = load_sae(sae, site=stated, model_name=trained_on)
     if loaded.processed or model is not None:
-        loaded = fitted(loaded, load_model(model or loaded.model_name))
+        loaded = fitted(loaded, model_of(loaded, model, Hardware()))
     save_sae(loaded, out, overwrite=overwrite)
     return loaded
 

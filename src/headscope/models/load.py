@@ -15,13 +15,14 @@ from headscope.errors import ModelError
 from headscope.hub import advice
 from headscope.limits import NameOrPath, check
 from headscope.models import transformer_lens
+from headscope.models.aliases import repository_of
 from headscope.models.families import family_of
 from headscope.models.hf import Model
 from headscope.models.placing import device_of, dtype_of
 from headscope.models.tl_checkpoint import find_checkpoint, load_checkpoint
 from headscope.models.vocabulary import check_vocabulary, first_token, no_tokenizer
+from headscope.names import absolute, bundled_model, exists, lasting_model, local
 
-_BUNDLED = Path(__file__).parent
 _ADAPTER = re.compile(r"\b(lora_|base_layer|modules_to_save|original_module)")
 
 
@@ -36,9 +37,9 @@ def load_model(
 
     Args:
         model: `tiny` (bundled), the path of a Hugging Face folder, a folder or weights file that TransformerLens saved,
-            `gelu-2l` or another of `tl_checkpoint.HUB`, or a name on the hub (the last two need the network). Or an
-            object: a `PreTrainedModel` of transformers, whose weights are shared and which is left as it is; or a
-            HookedTransformer or TransformerBridge of TransformerLens.
+            `gelu-2l` or another of `tl_checkpoint.HUB`, or a name on the hub, also as TransformerLens has it (the last
+            two need the network). Or an object: a `PreTrainedModel` of transformers, whose weights are shared and which
+            is left as it is; or a HookedTransformer or TransformerBridge of TransformerLens.
         tokenizer: a fast tokenizer of transformers, for a `PreTrainedModel`, which has none; otherwise the model's own
             is taken. Blocks of text start with its BOS, or with its EOS where it has none.
         device: where to put the weights, such as `cuda:1`; the processor, or where an object's are.
@@ -56,7 +57,7 @@ def load_model(
         tokenizer = own if tokenizer is None else tokenizer
     else:
         transformers_logging.disable_progress_bar()
-        name = str(check("model", model, NameOrPath, ModelError))
+        name = _lasting_name(str(check("model", model, NameOrPath, ModelError)))
         checkpoint = find_checkpoint(name)
         read = load_checkpoint(*checkpoint, dtype or torch.float32) if checkpoint else _load(name, dtype)
         module, tokenizer = read[0], read[1] if tokenizer is None else tokenizer
@@ -85,7 +86,8 @@ def _loaded(model: nn.Module) -> tuple[PreTrainedModel, Any, str]:
     """A model that shares the weights of a user's object and nothing else; its tokenizer, if it has one; its name."""
     if isinstance(model, PreTrainedModel):
         shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-        return copy.deepcopy(model, shared), None, model.config.name_or_path or model.config.model_type
+        name = model.config.name_or_path or model.config.model_type
+        return copy.deepcopy(model, shared), None, absolute(name) if local(name).is_dir() else name
     if transformer_lens.is_bridge(model) or transformer_lens.is_hooked(model):
         return transformer_lens.unwrap(model)
     raise ModelError(
@@ -187,28 +189,39 @@ def _check_weights(module: nn.Module, name: str) -> None:
             )
 
 
-def _folder(name: str) -> Path | None:
-    """The local folder a name stands for, or None for a name on the hub.
+def _lasting_name(name: str) -> str:
+    """A name by which the same model is loaded from any working directory.
 
     Raises:
         ModelError: the name is a path, and nothing is there.
     """
-    bundled = _BUNDLED / name
-    if name.isidentifier() and (bundled / "config.json").is_file():
-        return bundled
-    path = Path(name)
-    if _is_gguf(path):
+    lasting = lasting_model(name)
+    if Path(lasting).is_absolute() and not exists(Path(lasting)):
+        raise ModelError(
+            f"no model at {name!r}: {lasting} does not exist",
+            expected="a folder with config.json",
+            do="check the path, or name the model with --model",
+        )
+    return repository_of(lasting)
+
+
+def _folder(name: str) -> Path | None:
+    """The folder that a lasting name stands for, or None for a name on the hub.
+
+    Raises:
+        ModelError: the name is a file, or holds weights of another program's format.
+    """
+    folder = bundled_model(name) or Path(name)
+    if _is_gguf(folder):
         raise ModelError(
             f"{name!r} holds a model as GGUF (llama.cpp's)",
             expected="a folder with config.json, weights in .safetensors and tokenizer.json",
             do="convert it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(OUT), and its "
             "AutoTokenizer likewise",
         )
-    if path.is_dir():
-        return path
-    if path.is_absolute() or name.startswith(("./", "../", "~")) or path.exists():
+    if folder.is_absolute() and not folder.is_dir():
         raise ModelError(f"no model folder {name!r}", expected="a folder with config.json", do="check --model")
-    return None
+    return folder if folder.is_absolute() else None
 
 
 def _is_gguf(path: Path) -> bool:

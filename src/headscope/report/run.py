@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from headscope import jobs
 from headscope.artefact import atomic_write, read_json, write_json
 from headscope.errors import HeadscopeError, OutputError, SAEError
+from headscope.limits import Output, checked
+from headscope.names import lasting_corpus, lasting_model, shown
 from headscope.report.records import FULL, QUICK, Claim, Exemplar, Settings, Study
 from headscope.report.results import Report, StudyResult, SubjectResult
 
@@ -58,8 +60,9 @@ class Inputs:
         return named
 
 
+@checked
 def run(
-    out: Path,
+    out: Output,
     inputs: Inputs | None = None,
     *,
     quick: bool = False,
@@ -142,15 +145,18 @@ class _Work:
                 _remove(self.out / name)
 
     def _plan(self) -> dict[str, Any]:
-        """What makes the work of two runs the same; indexes that are given say it by their own hashes."""
-        from headscope.sae.formats import sae_hash
+        """What must be equal for a run to reuse the work of another, whatever their working directories."""
+        from headscope.index.columns import index_identity
+        from headscope.index.reading import read_manifest
+        from headscope.sae.formats import lasting_name, sae_hash
 
+        model, upstream, corpus = self.inputs.model, self.inputs.upstream, self.inputs.text.corpus
         return {
-            "model": self.inputs.model,
-            "saes": [[name, sae_hash(name)] for name in self.inputs.saes],
-            "indexes": [str(path.resolve()) for path in self.inputs.indexes],
-            "upstream": self.inputs.upstream,
-            "text": asdict(self.inputs.text),
+            "model": model and lasting_model(model),
+            "saes": [[lasting_name(name), sae_hash(name)] for name in self.inputs.saes],
+            "indexes": [index_identity(read_manifest(path)) for path in self.inputs.indexes],
+            "upstream": upstream and lasting_name(upstream),
+            "text": asdict(self.inputs.text) | {"corpus": lasting_corpus(corpus)},
             "settings": asdict(self.settings),
         }
 
@@ -301,5 +307,6 @@ def _remove(path: Path) -> None:
 def _facts(index: "FeatureIndex") -> dict[str, Any]:
     """Of an index, what a report says of it."""
     manifest = index.manifest
-    names = ("site", "layer", "z_convention", "dtype", "model", "sae", "corpus", "n_alive", "n_pairs", "l0")
-    return {name: manifest[name] for name in names} | {"index_created": manifest["created"]}
+    names = ("site", "layer", "z_convention", "dtype", "n_alive", "n_pairs", "l0")
+    facts = {name: manifest[name] for name in names} | {"index_created": manifest["created"]}
+    return facts | {name: shown(manifest[name]) for name in ("model", "sae", "corpus")}

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from headscope.errors import SAEError
 from headscope.models.hf import Model
+from headscope.names import short
 from headscope.sae.model import MODULE_OUTPUT, SAE
 
 
@@ -63,7 +64,7 @@ def fitted(sae: SAE, model: Model) -> SAE:
     if not sae.processed:
         return sae
     converted = _shifted(sae, model) if sae.site.kind == "z" else _centred(sae, model)
-    said = {"from": sae.metadata["z_convention"], "model": model.spec.name, "model_hash": model.fingerprint()}
+    said = {"from": sae.metadata["z_convention"], "model": short(model.spec.name), "model_hash": model.fingerprint()}
     loaded_with = {"model_from_pretrained_kwargs": {}} if "model_from_pretrained_kwargs" in sae.metadata else {}
     return replace(converted, metadata=sae.metadata | loaded_with | {"z_convention": "raw", "converted": said})
 

@@ -9,6 +9,7 @@ activation here, which is what direct feature attribution asks for.
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from headscope.errors import SAEError
 from headscope.models.placing import DTYPES, device_of
+from headscope.names import bundled_model, places
 from headscope.site import Site
 
 
@@ -86,6 +88,9 @@ Activation = ReLU | JumpReLU | TopK
 PROCESSED = "transformer_lens_processed"
 """The `z_convention` of an SAE trained on the activations of a model whose weights TransformerLens had processed."""
 
+MODEL_PATH = "model_path"
+"""What an SAE's metadata calls the path of its model, where that is a folder, as seen from the SAE's own folder."""
+
 MODULE_OUTPUT = "module output"
 """What an SAE's metadata says it `reads` when that is a module's own output, before any norm that follows it."""
 
@@ -113,10 +118,12 @@ class SAE:
     activation: Activation
     site: Site
     model_name: str
-    """The model whose activations it was trained on."""
+    """The model whose activations it was trained on, as `load_model` takes it."""
     apply_b_dec_to_input: bool = True
     metadata: dict[str, Any] = field(default_factory=dict)
     """What else its files say: z convention, training run, corpus, context length, BOS handling."""
+    folder: Path | None = None
+    """Where its files are, if it has any: a model that was moved together with them is found from there."""
 
     def __post_init__(self) -> None:
         """Check that the sizes fit one another and that all numbers are finite."""
@@ -189,6 +196,13 @@ class SAE:
             )
         by_head = (self.d_sae, n_heads, -1)
         return HeadBlocks(self.W_enc.T.reshape(by_head).transpose(0, 1), self.W_dec.reshape(by_head).transpose(0, 1))
+
+    @property
+    def model_places(self) -> list[Path]:
+        """Paths at which its model may be: as its files say, or moved together with them (`names.places`)."""
+        if self.folder is None or bundled_model(self.model_name):
+            return []
+        return places(self.model_name, self.metadata.get(MODEL_PATH), self.folder)
 
     @property
     def processed(self) -> bool:

@@ -7,6 +7,7 @@ from itertools import count, islice
 from math import isnan
 from textwrap import wrap
 
+from headscope.names import short
 from headscope.sae.pareto import DEFINITIONS, HEADINGS, MEASURES, Pareto, Point, said
 from headscope.stats import Estimate
 
@@ -40,7 +41,7 @@ def page(found: Pareto, picture: str) -> str:
         [
             "# Pareto curves",
             "",
-            f"{len(found.points)} SAEs of `{found.site}` of `{found.model}`, trained by `headscope sweep`, "
+            f"{len(found.points)} SAEs of `{found.site}` of `{short(found.model)}`, trained by `headscope sweep`, "
             f"measured on {first.n_tokens:,} held-out tokens in {first.n_blocks:,} blocks of "
             f"`{found.corpus['name']}`. This page is written by `python scripts/pareto.py`.",
             "",

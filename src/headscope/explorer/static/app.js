@@ -183,7 +183,7 @@ class App {
 
   async #showPrompt(late) {
     this.#card = null;
-    if (!this.about.prompts) return this.#put(drawNoModel(this.about, this.data.embedded), `prompt · ${this.about.title}`);
+    if (!this.about.prompts) return this.#put(drawNoModel(this.data.embedded), `prompt · ${this.about.title}`);
     const { features } = await this.#listed();
     const { PromptPage } = await import("./prompt.js");
     if (late()) return;
@@ -379,10 +379,10 @@ class App {
 }
 
 /** The prompt explorer needs a model: says so, and how to get one. */
-function drawNoModel({ model }, embedded) {
+function drawNoModel(embedded) {
   return el("main", { class: "dead-page", "data-no-model": "" }, el("h1", {}, "The prompt explorer needs the model"),
     el("p", {}, embedded ? "This is an export, which holds no model and computes nothing. Serve the index that it was made from, with its model:" : "This server was started without one. Start it with the model of its index:"),
-    el("pre", { class: "python" }, `headscope serve --index INDEX --model ${model.name}`),
+    el("pre", { class: "python" }, "headscope serve --index INDEX --with-model"),
     el("p", {}, "Then a prompt that is typed here is read token by token: which features are active and what computes them, and what ablating features and heads changes in what comes next."));
 }
 

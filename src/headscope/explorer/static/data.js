@@ -111,7 +111,7 @@ class FileData extends Exported {
 
   async upstream(study, latent) {
     const found = (await this.#studies(latent)).upstream?.[study];
-    if (!found) throw new Error("This file does not hold that: headscope serve --model computes it.");
+    if (!found) throw new Error("This file does not hold that: headscope serve --with-model computes it.");
     return found;
   }
 

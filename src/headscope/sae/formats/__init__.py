@@ -11,6 +11,7 @@ from pathlib import Path
 from headscope.artefact import file_hash
 from headscope.errors import SAEError
 from headscope.limits import NameOrPath, check
+from headscope.names import absolute, bundled_sae, exists, lasting_model, local
 from headscope.sae.formats import authors, dictionary_learning, gemma_scope, saelens, sparsify
 from headscope.sae.formats.files import UNREADABLE, Files, Format, Stated
 from headscope.sae.formats.hub import entry_of, fetch
@@ -18,7 +19,19 @@ from headscope.sae.formats.saelens import WEIGHTS, save_sae
 from headscope.sae.model import SAE
 from headscope.site import Site
 
-__all__ = ["FORMATS", "WEIGHTS", "Files", "Format", "find_sae", "is_sae", "load_sae", "locate", "sae_hash", "save_sae"]
+__all__ = [
+    "FORMATS",
+    "WEIGHTS",
+    "Files",
+    "Format",
+    "find_sae",
+    "is_sae",
+    "lasting_name",
+    "load_sae",
+    "locate",
+    "sae_hash",
+    "save_sae",
+]
 
 FORMATS: tuple[Format, ...] = (
     saelens.FORMAT,
@@ -46,7 +59,7 @@ def load_sae(name: str | Path, *, site: Site | None = None, model_name: str | No
     """
     files = locate(name)
     try:
-        sae = files.format.read(files, Stated(site, model_name))
+        sae = files.format.read(files, Stated(site, model_name and lasting_model(model_name)))
     except SAEError:
         raise
     except UNREADABLE as error:
@@ -57,7 +70,7 @@ def load_sae(name: str | Path, *, site: Site | None = None, model_name: str | No
             do="copy or train it again",
         ) from error
     said = {} if files.format is saelens.FORMAT else {"source_format": files.format.name}
-    return replace(sae, metadata=said | sae.metadata)
+    return replace(sae, metadata=said | sae.metadata, folder=files.weights.parent.absolute())
 
 
 def locate(name: str | Path) -> Files:
@@ -69,8 +82,8 @@ def locate(name: str | Path) -> Files:
     found = find_sae(name)
     if found is not None:
         return found
-    entry = entry_of(str(name))
-    if entry is not None and not Path(name).exists():
+    entry = None if exists(local(name)) else entry_of(str(name))
+    if entry is not None:
         found = find_sae(fetch(entry))
         if found is not None:
             return replace(found, overrides=entry.overrides, scaling=entry.scaling, own=False)
@@ -88,14 +101,23 @@ def find_sae(name: str | Path) -> Files | None:
     Raises:
         SAEError: a folder with several, or a name that nothing can have.
     """
-    check("sae", name, NameOrPath, SAEError)
-    bundled = _BUNDLED / str(name)
-    path = bundled if "/" not in str(name) and (bundled / saelens.CONFIG).is_file() else Path(name)
+    name = check("sae", name, NameOrPath, SAEError)
+    bundled = bundled_sae(str(name))
     for format_ in FORMATS:
-        found = format_.find(path)
+        found = format_.find(bundled or Path(name))
         if found is not None:
-            return Files(format_, *found, own=path is not bundled)
+            return Files(format_, *found, own=bundled is None)
     return None
+
+
+def lasting_name(name: str | Path) -> str:
+    """A name by which the same SAE is found from any working directory: a path becomes absolute.
+
+    Raises:
+        SAEError: a folder with several.
+    """
+    found = find_sae(name)
+    return absolute(name) if found is not None and found.own else str(name)
 
 
 def is_sae(name: str | Path) -> bool:
@@ -104,7 +126,7 @@ def is_sae(name: str | Path) -> bool:
     Raises:
         SAEError: a folder with several, or a release without this id.
     """
-    return find_sae(name) is not None or (not Path(name).exists() and entry_of(str(name)) is not None)
+    return find_sae(name) is not None or (not exists(local(name)) and entry_of(str(name)) is not None)
 
 
 def sae_hash(name: str | Path) -> str:

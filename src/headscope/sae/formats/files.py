@@ -19,6 +19,7 @@ from torch import Tensor
 
 from headscope.artefact import read_json
 from headscope.errors import HeadscopeError, SAEError
+from headscope.names import UNKNOWN
 from headscope.sae.model import SAE
 from headscope.site import Site
 
@@ -222,5 +223,5 @@ def chosen_site(files: Files, found: Site | None, stated: Stated) -> Site:
 
 
 def chosen_model(found: str | None, stated: Stated) -> str:
-    """The model by the user, or else by the files; `unknown` where neither names one."""
-    return stated.model_name or found or "unknown"
+    """The model by the user, or else by the files; UNKNOWN where neither names one."""
+    return stated.model_name or found or UNKNOWN

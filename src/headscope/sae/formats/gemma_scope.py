@@ -7,8 +7,6 @@ The first keeps no configuration: model, site and layer are in the names of its 
 import re
 from pathlib import Path
 
-from torch import Tensor
-
 from headscope.sae.formats.files import (
     Files,
     Format,
@@ -88,10 +86,12 @@ def read_second(files: Files, stated: Stated) -> SAE:
 def _built(files: Files, stated: Stated, site: Site | None, model: str | None, config: Json) -> SAE:
     tensors = {_name(name): tensor for name, tensor in tensors_of(files.weights).items()}
     check_names(tensors, _NAMES, files)
-    threshold: Tensor = tensors.pop("threshold")
     return SAE(
-        **tensors,
-        activation=JumpReLU(threshold),
+        W_enc=tensors["W_enc"],
+        b_enc=tensors["b_enc"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        activation=JumpReLU(tensors["threshold"]),
         site=chosen_site(files, site, stated),
         model_name=chosen_model(model, stated),
         apply_b_dec_to_input=False,

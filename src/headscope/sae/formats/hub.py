@@ -12,6 +12,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 
 from headscope.errors import SAEError
 from headscope.hub import advice, trouble
+from headscope.names import is_path
 
 _FOLDER_FILES = (
     "cfg.json",
@@ -51,7 +52,7 @@ def entry_of(name: str) -> Entry | None:
     if listed is not None:
         return _listed(release, identifier, listed)
     parts = name.split("/")
-    if len(parts) < 3 or not all(parts) or parts[0] == "~" or Path(parts[0]).exists():  # a path, perhaps mistyped
+    if len(parts) < 3 or not all(parts) or is_path(name):
         return None
     return Entry("/".join(parts[:2]), "/".join(parts[2:]))
 

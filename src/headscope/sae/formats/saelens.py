@@ -14,6 +14,7 @@ from torch import Tensor
 
 from headscope.artefact import atomic_write, new_folder, read_json, write_json
 from headscope.models.placing import dtype_of
+from headscope.names import exists, relative
 from headscope.sae.formats.files import (
     Files,
     Format,
@@ -29,7 +30,7 @@ from headscope.sae.formats.files import (
     whole_number,
 )
 from headscope.sae.formats.saelens_settings import check_settings
-from headscope.sae.model import PROCESSED, SAE, Activation, Gated, JumpReLU, ReLU, TopK
+from headscope.sae.model import MODEL_PATH, PROCESSED, SAE, Activation, Gated, JumpReLU, ReLU, TopK
 
 WEIGHTS = "sae_weights.safetensors"
 CONFIG = "cfg.json"
@@ -68,7 +69,14 @@ def find(path: Path) -> tuple[Path, Path | None] | None:
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
-def save_sae(sae: SAE, folder: Path, *, overwrite: bool = False, dtype: str | torch.dtype = torch.float32) -> Path:
+def save_sae(
+    sae: SAE,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    dtype: str | torch.dtype = torch.float32,
+    place: Path | None = None,
+) -> Path:
     """Write an SAE as a SAELens folder, atomically.
 
     Args:
@@ -76,6 +84,7 @@ def save_sae(sae: SAE, folder: Path, *, overwrite: bool = False, dtype: str | to
         folder: must be new or empty, unless `overwrite`.
         overwrite: replace what is there.
         dtype: of the numbers on disk, such as `bfloat16`; they are always read as float32.
+        place: where the folder will be moved, from which a model that is a folder too is found; `folder` by default.
 
     Raises:
         ModelError: no such precision.
@@ -86,7 +95,7 @@ def save_sae(sae: SAE, folder: Path, *, overwrite: bool = False, dtype: str | to
         content = save({name: t.detach().to("cpu", dtype).contiguous() for name, t in _tensors(sae).items()})
         with atomic_write(scratch / WEIGHTS) as file:
             file.write(content)
-        write_json(scratch / CONFIG, _config(sae))
+        write_json(scratch / CONFIG, _config(sae, Path(place or folder)))
     return Path(folder)
 
 
@@ -101,7 +110,7 @@ def _tensors(sae: SAE) -> dict[str, Tensor]:
             return tensors | {"b_enc": sae.b_enc}
 
 
-def _config(sae: SAE) -> Json:
+def _config(sae: SAE, folder: Path) -> Json:
     config: Json = {
         "architecture": sae.activation.name,
         "d_in": sae.d_in,
@@ -114,13 +123,17 @@ def _config(sae: SAE) -> Json:
     }
     if isinstance(sae.activation, TopK):
         config |= {"k": sae.activation.k, "rescale_acts_by_decoder_norm": False}
-    config["metadata"] = sae.metadata | {
-        "sae_lens_version": _VERSION,
-        "model_name": sae.model_name,
-        "hook_name": sae.site.hook_name,
-        "hook_head_index": None,
-    }
-    return config
+    return config | {"metadata": _metadata(sae, folder)}
+
+
+def _metadata(sae: SAE, folder: Path) -> Json:
+    """What is known of the SAE; a model that is a folder is named by where it is, and by that as seen from `folder`."""
+    name = sae.model_name
+    if Path(name).is_absolute():
+        name = str(next(filter(exists, sae.model_places), name))
+    own = {"sae_lens_version": _VERSION, "model_name": name, "hook_name": sae.site.hook_name, "hook_head_index": None}
+    metadata = sae.metadata | own | {MODEL_PATH: relative(name, folder)}
+    return {key: value for key, value in metadata.items() if key != MODEL_PATH or value is not None}
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

@@ -17,6 +17,7 @@ from torch import Tensor, int16
 
 from headscope.artefact import atomic_write, write_json
 from headscope.errors import OutputError, TrainingError
+from headscope.names import local
 
 _FILE_OVERHEAD = 4096  # bytes: header and the rounding up to whole blocks of the disk
 
@@ -38,7 +39,7 @@ class ActivationCache:
         """
         text = json.dumps(identity, sort_keys=True)
         self._key = hashlib.sha256(text.encode()).hexdigest()[:32]
-        self.folder = Path(folder) / self._key
+        self.folder = local(folder) / self._key
         self._checked: set[int] = set()
         if not (self.folder / "identity.json").exists():
             write_json(self.folder / "identity.json", identity)
