@@ -456,7 +456,9 @@ def test_the_command_writes_the_file_and_says_what_is_wrong(
 def test_a_dive_with_the_model_holds_its_effects(tmp_path: Path) -> None:
     [index] = jobs.index(["tiny-z1"], tmp_path / "index", text=jobs.CorpusChoice(max_tokens=8_000))
     latent = int(np.argmax(index.table()["n_active"].to_numpy() * (index.table()["density"].to_numpy() < 0.2)))
-    page = jobs.dive(index.folder, latent, tmp_path / "dive.html", proxies=['token_in([" "])'], model="tiny")
+    shutil.rmtree(index.folder / "sae")
+    assert {index.manifest[what]["relative"] for what in ("model", "sae")} == {None}, "both are bundled"
+    page = jobs.dive(index.folder, latent, tmp_path / "dive.html", proxies=['token_in([" "])'], with_model=True)
     held = unpacked(page, "data-dives")[str(latent)]
     [effects], [predictions] = held["effects"].values(), held["predictions"].values()
     assert effects["n"] > 30

@@ -101,6 +101,10 @@ def places(name: str, seen: object, folder: Path) -> list[Path]:
     """
     folder = folder.resolve()
     if not Path(name).is_absolute():
-        return [path for parent in folder.parents if name and exists(path := (parent / name).resolve())]
-    moved = [(folder / seen).resolve()] if isinstance(seen, str) else []
+        return [path for parent in folder.parents if name and exists(path := _joined(parent, name))]
+    moved = [_joined(folder, seen)] if isinstance(seen, str) else []
     return list(dict.fromkeys([Path(name), *moved]))
+
+
+def _joined(folder: Path, path: str) -> Path:
+    return Path(os.path.normpath(folder / path))  # by its letters: what an artefact says need not be a path at all

@@ -200,7 +200,7 @@ def _lasting_name(name: str) -> str:
         raise ModelError(
             f"no model at {name!r}: {lasting} does not exist",
             expected="a folder with config.json",
-            do="check the path, or name the model with --model",
+            do="check the path",
         )
     return repository_of(lasting)
 
