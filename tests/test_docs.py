@@ -255,7 +255,7 @@ def test_lists_of_an_example_lie_as_the_page_says(index):
 def test_files_of_the_manifest_are_all_files(index):
     on_disk = {str(p.relative_to(index.folder)) for p in index.folder.rglob("*") if p.is_file()}
     files = read_json(index.folder / "manifest.json")["files"]
-    assert set(files) == on_disk - {"manifest.json"}
+    assert set(files) == on_disk - {"manifest.json", "sae/cfg.json", "sae/sae_weights.safetensors"}
     for name, (size, digest) in files.items():
         assert (index.folder / name).stat().st_size == size
         assert file_hash(index.folder / name) == digest
@@ -265,4 +265,4 @@ def test_copies_of_the_index_table_are_named_in_the_folder_table(index):
     section = FORMAT.split("## The folder")[1].split("##")[0]
     named = set(re.findall(r"^\| `([^`]+)`", section, re.MULTILINE))
     built = {re.sub(r"part-\d+", "part-NNNN", name) for name in index.manifest["files"]} | {"manifest.json"}
-    assert named == built | {"columns/<study>.parquet", "labels.jsonl"}, "and what is added later"
+    assert named == built | {"columns/<study>.parquet", "labels.jsonl", "sae/", "model/"}, "and what is added later"

@@ -128,7 +128,7 @@ class FeatureIndex:
         sae = self.manifest["sae"]
         if model is not None and not model.matches(self.manifest["model"]["hash"]):
             raise self._other("model", model.fingerprint())
-        if sae_hash not in (None, sae["hash"], sae.get("carried")):
+        if sae_hash is not None and sae_hash not in (sae["hash"], sae.get("carried")):
             raise self._other("sae", sae_hash)
 
     def _other(self, what: str, given: str) -> IndexFormatError:

@@ -75,12 +75,12 @@ def model_of(sae: "SAE", named: str | None, hardware: Hardware) -> "Model":
     name, ask = sae.model_name, "name the model with --model"
     if name == UNKNOWN:
         raise ModelError("an SAE whose files name no model", expected="the model it was trained on", do=ask)
-    known = sae.metadata.get("model_hash") if sae.metadata.get("dtype") == hardware.dtype else None
+    known, dtype = (sae.metadata.get(key) for key in ("model_hash", "dtype"))
     found = [place for place in sae.model_places if exists(place)]
     if found != [Path(name)] and (known is not None or Path(name).is_absolute()):
         for place in found:
             loaded = _loaded(str(place), hardware)
-            if loaded is not None and known in (None, loaded.fingerprint()):
+            if loaded is not None and (known is None or loaded.matches(known, dtype)):
                 return loaded
     try:
         return hardware.load(name)
