@@ -149,6 +149,17 @@ def test_an_index_may_carry_its_model_too(project: Path, tmp_path: Path) -> None
     FeatureIndex.open(tmp_path / "shared").verify()
 
 
+def test_a_model_that_was_put_into_an_index_is_not_deleted_with_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    shutil.move("model", "index/model")
+    with pytest.raises(SystemExit):
+        run("index", "--sae", "sae", "--out", "index", "--overwrite", *TEXT)
+    assert "index/model, a model in an index" in capsys.readouterr().err
+    assert opens(project / "index")
+
+
 def test_what_the_user_names_comes_first_and_alone(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
