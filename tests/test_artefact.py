@@ -85,12 +85,12 @@ def test_a_path_below_a_file_is_an_output_error(tmp_path: Path, claim: Callable[
             pytest.fail("the block must not run")
 
 
-@pytest.mark.parametrize(("claim", "maker"), [(atomic_write, "mkstemp"), (new_folder, "mkdtemp")])
+@pytest.mark.parametrize(("claim", "maker"), [(atomic_write, "open"), (new_folder, "mkdir")])
 def test_a_read_only_folder_is_an_output_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claim: Callable[[Path], Any], maker: str
 ) -> None:
     refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    monkeypatch.setattr(f"headscope.artefact.tempfile.{maker}", fail_with(refused))
+    monkeypatch.setattr(f"headscope.scratch.os.{maker}", fail_with(refused))
     with pytest.raises(OutputError, match="Permission denied"):  # noqa: SIM117
         with claim(tmp_path / "out"):
             pytest.fail("the block must not run")

@@ -1,12 +1,16 @@
 import ast
 import dataclasses
 import inspect
+import io
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +20,7 @@ import pytest
 from transformers import BloomConfig
 
 from headscope import cli, jobs
+from headscope.artefact import atomic_write
 from headscope.display import Display
 from headscope.index.store import FeatureIndex
 from headscope.models.hf import Model
@@ -270,17 +275,68 @@ def test_ctrl_c_in_training_saves_what_was_trained_and_says_so(
     assert load_sae(training["--out"]).metadata["training"]["interrupted"] is True
 
 
-def test_ctrl_c_elsewhere_ends_with_status_130(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sae_folder: Path, text: Path
-) -> None:
-    def press(*_args: Any, **_kwargs: Any) -> None:
-        raise KeyboardInterrupt
+@pytest.fixture
+def as_in_a_terminal(number: signal.Signals) -> Iterator[Any]:
+    """How a signal is handled there, also where these tests run under nohup."""
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, usual)
+    yield usual
+    signal.signal(number, before)
 
-    monkeypatch.setattr(Display, "on_progress", press)
-    with pytest.raises(SystemExit) as ended:
-        run("eval", "--sae", sae_folder, "--corpus", text, "--split", "all", "--block-size", "32")
-    assert ended.value.code == 130
-    assert "interrupted" in capsys.readouterr().err
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_any_command_alike_and_says_what_the_same_command_does(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    number: signal.Signals,
+    as_in_a_terminal: Any,
+) -> None:
+    def killed(*_args: Any, **_kwargs: Any) -> None:
+        with atomic_write(tmp_path / "half"):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+    def broken(*_args: Any, **_kwargs: Any) -> None:
+        try:
+            killed()
+        except KeyboardInterrupt:
+            raise RuntimeError("Query interrupted") from None  # as DuckDB does
+
+    for job, arguments, again in (
+        ("index", ["index", "--sae", "tiny-z1", "--out", tmp_path / "new"], "resumes"),
+        ("proxies", ["proxies", tmp_path], "resumes"),
+        ("effects", ["effects", tmp_path], "starts again"),
+        ("families", ["families", tmp_path], "starts again"),
+        ("heads", ["heads", tmp_path], "starts again"),
+        ("eval", ["eval", "--sae", "tiny-z1"], "starts again"),
+    ):
+        for ending in (killed, broken):
+            monkeypatch.setattr(jobs, job, ending)
+            with pytest.raises(SystemExit) as ended:
+                run(*arguments)
+            assert ended.value.code == 130
+            assert capsys.readouterr().err == f"headscope: interrupted; the same command {again}\n"
+            assert signal.getsignal(number) is as_in_a_terminal
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_a_library_is_not_taken_for_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_args: Any, **_kwargs: Any) -> None:
+        raise RuntimeError("no interruption")
+
+    monkeypatch.setattr(jobs, "eval", broken)
+    with pytest.raises(RuntimeError, match="no interruption"):
+        run("eval", "--sae", "tiny-z1")
+
+
+def test_what_a_terminal_cannot_show_is_a_question_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(jobs, "info", lambda *_args, **_kwargs: ([("name", "é 🦊 \udce9")], None))
+    run("info", "tiny")
+    stream.flush()
+    assert stream.buffer.getvalue().decode("latin-1").split() == ["name:", "é", "?", "?"]
 
 
 # ----------------------------------------------------------------------------------------------------- what it refuses

@@ -2,12 +2,14 @@
 
 import io
 import re
+import sys
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console
 
 from headscope import display
-from headscope.display import Display, status_line, timing
+from headscope.display import Display, status_line
 from headscope.sae.metrics import Status
 
 
@@ -41,12 +43,6 @@ def test_the_line_states_loss_l0_explained_variance_dead_and_coefficient() -> No
     assert "coefficient" not in status_line(status(0, coefficient=0.0)), "batchtopk and topk have none"
 
 
-def test_the_rate_and_the_time_left_are_of_what_was_done_since_the_first_step() -> None:
-    # 100 activations a step; 5,000 in 100 seconds: 50 a second, and 50 steps of 100 are left
-    assert timing(status(50), seconds=100.0, n=5000) == "50 activations/s  ETA 0:01:40"
-    assert timing(status(0), seconds=0.0, n=0) == "ETA -:--:--"
-
-
 def test_without_a_terminal_a_line_is_printed_every_ten_seconds_and_at_the_end(capsys) -> None:
     clock = Clock()
     with Display(clock) as shown:
@@ -54,10 +50,13 @@ def test_without_a_terminal_a_line_is_printed_every_ten_seconds_and_at_the_end(c
             shown.on_step(status(step))
             clock.now += 1.0
     got = capsys.readouterr()
-    steps = [int(n) for n in re.findall(r"^train (\d+)/101  loss", got.err, re.MULTILINE)]
+    lines = got.err.splitlines()
+    steps = [int(n) for n in re.findall(r"^train (\d+)/101  ", got.err, re.MULTILINE)]
     assert steps == [1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 101]
-    assert "ETA 0:00:50" in got.err.splitlines()[5]
-    assert "100 activations/s" in got.err.splitlines()[5]
+    assert lines[0].startswith("train 1/101  1%  ETA -:--:--  loss 33")
+    # 50 steps of 100 activations in 50 seconds, and 50 steps are left
+    assert re.fullmatch(r"train 51/101  50%  ETA 0:00:50  loss 33 .*  100 activations/s", lines[5])
+    assert lines[-1].startswith("train 101/101  100%  took 0:01:40  loss 33")
     assert got.out == ""
 
 
@@ -67,7 +66,9 @@ def test_a_run_that_goes_on_counts_from_where_it_does(capsys) -> None:
         shown.on_step(status(50))
         clock.now = 20.0
         shown.on_step(status(90))
-    assert "200 activations/s  ETA 0:00:05" in capsys.readouterr().err
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train 91/101  90%  ETA 0:00:05  loss")
+    assert last.endswith("200 activations/s")
 
 
 def test_several_saes_have_a_line_each(capsys) -> None:
@@ -84,7 +85,24 @@ def test_other_work_is_shown_too(capsys) -> None:
     with Display(clock) as shown:
         for done in (1, 2, 1000):
             shown.on_progress("evaluate", done, 1000)
-    assert capsys.readouterr().err.splitlines() == ["evaluate 1/1,000", "evaluate 1,000/1,000"]
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluate 1/1,000  0%  ETA -:--:--",
+        "evaluate 1,000/1,000  100%  took 0:00:00",
+    ]
+
+
+def test_a_stage_that_begins_once_more_is_timed_anew(capsys) -> None:
+    clock = Clock()
+    with Display(clock) as shown:
+        for seconds, done in ((0.0, 0), (100.0, 10), (1000.0, 0), (1010.0, 5)):
+            clock.now = seconds
+            shown.on_progress("sample", done, 10)
+    assert capsys.readouterr().err.splitlines() == [
+        "sample 0/10  0%  ETA -:--:--",
+        "sample 10/10  100%  took 0:01:40",
+        "sample 0/10  0%  ETA -:--:--",
+        "sample 5/10  50%  ETA 0:00:10",
+    ]
 
 
 def test_of_work_of_unknown_size_what_is_done_is_said(capsys) -> None:
@@ -96,19 +114,69 @@ def test_of_work_of_unknown_size_what_is_done_is_said(capsys) -> None:
     assert capsys.readouterr().err.splitlines() == ["tokenise 0", "tokenise 10,000", "tokenise 20,000"]
 
 
-def test_in_a_terminal_a_bar_holds_the_same_figures_and_lines_go_the_same_way(monkeypatch) -> None:
+def drawn(monkeypatch: pytest.MonkeyPatch, width: int, show: Callable[[Display, Clock], None]) -> list[str]:
+    """Lines that a terminal of a width got."""
     screen, clock = io.StringIO(), Clock()
-    monkeypatch.setattr(
-        display, "Console", lambda **_: Console(file=screen, force_terminal=True, width=200, highlight=False)
-    )
+    terminal = Console(file=screen, force_terminal=True, width=width, highlight=False)
+    monkeypatch.setattr(display, "Console", lambda **_: terminal)
     with Display(clock) as shown:
+        show(shown, clock)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").splitlines()
+
+
+def test_in_a_terminal_a_bar_holds_the_same_figures_and_lines_go_the_same_way(monkeypatch) -> None:
+    def show(shown: Display, clock: Clock) -> None:
         shown.on_step(status(0))
         clock.now = 50.0
         shown.say("a line")
         shown.on_step(status(50))
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
-    for words in ("51/101", "loss 33", "dead 0.4%", "100 activations/s  ETA 0:00:50", "a line"):
+
+    text = "\n".join(drawn(monkeypatch, 200, show))
+    for words in ("51/101", "50%", "0:00:50", "loss 33", "dead 0.4%", "100 activations/s", "a line"):
         assert words in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_bar_keeps_its_name_percent_and_time_left_however_narrow(monkeypatch, width: int) -> None:
+    def show(shown: Display, clock: Clock) -> None:
+        for now, done in ((0.0, 0), (10.0, 1_234_567)):
+            clock.now = now
+            shown.on_progress("a model: loss recovered under ablation", done, 12_345_678)
+            shown.on_step(status(int(now)))
+
+    lines = drawn(monkeypatch, width, show)
+    assert max(map(len, lines)) <= width
+    other, train = [line for line in lines if "%" in line and ("a model:" in line or line.startswith("train"))][-2:]
+    assert re.match(r"a model: \S.* [━╸╺]{8,40}  10%  ?0:01:3\d", other)
+    assert re.match(r"train +[━╸╺]{8,40}  11%  ?0:01:3\d", train)
+    assert ("1,234,567/12,345,678" in other) == (width >= 60)
+    note = " ".join(" ".join(lines).split())
+    assert "explained variance 71.3% dead 0.4% coefficient 0.5 100 activations/s" in note.replace("  ", " ")
+
+
+def test_a_bar_that_begins_once_more_is_not_shown_as_finished(monkeypatch) -> None:
+    def show(shown: Display, clock: Clock) -> None:
+        for now, done in ((0.0, 0), (10.0, 10), (20.0, 0), (30.0, 5)):
+            clock.now = now
+            shown.on_progress("sample", done, 10)
+
+    assert re.match(r"sample [━╸╺]+  50%  ?0:00:\d\d +5/10", drawn(monkeypatch, 80, show)[-1])
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_a_stream_that_is_not_utf8_gets_boxes_and_bars_of_its_own_characters(monkeypatch, encoding: str) -> None:
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    err.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with Display() as shown:
+        shown.on_progress("read", 5, 10)
+    Display().print_table("figures", ("figure", "value"), [["L0", "12.5"]])
+    for stream, mark in ((out, "│"), (err, "━")):
+        stream.flush()
+        text = stream.buffer.getvalue().decode(encoding)
+        assert (mark in text) == (encoding == "utf-8")
+        assert "?" not in text.replace("[?", "")
 
 
 @pytest.mark.parametrize("n", [0, 1])

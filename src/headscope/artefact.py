@@ -3,15 +3,15 @@
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from headscope.errors import OutputError
 from headscope.names import local
+from headscope.scratch import clean, move_into_place, scratch_file, scratch_folder
 
 
 @contextmanager
@@ -23,22 +23,13 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """
     path = _written_out(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with scratch_file(path) as (scratch, file):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+            scratch.replace(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
-    finally:
-        with suppress(FileNotFoundError):
-            Path(name).unlink()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -59,40 +50,11 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path)
     check_output(path, overwrite=overwrite)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        with scratch_folder(path) as scratch:
+            yield scratch
+            move_into_place(scratch, path)
     except OSError as error:
         raise _cannot_write(path, error) from error
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        move_into_place(scratch, path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def move_into_place(scratch: Path, path: Path) -> None:
-    """Put the folder `scratch` where `path` is; an old folder there is removed only once the new one stands.
-
-    Raises:
-        OSError: it cannot be moved; both are as they were.
-    """
-    if not path.exists():
-        scratch.replace(path)
-        return
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-    kept = old / path.name
-    try:
-        path.replace(kept)
-        try:
-            scratch.replace(path)
-        except OSError:
-            kept.replace(path)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def check_run_folder(path: Path, *, overwrite: bool, inputs: Iterable[str | Path]) -> None:
@@ -132,6 +94,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
             expected="a folder that can be replaced as a whole",
             do="name a new folder in it",
         )
+    clean(path.parent)
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
         raise OutputError(

@@ -1,7 +1,12 @@
 """The command line: parses it and runs one of the `commands`."""
 
+import io
 import re
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import tyro
@@ -36,21 +41,31 @@ Command = (
 )
 
 
+_RESUMED = (Demo, Train, Sweep, Index, Proxies, Report)
+"""Commands that keep what an interrupted run finished."""
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line and run one command; errors of the user's input end with status 2."""
+    """Parse the command line and run one command.
+
+    Errors of the user's input end with status 2; Ctrl-C, SIGTERM and a hang-up with `INTERRUPTED`.
+    """
     keep_freed_memory()
-    arguments = sys.argv[1:] if arguments is None else arguments
+    _print_in_any_encoding()
+    command, arguments = None, sys.argv[1:] if arguments is None else arguments
     try:
-        _check_not_empty(arguments)
-        with preset_of(arguments):
-            command = tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION)
-        check_fields(command)
-        command.run()
+        with _interruptible():
+            _check_not_empty(arguments)
+            with preset_of(arguments):
+                command = tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION)
+            check_fields(command)
+            command.run()
     except HeadscopeError as error:
         sys.stderr.write(f"headscope: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write("headscope: interrupted\n")
+        again = "resumes" if isinstance(command, _RESUMED) else "starts again"
+        sys.stderr.write(f"headscope: interrupted; the same command {again}\n")
         sys.exit(INTERRUPTED)
 
 
@@ -63,6 +78,44 @@ def _check_not_empty(arguments: list[str]) -> None:
                 expected="a value",
                 do="check that the shell variable given there is set",
             )
+
+
+def _print_in_any_encoding() -> None:
+    """Show `?` for what a terminal or log that is not UTF-8 cannot show, rather than fail once the work is done."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make SIGTERM and a hang-up end the block as Ctrl-C does, so that it cleans up after itself.
+
+    Raises:
+        KeyboardInterrupt: one of them came; also where a library (DuckDB) answers it with an error of its own.
+    """
+    asked = False
+
+    def interrupt(_number: int, _frame: object) -> None:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    ours = {number: known for number, known in before.items() if known in (signal.SIG_DFL, signal.default_int_handler)}
+    for number in ours:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if asked:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        for number, known in ours.items():
+            signal.signal(number, known)
 
 
 _DESCRIPTION = "Find and explain what the attention layers of language models compute."

@@ -2,53 +2,92 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from headscope.sae.metrics import Status
 from headscope.sae.quality_table import Row, quality_rows
 
 _LINE_EVERY, _BAR_EVERY = 10.0, 0.1  # seconds
+_NAME, _BAR = 12, 8  # characters that a stage's name and its bar have at least
+_WIDEST_BAR = 40
+_PERCENT, _TIME = 4, 9
+_UNKNOWN = "-:--:--"
+
+
+class _Bars(Progress):
+    """A line for each stage that fits the terminal: its name, bar, percent and time left always show.
+
+    How much is done is left out where there is no room. Notes are below, on lines of their own.
+    """
+
+    _percent = TaskProgressColumn()
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The lines, and the notes of the stages that have one."""
+        tasks = self.tasks
+        if not tasks:
+            return
+        counts = [_count(int(task.completed), int(task.total or 0)) for task in tasks]
+        name, bar, count = self._widths([task.description for task in tasks], counts)
+        widths = [name, bar, _PERCENT, _TIME, count] if count else [name, bar, _PERCENT, _TIME]
+        lines = Table.grid(*(Column(width=width, no_wrap=True) for width in widths), padding=(0, 1), pad_edge=False)
+        bars = BarColumn(bar_width=bar)
+        for task, done in zip(tasks, counts, strict=True):
+            said = Text(task.description, overflow="ellipsis", no_wrap=True)
+            cells = [said, bars(task), self._percent(task), Text(task.fields["left"]), Text(done, justify="right")]
+            lines.add_row(*cells[: len(widths)])
+        yield lines
+        for task in tasks:
+            if task.fields["note"]:
+                yield Padding(Text(task.fields["note"]), (0, 0, 0, 2))
+
+    def _widths(self, names: Sequence[str], counts: Sequence[str]) -> tuple[int, int, int]:
+        """Of a stage's name, its bar, and how much is done; 0 where that has no room."""
+        room = self.console.width - _PERCENT - _TIME - 3  # a space between columns
+        count = max(map(len, counts))
+        if room - count - 1 >= _NAME + _BAR:
+            room -= count + 1
+        else:
+            count = 0
+        name = min(max(map(len, names)), max(_NAME, room // 2))
+        return name, max(1, min(_WIDEST_BAR, room - name)), count
+
+
+@dataclass
+class _Stage:
+    """What was last shown of a stage, and where it stood when it was first reported."""
+
+    begun: float
+    before: int
+    done: int
+    shown: float | None = None
 
 
 class Display:
     """Progress on stderr, as bars where that is a terminal and as lines elsewhere; what was found on stdout."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, quiet: bool = False) -> None:
-        """Nothing is shown until work is reported, and nothing at all where another process shows it.
+        """Show nothing until work is reported, and nothing at all where another process shows it.
 
         `clock` gives seconds.
         """
-        self._console, self._clock = Console(highlight=False, quiet=quiet), clock
-        errors = Console(stderr=True, highlight=False, quiet=quiet)
-        self._progress = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+        self._clock = clock
+        self._console = Console(file=sys.stdout, highlight=False, quiet=quiet)  # of a named file rich asks the encoding
+        errors = Console(file=sys.stderr, highlight=False, quiet=quiet)
+        self._progress = _Bars(
             console=errors,
             disable=not errors.is_terminal,
             redirect_stdout=sys.stdout.isatty(),  # lines go above the bars, but where they are kept in a file
         )
         self._tasks: dict[str, TaskID] = {}
-        self._shown: dict[str, float] = {}
-        """When a stage was last shown."""
-        self._begun: tuple[float, int] | None = None
-        """When training began here, and how many activations came before."""
+        self._stages: dict[str, _Stage] = {}
 
     def __enter__(self) -> "Display":
         """Start drawing."""
@@ -60,43 +99,58 @@ class Display:
         self._progress.stop()
 
     def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Move the bar of a stage; a total of 0 is one that is not known."""
-        if self._is_due(stage, last=0 < total <= done):
-            self._show(stage, done, total, note)
+        """Report how far a stage is; a total of 0 is one that is not known."""
+        self._report(stage, done, total, lambda _rate: [note])
 
     def on_step(self, status: Status) -> None:
         """Show the status of a training step, with the rate and the time that is left."""
-        self._on_step("train", status, [status_line(status)])
+        self._on_step(status, [status_line(status)])
 
     def on_steps(self, statuses: Mapping[str, Status]) -> None:
         """Show the status of a step of several SAEs on one stream, a line each."""
         lines = [f"{name}  {status_line(status)}" for name, status in statuses.items()]
-        self._on_step("train", next(iter(statuses.values())), lines)
+        self._on_step(next(iter(statuses.values())), lines)
 
-    def _on_step(self, stage: str, status: Status, lines: list[str]) -> None:
-        now = self._clock()
-        if self._begun is None:
-            self._begun = now, status.tokens
-        if self._is_due(stage, last=status.step == status.n_steps - 1):
-            rate = timing(status, now - self._begun[0], status.tokens - self._begun[1])
-            note = "  ".join([*lines, rate]) if len(lines) == 1 else "\n".join([rate, *lines])
-            self._show(stage, status.step + 1, status.n_steps, note)
+    def _on_step(self, status: Status, lines: list[str]) -> None:
+        def note(rate: float) -> list[str]:
+            activations = rate * status.tokens / (status.step + 1)
+            speed = f"{activations:,.0f} activations/s" if rate else ""
+            return [f"{lines[0]}  {speed}"] if len(lines) == 1 else [speed, *lines]
 
-    def _is_due(self, stage: str, *, last: bool) -> bool:
+        self._report("train", status.step + 1, status.n_steps, note)
+
+    def _report(self, name: str, done: int, total: int, note: Callable[[float], list[str]]) -> None:
+        """Show a stage if it is time to; `note` gets what is done of it a second (0: not known) and returns lines."""
         now, every = self._clock(), _LINE_EVERY if self._progress.disable else _BAR_EVERY
-        due = last or now - self._shown.get(stage, -every) >= every
-        if due:
-            self._shown[stage] = now
-        return due
+        stage = self._stages.get(name)
+        if stage is None or done < stage.done:  # it begins, perhaps once more
+            stage = self._stages[name] = _Stage(now, done, done)
+        stage.done = done
+        last = 0 < total <= done
+        if not last and stage.shown is not None and now - stage.shown < every:
+            return
+        stage.shown, seconds = now, now - stage.begun
+        rate = (done - stage.before) / seconds if seconds > 0 else 0.0
+        left = _duration(seconds) if last else _duration((total - done) / rate) if rate and total else _UNKNOWN
+        show = self._print_line if self._progress.disable else self._move_bar
+        show(name, done, total, left, note(rate))
 
-    def _show(self, stage: str, done: int, total: int, note: str) -> None:
-        if self._progress.disable:
-            line = f"{stage} {done:,}{f'/{total:,}' if total else ''}  {note}".rstrip()
-            self._progress.console.print(line, soft_wrap=True, markup=False)
-        elif stage in self._tasks:
-            self._progress.update(self._tasks[stage], completed=done, total=total or None, note=note)
-        else:  # what was done before is no measure of how fast it goes
-            self._tasks[stage] = self._progress.add_task(stage, completed=done, total=total or None, note=note)
+    def _print_line(self, name: str, done: int, total: int, left: str, note: list[str]) -> None:
+        parts = [f"{name} {_count(done, total)}"]
+        if total:
+            parts += [f"{done / total:.0%}", f"took {left}" if done >= total else f"ETA {left}"]
+        lines = ["  ".join([*parts, note[0]]).rstrip(), *note[1:]]
+        self._progress.console.print("\n".join(lines), soft_wrap=True, markup=False)
+
+    def _move_bar(self, name: str, done: int, total: int, left: str, note: list[str]) -> None:
+        said = {"completed": done, "total": total or None, "left": left, "note": "\n".join(filter(None, note))}
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, **said)
+            return
+        task = self._tasks[name]
+        if done < self._progress.tasks[task].completed:
+            self._progress.reset(task)
+        self._progress.update(task, **said)
 
     @property
     def _out(self) -> Console:
@@ -137,16 +191,10 @@ def status_line(status: Status) -> str:
     return f"{line}  coefficient {status.coefficient:.3g}" if status.coefficient else line
 
 
-def timing(status: Status, seconds: float, n: int) -> str:
-    """Activations trained on a second, and the time left at that rate: `12,300 activations/s  ETA 0:12:31`.
+def _count(done: int, total: int) -> str:
+    return f"{done:,}/{total:,}" if total else f"{done:,}"
 
-    Args:
-        status: of the last step.
-        seconds: since the first step.
-        n: activations that came after it.
-    """
-    if seconds <= 0 or n <= 0:
-        return "ETA -:--:--"
-    per_second, left = n / seconds, (status.n_steps - status.step - 1) * status.tokens / (status.step + 1)
-    minutes, second = divmod(round(left / per_second), 60)
-    return f"{per_second:,.0f} activations/s  ETA {minutes // 60}:{minutes % 60:02}:{second:02}"
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"

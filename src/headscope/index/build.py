@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from headscope.artefact import check_output, file_hash, move_into_place, read_json, write_json
+from headscope.artefact import check_output, file_hash, read_json, write_json
 from headscope.capture import check_corpus
 from headscope.corpus import Corpus
 from headscope.errors import CorpusError, IndexFormatError, ModelError, OutputError, SAEError
@@ -42,6 +42,7 @@ from headscope.names import relative
 from headscope.sae.convert import check_fits
 from headscope.sae.formats import WEIGHTS, save_sae
 from headscope.sae.model import SAE
+from headscope.scratch import move_into_place
 
 _POLL_SECONDS = 0.2
 Progress = Callable[[str, int, int], None]

@@ -40,6 +40,7 @@ class Database:
 
         Raises:
             IndexFormatError: it is not one SELECT, or DuckDB cannot run it.
+            KeyboardInterrupt: Ctrl-C, which DuckDB answers with an error of its own.
         """
         with self._lock:
             try:
@@ -51,6 +52,10 @@ class Database:
                 found = f"{len(kinds)} statements" if len(kinds) != 1 else f"a statement of type {kinds[0].name}"
             except duckdb.Error as error:
                 raise _no_query(query, str(error)) from error
+            except RuntimeError as error:
+                if str(error) == "Query interrupted":
+                    raise KeyboardInterrupt from error
+                raise
         raise _no_query(query, found)
 
 

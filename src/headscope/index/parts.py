@@ -23,6 +23,7 @@ from safetensors.numpy import save
 
 from headscope.artefact import atomic_write
 from headscope.errors import IndexFormatError, OutputError
+from headscope.scratch import held, is_held
 
 Arrays = Mapping[str, np.ndarray]
 _NAME = re.compile(r"(\d{6,})-([0-9a-f]{16})\.safetensors")
@@ -53,23 +54,19 @@ def locked(folder: Path, workers: Workers) -> Iterator[None]:
     Raises:
         OutputError: another build holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".lock-{workers.rank}").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(
-                f"{folder} is being built by another process",
-                expected="one build of an index at a time",
-                do="wait for it to end, or choose another --out",
-            ) from error
+    busy = OutputError(
+        f"{folder} is being built by another process",
+        expected="one build of an index at a time",
+        do="wait for it to end, or choose another --out",
+    )
+    with held(folder / f".lock-{workers.rank}", busy):
         yield
 
 
 def leave_first(folder: Path, workers: Workers) -> None:
     """For the first rank: return once all others have done their work, so that none finds the folder gone."""
     for rank in range(1, workers.world):
-        while not _is_held(folder / f".lock-done-{rank}"):
+        while not is_held(folder / f".lock-done-{rank}"):
             time.sleep(_POLL_SECONDS)
 
 
@@ -79,16 +76,6 @@ def leave_after_first(folder: Path, workers: Workers, last: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         while last.exists():
             time.sleep(_POLL_SECONDS)
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a process holds a lock: one that was killed does not."""
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-        return False
 
 
 class Parts:
