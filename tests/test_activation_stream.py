@@ -280,6 +280,50 @@ def test_ranks_that_cannot_all_read_or_share_are_refused(model: Model, corpus: C
         ActivationStream(model, few, Z1, config(), rank=0, ranks=16)
 
 
+# ------------------------------------------------------------------------------------------------------------- to fill
+def test_filling_is_told_row_by_row_and_changes_nothing(model: Model, corpus: Corpus, ahead: bool) -> None:
+    made, whole = (ActivationStream(model, corpus, Z1, config(buffer=150)) for _ in range(2))
+    told: list[tuple[int, int]] = []
+    made.fill(lambda done, total: told.append((done, total)))
+    assert len(told) > 3
+    assert told == sorted(told)
+    assert {total for _, total in told} == {150}
+    assert told[-1] == (150, 150)
+    made.fill(lambda _done, _total: pytest.fail("it is filled"))
+    equal(take(made, 12), take(whole, 12))
+
+
+def test_a_filling_that_was_interrupted_begins_again(model: Model, corpus: Corpus, ahead: bool) -> None:
+    made, whole = (ActivationStream(model, corpus, Z1, config(buffer=150)) for _ in range(2))
+
+    def stop(done: int, _total: int) -> None:
+        if done > 60:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made.fill(stop)
+    assert made.epochs == 0
+    equal(take(made, 12), take(whole, 12))
+
+
+def test_a_stream_that_is_filled_and_not_begun_resumes(model: Model, corpus: Corpus) -> None:
+    made, resumed = (ActivationStream(model, corpus, Z1, config(buffer=150)) for _ in range(2))
+    made.fill()
+    resumed.restore(made.state())
+    equal(take(resumed, 12), take(made, 12))
+
+
+def test_a_sample_tells_how_much_of_it_is_read(model: Model, corpus: Corpus) -> None:
+    made = ActivationStream(model, corpus, Z1, config())
+    for n in (100, 10**6):
+        told: list[tuple[int, int]] = []
+        size = len(made.sample(n, lambda done, total, told=told: told.append((done, total))))
+        assert size == min(n, made.n_available)
+        assert {total for _, total in told} == {size}
+        assert told == sorted(told)
+        assert told[-1] == (size, size)
+
+
 # ------------------------------------------------------------------------------------------------------------ to resume
 @examples(20)
 @given(st.integers(0, 90), st.integers(1, 40), st.sampled_from([64, 150, 100_000]), st.integers(0, 3))

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from headscope import cli
+from headscope import cli, jobs
 from headscope.display import Display
 from headscope.models.hf import Model
 from headscope.sae.formats import load_sae
 from headscope.sae.metrics import Status
 from headscope.sae.model import SAE
+from headscope.sae.runs import RUN, training_folder
 from headscope.sae.training.checkpoint import Checkpoints
 from training_worker import tensors
 
@@ -87,6 +88,55 @@ def test_the_same_command_goes_on_after_ctrl_c(
     assert load_sae(out).metadata["training"]["curve"] == whole.metadata["training"]["curve"]
     assert names(tmp_path) == {"sae"}
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 16
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing_half_trained(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, object],
+    whole: SAE,
+    tmp_path: Path,
+) -> None:
+    def press(_display: Display, stage: str, done: int, total: int) -> None:
+        if stage == "fill the buffer" and done < total:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "on_progress", press)
+        with pytest.raises(SystemExit) as ended:
+            train(options, tmp_path / "sae")
+    assert ended.value.code == 130
+    assert "interrupted; the same command resumes" in capsys.readouterr().err
+    assert names(tmp_path) == {"sae.training"}
+    train(options, tmp_path / "sae")
+    assert_equal(load_sae(tmp_path / "sae"), whole)
+    assert names(tmp_path) == {"sae"}
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_a_second_training_into_a_folder_is_refused_before_any_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, more: list[str]
+) -> None:
+    def load(*_args: object) -> None:
+        pytest.fail("the model is loaded")
+
+    monkeypatch.setattr(jobs.Hardware, "load", load)
+    with training_folder(tmp_path / "sae") as folder:
+        (folder / RUN).write_text('{"names": []}')
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, "--out", str(tmp_path / "sae"), *more])
+        assert ended.value.code == 2
+        assert "another process is training into" in capsys.readouterr().err
+        assert names(folder) == {".lock", "run.json"}
+
+
+def test_a_folder_that_cannot_be_made_is_said_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--out", str(tmp_path / "file" / "sae")])
+    assert ended.value.code == 2
+    assert "cannot write" in capsys.readouterr().err
 
 
 def test_another_recipe_does_not_go_on_but_may_overwrite(

@@ -1,5 +1,6 @@
 """Whole trainings: what comes out, and that a run which was cut off goes on as if it had not been."""
 
+import itertools
 import json
 import os
 import signal
@@ -172,6 +173,33 @@ def press(at: int, number: signal.Signals = signal.SIGINT) -> Callable[[Status],
             os.kill(os.getpid(), number)
 
     return on_step
+
+
+def test_what_is_read_before_a_step_is_told(model: Model, corpus: Corpus) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def on_step(status: Status) -> None:
+        told.append(("step", status.step, N_STEPS))
+
+    train_sae(model, corpus, Z1, with_deaths(), on_step, on_progress=lambda *stage: told.append(stage))
+    stages = [name for name, _ in itertools.groupby(told, key=lambda stage: stage[0])]
+    assert stages[:3] == ["read a sample", "fill the buffer", "step"]
+    assert "read a sample" in stages[3:], "inputs that dead latents are started on"
+    assert all(0 < done <= total for name, done, total in told if name != "step")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_before_the_first_step_is_not_kept_waiting(model: Model, corpus: Corpus, number: signal.Signals) -> None:
+    told: list[str] = []
+
+    def press(stage: str, _done: int, _total: int) -> None:
+        told.append(stage)
+        if stage == "fill the buffer":
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(model, corpus, Z1, small(), on_progress=press)
+    assert told.count("fill the buffer") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -29,7 +29,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
             scratch.replace(path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -54,7 +54,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             yield scratch
             move_into_place(scratch, path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def check_run_folder(path: Path, *, overwrite: bool, inputs: Iterable[str | Path]) -> None:
@@ -107,7 +107,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def _written_out(path: str | Path) -> Path:
@@ -125,7 +125,8 @@ def _written_out(path: str | Path) -> Path:
     return Path(path)
 
 
-def _cannot_write(path: Path, error: OSError) -> OutputError:
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """The error for a file or folder that the disk, or its permissions, refused."""
     return OutputError(
         f"cannot write {path}: {error.strerror or error}",
         expected="a folder that can be written, on a disk with room",

@@ -81,6 +81,8 @@ def clean(folder: Path) -> None:
 def held(lock: Path, refusal: OutputError) -> Iterator[None]:
     """Hold a lock file, made where there is none, so that one process at a time does what it stands for.
 
+    The file is removed at the end, and its folder too if nothing else came to be there.
+
     Raises:
         OutputError: the `refusal`, where another process holds it.
         OSError: the file cannot be made.
@@ -92,6 +94,9 @@ def held(lock: Path, refusal: OutputError) -> Iterator[None]:
     try:
         yield
     finally:
+        lock.unlink(missing_ok=True)
+        with suppress(OSError):
+            lock.parent.rmdir()
         os.close(handle)
 
 

@@ -14,7 +14,7 @@ from headscope.limits import Layer, Name, Output, Tokens, checked
 from headscope.sae.config import TrainConfig, Variant
 from headscope.sae.metrics import Status
 from headscope.sae.pareto import Pareto, Point
-from headscope.sae.runs import METRICS, TRAINING
+from headscope.sae.runs import METRICS, RUN, training_folder
 from headscope.site import Kind, Site
 
 if TYPE_CHECKING:
@@ -93,44 +93,48 @@ def sweep(  # noqa: PLR0913 - one argument an option of the command
     Raises:
         HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
     """
-    from headscope.sae.training.checkpoint import Checkpoints
-    from headscope.sae.training.needs import check_memory
-    from headscope.sae.training.ranks import Ranks
+    text = text or jobs.CorpusChoice(split="train")
+    with training_folder(out) as folder:
+        going_on = set() if overwrite or not (folder / RUN).is_file() else set(read_json(folder / RUN)["names"])
+        held = {} if overwrite else _held(out, configs, {*configs} - going_on)
+        for name in {*configs} - {*held}:
+            check_run_folder(out / name, overwrite=overwrite or name in going_on, inputs=[model, text.corpus])
 
-    text, ranks = text or jobs.CorpusChoice(split="train"), Ranks.joined()
-    kept = Checkpoints(out.with_name(f"{out.name}{TRAINING}"), ranks)
-    going_on = set() if overwrite or not kept.begun else set(read_json(kept.folder / "run.json")["names"])
-    held = (
-        {}
-        if overwrite
-        else {name: made for name in {*configs} - going_on if (made := _trained(out / name, configs[name]))}
-    )
-    for name in {*configs} - {*held}:
-        check_run_folder(out / name, overwrite=overwrite or name in going_on, inputs=[model, text.corpus])
-    if not going_on:
+        from headscope.sae.training.checkpoint import Checkpoints
+        from headscope.sae.training.needs import check_memory
+        from headscope.sae.training.ranks import Ranks
+
+        kept = Checkpoints(folder, Ranks.joined())
+        if not going_on:
+            kept.clear()
+        loaded = (hardware or jobs.Hardware()).load(model)
+        chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
+        loaded.check_layer(chosen.layer)
+        missing = {name: config for name, config in configs.items() if name not in held}
+        if missing:
+            check_memory(missing.values(), loaded.width(chosen), loaded.device)
+        heldout = replace(text, split="heldout", max_tokens=eval_tokens).load(loaded, on_progress)
+        corpus = text.load(loaded, on_progress)
+        for name, metadata in held.items():
+            _check_same(out / name, metadata, loaded, corpus, chosen)
+        if missing and _train(out, loaded, corpus, chosen, missing, folder, on_steps, on_progress):
+            return SweepResult(None, interrupted=True)
         kept.clear()
-    loaded = (hardware or jobs.Hardware()).load(model)
-    chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
-    loaded.check_layer(chosen.layer)
-    missing = {name: config for name, config in configs.items() if name not in held}
-    if missing:
-        check_memory(missing.values(), loaded.width(chosen), loaded.device)
-    heldout = replace(text, split="heldout", max_tokens=eval_tokens).load(loaded, on_progress)
-    corpus = text.load(loaded, on_progress)
-    for name, metadata in held.items():
-        _check_same(out / name, metadata, loaded, corpus, chosen)
-    if missing and _train(out, loaded, corpus, chosen, missing, kept.folder, on_steps):
-        return SweepResult(None, interrupted=True)
-    kept.clear()
-    if ranks.rank:
-        return SweepResult(None)
-    del corpus
-    points = []
-    for i, (name, config) in enumerate(configs.items()):
-        points.append(_measured(out / name, loaded, heldout, config, on_progress, f"{i + 1}/{len(configs)} {name}"))
-    pareto = Pareto(loaded.spec.name, chosen.hook_name, heldout.provenance(), tuple(points))
-    pareto.write(out / "pareto.json")
-    return SweepResult(pareto)
+        if kept.ranks.rank:
+            return SweepResult(None)
+        del corpus
+        points = []
+        for i, (name, config) in enumerate(configs.items()):
+            stage = f"{i + 1}/{len(configs)} {name}"
+            points.append(_measured(out / name, loaded, heldout, config, on_progress, stage))
+        pareto = Pareto(loaded.spec.name, chosen.hook_name, heldout.provenance(), tuple(points))
+        pareto.write(out / "pareto.json")
+        return SweepResult(pareto)
+
+
+def _held(out: Path, configs: Mapping[str, TrainConfig], names: set[str]) -> dict[str, dict[str, Any]]:
+    """What the finished SAEs of some recipes say of themselves, by name."""
+    return {name: metadata for name in names if (metadata := _trained(out / name, configs[name]))}
 
 
 def _trained(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
@@ -171,19 +175,20 @@ def _train(
     configs: Mapping[str, TrainConfig],
     folder: Path,
     on_steps: Callable[[Mapping[str, Status]], None] | None,
+    on_progress: jobs.Progress | None,
 ) -> bool:
     """Train all and write them; whether it was interrupted, and nothing written."""
     from headscope.sae.formats import save_sae
     from headscope.sae.training.ranks import Ranks
     from headscope.sae.training.run import train_saes
 
-    results = train_saes(model, corpus, site, configs, on_steps, folder=folder)
+    results = train_saes(model, corpus, site, configs, on_steps, folder=folder, on_progress=on_progress)
     if any(result.interrupted for result in results.values()):
         return True
     if Ranks.joined().rank == 0:
         for name, result in results.items():
             save_sae(result.sae, out / name, overwrite=True)
-            shutil.copy(folder / f"{name}.jsonl", out / name / f"{METRICS}.jsonl")
+            shutil.copyfile(folder / f"{name}.jsonl", out / name / f"{METRICS}.jsonl")
     return False
 
 

@@ -1,5 +1,8 @@
-"""What the options of several commands have in common."""
+"""What several commands have in common: options, and the processes that run one of them together."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import tyro
@@ -34,3 +37,18 @@ class MayRunModel(OfIndex):
 
     with_model: bool = False
     """Run the model of the index, for what is computed with it. Implied by --model and --sae."""
+
+
+@contextmanager
+def joined(device: str) -> Iterator[int]:
+    """Join the processes that `torchrun` started with this one; yield its rank, 0 for a process that is alone.
+
+    Torch is not loaded for one that is alone: what is wrong with its options is said sooner.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield 0
+        return
+    from headscope.sae.training.ranks import together
+
+    with together(device) as ranks:
+        yield ranks.rank

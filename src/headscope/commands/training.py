@@ -13,7 +13,7 @@ import tyro
 
 from headscope import jobs, sweep
 from headscope.artefact import atomic_write, check_output
-from headscope.commands.options import FLAT
+from headscope.commands.options import FLAT, joined
 from headscope.display import Display
 from headscope.errors import INTERRUPTED, FigureError, SAEError
 from headscope.limits import Above0, Input, Layer, Name, Output, Tokens
@@ -79,9 +79,7 @@ class Train:
 
     def run(self) -> None:
         """Train with a progress bar; together with the other processes that `torchrun` started."""
-        from headscope.sae.training.ranks import together
-
-        with together(self.hardware.device) as ranks, Display(quiet=ranks.rank > 0) as display:
+        with joined(self.hardware.device) as rank, Display(quiet=rank > 0) as display:
             if note := preset_note(self.preset, model=self.model, layer=self.layer):
                 display.say(note)
             result = jobs.train(
@@ -138,10 +136,8 @@ class Sweep:
 
     def run(self) -> None:
         """Train and measure with progress, print the table, draw the curves; with what `torchrun` started, together."""
-        from headscope.sae.training.ranks import together
-
         configs = sweep.recipes(self.config, self.variants, self.target_l0s)
-        with together(self.hardware.device) as ranks, Display(quiet=ranks.rank > 0) as display:
+        with joined(self.hardware.device) as rank, Display(quiet=rank > 0) as display:
             result = sweep.sweep(
                 self.out,
                 configs,
@@ -157,7 +153,7 @@ class Sweep:
             )
         if result.interrupted:
             display.say("stopped early; the same command goes on from here")
-        if result.pareto is not None and ranks.rank == 0:
+        if result.pareto is not None and rank == 0:
             self._print(display, result.pareto)
         if result.interrupted:
             sys.exit(INTERRUPTED)

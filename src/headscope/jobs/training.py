@@ -12,7 +12,7 @@ from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
 from headscope.limits import Layer, Name, Output, checked
 from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Status
-from headscope.sae.runs import METRICS, TRAINING
+from headscope.sae.runs import METRICS, RUN, training_folder
 from headscope.site import Kind, Site
 
 if TYPE_CHECKING:
@@ -36,46 +36,58 @@ def train(  # noqa: PLR0913 - one argument an option of the command
     """Train an SAE and write it to `out`, a SAELens folder; `layer` None is the last.
 
     Checkpoints are kept beside it, in `out.training`, until it is done: the same call goes on with a run that was cut
-    off. After Ctrl-C or SIGTERM what was trained is written too, and the result says `interrupted`. In a process group
-    all ranks train one SAE, and the first writes it.
+    off. After Ctrl-C or SIGTERM what was trained is written too, and the result says `interrupted`; before the first
+    step, KeyboardInterrupt is raised. In a process group all ranks train one SAE, and the first writes it.
 
     Raises:
-        HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
+        HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free, and no other process to
+            train into it.
+    """
+    text, config = text or CorpusChoice(split="train"), config or TrainConfig()
+    with training_folder(out) as folder:
+        going_on = (folder / RUN).is_file() and not overwrite
+        overwrite = overwrite or (going_on and _is_of_this_training(out, config))
+        check_run_folder(out, overwrite=overwrite, inputs=[model, text.corpus])
+
+        from headscope.sae.training.checkpoint import Checkpoints
+        from headscope.sae.training.needs import check_memory
+        from headscope.sae.training.ranks import Ranks
+        from headscope.sae.training.run import train_sae
+
+        kept = Checkpoints(folder, Ranks.joined())
+        if not going_on:
+            kept.clear()
+        loaded = (hardware or Hardware()).load(model)
+        chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
+        loaded.check_layer(chosen.layer)
+        check_memory([config], loaded.width(chosen), loaded.device)
+        corpus = text.load(loaded, on_progress)
+        result = train_sae(loaded, corpus, chosen, config, on_step, folder=folder, on_progress=on_progress)
+        if kept.ranks.rank == 0:
+            _write(result, folder, out, overwrite=overwrite)
+        if not result.interrupted:
+            kept.clear()
+        return result
+
+
+def _write(result: "TrainResult", folder: Path, out: Path, *, overwrite: bool) -> None:
+    """Write an SAE and its metrics to `out`, or else where temporary files go: a training is not to be lost.
+
+    Raises:
+        OutputError: the latter; it says where the SAE is.
     """
     from headscope.sae.formats import save_sae
-    from headscope.sae.training.checkpoint import Checkpoints
-    from headscope.sae.training.needs import check_memory
-    from headscope.sae.training.ranks import Ranks
-    from headscope.sae.training.run import train_sae
 
-    text, ranks = text or CorpusChoice(split="train"), Ranks.joined()
-    kept = Checkpoints(out.with_name(f"{out.name}{TRAINING}"), ranks)
-    going_on = kept.begun and not overwrite
-    config = config or TrainConfig()
-    overwrite = overwrite or (going_on and _is_of_this_training(out, config))
-    check_run_folder(out, overwrite=overwrite, inputs=[model, text.corpus])
-    if not going_on:
-        kept.clear()
-    loaded = (hardware or Hardware()).load(model)
-    chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
-    loaded.check_layer(chosen.layer)
-    check_memory([config], loaded.width(chosen), loaded.device)
-    corpus = text.load(loaded, on_progress)
-    result = train_sae(loaded, corpus, chosen, config, on_step, folder=kept.folder)
-    if ranks.rank == 0:
-        try:
-            save_sae(result.sae, out, overwrite=overwrite)
-            shutil.copy(kept.folder / f"{METRICS}.jsonl", out)
-        except (OutputError, OSError) as error:
-            rescue = save_sae(result.sae, Path(tempfile.mkdtemp(prefix="headscope-"), out.name))
-            raise OutputError(
-                f"{out} could not be written ({error.__cause__ or error})",
-                expected="the folder to stay writable, on a disk with room",
-                do=f"move what was trained from {rescue}",
-            ) from error
-    if not result.interrupted:
-        kept.clear()
-    return result
+    try:
+        save_sae(result.sae, out, overwrite=overwrite)
+        shutil.copyfile(folder / f"{METRICS}.jsonl", out / f"{METRICS}.jsonl")
+    except (OutputError, OSError) as error:
+        rescue = save_sae(result.sae, Path(tempfile.mkdtemp(prefix="headscope-"), out.name))
+        raise OutputError(
+            f"{out} could not be written ({error.__cause__ or error})",
+            expected="the folder to stay writable, on a disk with room",
+            do=f"move what was trained from {rescue}",
+        ) from error
 
 
 def _is_of_this_training(sae: Path, config: TrainConfig) -> bool:

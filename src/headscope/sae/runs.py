@@ -2,17 +2,25 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from headscope.artefact import read_json
+from headscope.artefact import cannot_write, read_json
+from headscope.errors import OutputError
 from headscope.sae.metrics import Point, read_metrics
+from headscope.scratch import held
 
 METRICS = "metrics"
 """Name of a run of one SAE, and of its file of metrics."""
 TRAINING = ".training"
 """What the name of the folder of an unfinished run ends with, after that of its SAE."""
+
+RUN = "run.json"
+"""In the folder of an unfinished run: what is trained, and on what."""
+LOCK = ".lock"
+"""In the same folder: held by the process that trains."""
 
 State = Literal["finished", "interrupted", "unfinished"]
 
@@ -58,6 +66,30 @@ class Run:
         ]
 
 
+@contextmanager
+def training_folder(out: Path) -> Iterator[Path]:
+    """Hold the folder beside `out` where a training keeps its checkpoints; of several ranks, the first holds it.
+
+    Raises:
+        OutputError: another process trains there, or the folder cannot be made.
+    """
+    folder = out.with_name(f"{out.name}{TRAINING}")
+    if int(os.environ.get("RANK", "0")):
+        yield folder
+        return
+    busy = OutputError(
+        f"another process is training into {out}",
+        expected="one training into a folder at a time",
+        do="wait for it to end, or choose another --out",
+    )
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(folder / LOCK, busy))
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        yield folder
+
+
 HEADINGS = ("run", "variant", "target L0", "L0", "explained variance", "dead", "activations", "state")
 """Of a table of runs; figures are those of the last batch that was measured."""
 
@@ -93,7 +125,7 @@ def _runs_of(path: Path) -> list[Run]:
     try:
         if (path / f"{METRICS}.jsonl").is_file() and (path / "cfg.json").is_file():
             return [_of_sae(path)]
-        if path.name.endswith(TRAINING) and (path / "run.json").is_file():
+        if path.name.endswith(TRAINING) and (path / RUN).is_file():
             return _of_training(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
@@ -108,7 +140,7 @@ def _of_sae(folder: Path) -> Run:
 
 def _of_training(folder: Path) -> list[Run]:
     """Of a training folder: one run for each SAE that is trained there."""
-    recipe, out = read_json(folder / "run.json"), folder.with_name(folder.name.removesuffix(TRAINING))
+    recipe, out = read_json(folder / RUN), folder.with_name(folder.name.removesuffix(TRAINING))
     runs = []
     for name in recipe["names"]:
         start = f"{name} "

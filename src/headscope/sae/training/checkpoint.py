@@ -14,6 +14,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from headscope.artefact import atomic_write, file_hash, read_json, write_json
 from headscope.errors import OutputError, TrainingError
+from headscope.sae.runs import LOCK, RUN
 from headscope.sae.training.ranks import Ranks
 
 _KEPT = 2
@@ -40,7 +42,7 @@ class Checkpoints:
     @property
     def begun(self) -> bool:
         """Whether a run began here."""
-        return (self.folder / "run.json").is_file()
+        return (self.folder / RUN).is_file()
 
     def steps(self) -> list[int]:
         """Numbers of the steps after which there is a checkpoint, the last first."""
@@ -54,7 +56,7 @@ class Checkpoints:
             TrainingError: what is here is of another recipe.
             OutputError: the folder cannot be written.
         """
-        file = self.folder / "run.json"
+        file = self.folder / RUN
         if self.begun:
             held = read_json(file)
             differing = sorted(name for name in {*held, *recipe} if held.get(name) != recipe.get(name))
@@ -153,9 +155,15 @@ class Checkpoints:
         return path
 
     def clear(self) -> None:
-        """Remove the folder."""
-        if self.ranks.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder, or all in it but the lock that a process holds on it."""
+        if self.ranks.rank == 0 and self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != LOCK:
+                    path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
         self.ranks.wait()
 
     def _path(self, step: int) -> Path:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from headscope.sae.training.source import Source
 from headscope.sae.training.stream import ActivationStream
 from headscope.sae.training.trainer import Trainer
 from headscope.site import Site
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, the work done and the work in all."""
 
 _SAMPLE = 65_536
 """Activations that the scale and the first dictionary are taken from, at least."""
@@ -51,10 +55,12 @@ def train_sae(
     *,
     folder: Path | None = None,
     checkpoint_every: int = 2000,
+    on_progress: Progress | None = None,
 ) -> TrainResult:
     """Train an SAE on the activations of a site over a corpus; in a process group, together with the other ranks.
 
-    Ctrl-C or SIGTERM ends the training early; what was trained is returned, marked as interrupted.
+    Ctrl-C or SIGTERM ends the training early; what was trained is returned, marked as interrupted. Before the first
+    step there is nothing to return, and KeyboardInterrupt is raised.
 
     Args:
         model: the model to read.
@@ -64,6 +70,8 @@ def train_sae(
         on_step: called with the status of every step.
         folder: where checkpoints and metrics are kept; a run that was cut off there goes on, bit for bit.
         checkpoint_every: steps between checkpoints.
+        on_progress: called as activations are read before a step: for the first dictionary, for the buffer, and to
+            start dead latents anew.
 
     Raises:
         CorpusError, ModelError: the corpus or the site does not fit the model.
@@ -75,7 +83,7 @@ def train_sae(
         if on_step is not None:
             on_step(statuses[METRICS])
 
-    arguments = {"folder": folder, "checkpoint_every": checkpoint_every}
+    arguments = {"folder": folder, "checkpoint_every": checkpoint_every, "on_progress": on_progress}
     return train_saes(model, corpus, site, {METRICS: config}, on_steps, **arguments)[METRICS]
 
 
@@ -88,6 +96,7 @@ def train_saes(
     *,
     folder: Path | None = None,
     checkpoint_every: int = 2000,
+    on_progress: Progress | None = None,
 ) -> dict[str, TrainResult]:
     """Train several SAEs on one stream of activations; each comes out as if it were trained alone.
 
@@ -105,12 +114,14 @@ def train_saes(
     check_epochs(config, n_available)
     stream = ActivationStream(model, corpus, site, config, rank=ranks.rank, ranks=ranks.size)
     with closing(stream):
-        run = _Run(model, corpus, site, configs, stream, ranks, folder)
+        run = _Run(model, corpus, site, configs, stream, folder, on_progress or (lambda _stage, _done, _total: None))
         interrupted = False
         with _asked_to_stop() as asked:
             try:
                 run.to_the_end(on_steps, checkpoint_every, asked)
             except KeyboardInterrupt:
+                if run.step_number == 0:
+                    raise
                 interrupted = True
                 run.save()
         results = {}
@@ -146,15 +157,16 @@ class _Run:
         site: Site,
         configs: Mapping[str, TrainConfig],
         stream: ActivationStream,
-        ranks: Ranks,
         folder: Path | None,
+        report: Progress,
     ) -> None:
-        self.configs, self.stream, self.ranks = configs, stream, ranks
+        ranks = Ranks.joined()
+        self.configs, self.stream, self.ranks, self.report = configs, stream, ranks, report
         self.config = next(iter(configs.values()))
         self.checkpoints = None if folder is None else Checkpoints(folder, ranks)
         if self.checkpoints is not None:
             self.checkpoints.claim(_recipe(model, corpus, site, configs))
-        z, samples = site.kind == "z", stream.sample(max(_SAMPLE, *(c.d_sae for c in configs.values())))
+        z, samples = site.kind == "z", self._sample(max(_SAMPLE, *(c.d_sae for c in configs.values())))
         self.trainers = {
             name: Trainer(
                 samples,
@@ -192,6 +204,7 @@ class _Run:
         asked: Callable[[], bool],
     ) -> None:
         """Take all steps that are left, unless it is asked to stop."""
+        self.stream.fill(partial(self._on_fill, asked))
         n_steps, batches = self.config.n_steps, iter(self.stream)
         while self.step_number < n_steps:
             self.between_steps = False
@@ -213,8 +226,17 @@ class _Run:
         for name, trainer in self.trainers.items():
             statuses[name] = self._step_of(name, trainer, x)
             if trainer.step_number in trainer.config.resampled_at and trainer.replaceable.any():
-                trainer.resample(self.stream.sample(_RESAMPLE_BATCHES * self.config.batch))
+                trainer.resample(self._sample(_RESAMPLE_BATCHES * self.config.batch))
         return statuses
+
+    def _sample(self, n: int) -> Tensor:
+        return self.stream.sample(n, partial(self.report, "read a sample"))
+
+    def _on_fill(self, asked: Callable[[], bool], done: int, total: int) -> None:
+        """Report how far the buffer is filled, and stop where it is asked for; several ranks stop after a step."""
+        self.report("fill the buffer", done, total)
+        if self.ranks.size == 1 and asked():
+            raise KeyboardInterrupt
 
     def _step_of(self, name: str, trainer: Trainer, x: Tensor) -> Status:
         try:

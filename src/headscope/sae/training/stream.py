@@ -11,7 +11,8 @@ So the model works evenly all the time, ahead of the training in a thread where 
 everything that happens to the buffer happens in the caller's thread: what is handed out does not depend on timing.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,6 +29,9 @@ from headscope.sae.training.source import Place, Source, open_source
 from headscope.site import Site
 
 _SLOTS = 3  # tells this use of the seed from others
+
+OnRows = Callable[[int, int], None]
+"""Called with the activations read so far and how many will be; what it raises ends the reading."""
 
 
 @runtime_checkable
@@ -153,20 +157,38 @@ class ActivationStream:
         while True:
             yield self._next()
 
+    def fill(self, on_rows: OnRows | None = None) -> None:
+        """Fill the buffer, unless it is filled; the first batch does so too, which may take minutes.
+
+        Raises:
+            TrainingError: as from iterating.
+            OutputError: as from iterating.
+        """
+        if self._progress.round == 0:
+            with self._all_or_nothing():
+                self._progress = _Progress(1, 0, self._refill(self._slots(0), on_rows))
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Read again what was read when the block raises, so that progress and buffer still fit one another."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
     @torch.no_grad()
     def _next(self) -> Float[Tensor, "batch d_in"]:
+        self.fill()
         done, n = self._progress, len(self._batch)
-        try:
-            slots = self._slots(done.round)
-            read = self._refill(slots if done.round == 0 else slots[done.handed - n : done.handed])
-            ended = done.round == 0 or done.handed == self._per_round
-            begun = _Progress(done.round + 1, 0, read) if ended else replace(done, read=read)
+        with self._all_or_nothing():
+            read = self._refill(self._slots(done.round)[max(0, done.handed - n) : done.handed])
+            begun = replace(done, read=read)
+            if done.handed == self._per_round:
+                begun = _Progress(done.round + 1, 0, read)
             torch.index_select(self._buffer, 0, self._slots(begun.round)[begun.handed :][:n], out=self._rounded)
             self._batch.copy_(self._rounded)
             self._progress = replace(begun, handed=begun.handed + n)
-        except BaseException:
-            self.close()  # what was read ahead is read again: progress and buffer still fit one another
-            raise
         return self._batch
 
     def _slots(self, number: int) -> Int[Tensor, " capacity"]:
@@ -177,27 +199,32 @@ class ActivationStream:
             self._order = number, torch.from_numpy(order).to(self._buffer.device)
         return self._order[1]
 
-    def _refill(self, slots: Int[Tensor, " slot"]) -> Place:
+    def _refill(self, slots: Int[Tensor, " slot"], on_rows: OnRows | None = None) -> Place:
         if self._inlet is None:
             self._inlet = _Inlet(self._source, self._seed, self._progress.read, self._rank, self._ranks)
-        return self._inlet.into(self._buffer, slots)
+        return self._inlet.into(self._buffer, slots, on_rows)
 
-    def sample(self, n: int) -> Float[Tensor, "n d_in"]:
+    def sample(self, n: int, on_rows: OnRows | None = None) -> Float[Tensor, "n d_in"]:
         """The same activations whenever and by whichever rank they are asked for; the stream is where it was.
 
         They are those of random groups of blocks, in an order that is the seed's and that of no pass.
 
         Args:
             n: how many; all of the corpus if it has fewer.
+            on_rows: called as they are read.
 
         Raises:
             TrainingError: as from iterating.
             OutputError: as from iterating.
         """
         parts: list[Tensor] = []
+        n, done = min(n, self.n_available), 0
         for group in self._source.order(self._seed, 0).tolist():
             parts.append(self._source.read(group))
-            if sum(map(len, parts)) >= n:
+            done += len(parts[-1])
+            if on_rows is not None:
+                on_rows(min(done, n), n)
+            if done >= n:
                 break
         return torch.cat(parts)[:n].float()
 
@@ -264,7 +291,12 @@ class _Inlet:
         self._chunks = self._ahead or source.chunks(seed, start, rank, ranks)
         self._place, self._rows = start, torch.empty(0, 0)
 
-    def into(self, buffer: BFloat16[Tensor, "capacity d_in"], slots: Int[Tensor, " slot"]) -> Place:
+    def into(
+        self,
+        buffer: BFloat16[Tensor, "capacity d_in"],
+        slots: Int[Tensor, " slot"],
+        on_rows: OnRows | None = None,
+    ) -> Place:
         """Write the next rows to some slots of a buffer; returns the place of the row after them."""
         filled = 0
         while filled < len(slots):
@@ -274,6 +306,8 @@ class _Inlet:
             buffer.index_copy_(0, slots[filled : filled + n], self._rows[:n])
             self._place, self._rows = self._place._replace(row=self._place.row + n), self._rows[n:]
             filled += n
+            if on_rows is not None:
+                on_rows(filled, len(slots))
         return self._place
 
     def close(self) -> None:
