@@ -1,5 +1,6 @@
 import ast
 import dataclasses
+import errno
 import inspect
 import io
 import itertools
@@ -20,7 +21,7 @@ import pytest
 from transformers import BloomConfig
 
 from headscope import cli, jobs
-from headscope.artefact import atomic_write
+from headscope.artefact import atomic_write, cannot_write
 from headscope.display import Display
 from headscope.index.store import FeatureIndex
 from headscope.models.hf import Model
@@ -245,6 +246,31 @@ def test_several_saes_are_indexed_in_one_pass(
     assert sites == ["blocks.0.attn.hook_z", "blocks.1.attn.hook_z"]
     capsys.readouterr()
     fails(capsys, "several indexes", "export", "--index", tmp_path / "both", "--out", tmp_path / "page.html")
+
+
+def test_figures_that_cannot_be_kept_are_shown_before_the_command_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sae_folder: Path, text: Path
+) -> None:
+    def full(path: Path, _content: Any) -> None:
+        raise cannot_write(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+    monkeypatch.setattr("headscope.jobs.saes.write_json", full)
+    with pytest.raises(SystemExit) as ended:
+        run("eval", "--sae", sae_folder, "--corpus", text, "--split", "all", "--block-size", "32")
+    shown = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "loss_recovered" in shown.out
+    assert re.search(r"cannot write .*quality.json: No space left on device", shown.err)
+
+
+def test_an_sae_that_may_only_be_read_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sae_folder: Path, text: Path
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.warns(UserWarning, match="figures are shown and not kept there"):
+        run("eval", "--sae", sae_folder, "--corpus", text, "--split", "all", "--block-size", "32")
+    assert "loss_recovered" in capsys.readouterr().out
+    assert not (sae_folder / "quality.json").exists()
 
 
 def test_the_last_layer_is_the_default(training: dict[str, Any]) -> None:

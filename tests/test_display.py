@@ -4,12 +4,15 @@ import io
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from headscope import display
 from headscope.display import Display, status_line
+from headscope.errors import OutputError
 from headscope.sae.metrics import Status
 
 
@@ -177,6 +180,16 @@ def test_a_stream_that_is_not_utf8_gets_boxes_and_bars_of_its_own_characters(mon
         text = stream.buffer.getvalue().decode(encoding)
         assert (mark in text) == (encoding == "utf-8")
         assert "?" not in text.replace("[?", "")
+
+
+def test_output_that_cannot_be_written_is_said_so(monkeypatch) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OutputError, match="No space left on device"):
+            Display().say("figures")
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
 
 
 @pytest.mark.parametrize("n", [0, 1])

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from headscope.errors import OutputError
 from headscope.sae.metrics import Status
 from headscope.sae.quality_table import Row, quality_rows
 
@@ -160,7 +161,22 @@ class Display:
 
     def say(self, line: str) -> None:
         """Print a line."""
-        self._out.print(line, soft_wrap=True, markup=False)
+        self._print(line, soft_wrap=True, markup=False)
+
+    def _print(self, what: str | Table, **how: bool) -> None:
+        """Print something.
+
+        Raises:
+            OutputError: the output is a file on a disk that is full, or a pipe that is closed.
+        """
+        try:
+            self._out.print(what, **how)
+        except OSError as error:
+            raise OutputError(
+                f"cannot print: {error.strerror or error}",
+                expected="a terminal, a pipe, or a file on a disk with room",
+                do="print elsewhere",
+            ) from error
 
     def print_quality(self, quality: dict, split: str) -> None:
         """Print the table of an SAE's quality, beside the post's figures."""
@@ -179,7 +195,7 @@ class Display:
             table.add_column(heading, overflow="fold")
         for row in rows:
             table.add_row(*map(Text, row))
-        self._out.print(table)
+        self._print(table)
 
 
 def status_line(status: Status) -> str:

@@ -20,6 +20,7 @@ Every message says what was got, what was expected, and what to do.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 INTERRUPTED = 130
 """Status of a command that was ended from outside, by Ctrl-C or SIGTERM, also where it saved what it had."""
@@ -56,6 +57,9 @@ class OptionError(HeadscopeError):
 
 class OutputError(HeadscopeError):
     """A folder that already holds a run or cannot be written, or a disk that is full."""
+
+    found: Any = None
+    """What was computed, where that is all that is missing: it can still be shown."""
 
 
 class TrainingError(HeadscopeError):

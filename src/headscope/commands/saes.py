@@ -9,6 +9,7 @@ import tyro
 from headscope import jobs
 from headscope.commands.options import FLAT
 from headscope.display import Display
+from headscope.errors import OutputError
 from headscope.limits import Layer, Name, Output, Tokens
 from headscope.site import Kind
 
@@ -28,16 +29,24 @@ class Eval:
 
     def run(self) -> None:
         """Measure and print."""
+        unwritten = None
         with Display() as display:
-            quality = jobs.eval(
-                self.sae,
-                model=self.model,
-                text=self.text,
-                hardware=self.hardware,
-                loss_tokens=self.loss_tokens,
-                on_progress=display.on_progress,
-            )
+            try:
+                quality = jobs.eval(
+                    self.sae,
+                    model=self.model,
+                    text=self.text,
+                    hardware=self.hardware,
+                    loss_tokens=self.loss_tokens,
+                    on_progress=display.on_progress,
+                )
+            except OutputError as error:
+                if error.found is None:
+                    raise
+                quality, unwritten = error.found, error
         display.print_quality(quality.as_dict(), self.text.split)
+        if unwritten is not None:
+            raise unwritten
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """An SAE that is there: measured, converted, described."""
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ def eval(
 
     Raises:
         HeadscopeError: any of its kinds.
+        OutputError: also where only `quality.json` could not be written; what was measured is its `found`.
     """
     from headscope.sae.convert import fitted
     from headscope.sae.formats import load_sae
@@ -61,13 +63,18 @@ def measure(
     from headscope.sae.formats import locate
     from headscope.sae.quality import evaluate
 
-    files, quality = locate(name), evaluate(model, sae, corpus, on_tokens, loss_tokens=loss_tokens)
+    files = locate(name)
+    kept = files.own and os.access(files.quality.parent, os.W_OK)
+    if files.own and not kept:
+        warnings.warn(f"{files.quality.parent} cannot be written: figures are shown and not kept there", stacklevel=2)
+    quality = evaluate(model, sae, corpus, on_tokens, loss_tokens=loss_tokens)
     record = {"sae_hash": file_hash(files.weights), "corpus": corpus.fingerprint(), "quality": quality.as_dict()}
-    if files.own:
+    if kept:
         try:
             write_json(files.quality, record)
         except OutputError as error:
-            warnings.warn(f"the figures are not kept beside the SAE: {error}", stacklevel=2)
+            error.found = quality
+            raise
     return quality
 
 
