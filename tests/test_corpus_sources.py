@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from headscope.corpus import SEPARATOR, Reading, encode, is_held_out, load, load_corpus, read_documents, text
-from headscope.errors import CorpusError
+from headscope.corpus import cache as cache_module
+from headscope.errors import CorpusError, OutputError
 
 BOS = 0
 TEXTS = [f"document {i} " * 5 for i in range(20)]
@@ -272,6 +273,35 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, tokenizer, mon
     monkeypatch.setenv("HEADSCOPE_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="cannot be written.*HEADSCOPE_CACHE"):
         assert read(path, tokenizer).n_tokens
+
+
+@pytest.mark.parametrize("named", [None, "~/cache", "~nobody-of-this-name/cache"])
+def test_a_home_folder_that_is_not_there_is_done_without(tmp_path, tokenizer, monkeypatch, named):
+    """As in a container whose user has neither HOME nor an entry in /etc/passwd."""
+    for name in ("HEADSCOPE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if named is not None:
+        monkeypatch.setenv("HEADSCOPE_CACHE", named)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.setattr(cache_module, "_temporary", cache_module._temporary.__wrapped__)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in TEXTS])
+    with pytest.warns(UserWarning, match="no home folder.*set HEADSCOPE_CACHE"):
+        assert read(path, tokenizer).n_tokens
+
+
+def test_without_any_folder_to_write_it_is_said_what_to_set(tmp_path, tokenizer, monkeypatch):
+    def refuse(**_kwargs):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HEADSCOPE_CACHE", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in TEXTS])
+    with (
+        pytest.warns(UserWarning, match="cannot be written"),
+        pytest.raises(OutputError, match=r"(?s)No usable.*do: set HEADSCOPE_CACHE"),
+    ):
+        read(path, tokenizer)
 
 
 # ----------------------------------------------------------------------------------------------------------------- hub

@@ -32,14 +32,17 @@ _FILES = ("tokens.i32", "lengths.i64", "names.txt")
 
 
 def cache_folder() -> Path:
-    """Where tokenised corpora are kept; a temporary folder, with a warning, where that cannot be written."""
-    named = os.environ.get(VARIABLE)
-    return _usable(Path(named).expanduser() if named else _default() / "headscope") / "corpora"
+    """Where tokenised corpora are kept; a temporary folder, with a warning, where there is no place that lasts.
 
-
-def _default() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base) if base else Path.home() / ".cache"
+    Raises:
+        OutputError: there is not even a temporary folder.
+    """
+    named, base = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(named).expanduser() if named else (Path(base) if base else Path.home() / ".cache") / "headscope"
+    except RuntimeError:  # a container with a user that it does not know
+        return _temporary("there is no home folder")
+    return _usable(folder / "corpora")
 
 
 @cache
@@ -49,12 +52,22 @@ def _usable(folder: Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        warnings.warn(
-            f"{folder} cannot be written ({error.strerror}): text is tokenised each time; set {VARIABLE}", stacklevel=4
-        )
+        return _temporary(f"{folder} cannot be written ({error.strerror})")
+
+
+@cache
+def _temporary(why: str) -> Path:
+    warnings.warn(f"{why}: text is tokenised each time; set {VARIABLE}", stacklevel=4)
+    try:
         scratch = Path(tempfile.mkdtemp(prefix="headscope-"))
-        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-        return scratch
+    except OSError as error:
+        raise OutputError(
+            f"{why}, and neither can a temporary folder be made: {error.strerror or error}",
+            expected="a folder for tokenised text",
+            do=f"set {VARIABLE} to a folder that can be written",
+        ) from error
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return scratch
 
 
 class Writer:
