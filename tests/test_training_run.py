@@ -430,6 +430,17 @@ def test_a_batch_that_cannot_be_saved_does_not_hide_the_loss(
         train_sae(model, corpus, Z1, small(lr=1e25, warmup_steps=0), folder=tmp_path)
 
 
+def test_checkpoints_have_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:
+    before = os.umask(0o007)
+    try:
+        Checkpoints(tmp_path, ALONE).save(3, {METRICS: {"a": torch.zeros(2), "b": 1}}, {"c": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o660}
+    assert len(files) == 5
+
+
 def test_only_whole_checkpoints_count_and_unfinished_ones_are_removed(tmp_path: Path) -> None:
     kept = checkpoint.Checkpoints(tmp_path, ALONE)
     for name in ("step-00000002", "step-00000004", "step-00000006.bak", ".step-00000008"):

@@ -172,8 +172,10 @@ class Checkpoints:
 
 def _write(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
-    save_file(tensors, folder / f"{name}.safetensors")
-    write_json(folder / f"{name}.json", {key: value for key, value in state.items() if key not in tensors})
+    file, plain = folder / f"{name}.safetensors", folder / f"{name}.json"
+    save_file(tensors, file)
+    write_json(plain, {key: value for key, value in state.items() if key not in tensors})
+    file.chmod(plain.stat().st_mode)  # safetensors lets only the owner read it, whatever the umask
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
