@@ -161,7 +161,7 @@ def test_the_source_table_is_the_dfa_of_a_token_attended_to_alone(model, sae):
     weights, values = HeadWeights.of(sae, model), model.token_values(1)
     tokens, latent = torch.arange(model.spec.d_vocab), torch.arange(sae.d_sae)
     for head in range(model.spec.n_heads):
-        table = source_table(weights, values, head, latent)
+        table = source_table(weights, values[:, head], head, latent)
         assert table.shape == (sae.d_sae, len(tokens))
         block = slice(head * model.spec.d_head, (head + 1) * model.spec.d_head)
         c = model.value_offset(1)[block]

@@ -160,6 +160,32 @@ def test_a_build_that_is_killed_again_and_again_ends_as_if_it_had_not_been(job, 
     assert content(out) == whole
 
 
+# ------------------------------------------------------------------------------------------------------------ progress
+def test_every_stage_tells_how_much_of_what_is_done(job, tmp_path):
+    told = []
+    build(job, tmp_path / "index", on_progress=lambda *stage: told.append(stage))
+    model, saes, corpus = job
+    of_all = {"activations": len(corpus.blocks), "features": D_SAE, "vocabulary": model.spec.d_vocab}
+    of_all |= {"correlations": D_SAE, "logits": D_SAE, "write": len(saes)}
+    for stage, total in of_all.items():
+        reports = [(done, of) for name, done, of in told if name == stage]
+        assert {of for _, of in reports} == {total}, stage
+        assert reports[-1] == (total, total), stage
+    assert all(0 <= done <= of for _, done, of in told)
+    assert {name for name, _, _ in told} == {*of_all, "sources", "copying"}
+
+
+def test_the_vocabulary_is_read_once_however_often_a_build_is_interrupted(job, whole, tmp_path, monkeypatch):
+    interrupted(job, tmp_path / "index", "logits")
+
+    def unread(*_arguments):
+        pytest.fail("it was read before")
+
+    monkeypatch.setattr(build_module, "read_values", unread)
+    build(job, tmp_path / "index")
+    assert content(tmp_path / "index") == whole
+
+
 # ------------------------------------------------------------------------------------------------------------- damaged
 def interrupted(job, out, at):
     """A build stopped at a stage of the progress report."""
@@ -184,7 +210,7 @@ _SLOW_DAMAGES = [pytest.param(name, marks=pytest.mark.slow) for name in ("cut", 
 
 
 @pytest.mark.parametrize("damage", ["flipped", *_SLOW_DAMAGES])
-@pytest.mark.parametrize("stage", ["shared", "0/pairs", "0/sweep", "0/examples"])
+@pytest.mark.parametrize("stage", ["shared", "0/pairs", "0/sweep", "0/examples", "values-1"])
 def test_a_damaged_part_is_named_and_made_again(job, whole, tmp_path, stage, damage):
     partial = interrupted(job, tmp_path / "index", "write")
     part = sorted((partial / stage).iterdir())[-1]

@@ -8,6 +8,7 @@ with `bias_j = b_enc_j - b_dec . W_enc_j + c . W_enc_j`. The constant c of z (`M
 values, since how it splits over sources says nothing of the text; it joins the bias, and the sum still closes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -84,14 +85,14 @@ def dfa_by_source(
 
 
 def source_table(
-    weights: HeadWeights, values: Float[Tensor, "vocab head d_head"], head: int, latent: Int[Tensor, " pair"]
+    weights: HeadWeights, values: Float[Tensor, "vocab d_head"], head: int, latent: Int[Tensor, " pair"]
 ) -> Float[Tensor, "pair vocab"]:
     """The static table of what each token would contribute through a head if it alone were attended to, with weight 1.
 
-    `S[j, t] = (v_t[h] - c_h) . W_enc[h, :, j]` with v_t the value of token t read alone (`Model.token_values`): no text
-    is needed. For an induction feature the largest entry is the token it predicts.
+    `S[j, t] = (v_t[h] - c_h) . W_enc[h, :, j]` with v_t the value of token t read alone (`Model.token_values`, of this
+    head): no text is needed. For an induction feature the largest entry is the token it predicts.
     """
-    return weights.encoder[head, latent] @ (values[:, head] - weights.offset[head]).T
+    return weights.encoder[head, latent] @ (values - weights.offset[head]).T
 
 
 # -------------------------------------------------------------------------------------------------------------- shares
@@ -152,11 +153,20 @@ class LogitEffects:
     """Of a normal distribution: 3."""
 
 
-def direct_logit_effects(sae: SAE, model: Model, k: int = 20, rows: int = 128) -> LogitEffects:
+def direct_logit_effects(
+    sae: SAE, model: Model, k: int = 20, rows: int = 128, on_latents: Callable[[int, int], None] | None = None
+) -> LogitEffects:
     """The tokens each latent raises and lowers most by the direct path, `W_dec @ W_O @ W_U`.
 
     The final norm's gain and centring are folded into W_U, its scale is left out (`Model.logit_directions`), and so is
     that of a norm after W_O, where there is one (`Model.output_directions`).
+
+    Args:
+        sae: whose latents.
+        model: whose W_O and W_U.
+        k: tokens kept at either end.
+        rows: latents at a time.
+        on_latents: called with the latents done, and all of them.
     """
     written = sae.W_dec @ model.output_directions(sae.site.layer)  # [d_sae, d_model]
     k = min(k, model.spec.d_vocab)
@@ -166,6 +176,8 @@ def direct_logit_effects(sae: SAE, model: Model, k: int = 20, rows: int = 128) -
         top, bottom = effects.topk(k), effects.topk(k, largest=False)
         moments = zip(*map(_moments, effects.split(_CACHED_ROWS)), strict=True)
         parts.append((top.indices, top.values, bottom.indices, bottom.values, *map(torch.cat, moments)))
+        if on_latents is not None:
+            on_latents(min(len(parts) * rows, len(written)), len(written))
     return LogitEffects(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

@@ -7,6 +7,7 @@ Everything happens in a folder `<out>.partial` beside the index to come:
     <number>/pairs/        per part and SAE: active pairs sorted by latent, sums by latent (`passes.read_part`)
     <number>/sweep/        one part: distributions and the choice of examples (`sweep.sweep`)
     <number>/examples/     per part: DFA by head and source of the chosen examples (`passes.read_examples`)
+    values-<layer>/        per part of the vocabulary: the value of each token alone (`vocabulary.read_values`)
     final/                 the index; moved to its place when it is whole
 
 Ranks share the parts; the first brings them together. Killed at any moment, the same command goes on with the parts
@@ -33,10 +34,11 @@ from headscope.errors import CorpusError, IndexFormatError, ModelError, OutputEr
 from headscope.index import labels, tables, writing
 from headscope.index.config import CARRIED, DEFINITIONS, FORMAT_VERSION, N_CORRELATED, IndexPlan
 from headscope.index.correlations import most_correlated
-from headscope.index.parts import Parts, SortedParts, Workers, leave_after_first, leave_first, locked
+from headscope.index.parts import Parts, SortedParts, Workers, leave_after_first, leave_first, locked, plan_of
 from headscope.index.passes import Subject, read_examples, read_part, subjects_of
 from headscope.index.readers import OnBatch, Readers
-from headscope.index.sweep import Distributions, Groups, sweep
+from headscope.index.sweep import Distributions, Groups, chosen_pairs, sweep, top_tokens
+from headscope.index.vocabulary import TokenValues, n_parts_of, read_values, tokens_of
 from headscope.models.hf import Model
 from headscope.names import relative
 from headscope.sae.convert import check_fits
@@ -184,7 +186,7 @@ class _Build:
             while not path.is_file() or read_json(path) != wanted:
                 time.sleep(_POLL_SECONDS)
             return
-        found = _plan_of(self.partial)
+        found = plan_of(self.partial)
         if found == wanted:
             return
         if found is not None and not overwrite:
@@ -211,11 +213,10 @@ class _Build:
                     self._sweep(number, report)
                 self._parts(number, "sweep").wait()
             self._read_examples(subjects, report)
+            self._read_vocabulary({subject.layer for subject in subjects}, report)
             if first:
                 for number, subject in enumerate(subjects):
-                    report("write", number, len(subjects))
-                    self._write(number, subject)
-                report("write", len(subjects), len(subjects))
+                    self._write(number, subject, report)
                 if len(self.names) > 1:
                     write_json(self.final / "manifest.json", {"indexes": self.names})
                 (self.final / "whole").touch()
@@ -263,16 +264,26 @@ class _Build:
                 stage.write(part, arrays)
             self._shared.write(part, shared)  # last: it stands only when all of the part does
 
-        self._read("activations", self._shared, read, report)
+        self._read("activations", self._shared, read, self._n_blocks, report)
         self._shared.wait()
         if self.workers.world > 1:  # a part that another process found damaged is missing until it is made again
             for stage in stages:
                 stage.wait()
 
-    def _read(self, name: str, stage: Parts, read: Callable[[Model, int, OnBatch], None], report: Progress) -> None:
-        """Read the blocks of the parts of a stage that are missing; progress is told in blocks."""
+    def _n_blocks(self, part: int) -> int:
+        return len(self._blocks(part))
+
+    def _read(
+        self,
+        name: str,
+        stage: Parts,
+        read: Callable[[Model, int, OnBatch], None],
+        size: Callable[[int], int],
+        report: Progress,
+    ) -> None:
+        """Read the parts of a stage that are missing; `size` says how many blocks, or tokens, a part is."""
         missing = stage.missing(self.workers)
-        total = sum(len(self._blocks(part)) for part in missing)
+        total = sum(map(size, missing))
         report(name, 0, total)
         self._readers.each(missing, read, lambda done: report(name, done, total))
         report(name, total, total)  # blocks without an example are not read again
@@ -313,8 +324,8 @@ class _Build:
     def _read_examples(self, subjects: Sequence[Subject], report: Progress) -> None:
         for number, subject in enumerate(subjects):
             stage = self._parts(number, "examples")
-            chosen = subject, stage, *_chosen(self._swept(number)[1])
-            self._read("sources", stage, partial(self._read_examples_of, chosen), report)
+            chosen = subject, stage, *chosen_pairs(self._swept(number)[1])
+            self._read("sources", stage, partial(self._read_examples_of, chosen), self._n_blocks, report)
             if self.workers.rank == 0:
                 stage.wait()
 
@@ -328,8 +339,25 @@ class _Build:
         found = read_examples(model, subject, self.corpus, latent[own], position[own], self.plan, on_batch)
         stage.write(part, found)
 
+    def _values(self, layer: int) -> Parts:
+        return Parts(self.partial / f"values-{layer}", n_parts_of(self.model.spec.d_vocab))
+
+    def _read_vocabulary(self, layers: set[int], report: Progress) -> None:
+        for layer in sorted(layers):
+            stage = self._values(layer)
+            self._read("vocabulary", stage, partial(self._read_values, layer), self._n_tokens, report)
+            if self.workers.rank == 0:
+                stage.wait()
+
+    def _read_values(self, layer: int, model: Model, part: int, on_batch: OnBatch) -> None:
+        self._values(layer).write(part, read_values(model, layer, part))
+        on_batch(self._n_tokens(part))
+
+    def _n_tokens(self, part: int) -> int:
+        return len(tokens_of(part, self.model.spec.d_vocab))
+
     # ---------------------------------------------------------------------------------------------------------- write
-    def _write(self, number: int, subject: Subject) -> None:
+    def _write(self, number: int, subject: Subject, report: Progress) -> None:
         """Write one index but for its activations, which the sweep wrote."""
         model, corpus, n_heads = self.model, self.corpus, self.model.spec.n_heads
         folder = self.final / self.names[number]
@@ -341,9 +369,15 @@ class _Build:
         pairs = self._pairs(number)
         totals = self._totals(pairs)
         distributions, groups = self._swept(number)
-        correlated = most_correlated(pairs, *totals.over_all_tokens(), totals.n_tokens, N_CORRELATED)
-        example_tokens = _top_tokens(groups, corpus, subject.sae.d_sae)
-        features = tables.feature_table(model, subject, totals, distributions, correlated, example_tokens)
+        correlated = most_correlated(
+            pairs, *totals.over_all_tokens(), totals.n_tokens, N_CORRELATED, partial(report, "correlations")
+        )
+        example_tokens = top_tokens(groups, corpus.blocks, subject.sae.d_sae)
+        values = TokenValues(self._values(subject.layer))
+        features = tables.feature_table(
+            model, subject, totals, distributions, correlated, example_tokens, values, report
+        )
+        report("write", number, len(self.names))
         sources, source_totals = tables.source_tables(model, pairs, shared, self.plan)
         nulls = tables.null_table(subject, pairs, n_heads)
         writing.write_corpus(folder, corpus, model, self._losses if self.plan.losses else None)
@@ -360,6 +394,7 @@ class _Build:
             carried = save_sae(self.given[number], folder / CARRIED, place=self.outputs[number] / CARRIED)
             manifest["sae"]["carried"] = file_hash(carried / WEIGHTS)
         write_json(folder / "manifest.json", manifest)
+        report("write", number + 1, len(self.names))
 
     def _totals(self, pairs: SortedParts) -> tables.Totals:
         return tables.Totals.of(pairs, self.model.spec.n_heads, int(self._total("n_tokens")[0]))
@@ -443,50 +478,7 @@ def _convention(sae: SAE) -> str:
     return f"{said}, converted from {converted['from']}" if converted else said
 
 
-def _plan_of(partial: Path) -> dict[str, Any] | None:
-    """The plan of the interrupted build in a folder, None where there is none.
-
-    Raises:
-        OutputError: the folder holds something else.
-    """
-    path = partial / "plan.json"
-    if path.is_file():
-        try:
-            found = read_json(path)
-        except ValueError:
-            found = None
-        return found if isinstance(found, dict) else {}
-    foreign = [child.name for child in partial.iterdir() if not child.name.startswith((".lock-", ".plan.json."))]
-    if foreign:
-        raise OutputError(
-            f"{partial} holds {', '.join(sorted(foreign)[:5])} and no plan of a build",
-            expected="what an interrupted build left, or nothing",
-            do="choose another --out, or move that folder away",
-        )
-    return None
-
-
 def _hashes(folder: Path) -> dict[str, list]:
     """Bytes and SHA-256 of each file of a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): [path.stat().st_size, file_hash(path)] for path in files}
-
-
-def _chosen(groups: Groups) -> tuple[np.ndarray, np.ndarray]:
-    """(latent, position) of all examples, each once, by position."""
-    latent = np.repeat(groups.latent, groups.n_chosen)
-    order = np.lexsort((latent, groups.position))
-    latent, position = latent[order].astype(np.int64), groups.position[order].astype(np.int64)
-    new = (np.diff(latent, prepend=-1) != 0) | (np.diff(position, prepend=-1) != 0)
-    return latent[new], position[new]
-
-
-def _top_tokens(groups: Groups, corpus: Corpus, d_sae: int) -> list[list[int]]:
-    """The tokens at each feature's top examples."""
-    found: list[list[int]] = [[] for _ in range(d_sae)]
-    ends = np.cumsum(groups.n_chosen)
-    for i in np.flatnonzero(groups.kind == 0):
-        position = groups.position[ends[i] - groups.n_chosen[i] : ends[i]]
-        block, query = np.divmod(position, corpus.block_size)
-        found[int(groups.latent[i])] = corpus.blocks[block, query].tolist()
-    return found

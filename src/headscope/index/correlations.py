@@ -1,5 +1,7 @@
 """Which latents are active together: Pearson correlations of all pairs over the whole corpus, in bounded memory."""
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
@@ -16,6 +18,7 @@ def most_correlated(
     std: Float[np.ndarray, " latent"],
     n_tokens: int,
     k: int,
+    on_latents: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> tuple[Int[np.ndarray, "latent k"], Float[np.ndarray, "latent k"]]:
     """The k latents with the largest correlation to each, and the correlations; -1 and NaN where there are fewer.
 
@@ -28,6 +31,7 @@ def most_correlated(
         std: likewise.
         n_tokens: N.
         k: how many.
+        on_latents: called with the latents done, and all of them.
     """
     d_sae = len(mean)
     k = min(k, d_sae - 1)
@@ -43,6 +47,7 @@ def most_correlated(
             own = first + np.arange(start, min(start + _ROWS, len(products)))
             best = _largest(products[chosen] / n_tokens, own, mean, std, k)
             latents[own], correlations[own] = best
+        on_latents(min(first + height, d_sae), d_sae)
     return latents, correlations
 
 

@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from headscope.artefact import atomic_write
+from headscope.artefact import atomic_write, read_json
 from headscope.errors import IndexFormatError, OutputError
 from headscope.scratch import held, is_held
 
@@ -76,6 +77,29 @@ def leave_after_first(folder: Path, workers: Workers, last: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         while last.exists():
             time.sleep(_POLL_SECONDS)
+
+
+def plan_of(partial: Path) -> dict[str, Any] | None:
+    """The plan of the interrupted build in a folder, None where there is none.
+
+    Raises:
+        OutputError: the folder holds something else.
+    """
+    path = partial / "plan.json"
+    if path.is_file():
+        try:
+            found = read_json(path)
+        except ValueError:
+            found = None
+        return found if isinstance(found, dict) else {}
+    foreign = [child.name for child in partial.iterdir() if not child.name.startswith((".lock-", ".plan.json."))]
+    if foreign:
+        raise OutputError(
+            f"{partial} holds {', '.join(sorted(foreign)[:5])} and no plan of a build",
+            expected="what an interrupted build left, or nothing",
+            do="choose another --out, or move that folder away",
+        )
+    return None
 
 
 class Parts:

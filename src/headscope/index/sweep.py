@@ -335,3 +335,23 @@ def _by_latent(groups: Groups) -> Groups:
         if name not in ("position", "duplicates")
     }
     return Groups(**fields, position=groups.position[chosen], duplicates=groups.duplicates[chosen])
+
+
+def chosen_pairs(groups: Groups) -> tuple[np.ndarray, np.ndarray]:
+    """(latent, position) of all examples, each once, by position."""
+    latent = np.repeat(groups.latent, groups.n_chosen)
+    order = np.lexsort((latent, groups.position))
+    latent, position = latent[order].astype(np.int64), groups.position[order].astype(np.int64)
+    new = (np.diff(latent, prepend=-1) != 0) | (np.diff(position, prepend=-1) != 0)
+    return latent[new], position[new]
+
+
+def top_tokens(groups: Groups, blocks: Int[np.ndarray, "block position"], d_sae: int) -> list[list[int]]:
+    """The tokens at each feature's top examples."""
+    found: list[list[int]] = [[] for _ in range(d_sae)]
+    ends = np.cumsum(groups.n_chosen)
+    for i in np.flatnonzero(groups.kind == 0):
+        position = groups.position[ends[i] - groups.n_chosen[i] : ends[i]]
+        block, query = np.divmod(position, blocks.shape[1])
+        found[int(groups.latent[i])] = blocks[block, query].tolist()
+    return found

@@ -1,7 +1,9 @@
 """The tables of an index folder, from what the passes found."""
 
 import glob
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from jaxtyping import Float, Int
 
 from headscope import attribution
 from headscope.corpus import special_ids
-from headscope.index.config import N_COPY, N_LOGITS, N_SOURCE_TOKENS, IndexPlan
+from headscope.index.config import N_LOGITS, N_SOURCE_TOKENS, IndexPlan
 from headscope.index.nulls import KINDS as NULL_KINDS
 from headscope.index.parts import SortedParts
 from headscope.index.passes import MOMENTS, SOURCE_COLUMNS, SOURCE_TOTALS, Subject, source_sums
 from headscope.index.sources import merge_by_key
 from headscope.index.sweep import KINDS, Distributions, Groups, Rows, runs
+from headscope.index.vocabulary import TokenValues, copying_columns
 from headscope.index.writing import (
     SMALL_ROW_GROUP,
     fixed_lists,
@@ -31,7 +34,6 @@ from headscope.index.writing import (
 from headscope.models.hf import Model
 
 _COSINE_ROWS = 1024
-_COPY_ROWS = 256  # rows of the copying table held at a time, each as wide as the vocabulary
 
 
 # ------------------------------------------------------------------------------------------------------------ features
@@ -64,6 +66,11 @@ class Totals:
     def mean(self) -> Float[np.ndarray, " latent"]:
         """Of the activation over active tokens; 0 for a dead latent."""
         return self._sum("f") / np.maximum(self._sum("n"), 1)
+
+    @property
+    def top_head(self) -> Int[np.ndarray, " latent"]:
+        """The head with the largest share of squared DFA; -1 for a dead latent."""
+        return np.where(self.n_active > 0, np.argmax(self.heads[:, 1], axis=1), -1)
 
     def over_all_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the activation, zeros included."""
@@ -122,6 +129,8 @@ def feature_table(
     distributions: Distributions,
     correlated: tuple[np.ndarray, np.ndarray],
     example_tokens: list[list[int]],
+    values: TokenValues,
+    report: Callable[[str, int, int], None],
 ) -> pa.Table:
     """One row a latent; what only a live latent has is null for a dead one."""
     sae, weights, n_heads = subject.sae, subject.weights, model.spec.n_heads
@@ -140,12 +149,13 @@ def feature_table(
     }
     columns |= {name: fixed_lists(share.float().cpu().numpy()) for name, share in shares.items()}
     columns["bias"] = pa.array(weights.bias.float().cpu().numpy())
-    effects = attribution.direct_logit_effects(sae, model, N_LOGITS)
+    effects = attribution.direct_logit_effects(sae, model, N_LOGITS, on_latents=partial(report, "logits"))
     for name in ("top_tokens", "top_values", "bottom_tokens", "bottom_values"):
         columns[f"logit_{name}"] = pa.array(list(getattr(effects, name).cpu().numpy()))
     for name in ("mean", "std", "skew", "kurtosis"):
         columns[f"logit_{name}"] = pa.array(getattr(effects, name).cpu().numpy())
-    columns |= _copying(model, subject, totals, effects.top_tokens[:, 0].cpu().numpy())
+    top_logit = effects.top_tokens[:, 0].cpu().numpy()
+    columns |= copying_columns(model, subject, totals.top_head, top_logit, values, partial(report, "copying"))
     latents, pearson = correlated
     cosine = _cosines(sae.W_dec, latents)
     exists = latents >= 0
@@ -165,27 +175,6 @@ def _cosines(
     chosen = torch.from_numpy(others).to(rows.device)
     pairs = zip(unit.split(_COSINE_ROWS), chosen.split(_COSINE_ROWS), strict=True)
     return torch.cat([torch.einsum("jd,jkd->jk", own, unit[of]) for own, of in pairs]).float().cpu().numpy()
-
-
-def _copying(model: Model, subject: Subject, totals: Totals, top_logit: Int[np.ndarray, " latent"]) -> dict[str, Any]:
-    """The largest entries of the static table of each live latent's top head, and where its top logit token stands."""
-    n, k = len(top_logit), min(N_COPY, model.spec.d_vocab)
-    tokens, scores, rank = np.zeros((n, k), np.int64), np.zeros((n, k)), np.full(n, np.nan)
-    live = totals.n_active > 0
-    head_of = np.argmax(totals.heads[:, 1], axis=1)
-    values = model.token_values(subject.layer)
-    for head in range(model.spec.n_heads):
-        for latents in torch.from_numpy(np.flatnonzero(live & (head_of == head))).split(_COPY_ROWS):
-            table = attribution.source_table(subject.weights, values, head, latents.to(model.device))
-            best = table.topk(k)
-            own = table.gather(1, torch.from_numpy(top_logit)[latents, None].to(model.device))
-            tokens[latents], scores[latents] = best.indices.cpu(), best.values.cpu()
-            rank[latents] = (table > own).double().mean(1).cpu()
-    return {
-        "copy_tokens": nullable_lists(tokens, ~live, pa.int32()),
-        "copy_values": nullable_lists(scores, ~live, pa.float32()),
-        "copy_rank": nullable(rank, ~live),
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------- sources

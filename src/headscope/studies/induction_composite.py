@@ -187,7 +187,7 @@ def copy_ranks(
         rows = np.flatnonzero(head == h)
         for own in (rows[i : i + step] for i in range(0, len(rows), step)):
             j, t = (torch.from_numpy(of[own]).to(values.device) for of in (latent, token))
-            table = attribution.source_table(weights, values, h, j)
+            table = attribution.source_table(weights, values[:, h], h, j)
             ranks[own] = (table > table.gather(1, t[:, None])).double().mean(1).cpu().numpy()
     return ranks
 
