@@ -1,6 +1,7 @@
 """A `transformers` causal language model: what it computes (`running.py`), and what its weights say."""
 
 import copy
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 
@@ -228,7 +229,10 @@ class Model(Running):
 
     @torch.no_grad()
     def token_values(
-        self, layer: int, tokens: Int[Tensor, " token"] | None = None
+        self,
+        layer: int,
+        tokens: Int[Tensor, " token"] | None = None,
+        on_tokens: Callable[[int, int], None] | None = None,
     ) -> Float[Tensor, "token head d_head"]:
         """The value vector that each token alone makes, for each query head: what a static copying table needs.
 
@@ -239,6 +243,7 @@ class Model(Running):
         Args:
             layer: whose values.
             tokens: which tokens; the whole vocabulary if None.
+            on_tokens: called with the tokens read, and all of them: of a large vocabulary they take minutes.
 
         Raises:
             ModelError: a layer that does not exist, a family whose z is not pattern @ v, or ids outside the vocabulary.
@@ -247,10 +252,14 @@ class Model(Running):
         self.check_mixed()
         tokens = torch.arange(self.spec.d_vocab) if tokens is None else tokens
         self.check_tokens(tokens[:, None])
-        site, parts = Site("z", layer), []
+        site, shape = Site("z", layer), (len(tokens), self.spec.n_heads, self.spec.d_head)
+        values = torch.empty(shape, dtype=self.module.dtype, device=self.device)
         with self._hooks.suspended():
-            for chunk in tokens.to(self.device).split(_TOKEN_ROWS):
-                alone = chunk[:, None]
+            for start in range(0, len(tokens), _TOKEN_ROWS):
+                alone = tokens[start : start + _TOKEN_ROWS, None].to(self.device)
                 middle = torch.full_like(alone, self.spec.context // 2)
-                parts.append(self._read(alone, [site], position_ids=middle)[site])  # z is v where s = q alone
-        return torch.cat(parts).view(-1, self.spec.n_heads, self.spec.d_head)
+                z = self._read(alone, [site], position_ids=middle)[site]  # z is v where s = q alone
+                values[start : start + len(alone)] = z.view(-1, *shape[1:])
+                if on_tokens is not None:
+                    on_tokens(start + len(alone), len(tokens))
+        return values

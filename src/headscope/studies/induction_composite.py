@@ -8,6 +8,7 @@ Which heads do it is then read off, not assumed.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -173,6 +174,7 @@ def copy_ranks(
     latents: Sequence[int] | Int[np.ndarray, " n"],
     tokens: Sequence[int] | Int[np.ndarray, " n"],
     heads: Sequence[int] | Int[np.ndarray, " n"],
+    report: Progress = lambda _stage, _done, _total: None,
 ) -> Float[np.ndarray, " n"]:
     """The share of the vocabulary that would raise a feature more than its token does, read alone through a head.
 
@@ -180,15 +182,18 @@ def copy_ranks(
     No text is read. NaN for head -1.
     """
     latent, token, head = (np.asarray(values, dtype=np.int64) for values in (latents, tokens, heads))
-    weights = attribution.HeadWeights.of(live.sae, live.model)
-    values = live.model.token_values(live.sae.site.layer)
     ranks, step = np.full(len(latent), np.nan), max(1, _TABLE // live.model.spec.d_vocab)
+    if not (head >= 0).any():
+        return ranks
+    weights = attribution.HeadWeights.of(live.sae, live.model)
+    values = live.model.token_values(live.sae.site.layer, on_tokens=partial(report, "vocabulary"))
     for h in np.unique(head[head >= 0]).tolist():
         rows = np.flatnonzero(head == h)
         for own in (rows[i : i + step] for i in range(0, len(rows), step)):
             j, t = (torch.from_numpy(of[own]).to(values.device) for of in (latent, token))
             table = attribution.source_table(weights, values[:, h], h, j)
-            ranks[own] = (table > table.gather(1, t[:, None])).double().mean(1).cpu().numpy()
+            above = (table > table.gather(1, t[:, None])).sum(1)
+            ranks[own] = above.cpu().numpy() / table.shape[1]
     return ranks
 
 
@@ -433,7 +438,7 @@ def _judge(
     found = behaviour(index, latents, tokens=tokens, n_blocks=plan.n_blocks, seed=plan.seed, finder=finder)
     places = _places(index, found, finder, plan)
     sources = _prior_sources(live, text, places, n, report)
-    ranks = copy_ranks(live, latents, tokens, sources.head)
+    ranks = copy_ranks(live, latents, tokens, sources.head, report)
     none = np.zeros(n, np.int64)
     untested = Corruption(none, none, np.full(n, np.nan), none, np.full(n, np.nan))
     judged = InductionFeatures(asked, found, sources, ranks, untested, None)
