@@ -347,6 +347,11 @@ def test_a_signal_ends_any_command_alike_and_says_what_the_same_command_does(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_command_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, "no command 'trian'.*did you mean `headscope train`", "trian", "--out", "x")
+    fails(capsys, "no command 'zzz'.*headscope --help", "zzz")
+
+
 def test_an_error_of_a_library_is_not_taken_for_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_args: Any, **_kwargs: Any) -> None:
         raise RuntimeError("no interruption")

@@ -7,7 +7,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from itertools import pairwise
+from typing import get_args
 
 import tyro
 
@@ -56,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with _interruptible():
             _check_not_empty(arguments)
+            _check_command(arguments)
             with preset_of(arguments):
                 command = tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION)
             check_fields(command)
@@ -78,6 +81,19 @@ def _check_not_empty(arguments: list[str]) -> None:
                 expected="a value",
                 do="check that the shell variable given there is set",
             )
+
+
+def _check_command(arguments: list[str]) -> None:
+    """Refuse a command that there is not, and name the one that was meant."""
+    known = [command.__name__.lower() for command in get_args(Command)]
+    if not arguments or arguments[0].startswith("-") or arguments[0] in known:
+        return
+    similar = get_close_matches(arguments[0], known, n=1)
+    raise OptionError(
+        f"no command {arguments[0]!r}",
+        expected=f"one of {', '.join(known)}",
+        do=f"did you mean `headscope {similar[0]}`?" if similar else "see `headscope --help`",
+    )
 
 
 def _print_in_any_encoding() -> None:

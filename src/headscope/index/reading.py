@@ -58,10 +58,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise IndexFormatError(f"{folder} holds several indexes", expected="one", do=f"open one of: {names}")
         found = manifest["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        below = sorted(str(path.parent) for path in folder.glob("*/manifest.json"))
         raise IndexFormatError(
             f"no index in {folder}: {type(error).__name__} {error}",
             expected="a folder that `headscope index` wrote to its end",
-            do="build it with `headscope index`",
+            do=f"did you mean {' or '.join(below[:3])}?" if below else "build it with `headscope index`",
         ) from error
     if type(found) is not int or found != FORMAT_VERSION:
         raise IndexFormatError(f"index format {found}", expected=f"{FORMAT_VERSION}", do="build the index again")
