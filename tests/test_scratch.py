@@ -112,7 +112,7 @@ def test_a_disk_without_locks_can_be_written_and_keeps_its_litter(
     write_json(tmp_path / "file", {})
     with held(tmp_path / "lock", REFUSAL):
         pass
-    assert listing(tmp_path) == [".a.01234567.headscope-scratch", "file", "lock"]
+        assert listing(tmp_path) == [".a.01234567.headscope-scratch", "file", "lock"]
 
 
 # ---------------------------------------------------------------------------------------------------------- displaced
@@ -193,6 +193,14 @@ def test_a_lock_is_for_one_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="held"), held(lock, REFUSAL):
             pytest.fail("the block must not run")
     assert not is_held(lock)
+    assert listing(tmp_path) == [], "neither the file nor its folder is left"
+    lock.parent.mkdir()
+    (lock.parent / "something").write_text("x")
+    lock.write_text("")  # of a process that was killed
+    assert not is_held(lock)
+    with held(lock, REFUSAL):
+        pass
+    assert listing(lock.parent) == ["something"]
 
 
 def test_a_lock_file_that_its_holder_removes_is_no_lock_any_more(

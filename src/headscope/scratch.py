@@ -102,7 +102,10 @@ def held(lock: Path, refusal: OutputError) -> Iterator[None]:
 
 def is_held(lock: Path) -> bool:
     """Whether a process holds a lock file: one that was killed does not."""
-    handle = _hold(lock, os.O_RDWR | os.O_CREAT)
+    try:
+        handle = _hold(lock, os.O_RDWR)
+    except FileNotFoundError:
+        return False
     if handle is not None:
         os.close(handle)
     return handle is None
