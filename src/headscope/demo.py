@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from headscope import jobs
 from headscope.artefact import read_json
 from headscope.errors import OutputError
-from headscope.index.columns import studies
 from headscope.limits import Output, checked
 from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Status
@@ -89,6 +88,8 @@ def run(
         HeadscopeError: any of its kinds.
         KeyboardInterrupt: Ctrl-C; what is finished is kept, and the next run resumes.
     """
+    from headscope.index.columns import studies
+
     sae, index = out / "sae", out / "index"
     config = TrainConfig(tokens=400_000, d_sae=512, buffer=65_536) if quick else TrainConfig()
     held_out = jobs.CorpusChoice(max_tokens=100_000 if quick else HELD_OUT_TOKENS)
