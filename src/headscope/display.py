@@ -161,16 +161,16 @@ class Display:
 
     def say(self, line: str) -> None:
         """Print a line."""
-        self._print(line, soft_wrap=True, markup=False)
+        self._print(line, soft_wrap=True)
 
-    def _print(self, what: str | Table, **how: bool) -> None:
+    def _print(self, what: str | Table, *, soft_wrap: bool = False) -> None:
         """Print something.
 
         Raises:
             OutputError: the output is a file on a disk that is full, or a pipe that is closed.
         """
         try:
-            self._out.print(what, **how)
+            self._out.print(what, soft_wrap=soft_wrap, markup=False)
         except OSError as error:
             raise OutputError(
                 f"cannot print: {error.strerror or error}",
