@@ -1,5 +1,6 @@
 """The explorer served from a thread, and the browser that looks at it."""
 
+import asyncio
 import re
 import shutil
 import threading
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 import uvicorn
 from playwright.sync_api import Browser, Page, Playwright, expect
 from starlette.applications import Starlette
+
+from headscope.explorer.connections import Connection
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ARGUMENTS = [
@@ -22,9 +25,9 @@ ARGUMENTS = [
 
 
 @contextmanager
-def serving(app: Starlette) -> Iterator[str]:
-    """Serve an application from a thread; yields its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+def serving(app: Starlette, protocol: type[asyncio.Protocol] = Connection) -> Iterator[str]:
+    """Serve an application from a thread, over connections as `serve` has them; yields its address."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=protocol, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

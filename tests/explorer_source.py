@@ -12,7 +12,9 @@ from headscope.explorer.cards import IndexCards
 from headscope.index.config import DEFINITIONS, QUANTILES
 from headscope.index.records import (
     Correlated,
+    DrawnGroup,
     Example,
+    ExampleColumns,
     ExampleGroup,
     Feature,
     Null,
@@ -164,6 +166,9 @@ class FakeIndex(FeatureIndex):
             "definitions": DEFINITIONS | {"density": "Share of tokens, as the index has it."},
         }
 
+    def stamp(self) -> None:
+        """No study adds to it."""
+
     @staticmethod
     def alive(latent: int) -> bool:
         return latent % 25 != DEAD_LATENT
@@ -300,6 +305,34 @@ class FakeIndex(FeatureIndex):
             shares = (feature.histogram[bins].sum() / feature.n_active, feature.mass[bins].sum() / feature.mass.sum())
             made.append(_with(group, low=i / 10 * top, high=(i + 1) / 10 * top, shares=shares))
         return (*made, self._group(latent, "threshold", 0, 0.04, 0.01, 0.01))
+
+    def example_columns(self, latent: int) -> tuple[tuple[DrawnGroup, ...], ExampleColumns]:
+        groups = self.examples(latent)
+        examples = list({e.position: e for group in groups for e in group.examples}.values())
+        plain = ("kind", "number", "low", "high", "n", "share_active", "share_mass", "sampled")
+        drawn = tuple(
+            DrawnGroup(
+                **{name: getattr(group, name) for name in plain},
+                positions=tuple(e.position for e in group.examples),
+                duplicates=tuple(e.duplicates for e in group.examples),
+            )
+            for group in groups
+        )
+        numbers = ("activation", "pre", "bias", "residual")
+        sources = [source for e in examples for source in e.sources]
+        return drawn, ExampleColumns(
+            position=np.array([e.position for e in examples], dtype=np.int64),
+            **{name: np.array([getattr(e, name) for e in examples], dtype=np.float64) for name in numbers},
+            heads=np.array([e.heads for e in examples]).reshape(-1, N_HEADS),
+            rest=np.array([e.rest for e in examples]).reshape(-1, N_HEADS),
+            n_sources=np.array([len(e.sources) for e in examples], dtype=np.int64),
+            source=np.array([source.position for source in sources], dtype=np.int64),
+            source_heads=np.array([source.heads for source in sources]).reshape(-1, N_HEADS),
+            source_pattern=np.array([source.pattern for source in sources]).reshape(-1, N_HEADS),
+            n_active=np.array([len(e.active_at) for e in examples], dtype=np.int64),
+            active_at=np.concatenate([np.zeros(0, dtype=np.int64), *(e.active_at for e in examples)]),
+            active_value=np.concatenate([np.zeros(0), *(e.active_value for e in examples)]),
+        )
 
     def _group(self, latent: int, kind: str, number: int, high: float, low: float, share: float) -> ExampleGroup:
         n, top = PLAN[kind], self.maximum(latent)

@@ -1,7 +1,10 @@
-"""What the benchmarks of training rest on: the floor, the inputs and the judgement that are the same for all."""
+"""What the benchmarks rest on: of training, the floor, inputs and judgement that are the same for all; the clients."""
 
+import asyncio
 import importlib
 import json
+import os
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import headscope.sae
+from browsing import serving
+from explorer_source import N_BLOCKS, FakeSource
+from headscope.explorer.server import make_app
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -389,3 +395,63 @@ def test_a_peers_row_is_its_best_setting_at_its_least_time(module) -> None:
         ("fp32, lr 1", 8.0, 0.5),
         ("bf16, lr 1", 5.0, 0.3),
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------- server load
+def test_clients_ask_for_what_they_are_told_to_and_no_longer(module) -> None:
+    serve_load = module("serve_load")
+    arguments = serve_load.Arguments(clients=3, seconds=0.3, cards=0, contexts=1, tables=0, studies=0)
+    with serving(make_app(FakeSource())) as url, serve_load.idle_sockets(url, 4):
+        tally = asyncio.run(serve_load.load(url, serve_load.Subject([3], N_BLOCKS), arguments))
+    assert {(sample.kind, sample.status) for sample in tally.samples} == {("context", "200")}
+    assert all(0 < sample.server_ms <= sample.ms for sample in tally.samples)
+    rows = {row.name: row.value for row in serve_load.figures(tally)}
+    assert rows["context: answered"] == len(tally.samples) > 0
+    assert rows["context: p50"] <= rows["context: p99"]
+    assert rows["answers that are wrong"] == 0
+
+
+def test_figures_of_a_load_by_hand(module) -> None:
+    serve_load = module("serve_load")
+    tally = serve_load.Tally(seconds=2.0)
+    right, wrong = (json.dumps({"latent": latent}).encode() for latent in (7, 8))
+    for ms in range(1, 102):
+        tally.add(serve_load.Sample("card", "200", float(ms)), "/api/feature/7", right if ms > 1 else wrong)
+    tally.add(serve_load.Sample("dive", "503", 1.0), "/api/dive/7", b"")
+    rows = {row.name: row.value for row in serve_load.figures(tally)}
+    assert (rows["requests"], rows["card: answered"], rows["dive: answered"]) == (51.0, 101, 0)
+    assert (rows["card: p50"], rows["card: p99"]) == (51.0, 100.0)
+    assert (rows["dive: 503"], rows["answers that are wrong"]) == (1, 1)
+    assert "card: server p50" not in rows
+
+
+def test_a_client_opens_its_connection_again_and_no_answer_is_an_error(module) -> None:
+    serve_load = module("serve_load")
+
+    async def ask() -> list[int]:
+        n = 0
+
+        async def closes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal n
+            n += 1
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}" if n < 3 else b"HTTP/1.1 200")
+            writer.close()
+
+        async with await asyncio.start_server(closes, "127.0.0.1", 0) as server:
+            client = serve_load.Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
+            answers = [await client.get("/") for _ in range(2)]
+            with pytest.raises(EOFError):
+                await client.get("/")
+            return [answer.status for answer in answers]
+
+    assert asyncio.run(ask()) == [200, 200]
+
+
+def test_a_process_is_measured(module) -> None:
+    process = module("serve_load").Process(os.getpid())
+    before = process.sockets()
+    with socket.socket(), socket.socket():
+        assert process.sockets() == before + 2
+    assert 0 < process.memory() <= process.memory("VmHWM")
+    assert process.busy_s() > 0

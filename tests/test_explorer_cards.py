@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from explorer_source import BIAS, BLOCK, D_SAE, DEAD_LATENT, N_HEADS, N_TOKENS, FakeIndex, FakeSource
+from headscope.explorer.answers import dump_json
 from headscope.explorer.cards import IndexCards
-from headscope.explorer.examples import example_runs, join_runs
+from headscope.explorer.examples import join_runs, windows
 from headscope.explorer.export import export_folder, export_html
 from headscope.explorer.numbers import short, significant
-from headscope.explorer.server import CardSource, dump_json
+from headscope.explorer.server import CardSource
 from headscope.index.records import Example
 
 SOURCE = FakeSource()
@@ -127,7 +128,8 @@ def test_activations_near_an_example_are_kept() -> None:
     exact = records(20)
     for example in unpack(SOURCE.feature(20)["examples"]):
         whole = exact[example["position"]]
-        near = {p for start, end in example_runs(whole, BLOCK) for p in range(start, end)}
+        shown = windows(whole.position % BLOCK, [source.position for source in whole.sources], BLOCK)
+        near = {p for start, end in shown for p in range(start, end)}
         expected = {
             int(p): v
             for p, v in zip(whole.active_at, whole.active_value, strict=True)

@@ -340,8 +340,9 @@ def ask(url: str) -> tuple[int, dict[str, Any]]:
         return error.code, json.load(error)
 
 
-def test_a_long_study_holds_up_no_card_and_few_run_at_once() -> None:
+def test_a_long_study_holds_up_no_card_and_few_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow()
+    monkeypatch.setattr(server, "Desk", partial(Desk, waiting=6))
     with serving(make_app(slow, dives=slow)) as address, ThreadPoolExecutor(16) as pool:
         asked = [pool.submit(ask, f"{address}/api/dive/3?proxy=p{i}") for i in range(12)]
         assert slow.begun.acquire(timeout=10)
@@ -360,12 +361,13 @@ def test_a_long_study_holds_up_no_card_and_few_run_at_once() -> None:
 
 def test_a_study_that_takes_too_long_is_given_up_and_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow()
-    monkeypatch.setattr(server, "Desk", partial(Desk, seconds=0.2))
+    monkeypatch.setattr(server, "Desk", partial(Desk, seconds=0.2, patience=0.2))
     with serving(make_app(slow, dives=slow)) as address:
-        for i in range(3):
+        for i in range(2):
             status, said = ask(f"{address}/api/dive/3?proxy=p{i}")
             assert status == 504
             assert "0.2 s" in said["error"]
+        assert ask(f"{address}/api/dive/3?proxy=p2")[0] == 503
         assert slow.n == 2, "the third found both places taken by the first two"
         slow.go.set()
         deadline = time.monotonic() + 10

@@ -6,18 +6,22 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from browsing import serving
 from dive_index import DEAD
 from headscope.explorer.cards import IndexCards
+from headscope.explorer.dives import IndexDives
 from headscope.explorer.export import export_folder, export_html
 from headscope.explorer.families import IndexFamilies
 from headscope.explorer.head_pages import CONTRIBUTES, IndexHeads
 from headscope.explorer.page_routes import FamilySource, HeadSource
 from headscope.explorer.server import make_app
+from headscope.index.labels import Judgement, LabelStore
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.stats import wilson
@@ -25,7 +29,7 @@ from headscope.studies import superposition
 from headscope.studies.induction import Reading, compare_rule, head_share
 from headscope.studies.induction_composite import Criteria, induction_features
 from headscope.studies.induction_store import save_columns
-from role_index import HOSTILE, LABELLED, MEMBERS, add_induction, live_latents, pages_of, score_of, studied
+from role_index import HOSTILE, LABELLED, MEMBERS, add_induction, add_kinds, live_latents, pages_of, score_of, studied
 
 BASE = "http://127.0.0.1:8000"
 PATHS = ("families", "family/induction", "family/induction/1.1", "family/token", "heads", "head/0.0", "head/1.2")
@@ -188,6 +192,36 @@ def test_cards_name_the_families_of_a_feature(index: FeatureIndex) -> None:
     assert cards.feature(5)["families"] == []
 
 
+def test_what_studies_and_people_add_is_shown_by_a_server_that_runs(bare: FeatureIndex) -> None:
+    app = make_app(IndexCards(bare), dives=IndexDives(bare), roles=pages_of(bare))
+    client = TestClient(app, base_url=BASE)
+
+    def asked() -> dict[str, Any]:
+        return {path: client.get(f"/api/{path}").json() for path in ("feature/6", "table", "start/6", *PATHS)}
+
+    before = asked()
+    assert before["feature/6"]["families"] == []
+    assert before["start/6"]["columns"] == {}
+    add_induction(bare)
+    add_kinds(bare)
+    after = asked()
+    assert after["feature/6"]["families"] == ["induction", "token"]
+    assert set(after["table"]["rows"]) - set(before["table"]["rows"]) == {"proxies.kind"}
+    assert set(after["start/6"]["columns"]) == {"induction", "proxies"}
+    assert after["family/induction"]["missing"] is None
+    assert before["head/1.2"]["families"] != after["head/1.2"]["families"]
+    add_induction(bare, members=(4, 8, 10))
+    assert asked()["feature/6"]["families"] == ["token"], "columns that are written anew"
+    LabelStore(bare).add(4, "a", Judgement(verdict="interpretable", text="a text"))
+    labels = [
+        dict(zip(rows["latent"], rows["label"], strict=True))[4]
+        for rows in (found["family/induction"]["rows"] for found in (after, asked()))
+    ]
+    assert labels == [None, "a text"]
+    shutil.rmtree(bare.folder / "columns")
+    assert asked()["feature/6"] == before["feature/6"]
+
+
 # --------------------------------------------------------------------------------------------------------------- heads
 def test_the_grid_has_every_head_and_its_scores(index: FeatureIndex) -> None:
     found = IndexHeads(index).heads()
@@ -336,11 +370,11 @@ def test_writing_and_other_sites_are_refused(client: TestClient) -> None:
         assert client.get(f"/api/{path}", headers={"origin": "http://evil.example"}).status_code == 403
 
 
-def test_many_at_once_get_the_same(client: TestClient) -> None:
+def test_many_at_once_get_the_same(client: TestClient, index: FeatureIndex) -> None:
     alone = {path: client.get(f"/api/{path}").content for path in PATHS}
-    with ThreadPoolExecutor(12) as pool:
-        found = list(pool.map(lambda path: (path, client.get(f"/api/{path}").content), 8 * PATHS))
-    assert all(content == alone[path] for path, content in found)
+    with serving(make_app(IndexCards(index), roles=pages_of(index))) as address, ThreadPoolExecutor(12) as pool:
+        found = pool.map(lambda path: (path, urlopen(f"{address}/api/{path}", timeout=30).read()), 8 * PATHS)
+        assert all(content == alone[path] for path, content in found)
 
 
 def test_a_server_without_pages_has_none_of_the_routes(index: FeatureIndex) -> None:

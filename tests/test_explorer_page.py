@@ -75,6 +75,29 @@ def shown_ids(page: Page, n: int = 5) -> list[int]:
     return [int(str(row.get_attribute("data-latent"))) for row in page.locator("[data-table] a.row").all()[:n]]
 
 
+# --- a busy server
+
+
+def test_a_server_that_is_busy_is_asked_again_and_one_that_stays_so_is_said(browser: Browser, address: str) -> None:
+    asked: list[str] = []
+
+    def refuse(route: Route) -> None:
+        asked.append(route.request.url)
+        if asked.count(route.request.url) > 2 and not route.request.url.endswith("/5"):
+            route.continue_()
+        else:
+            route.fulfill(status=503, headers={"retry-after": "0.01"}, json={"error": "ask again in a moment"})
+
+    with quiet_page(browser, allowed="503") as page:
+        page.route("**/api/feature/*", refuse)
+        page.goto(f"{address}/f/3")
+        card(page, 3)
+        assert asked.count(f"{address}/api/feature/3") == 3
+        page.goto(f"{address}/f/5")
+        expect(page.locator("[data-error]")).to_contain_text("ask again in a moment")
+        assert asked.count(f"{address}/api/feature/5") == 5
+
+
 # --- the table
 
 

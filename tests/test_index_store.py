@@ -21,8 +21,9 @@ import torch
 
 from cases import each
 from headscope.errors import HeadscopeError, IndexFormatError
+from headscope.explorer.answers import dump_json
 from headscope.explorer.cards import IndexCards
-from headscope.explorer.server import about_of, dump_json
+from headscope.explorer.server import about_of
 from headscope.index.build import SAERecord, build_index
 from headscope.index.config import IndexPlan
 from headscope.index.schema import COLUMNS

@@ -349,7 +349,7 @@ def posted(address: str, text: str) -> tuple[int, dict[str, Any]]:
 
 def test_few_run_at_once_and_those_without_a_place_are_told(live: LiveIndex, circuits: PromptCircuits) -> None:
     slow = Slow(live)
-    app = make_app(IndexCards(live.index), TOKEN, prompts=PromptRoutes(slow, circuits))
+    app = make_app(IndexCards(live.index), TOKEN, prompts=PromptRoutes(slow, circuits, desk=Desk(waiting=6)))
     with serving(app) as address, ThreadPoolExecutor(16) as pool:
         asked = [pool.submit(posted, address, f"prompt {i}") for i in range(12)]
         assert slow.begun.acquire(timeout=10)

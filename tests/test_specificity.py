@@ -1,10 +1,10 @@
 """A feature against a proxy: every number against one counted token by token."""
 
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from math import isfinite
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,10 +29,10 @@ class ArrayIndex(FeatureIndex):
 
     def __init__(self, f: np.ndarray, document: np.ndarray, is_text: np.ndarray) -> None:
         self.manifest = {"corpus": {"name": "arrays", "block_size": BLOCK}}
-        self.f, self.table_ = f, pa.table({"document": document, "is_text": is_text})
+        self.f, self.corpus = f, {"document": document.reshape(-1, BLOCK), "is_text": is_text.reshape(-1, BLOCK)}
 
-    def sql(self, query, parameters=None) -> pa.Table:
-        return self.table_
+    def each_blocks(self) -> Iterator[dict[str, np.ndarray]]:
+        yield self.corpus
 
     def activations(self, latent: int) -> Activations:
         position = np.flatnonzero(self.f)

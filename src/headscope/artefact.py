@@ -134,6 +134,28 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
     )
 
 
+Stamp = tuple[tuple[str, int, int, int], ...]
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Return what changes when a file, or any file of a folder, is written, replaced or removed: cheap to ask for.
+
+    Name, time, size and number of each file; nothing of what does not exist. Scratch files, whose names begin with a
+    dot, do not count.
+    """
+    path = Path(path)
+    try:
+        found = list(os.scandir(path)) if path.is_dir() else [path]
+    except OSError:
+        return ()
+    stamps = []
+    for item in found:
+        with suppress(OSError):
+            status = item.stat()
+            stamps.append((item.name, status.st_mtime_ns, status.st_size, status.st_ino))
+    return tuple(sorted(stamp for stamp in stamps if not stamp[0].startswith(".")))
+
+
 def file_hash(path: Path) -> str:
     """Return the SHA-256 of a file, as `sha256:<hex>`."""
     with Path(path).open("rb") as file:

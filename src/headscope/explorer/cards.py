@@ -1,6 +1,6 @@
 """From an index to what the page shows: records in, JSON-able dictionaries out. No torch."""
 
-from functools import cached_property
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,8 @@ from headscope.explorer.answers import Json
 from headscope.explorer.examples import LEAN, WHOLE, corpus_json, example_runs, examples_json, text_runs
 from headscope.explorer.families import member_of
 from headscope.explorer.numbers import short, significant
-from headscope.index.columns import read_columns
 from headscope.index.config import QUANTILES
-from headscope.index.records import ExampleGroup, Feature, Shares, Sources
+from headscope.index.records import DrawnGroup, Feature, Shares, Sources
 from headscope.index.store import FeatureIndex
 from headscope.names import shown
 from headscope.sae.quality_table import quality_rows
@@ -81,7 +80,7 @@ class IndexCards:
 
     def table(self) -> Json:
         """One row a latent, by column."""
-        table = self._studied
+        table = self._index.table()
         shown = [name for name in table.column_names if "." not in name or name in _STUDY_COLUMNS]
         rows = {name: _values(table[name]) for name in shown}
         for name in ("top_head", "decoder_head"):
@@ -100,7 +99,7 @@ class IndexCards:
         for name, (label, kind, listed) in _STUDY_COLUMNS.items():
             study, column = name.split(".")
             if name in table.column_names:
-                definition = read_columns(self._index.folder, study)[1]["definitions"][column]
+                definition = self._index.study(study)[1]["definitions"][column]
                 made.append(_column(name, label, kind, definition, listed=listed))
         return made
 
@@ -114,12 +113,11 @@ class IndexCards:
             feature = self._index.feature(latent)
         except IndexFormatError as error:
             raise IndexError(str(error)) from error
-        groups = self._index.examples(latent)
-        examples = list({e.position: e for group in groups for e in group.examples}.values())
+        groups, examples = self._index.example_columns(latent)
         size = self._block_size
-        runs = [example_runs(e, size) for e in examples]
-        number = {e.position: i for i, e in enumerate(examples)}
-        first = {number[e.position] for group in groups if group.kind in _FIRST for e in group.examples}
+        runs = example_runs(examples, size)
+        number = {position: i for i, position in enumerate(examples.position.tolist())}
+        first = {number[position] for group in groups if group.kind in _FIRST for position in group.positions}
         brief = np.array([lean and i not in first for i in range(len(examples))], dtype=bool)
         thresholds = self._index.manifest["thresholds"] if feature.alive else []
         found = [self._index.sources(latent, threshold) for threshold in thresholds]
@@ -129,22 +127,17 @@ class IndexCards:
             "stats": self._stats(feature),
             "histogram": _histogram(feature),
             "heads": _heads(feature.shares),
-            "families": member_of(self._studied, latent),
+            "families": member_of(self._index.table(), latent),
             "logits": _logits(feature),
             "copying": {"top": _pairs(feature.copy_top), "rank": short(feature.copy_rank)},
             "sources": [_sources(sources) for sources in found if sources is not None],
             "correlated": [[c.latent, *significant([c.pearson, c.decoder_cosine], 3)] for c in feature.correlated],
             "bias": short(feature.bias, 6),
-            "residual": short(max((abs(e.residual) for e in examples), default=None), 1),
+            "residual": short(float(np.abs(examples.residual).max()) if len(examples) else None, 1),
             "examples": examples_json(examples, runs, brief, size, LEAN if lean else WHOLE),
             "groups": [_group(group, number) for group in groups],
-            **corpus_json(text_runs((e.position // size for e in examples), runs), self._index),
+            **corpus_json(text_runs((examples.position // size).tolist(), runs), self._index),
         }
-
-    @cached_property
-    def _studied(self) -> pa.Table:
-        """The index's table with what studies added, as it is when it is first asked for; the list is kept too."""
-        return self._index.table()
 
     def context(self, block: int) -> Json:
         """All tokens of one block, in the form of a card's text.
@@ -155,6 +148,10 @@ class IndexCards:
         if not 0 <= block < self._index.n_blocks:
             raise IndexError(f"blocks 0 to {self._index.n_blocks - 1}")
         return corpus_json({block: [(0, self._block_size)]}, self._index)
+
+    def stamp(self) -> Hashable:
+        """What changes when a study adds to the index: nothing else of it does."""
+        return self._index.stamp()
 
     def _stats(self, feature: Feature) -> Json:
         n_tokens = self._index.manifest["corpus"]["n_tokens"]
@@ -232,7 +229,7 @@ def _sources(sources: Sources) -> Json:
     }
 
 
-def _group(group: ExampleGroup, number: dict[int, int]) -> Json:
+def _group(group: DrawnGroup, number: dict[int, int]) -> Json:
     return {
         "kind": group.kind,
         "index": group.number,
@@ -242,8 +239,8 @@ def _group(group: ExampleGroup, number: dict[int, int]) -> Json:
         "n": group.n,
         "share_active": short(group.share_active),
         "share_mass": short(group.share_mass),
-        "examples": [number[e.position] for e in group.examples],
-        "same": [e.duplicates for e in group.examples],
+        "examples": [number[position] for position in group.positions],
+        "same": list(group.duplicates),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from headscope.errors import HeadscopeError, IndexFormatError, StudyError
 from headscope.explorer.answers import Json
 from headscope.explorer.study_json import effects_json, logits_json, predictions_json, specificity_json
-from headscope.index.columns import read_columns, studies
+from headscope.index.columns import studies
 from headscope.index.store import FeatureIndex
 from headscope.proxies import (
     Or,
@@ -153,8 +153,8 @@ class IndexDives:
         top = feature.logit_top[0][0]
         text_sources = [t for t in sources.tokens if t.token not in special]
         from_tokens = [t.token for i, t in enumerate(text_sources[:_SUGGESTED]) if i == 0 or t.share >= _LARGE]
-        examples = self._index.sql("SELECT example_tokens FROM features WHERE latent = ?", [latent])
-        on_tokens = [t for t in examples["example_tokens"][0].as_py() if t not in special][:_SUGGESTED]
+        examples = self._index.table()["example_tokens"][latent].as_py()
+        on_tokens = [t for t in examples if t not in special][:_SUGGESTED]
         made: list[tuple[Proxy, str]] = []
         if on_tokens:
             made.append((token_in(map(vocabulary.name, on_tokens)), "the tokens of its strongest examples"))
@@ -168,7 +168,7 @@ class IndexDives:
     def _columns(self, study: str, latent: int) -> Json:
         """What one study added for a feature; columns of another index are refused, and why is said."""
         try:
-            table, provenance = read_columns(self._index.folder, study)
+            table, provenance = self._index.study(study)
         except HeadscopeError as error:
             return {"refused": f"{error.got}. {error.do}"}
         row = table.slice(latent, 1).to_pylist()[0]

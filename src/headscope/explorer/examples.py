@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from headscope.explorer.answers import Json
-from headscope.index.records import Example
+from headscope.index.records import ExampleColumns
 from headscope.index.store import FeatureIndex
 
 Runs = dict[int, list[tuple[int, int]]]
@@ -43,7 +43,7 @@ LEAN = Detail(decimals=2, small=0.01, attention=0.05, attended=0.2, n_sources=3)
 
 
 def examples_json(
-    examples: Sequence[Example],
+    examples: ExampleColumns,
     runs: Sequence[list[tuple[int, int]]],
     brief: Bool[np.ndarray, " example"],
     block_size: int,
@@ -61,25 +61,22 @@ def examples_json(
         block_size: tokens in a block.
         d: how much to keep.
     """
-    if not examples:
+    if not len(examples):
         return {}
-    n_heads = len(examples[0].rest)
-    pre = np.array([e.pre for e in examples], dtype=np.float64)
-    activation = np.array([e.activation for e in examples], dtype=np.float64)
+    pre, activation = examples.pre.astype(np.float64), examples.activation.astype(np.float64)
     unit = np.floor(np.log10(np.maximum(np.abs(pre), 1e-9))).astype(np.int64) - d.decimals
     scale = 10.0**-unit
-    block, destination = np.divmod(np.array([e.position for e in examples]), block_size)
-    counts = np.array([len(e.sources) for e in examples])
+    block, destination = np.divmod(examples.position, block_size)
+    counts = examples.n_sources
     owner = np.repeat(np.arange(len(examples)), counts)
     rank = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    exact = _stack([s.heads for e in examples for s in e.sources], n_heads) * scale[owner, None]
-    pattern = _stack([s.pattern for e in examples for s in e.sources], n_heads)
+    exact = examples.source_heads.astype(np.float64) * scale[owner, None]
+    pattern = examples.source_pattern.astype(np.float64)
     large = np.abs(exact) >= np.abs(d.small * pre * scale)[owner, None]
     kept = (large.any(1) | (pattern >= d.attended).any(1)) & ~(brief[owner] & (rank >= d.n_sources))
     shown = np.where(large & kept[:, None], np.rint(exact), 0.0)
-    rest = _stack([e.rest for e in examples], n_heads) * scale[:, None]
+    rest = examples.rest.astype(np.float64) * scale[:, None]
     np.add.at(rest, owner, exact - shown)
-    position = np.array([s.position for e in examples for s in e.sources], dtype=np.int64)
     seen = (pattern >= d.attention) & ~brief[owner, None]  # attention, in percent
     columns = {
         "block": block,
@@ -87,7 +84,7 @@ def examples_json(
         "unit": unit,
         "act": np.rint(activation * scale),
         "n_src": np.bincount(owner[kept], minlength=len(examples)),
-        "offset": (destination[owner] - position)[kept],
+        "offset": (destination[owner] - examples.source)[kept],
         "other": np.rint((exact - shown).sum(1))[kept],
         "rest": _round_keeping_sums(rest).ravel(),
         **_sparse("dfa", shown[kept], large[kept]),
@@ -102,10 +99,6 @@ def examples_json(
     }
 
 
-def _stack(rows: list[np.ndarray], n_columns: int) -> Float[np.ndarray, "row column"]:
-    return np.stack(rows).astype(np.float64) if rows else np.zeros((0, n_columns))
-
-
 def _sparse(name: str, values: Float[np.ndarray, "row head"], where: Bool[np.ndarray, "row head"]) -> dict[str, Any]:
     """What stands `where`, row by row: how many in each, which heads, which values."""
     return {f"n_{name}": where.sum(1), f"{name}_head": np.nonzero(where)[1], name: values[where]}
@@ -118,34 +111,42 @@ def _round_keeping_sums(values: Float[np.ndarray, "row head"]) -> Int[np.ndarray
 
 
 def _others(
-    examples: Sequence[Example],
+    examples: ExampleColumns,
     runs: Sequence[list[tuple[int, int]]],
     scale: np.ndarray,
     destination: np.ndarray,
     block_size: int,
 ) -> dict[str, Any]:
     """Where else a feature is active in the text kept with each example, and how strongly."""
-    counts, offsets, values = [], [], []
-    for i, (e, own) in enumerate(zip(examples, runs, strict=True)):
-        shown = np.zeros(block_size, dtype=bool)
+    shown = np.zeros((len(examples), block_size), dtype=bool)
+    for row, own in zip(shown, runs, strict=True):
         for start, end in own:
-            shown[start:end] = True
-        shown[destination[i]] = False
-        near = shown[e.active_at]
-        counts.append(int(near.sum()))
-        offsets.append(destination[i] - e.active_at[near])
-        values.append(e.active_value[near] * scale[i])
-    return {"n_on": np.array(counts), "on_offset": np.concatenate(offsets), "on": np.rint(np.concatenate(values))}
+            row[start:end] = True
+    shown[np.arange(len(examples)), destination] = False
+    owner, at = np.repeat(np.arange(len(examples)), examples.n_active), examples.active_at
+    near = shown[owner, at]
+    owner, at, value = owner[near], at[near], examples.active_value[near]
+    return {
+        "n_on": np.bincount(owner, minlength=len(examples)),
+        "on_offset": destination[owner] - at,
+        "on": np.rint(value * scale[owner]),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ the text
-def example_runs(example: Example, block_size: int) -> list[tuple[int, int]]:
-    """Stretches of its block that an example's windows show: around the destination and each source."""
-    destination = example.position % block_size
+def example_runs(examples: ExampleColumns, block_size: int) -> list[list[tuple[int, int]]]:
+    """Of each example, the stretches of its block that its windows show: around the destination and each source."""
+    sources, ends = examples.source.tolist(), np.cumsum(examples.n_sources)
+    places = np.stack([examples.position % block_size, ends - examples.n_sources, ends], axis=1).tolist()
+    return [windows(destination, sources[start:end], block_size) for destination, start, end in places]
+
+
+def windows(destination: int, sources: Sequence[int], block_size: int) -> list[tuple[int, int]]:
+    """Stretches around a destination and its sources, the largest first."""
     wanted = [(destination - _REACH, destination + _REACH + 1)]
-    for rank, source in enumerate(example.sources):
+    for rank, source in enumerate(sources):
         reach = _REACH_SOURCE if rank else _REACH_TOP_SOURCE
-        wanted.append((source.position - reach, source.position + reach + 1))
+        wanted.append((source - reach, source + reach + 1))
     return join_runs([(max(0, start), min(block_size, end)) for start, end in wanted])
 
 
@@ -182,7 +183,7 @@ def corpus_json(runs: Runs, index: FeatureIndex) -> Json:
     where, names = {}, {}
     for block, own in runs.items():
         document = index.documents_of(block)
-        starts = np.flatnonzero(np.diff(document, prepend=-1)).tolist()
+        starts = [0, *(np.flatnonzero(document[1:] != document[:-1]) + 1).tolist()]
         where[block] = [[start, int(document[start])] for start in starts if start < own[-1][1]]
         names |= {number: index.documents[number] for _, number in where[block]}
     return {"text": text_json(runs, index.tokens_of), "document_at": where, "documents": names}

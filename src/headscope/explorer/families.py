@@ -5,7 +5,7 @@ columns); the families of proxies against the correlation of their best proxy (`
 no model: what no study has added to the index is said, with the command that adds it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
+from headscope.artefact import stamp_of
 from headscope.errors import HeadscopeError, IndexFormatError, LabelError
 from headscope.explorer.answers import Json
 from headscope.explorer.numbers import significant
 from headscope.explorer.study_json import measure_json
-from headscope.index.columns import read_columns, studies
+from headscope.index.columns import studies
 from headscope.index.head_records import HeadTables
 from headscope.index.labels import LabelStore
 from headscope.index.store import FeatureIndex
@@ -81,6 +82,10 @@ class IndexFamilies:
         said = {key: provenance[key] for key in ("created", "headscope", "settings")}
         return {"name": name, "missing": None, "n": str(provenance["n"]), **said, **members}
 
+    def stamp(self) -> Hashable:
+        """What changes when people label a feature; the index's own stamp, when a study looks for members."""
+        return stamp_of(LabelStore(self._index).path)
+
     def _summary(self, name: str) -> Json:
         try:
             columns = self._columns(name)
@@ -99,7 +104,7 @@ class IndexFamilies:
         if study not in studies(folder):
             raise _MissingError(f"No study has looked for this family: the index has no columns {study!r}.", command)
         try:
-            table, provenance = read_columns(folder, study)
+            table, provenance = self._index.study(study)
             words = provenance["definitions"]
             if study == INDUCTION:
                 judged = table.filter(table["verdict"].is_valid())

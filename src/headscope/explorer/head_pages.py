@@ -113,7 +113,7 @@ class IndexHeads:
             return {"missing": f"The table {table!r} of heads is refused: {error.got}.", "command": _COMMAND}
 
     # -------------------------------------------------------------------------------------------- what the index knows
-    @cached_property
+    @property
     def _table(self) -> pa.Table:
         return self._index.table()
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from headscope.errors import HeadscopeError, LabelError
-from headscope.explorer.answers import Json, answer, dump_json, failure, json_object, number_of
+from headscope.explorer.answers import Json, answer, failure, json_object, number_of, pack_json
 from headscope.index.labels import (
     CONFIDENCES,
     FAMILIES,
@@ -176,12 +176,12 @@ class LabelRoutes:
 async def _answered(request: Request, work: Callable[[], Json]) -> Response:
     """What `work` gives, or what is wrong."""
     try:
-        body = await run_in_threadpool(lambda: dump_json(work()))
+        packed = await run_in_threadpool(lambda: pack_json(work()))
     except LabelError as error:
         return failure(400, error.got, expected=error.expected, do=error.do)
     except HeadscopeError as error:
         return failure(500, error.got, expected=error.expected, do=error.do)
-    return answer(request, body, "application/json")
+    return answer(request, packed)
 
 
 def _object(body: bytes, types: dict[str, type]) -> Json:

@@ -1,15 +1,15 @@
 """The routes of the pages of families and heads. Each answer is a file of an exported folder too (`page_paths`)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol, runtime_checkable
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from headscope.errors import HeadscopeError
-from headscope.explorer.answers import Json, answer, dump_json, failure
+from headscope.explorer.answers import Json, failure
+from headscope.explorer.desk import Desk
 
 _LONGEST = 40  # characters of a name that is repeated in an answer
 
@@ -28,6 +28,10 @@ class FamilySource(Protocol):
         Raises:
             KeyError: there is no such family, or no such head for it.
         """
+        ...
+
+    def stamp(self) -> Hashable:
+        """A value that changes when people have labelled a feature; cheap, as every request asks for it."""
         ...
 
 
@@ -55,8 +59,8 @@ class PageRoutes:
         """Answer from these."""
         self._families, self._heads = families, heads
 
-    def routes(self, shell: Callable) -> list[Route]:
-        """For the application: the addresses of the pages, which `shell` answers, and their JSON."""
+    def routes(self, shell: Callable, desk: Desk) -> list[Route]:
+        """For the application: the addresses of the pages, which `shell` answers, and their JSON, made at `desk`."""
         pages = ("/families", "/family/{name}", "/heads", "/head/{name}")
         made: dict[str, Callable[..., Json]] = {
             "/api/families": self._families.families,
@@ -65,7 +69,8 @@ class PageRoutes:
             "/api/heads": self._heads.heads,
             "/api/head/{name}": self._heads.head,
         }
-        return [*(Route(path, shell) for path in pages), *(Route(path, _of(method)) for path, method in made.items())]
+        asked = [Route(path, self._of(method, desk)) for path, method in made.items()]
+        return [*(Route(path, shell) for path in pages), *asked]
 
     def every(self) -> Iterator[tuple[str, Json]]:
         """All answers, by the path of each below `/api/`: what an export holds."""
@@ -80,16 +85,15 @@ class PageRoutes:
         for name in (head["name"] for layer in grid["layers"] for head in layer):
             yield f"head/{name}", self._heads.head(name)
 
+    def _of(self, method: Callable[..., Json], desk: Desk) -> Callable:
+        async def endpoint(request: Request) -> Response:
+            asked, key = request.path_params, ("pages", self._families.stamp(), request.url.path)
+            try:
+                return await desk.answered(key, lambda: method(**asked), request, others="pages")
+            except KeyError as error:
+                named = ", ".join(value[:_LONGEST] for value in asked.values())
+                return failure(404, f"there is no {named}: {error.args[0]}")
+            except HeadscopeError as error:
+                return failure(500, str(error))
 
-def _of(method: Callable[..., Json]) -> Callable:
-    async def endpoint(request: Request) -> Response:
-        try:
-            body = await run_in_threadpool(lambda: dump_json(method(**request.path_params)))
-        except KeyError as error:
-            asked = ", ".join(value[:_LONGEST] for value in request.path_params.values())
-            return failure(404, f"there is no {asked}: {error.args[0]}")
-        except HeadscopeError as error:
-            return failure(500, str(error))
-        return answer(request, body, "application/json")
-
-    return endpoint
+        return endpoint

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from headscope.errors import HeadscopeError, IndexFormatError, StudyError
-from headscope.explorer.answers import Json, answer, dump_json, failure, json_object
+from headscope.explorer.answers import Json, answer, failure, json_object, pack_json
 from headscope.explorer.circuit_json import CircuitSource, level_json, path_of, qk_json
 from headscope.explorer.desk import Desk
 from headscope.explorer.prompt_json import dfa_json, features_json, next_json, run_json
@@ -121,7 +121,7 @@ class PromptRoutes:
         """What can be asked."""
         n_layers, n_heads = self.source.heads
         said = {"bos": self.source.bos, "n_layers": n_layers, "n_heads": n_heads, "context": self.source.context}
-        return answer(request, dump_json(said), "application/json")
+        return answer(request, pack_json(said))
 
     # --------------------------------------------------------------------------------------------------------- answers
     def run(self, *, prompt: Json, ablations: list[str]) -> Json:

@@ -9,26 +9,25 @@ import errno
 import secrets
 import socket
 import sys
-import threading
+import time
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from importlib import resources
 from typing import Protocol, runtime_checkable
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.middleware.gzip import GZipMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headscope.errors import HeadscopeError, ServerError
-from headscope.explorer.answers import Json, answer, dump_json, failure, number_of
+from headscope.explorer.answers import Json, Kept, answer, failure, number_of, pack
+from headscope.explorer.connections import MOST_REQUESTS, Connection, Crowd
 from headscope.explorer.desk import Desk
 from headscope.explorer.labelling import LabelRoutes
 from headscope.explorer.page_routes import PageRoutes
@@ -40,6 +39,7 @@ TOKEN_HEADER = "x-headscope-token"
 """Where a request that writes gives the token of the page."""
 
 _HOST = "127.0.0.1"
+_SWITCH_S = 0.0005  # after so long a thread that computes gives way to the event loop; else it is 5 ms
 _TOKEN_MARK = b"{{token}}"
 _MEDIA = {".js": "text/javascript", ".css": "text/css", ".html": "text/html"}
 _POLICY = (
@@ -110,6 +110,10 @@ class CardSource(Protocol):
         """
         ...
 
+    def stamp(self) -> Hashable:
+        """A value that changes when any of the answers may have changed; cheap, as every request asks for it."""
+        ...
+
 
 def about_of(
     source: CardSource,
@@ -148,9 +152,12 @@ class _Guard:
         self.app, self.token = app, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = time.perf_counter()
+
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *_SAFETY.items()]
+                took = f"total;dur={(time.perf_counter() - start) * 1e3:.1f}"  # browsers show it beside the request
+                message["headers"] = [*message["headers"], *_SAFETY.items(), (b"server-timing", took.encode())]
             await send(message)
 
         refusal = self._refusal(scope)
@@ -172,14 +179,13 @@ class _Guard:
 
 
 class _Pages:
-    """The answers to each route. Calls of the source are made one at a time, off the event loop."""
+    """The answers to each route; what is asked of the source is computed at a desk."""
 
-    def __init__(self, source: CardSource, token: str, **parts: bool) -> None:
-        self.source, self.about = source, partial(about_of, source, **parts)
-        self.files = static_files()
-        self.page = self.files["index.html"].replace(_TOKEN_MARK, token.encode())
-        self.lock = threading.Lock()
-        self.kept: dict[str, bytes] = {}
+    def __init__(self, source: CardSource, token: str, desk: Desk, **parts: bool) -> None:
+        self.source, self.desk, self.about = source, desk, partial(about_of, source, **parts)
+        files = static_files()
+        self.page = pack(files["index.html"].replace(_TOKEN_MARK, token.encode()))
+        self.files = {name: pack(body) for name, body in files.items()}
 
     async def shell(self, request: Request) -> Response:
         return answer(request, self.page, "text/html")
@@ -191,31 +197,30 @@ class _Pages:
         return answer(request, self.files[name], _MEDIA[_suffix(name)])
 
     async def whole(self, request: Request, *, name: str) -> Response:
-        """`/api/about`, `/api/vocab`, `/api/table`: made once, then kept."""
-        if name not in self.kept:
-            made = self.about if name == "about" else getattr(self.source, name)
-            try:
-                self.kept[name] = await run_in_threadpool(self._read, made)
-            except HeadscopeError as error:
-                return failure(500, str(error))
-        return answer(request, self.kept[name], "application/json")
+        """`/api/about`, `/api/vocab`, `/api/table`."""
+        made = self.about if name == "about" else getattr(self.source, name)
+        try:
+            return await self.desk.answered((name,), made, request, others="cards")
+        except HeadscopeError as error:
+            return failure(500, str(error))
 
     async def one(self, request: Request, *, name: str) -> Response:
         """`/api/feature/{number}` and `/api/context/{number}`."""
         number = number_of(request, name)
         if isinstance(number, Response):
             return number
+        made = partial(getattr(self.source, name), number)
         try:
-            body = await run_in_threadpool(self._read, getattr(self.source, name), number)
+            return await self.desk.answered((name, number), made, request, others="cards")
         except IndexError as error:
             return failure(404, f"there is no {name} {number}: {error}")
         except HeadscopeError as error:
             return failure(500, str(error))
-        return answer(request, body, "application/json")
 
-    def _read(self, method: Callable[..., Json], *arguments: int) -> bytes:
-        with self.lock:
-            return dump_json(method(*arguments))
+
+async def _gone(_request: Request, _error: Exception) -> Response:
+    """Nothing can be said to a client that left before its request was whole; it is no fault of the server's either."""
+    return failure(400, "the request was not whole")
 
 
 def make_app(
@@ -245,8 +250,11 @@ def make_app(
     """
     token = token or secrets.token_urlsafe(32)
     parts = {"dives": dives, "upstream": upstream, "labels": labels, "pages": roles, "prompts": prompts}
-    pages = _Pages(source, token, **{name: part is not None for name, part in parts.items()})
-    desk = Desk()  # one for all studies: what they compute at a time is of this machine, not of a tab
+    kept = Kept()
+    quick = Desk(waiting=MOST_REQUESTS, kept=kept, stamp=source.stamp)  # cards do not wait for studies
+    # one for all studies, as what runs at a time is of this machine and not of a tab
+    desk = Desk(kept=kept, stamp=source.stamp, ahead=quick)
+    pages = _Pages(source, token, quick, **{name: part is not None for name, part in parts.items()})
     wholes = [Route(f"/api/{name}", partial(pages.whole, name=name)) for name in ("about", "vocab", "table")]
     ones = [Route(f"/api/{name}/{{number}}", partial(pages.one, name=name)) for name in ("feature", "context")]
     return Starlette(
@@ -258,13 +266,14 @@ def make_app(
             Route("/static/{name}", pages.static),
             *wholes,
             *ones,
-            *(StudyRoutes(dives, desk).routes() if dives else []),
-            *(UpstreamRoutes(upstream, desk).routes() if upstream else []),
+            *(StudyRoutes(dives, desk, quick).routes() if dives else []),
+            *(UpstreamRoutes(upstream, desk, quick).routes() if upstream else []),
             *([Route("/label", pages.shell), *labels.routes()] if labels else []),
-            *(roles.routes(pages.shell) if roles else []),
+            *(roles.routes(pages.shell, quick) if roles else []),
             *(prompts.routes() if prompts else []),
         ],
-        middleware=[Middleware(_Guard, token=token), Middleware(GZipMiddleware, minimum_size=1000)],
+        middleware=[Middleware(_Guard, token=token), Middleware(Crowd)],
+        exception_handlers={ClientDisconnect: _gone},
     )
 
 
@@ -314,15 +323,19 @@ def serve(
         app,
         log_level="warning",
         lifespan="off",
+        http=Connection,
         ws="none",
         server_header=False,
         timeout_graceful_shutdown=1,
     )
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
     try:
         _Server(config, listening).run(sockets=[listener])
     except KeyboardInterrupt:
         pass  # the way to end it
     finally:
+        sys.setswitchinterval(before)
         listener.close()
 
 

@@ -60,9 +60,10 @@ class DiveSource(Protocol):
 class StudyRoutes:
     """`/api/start/18`, and with `?proxy=...`: `/api/dive/18`, `/api/effects/18`, `/api/predictions/18`."""
 
-    def __init__(self, source: DiveSource, desk: Desk | None = None) -> None:
-        """Answer from `source`, computing at `desk`."""
+    def __init__(self, source: DiveSource, desk: Desk | None = None, quick: Desk | None = None) -> None:
+        """Answer from `source`, computing studies at `desk` and what only looks something up at `quick`."""
         self.source, self.desk = source, desk or Desk()
+        self.quick = quick or self.desk
 
     def routes(self) -> list[Route]:
         """For the application."""
@@ -82,15 +83,16 @@ class StudyRoutes:
                 return failure(400, "the proxy is empty: expected one, as in ?proxy=token_in([...])")
             if len("".join(arguments)) > MAX_PROXY:
                 return failure(400, f"a proxy of {len(arguments[0]):,} characters: expected at most {MAX_PROXY:,}")
-            return await self._answer(request, (name, latent, *arguments), lambda: method(latent, *arguments))
+            return await self._answer(request, ("study", name, latent, *arguments), lambda: method(latent, *arguments))
 
         return endpoint
 
     async def _answer(self, request: Request, key: tuple, work: Callable[[], Json]) -> Response:
         try:
-            return await self.desk.answered(key, work, request, others="studies")
+            desk = self.quick if key[1] == "start" else self.desk
+            return await desk.answered(key, work, request, others="studies")
         except IndexError as error:
-            return failure(404, f"there is no feature {key[1]}: {error}")
+            return failure(404, f"there is no feature {key[2]}: {error}")
         except (ProxyError, StudyError) as error:
             return failure(400, error.got, expected=error.expected, do=error.do, column=_column(error))
         except HeadscopeError as error:

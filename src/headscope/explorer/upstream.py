@@ -265,16 +265,17 @@ _STUDIES: dict[str, tuple[str, ...]] = {
 class UpstreamRoutes:
     """`/api/upstream/heads/18`, `/api/upstream/circuit/18?at=512&path=1.3`, ...: each study of `IndexUpstream`."""
 
-    def __init__(self, source: IndexUpstream, desk: Desk | None = None) -> None:
-        """Answer from `source`, computing at `desk`."""
+    def __init__(self, source: IndexUpstream, desk: Desk | None = None, quick: Desk | None = None) -> None:
+        """Answer from `source`, computing studies at `desk` and what only looks something up at `quick`."""
         self.source, self.desk = source, desk or Desk()
+        self.quick = quick or self.desk
 
     def routes(self) -> list[Route]:
         """For the application."""
         return [Route(f"/api/upstream/{name}/{{number}}", self._of(name)) for name in _STUDIES]
 
     def _of(self, name: str) -> Callable:
-        method = getattr(self.source, name)
+        method, desk = getattr(self.source, name), self.quick if name == "start" else self.desk
 
         async def endpoint(request: Request) -> Response:
             latent = number_of(request, "feature")
@@ -286,8 +287,8 @@ class UpstreamRoutes:
                 if unknown:
                     expected = f"{', '.join(_STUDIES[name]) or 'none'}"
                     raise StudyError(f"parameter {min(unknown)[:80]!r}", expected=expected, do="leave it out")
-                key = (name, latent, *given)
-                return await self.desk.answered(key, lambda: method(latent, *given), request, others="studies")
+                key = ("upstream", name, latent, *given)
+                return await desk.answered(key, lambda: method(latent, *given), request, others="studies")
             except IndexError as error:
                 return failure(404, f"there is no feature {latent}: {error}")
             except IndexFormatError as error:

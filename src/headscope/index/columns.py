@@ -26,7 +26,7 @@ from headscope.names import local
 if TYPE_CHECKING:
     from headscope.index.store import FeatureIndex
 
-_FOLDER = "columns"
+FOLDER = "columns"
 _KEY = b"headscope"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _SAID = ("settings", "definitions", "n")
@@ -51,7 +51,7 @@ def add_columns(index: "FeatureIndex", study: str, table: pa.Table, provenance: 
     """
     _check_name("study", study)
     _check_table(study, table, index.n_latents)
-    path = index.folder / _FOLDER / f"{study}.parquet"
+    path = index.folder / FOLDER / f"{study}.parquet"
     write_with_origin(index, path, table, provenance, table.column_names[1:])
     return path
 
@@ -108,7 +108,7 @@ def read_columns(folder: str | Path, study: str) -> tuple[pa.Table, dict[str, An
             expected=f"one of {', '.join(studies(folder)) or 'none: no study was made of it'}",
             do="run the study on this index first",
         )
-    path = folder / _FOLDER / f"{study}.parquet"
+    path = folder / FOLDER / f"{study}.parquet"
     manifest = read_manifest(folder)
     table, provenance = read_with_origin(path, manifest)
     _check_table(study, table, int(manifest["sae"]["d_sae"]))
@@ -140,7 +140,7 @@ def read_with_origin(path: Path, manifest: dict[str, Any]) -> tuple[pa.Table, di
 
 def studies(folder: Path) -> tuple[str, ...]:
     """The studies of which there are columns, by name."""
-    names = [path.stem for path in (folder / _FOLDER).glob("*.parquet") if path.is_file() and not path.is_symlink()]
+    names = [path.stem for path in (folder / FOLDER).glob("*.parquet") if path.is_file() and not path.is_symlink()]
     return tuple(sorted(name for name in names if _NAME.fullmatch(name)))
 
 

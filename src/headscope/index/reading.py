@@ -33,7 +33,7 @@ TABLES = (
 )
 _NUMBERED = ("features", "documents", "vocabulary")  # their first column is the number of the row
 _FILE = re.compile(r"(activations/)?[\w-]+\.\w+")
-_CACHED_TOKENS = 1 << 25  # tokens held at a time, 8 bytes each: a card shows text from all over the corpus
+_CACHED_TOKENS = 1 << 24  # tokens held at a time, 9 bytes each: a card shows text from all over the corpus
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -206,7 +206,12 @@ class ActivationRows:
 
 
 class TokenBlocks:
-    """The token table, of which some row groups are held; a block never lies in two of them."""
+    """The token table, of which some row groups are held; a block never lies in two of them.
+
+    Safe to use from several threads.
+    """
+
+    COLUMNS = ("token", "document", "is_text")
 
     def __init__(self, path: Path, block_size: int, sizes: Sizes) -> None:
         """Open; nothing is read yet."""
@@ -218,6 +223,7 @@ class TokenBlocks:
             raise ValueError(f"row groups of {sorted({*first, last})} tokens for blocks of {block_size}")
         self._blocks = rows // block_size
         self._size = block_size
+        self._lock = RLock()
         self._held: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
 
     def end_with_blocks(self) -> bool:
@@ -226,20 +232,28 @@ class TokenBlocks:
         last = following.is_null().to_numpy().reshape(-1, self._size)
         return bool((last == (np.arange(self._size) == self._size - 1)).all())
 
-    def of(self, block: int) -> dict[str, np.ndarray]:
-        """Columns of one block."""
+    def of(self, block: int, column: str) -> np.ndarray:
+        """One of `COLUMNS` of one block."""
         group, number = divmod(block, self._blocks)
-        if group not in self._held:
-            with reading(self._path):
-                columns = ["token", "document"]
-                table = self._sizes.check(self._file.read_row_group(group, columns=columns, use_threads=False))
-            self._held[group] = {name: table[name].to_numpy() for name in ("token", "document")}
-            if len(self._held) * self._blocks * self._size > _CACHED_TOKENS:
-                self._held.popitem(last=False)
-        self._held.move_to_end(group)
-        return {
-            name: values[number * self._size : (number + 1) * self._size] for name, values in self._held[group].items()
-        }
+        return self._group(group)[column][number * self._size : (number + 1) * self._size]
+
+    def each(self) -> Iterator[dict[str, np.ndarray]]:
+        """All blocks, some at a time: `COLUMNS`, each [block, position]."""
+        for group in range(self._file.metadata.num_row_groups):
+            yield {name: values.reshape(-1, self._size) for name, values in self._group(group).items()}
+
+    def _group(self, group: int) -> dict[str, np.ndarray]:
+        with self._lock:
+            if group not in self._held:
+                with reading(self._path):
+                    columns = ["token", "document", "offset"]
+                    table = self._sizes.check(self._file.read_row_group(group, columns=columns, use_threads=False))
+                token, document, offset = (table[name].to_numpy() for name in columns)
+                self._held[group] = dict(zip(self.COLUMNS, (token, document, offset > 0), strict=True))
+                if len(self._held) * self._blocks * self._size > _CACHED_TOKENS:
+                    self._held.popitem(last=False)
+            self._held.move_to_end(group)
+            return self._held[group]
 
 
 def flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -190,6 +190,50 @@ class Example:
 
 
 @dataclass(frozen=True)
+class ExampleColumns:
+    """The examples of a feature by column, for a reader of many: `Example` says what each column is.
+
+    The sources of one example follow those of the one before, and so do the active tokens around it.
+    """
+
+    position: Int[np.ndarray, " example"]
+    activation: Float[np.ndarray, " example"]
+    pre: Float[np.ndarray, " example"]
+    bias: Float[np.ndarray, " example"]
+    residual: Float[np.ndarray, " example"]
+    heads: Float[np.ndarray, "example head"]
+    rest: Float[np.ndarray, "example head"]
+    n_sources: Int[np.ndarray, " example"]
+    source: Int[np.ndarray, " source"]
+    source_heads: Float[np.ndarray, "source head"]
+    source_pattern: Float[np.ndarray, "source head"]
+    n_active: Int[np.ndarray, " example"]
+    active_at: Int[np.ndarray, " active"]
+    active_value: Float[np.ndarray, " active"]
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        return len(self.position)
+
+
+@dataclass(frozen=True)
+class DrawnGroup:
+    """An `ExampleGroup` with its examples by position."""
+
+    kind: str
+    number: int
+    low: float
+    high: float
+    n: int
+    share_active: float
+    share_mass: float
+    sampled: bool
+    positions: tuple[int, ...]
+    duplicates: tuple[int, ...]
+    """Of each example."""
+
+
+@dataclass(frozen=True)
 class ExampleGroup:
     """Some active tokens of a feature and the examples drawn from them."""
 

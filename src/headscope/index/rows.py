@@ -1,17 +1,20 @@
 """What rows of an index's tables say, as its records."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Int
 
 from headscope.index.reading import flat
 from headscope.index.records import (
     Activations,
     Correlated,
+    DrawnGroup,
     Example,
+    ExampleColumns,
     ExampleGroup,
     Feature,
     Null,
@@ -84,29 +87,42 @@ def activations_of(table: pa.Table, n_heads: int) -> Activations:
     return Activations(table["position"].to_numpy(), table["activation"].to_numpy(), np.stack(heads, axis=1))
 
 
-def groups_of(latent: int, groups: pa.Table, examples: pa.Table) -> tuple[ExampleGroup, ...]:
-    """A latent's rows of `groups`, with the examples of each.
+def drawn_groups(latent: int, groups: pa.Table, positions: Int[np.ndarray, " example"]) -> tuple[DrawnGroup, ...]:
+    """A latent's rows of `groups`; `positions` are those of its examples.
 
     Raises:
         ValueError: a kind that is not known, or a group of examples that are not there.
     """
-    by_position = {example.position: example for example in _examples(examples)}
     rows = groups.to_pylist()
-    unknown = {p for group in rows for p in group["positions"]} - set(by_position)
+    unknown = {p for group in rows for p in group["positions"]} - set(positions.tolist())
     if unknown or {group["kind"] for group in rows} - set(KINDS):
         raise ValueError(
             f"groups of latent {latent} that are of no known kind, or lack examples: {sorted(unknown)[:5]}"
         )
     plain = ("kind", "number", "low", "high", "n", "share_active", "share_mass", "sampled")
     return tuple(
-        ExampleGroup(
+        DrawnGroup(
             **{name: group[name] for name in plain},
-            examples=tuple(
-                replace(by_position[p], duplicates=d) if d else by_position[p]
-                for p, d in zip(group["positions"], group["duplicates"], strict=True)
-            ),
+            positions=tuple(group["positions"]),
+            duplicates=tuple(group["duplicates"]),
         )
         for group in rows
+    )
+
+
+def groups_of(groups: Sequence[DrawnGroup], examples: ExampleColumns) -> tuple[ExampleGroup, ...]:
+    """Groups with a record of each example."""
+    by_position = {example.position: example for example in _records(examples)}
+    plain = ("kind", "number", "low", "high", "n", "share_active", "share_mass", "sampled")
+    return tuple(
+        ExampleGroup(
+            **{name: getattr(group, name) for name in plain},
+            examples=tuple(
+                replace(by_position[p], duplicates=d) if d else by_position[p]
+                for p, d in zip(group.positions, group.duplicates, strict=True)
+            ),
+        )
+        for group in groups
     )
 
 
@@ -115,36 +131,60 @@ def null_of(row: dict[str, Any]) -> Null:
     return Null(row["kind"], row["latent"], row["n_active"], _array(row["dfa_share"]), _array(row["dfa_covariance"]))
 
 
-def _examples(table: pa.Table) -> list[Example]:
-    """The records of some rows; lists are cut from whole columns, not built one by one."""
-    plain = {name: table[name].to_pylist() for name in ("position", "activation", "pre", "bias", "residual")}
-    cut: dict[str, Callable[[int], np.ndarray]] = {
-        name: _cutter(table[name]) for name in table.column_names if pa.types.is_list(table[name].type)
-    }
-    examples = []
-    for i in range(len(table)):
-        heads = cut["heads"](i)
-        by_source = cut["source_heads"](i).reshape(-1, len(heads))
-        pattern = cut["source_pattern"](i).reshape(-1, len(heads))
-        position = cut["source"](i).tolist()
-        examples.append(
+def example_columns(table: pa.Table, n_heads: int) -> ExampleColumns:
+    """Rows of `examples`."""
+    numbers = {name: table[name].to_numpy() for name in ("position", "activation", "pre", "bias", "residual")}
+    lists = {name: flat(table[name]) for name in table.column_names if pa.types.is_list(table[name].type)}
+    values = {name: of[offsets[0] : offsets[-1]] for name, (of, offsets) in lists.items()}
+    by_head = ("heads", "rest", "source_heads", "source_pattern")
+    return ExampleColumns(
+        **numbers,
+        **{name: values[name].reshape(-1, n_heads) for name in by_head},
+        **{name: values[name] for name in ("source", "active_at", "active_value")},
+        n_sources=np.diff(lists["source"][1]),
+        n_active=np.diff(lists["active_at"][1]),
+    )
+
+
+def taken(examples: ExampleColumns, rows: Int[np.ndarray, " taken"]) -> ExampleColumns:
+    """Some examples, in another order."""
+    source, active = (_places(n, rows) for n in (examples.n_sources, examples.n_active))
+    where = {name: source for name in ("source", "source_heads", "source_pattern")}
+    where |= {name: active for name in ("active_at", "active_value")}
+    return ExampleColumns(**{name: own[where.get(name, rows)] for name, own in vars(examples).items()})
+
+
+def _places(lengths: Int[np.ndarray, " row"], rows: Int[np.ndarray, " taken"]) -> Int[np.ndarray, " place"]:
+    """Where the lists of some rows stand among those of all, one after the other."""
+    own = lengths[rows]
+    return np.repeat((np.cumsum(lengths) - lengths)[rows] - (np.cumsum(own) - own), own) + np.arange(own.sum())
+
+
+def _records(examples: ExampleColumns) -> list[Example]:
+    """A record of each example; its arrays are parts of the columns."""
+    source, active = np.cumsum(examples.n_sources), np.cumsum(examples.n_active)
+    numbers = [getattr(examples, name).tolist() for name in ("position", "activation", "pre", "bias", "residual")]
+    records = []
+    for i, (position, activation, pre, bias, residual) in enumerate(zip(*numbers, strict=True)):
+        own = slice(source[i] - examples.n_sources[i], source[i])
+        near = slice(active[i] - examples.n_active[i], active[i])
+        by_source, pattern = examples.source_heads[own], examples.source_pattern[own]
+        records.append(
             Example(
-                **{name: values[i] for name, values in plain.items()},
-                heads=heads,
-                sources=tuple(Source(*of) for of in zip(position, by_source, pattern, strict=True)),
-                rest=cut["rest"](i),
+                position=position,
+                activation=activation,
+                pre=pre,
+                bias=bias,
+                residual=residual,
+                heads=examples.heads[i],
+                sources=tuple(map(Source, examples.source[own].tolist(), by_source, pattern)),
+                rest=examples.rest[i],
                 rest_pattern=1 - pattern.sum(0),
-                active_at=cut["active_at"](i),
-                active_value=cut["active_value"](i),
+                active_at=examples.active_at[near],
+                active_value=examples.active_value[near],
             )
         )
-    return examples
-
-
-def _cutter(lists: pa.ChunkedArray) -> Callable[[int], np.ndarray]:
-    """The i-th list of a column as an array."""
-    values, offsets = flat(lists)
-    return lambda i: values[offsets[i] : offsets[i + 1]]
+    return records
 
 
 def _array(values: list | None) -> np.ndarray | None:

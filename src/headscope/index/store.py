@@ -5,22 +5,23 @@ against its tables.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import fields
 from functools import cached_property, wraps
 from pathlib import Path
-from threading import RLock
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-from headscope.artefact import file_hash
+from headscope.artefact import Stamp, file_hash, stamp_of
 from headscope.errors import IndexFormatError
+from headscope.index.columns import FOLDER as COLUMNS
 from headscope.index.columns import read_columns, studies
 from headscope.index.config import CARRIED
 from headscope.index.database import Database
+from headscope.index.head_table import FOLDER as HEADS
 from headscope.index.reading import (
     TABLES,
     ActivationRows,
@@ -33,8 +34,26 @@ from headscope.index.reading import (
     read_own,
     reading,
 )
-from headscope.index.records import Activations, ExampleGroup, Feature, Null, Shares, Sources
-from headscope.index.rows import activations_of, feature_of, groups_of, null_of, sources_of
+from headscope.index.records import (
+    Activations,
+    DrawnGroup,
+    ExampleColumns,
+    ExampleGroup,
+    Feature,
+    Null,
+    Shares,
+    Sources,
+)
+from headscope.index.rows import (
+    activations_of,
+    drawn_groups,
+    example_columns,
+    feature_of,
+    groups_of,
+    null_of,
+    sources_of,
+    taken,
+)
 from headscope.index.schema import Sizes, check_footers
 from headscope.limits import NameOrPath, check
 from headscope.sae.quality_table import quality_rows
@@ -78,7 +97,8 @@ class FeatureIndex:
         check_footers(folder, names, self._sizes)
         parts = [folder / name for name in names if name.startswith("activations/")]
         self._database = Database({name: [folder / f"{name}.parquet"] for name in TABLES} | {"activations": parts})
-        self._lock = RLock()
+        self._studies: dict[str, tuple[Stamp, pa.Table, dict[str, Any]]] = {}
+        self._studied_table: tuple[Stamp, pa.Table] | None = None
         self._features = read_own(folder / "features.parquet", self._sizes)
         self._activations = ActivationRows(parts, self._features["n_active"].to_numpy(), self._sizes)
         self._tokens = TokenBlocks(folder / "tokens.parquet", self.block_size, self._sizes)
@@ -260,8 +280,21 @@ class FeatureIndex:
         Raises:
             IndexFormatError: no such latent.
         """
+        return groups_of(*self.example_columns(latent))
+
+    @_of_folder
+    def example_columns(self, latent: int) -> tuple[tuple[DrawnGroup, ...], ExampleColumns]:
+        """The same by column: the groups, and their examples, each once, in the order in which groups name them.
+
+        Raises:
+            IndexFormatError: no such latent.
+        """
         self.check_latent(latent)
-        return groups_of(latent, self._groups.of(latent), self._examples.of(latent))
+        examples = example_columns(self._examples.of(latent), self.n_heads)
+        groups = drawn_groups(latent, self._groups.of(latent), examples.position)
+        row = {position: i for i, position in enumerate(examples.position.tolist())}
+        named = dict.fromkeys(position for group in groups for position in group.positions)
+        return groups, taken(examples, np.array([row[position] for position in named], dtype=np.int64))
 
     @cached_property
     @_of_folder
@@ -321,13 +354,18 @@ class FeatureIndex:
     def table(self) -> pa.Table:
         """One row a latent, with the columns a list of features shows, and those of studies as `<study>.<column>`.
 
-        Columns that are damaged or of another index are left out, with a warning.
+        Columns that are damaged or of another index are left out, with a warning. What studies write while the index
+        is open is seen.
         """
-        table = self._table
-        for study, own in self._studied():
-            for name in own.column_names[1:]:
-                table = table.append_column(f"{study}.{name}", own[name])
-        return table
+        stamp = stamp_of(self.folder / COLUMNS)
+        if self._studied_table is None or self._studied_table[0] != stamp:
+            table = self._table
+            for study, own in self._studied():
+                for name in own.column_names[1:]:
+                    table = table.append_column(f"{study}.{name}", own[name])
+            self._studied_table = stamp, table
+            return table
+        return self._studied_table[1]
 
     def _studied(self) -> Iterator[tuple[str, pa.Table]]:
         for study in studies(self.folder):
@@ -337,12 +375,28 @@ class FeatureIndex:
                 warnings.warn(f"columns of {study} are left out: {error}", stacklevel=3)
 
     def columns(self, study: str) -> pa.Table:
-        """What a study added, one row a latent; `columns.read_columns` also tells its provenance.
+        """What a study added, one row a latent; `study` also tells its provenance.
 
         Raises:
             IndexFormatError: no such study, or of another index.
         """
-        return read_columns(self.folder, study)[0]
+        return self.study(study)[0]
+
+    def study(self, study: str) -> tuple[pa.Table, dict[str, Any]]:
+        """What a study added, one row a latent, and its provenance; a file is read again once it has changed.
+
+        Raises:
+            IndexFormatError: no such study, or of another index.
+        """
+        stamp = stamp_of(self.folder / COLUMNS / f"{study}.parquet")
+        held = self._studies.get(study)
+        if held is None or held[0] != stamp:
+            held = self._studies[study] = (stamp, *read_columns(self.folder, study))
+        return held[1:]
+
+    def stamp(self) -> Hashable:
+        """A value that changes when a study adds something to the folder, or writes anew what it had added."""
+        return tuple(stamp_of(self.folder / name) for name in (COLUMNS, HEADS))
 
     def search(
         self,
@@ -410,8 +464,14 @@ class FeatureIndex:
 
     def _block(self, block: int, column: str) -> np.ndarray:
         _check_number("block", block, self.n_blocks)
-        with self._lock:
-            return self._tokens.of(block)[column]
+        return self._tokens.of(block, column)
+
+    def each_blocks(self) -> Iterator[dict[str, np.ndarray]]:
+        """The corpus, some blocks at a time: `token`, `document`, `is_text` (not special), each [block, position].
+
+        What was read stays in memory up to 17M tokens, 9 bytes each.
+        """
+        return self._tokens.each()
 
     @cached_property
     @_of_folder

@@ -2,12 +2,12 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import islice
 from threading import RLock
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import pyarrow.parquet as pq
-from jaxtyping import Bool
+from jaxtyping import Bool, UInt8
 from tokenizers import Tokenizer
 
 from headscope.corpus import encode
@@ -17,7 +17,7 @@ from headscope.proxies.blocks import Blocks, Vocabulary
 from headscope.proxies.parse import parse
 
 _CHUNK = 1 << 20  # positions evaluated at a time
-_CACHED = 1 << 28  # bytes of masks held for an index
+_CACHED = 1 << 25  # bytes of masks held for an index, a bit a position
 
 
 class _Text:
@@ -31,7 +31,7 @@ class _Text:
             return [texts[i].decode(errors="replace") for i in encode(Tokenizer.from_file(str(path)), [text])[0]]
 
         self.vocabulary = Vocabulary(texts, frozenset(special), split)
-        self.masks: OrderedDict[Proxy, np.ndarray] = OrderedDict()
+        self.masks: OrderedDict[Proxy, UInt8[np.ndarray, " byte"]] = OrderedDict()
 
 
 _TEXTS: WeakKeyDictionary[FeatureIndex, _Text] = WeakKeyDictionary()
@@ -41,7 +41,7 @@ _LOCK = RLock()
 def evaluate(proxy: Proxy | str, index: FeatureIndex) -> Bool[np.ndarray, " token"]:
     """Whether a proxy is true of each position of an index's corpus; false at special tokens.
 
-    The last masks of an index are kept, 256 MB of them; they are read-only.
+    The last masks of an index are kept, 32 MB of them at a bit a position.
 
     Args:
         proxy: or its text, which is parsed.
@@ -53,14 +53,16 @@ def evaluate(proxy: Proxy | str, index: FeatureIndex) -> Bool[np.ndarray, " toke
     proxy = parse(proxy) if isinstance(proxy, str) else proxy
     text = _text(index)
     with _LOCK:
-        if proxy in text.masks:
+        packed = text.masks.get(proxy)
+        if packed is not None:
             text.masks.move_to_end(proxy)
-            return text.masks[proxy]
+    if packed is not None:
+        return np.unpackbits(packed, count=index.n_blocks * index.block_size).view(bool)
     mask = np.concatenate([proxy.holds(blocks).ravel() for blocks in read_blocks(index)])
-    mask.flags.writeable = False
+    packed = np.packbits(mask)
     with _LOCK:
-        text.masks[proxy] = mask
-        while len(text.masks) > 1 and mask.size * len(text.masks) > _CACHED:
+        text.masks[proxy] = packed
+        while len(text.masks) > 1 and packed.size * len(text.masks) > _CACHED:
             text.masks.popitem(last=False)
     return mask
 
@@ -77,16 +79,13 @@ def vocabulary_of(index: FeatureIndex) -> Vocabulary:
 
 def read_blocks(index: FeatureIndex) -> Iterator[Blocks]:
     """The corpus of an index, about a million positions at a time."""
-    vocabulary, size = vocabulary_of(index), index.block_size
-    names = index.documents
-    file = pq.ParquetFile(index.folder / "tokens.parquet", page_checksum_verification=True)
-    metadata = file.metadata
-    groups = [i for i in range(metadata.num_row_groups) if metadata.row_group(i).num_rows]
-    step = max(1, _CHUNK // max(1, metadata.row_group(groups[0]).num_rows))
-    for first in range(0, len(groups), step):
-        table = file.read_row_groups(groups[first : first + step], columns=["token", "document", "offset"])
-        tokens, document, offset = (c.to_numpy().reshape(-1, size) for c in table.columns)
-        yield Blocks(tokens, document, offset > 0, vocabulary, names)
+    vocabulary, names, parts = vocabulary_of(index), index.documents, index.each_blocks()
+    for first in parts:
+        several = [first, *islice(parts, max(0, _CHUNK // first["token"].size - 1))]
+        token, document, is_text = (
+            np.concatenate([part[name] for part in several]) for name in ("token", "document", "is_text")
+        )
+        yield Blocks(token, document, is_text, vocabulary, names)
 
 
 def _text(index: FeatureIndex) -> _Text:

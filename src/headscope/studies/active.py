@@ -20,9 +20,8 @@ class Text:
     @classmethod
     def of(cls, index: FeatureIndex) -> "Text":
         """Read it: 9 bytes a token are held."""
-        table = index.sql('SELECT token, document, "offset" > 0 AS is_text FROM tokens')
-        shape = index.n_blocks, index.block_size
-        return cls(*(table[name].to_numpy().reshape(shape) for name in ("token", "document", "is_text")))
+        parts = list(index.each_blocks())
+        return cls(*(np.concatenate([part[name] for part in parts]) for name in ("token", "document", "is_text")))
 
     @property
     def counted(self) -> Bool[np.ndarray, "block position"]:

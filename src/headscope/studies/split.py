@@ -43,8 +43,9 @@ class TextTokens:
 
     @classmethod
     def _read(cls, index: FeatureIndex) -> "TextTokens":
-        table = index.sql('SELECT document, "offset" > 0 AS is_text FROM tokens')
-        return cls.from_arrays(table["is_text"].to_numpy(), table["document"].to_numpy(), index.block_size)
+        parts = list(index.each_blocks())
+        is_text, document = (np.concatenate([part[name].ravel() for part in parts]) for name in ("is_text", "document"))
+        return cls.from_arrays(is_text, document, index.block_size)
 
     @classmethod
     def from_arrays(

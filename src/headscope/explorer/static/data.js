@@ -1,6 +1,7 @@
 /** Where the page's JSON comes from: the server, packs beside the page, or this file itself; types.d.ts says what it is. */
 
 const KEPT = 64; // answers kept in memory
+const TRIES = 5; // of a request that a busy server puts off
 
 /** Remembers the last answers, but no failures. */
 class Answers {
@@ -59,8 +60,18 @@ export function posted(content) {
   return { method: "POST", headers: { "content-type": "application/json", "x-headscope-token": token }, body: JSON.stringify(content) };
 }
 
+/** `fetch`; a server that is busy is asked again, after the pause it wants. */
+export async function fetchPatiently(path, options) {
+  for (let left = TRIES; ; left--) {
+    const answer = await fetch(path, options);
+    const pause = answer.status === 503 && Number(answer.headers.get("retry-after"));
+    if (!pause || left === 1) return answer;
+    await new Promise((done) => { setTimeout(done, 1000 * pause * (1 + Math.random())); });
+  }
+}
+
 async function fetchJson(path, options) {
-  const answer = await fetch(path, options).catch((error) => {
+  const answer = await fetchPatiently(path, options).catch((error) => {
     throw error.name === "AbortError" ? error : new Error("The server does not answer. Start it again and reload.");
   });
   const body = await answer.json().catch(() => ({ error: "The server failed; its terminal says why." }));

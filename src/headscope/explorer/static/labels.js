@@ -1,6 +1,6 @@
 /** The labelling queue: the features of a sample one after another, their cards, and what an annotator says of them. */
 import { Card } from "./card.js";
-import { posted } from "./data.js";
+import { fetchPatiently, posted } from "./data.js";
 import { button, el } from "./dom.js";
 import { int } from "./format.js";
 
@@ -321,7 +321,7 @@ function judged({ verdict, confidence, family, text, notes }) {
 }
 
 async function ask(path, options) {
-  const answer = await fetch(path, options).catch(() => {
+  const answer = await fetchPatiently(path, options).catch(() => {
     throw new Error("The server does not answer. Start it again; what is typed here is kept meanwhile.");
   });
   const body = await answer.json().catch(() => ({ error: `The server refused (${answer.status}). If it was started again, reload the page.` }));
