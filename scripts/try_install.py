@@ -215,11 +215,14 @@ class Page:
         say(f"{'GET' if body is None else 'POST'} {path}")
         headers = {} if body is None else {"content-type": "application/json", "x-headscope-token": self.token}
         data = None if body is None else json.dumps(body).encode()
-        try:
-            with urlopen(Request(self.address + path, data, headers), timeout=300) as answer:
-                return answer.read().decode()
-        except HTTPError as error:
-            raise SystemExit(f"{path}: {error.code} {error.read().decode()[:2000]}") from error
+        for left in (2, 1, 0):
+            try:
+                with urlopen(Request(self.address + path, data, headers), timeout=300) as answer:
+                    return answer.read().decode()
+            except HTTPError as error:
+                if error.code not in (503, 504) or not left:  # a busy machine: the page asks again too
+                    raise SystemExit(f"{path}: {error.code} {error.read().decode()[:2000]}") from error
+        raise AssertionError
 
 
 @contextmanager
