@@ -3,7 +3,6 @@
 import gzip
 import json
 import math
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from explorer_source import BIAS, BLOCK, D_SAE, DEAD_LATENT, N_HEADS, N_TOKENS, FakeIndex, FakeSource
-from headscope.explorer.answers import dump_json
-from headscope.explorer.cards import IndexCards
+from explorer_source import BIAS, BLOCK, D_SAE, DEAD_LATENT, N_HEADS, N_TOKENS, FakeSource
 from headscope.explorer.examples import join_runs, windows
 from headscope.explorer.export import export_folder, export_html
 from headscope.explorer.numbers import short, significant
@@ -226,24 +223,6 @@ def test_cards_are_a_card_source() -> None:
         SOURCE.feature(D_SAE)
     with pytest.raises(IndexError):
         SOURCE.context(-1)
-
-
-def test_a_card_is_made_fast() -> None:
-    class Kept(FakeIndex):
-        """An index that costs nothing to read."""
-
-        def examples(self, latent: int) -> Any:
-            return kept
-
-    kept = SOURCE.records(18)
-    source = FakeSource()
-    source._index = Kept()
-    spent = []
-    for _ in range(20):
-        start = time.process_time()
-        dump_json(IndexCards.feature(source, 18))
-        spent.append(time.process_time() - start)
-    assert np.median(spent) < 0.06, "seconds, with type checks on; a twelfth of that without"
 
 
 def test_an_export_of_many_features_is_small(tmp_path: Path) -> None:
