@@ -146,7 +146,8 @@ class FakeIndex(FeatureIndex):
             },
             "sae": {
                 "name": "made-up-z",
-                "architecture": "batchtopk",
+                "architecture": "jumprelu",
+                "kind": "BatchTopK (k = 12), applied as JumpReLU",
                 "d_sae": d_sae,
                 "d_in": 128,
                 "hash": "sha256:0",

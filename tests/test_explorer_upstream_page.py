@@ -140,6 +140,29 @@ def test_dfa_by_source_is_of_a_set_that_can_be_edited(
     expect(page.locator("[data-set-token]")).to_have_count(1)
 
 
+def test_dfa_by_source_says_what_the_card_says_and_what_its_own_sample_is(
+    page: Page, address: str, live: LiveIndex, upstream: IndexUpstream
+) -> None:
+    on_card = live.index.sources(COMMON)
+    assert on_card is not None
+    chosen = [source for source in on_card.tokens if source.token != live.model.bos][:2]
+    ids = ",".join(str(source.token) for source in chosen)
+    sample = upstream.sources(COMMON, ids)["thresholds"][0]
+    page.goto(f"{address}/f/{COMMON}?tab=source&src={ids}")
+    shown(page, "source")
+    whole = page.locator("[data-samples] [data-whole]")
+    assert float(whole.inner_text().split("\u202f")[0]) == pytest.approx(100 * sum(s.share for s in chosen), abs=0.1)
+    said = page.locator("[data-samples]")
+    expect(said).to_contain_text(f"over all {sample['n_active']:,} active tokens".replace(",", "\u202f"))
+    expect(said).to_contain_text("drawn evenly" if sample["n"] < sample["n_active"] else f"the same {sample['n']}")
+    elsewhere = {source.token for source in on_card.tokens} | {live.model.bos}
+    other = next(token for token in range(live.model.spec.d_vocab) if token not in elsewhere)
+    page.goto(f"{address}/f/{COMMON}?tab=source&src={other}")
+    shown(page, "source")
+    expect(said).to_contain_text("the card does not list all of these tokens")
+    expect(whole).to_have_count(0)
+
+
 def test_attention_has_its_baselines_and_heads_side_by_side(
     page: Page, address: str, upstream: IndexUpstream, at: int
 ) -> None:

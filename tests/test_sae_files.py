@@ -221,6 +221,7 @@ def test_batchtopk_needs_its_threshold_and_not_its_k(model: Model, random_sae: R
     del state["k"]
     loaded = load_sae(rewritten(path, state))
     assert torch.equal(loaded(x), whole(x))
+    assert whole.kind == "BatchTopK (k = 5), applied as JumpReLU"
     pre = sae.pre_activations(x)
     assert_close(loaded.encode(x), torch.where(pre > 0.25, pre, 0.0))
     del state["threshold"]

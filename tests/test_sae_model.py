@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -154,3 +155,25 @@ def test_to_converts_all_numbers_and_leaves_the_original(model: Model, random_sa
     assert_close(double(x.double()), sae(x).double(), rtol=1e-4, atol=1e-5)
     assert (double.site, double.model_name, double.metadata) == (sae.site, sae.model_name, sae.metadata)
     assert sae.to("cpu").W_enc.device.type == "cpu"
+
+
+def test_the_kind_says_what_it_was_trained_as(random_model, random_sae):
+    model = random_model("gpt_neox")
+    plain = {"relu": "ReLU", "jumprelu": "JumpReLU", "topk": "TopK (k = 5)", "gated": "Gated"}
+    for activation, kind in plain.items():
+        assert random_sae(model, activation=activation).kind == kind
+    sae = random_sae(model, activation="jumprelu")
+    trained = {
+        "BatchTopK (k = 12)": {"variant": "batchtopk", "target_l0": 12.0, "prefixes": []},
+        "Matryoshka BatchTopK (k = 3.5)": {"variant": "batchtopk", "target_l0": 3.5, "prefixes": [4, 8]},
+        "BatchTopK (k = 64)": {"dict_class": "BatchTopKSAE", "k": 64},
+        "Matryoshka BatchTopK (k = 64)": {"dict_class": "MatryoshkaBatchTopKSAE", "k": 64},
+        "BatchTopK": {"architecture": "batchtopk"},
+    }
+    for kind, config in trained.items():
+        made = replace(sae, metadata={"training": {"config": config}})
+        assert made.kind == f"{kind}, applied as JumpReLU"
+    for other in ({"variant": "jumprelu"}, {"dict_class": "JumpReluAutoEncoder"}, {"variant": 3}, None, "x"):
+        assert replace(sae, metadata={"training": {"config": other}}).kind == "JumpReLU"
+    for metadata in ({}, {"training": None}, {"training": []}):
+        assert replace(sae, metadata=metadata).kind == "JumpReLU"

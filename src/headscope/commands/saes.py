@@ -98,4 +98,4 @@ class Convert:
             trained_on=self.trained_on,
             overwrite=self.overwrite,
         )
-        Display().say(f"SAE: {self.out} ({sae.activation.name}, {sae.site.hook_name} of {sae.model_name})")
+        Display().say(f"SAE: {self.out} ({sae.kind}; {sae.site.hook_name} of {sae.model_name})")

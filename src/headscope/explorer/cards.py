@@ -49,7 +49,7 @@ class IndexCards:
             "title": f"{model['name']} · {m['site']}",
             "site": m["site"],
             "model": model,
-            "sae": shown(m["sae"]),
+            "sae": {"kind": m["sae"]["architecture"]} | shown(m["sae"]),
             "corpus": shown(m["corpus"]),
             "heads": self._heads,
             "n_alive": m["n_alive"],

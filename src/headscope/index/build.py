@@ -447,6 +447,7 @@ class _Build:
                 "relative": relative(record.name, self.outputs[number]),
                 "hash": record.hash,
                 "architecture": sae.activation.name,
+                "kind": sae.kind,
                 "d_in": sae.d_in,
                 "d_sae": sae.d_sae,
                 "trained_on": sae.metadata.get("corpus"),

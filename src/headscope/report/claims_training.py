@@ -32,7 +32,7 @@ def training(subject: Subject) -> tuple[Finding, ...]:
             definition="d_sae / d_in",
             post=32,
             ours=sae.d_sae / sae.d_in,
-            differs=f"activation {sae.activation.name}{f'; {rule}' if rule else ''}",
+            differs=f"{sae.kind}{f'; {rule}' if rule else ''}",
         ),
     )
 

@@ -221,7 +221,8 @@ def _provenance(main: Element, report: Report) -> None:
         _facts(
             main,
             {
-                "SAE": f"{sae['name']}: {sae['architecture']}, {sae['d_sae']:,} latents on {subject.facts['site']}",
+                "SAE": f"{sae['name']}: {sae.get('kind', sae['architecture'])}; {sae['d_sae']:,} latents on "
+                f"{subject.facts['site']}",
                 "its hash": str(sae["hash"]),
                 "trained on": str(sae.get("trained_on") or "not said"),
                 "corpus": f"{corpus['name']} ({corpus['split']}), {corpus['n_tokens']:,} text tokens of "

@@ -53,8 +53,9 @@ def _about(report: Report) -> list[str]:
     ]
     for subject in report.subjects:
         sae, corpus = subject.facts["sae"], subject.facts["corpus"]
+        kind = sae.get("kind", sae["architecture"])
         lines.append(
-            f"* SAE {plain(subject.name)}: {plain(sae['architecture'])} on {plain(subject.facts['site'])}, "
+            f"* SAE {plain(subject.name)}: {plain(kind)} on {plain(subject.facts['site'])}, "
             f"{sae['d_sae']:,} latents ({subject.facts['n_alive']:,} alive), `{_digest(sae['hash'])}`; corpus "
             f"{plain(corpus['name'])} ({plain(corpus['split'])}), {corpus['n_tokens']:,} text tokens of "
             f"{corpus['n_documents']:,} documents, `{_digest(corpus['hash'])}`"
@@ -64,6 +65,9 @@ def _about(report: Report) -> list[str]:
 
 def _exemplars(subjects: Iterable[SubjectResult]) -> list[str]:
     lines = [
+        "*Pearson* is over the half of the documents on which the proxy was not chosen; M13b has it over all text "
+        "tokens.",
+        "",
         _line(["SAE", "kind", "feature", "proxy", "Pearson", "top logit", "how it was chosen"]),
         _line(["---"] * 7),
     ]

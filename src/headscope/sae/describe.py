@@ -46,14 +46,14 @@ def describe_sae(sae: SAE, files: Files) -> Lines:
 def _architecture(sae: SAE) -> str:
     match sae.activation:
         case JumpReLU(threshold) if (threshold == threshold[0]).all():
-            return f"{sae.activation.name}, threshold {threshold[0].item():.4g} for all latents"
+            return f"{sae.kind}, threshold {threshold[0].item():.4g} for all latents"
         case JumpReLU(threshold):
             low, high = threshold.min().item(), threshold.max().item()
-            return f"{sae.activation.name}, thresholds {low:.4g} to {high:.4g}"
-        case TopK(k):
-            return f"topk, k = {k}: whether a latent is active depends on the others"
+            return f"{sae.kind}, thresholds {low:.4g} to {high:.4g}"
+        case TopK():
+            return f"{sae.kind}: whether a latent is active depends on the others"
         case _:
-            return f"{sae.activation.name} (ReLU)"
+            return sae.kind
 
 
 def _norms(sae: SAE) -> str:

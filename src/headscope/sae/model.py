@@ -27,6 +27,7 @@ class ReLU:
     """f = max(pre, 0)."""
 
     name = "standard"
+    title = "ReLU"
 
     def __call__(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """Apply."""
@@ -42,6 +43,7 @@ class JumpReLU:
 
     threshold: Float[Tensor, " d_sae"]
     name = "jumprelu"
+    title = "JumpReLU"
 
     def __call__(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """Apply."""
@@ -58,6 +60,7 @@ class Gated(JumpReLU):
     """
 
     name = "gated"
+    title = "Gated"
 
     @classmethod
     def of_paths(
@@ -76,6 +79,7 @@ class TopK:
 
     k: int
     name = "topk"
+    title = "TopK"
 
     def __call__(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """Apply."""
@@ -105,6 +109,23 @@ class HeadBlocks:
     def through(self, W_O: Float[Tensor, "z d_model"]) -> Float[Tensor, "head d_sae d_model"]:  # noqa: N803
         """What each latent writes to the residual stream through each head, `W_dec[j, h, :] @ W_O[h]`."""
         return self.decoder @ W_O.reshape(len(self.decoder), -1, W_O.shape[-1])
+
+
+def _trained_as(metadata: dict[str, Any]) -> str | None:
+    """What a BatchTopK SAE was trained as, by what its files say of its training; None for others.
+
+    The names are those of headscope's `variant`, of dictionary_learning's `dict_class` and of SAELens' `architecture`.
+    """
+    training = metadata.get("training")
+    config = training.get("config") if isinstance(training, dict) else None
+    if not isinstance(config, dict):
+        return None
+    name = next((config[key] for key in ("variant", "dict_class", "architecture") if config.get(key)), None)
+    if name not in ("batchtopk", "BatchTopKSAE", "matryoshka_batchtopk", "MatryoshkaBatchTopKSAE"):
+        return None
+    nested = "Matryoshka " if config.get("prefixes") or str(name).lower().startswith("matryoshka") else ""
+    k = config.get("target_l0", config.get("k"))
+    return f"{nested}BatchTopK" + (f" (k = {k:g})" if isinstance(k, int | float) else "")
 
 
 @dataclass(frozen=True)
@@ -160,6 +181,16 @@ class SAE:
     def d_sae(self) -> int:
         """Latents."""
         return self.W_enc.shape[1]
+
+    @property
+    def kind(self) -> str:
+        """Its activation function for people, with what it was trained as where that is another.
+
+        BatchTopK SAEs are JumpReLU ones once they are trained: `BatchTopK (k = 12), applied as JumpReLU`.
+        """
+        k = f" (k = {self.activation.k})" if isinstance(self.activation, TopK) else ""
+        applied, trained = f"{self.activation.title}{k}", _trained_as(self.metadata)
+        return applied if trained is None else f"{trained}, applied as {applied}"
 
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """What the activation function is applied to; linear in x."""

@@ -60,7 +60,7 @@ class App {
     const pages = NAV.filter(([page]) => this.about.pages || !["families", "heads"].includes(page));
     this.nav = el("nav", { class: "pages", "aria-label": "pages" }, pages.map(([page, label, key]) => el("a", { href: this.#link({ page, latent: null }), "data-page": page, title: `key ${key}` }, label)));
     this.top.append(el("a", { class: "brand", href: this.#link(TABLE), "data-page": "table" }, "headscope"), this.nav,
-      el("span", { class: "facts" }, el("b", {}, model.name), ` · ${site} · ${sae.architecture} SAE of ${int(sae.d_sae)}${part} · ${corpus.name}, ${int(corpus.n_tokens)} tokens`),
+      el("span", { class: "facts" }, el("b", {}, model.name), ` · ${site} · SAE of ${int(sae.d_sae)} latents, ${sae.kind}${part} · ${corpus.name}, ${int(corpus.n_tokens)} tokens`),
       ...(this.about.labels ? [button({ class: "button", "data-label": "", onclick: () => this.#label() }, "label ", el("kbd", {}, "n"))] : []),
       button({ class: "button", onclick: () => this.#search() }, "search ", el("kbd", {}, "/")),
       button({ class: "button", onclick: () => this.help.showModal() }, "keys ", el("kbd", {}, "?")));

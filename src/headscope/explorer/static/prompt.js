@@ -305,7 +305,7 @@ export class PromptPage {
 
   #facts() {
     const { model, sae, site, corpus } = this.about;
-    return `${model.name}, ${site}, ${sae.architecture} SAE of ${int(sae.d_sae)} (${sae.name}), index of ${corpus.name}. Ablated: ${this.#edits().join(", ") || "nothing"}. Saved ${new Date().toISOString().slice(0, 16)}Z. To go on from here: headscope serve --index INDEX --with-model, then ${location.pathname}${location.search}`;
+    return `${model.name}, ${site}, SAE ${sae.name} of ${int(sae.d_sae)} latents (${sae.kind}), index of ${corpus.name}. Ablated: ${this.#edits().join(", ") || "nothing"}. Saved ${new Date().toISOString().slice(0, 16)}Z. To go on from here: headscope serve --index INDEX --with-model, then ${location.pathname}${location.search}`;
   }
 
   async #saveHtml() {

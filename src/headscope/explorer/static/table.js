@@ -12,7 +12,7 @@ export function drawAbout(about) {
   const fact = (name, ...value) => [el("dt", {}, term(name, definitions[name])), el("dd", {}, value)];
   return el("aside", { class: "about", "data-about": "" }, el("h2", {}, "What is shown"), el("dl", {},
     fact("model", el("b", { title: model.hash }, model.name), ` ${model.n_layers} layers, ${model.n_heads} heads, d_model ${int(model.d_model)}`), fact("site", about.site),
-    fact("SAE", el("b", {}, sae.name), ` ${sae.architecture}, ${int(sae.d_in)} → ${int(sae.d_sae)} latents`),
+    fact("SAE", el("b", {}, sae.name), ` ${sae.kind}, ${int(sae.d_in)} → ${int(sae.d_sae)} latents`),
     fact("alive", `${int(about.n_alive)} of ${int(about.n_alive + about.n_dead)} (${int(about.n_dead)} dead)`), fact("L0", num(about.l0, 2)),
     fact("corpus", el("b", {}, corpus.name), ` ${corpus.split}: ${int(corpus.n_tokens)} tokens of ${int(corpus.n_documents)} documents, in blocks of ${int(corpus.block_size)}`)),
   about.quality.length > 0 && [el("h2", {}, "How good it is"), el("table", { class: "quality", "data-quality": "" },

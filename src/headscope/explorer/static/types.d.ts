@@ -3,7 +3,7 @@
 export interface About {
   format: number; title: string; site: string; created: string; version: string;
   model: { name: string; n_layers: number; n_heads: number; d_model: number; hash: string };
-  sae: { name: string; architecture: string; d_sae: number; d_in: number; hash: string };
+  sae: { name: string; architecture: string; kind: string; d_sae: number; d_in: number; hash: string };
   corpus: { name: string; n_tokens: number; n_blocks: number; block_size: number; n_documents: number; split: string };
   /** Names of the heads, "layer.head", by index. */
   heads: string[];

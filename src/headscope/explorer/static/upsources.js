@@ -32,6 +32,23 @@ export function drawSet(ids, sets, { vocab, change, embedded }) {
     el("div", { class: "suggested" }, sets.map(({ name, tokens }) => button({ class: "chip", "data-set-name": name, "aria-pressed": String([...tokens].sort().join() === [...ids].sort().join()), onclick: () => put(tokens) }, `${name} (${int(tokens.length)})`)), said));
 }
 
+/** The share of a set over all active tokens, as the card has it; null where one of its tokens is not on the card. */
+export function shareOnCard(ids, sources) {
+  const rows = ids.map((id) => sources?.token.indexOf(id) ?? -1);
+  return rows.length > 0 && rows.every((row) => row >= 0) ? rows.reduce((sum, row) => sum + sources.share[row], 0) : null;
+}
+
+/** Which sample each number is of: the card's are of all active tokens, the tab's of those in the blocks that were read. */
+function drawSamples(found, onCard, vocab) {
+  const [{ n, n_active: all, summed }] = found.thresholds;
+  const share = shareOnCard(found.tokens, onCard);
+  const sample = n < all ? `a sample of ${int(n)} of them, those in ${int(found.n_blocks)} blocks drawn evenly` : `the same ${int(n)}`;
+  return el("p", { "data-samples": "" }, ["Share of ", ...setText(found, vocab), ": "],
+    share !== null && [el("b", { "data-whole": "" }, pct(share)), ` over all ${int(all)} active tokens, from the sources that the index keeps, which hold ${pct(onCard.kept)} of the squared DFA (the card's number). Here ${sample}, with all their sources: `],
+    share === null && `the card does not list all of these tokens. Here, of ${int(all)} active tokens, ${n < all ? sample : "all"}, with all their sources: `,
+    measureText(summed), share !== null && n < all && ". The two differ by the draw of the sample; quote the first.");
+}
+
 const setText = (found, vocab) => ["{", ...found.tokens.flatMap((id, i) => [i > 0 && ", ", vocab.label(id)]), "}"];
 
 export function drawSourceShares(found, view, needs) {
@@ -67,7 +84,7 @@ export function drawSourceShares(found, view, needs) {
   });
   figure.append(el("label", { class: "slider" }, "above ", slider), said);
   show(Math.min(x.length - 1, Math.max(0, Math.floor(Number(view.at)) || 0)));
-  return [head, el("div", { class: "plots" }, figure, whole), place];
+  return [head, drawSamples(found, feature.sources[0], vocab), el("div", { class: "plots" }, figure, whole), place];
 }
 
 function drawAt(at, byHead, { names, vocab }) {

@@ -162,7 +162,7 @@ def read(files: Files, stated: Stated) -> SAE:
         site=site,
         model_name=chosen_model(metadata.get("model_name"), stated),
         apply_b_dec_to_input=_applied(files, config),
-        metadata=convention | metadata,
+        metadata=convention | _trained(config) | metadata,
     )
     sizes = (config.get("d_in"), config.get("d_sae"))
     if sizes != (sae.d_in, sae.d_sae):
@@ -234,6 +234,13 @@ def _activation(files: Files, architecture: str, config: Json, tensors: dict[str
             return Gated.of_paths(tensors["r_mag"], tensors["b_mag"], tensors["b_gate"])
         case _:
             return JumpReLU(tensors["topk_threshold"].expand(len(tensors["b_enc"])).contiguous())
+
+
+def _trained(config: Json) -> Json:
+    """What the configuration of a training checkpoint says of an architecture that is read as another."""
+    if config["architecture"] not in _BY_THRESHOLD:
+        return {}
+    return {"training": {"config": {key: config[key] for key in ("architecture", "k") if key in config}}}
 
 
 def _applied(files: Files, config: Json) -> bool:
@@ -313,7 +320,8 @@ _OWN_TENSORS = {
     "batchtopk": ("b_enc", "topk_threshold"),
     "matryoshka_batchtopk": ("b_enc", "topk_threshold"),
 }
-_RESCALED = ("topk", "batchtopk", "matryoshka_batchtopk")
+_BY_THRESHOLD = ("batchtopk", "matryoshka_batchtopk")
+_RESCALED = ("topk", *_BY_THRESHOLD)
 
 ARCHITECTURES = {
     "standard": "ReLU (TopK, where a file of version 3 to 5 says activation_fn topk)",
