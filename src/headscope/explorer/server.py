@@ -156,7 +156,7 @@ class _Guard:
 
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
-                took = f"total;dur={(time.perf_counter() - start) * 1e3:.1f}"  # browsers show it beside the request
+                took = f"total;dur={(time.perf_counter() - start) * 1e3:.3f}"  # browsers show it beside the request
                 message["headers"] = [*message["headers"], *_SAFETY.items(), (b"server-timing", took.encode())]
             await send(message)
 
