@@ -327,7 +327,7 @@ def test_weights_without_a_configuration_or_more_than_one_are_refused(save: Call
     (folder / "tl_config.json").unlink()
     with pytest.raises(ModelError, match="no configuration beside"):
         load_model(str(folder / "another.pth"))
-    with pytest.raises(ModelError, match="no model folder"):
+    with pytest.raises(ModelError, match="no model at"):
         load_model(str(folder / "none.pth"))
 
 
