@@ -7,7 +7,7 @@
 # locked: the versions of constraints.txt. lowest: the lowest that pyproject.toml declares, but for torch, whose older
 # versions the registry has as GPU builds of gigabytes only.
 set -eu
-unset PYTHONPATH
+unset PYTHONPATH PYTHONDONTWRITEBYTECODE
 checkout=$(cd "$(dirname "$0")/.." && pwd)
 versions=${1:-locked}
 [ $# = 0 ] || shift
