@@ -105,7 +105,7 @@ def try_commands() -> None:
     run("convert", "tiny-z1", "--out", "runs/converted")
     run("train", "--out", "runs/one", "--tokens", "20000", "--d-sae", "64", "--buffer", "8192", "--max-tokens", "30000")
     run("sweep", "--out", "runs/sweep", "--tokens", "20000", "--d-sae", "64", "--buffer", "8192",
-        "--variants", "relu", "--target-l0s", "8", "--max-tokens", "30000")  # fmt: skip
+        "--variants", "relu", "--target-l0s", "8", "--max-tokens", "30000", "--eval-tokens", "10000")  # fmt: skip
     run("runs", "runs")
     run("survey", INDEX, "--sample", "first:50")
     for name in ("proxies", "effects", "families", "heads"):
