@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from headscope.errors import HeadscopeError
+from headscope.errors import HeadscopeError, ModelError
 
 Kind = Literal["z", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post"]
 """Where an SAE can sit."""
@@ -116,3 +116,12 @@ class Site:
             expected="one of " + ", ".join(_HOOK_NAMES[kind].format(layer="L") for kind in get_args(Kind)),
             do="train or convert an SAE on one of these sites",
         )
+
+
+def no_layer(model: str, layer: int, n_layers: int) -> ModelError:
+    """The error for a layer that a model does not have."""
+    return ModelError(
+        f"layer {layer} of {model}",
+        expected=f"0 to {n_layers - 1}: the model has {n_layers} layers",
+        do="pass another --layer",
+    )

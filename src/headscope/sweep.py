@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from headscope import jobs
 from headscope.artefact import check_run_folder, read_json
 from headscope.errors import OutputError, TrainingError
+from headscope.jobs.early import check_model, check_text
 from headscope.limits import Layer, Name, Output, Tokens, checked
 from headscope.sae.config import TrainConfig, Variant
 from headscope.sae.metrics import Status
@@ -94,6 +95,8 @@ def sweep(  # noqa: PLR0913 - one argument an option of the command
         HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
     """
     text = text or jobs.CorpusChoice(split="train")
+    check_model(model, layer)
+    check_text(text)
     with training_folder(out) as folder:
         going_on = set() if overwrite or not (folder / RUN).is_file() else set(read_json(folder / RUN)["names"])
         held = {} if overwrite else _held(out, configs, {*configs} - going_on)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from headscope.artefact import check_run_folder
 from headscope.errors import OutputError, SAEError
 from headscope.index.config import IndexPlan
+from headscope.jobs.early import check_model, check_sae, check_text
 from headscope.jobs.finding import find_of, model_of
 from headscope.jobs.inputs import CorpusChoice, Hardware, Progress, load_on, usable
 from headscope.jobs.saes import measured_quality
@@ -43,12 +44,6 @@ def index(
     Raises:
         HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
     """
-    from headscope.index.build import SAERecord, build_index
-    from headscope.index.parts import Workers
-    from headscope.index.store import FeatureIndex
-    from headscope.sae.convert import fitted
-    from headscope.sae.formats import lasting_name, load_sae, sae_hash
-
     text = text or CorpusChoice()
     if not saes:
         raise SAEError("no SAE to index", expected="one or more", do="name them after --sae")
@@ -56,6 +51,18 @@ def index(
     if overwrite:
         _check_models(out)
     check_run_folder(out, overwrite=overwrite, inputs=[*saes, text.corpus, *([model] if model else [])])
+    for sae in saes:
+        check_sae(sae)
+    if model:
+        check_model(model)
+    check_text(text)
+
+    from headscope.index.build import SAERecord, build_index
+    from headscope.index.parts import Workers
+    from headscope.index.store import FeatureIndex
+    from headscope.sae.convert import fitted
+    from headscope.sae.formats import lasting_name, load_sae, sae_hash
+
     loaded_saes = [load_sae(sae) for sae in saes]
     loaded = model_of(loaded_saes[0], model, hardware or Hardware())
     corpus = text.load(loaded, on_progress)
@@ -111,12 +118,17 @@ def live(
     Raises:
         HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
     """
-    from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
-    from headscope.sae.convert import fitted
-    from headscope.sae.formats import load_sae, sae_hash
 
     opened = FeatureIndex.open(index)
+    if model:
+        check_model(model)
+    if sae:
+        check_sae(sae)
+
+    from headscope.index.live import LiveIndex
+    from headscope.sae.convert import fitted
+    from headscope.sae.formats import load_sae, sae_hash
 
     def own_sae(name: str) -> "SAE":
         opened.check_same(sae_hash=sae_hash(name))
@@ -184,9 +196,10 @@ def effects(
     Raises:
         HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
     """
+    opened = live(index, model=model, sae=sae, device=device)
+
     from headscope.studies.effects import direct_effects, write_effects
 
-    opened = live(index, model=model, sae=sae, device=device)
     on_pairs = None if on_progress is None else lambda done, total: on_progress("effects", done, total)
     found = direct_effects(opened, max_tokens=max_tokens, max_work=max_work, on_progress=on_pairs)
     write_effects(opened, found)
@@ -208,9 +221,10 @@ def families(
     Raises:
         HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
     """
+    opened = live(index, model=model, sae=sae, device=device)
+
     from headscope.studies.induction_store import induction_family, save_family
 
-    opened = live(index, model=model, sae=sae, device=device)
     found = induction_family(opened, seed=seed, on_progress=on_progress)
     save_family(opened, found)
     return found
@@ -232,10 +246,11 @@ def heads(
     Raises:
         HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
     """
+    opened = live(index, model=model, sae=sae, device=device)
+
     from headscope.index.head_records import HeadTables
     from headscope.studies.head_store import HeadPlan, study_heads
 
-    opened = live(index, model=model, sae=sae, device=device)
     study_heads(opened, HeadPlan(n_shuffles=n_shuffles, seed=seed), on_progress)
     return HeadTables(index)
 

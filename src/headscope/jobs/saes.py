@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headscope.artefact import check_run_folder, file_hash, read_json, write_json
 from headscope.corpus import Corpus
 from headscope.errors import OutputError, SAEError
+from headscope.jobs.early import check_model, check_sae, check_text
 from headscope.jobs.finding import model_of
 from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
 from headscope.limits import Layer, Name, NameOrPath, Output, Tokens, checked
@@ -39,12 +40,18 @@ def eval(
         HeadscopeError: any of its kinds.
         OutputError: also where only `quality.json` could not be written; what was measured is its `found`.
     """
+    text = text or CorpusChoice()
+    check_sae(sae)
+    if model:
+        check_model(model)
+    check_text(text)
+
     from headscope.sae.convert import fitted
     from headscope.sae.formats import load_sae
 
     loaded_sae = load_sae(sae)
     loaded = model_of(loaded_sae, model, hardware or Hardware())
-    corpus = (text or CorpusChoice()).load(loaded, on_progress)
+    corpus = text.load(loaded, on_progress)
     on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
     return measure(sae, fitted(loaded_sae, loaded), loaded, corpus, on_tokens, loss_tokens=loss_tokens)
 
@@ -142,6 +149,13 @@ def info(name: NameOrPath, *, model: Name | None = None) -> "tuple[Lines, Fit | 
     Raises:
         SAEError, ModelError: neither is there, or it cannot be read.
     """
+    try:
+        check_sae(name)
+    except SAEError:  # of a model, then
+        check_model(str(name))
+    if model:
+        check_model(model)
+
     from headscope.models.load import load_model
     from headscope.sae import describe
     from headscope.sae.formats import is_sae, load_sae, locate

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from headscope.artefact import check_run_folder, read_json
 from headscope.errors import OutputError
+from headscope.jobs.early import check_model, check_text
 from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
 from headscope.limits import Layer, Name, Output, checked
 from headscope.sae.config import TrainConfig
@@ -48,6 +49,8 @@ def train(  # noqa: PLR0913 - one argument an option of the command
         going_on = (folder / RUN).is_file() and not overwrite
         overwrite = overwrite or (going_on and _is_of_this_training(out, config))
         check_run_folder(out, overwrite=overwrite, inputs=[model, text.corpus])
+        check_model(model, layer)
+        check_text(text)
 
         from headscope.sae.training.checkpoint import Checkpoints
         from headscope.sae.training.needs import check_memory

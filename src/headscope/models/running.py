@@ -24,7 +24,7 @@ from headscope.models.norms import Norm
 from headscope.models.settings import check_settings
 from headscope.models.spec import Edit, ModelSpec, Restart, SiteEdit
 from headscope.models.tokens import TokenCheck
-from headscope.site import Kind, Site
+from headscope.site import Kind, Site, no_layer
 
 _LOSS_ROWS = 512  # [rows, d_vocab] logits at a time: they stay in the cache and are never held for a whole batch
 
@@ -74,11 +74,7 @@ class Running:
     def check_layer(self, layer: int) -> None:
         """Raise ModelError when the model has no such layer."""
         if not 0 <= layer < self.spec.n_layers:
-            raise ModelError(
-                f"layer {layer} of {self.spec.name}",
-                expected=f"0 to {self.spec.n_layers - 1}: the model has {self.spec.n_layers} layers",
-                do="pass another --layer",
-            )
+            raise no_layer(self.spec.name, layer, self.spec.n_layers)
 
     def check_site(self, site: Site) -> None:
         """Raise ModelError when the model has no such site."""
