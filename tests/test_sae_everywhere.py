@@ -242,7 +242,7 @@ def test_info_says_what_things_are_and_whether_they_fit(
     said = capsys.readouterr().out
     for line in (
         "The post's authors",
-        "standard (ReLU)",
+        "architecture:           ReLU\n",
         "48 latents on vectors of 32",
         "blocks.1.attn.hook_z",
         "TransformerLens processed; converted when",
@@ -282,7 +282,7 @@ def test_convert_writes_a_folder_that_states_everything(
     model = load_model(str(model_folder))
     path = written("authors", model, random_sae, tmp_path / "files")
     run("convert", path, "--out", tmp_path / "raw")
-    assert f"SAE: {tmp_path / 'raw'} (standard, blocks.1.attn.hook_z of" in capsys.readouterr().out
+    assert f"SAE: {tmp_path / 'raw'} (ReLU; blocks.1.attn.hook_z of" in capsys.readouterr().out
     made, expected = load_sae(tmp_path / "raw"), fitted(load_sae(path), model)
     assert_close(made.b_dec, expected.b_dec, rtol=0, atol=0)
     assert made.metadata["converted"]["model_hash"] == model.fingerprint()
