@@ -119,7 +119,7 @@ class Upstream:
                 component.
         """
         model.check_layer(layer)
-        _check_saes(model, layer, saes)
+        check_saes(model, layer, saes)
         self.model, self.layer = model, layer
         self.saes = [sae.to(model.device).to(model.module.dtype) for sae in saes]
         heads = model.spec.n_heads, model.spec.d_head
@@ -291,7 +291,7 @@ def _check_tokens(model: Model, tokens: Tensor) -> None:
         )
 
 
-def _check_saes(model: Model, layer: int, saes: Sequence[SAE]) -> None:
+def check_saes(model: Model, layer: int, saes: Sequence[SAE]) -> None:
     """Raise SAEError unless each SAE takes the place of a component of its own before the layer."""
     taken: set[tuple[int, PartKind]] = set()
     for sae in saes:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from headscope.decomposition import Upstream
+from headscope.decomposition import check_saes
 from headscope.errors import HeadscopeError, StudyError
 from headscope.explorer.answers import Json
 from headscope.index.live import LiveIndex
@@ -65,7 +65,7 @@ class LiveUpstream:
         self._live, self._lock = live, lock or Lock()
         own = live.model
         self._saes = {name: sae.to(own.device).to(own.module.dtype) for name, sae in (saes or {}).items()}
-        Upstream(own, live.sae.site.layer, list(self._saes.values()))  # refuses those that do not fit
+        check_saes(own, live.sae.site.layer, list(self._saes.values()))
         self.saes = tuple(self._saes)
         self.circuits = PromptCircuits(own, live.sae, saes=list(self._saes.values()), lock=self._lock)
 

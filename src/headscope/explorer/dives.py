@@ -1,12 +1,12 @@
 """From the records of studies to what the deep-dive tabs show. No torch: what needs a model is asked of an object."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from headscope.errors import HeadscopeError, IndexFormatError, StudyError
+from headscope.errors import HeadscopeError, IndexFormatError, ModelError, StudyError
 from headscope.explorer.answers import Json
 from headscope.explorer.study_json import effects_json, logits_json, predictions_json, specificity_json
 from headscope.index.columns import studies
@@ -197,10 +197,18 @@ def packed(dives: IndexDives, latent: int, proxies: Iterable[str] = ()) -> dict[
         latent: {
             "start": start,
             "dives": {proxy: dives.dive(latent, proxy) for proxy in held},
-            "effects": {proxy: dives.effects(latent, proxy) for proxy in held if start["live"]},
-            "predictions": {proxy: dives.predictions(latent, proxy) for proxy in held if start["live"]},
+            "effects": {p: _given(lambda p=p: dives.effects(latent, p)) for p in held if start["live"]},
+            "predictions": {p: _given(lambda p=p: dives.predictions(latent, p)) for p in held if start["live"]},
         }
     }
+
+
+def _given(study: Callable[[], Json]) -> Json:
+    """What a study finds; where the model lacks what it needs, `missing` with the reason."""
+    try:
+        return study()
+    except ModelError as error:
+        return {"missing": f"{error.got}; expected: {error.expected}"}
 
 
 def _subtypes(proxy: Proxy) -> dict[str, Proxy]:

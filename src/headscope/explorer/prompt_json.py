@@ -42,7 +42,8 @@ def features_json(found: ActiveFeatures) -> Json:
         "source": found.source.tolist(),
         "source_dfa": significant(found.source_dfa, DIGITS),
         "target": found.target,
-        "effect": significant(found.effect, DIGITS),
+        "effect": None if found.effect is None else significant(found.effect, DIGITS),
+        "effect_missing": found.effect_missing,
     }
 
 

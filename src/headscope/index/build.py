@@ -63,6 +63,21 @@ class SAERecord:
     """`Quality.as_dict()`, if it was measured."""
 
 
+def check_indexable(model: Model) -> None:
+    """Refuse a model of whose z no index can be made.
+
+    Raises:
+        ModelError: it is in half precision, or its z is not `pattern @ v`.
+    """
+    model.check_mixed()
+    if model.module.dtype not in (torch.float32, torch.float64):
+        raise ModelError(
+            f"{model.spec.name} in {model.module.dtype}",
+            expected="float32 or float64, in which DFA sums to the pre-activation",
+            do="load it in float32",
+        )
+
+
 def build_index(
     model: Model,
     saes: Sequence[tuple[SAE, SAERecord]],
@@ -96,12 +111,7 @@ def build_index(
         OutputError: the folder holds something, cannot be written, or is being built by another process.
         IndexFormatError: DFA does not sum to the pre-activation, or activations are not finite.
     """
-    if model.module.dtype not in (torch.float32, torch.float64):
-        raise ModelError(
-            f"{model.spec.name} in {model.module.dtype}",
-            expected="float32 or float64, in which DFA sums to the pre-activation",
-            do="load it in float32",
-        )
+    check_indexable(model)
     for sae, _ in saes:
         check_fits(sae, model)
         if sae.site.kind != "z":

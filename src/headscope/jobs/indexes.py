@@ -57,7 +57,7 @@ def index(
         check_model(model)
     check_text(text)
 
-    from headscope.index.build import SAERecord, build_index
+    from headscope.index.build import SAERecord, build_index, check_indexable
     from headscope.index.parts import Workers
     from headscope.index.store import FeatureIndex
     from headscope.sae.convert import fitted
@@ -65,6 +65,7 @@ def index(
 
     loaded_saes = [load_sae(sae) for sae in saes]
     loaded = model_of(loaded_saes[0], model, hardware or Hardware())
+    check_indexable(loaded)
     corpus = text.load(loaded, on_progress)
     workers = Workers.of_environment()
     folders = build_index(

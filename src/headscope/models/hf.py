@@ -68,6 +68,28 @@ class Model(Running):
             )
         return self._output_weight(layer)
 
+    @property
+    def no_direct_path(self) -> str | None:
+        """Why what a direction of z adds to the logits directly is no linear function of it; None where it is one."""
+        if self.spec.post_norm:
+            return "a norm after the output projection divides by the size of all that attention adds"
+        if self.spec.logits_cap is not None:
+            return f"logits are capped at {self.spec.logits_cap:g}"
+        return None
+
+    def check_direct_path(self) -> None:
+        """Refuse what needs the direct path from z to the logits, before any work.
+
+        Raises:
+            ModelError: the model has none that is linear in z.
+        """
+        if self.no_direct_path is not None:
+            raise ModelError(
+                f"the direct path from z to the logits of {self.spec.name}: {self.no_direct_path}",
+                expected="a family where it is linear in z (docs/models.md)",
+                do="edit z and run the model instead",
+            )
+
     def output_directions(self, layer: int) -> Float[Tensor, "z d_model"]:
         """What a direction of z adds to the residual stream, when the norm after the output projection has scale 1.
 

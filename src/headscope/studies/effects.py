@@ -119,10 +119,12 @@ def direct_effects(
         on_progress: called as pairs are done.
 
     Raises:
+        ModelError: a model without a direct path that is linear in z.
         StudyError: `max_work` is not above 0, or infinite; `max_tokens` is below 1.
     """
     check("max_tokens", max_tokens, Count, StudyError)
     check("max_work", max_work, Above0, StudyError)
+    live.model.check_direct_path()
     index = live.index
     text = Text.of(index)
     counted = text.counted.reshape(-1)

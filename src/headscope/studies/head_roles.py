@@ -81,7 +81,7 @@ def _copied(model: Model, n_tokens: int, seed: int, n_others: int | None = None)
     copied = torch.zeros(len(tokens), spec.n_layers, spec.n_heads, dtype=torch.float64)
     for layer in range(spec.n_layers):
         values = model.token_values(layer, tokens)
-        outputs = model.W_O(layer).reshape(spec.n_heads, spec.d_head, -1)
+        outputs = model.output_directions(layer).reshape(spec.n_heads, spec.d_head, -1)  # a scale changes no rank
         for head in range(spec.n_heads):
             written = values[:, head] @ outputs[head]
             own = (written * of_own).sum(1, keepdim=True)

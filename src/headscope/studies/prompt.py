@@ -166,7 +166,8 @@ class Prompts:
                 source=source.cpu().numpy(),
                 source_dfa=_numpy(by_source.gather(1, source[:, None])[:, 0]),
                 target=target,
-                effect=_numpy(self._effect(read, query, latents, target)),
+                effect=self._effect(read, query, latents, target),
+                effect_missing=self.model.no_direct_path,
             )
 
     def next_tokens(self, tokens: Sequence[int], query: int, ablations: Sequence[Ablation] = ()) -> NextTokens:
@@ -267,12 +268,16 @@ class Prompts:
         pattern = read.attention.pattern[0, :, query, None, :upto].expand(-1, len(latents), -1)
         return dfa_of_sequence(self._weights, read.attention.value[0, :upto], pattern, latents)
 
-    def _effect(self, read: _Read, query: int, latents: Int[Tensor, " n"], target: int) -> Float[Tensor, " n"]:
+    def _effect(
+        self, read: _Read, query: int, latents: Int[Tensor, " n"], target: int
+    ) -> Float[np.ndarray, " n"] | None:
+        if self.model.no_direct_path is not None:
+            return None
         last = Site("resid_post", self.model.spec.n_layers - 1)
         residual = self.model.read(read.tokens[None, : query + 1], [last])[last][0, -1:]
         written = self.sae.W_dec[latents] @ self.model.W_O(self._layer)
         directions, (_, scale) = self.model.final_parts(written)[0], self.model.final_parts(residual)
-        return read.f[query, latents] * (directions @ self.model.logit_directions[:, target]) / scale[0, 0]
+        return _numpy(read.f[query, latents] * (directions @ self.model.logit_directions[:, target]) / scale[0, 0])
 
     # ------------------------------------------------------------------------------------------------------- ablations
     def _checked(self, ablations: Sequence[Ablation], n: int) -> list[Ablation]:

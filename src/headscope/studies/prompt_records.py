@@ -149,9 +149,11 @@ class ActiveFeatures:
     source_dfa: Float[np.ndarray, " feature"]
     target: int
     """The token whose logit `effect` is of."""
-    effect: Float[np.ndarray, " feature"]
+    effect: Float[np.ndarray, " feature"] | None
     """What the feature's direct path adds to that logit above its mean over the vocabulary, the final norm's scale as
-    it is: `f_j centre(W_dec[j] W_O) . logit_directions[:, target] / sigma`."""
+    it is: `f_j centre(W_dec[j] W_O) . logit_directions[:, target] / sigma`. None where the model has no such path."""
+    effect_missing: str | None
+    """Why there is no `effect`."""
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,7 @@ class FileData extends Exported {
   async #study(latent, name, proxy) {
     const found = (await this.#studies(latent))[name][proxy];
     if (!found) throw new Error("This file does not hold that: headscope serve computes it.");
+    if (found.missing) throw new Error(found.missing);
     await this.text();
     this.corpus.add({ text: [], document_at: {}, documents: {}, ...found });
     return found;

@@ -73,10 +73,10 @@ function signedBar(value, most) {
  * @param {import("./types").TokenFeatures} found
  */
 export function drawFeatures(found, { run, active, latent: selected, names, vocab, tip, token, chip, pick, ablate, link }) {
-  const { query, latent, activation, by_head: heads, source, source_dfa: dfa, target, effect } = found;
+  const { query, latent, activation, by_head: heads, source, source_dfa: dfa, target, effect, effect_missing: missing } = found;
   const now = new Map(active[query].map((feature) => [feature.latent, feature.ablated]));
   const edited = run.ablated !== null;
-  const [most, push] = [Math.max(...activation, 1e-9), Math.max(...effect.map(Math.abs), 1e-9)];
+  const [most, push] = [Math.max(...activation, 1e-9), Math.max(...(effect ?? []).map(Math.abs), 1e-9)];
   const top = (row) => row.reduce((best, value, h) => (Math.abs(value) > Math.abs(row[best]) ? h : best), 0);
   const head = (label, title, kind) => el("th", { scope: "col", title, class: kind }, label);
   const rows = latent.map((own, i) => {
@@ -88,7 +88,8 @@ export function drawFeatures(found, { run, active, latent: selected, names, voca
       el("td", { class: "named" }, chip(own)),
       el("td", { ...tip.on(() => [el("div", { class: "tip-title" }, `feature ${own}`), headGrid(names, { heads: heads[i] })]) }, names[h], el("small", {}, ` ${signed(heads[i][h], 2)}`)),
       el("td", { class: "named" }, token(source[i]), el("small", {}, ` ${source[i]} ${signed(dfa[i], 2)}`)),
-      el("td", { class: "effect", "data-effect": effect[i] }, signedBar(effect[i], push), signed(effect[i], 2)),
+      effect === null ? el("td", { class: "effect", "data-missing": "effect", title: `none: ${missing}` }, "–")
+        : el("td", { class: "effect", "data-effect": effect[i] }, signedBar(effect[i], push), signed(effect[i], 2)),
       el("td", { class: "live" }, button({ class: "quiet", "data-ablate": own, title: "ablate it at this token", onclick: () => ablate(`f${own}@${query}`) }, "here"), " · ",
         button({ class: "quiet", "data-ablate-all": own, title: "ablate it at all tokens", onclick: () => ablate(`f${own}`) }, "all")));
   });

@@ -235,7 +235,7 @@ export interface PromptRun {
 
 /** The active features of one token: DFA by head, the largest source, the direct effect on the logit of `target`. */
 export interface TokenFeatures {
-  query: number; latent: number[]; activation: number[]; by_head: number[][]; source: number[]; source_dfa: number[]; target: number; effect: number[];
+  query: number; latent: number[]; activation: number[]; by_head: number[][]; source: number[]; source_dfa: number[]; target: number; effect: number[] | null; effect_missing: string | null;
 }
 
 /** The likeliest next tokens, as the model is and with the ablations. */
