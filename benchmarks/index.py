@@ -187,8 +187,8 @@ def _zipf_corpus(tokens: int, d_vocab: int) -> Corpus:
     frequency = 1 / np.arange(1, d_vocab)
     blocks = 1 + rng.choice(d_vocab - 1, (n, BLOCK), p=frequency / frequency.sum()).astype(np.int32)
     blocks[:, 0] = 0
-    zeros = np.zeros_like(blocks)
-    return Corpus("zipf", "all", blocks, ("zipf",), zeros, zeros, 0)
+    offset = np.tile(np.arange(BLOCK, dtype=np.int32), (n, 1))
+    return Corpus("zipf", "all", blocks, ("zipf",), np.zeros_like(blocks), offset, 0)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def random_corpus(n_blocks: int) -> Corpus:
     """Random tokens in one document."""
     blocks = np.random.default_rng(0).integers(1, D_VOCAB, (n_blocks, BLOCK), dtype=np.int32)
     blocks[:, 0] = 0
-    offset = np.tile(np.arange(-1, BLOCK - 1, dtype=np.int32), (n_blocks, 1))
+    offset = np.tile(np.arange(BLOCK, dtype=np.int32), (n_blocks, 1))
     return Corpus("random", "all", blocks, ("document",), np.zeros_like(blocks), offset, bos=0)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from headscope.corpus import BLOCK_BOS, PADDING, Corpus, blocks
+from headscope.corpus import BLOCK_BOS, NOT_TEXT, PADDING, Corpus, blocks
 from headscope.corpus.blocks import Layout, Stream, pack
 from headscope.errors import CorpusError, OutputError
 
@@ -42,7 +42,7 @@ def expected_blocks(documents, block_size, packing, bos_at, separator):
         if bos_at == "document" or (bos_at == "both" and packing == "packed"):
             span.insert(0, (BOS, d, 0))
         if separator is not None:
-            span.append((separator, d, len(ids) + 1))
+            span.append((separator, d, NOT_TEXT))
         spans.append(span)
     if packing == "packed":
         whole = list(itertools.chain(*spans))

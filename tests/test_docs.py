@@ -124,8 +124,8 @@ def test_features_active_together(index, naive):
 
 def test_loss_where_a_feature_is_active(index, naive):
     losses: dict[bool, list[float]] = {True: [], False: []}
-    for position, (offset, loss) in enumerate(zip(naive["tokens"]["offset"], naive["tokens"]["loss"], strict=True)):
-        if offset > 0 and loss is not None:
+    for position, (is_text, loss) in enumerate(zip(naive["tokens"]["is_text"], naive["tokens"]["loss"], strict=True)):
+        if is_text and loss is not None:
             losses[position in naive["own"]].append(loss)
     for row in rows_of(index, "avg(t.loss)"):
         assert row["n"] == len(losses[row["active"]])
@@ -231,12 +231,13 @@ def test_blocks_do_not_straddle_row_groups(index):
     assert len(set(rows[:-1])) <= 1
 
 
-def test_text_tokens_are_those_above_offset_0(index, naive):
+def test_text_tokens_are_as_the_page_says(index, naive):
     tokens = naive["tokens"]
-    bos = tokens["token"][0]
-    assert [o > 0 for o in tokens["offset"]] == [t != bos for t in tokens["token"]]
-    assert sum(o > 0 for o in tokens["offset"]) == index.manifest["corpus"]["n_tokens"]
-    assert all(tokens["offset"][p] > 0 for p in naive["pairs"]["position"])
+    special = set(index.vocabulary[1])
+    columns = zip(tokens["is_text"], tokens["offset"], tokens["token"], strict=True)
+    assert all(is_text == (offset > 0 and token not in special) for is_text, offset, token in columns)
+    assert sum(tokens["is_text"]) == index.manifest["corpus"]["n_tokens"]
+    assert all(tokens["is_text"][p] for p in naive["pairs"]["position"])
 
 
 def test_lists_of_an_example_lie_as_the_page_says(index):

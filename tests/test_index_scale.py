@@ -423,7 +423,7 @@ def test_a_corpus_of_special_tokens_alone(random_model, random_corpus, random_sa
     model = random_model("gpt2")
     corpus = random_corpus(model)
     corpus.blocks[:] = model.bos
-    with pytest.raises(CorpusError, match="special"):
+    with pytest.raises(CorpusError, match="none of them text"):
         build((model, one_sae(random_sae, model), corpus), tmp_path / "index")
 
 
@@ -434,6 +434,7 @@ def test_small_corpora_and_whole_contexts(random_model, random_corpus, random_sa
     blocks = {name: getattr(corpus, name)[:n_blocks] for name in ("blocks", "document", "offset")}
     corpus = dataclasses.replace(corpus, **blocks)
     corpus.blocks[0, 1:] = np.arange(1, block_size) % 90 + 1
+    corpus.offset[0, 1:] = np.arange(1, block_size)
     saes = one_sae(random_sae, model)
     saes["s"].b_enc[2] = 5.0
     index = FeatureIndex.open(build((model, saes, corpus), tmp_path / "index")[0])
@@ -556,6 +557,7 @@ for start in range(0, n_blocks, 256):
     n = min(256, n_blocks - start)
     columns["blocks"][start : start + n] = rng.integers(1, 200, (n, 64))
 columns["blocks"][:, 0] = 0
+columns["offset"][:, 1:] = 1
 corpus = Corpus("synthetic", "all", **columns, documents=("d",), bos=0)
 peak, before, done = 0, anonymous(), threading.Event()
 

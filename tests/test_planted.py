@@ -109,10 +109,8 @@ def index(model, sae, data, tmp_path_factory):
     """Of the sequences, and of four blocks that make the feature of two heads fire and repeat one text."""
     special = torch.cat([torch.full((4, 1), BOS), torch.tensor([[3, 5, 7, 3]]).expand(4, 4)], dim=1)
     blocks = torch.cat([data[0], torch.nn.functional.pad(special, (0, data[0].shape[1] - 5), value=9)]).numpy()
-    zeros = np.zeros_like(blocks)
-    corpus = Corpus(
-        name="planted", split="all", blocks=blocks, documents=("planted",), document=zeros, offset=zeros, bos=BOS
-    )
+    offset = np.indices(blocks.shape)[1]
+    corpus = Corpus("planted", "all", blocks, ("planted",), np.zeros_like(blocks), offset, BOS)
     out = tmp_path_factory.mktemp("planted") / "index"
     plan = IndexPlan(thresholds=(0.0, 0.45, 0.7), part_tokens=200)
     return FeatureIndex.open(build_index(model, [(sae, SAERecord("planted", "none"))], corpus, out, plan=plan)[0])

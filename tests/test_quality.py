@@ -221,7 +221,7 @@ def test_figures_do_not_depend_on_how_blocks_fall_into_batches(
     corpus = random_corpus(model, n_blocks=600, block_size=14)  # more than are read at a time
     assert corpus.n_tokens > 8192
     order = np.random.default_rng(0).permutation(600)
-    mixed = dataclasses.replace(corpus, blocks=corpus.blocks[order])
+    mixed = dataclasses.replace(corpus, blocks=corpus.blocks[order], offset=corpus.offset[order])
     sae = random_sae(model, 8)
     one, two = evaluate(model, sae, corpus), evaluate(model, sae, mixed)
     assert (one.n_tokens, one.n_blocks, one.dead, one.n_below) == (two.n_tokens, two.n_blocks, two.dead, two.n_below)

@@ -44,7 +44,7 @@ def corpus(model: Model, random_corpus: Callable[..., Corpus]) -> Corpus:
     made = random_corpus(model, n_blocks=40, block_size=17)
     blocks = np.where(made.blocks == made.bos, 1, made.blocks)
     blocks[:, 0] = made.bos  # no BOS inside blocks
-    return replace(made, blocks=blocks)
+    return replace(made, blocks=blocks, offset=np.where(blocks == made.bos, 0, np.maximum(made.offset, 1)))
 
 
 def small(**changes: Any) -> TrainConfig:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.corpus import Corpus, special_ids
+from headscope.corpus import Corpus
 from headscope.errors import CorpusError
 from headscope.models.hf import Model
 from headscope.site import Site
@@ -46,10 +46,9 @@ def check_block_size(model: Model, block_size: int) -> None:
         )
 
 
-def is_text(model: Model, tokens: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
-    """False at the BOS and at the tokenizer's other special tokens, which statistics leave out."""
-    special = sorted(special_ids(model.tokenizer, model.bos))
-    return torch.isin(tokens, torch.tensor(special, device=tokens.device), invert=True)
+def is_text(corpus: Corpus, numbers: Int[np.ndarray, " n"], device: torch.device) -> Bool[Tensor, "n position"]:
+    """`Corpus.is_text` of some blocks, on a device."""
+    return torch.from_numpy(corpus.is_text(numbers)).to(device)
 
 
 def token_batches(

@@ -6,7 +6,7 @@ documents (`sources`, `text`, `rows`). They are tokenised once (`load`, `cache`)
 a document is on the same side of the split on every machine.
 """
 
-from headscope.corpus.blocks import BLOCK_BOS, PADDING, Corpus, special_ids
+from headscope.corpus.blocks import BLOCK_BOS, NOT_TEXT, PADDING, Corpus, special_ids
 from headscope.corpus.load import encode, load_corpus, read_documents
 from headscope.corpus.reading import HELD_OUT, Reading, Split, is_held_out, name_fraction
 from headscope.corpus.text import SEPARATOR, Document, python_documents
@@ -14,6 +14,7 @@ from headscope.corpus.text import SEPARATOR, Document, python_documents
 __all__ = [
     "BLOCK_BOS",
     "HELD_OUT",
+    "NOT_TEXT",
     "PADDING",
     "SEPARATOR",
     "Corpus",

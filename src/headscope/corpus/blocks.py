@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
 from headscope.corpus.reading import BosAt, Packing, Split
@@ -26,7 +26,9 @@ from headscope.errors import CorpusError, OutputError
 BLOCK_BOS = -1
 """Offset of the BOS that a block begins with, where no document does."""
 PADDING = -2
-"""Offset of what fills up the last block of a document."""
+"""Offset of padding, such as what fills up the last block of a document: no statistic counts it."""
+NOT_TEXT = -3
+"""Offset of what the model reads but is not text, whatever its id: a separator."""
 
 _GROUP = 64  # documents: with a limit of tokens, whole groups are named in a corpus
 _IN_MEMORY = 1 << 30  # bytes of blocks; larger corpora are mapped from a file
@@ -47,11 +49,11 @@ class Corpus:
     document: Int[np.ndarray, "block position"]
     """Index into `documents` of each token."""
     offset: Int[np.ndarray, "block position"]
-    """1 for the first token of a document, and so on; 0 is its BOS, -1 a block's own, -2 what fills up a block."""
+    """1 for the first token of a document, and so on; 0 is its BOS, or `BLOCK_BOS`, `PADDING`, `NOT_TEXT`."""
     bos: int
     """The token id of the BOS."""
     special: frozenset[int] = frozenset()
-    """Ids that are no text, besides the BOS: statistics leave them out."""
+    """Ids that are never text, besides the BOS."""
     reading: Mapping[str, Any] = field(default_factory=dict)
     """The choices it was read with."""
 
@@ -60,16 +62,24 @@ class Corpus:
         """All positions, BOS included."""
         return self.blocks.size
 
+    def is_text(self, blocks: Int[np.ndarray, " n"] | slice = slice(None)) -> Bool[np.ndarray, "n position"]:
+        """Which positions of some blocks are text: what statistics are over, and where a proxy can be true.
+
+        This is the one definition of a text token. A position is text if it belongs to the text of a document (its
+        offset is 1 or more, so it is neither a BOS that was put there, nor padding, nor a separator) and its id is not
+        that of a special token, wherever that stands.
+        """
+        return (self.offset[blocks] > 0) & ~np.isin(self.blocks[blocks], sorted(self.special | {self.bos}))
+
     @property
     def n_text_tokens(self) -> int:
-        """Positions that are neither a BOS nor another special token."""
-        special = sorted(self.special | {self.bos})
-        return sum(int((~np.isin(rows, special)).sum()) for rows in _runs(self.blocks))
+        """Positions that are text."""
+        return sum(int(self.is_text(rows).sum()) for rows in _runs(self.blocks))
 
     @property
     def n_padding(self) -> int:
-        """Positions that fill up blocks."""
-        return sum(int((rows == PADDING).sum()) for rows in _runs(self.offset))
+        """Positions that are padding."""
+        return sum(int((self.offset[rows] == PADDING).sum()) for rows in _runs(self.offset))
 
     @property
     def block_size(self) -> int:
@@ -81,7 +91,7 @@ class Corpus:
         digest = hashlib.sha256(f"{self.blocks.shape} {self.bos}".encode())
         for values in (self.blocks, self.document, self.offset):
             for rows in _runs(values):
-                digest.update(np.ascontiguousarray(rows, dtype="<i4").data)
+                digest.update(np.ascontiguousarray(values[rows], dtype="<i4").data)
         digest.update("\0".join(self.documents).encode())
         return f"sha256:{digest.hexdigest()}"
 
@@ -97,14 +107,14 @@ class Corpus:
         }
 
 
-def _runs(values: np.ndarray) -> Iterator[np.ndarray]:
-    """A matrix, some rows at a time."""
+def _runs(values: np.ndarray) -> Iterator[slice]:
+    """The rows of a matrix, some at a time."""
     step = max(1, _CHUNK // values.shape[1])
-    return (values[start : start + step] for start in range(0, len(values), step))
+    return (slice(start, start + step) for start in range(0, len(values), step))
 
 
 def special_ids(tokenizer: Tokenizer, bos: int) -> frozenset[int]:
-    """Ids that are no text: the BOS, and the tokens that the tokenizer marks as special."""
+    """Ids that are never text: the BOS, and the tokens that the tokenizer marks as special."""
     return frozenset({i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special} | {bos})
 
 
@@ -253,9 +263,10 @@ def _lay_out(
     is_text = (nth >= 0) & (nth < spans.length[d])
     tokens = np.full(d.shape, layout.bos, np.int32)
     tokens[is_text] = stream.tokens[(spans.start[d] + nth)[is_text]]
-    if layout.separator is not None:
-        tokens[nth == spans.length[d]] = layout.separator
     offset = np.where(o < spans.span[d], nth + 1, PADDING)
+    if layout.separator is not None:
+        ends = nth == spans.length[d]
+        tokens[ends], offset[ends] = layout.separator, NOT_TEXT
     if not layout.block_bos:
         return tokens, d, offset
     begins = (o[:, 0] == 0) & (layout.packing == "rows")

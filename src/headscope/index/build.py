@@ -94,7 +94,7 @@ def build_index(
     Args:
         model: the model the SAEs were trained on.
         saes: SAEs of the z of its layers, with what the manifest says of their files.
-        corpus: what to read; every position but special tokens counts.
+        corpus: what to read; statistics are over its text tokens.
         folder: gets the index, or one folder for each SAE when there are several; it appears whole or not at all.
         overwrite: replace what is there, and what an interrupted build of something else left; what one of the same
             index left is gone on with.
@@ -122,9 +122,7 @@ def build_index(
             )
     check_corpus(model, corpus)
     if corpus.n_text_tokens == 0:
-        raise CorpusError(
-            f"{corpus.blocks.size} tokens, all of them special", expected="text", do="index another corpus"
-        )
+        raise CorpusError(f"{corpus.blocks.size} tokens, none of them text", expected="text", do="index another corpus")
     check_output(folder, overwrite=overwrite)
     build = _Build(model, saes, corpus, Path(folder), plan or IndexPlan(), workers or Workers())
     try:

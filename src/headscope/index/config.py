@@ -19,7 +19,7 @@ N_NULLS = 64
 """Null directions of each kind."""
 
 DEFINITIONS = {
-    "density": "share of tokens (special ones left out) on which the feature is active; Wilson 95 % interval",
+    "density": "share of text tokens on which the feature is active; Wilson 95 % interval",
     "activation": "f = activation(pre), pre = (x - b_dec) @ W_enc + b_enc, without b_dec where the SAE's encoder does "
     "without it, x the raw z of all heads",
     "dfa": "C[h, s] = pattern[h, q, s] (v[s, h] - c_h) . W_enc[h, :, j]: direct feature attribution of the "

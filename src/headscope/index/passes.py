@@ -66,8 +66,8 @@ def subjects_of(model: Model, saes: Sequence[SAE], corpus: Corpus) -> list[Subje
     _check_finite("logit directions", model.logit_directions)
     blocks = np.arange(min(len(corpus.blocks), max(1, _CALIBRATION_TOKENS // corpus.block_size)))
     z: dict[int, list[Tensor]] = {sae.site.layer: [] for sae in saes}
-    for _, tokens in token_batches(corpus, model.device, blocks, batch_tokens=BATCH_TOKENS):
-        text = is_text(model, tokens)
+    for numbers, tokens in token_batches(corpus, model.device, blocks, batch_tokens=BATCH_TOKENS):
+        text = is_text(corpus, numbers, model.device)
         found = model.read(tokens, list({sae.site: None for sae in saes}))
         for site, value in found.items():
             z[site.layer].append(value[text])
@@ -96,7 +96,7 @@ def read_part(
     A subject's arrays: `counts` [d_sae] and, sorted by latent, then position, the columns `position`, `activation`,
     `heads` of its pairs; `moments`, `maximum`, `source_totals`, `source_keys`, `source_sums`, `null_moments`,
     `attention` (from any token to each token type, by head). What all share: `n_tokens`, `token_counts` and
-    `source_pairs` by token type, and `losses` where the plan asks for them.
+    `source_pairs` by token type, and `losses` where the plan asks for them. Sources that are not text count as the BOS.
 
     Raises:
         IndexFormatError: activations are not finite, or DFA does not sum to the pre-activation.
@@ -104,13 +104,15 @@ def read_part(
     tallies = [_Tally(model, subject, plan) for subject in subjects]
     attention_to = {s.layer: torch.zeros(model.spec.d_vocab, model.spec.n_heads).double() for s in subjects}
     n_tokens, losses = 0, []
-    source_pairs = torch.zeros(model.spec.d_vocab, dtype=torch.int64)
+    token_counts, source_pairs = (torch.zeros(model.spec.d_vocab, dtype=torch.int64) for _ in range(2))
     batch_tokens = BATCH_TOKENS if plan.n_sources else BATCH_TOKENS // 16  # all sources take much room
     for numbers, tokens in token_batches(corpus, model.device, blocks, batch_tokens=batch_tokens):
-        text = is_text(model, tokens)
+        text = is_text(corpus, numbers, model.device)
         n_tokens += int(text.sum())
+        token_counts += torch.bincount(tokens[text], minlength=model.spec.d_vocab).cpu()
+        kinds = torch.where(text, tokens, model.bos)  # a separator of an ordinary id is no source of that token
         later = text.flip(1).cumsum(1).flip(1)  # text tokens from each position on: destinations that can see it
-        source_pairs.index_add_(0, tokens.flatten().cpu(), later.flatten().cpu())
+        source_pairs.index_add_(0, kinds.flatten().cpu(), later.flatten().cpu())
         if plan.losses:
             own = model.losses(tokens)
             _check_finite("losses", own)
@@ -119,15 +121,15 @@ def read_part(
             _check_finite("activations", attention.z)
             received = (text[:, None, None].to(attention.pattern) @ attention.pattern)[:, :, 0]  # [row, head, source]
             by_source = received.transpose(1, 2).flatten(0, 1).double().cpu()
-            attention_to[layer].index_add_(0, tokens.flatten().cpu(), by_source)
+            attention_to[layer].index_add_(0, kinds.flatten().cpu(), by_source)
             for tally in tallies:
                 if tally.subject.layer == layer:
-                    tally.add(numbers, tokens, text, attention)
+                    tally.add(numbers, tokens, kinds, text, attention)
         on_batch(len(numbers))
     parts = [t.result() | {"attention": attention_to[t.subject.layer].numpy()} for t in tallies]
     shared = {
         "n_tokens": np.array([n_tokens]),
-        "token_counts": np.bincount(corpus.blocks[blocks].reshape(-1), minlength=model.spec.d_vocab),
+        "token_counts": token_counts.numpy(),
         "source_pairs": source_pairs.numpy(),
     }
     if losses:
@@ -167,27 +169,32 @@ class _Tally:
         self._n_active = 0  # counted apart from the pairs, to check them
         self._thresholds = torch.tensor(plan.thresholds[1:], device=device, dtype=subject.sae.W_enc.dtype)
 
-    def add(self, numbers: Int[np.ndarray, " row"], tokens: Tensor, text: Tensor, attention: Attention) -> None:
-        """Add a batch."""
+    def add(
+        self, numbers: Int[np.ndarray, " row"], tokens: Tensor, kinds: Tensor, text: Tensor, attention: Attention
+    ) -> None:
+        """Add a batch; `kinds` are the tokens, the BOS where they are not text."""
         row, query, latent, f, pre, n_active = _active(self.subject.sae, attention.z, text)
         self._n_active += n_active
         found = _contributions(self.subject.weights, attention, (row, query, latent), self._plan.n_sources)
         block = torch.from_numpy(numbers).to(row.device)[row]
         self._pairs.append((latent, block * tokens.shape[1] + query, f, found.heads))
         check_sum(pre - found.heads.sum(1) - self.subject.weights.bias[latent], found.heads)
-        self._add_sources(found, tokens[row[:, None], found.source], query, latent, f)
+        sources = row[:, None], found.source
+        self._add_sources(found, kinds[sources], tokens[sources] == self._bos, query, latent, f)
         moments = [_moment_rows(f, None, powers=2), _moment_rows(pre, found.heads, powers=2)[:, 1:]]
         self._moments.index_add_(0, latent, torch.cat(moments, 1))
         null, p, heads = self.subject.nulls.active(attention.z[text], self.subject.weights.offset)
         self._nulls.index_add_(0, null, _moment_rows(p, heads, powers=2))
 
-    def _add_sources(self, found: "_Contributions", token: Tensor, query: Tensor, latent: Tensor, f: Tensor) -> None:
+    def _add_sources(
+        self, found: "_Contributions", token: Tensor, is_bos: Tensor, query: Tensor, latent: Tensor, f: Tensor
+    ) -> None:
         """Add the kept sources of the pairs of a batch, and their totals, by latent, threshold and token."""
         level = torch.searchsorted(self._thresholds, f) if self._levels > 1 else 0
         owner = latent * self._levels + level
         exists = found.source <= query[:, None]  # all else is 0 where they do not: the padding of early queries
         token = torch.where(exists, token, self._bos)
-        squares, of_heads, is_bos = found.summed.square(), found.by_head.square(), token == self._bos
+        squares, of_heads = found.summed.square(), found.by_head.square()
         at_bos = (squares * is_bos).sum(1)
         one = torch.ones_like(at_bos)
         totals = torch.stack([one, found.total_square, found.heads.sum(1), squares.sum(1), at_bos], 1)

@@ -2,7 +2,7 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -213,9 +213,17 @@ class TokenBlocks:
 
     COLUMNS = ("token", "document", "is_text")
 
-    def __init__(self, path: Path, block_size: int, sizes: Sizes) -> None:
-        """Open; nothing is read yet."""
+    def __init__(self, path: Path, block_size: int, sizes: Sizes, special: Callable[[], Collection[int]]) -> None:
+        """Open; nothing is read yet.
+
+        Args:
+            path: the file.
+            block_size: tokens of a block.
+            sizes: of the index, which values are checked against.
+            special: gives the ids that are never text; asked where the table of an older index lacks `is_text`.
+        """
         self._path, self._sizes, self._file = path, sizes, pq.ParquetFile(path, page_checksum_verification=True)
+        self._special = None if "is_text" in self._file.schema_arrow.names else sorted(special())
         metadata = self._file.metadata
         *first, last = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         rows = first[0] if first else last
@@ -232,6 +240,13 @@ class TokenBlocks:
         last = following.is_null().to_numpy().reshape(-1, self._size)
         return bool((last == (np.arange(self._size) == self._size - 1)).all())
 
+    @property
+    def derived(self) -> str | None:
+        """In SQL, the column that an older table lacks: there, all but special tokens is text, decided by id alone."""
+        if self._special is None:
+            return None
+        return f"token NOT IN ({', '.join(map(str, self._special)) or 'NULL'}) AS is_text"
+
     def of(self, block: int, column: str) -> np.ndarray:
         """One of `COLUMNS` of one block."""
         group, number = divmod(block, self._blocks)
@@ -245,11 +260,13 @@ class TokenBlocks:
     def _group(self, group: int) -> dict[str, np.ndarray]:
         with self._lock:
             if group not in self._held:
+                columns = [name for name in self.COLUMNS if name != "is_text" or self._special is None]
                 with reading(self._path):
-                    columns = ["token", "document", "offset"]
                     table = self._sizes.check(self._file.read_row_group(group, columns=columns, use_threads=False))
-                token, document, offset = (table[name].to_numpy() for name in columns)
-                self._held[group] = dict(zip(self.COLUMNS, (token, document, offset > 0), strict=True))
+                held = {name: table[name].to_numpy() for name in columns}
+                if self._special is not None:
+                    held["is_text"] = ~np.isin(held["token"], self._special)
+                self._held[group] = held
                 if len(self._held) * self._blocks * self._size > _CACHED_TOKENS:
                     self._held.popitem(last=False)
             self._held.move_to_end(group)

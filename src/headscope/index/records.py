@@ -110,7 +110,7 @@ class Feature:
     latent: int
     n_active: int
     density: float
-    """Share of tokens (special ones left out) on which it is active."""
+    """Share of text tokens on which it is active."""
     density_interval: tuple[float, float]
     """95 %, Wilson; tokens of a document are not independent, so the true one is wider."""
     mean: float | None

@@ -96,16 +96,17 @@ class FeatureIndex:
         names = check_files(folder, manifest)
         check_footers(folder, names, self._sizes)
         parts = [folder / name for name in names if name.startswith("activations/")]
-        self._database = Database({name: [folder / f"{name}.parquet"] for name in TABLES} | {"activations": parts})
         self._studies: dict[str, tuple[Stamp, pa.Table, dict[str, Any]]] = {}
         self._studied_table: tuple[Stamp, pa.Table] | None = None
         self._features = read_own(folder / "features.parquet", self._sizes)
         self._activations = ActivationRows(parts, self._features["n_active"].to_numpy(), self._sizes)
-        self._tokens = TokenBlocks(folder / "tokens.parquet", self.block_size, self._sizes)
+        self._tokens = TokenBlocks(folder / "tokens.parquet", self.block_size, self._sizes, lambda: self.vocabulary[1])
         self._examples, self._groups, self._sources, self._source_totals = (
             LatentRows(folder / f"{name}.parquet", self._sizes)
             for name in ("examples", "groups", "sources", "source_totals")
         )
+        views = {name: [folder / f"{name}.parquet"] for name in TABLES} | {"activations": parts}
+        self._database = Database(views, {"tokens": self._tokens.derived})
         self._check_meaning()
 
     @classmethod
@@ -467,7 +468,7 @@ class FeatureIndex:
         return self._tokens.of(block, column)
 
     def each_blocks(self) -> Iterator[dict[str, np.ndarray]]:
-        """The corpus, some blocks at a time: `token`, `document`, `is_text` (not special), each [block, position].
+        """The corpus, some blocks at a time: `token`, `document`, `is_text`, each [block, position].
 
         What was read stays in memory up to 17M tokens, 9 bytes each.
         """

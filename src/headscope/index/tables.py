@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int
 
 from headscope import attribution
-from headscope.corpus import special_ids
 from headscope.index.config import N_LOGITS, N_SOURCE_TOKENS, IndexPlan
 from headscope.index.nulls import KINDS as NULL_KINDS
 from headscope.index.parts import SortedParts
@@ -190,14 +189,12 @@ def source_tables(
     key, values = sums.result()
     totals = totals[:, ::-1].cumsum(1)[:, ::-1]  # those above a threshold are above all smaller ones
     attention = pairs.totals("attention")
-    special = sorted(special_ids(model.tokenizer, model.bos))
-    shared["token_counts"][[i for i in special if i < d_vocab]] = 0
     tables, of_totals = [], []
     for level, threshold in enumerate(plan.thresholds):
         above = key // d_vocab % n_levels >= level
         own = totals[:, level]
         chosen_key = key[above] // (d_vocab * n_levels) * d_vocab + key[above] % d_vocab
-        chosen = _largest_tokens(*merge_by_key(chosen_key, values[above]), d_vocab, special)
+        chosen = _largest_tokens(*merge_by_key(chosen_key, values[above]), d_vocab, model.bos)
         tables.append(_source_rows(*chosen, own, attention, shared, threshold))
         d2 = own[:, SOURCE_TOTALS.index("d2")]
         scale = np.where(d2 > 0, d2, np.nan)
@@ -224,11 +221,11 @@ def source_tables(
 
 
 def _largest_tokens(
-    key: torch.Tensor, values: torch.Tensor, d_vocab: int, special: list[int]
+    key: torch.Tensor, values: torch.Tensor, d_vocab: int, bos: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(latent, token, sums) of the largest source tokens of each latent, special ones left out."""
+    """(latent, token, sums) of the largest source tokens of each latent; what is not text, kept as BOS, is left out."""
     latent, token, sums = (key // d_vocab).numpy(), (key % d_vocab).numpy(), values.numpy()
-    text = ~np.isin(token, special)
+    text = token != bos
     latent, token, sums = latent[text], token[text], sums[text]
     order = np.lexsort((token, -sums[:, SOURCE_COLUMNS.index("d2")] if len(sums) else token, latent))
     latent, token, sums = latent[order], token[order], sums[order]
@@ -259,7 +256,7 @@ def _source_rows(
             "share_by_head": by_head / own[:, len(SOURCE_TOTALS) : len(SOURCE_TOTALS) + n_heads],
             "attention": attended / n[:, None],
             "attention_elsewhere": (attention[token] - attended) / np.where(elsewhere > 0, elsewhere, np.nan)[:, None],
-            "frequency": shared["token_counts"][token] / shared["token_counts"].sum(),  # of text: BOS is set to 0
+            "frequency": shared["token_counts"][token] / shared["token_counts"].sum(),  # of text
         }
     return pa.table(
         {

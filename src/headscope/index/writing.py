@@ -61,7 +61,9 @@ def write_corpus(folder: Path, corpus: Corpus, model: Model, losses: Callable[[i
         folder / "documents.parquet",
         pa.table({"document": pa.array(range(len(corpus.documents)), pa.int32()), "name": list(corpus.documents)}),
     )
-    write_table(folder / "vocabulary.parquet", _vocabulary_table(model))
+    special = np.isin(np.arange(model.spec.d_vocab), sorted(corpus.special | {corpus.bos}))
+    vocabulary = _vocabulary_table(model).append_column("special", pa.array(special))
+    write_table(folder / "vocabulary.parquet", vocabulary)
     step = max(1, _TOKEN_ROW_GROUP // corpus.block_size)
     writer = None
     for start in range(0, len(corpus.blocks), step):
@@ -74,6 +76,7 @@ def write_corpus(folder: Path, corpus: Corpus, model: Model, losses: Callable[[i
             "token": pa.array(tokens.reshape(-1), pa.int32()),
             "document": pa.array(corpus.document[chosen].reshape(-1), pa.int32()),
             "offset": pa.array(corpus.offset[chosen].reshape(-1), pa.int32()),
+            "is_text": pa.array(corpus.is_text(chosen).reshape(-1)),
             "next_token": pa.array(after, pa.int32(), mask=after < 0),
         }
         if losses is not None:
@@ -87,7 +90,7 @@ def write_corpus(folder: Path, corpus: Corpus, model: Model, losses: Callable[[i
 
 
 def _vocabulary_table(model: Model) -> pa.Table:
-    """Each token's bytes; special tokens keep their spelling and are marked."""
+    """Each token's bytes; special tokens keep their spelling."""
     pieces = [model.tokenizer.id_to_token(i) or "" for i in range(model.spec.d_vocab)]
     special = special_ids(model.tokenizer, model.bos)
     byte_of = _byte_alphabet()
@@ -99,7 +102,6 @@ def _vocabulary_table(model: Model) -> pa.Table:
         {
             "token": pa.array(range(model.spec.d_vocab), pa.int32()),
             "bytes": pa.array(content, pa.binary()),
-            "special": [i in special for i in range(model.spec.d_vocab)],
         }
     )
 

@@ -39,7 +39,7 @@ _LOCK = RLock()
 
 
 def evaluate(proxy: Proxy | str, index: FeatureIndex) -> Bool[np.ndarray, " token"]:
-    """Whether a proxy is true of each position of an index's corpus; false at special tokens.
+    """Whether a proxy is true of each position of an index's corpus; false at what is not text.
 
     The last masks of an index are kept, 32 MB of them at a bit a position.
 
@@ -80,11 +80,16 @@ def vocabulary_of(index: FeatureIndex) -> Vocabulary:
 def read_blocks(index: FeatureIndex) -> Iterator[Blocks]:
     """The corpus of an index, about a million positions at a time."""
     vocabulary, names, parts = vocabulary_of(index), index.documents, index.each_blocks()
+    special = sorted(vocabulary.special)
     for first in parts:
         several = [first, *islice(parts, max(0, _CHUNK // first["token"].size - 1))]
         token, document, is_text = (
             np.concatenate([part[name] for part in several]) for name in ("token", "document", "is_text")
         )
+        # Padding and separators may have the ids of ordinary tokens; to a proxy they are special tokens.
+        disguised = ~is_text & ~np.isin(token, special)
+        if disguised.any():
+            token[disguised] = special[0]
         yield Blocks(token, document, is_text, vocabulary, names)
 
 

@@ -162,7 +162,7 @@ def corpus_of(index: FeatureIndex, most: int | None) -> Corpus:
     document = np.stack([index.documents_of(block) for block in range(n)]).astype(np.int32)
     query = 'SELECT "offset" FROM tokens WHERE position < ? ORDER BY position'
     offsets = index.sql(query, [n * size])["offset"]
-    manifest = index.manifest["corpus"]
+    manifest, bos = index.manifest["corpus"], index.manifest.get("bos")
     return Corpus(
         name=manifest["name"],
         split=manifest["split"],
@@ -170,7 +170,7 @@ def corpus_of(index: FeatureIndex, most: int | None) -> Corpus:
         documents=tuple(index.documents),
         document=document,
         offset=offsets.to_numpy().reshape(blocks.shape).astype(np.int32),
-        bos=int(blocks[0, 0]),
+        bos=int(bos["id"] if isinstance(bos, dict) else blocks[0, 0]),  # older indexes always began with it
         special=frozenset(index.vocabulary[1]),
         reading=manifest.get("reading", {}),
     )

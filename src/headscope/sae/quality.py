@@ -144,7 +144,7 @@ def _measure_reconstruction(model: Model, sae: SAE, corpus: Corpus, advance: Cal
     l0_bos = cosine = 0.0
     for numbers, tokens, x in activations(model, corpus, sae.site):
         f = sae.encode(x)
-        x_hat, counted = sae.decode(f), is_text(model, tokens)
+        x_hat, counted = sae.decode(f), is_text(corpus, numbers, model.device)
         active = (f > 0).sum(-1)
         l0_bos += (active * _not_padding(corpus, numbers, model.device)).sum().item()
         fired += (f[counted] > 0).sum(0)
@@ -187,7 +187,7 @@ def _measure_losses(
         sums.setdefault(name, np.zeros(len(blocks)))[place] = values.double().sum(1).cpu().numpy()
 
     for numbers, tokens in token_batches(corpus, model.device, blocks):
-        text, real = is_text(model, tokens), _not_padding(corpus, numbers, model.device)
+        text, real = is_text(corpus, numbers, model.device), _not_padding(corpus, numbers, model.device)
         counted = text[:, :-1] & real[:, 1:]  # of which the next token is predicted
         add("n", numbers, counted)
         add("n_bos", numbers, real[:, 1:])

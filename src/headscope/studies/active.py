@@ -1,6 +1,7 @@
 """Where a feature is active and what comes next is text: the tokens at which the loss can say what the feature does."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -15,13 +16,18 @@ class Text:
     tokens: Int[np.ndarray, "block position"]
     document: Int[np.ndarray, "block position"]
     is_text: Bool[np.ndarray, "block position"]
-    """Not a special token."""
+    """As `Corpus.is_text` has it."""
 
     @classmethod
     def of(cls, index: FeatureIndex) -> "Text":
         """Read it: 9 bytes a token are held."""
         parts = list(index.each_blocks())
         return cls(*(np.concatenate([part[name] for part in parts]) for name in ("token", "document", "is_text")))
+
+    @cached_property
+    def text_tokens(self) -> Int[np.ndarray, "block position"]:
+        """The tokens where they are text, -1 elsewhere: padding and separators may have the id of a token of text."""
+        return np.where(self.is_text, self.tokens, np.int32(-1))
 
     @property
     def counted(self) -> Bool[np.ndarray, "block position"]:

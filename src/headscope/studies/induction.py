@@ -121,7 +121,8 @@ def control_group(
         raise StudyError(
             f"{len(pool)} features with a share below {below:g}", expected=f"at least {len(like)}", do="raise `below`"
         )
-    counts = np.bincount(Text.of(index).tokens.reshape(-1), minlength=index.manifest["model"]["d_vocab"])
+    text = Text.of(index)
+    counts = np.bincount(text.tokens[text.is_text], minlength=index.manifest["model"]["d_vocab"])
     n_active = index.table()["n_active"].to_numpy()
     points = np.log(np.stack([np.maximum(n_active, 1), counts[targets(index)] + 1.0], axis=1))
     points = (points - points[pool].mean(0)) / np.maximum(points[pool].std(0), 1e-12)
@@ -161,7 +162,7 @@ class BigramFinder:
 
     def __init__(self, text: Text) -> None:
         """Put the text in order: 24 bytes a token are held."""
-        self.tokens = text.tokens.reshape(-1)
+        self.tokens = text.text_tokens.reshape(-1)
         self.size = text.tokens.shape[1]
         self._precedes = text.counted.reshape(-1)  # text before text: the A's there are
         self._order = np.argsort(self.tokens, kind="stable").astype(np.int64)

@@ -134,7 +134,7 @@ def _prior_sources(live: LiveIndex, text: Text, places: _Places, n_latents: int,
                 torch.from_numpy(places.latent[part]).to(live.model.device),
             )
             shares[part], heads[part] = _from_tokens(
-                dfa.double().cpu().numpy(), text.tokens[block], query, places.token[part]
+                dfa.double().cpu().numpy(), text.text_tokens[block], query, places.token[part]
             )
     n = np.bincount(places.row, minlength=n_latents)
     by_head = np.stack([np.bincount(places.row, of, minlength=n_latents) for of in heads.T], axis=1)

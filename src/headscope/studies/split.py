@@ -25,7 +25,7 @@ class TextTokens:
     """Which positions of a corpus are text, and of which document."""
 
     is_text: Bool[np.ndarray, " token"]
-    """Not a special token."""
+    """As `Corpus.is_text` has it."""
     unit: Int[np.ndarray, " token"]
     """The document of each position, or the group of neighbouring documents; counted from 0, without gaps."""
     counts: Int[np.ndarray, " unit"]

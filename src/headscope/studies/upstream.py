@@ -180,7 +180,7 @@ class _Sources:
         self.model, self.layer, self.seed = live.model, live.sae.site.layer, seed
         self.latent, self.tokens, self.thresholds = latent, tokens, tuple(thresholds)
         self.found = live.index.activations(latent)
-        _check_set(tokens, self.model.spec.d_vocab, self.model.bos)
+        _check_set(tokens, self.model.spec.d_vocab, live.index.vocabulary[1])
         self.text, self.size = Text.of(live.index), live.index.block_size
         weights = HeadWeights.of(live.sae, self.model)
         own = weights.encoder[:, latent]
@@ -240,7 +240,7 @@ class _Sources:
         wide = pattern.repeat_interleave(k, dim=1)
         dfa = dfa_of_sequence(self.weights, value, wide, self.directions.repeat(n))
         quantities = _quantities(dfa.double().view(len(dfa), n, k, -1))  # [quantity, destination, direction, source]
-        inside = self.in_set[tokens]
+        inside = self._inside(block, tokens)
         special = torch.from_numpy(~self.text.is_text[block]).to(tokens.device)
         for number, threshold in enumerate(self.thresholds):
             above = torch.from_numpy(activation > threshold).to(tokens.device)
@@ -258,9 +258,13 @@ class _Sources:
         )
         return rows, self._baseline(block, tokens, whole, quiet)
 
+    def _inside(self, block: int, tokens: Tensor) -> Bool[Tensor, " position"]:
+        """Which tokens of a block are text and of the set."""
+        return self.in_set[tokens] & torch.from_numpy(self.text.is_text[block]).to(tokens.device)
+
     def _baseline(self, block: int, tokens: Tensor, pattern: Tensor, quiet: Bool[np.ndarray, " position"]) -> _Baseline:
         """Attention to the set from text tokens where the feature is off and a token of the set can be seen."""
-        inside = self.in_set[tokens]
+        inside = self._inside(block, tokens)
         chosen = quiet & inside.cumsum(0).bool().cpu().numpy()
         attended = pattern[..., inside].double().sum(-1).T  # [query, head]
         return _Baseline(self.text.document[block][chosen], _array(attended)[chosen])
@@ -347,12 +351,12 @@ class _Sources:
         )
 
 
-def _check_set(tokens: Sequence[int], d_vocab: int, special: int) -> None:
-    wrong = [t for t in tokens if not 0 <= t < d_vocab or t == special]
+def _check_set(tokens: Sequence[int], d_vocab: int, special: Sequence[int]) -> None:
+    wrong = [t for t in tokens if not 0 <= t < d_vocab or t in special]
     if wrong or not tokens:
         raise HeadscopeError(
             f"source tokens {wrong[:5]}" if tokens else "no source token",
-            expected=f"ids from 0 to {d_vocab - 1}, without the special {special}, whose share is told apart",
+            expected=f"ids from 0 to {d_vocab - 1}, none of a special token (their share is a figure of its own)",
             do="pass the ids of some tokens of the text",
         )
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from headscope.artefact import atomic_write
 from headscope.capture import BATCH_TOKENS, check_corpus, is_text
-from headscope.corpus import PADDING, Corpus, special_ids
+from headscope.corpus import PADDING, Corpus
 from headscope.errors import OutputError, TrainingError
 from headscope.models.hf import Model
 from headscope.sae.training.cache import ActivationCache
@@ -82,7 +82,7 @@ class Source:
             "site": self.site.hook_name,
             "corpus": self.corpus.fingerprint(),
             "exclude_bos": self.exclude_bos,
-            "special": sorted(special_ids(self.model.tokenizer, self.model.bos)),
+            "special": sorted(self.corpus.special | {self.corpus.bos}),
             "group_size": self.group_size,
             "dtype": "bfloat16",
         }
@@ -139,7 +139,7 @@ class Source:
         self, numbers: Int[np.ndarray, " block"], tokens: Int[Tensor, "block position"]
     ) -> Bool[Tensor, "block position"]:
         if self.exclude_bos:
-            return is_text(self.model, tokens)
+            return is_text(self.corpus, numbers, tokens.device)
         return torch.from_numpy(self.corpus.offset[numbers] != PADDING).to(tokens.device)
 
     def _not_finite(
