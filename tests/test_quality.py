@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from headscope.corpus import Corpus
+from headscope.corpus import PADDING, Corpus
 from headscope.errors import CorpusError, ModelError, SAEError
 from headscope.models.hf import Model
 from headscope.sae.model import SAE, ReLU
@@ -338,6 +338,40 @@ def test_parts_that_do_not_fit_one_another_are_refused(
         evaluate(model, random_sae(model), random_corpus(model, 2, 65))
 
 
+def test_numbers_that_overflow_are_refused_by_name_and_not_summed(
+    corpus: Corpus, random_model: Callable[..., Model], random_sae: Callable[..., SAE]
+) -> None:
+    half, model = random_model("gpt_neox", dtype=torch.float16), random_model("gpt_neox")
+    sae = random_sae(model)
+    evaluate(half, sae, corpus)
+    half.module.gpt_neox.layers[1].mlp.dense_4h_to_h.weight.mul_(6e4)  # after the site: the activations are finite
+    with pytest.raises(ModelError, match=r"NaN or infinity in losses of random gpt_neox, .*float16\n.*ends at 65504"):
+        evaluate(half, sae, corpus)
+    half.module.gpt_neox.layers[0].mlp.dense_4h_to_h.weight.mul_(6e4)
+    with pytest.raises(ModelError, match=r"NaN or infinity in blocks.1.attn.hook_z of random gpt_neox"):
+        evaluate(half, sae, corpus)
+    for name in ("W_dec", "b_dec"):
+        huge = dataclasses.replace(sae, **{name: getattr(sae, name) * 1e38})
+        with pytest.raises(SAEError, match=r"reconstructions of blocks.1.attn.hook_z whose squares exceed float32"):
+            evaluate(model, huge, corpus)
+    model.module.lm_head.weight.mul_(1e38)
+    with pytest.raises(ModelError, match=r"(?s)NaN or infinity in losses .*float32.*check its weights"):
+        evaluate(model, sae, corpus)
+
+
+def test_text_that_predicts_nothing_is_refused(
+    model: Model, random_sae: Callable[..., SAE], random_corpus: Callable[..., Corpus]
+) -> None:
+    bos_and_one = random_corpus(model, 4, 2)
+    of_bos = dataclasses.replace(bos_and_one, blocks=np.full((4, 2), model.bos, np.int32))
+    filled = np.array([[model.bos, 5, model.bos]] * 4, np.int32)
+    offset = np.array([[0, 1, PADDING]] * 4, np.int32)
+    padded = dataclasses.replace(bos_and_one, blocks=filled, offset=offset, document=np.zeros_like(offset))
+    for corpus in (bos_and_one, of_bos, padded):
+        with pytest.raises(CorpusError, match=r"(?s)without a text token that predicts another.*raise --block-size"):
+            evaluate(model, random_sae(model), corpus)
+
+
 # ----------------------------------------------------------------------------------------------------------- as a table
 def test_the_figures_are_strict_json_and_a_table_beside_the_posts(
     model: Model, corpus: Corpus, random_sae: Callable[..., SAE]
@@ -372,3 +406,19 @@ def test_an_sae_that_never_fires_still_gets_its_figures_written(model: Model, co
     q = evaluate(model, constant_sae(model, Site("z", 1), torch.zeros(32, dtype=torch.float64)), corpus)
     json.dumps(q.as_dict(), allow_nan=False)
     quality_rows(q.as_dict())
+
+
+def test_figures_without_a_number_are_shown_as_such(
+    model: Model, corpus: Corpus, random_sae: Callable[..., SAE]
+) -> None:
+    """As in files of earlier versions, which kept what had overflowed."""
+
+    def emptied(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: emptied(v) for name, v in value.items()}
+        return None if isinstance(value, float) else value
+
+    q = evaluate(model, random_sae(model), corpus).as_dict()
+    rows = {row.name: row.value for row in quality_rows(emptied(q))}
+    assert rows["loss_recovered"] == rows["L0"] == rows["L0 with BOS"] == "-"
+    assert rows["CE zero / mean / c"] == "- / - / -"

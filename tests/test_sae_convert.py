@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from headscope.corpus import Corpus
 from headscope.errors import ModelError, SAEError
+from headscope.index.build import SAERecord, build_index
+from headscope.index.live import LiveIndex
+from headscope.index.store import FeatureIndex
 from headscope.interventions import reconstruction
 from headscope.models.hf import Model
 from headscope.models.load import load_model
@@ -79,6 +82,7 @@ def test_the_conversion_is_recorded_and_not_done_twice(
         "from": PROCESSED,
         "model": model.spec.name,
         "model_hash": model.fingerprint(),
+        "dtype": "float32",
     }
     again = fitted(load_sae(save_sae(once, tmp_path / "sae")), model)
     assert_close(again.b_dec, once.b_dec, rtol=0, atol=0)
@@ -111,6 +115,60 @@ def test_an_sae_of_another_model_is_refused_with_both_shapes(random_model: Rando
     beside = random_model("gpt_neox", use_parallel_residual=True)
     with pytest.raises(ModelError, match=r"(?s)resid_mid.*side by side.*use resid_pre"):
         fitted(random_sae(model, site=Site("resid_mid", 0)), beside)
+
+
+def test_an_sae_of_other_weights_is_refused_wherever_it_would_give_a_wrong_number(
+    random_model: RandomModel, random_sae: RandomSAE, random_corpus: Callable[..., Corpus], tmp_path: Path
+) -> None:
+    model, other = random_model("gpt2"), random_model("gpt2", seed=1)
+    plain = random_sae(model)
+    trained = replace(plain, metadata={"model_hash": model.fingerprint(), "dtype": "float32"})
+    corpus, record = random_corpus(model), SAERecord("random", "sha256:0")
+    for sae in (trained, fitted(processed(plain), model)):
+        for attempt in (
+            lambda sae=sae: check_fits(sae, other),
+            lambda sae=sae: fitted(sae, other),
+            lambda sae=sae: evaluate(other, sae, corpus),
+            lambda sae=sae: build_index(other, [(sae, record)], corpus, tmp_path / "index"),
+        ):
+            with pytest.raises(SAEError, match=r"(?s)whose weights are not those of random gpt2 in float32.*--force"):
+                attempt()
+        check_fits(sae, model)
+    build_index(model, [(trained, record)], corpus, tmp_path / "index")
+    index = FeatureIndex.open(tmp_path / "index")
+    LiveIndex(index, model, trained)
+    with pytest.raises(SAEError, match="whose weights are not"):
+        LiveIndex(index, model, replace(trained, metadata={"model_hash": other.fingerprint()}))
+
+
+def test_an_sae_of_half_precision_is_of_the_same_weights_in_a_higher_one(
+    random_model: RandomModel, random_sae: RandomSAE
+) -> None:
+    model, half = random_model("gpt2"), random_model("gpt2", dtype=torch.bfloat16)
+    sae = random_sae(model)
+    check_fits(replace(sae, metadata={"model_hash": half.fingerprint(), "dtype": "bfloat16"}), model)
+    trained = replace(sae, metadata={"model_hash": model.fingerprint(), "dtype": "float32"})
+    with pytest.raises(
+        SAEError, match=r"(?s)trained on random gpt2 in float32 .* random gpt2 in bfloat16.*or a higher one"
+    ):
+        check_fits(trained, half)
+
+
+def test_an_sae_that_is_forced_to_other_weights_says_so(
+    random_model: RandomModel, random_sae: RandomSAE, random_corpus: Callable[..., Corpus], tmp_path: Path
+) -> None:
+    model, other = random_model("gpt2"), random_model("gpt2", seed=1)
+    known = model.fingerprint()
+    trained = replace(random_sae(model), metadata={"model_hash": known, "dtype": "float32"})
+    assert fitted(trained, model, force=True) is trained
+    forced = fitted(trained, other, force=True)
+    assert forced.metadata["forced_from"] == known
+    check_fits(forced, other)
+    with pytest.raises(SAEError, match="whose weights are not"):
+        check_fits(forced, model)
+    out = tmp_path / "index"
+    build_index(other, [(forced, SAERecord("random", "sha256:0"))], random_corpus(other), out)
+    assert FeatureIndex.open(out).manifest["sae"]["forced_from"] == known
 
 
 def test_a_modules_output_is_not_what_a_model_with_norms_behind_it_adds(

@@ -276,6 +276,43 @@ def test_info_holds_the_weights_of_the_model_against_those_it_was_trained_on(
         assert ("same weights:           no: the SAE was trained on others" in said) == (name == "other")
 
 
+def test_commands_take_an_sae_of_other_weights_when_they_are_forced(
+    capsys: pytest.CaptureFixture[str],
+    random_model: Callable[..., Model],
+    random_sae: RandomSAE,
+    save_model: Callable[[Model, Path], Path],
+    model_folder: Path,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    model, other = load_model(str(model_folder)), save_model(random_model("gpt_neox", seed=1), tmp_path / "other")
+    trained = replace(random_sae(model), metadata={"model_hash": model.fingerprint()})
+    sae, index = save_sae(trained, tmp_path / "sae"), tmp_path / "index"
+    read = ("--model", other, "--corpus", text, "--split", "all")
+    for arguments in (
+        ("eval", "--sae", sae, *read),
+        ("index", "--sae", sae, "--out", index, *read),
+        ("convert", sae, "--model", other, "--out", tmp_path / "fits"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*arguments)
+        assert "whose weights are not those of" in capsys.readouterr().err
+        assert not (sae / "quality.json").exists()
+        run(*arguments, "--force")
+        (sae / "quality.json").unlink(missing_ok=True)
+    jobs.live(index, sae=sae)
+    jobs.measure(sae, trained, model, (choice := jobs.CorpusChoice(corpus=str(text), split="all")).load(model))
+    for name, fits in ((str(model_folder), True), (str(other), False)):
+        loaded = load_model(name)
+        assert (jobs.measured_quality(sae, loaded, choice.load(loaded)) is not None) == fits
+    assert load_sae(tmp_path / "fits").metadata["model_hash"] == load_model(str(other)).fingerprint()
+    manifest = json.loads((index / "manifest.json").read_text())
+    del manifest["sae"]["forced_from"]  # as of a version that did not look
+    (index / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SAEError, match="whose weights are not"):
+        jobs.live(index, sae=sae)
+
+
 def test_convert_writes_a_folder_that_states_everything(
     capsys: pytest.CaptureFixture[str], random_sae: RandomSAE, model_folder: Path, tmp_path: Path
 ) -> None:

@@ -73,9 +73,10 @@ def activations(
 
     Raises:
         CorpusError: the model cannot read the corpus.
-        ModelError: the site's layer does not exist.
+        ModelError: the site's layer does not exist, or its activations are not finite.
     """
     check_corpus(model, corpus)
     for numbers, tokens in token_batches(corpus, model.device, order):
         values = model.read(tokens, [site])[site]
+        model.check_finite(site.hook_name, values)
         yield numbers, tokens, values.to(torch.promote_types(values.dtype, torch.float32))

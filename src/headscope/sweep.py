@@ -206,7 +206,7 @@ def _measured(
     """A trained SAE as a point of the curve; what was measured of it on the same text is not measured again."""
     from headscope.sae.formats import load_sae
 
-    quality = jobs.measured_quality(folder, corpus)
+    quality = jobs.measured_quality(folder, model, corpus)
     if quality is None:
         on_tokens = None if on_progress is None else lambda done, total: on_progress(stage, done, total)
         quality = jobs.measure(folder, load_sae(folder), model, corpus, on_tokens).as_dict()

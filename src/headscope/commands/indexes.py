@@ -37,6 +37,8 @@ class Index:
     hardware: Annotated[jobs.Hardware, FLAT] = field(default_factory=jobs.Hardware)
     overwrite: bool = False
     """Replace what `out` holds, and what an interrupted run with other options left."""
+    force: bool = False
+    """Index also SAEs that were trained on other weights than the model's; the index says so."""
 
     def run(self) -> None:
         """Index with a progress bar."""
@@ -55,6 +57,7 @@ class Index:
                 plan=plan,
                 hardware=self.hardware,
                 overwrite=self.overwrite,
+                force=self.force,
                 on_progress=display.on_progress,
             )
         for index in indexes:

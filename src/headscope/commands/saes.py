@@ -26,6 +26,8 @@ class Eval:
     loss_tokens: Tokens | None = None
     """Measure losses, most of the work, on about this many tokens spread over the text; on all when not given."""
     hardware: Annotated[jobs.Hardware, FLAT] = field(default_factory=jobs.Hardware)
+    force: bool = False
+    """Measure it also on other weights than it was trained on."""
 
     def run(self) -> None:
         """Measure and print."""
@@ -38,6 +40,7 @@ class Eval:
                     text=self.text,
                     hardware=self.hardware,
                     loss_tokens=self.loss_tokens,
+                    force=self.force,
                     on_progress=display.on_progress,
                 )
             except OutputError as error:
@@ -86,6 +89,8 @@ class Convert:
     """The model's name, for files that do not say or say another program's."""
     overwrite: bool = False
     """Replace what `out` holds."""
+    force: bool = False
+    """With --model: take an SAE that was trained on other weights, and write that it is of these."""
 
     def run(self) -> None:
         """Convert and say what was written."""
@@ -97,5 +102,6 @@ class Convert:
             layer=self.layer,
             trained_on=self.trained_on,
             overwrite=self.overwrite,
+            force=self.force,
         )
         Display().say(f"SAE: {self.out} ({sae.kind}; {sae.site.hook_name} of {sae.model_name})")

@@ -41,7 +41,7 @@ from headscope.index.sweep import Distributions, Groups, chosen_pairs, sweep, to
 from headscope.index.vocabulary import TokenValues, n_parts_of, read_values, tokens_of
 from headscope.models.hf import Model
 from headscope.names import relative
-from headscope.sae.convert import check_fits
+from headscope.sae.convert import FORCED, check_fits
 from headscope.sae.formats import WEIGHTS, save_sae
 from headscope.sae.model import SAE
 from headscope.scratch import move_into_place
@@ -459,7 +459,8 @@ class _Build:
                 "d_in": sae.d_in,
                 "d_sae": sae.d_sae,
                 "trained_on": sae.metadata.get("corpus"),
-            },
+            }
+            | ({FORCED: sae.metadata[FORCED]} if FORCED in sae.metadata else {}),
             "corpus": {
                 "name": corpus.name,
                 "split": corpus.split,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @checked
-def index(
+def index(  # noqa: PLR0913 - one argument an option of the command
     saes: Sequence[NameOrPath],
     out: Output,
     *,
@@ -35,9 +35,12 @@ def index(
     plan: IndexPlan | None = None,
     hardware: Hardware | None = None,
     overwrite: bool = False,
+    force: bool = False,
     on_progress: Progress | None = None,
 ) -> "tuple[FeatureIndex, ...]":
     """Index every feature of some z SAEs of one model on held-out text, in one pass, and open the indexes.
+
+    With `force`, also SAEs that were trained on other weights than the model's; the manifest says so.
 
     Under `torchrun` the ranks share the work; all but the first return nothing.
 
@@ -66,12 +69,13 @@ def index(
     loaded_saes = [load_sae(sae) for sae in saes]
     loaded = model_of(loaded_saes[0], model, hardware or Hardware())
     check_indexable(loaded)
+    loaded_saes = [fitted(sae, loaded, force=force) for sae in loaded_saes]
     corpus = text.load(loaded, on_progress)
     workers = Workers.of_environment()
     folders = build_index(
         loaded,
         [
-            (fitted(loaded_sae, loaded), SAERecord(lasting_name(sae), sae_hash(sae), measured_quality(sae, corpus)))
+            (loaded_sae, SAERecord(lasting_name(sae), sae_hash(sae), measured_quality(sae, loaded, corpus)))
             for sae, loaded_sae in zip(saes, loaded_saes, strict=True)
         ],
         corpus,
@@ -128,7 +132,7 @@ def live(
         check_sae(sae)
 
     from headscope.index.live import LiveIndex
-    from headscope.sae.convert import fitted
+    from headscope.sae.convert import FORCED, fitted
     from headscope.sae.formats import load_sae, sae_hash
 
     def own_sae(name: str) -> "SAE":
@@ -137,7 +141,7 @@ def live(
 
     def put_together(name: str) -> LiveIndex:
         loaded = load_on(name, place, opened.manifest["dtype"])
-        return LiveIndex(opened, loaded, fitted(own, loaded))
+        return LiveIndex(opened, loaded, fitted(own, loaded, force=FORCED in opened.manifest["sae"]))
 
     place = usable(device)
     own = find_of(opened, "sae", sae, own_sae)

@@ -30,11 +30,14 @@ def eval(
     text: CorpusChoice | None = None,
     hardware: Hardware | None = None,
     loss_tokens: Tokens | None = None,
+    force: bool = False,
     on_progress: Progress | None = None,
 ) -> "Quality":
     """Measure an SAE on held-out text, and write `quality.json` beside it unless it is bundled or on the hub.
 
     `loss_tokens` limits the tokens on which the model's losses are measured; see `headscope.sae.quality.evaluate`.
+
+    With `force`, also an SAE that was trained on other weights than the model's.
 
     Raises:
         HeadscopeError: any of its kinds.
@@ -51,9 +54,10 @@ def eval(
 
     loaded_sae = load_sae(sae)
     loaded = model_of(loaded_sae, model, hardware or Hardware())
+    loaded_sae = fitted(loaded_sae, loaded, force=force)
     corpus = text.load(loaded, on_progress)
     on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
-    return measure(sae, fitted(loaded_sae, loaded), loaded, corpus, on_tokens, loss_tokens=loss_tokens)
+    return measure(sae, loaded_sae, loaded, corpus, on_tokens, loss_tokens=loss_tokens)
 
 
 @checked
@@ -75,7 +79,12 @@ def measure(
     if files.own and not kept:
         warnings.warn(f"{files.quality.parent} cannot be written: figures are shown and not kept there", stacklevel=2)
     quality = evaluate(model, sae, corpus, on_tokens, loss_tokens=loss_tokens)
-    record = {"sae_hash": file_hash(files.weights), "corpus": corpus.fingerprint(), "quality": quality.as_dict()}
+    record = {
+        "sae_hash": file_hash(files.weights),
+        "model": {"hash": model.fingerprint(), "dtype": str(model.module.dtype).removeprefix("torch.")},
+        "corpus": corpus.fingerprint(),
+        "quality": quality.as_dict(),
+    }
     if kept:
         try:
             write_json(files.quality, record)
@@ -85,8 +94,8 @@ def measure(
     return quality
 
 
-def measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
-    """What `eval` found for exactly these weights on exactly this text, if it was run."""
+def measured_quality(sae: str | Path, model: "Model", corpus: Corpus) -> dict[str, Any] | None:
+    """What `eval` found for exactly this SAE, model and text, if it was run."""
     from headscope.sae.formats import locate, sae_hash
 
     path = locate(sae).quality
@@ -95,8 +104,9 @@ def measured_quality(sae: str | Path, corpus: Corpus) -> dict[str, Any] | None:
     try:
         record = read_json(path)
         same = record["sae_hash"] == sae_hash(sae) and record["corpus"] == corpus.fingerprint()
-        return record["quality"] if same else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        of = record.get("model")  # not in the records of earlier versions
+        return record["quality"] if same and (of is None or model.matches(of["hash"], of["dtype"])) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"{path} cannot be read and is left out: {error!r}", stacklevel=2)
         return None
 
@@ -111,6 +121,7 @@ def convert(
     layer: Layer | None = None,
     trained_on: Name | None = None,
     overwrite: bool = False,
+    force: bool = False,
 ) -> "SAE":
     """Write an SAE of any format as a SAELens folder that states all, and that reads the model's own activations.
 
@@ -122,6 +133,7 @@ def convert(
         layer: see `site`.
         trained_on: the model's name, for files that do not say or say another program's.
         overwrite: replace what `out` holds.
+        force: with a model, take an SAE whose files name other weights, and write that it is of these.
 
     Raises:
         HeadscopeError: any of its kinds.
@@ -137,7 +149,7 @@ def convert(
     stated = None if site is None or layer is None else Site(site, layer)
     loaded = load_sae(sae, site=stated, model_name=trained_on)
     if loaded.processed or model is not None:
-        loaded = fitted(loaded, model_of(loaded, model, Hardware()))
+        loaded = fitted(loaded, model_of(loaded, model, Hardware()), force=force)
     save_sae(loaded, out, overwrite=overwrite)
     return loaded
 

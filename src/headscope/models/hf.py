@@ -46,10 +46,18 @@ class Model(Running):
         stated = _DTYPES.get(dtype or "", own)
         if torch.promote_types(stated, own) != own:
             return False
-        rounded = None if stated == own else stated
-        return known == fingerprint(self.module, self.family, self.spec, self.bos, rounded) or known in (
-            earlier_fingerprints(self.module, self.bos, rounded)
-        )
+        weights = [(t.data_ptr(), t._version) for t in self.module.state_dict(keep_vars=True).values()]
+        question = known, stated, tuple(weights)
+        if question not in self._matched:  # reading all weights takes seconds a gigabyte
+            rounded = None if stated == own else stated
+            current = fingerprint(self.module, self.family, self.spec, self.bos, rounded)
+            self._matched[question] = known == current or known in earlier_fingerprints(self.module, self.bos, rounded)
+        return self._matched[question]
+
+    @cached_property
+    def _matched(self) -> dict[tuple, bool]:
+        """What `matches` has answered, by its question and the state of the weights."""
+        return {}
 
     # ------------------------------------------------------------------------------------------------------- weights
     def W_O(self, layer: int) -> Float[Tensor, "z d_model"]:  # noqa: N802 - the field's name

@@ -258,7 +258,7 @@ class Running:
         With `restart`, from a run on the same tokens, only its layer and later ones are computed again.
 
         Raises:
-            ModelError: tokens that the model cannot read, as in `read`.
+            ModelError: tokens that the model cannot read, as in `read`; losses that are not finite.
         """
         self.check_tokens(tokens)
         return self._next_losses(self._body(tokens) if restart is None else self._continue(restart), tokens)
@@ -271,7 +271,18 @@ class Running:
             nn.functional.cross_entropy(_precise(self._capped(self._unembedding(h))), t, reduction="none")
             for h, t in zip(normed.split(_LOSS_ROWS), targets.split(_LOSS_ROWS), strict=True)
         ]
-        return torch.cat(chunks)
+        losses = torch.cat(chunks)
+        self.check_finite("losses", losses)
+        return losses
+
+    def check_finite(self, what: str, values: Tensor) -> None:
+        """Raise ModelError where numbers that the model computed are NaN or infinite: it has overflowed."""
+        if not values.isfinite().all():
+            raise ModelError(
+                f"NaN or infinity in {what} of {self.spec.name}, which computes in {_name(self.module.dtype)}",
+                expected=f"finite numbers; {_name(self.module.dtype)} ends at {torch.finfo(self.module.dtype).max:.5g}",
+                do="load it with --dtype float32 (or bfloat16, whose numbers go as far); if it is, check its weights",
+            )
 
     def _capped(self, logits: Tensor) -> Tensor:
         cap = self.spec.logits_cap
@@ -394,6 +405,10 @@ def _padding(attended: Bool[Tensor, "batch position"] | None) -> dict[str, Tenso
     if attended is None or bool(attended.all()):
         return {}
     return {"attention_mask": attended, "position_ids": (attended.cumsum(1) - 1).clamp_min(0)}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _precise(values: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ from headscope.models.hf import Model
 from headscope.names import short
 from headscope.sae.model import MODULE_OUTPUT, SAE
 
+FORCED = "forced_from"
+"""In the metadata of an SAE that was put to other weights than its files name: the hash that these name."""
+
 
 def check_shape(sae: SAE, model: Model) -> None:
     """Refuse an SAE whose site or width the model does not have.
@@ -42,31 +45,80 @@ def check_shape(sae: SAE, model: Model) -> None:
         )
 
 
+def trained_on(sae: SAE) -> tuple[str, str] | None:
+    """(hash, dtype) of the model that an SAE was trained on, or converted with; None where its files do not say."""
+    said, converted = sae.metadata, sae.metadata.get("converted")
+    known, dtype = said.get("model_hash"), said.get("dtype", "float32")
+    if known is None and isinstance(converted, dict):
+        known, dtype = converted.get("model_hash"), converted.get("dtype", "float32")
+    return None if known is None else (str(known), str(dtype))
+
+
+def check_model(sae: SAE, model: Model) -> None:
+    """Refuse an SAE that was trained on other weights than the model's, as far as its files say.
+
+    Raises:
+        SAEError: the hash of the model is not the one that the SAE keeps.
+    """
+    known = trained_on(sae)
+    if known is None or model.matches(*known):
+        return
+    dtype = str(model.module.dtype).removeprefix("torch.")
+    raise SAEError(
+        f"an SAE trained on {sae.model_name} in {known[1]} ({known[0][:19]}...), whose weights are not those of "
+        f"{model.spec.name} in {dtype}",
+        expected="the model it was trained on, in the same precision or a higher one",
+        do="pass that model (--model, --dtype); if you know that the two fit, eval and index take --force, and "
+        "`headscope convert SAE --model MODEL --force --out FOLDER` writes an SAE that all commands take",
+    )
+
+
 def check_fits(sae: SAE, model: Model) -> None:
     """Refuse an SAE that cannot be put to a model as it is.
 
     Raises:
-        ModelError, SAEError: as `check_shape`; or it reads activations of processed weights.
+        ModelError, SAEError: as `check_shape` and `check_model`; or it reads activations of processed weights.
     """
     check_shape(sae, model)
     sae.check_raw()
+    check_model(sae, model)
 
 
-def fitted(sae: SAE, model: Model) -> SAE:
+def fitted(sae: SAE, model: Model, *, force: bool = False) -> SAE:
     """The SAE as it reads this model's own activations: itself, or converted from processed weights.
 
     The conversion is recorded in its metadata.
 
+    Args:
+        sae: any.
+        model: the one that it was trained on.
+        force: take it also if its files name other weights; its metadata then name these, and say so.
+
     Raises:
-        ModelError, SAEError: as `check_shape`.
+        ModelError, SAEError: as `check_shape` and `check_model`.
     """
     check_shape(sae, model)
+    if force:
+        sae = _forced(sae, model)
+    check_model(sae, model)
     if not sae.processed:
         return sae
     converted = _shifted(sae, model) if sae.site.kind == "z" else _centred(sae, model)
-    said = {"from": sae.metadata["z_convention"], "model": short(model.spec.name), "model_hash": model.fingerprint()}
+    said = {"from": sae.metadata["z_convention"], "model": short(model.spec.name)} | _of_weights(model)
     loaded_with = {"model_from_pretrained_kwargs": {}} if "model_from_pretrained_kwargs" in sae.metadata else {}
     return replace(converted, metadata=sae.metadata | loaded_with | {"z_convention": "raw", "converted": said})
+
+
+def _forced(sae: SAE, model: Model) -> SAE:
+    known = trained_on(sae)
+    if known is None or model.matches(*known):
+        return sae
+    return replace(sae, metadata=sae.metadata | _of_weights(model) | {FORCED: known[0]})
+
+
+def _of_weights(model: Model) -> dict[str, str]:
+    """Which weights, as artefacts say it."""
+    return {"model_hash": model.fingerprint(), "dtype": str(model.module.dtype).removeprefix("torch.")}
 
 
 def _shifted(sae: SAE, model: Model) -> SAE:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from headscope.artefact import file_hash
 from headscope.errors import HeadscopeError
 from headscope.models.hf import Model
-from headscope.sae.convert import check_shape
+from headscope.sae.convert import check_shape, trained_on
 from headscope.sae.formats import Files
 from headscope.sae.model import SAE, JumpReLU, TopK
 from headscope.site import Site
@@ -117,9 +117,9 @@ def fit(sae: SAE, model: Model) -> Fit:
     except HeadscopeError as error:
         return Fit(False, [("fit", f"no: {error.got}; expected: {error.expected}")])
     lines = [("fit", f"yes: {sae.site.hook_name} of {model.spec.name} has {sae.d_in} components")]
-    known = sae.metadata.get("model_hash")
+    known = trained_on(sae)
     if known is not None:
-        same = model.matches(known, sae.metadata.get("dtype"))
+        same = model.matches(*known)
         lines.append(("same weights", "yes" if same else "no: the SAE was trained on others, or in another dtype"))
     if sae.processed:
         how = "the constant part of z joins its biases" if sae.site.kind == "z" else "its encoder is centred"

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from headscope.capture import activations, is_text, token_batches
 from headscope.corpus import PADDING, Corpus
+from headscope.errors import CorpusError, SAEError
 from headscope.interventions import at, constant, reconstruction
 from headscope.models.hf import Edit, Model
 from headscope.sae.convert import check_fits
@@ -30,6 +31,7 @@ from headscope.stats import Estimate, bootstrap_ratio, wilson
 
 DENSITY_EDGES = np.linspace(-7, 0, 43)
 """log10 of the share of tokens on which a latent is active."""
+_ROWS = 4096  # blocks looked at together
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,13 @@ def evaluate(
             blocks if None.
 
     Raises:
-        CorpusError, ModelError, SAEError: the three do not fit one another.
+        CorpusError, ModelError, SAEError: the three do not fit one another; no text token predicts another;
+            activations, reconstructions or losses are not finite.
     """
     check_fits(sae, model)
     sae = sae.to(model.device)
     loss_blocks = _spread(len(corpus.blocks), corpus.block_size, loss_tokens)
+    _check_text(model, corpus, loss_blocks)
     done, total = 0, corpus.n_tokens + len(loss_blocks) * corpus.block_size
 
     def advance(n: int) -> None:
@@ -126,6 +130,12 @@ def evaluate(
             on_tokens(done, total)
 
     r = _measure_reconstruction(model, sae, corpus, advance)
+    if not all(np.isfinite(values).all() for values in vars(r).values()):
+        raise SAEError(
+            f"reconstructions of {sae.site.hook_name} whose squares exceed float32",
+            expected="finite numbers",
+            do="check the weights of the SAE, or train it again",
+        )
     mean = torch.from_numpy((r.total.sum(0) / r.n.sum()).astype(np.float32)).to(model.device)
     losses = _measure_losses(model, sae, corpus, loss_blocks, mean, advance)
     return _summary(corpus, sae, r, losses)
@@ -135,6 +145,20 @@ def _spread(n_blocks: int, block_size: int, tokens: int | None) -> Int[np.ndarra
     """Block numbers, evenly spaced, that hold about so many tokens: at least one, at most all."""
     n = n_blocks if tokens is None else min(n_blocks, max(1, round(tokens / block_size)))
     return np.arange(n) * n_blocks // max(1, n)
+
+
+def _check_text(model: Model, corpus: Corpus, loss_blocks: Int[np.ndarray, " block"]) -> None:
+    """Raise CorpusError where no text token of these blocks is followed by another token of its document."""
+    special = sorted(corpus.special | {model.bos})
+    for start in range(0, len(loss_blocks), _ROWS):
+        rows = loss_blocks[start : start + _ROWS]
+        if (~np.isin(corpus.blocks[rows, :-1], special) & (corpus.offset[rows, 1:] != PADDING)).any():
+            return
+    raise CorpusError(
+        f"blocks of {corpus.block_size} tokens without a text token that predicts another",
+        expected="text, in blocks of 3 tokens or more",
+        do="raise --block-size, or read other text",
+    )
 
 
 def _measure_reconstruction(model: Model, sae: SAE, corpus: Corpus, advance: Callable[[int], None]) -> _Reconstruction:

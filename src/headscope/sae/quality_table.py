@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+_NONE = "-"  # where there is no number: a ratio of nothing, or losses that overflowed
+
 
 @dataclass(frozen=True)
 class Row:
@@ -22,7 +24,7 @@ def quality_rows(q: dict[str, Any]) -> list[Row]:
     c = "the constant c" if site == "z" else "c, which is zero at all sites but z"
     return [
         Row("L0", _plain(q["l0"]), "12", f"active latents per token, {n} without BOS"),
-        Row("L0 with BOS", f"{q['l0_with_bos']:.2f}", "", "the same, BOS positions counted"),
+        Row("L0 with BOS", _number(q["l0_with_bos"], ".2f"), "", "the same, BOS positions counted"),
         Row(
             "loss_recovered",
             _percent(q["loss_recovered"]),
@@ -50,19 +52,19 @@ def quality_rows(q: dict[str, Any]) -> list[Row]:
         ),
         Row(
             "CE clean / SAE",
-            f"{ce['clean']:.4f} / {ce['sae']:.4f}",
+            _losses(ce, "clean", "sae"),
             "",
             f"mean over {predicting}, nats; without BOS positions",
         ),
         Row(
             "CE zero / mean / c",
-            f"{ce['zero']:.4f} / {ce['mean']:.4f} / {ce['c']:.4f}",
+            _losses(ce, "zero", "mean", "c"),
             "",
             f"the same, {site} ablated",
         ),
         Row(
             "CE with BOS: clean / SAE / c",
-            f"{ce['clean_bos']:.4f} / {ce['sae_bos']:.4f} / {ce['c_bos']:.4f}",
+            _losses(ce, "clean_bos", "sae_bos", "c_bos"),
             "",
             "nats a token over all positions, edits at all positions",
         ),
@@ -94,13 +96,21 @@ def _sparkline(counts: list[int]) -> str:
     return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * n // max(*sums, 1))] for n in sums)
 
 
+def _number(value: float | None, form: str) -> str:
+    return _NONE if value is None else format(value, form)
+
+
+def _losses(ce: dict[str, float | None], *conditions: str) -> str:
+    return " / ".join(_number(ce[condition], ".4f") for condition in conditions)
+
+
 def _plain(e: dict[str, Any]) -> str:
     if None in e.values():
-        return "not defined"
+        return _NONE
     return f"{e['value']:.3g} [{e['low']:.3g}, {e['high']:.3g}]"
 
 
 def _percent(e: dict[str, Any]) -> str:
     if None in e.values():
-        return "not defined"
+        return _NONE
     return f"{100 * e['value']:.1f} % [{100 * e['low']:.1f}, {100 * e['high']:.1f}]"
