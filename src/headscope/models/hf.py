@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.errors import ModelError
+from headscope.models.agreement import check_values
 from headscope.models.attention import Attention, repeat_heads
 from headscope.models.fingerprint import earlier_fingerprints, fingerprint
 from headscope.models.running import Running, Stop
@@ -169,6 +170,7 @@ class Model(Running):
         width, dtype = self.spec.d_model, self.module.dtype
         basis = torch.diag(torch.ones(width, dtype=dtype, device=self.device) if gain is None else gain)
         values = self._value_of(layer, basis) - self._value_of(layer, torch.zeros_like(basis[0]))
+        check_values(self, layer, values)
         return values.view(width, self.spec.n_heads, self.spec.d_head).transpose(0, 1)
 
     def centred(self, layer: int, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from headscope.errors import ModelError
 from headscope.hub import advice
 from headscope.limits import NameOrPath, check
 from headscope.models import transformer_lens
+from headscope.models.agreement import check_agreement
 from headscope.models.aliases import repository_of
 from headscope.models.families import family_of
 from headscope.models.hf import Model
@@ -24,6 +26,7 @@ from headscope.models.vocabulary import check_vocabulary, first_token, no_tokeni
 from headscope.names import absolute, bundled_model, exists, lasting_model, local
 
 _ADAPTER = re.compile(r"\b(lora_|base_layer|modules_to_save|original_module)")
+_MERGE = "merge the adapter first (PEFT: model.merge_and_unload()) and pass the result"
 
 
 def load_model(
@@ -64,7 +67,9 @@ def load_model(
     bos = first_token(tokenizer, name)
     check_vocabulary(tokenizer, len(_embedding(module)), name)
     _check_weights(module, name)
-    return Model(_placed(module, device, dtype), tokenizer.backend_tokenizer, bos, name)
+    loaded = Model(_placed(module, device, dtype), tokenizer.backend_tokenizer, bos, name)
+    check_agreement(loaded)
+    return loaded
 
 
 def _placed(module: PreTrainedModel, device: torch.device | str | None, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -90,10 +95,11 @@ def _loaded(model: nn.Module) -> tuple[PreTrainedModel, Any, str]:
         return copy.deepcopy(model, shared), None, absolute(name) if local(name).is_dir() else name
     if transformer_lens.is_bridge(model) or transformer_lens.is_hooked(model):
         return transformer_lens.unwrap(model)
+    adapted = hasattr(model, "peft_config")
     raise ModelError(
         f"a model that is a {type(model).__name__}",
         expected="a PreTrainedModel of transformers, a HookedTransformer or a TransformerBridge",
-        do="pass one of these, or the name of a model",
+        do=_MERGE if adapted else "pass one of these, or the name of a model",
     )
 
 
@@ -103,6 +109,7 @@ def _load(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
     source = str(folder or name)
     local = {"local_files_only": True} if folder else {}
     try:
+        _check_no_adapter(name, source)
         config = AutoConfig.from_pretrained(source, **local)
         family_of(config.model_type)
         if getattr(config, "quantization_config", None) is not None:
@@ -137,6 +144,16 @@ def _load(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
             do="mend config.json (biases, number of layers), or save the model again",
         )
     return module, tokenizer
+
+
+def _check_no_adapter(name: str, source: str) -> None:
+    """Raise ModelError where an adapter lies beside the weights, or instead of them."""
+    if find_adapter_config_file(source) is not None:
+        raise ModelError(
+            f"the model {name!r} with an adapter, adapter_config.json",
+            expected="one set of weights that is all that is computed",
+            do=f"{_MERGE}; or, to leave the adapter out, pass a copy without adapter_config.json",
+        )
 
 
 def _unreadable(name: str, error: Exception, *, is_folder: bool) -> ModelError:

@@ -46,6 +46,14 @@ class Norm:
         eps = cast(float, getattr(self.module, named))
         return (self.numerator(x).square().mean(-1, keepdim=True) + eps).sqrt()
 
+    def formula(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What the norm makes of x by its weights, in float32 at least."""
+        normed = self.numerator(x) / self.scale(x)
+        weight = cast(Tensor | None, getattr(self.module, "weight", None))
+        if weight is not None:
+            normed = normed * (weight.to(normed.dtype) + self.gain_from_one)
+        return normed if self.bias is None else normed + self.bias
+
     def apply(
         self, x: Float[Tensor, "*batch d_model"], scale: Float[Tensor, "*batch 1"] | None = None
     ) -> Float[Tensor, "*batch d_model"]:

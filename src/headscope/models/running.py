@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headscope.errors import ModelError
-from headscope.models.attention import IMPLEMENTATION, Attention, repeat_heads
+from headscope.models.agreement import check_attention, not_plain
+from headscope.models.attention import ATTENTION_KINDS, IMPLEMENTATION, Attention, repeat_heads
 from headscope.models.families import family_of
 from headscope.models.hooks import Hooks
 from headscope.models.norms import Norm
@@ -40,7 +41,8 @@ class Running:
         """Take a loaded model; use `headscope.load_model` to load one.
 
         Raises:
-            ModelError: the family is not known, a setting of it is not read here, or there is no unembedding.
+            ModelError: the family is not known, a setting of it is not read here, or there is no unembedding or output
+                projection with weights.
         """
         self.family = family_of(module.config.model_type)
         check_settings(module.config, name)
@@ -56,6 +58,9 @@ class Running:
             )
         self._unembedding = unembedding
         self._blocks = [self.family.parts(block) for block in operator.attrgetter(self.family.blocks)(module)]
+        for block in self._blocks:
+            if not isinstance(getattr(block.output_projection, "weight", None), Tensor):
+                raise not_plain(name, "an output projection has no weights", block.output_projection)
         self._final_norm = Norm(operator.attrgetter(self.family.final_norm)(module), self.family.gain_from_one)
         self.spec = ModelSpec.of(module, name, self.family, self._blocks[0])
         self.module.set_attn_implementation(IMPLEMENTATION if self.family.scores_capped else "sdpa")
@@ -64,6 +69,7 @@ class Running:
         n_ids = min(self.spec.d_vocab, len(embedding.weight))  # pyright: ignore[reportArgumentType]
         self.check_tokens = TokenCheck(name, self.spec.context, n_ids)
         """Refuse tokens that the model cannot read; called before each run."""
+        self._mixed: set[int] = set()  # layers whose attention was held against what is read of it
 
     @property
     def device(self) -> torch.device:
@@ -196,6 +202,7 @@ class Running:
                     expected=f"sites of layers {restart.layer} and later",
                     do="read it from the tokens",
                 )
+        self._check_attention({site.layer for site in sites if site.kind in ATTENTION_KINDS})
         found: dict[Site, Tensor] = {}
         deepest = max(sites, key=lambda site: site.depth, default=None)
         if deepest is None:
@@ -215,6 +222,18 @@ class Running:
             else:
                 self._continue(restart)
         return found
+
+    def _check_attention(self, layers: set[int]) -> None:
+        """Once a layer: z is `pattern @ value`, and computed step by step it is what the model computes."""
+        missing = set() if self.family.not_mixed else layers - self._mixed
+        self._mixed |= missing
+        try:
+            with self._hooks.suspended():
+                for layer in sorted(missing):
+                    check_attention(self, layer)
+        except ModelError:
+            self._mixed -= missing
+            raise
 
     # ------------------------------------------------------------------------------------------------------- running
     @contextmanager
