@@ -127,7 +127,7 @@ def _tokenised(
     }
 
     def write(writer: Writer) -> tuple[bool, bool]:
-        found = _write(writer, source, tokenizer, split, reading, enough, on_tokens)
+        found = _write(writer, source, tokenizer, bos, split, reading, enough, on_tokens)
         if source.state() != state:
             raise CorpusError(
                 f"{name!r} was changed while it was read", expected="files that stay as they are", do="try again"
@@ -141,6 +141,7 @@ def _write(
     writer: Writer,
     source: Source,
     tokenizer: Tokenizer,
+    bos: int,
     split: Split,
     reading: Reading,
     enough: int | None,
@@ -152,7 +153,9 @@ def _write(
         documents = _shuffled(documents, reading.shuffle, reading.shuffle_seed)
     kinds: set[type] = set()
     rows, started = False, time.monotonic()
+    special = special_ids(tokenizer, bos)
     for group in _groups(documents, _GROUP):
+        _check_marked(group, special)
         kinds |= {type(document) for document in group}
         if len(kinds) > 1:
             raise CorpusError(
@@ -166,6 +169,18 @@ def _write(
         if enough is not None and writer.n_tokens >= enough:
             return False, rows
     return True, rows
+
+
+def _check_marked(documents: list[Document | TokenDocument], special: frozenset[int]) -> None:
+    """Raise CorpusError where a row marks a token as special that is text by the tokenizer."""
+    for document in documents:
+        marked = document.marked - special if isinstance(document, TokenDocument) else None
+        if marked:
+            raise CorpusError(
+                f"{document.name} marks the token ids {sorted(marked)[:5]} in its special_tokens_mask",
+                expected="tokens that the model's tokenizer has as special, which all statistics leave out",
+                do="add them to the tokenizer as special tokens, or leave the column out",
+            )
 
 
 def _ids(tokenizer: Tokenizer, documents: list[Document | TokenDocument]) -> list[np.ndarray]:

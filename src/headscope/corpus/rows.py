@@ -6,7 +6,7 @@ twice is on one side. Nothing here unpickles anything.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from headscope.artefact import read_json
+from headscope.corpus.padding import companions, pieces
 from headscope.corpus.reading import Reading
 from headscope.corpus.text import Document, cut_documents, sections
 from headscope.errors import CorpusError
@@ -41,6 +42,8 @@ class TokenDocument:
     key: str
     is_row: bool = True
     """Whether it is a row that stands for itself, not a piece of a stream."""
+    marked: frozenset[int] = frozenset()
+    """Ids that the row marks as special (`special_tokens_mask`)."""
 
 
 def jsonl_documents(path: Path, name: str, reading: Reading) -> Iterator[Document | TokenDocument]:
@@ -53,8 +56,8 @@ def jsonl_documents(path: Path, name: str, reading: Reading) -> Iterator[Documen
         with path.open(encoding="utf-8-sig") as file:
             for i, line in enumerate(file):
                 if line.strip():
-                    row = _parsed(line, f"{path}, line {i + 1}")
-                    yield from row_documents(_value(row, reading.field, f"{path}, line {i + 1}"), f"{name}:{i}")
+                    where = f"{path}, line {i + 1}"
+                    yield from _of_row(_parsed(line, where), reading.field, where, f"{name}:{i}")
     except (UnicodeDecodeError, OSError) as error:
         raise CorpusError(
             f"{path} cannot be read: {error}", expected="a readable UTF-8 file of JSON lines", do="convert it"
@@ -89,15 +92,22 @@ def chosen_field(names: Sequence[str], field: str | None, where: str) -> str:
     return found
 
 
-def _value(row: dict[str, Any], field: str | None, where: str) -> Any:
-    return row[chosen_field(list(row), field, where)]
+def _of_row(row: dict[str, Any], field: str | None, where: str, name: str) -> Iterator[Document | TokenDocument]:
+    chosen = chosen_field(list(row), field, where)
+    beside = {kind: row[column] for kind, column in companions(chosen, list(row)).items()}
+    yield from row_documents(row[chosen], name, beside)
 
 
-def row_documents(value: Any, name: str) -> Iterator[Document | TokenDocument]:
-    """The document of a row, which is text or token ids; one of ordinary length is not cut, an empty one left out.
+def row_documents(value: Any, name: str, beside: Mapping[str, Any] | None = None) -> Iterator[Document | TokenDocument]:
+    """The documents of a row: text, which is cut if it is very long, or token ids without padding; none if it is empty.
+
+    Args:
+        value: text, or token ids.
+        name: of the row.
+        beside: masks and positions of token ids, as `padding.companions` names them.
 
     Raises:
-        CorpusError: it is neither.
+        CorpusError: it is neither, or what stands beside it is not understood.
     """
     if value is None:
         return
@@ -112,9 +122,12 @@ def row_documents(value: Any, name: str) -> Iterator[Document | TokenDocument]:
             expected="text, or one list of token ids",
             do="name another field with --field",
         ) from error
-    ids = checked_ids(values, name)
-    if len(ids):
-        yield TokenDocument(name, ids, hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest())
+    found = pieces(checked_ids(values, name), beside or {}, name)
+    for i, piece in enumerate(found):
+        if len(piece.ids):
+            own = name if len(found) == 1 else f"{name}#{i}"
+            key = hashlib.sha256(piece.ids.astype("<i4").tobytes()).hexdigest()
+            yield TokenDocument(own, piece.ids, key, marked=piece.marked)
 
 
 def _encoded(text: str, name: str) -> bytes:
@@ -196,8 +209,11 @@ def parquet_documents(path: Path, name: str, reading: Reading) -> Iterator[Docum
 
     with _arrow_errors(path):
         file = pq.ParquetFile(path)
-        field = chosen_field(file.schema_arrow.names, reading.field, str(path))
-        yield from _batch_documents(file.iter_batches(_BATCH, columns=[field]), name)
+        names = file.schema_arrow.names
+        field = chosen_field(names, reading.field, str(path))
+        beside = companions(field, names)
+        batches = file.iter_batches(_BATCH, columns=[field, *beside.values()])
+        yield from _batch_documents(batches, name, field, beside)
 
 
 def arrow_documents(paths: Iterable[Path], name: str, reading: Reading) -> Iterator[Document | TokenDocument]:
@@ -212,8 +228,9 @@ def arrow_documents(paths: Iterable[Path], name: str, reading: Reading) -> Itera
     for path in paths:
         with _arrow_errors(path), pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
             field = chosen_field(stream.schema.names, reading.field, str(path))
+            beside = companions(field, stream.schema.names)
             for batch in stream:
-                yield from _batch_documents([batch.select([field])], name, first)
+                yield from _batch_documents([batch], name, field, beside, first)
                 first += batch.num_rows
 
 
@@ -245,20 +262,21 @@ def saved_dataset(folder: Path, split: str) -> list[Path] | None:
 
 
 def _batch_documents(
-    batches: "Iterable[pa.RecordBatch]", name: str, first: int = 0
+    batches: "Iterable[pa.RecordBatch]", name: str, field: str, beside: Mapping[str, str], first: int = 0
 ) -> Iterator[Document | TokenDocument]:
-    """Rows of batches of one column, numbered from `first` on."""
+    """Rows of batches, numbered from `first` on."""
     import pyarrow as pa
 
     for batch in batches:
-        column = batch.column(0)
+        column = batch.column(field)
         is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
         is_list = is_list or pa.types.is_fixed_size_list(column.type)
         for i in range(len(column)):
             value = column[i]
+            own = {kind: batch.column(other)[i].as_py() for kind, other in beside.items()}
             if is_list and value.is_valid:
                 ids = value.values.to_numpy(zero_copy_only=False)
-                yield from row_documents(ids, f"{name}:{first + i}")
+                yield from row_documents(ids, f"{name}:{first + i}", own)
             else:
                 yield from row_documents(value.as_py(), f"{name}:{first + i}")
         first += len(column)
@@ -299,7 +317,7 @@ def hub_documents(name: str, reading: Reading) -> Iterator[Document | TokenDocum
             name, reading.dataset_config, split=reading.dataset_split, revision=reading.dataset_revision, streaming=True
         )
         for i, row in enumerate(rows):
-            yield from row_documents(_value(dict(row), reading.field, f"{name}, row {i}"), f"{name}:{i}")
+            yield from _of_row(dict(row), reading.field, f"{name}, row {i}", f"{name}:{i}")
     except CorpusError:
         raise
     except Exception as error:  # of a dozen classes of three libraries, by what is wrong with the name or the network

@@ -1,0 +1,154 @@
+"""Padded and packed rows of token ids give what plain `transformers` gives under their masks."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch.testing import assert_close
+
+from headscope.corpus import PADDING, Corpus, load_corpus
+from headscope.corpus.padding import companions, pieces
+from headscope.errors import CorpusError
+from headscope.models.hf import Model
+from headscope.site import Site
+
+BLOCK = 12
+TEXTS = [[0, 40, 41, 42, 43], [0, 50, 51, 52, 53, 54, 55, 56], [0, 60, 61]]
+
+
+def padded(side: str, pad: int = 0, texts: list[list[int]] = TEXTS) -> dict[str, list[list[int]]]:
+    """Rows of one length, as a tokenizer pads them, on either side or on both."""
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "special_tokens_mask": []}
+    for ids in texts:
+        n = BLOCK - len(ids)
+        before = {"left": n, "right": 0, "both": n // 2}[side]
+        rows["input_ids"].append([pad] * before + ids + [pad] * (n - before))
+        rows["attention_mask"].append([0] * before + [1] * len(ids) + [0] * (n - before))
+        rows["special_tokens_mask"].append([1] * (before + 1) + [0] * (len(ids) - 1) + [1] * (n - before))
+    return rows
+
+
+def read(path: Path, rows: dict[str, list], tokenizer: Tokenizer, **options: Any) -> Corpus:
+    """The corpus of some rows, which is the same from each kind of file."""
+    lines = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    (path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pq.write_table(pa.table(rows), path / "rows.parquet")
+    options = {"bos": 0, "split": "all", "block_size": BLOCK} | options
+    one, other = (load_corpus(str(path / f"rows.{kind}"), tokenizer, **options) for kind in ("jsonl", "parquet"))
+    assert np.array_equal(one.blocks, other.blocks)
+    assert np.array_equal(one.offset, other.offset)
+    return one
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_activations_are_those_of_plain_transformers_under_the_mask(
+    side: str, random_model: Callable[..., Model], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Learned, rotated and windowed positions; ids are padded with the BOS and with a token of text."""
+    rows = padded(side)
+    ids, mask = (torch.tensor(rows[name]) for name in ("input_ids", "attention_mask"))
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    corpus = read(tmp_path, rows, tokenizer)
+    assert corpus.n_padding == int((mask == 0).sum())
+    assert corpus.n_text_tokens == sum(len(text) - 1 for text in TEXTS)
+    real = torch.from_numpy(corpus.offset != PADDING)
+    assert [row[own].tolist() for row, own in zip(torch.from_numpy(corpus.blocks), real, strict=True)] == TEXTS
+    for family in ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "gemma2"):
+        model = random_model(family, dtype=torch.float64)
+        kept: list[torch.Tensor] = []
+        projection = model._blocks[1].output_projection
+        handle = projection.register_forward_pre_hook(lambda _m, args, kept=kept: kept.append(args[0]))
+        with torch.no_grad():
+            model.module(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        handle.remove()
+        z = model.read(torch.from_numpy(corpus.blocks.astype(np.int64)), [Site("z", 1)])[Site("z", 1)]
+        assert_close(z[real], kept[0][mask.bool()], rtol=1e-6, atol=1e-6)
+
+
+def test_what_pads_and_on_which_side_changes_nothing_that_is_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    found = [read(tmp_path, padded(side), tokenizer) for side in ("left", "right", "both")]
+    rows = {name: padded("left", 70)[name] for name in ("input_ids", "attention_mask")}
+    found.append(read(tmp_path, rows, tokenizer))
+    assert len({corpus.fingerprint() for corpus in found}) == 1
+
+
+def test_a_text_is_on_the_same_side_of_the_split_however_it_is_padded(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = [[0, 40 + i, 41 + i] for i in range(20)]
+    for split in ("train", "heldout"):
+        found = [read(tmp_path, padded(s, texts=texts), tokenizer, split=split) for s in ("left", "right", "both")]
+        assert len({corpus.fingerprint() for corpus in found}) == 1
+        assert 0 < len(found[0].blocks) < len(texts)
+
+
+def test_packed_rows_are_one_document_a_sequence(
+    random_model: Callable[..., Model], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Where positions begin anew and there is no mask, transformers keeps sequences apart."""
+    row = [token for text in TEXTS for token in text]
+    positions = [i for text in TEXTS for i in range(len(text))]
+    corpus = read(tmp_path, {"input_ids": [row], "position_ids": [positions]}, tokenizer)
+    assert len(corpus.documents) == len(TEXTS)
+    real = torch.from_numpy(corpus.offset != PADDING)
+    model = random_model("llama", dtype=torch.float64)
+    kept: list[torch.Tensor] = []
+    handle = model._blocks[1].output_projection.register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
+    with torch.no_grad():
+        model.module(input_ids=torch.tensor([row]), position_ids=torch.tensor([positions]), use_cache=False)
+    handle.remove()
+    z = model.read(torch.from_numpy(corpus.blocks.astype(np.int64)), [Site("z", 1)])[Site("z", 1)]
+    assert_close(z[real], kept[0][0], rtol=1e-6, atol=1e-6)
+
+
+def test_masks_and_positions_that_have_no_equal_without_padding_are_refused_by_name() -> None:
+    ids = np.arange(10, 16, dtype=np.int32)
+    for beside, message in [
+        ({"attention_mask": [1, 1, 0, 1, 1, 1]}, "padding between tokens, at position 2"),
+        ({"attention_mask": [1, 1, 1, 2, 2, 2]}, "has 2 in its attention_mask"),
+        ({"attention_mask": [1, 1, 1]}, r"6 token ids and a attention_mask of shape \(3,\)"),
+        ({"attention_mask": [[1] * 6] * 6}, r"attention_mask of shape \(6, 6\)"),
+        ({"attention_mask": [[1], [1, 1]]}, "attention_mask of shape"),
+        ({"attention_mask": ["1"] * 6}, "attention_mask of shape"),
+        ({"special_tokens_mask": [0, 0, 0, 0, 0, -1]}, "has -1 in its special_tokens_mask"),
+        ({"position_ids": [3, 4, 5, 6, 7, 8]}, "position_ids that begin at 3"),
+        ({"position_ids": [0, 1, 2, 5, 6, 7]}, "position_ids that begin at 5"),
+        ({"position_ids": [5, 4, 3, 2, 1, 0]}, "position_ids that begin at 5"),
+        ({"position_ids": range(6), "attention_mask": [0, 0, 1, 1, 1, 1]}, "position_ids that begin at 2"),
+        ({"position_ids": [0, 1, 2, 0, 1, 2], "attention_mask": [1] * 6}, "2 sequences by its position_ids"),
+    ]:
+        with pytest.raises(CorpusError, match=message):
+            pieces(ids, beside, "row 3")
+
+
+def test_masks_that_change_nothing_and_rows_of_padding_alone() -> None:
+    ids = np.arange(10, 16, dtype=np.int32)
+    for beside in (
+        {},
+        {"attention_mask": None, "position_ids": None},
+        {"attention_mask": [1] * 6, "position_ids": range(6)},
+        {"attention_mask": [True] * 6},
+        {"attention_mask": [1.0] * 6},
+    ):
+        (piece,) = pieces(ids, beside, "row")
+        assert piece.ids.tolist() == ids.tolist()
+    assert [len(p.ids) for p in pieces(ids, {"attention_mask": [0] * 6}, "row")] in ([], [0])
+    (piece,) = pieces(ids, {"attention_mask": [0, 0, 1, 1, 1, 0], "position_ids": [1, 1, 0, 1, 2, 1]}, "row")
+    assert piece.ids.tolist() == [12, 13, 14]
+
+
+def test_columns_belong_together_by_their_names() -> None:
+    names = ["chosen_input_ids", "chosen_attention_mask", "attention_mask", "tokens", "position_ids"]
+    assert companions("chosen_input_ids", names) == {"attention_mask": "chosen_attention_mask"}
+    assert companions("tokens", names) == {"attention_mask": "attention_mask", "position_ids": "position_ids"}
+
+
+def test_a_row_that_marks_text_as_special_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = {"input_ids": [[0, 40, 41]], "special_tokens_mask": [[1, 0, 1]]}
+    with pytest.raises(CorpusError, match=r"(?s)marks the token ids \[41\] in its special_tokens_mask"):
+        read(tmp_path, rows, tokenizer)
