@@ -8,9 +8,20 @@ from typing import Any
 
 import pytest
 
-from headscope.artefact import atomic_write, check_output, file_hash, new_folder, read_json, write_json
+from headscope.artefact import (
+    PAGE_MARK,
+    atomic_write,
+    check_output,
+    check_run_folder,
+    file_hash,
+    new_folder,
+    read_json,
+    write_json,
+)
 from headscope.errors import OutputError
 
+OURS = "core.json.gz"
+"""A folder that holds it is an exported page."""
 DISK_FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -133,10 +144,10 @@ def test_new_folder_refuses_what_holds_something(tmp_path: Path, kind: str) -> N
 def test_new_folder_replaces_the_old_one_only_at_the_end(tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    (out / "old").write_text("x")
+    (out / OURS).write_text("x")
     with new_folder(out, overwrite=True) as scratch:
         (scratch / "new").write_text("y")
-        assert listing(out) == ["old"]
+        assert listing(out) == [OURS]
     assert listing(out) == ["new"]
     assert listing(tmp_path) == ["run"]
 
@@ -145,7 +156,7 @@ def test_new_folder_replaces_the_old_one_only_at_the_end(tmp_path: Path) -> None
 def test_new_folder_keeps_the_old_one_when_the_block_raises(tmp_path: Path, error: BaseException) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    (out / "old").write_text("x")
+    (out / OURS).write_text("x")
 
     def write() -> None:
         with new_folder(out, overwrite=True) as scratch:
@@ -154,7 +165,7 @@ def test_new_folder_keeps_the_old_one_when_the_block_raises(tmp_path: Path, erro
 
     with pytest.raises(type(error)):
         write()
-    assert listing(out) == ["old"]
+    assert listing(out) == [OURS]
     assert listing(tmp_path) == ["run"]
 
 
@@ -163,7 +174,7 @@ def test_new_folder_keeps_the_old_one_when_it_cannot_be_replaced(
 ) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    (out / "old").write_text("x")
+    (out / OURS).write_text("x")
     replace = Path.replace
 
     def refuse_the_new_one(self: Path, target: Path) -> Path:
@@ -175,7 +186,7 @@ def test_new_folder_keeps_the_old_one_when_it_cannot_be_replaced(
     with pytest.raises(OutputError):  # noqa: SIM117
         with new_folder(out, overwrite=True) as scratch:
             (scratch / "new").write_text("y")
-    assert listing(out) == ["old"]
+    assert listing(out) == [OURS]
     assert listing(tmp_path) == ["run"]
 
 
@@ -186,15 +197,112 @@ def test_a_disk_that_fills_inside_new_folder_is_an_output_error(tmp_path: Path) 
     assert listing(tmp_path) == []
 
 
-def test_check_output_lets_pass_what_is_new_empty_or_given_up(tmp_path: Path) -> None:
+def test_check_output_lets_pass_what_is_new_or_empty(tmp_path: Path) -> None:
     check_output(tmp_path / "new", overwrite=False)
     check_output(tmp_path, overwrite=False)
     (tmp_path / "file").write_text("x")
-    check_output(tmp_path, overwrite=True)
-    with pytest.raises(OutputError):
-        check_output(tmp_path, overwrite=False)
-    with pytest.raises(OutputError):
-        check_output(tmp_path / "file", overwrite=False)
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(OutputError, match="--overwrite"):
+            check_output(path, overwrite=False)
+
+
+# --------------------------------------------------------------------------------------------------------- overwriting
+def sae_folder(path: Path) -> Path:
+    path.mkdir()
+    write_json(path / "cfg.json", {"metadata": {"sae_lens_version": "6.0.0", "hook_name": "blocks.0.attn.hook_z"}})
+    for name in ("sae_weights.safetensors", "quality.json"):
+        (path / name).touch()
+    return path
+
+
+def index_folder(path: Path) -> Path:
+    path.mkdir()
+    write_json(path / "manifest.json", {"format_version": 3, "files": {"tokens.parquet": [1, "sha256:0"]}})
+    (path / "tokens.parquet").touch()
+    (path / "labels.jsonl").touch()
+    for name in ("columns", "heads", "sae"):
+        (path / name).mkdir()
+    return path
+
+
+def several(path: Path) -> Path:
+    path.mkdir()
+    write_json(path / "manifest.json", {"indexes": ["a", "b"]})
+    for name in ("a", "b"):
+        index_folder(path / name)
+    return path
+
+
+def export(path: Path) -> Path:
+    path.mkdir()
+    (path / OURS).touch()
+    (path / "packs").mkdir()
+    return path
+
+
+def page(path: Path) -> Path:
+    path.write_text(f"<!doctype html><head>{PAGE_MARK}</head>")
+    return path
+
+
+def test_overwrite_replaces_what_headscope_wrote_and_nothing_else(tmp_path: Path) -> None:
+    for make in (sae_folder, index_folder, several, export, page):
+        path = make(tmp_path / make.__name__)
+        check_output(path, overwrite=True)
+        if path.is_dir():
+            (path / ".DS_Store").touch()
+            check_output(path, overwrite=True)
+            (path / "notes.md").write_text("mine")
+            with pytest.raises(OutputError, match=r"(?s)headscope did not write notes.md\n.*do: choose another place"):
+                check_output(path, overwrite=True)
+            assert (path / "notes.md").exists()
+
+
+def test_overwrite_gives_up_no_file_of_a_users(tmp_path: Path) -> None:
+    notes, folder, links_to = tmp_path / "notes.md", tmp_path / "mine", tmp_path / "link"
+    notes.write_text("mine")
+    folder.mkdir()
+    (folder / "a.txt").write_text("mine")
+    links_to.symlink_to(notes)
+    damaged, config, manifest = tmp_path / "damaged", tmp_path / "config", tmp_path / "manifest"
+    for other, name, content in (
+        (damaged, "manifest.json", "{"),
+        (config, "cfg.json", '{"metadata": {"author": "me"}}'),
+        (manifest, "manifest.json", '{"name": "an extension"}'),
+    ):
+        other.mkdir()
+        (other / name).write_text(content)
+    inside = several(tmp_path / "several")
+    (inside / "b" / "model").mkdir()
+    page_of_theirs = tmp_path / "page.html"
+    page_of_theirs.write_text("<html><head></head></html>")
+    for path in (notes, folder, links_to, damaged, config, manifest, inside, page_of_theirs):
+        with pytest.raises(OutputError, match="headscope did not write"):
+            check_output(path, overwrite=True)
+    assert notes.read_text() == "mine"
+
+
+def test_a_run_never_replaces_what_it_reads(tmp_path: Path) -> None:
+    sae = sae_folder(tmp_path / "sae")
+    link = tmp_path / "link"
+    link.symlink_to(sae)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("text")
+    for out, inputs in (
+        (sae, [sae]),
+        (sae, [sae / "sae_weights.safetensors"]),
+        (sae, [link]),
+        (link, [sae]),
+        (link, [link]),
+        (tmp_path, [corpus]),
+        (corpus / "a.txt", [corpus / "a.txt"]),
+    ):
+        with pytest.raises(OutputError, match="holds what is to be read"):
+            check_run_folder(out, overwrite=True, inputs=inputs)
+    with pytest.raises(OutputError, match="headscope did not write"):
+        check_run_folder(corpus / "a.txt", overwrite=True, inputs=[corpus])
+    check_run_folder(sae, overwrite=True, inputs=["tiny", corpus])
 
 
 # ---------------------------------------------------------------------------------------------------------- JSON, hash

@@ -569,7 +569,7 @@ def test_an_occupied_folder_is_refused_before_anything_is_loaded(
     missing, taken = tmp_path / "missing", tmp_path / "taken"
     fails(capsys, "already exists", "train", "--out", taken, "--model", missing)
     fails(capsys, "already exists", "index", "--out", taken, "--sae", missing)
-    fails(capsys, "something else", "train", "--out", taken, "--model", missing, "--overwrite")
+    fails(capsys, "did not write", "train", "--out", taken, "--model", missing, "--overwrite")
     fails(capsys, "what is to be read", "index", "--out", tmp_path, "--sae", missing, "--overwrite")
     assert (taken / "mine.txt").read_text() == "x"
     fails(capsys, "already exists", "export", "--out", tmp_path / "file", "--index", missing)

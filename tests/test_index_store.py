@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 from cases import each
+from headscope.artefact import file_hash
 from headscope.errors import HeadscopeError, IndexFormatError
 from headscope.explorer.answers import dump_json
 from headscope.explorer.cards import IndexCards
@@ -495,6 +497,72 @@ def test_verify_accepts_what_was_written(index):
     index.verify()
 
 
+def with_hashes(folder):
+    """Let the manifest have the checksums of the tables as they are now."""
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    hashes = {name: [(folder / name).stat().st_size, file_hash(folder / name)] for name in files}
+    change(folder, files=hashes)
+
+
+NO_NUMBERS = [
+    ("features", "maximum", math.inf),
+    ("features", "mean", math.nan),
+    ("features", "dfa_share", 9.0),
+    ("features", "dfa_share", math.nan),
+    ("features", "decoder_share", -0.5),
+    ("features", "density", math.nan),
+    ("features", "copy_rank", 2.0),
+    ("features", "logit_top_values", math.inf),
+    ("features", "correlated_pearson", math.nan),
+    ("features", "quantiles", math.inf),
+    ("features", "bias", math.nan),
+    ("activations/part-0000", "activation", math.inf),
+    ("activations/part-0000", "head_0", math.nan),
+    ("sources", "share", 9.0),
+    ("sources", "attention", 1.5),
+    ("sources", "share_by_head", 9.0),
+    ("source_totals", "kept", 1.5),
+    ("groups", "low", math.nan),
+    ("examples", "source_pattern", 1.5),
+    ("examples", "heads", math.nan),
+    ("examples", "active_value", math.inf),
+    ("nulls", "dfa_share", 9.0),
+]
+
+
+def test_numbers_that_are_not_finite_and_shares_that_are_none_are_refused_where_they_are_read(fresh):
+    for table, column, value in NO_NUMBERS:
+        rewrite(copy := fresh(), table, with_value(column, value, 0))
+        with pytest.raises(IndexFormatError, match=rf"damaged: {column} "):
+            read_all(copy)
+
+
+DISAGREEING = [
+    ("features", "maximum", 1e6, "maximum and mean"),
+    ("features", "mean", 1e6, "maximum and mean"),
+    ("features", "histogram", 100, "histogram and mass"),
+    ("features", "mass", 1e9, "histogram and mass"),
+    ("features", "dfa_share", 0.9999, "shares of heads"),
+    ("source_totals", "n_active", 1, "n_active in source_totals"),
+    ("groups", "n", 10**6, "groups and n_active"),
+    ("groups", "share_active", 9.0, "groups and n_active"),
+    ("groups", "share_mass", 9.0, "groups and n_active"),
+    ("examples", "activation", 1e6, "examples and activations"),
+]
+
+
+def test_verify_finds_tables_that_disagree_whatever_their_checksums(fresh):
+    for table, column, value, what in DISAGREEING:
+        rewrite(copy := fresh(), table, with_value(column, value, 0))
+        with_hashes(copy)
+        with pytest.raises(IndexFormatError, match=rf"{what}.* disagree \(latent 0"):
+            FeatureIndex.open(copy).verify()
+    for entry, value in (("n_alive", 1), ("l0", 0.5)):
+        change(copy := fresh(), **{entry: value})
+        with pytest.raises(IndexFormatError, match="n_alive or l0 in manifest"):
+            FeatureIndex.open(copy).verify()
+
+
 def ask_everything(index) -> None:
     """Every reader of an index."""
     for j in range(index.n_latents):
@@ -691,6 +759,13 @@ def test_a_query_that_cannot_be_run(index, query, why):
         index.sql(query.format(folder=index.folder))
     assert sorted(path.name for path in index.folder.rglob("*")) == before
     assert index.sql("SELECT count(*) AS n FROM features")["n"].to_pylist() == [D_SAE]
+
+
+def test_a_query_without_end_is_interrupted_and_the_next_one_runs(index):
+    endless = "SELECT count(*) FROM range(1000000000) a, range(1000) b"
+    with pytest.raises(IndexFormatError, match=r"range\(1000\) b: not finished after 0.2 seconds"):
+        index.sql(endless, seconds=0.2)
+    assert index.sql("SELECT count(*) AS n FROM features", seconds=30.0)["n"].to_pylist() == [D_SAE]
 
 
 def test_what_duckdb_says_is_the_cause(index):

@@ -1,9 +1,11 @@
 """Loading: what a user names or has loaded already becomes the same model, or is refused with what to do."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -15,7 +17,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from headscope.corpus import load_corpus
-from headscope.errors import CorpusError, IndexFormatError, ModelError, SAEError
+from headscope.errors import CorpusError, HeadscopeError, IndexFormatError, ModelError, SAEError
 from headscope.index.store import FeatureIndex
 from headscope.models.load import load_model
 from headscope.sae.formats import WEIGHTS, load_sae, save_sae
@@ -319,6 +321,43 @@ def test_what_the_hub_refuses_says_what_to_do(monkeypatch, cause, message):
     monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
     with pytest.raises(ModelError, match=message):
         load_model("some/model")
+
+
+def test_code_in_a_model_folder_is_neither_run_nor_asked_about(folder, tmp_path):
+    ran = tmp_path / "ran"
+    code = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\nclass Mine: pass\n"
+    (folder / "mine.py").write_text(code)
+    auto = {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine", "AutoTokenizer": ["mine.Mine", None]}
+    loaded = load_model(folder).fingerprint()
+    edited(folder, auto_map=auto)  # a type that transformers has: the code is not needed
+    assert load_model(folder).fingerprint() == loaded
+    for model_type in ("mine", "llama"):
+        edited(folder, model_type=model_type)
+        if model_type == "llama":
+            settings = folder / "tokenizer_config.json"
+            settings.write_text(json.dumps({"tokenizer_class": "Mine", "auto_map": auto}))
+        with pytest.raises(ModelError, match=r"(?s)code that comes with it; nothing of it was executed.*another model"):
+            load_model(folder)
+    assert not ran.exists()
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing(folder, random_model, random_sae, tmp_path, monkeypatch):
+    sae = save_sae(random_sae(random_model("llama")), tmp_path / "sae")
+    opens = Path.open
+
+    def refuse(path, *arguments, **named):
+        if path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opens(path, *arguments, **named)
+
+    def none(*_args, **_named):
+        raise FileNotFoundError("No such file or directory: model.safetensors")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", none)
+    for load, path in ((load_model, folder), (load_sae, sae)):
+        with pytest.raises(HeadscopeError, match=r"Permission denied.*safetensors"):
+            load(path)
 
 
 def test_without_the_network_a_name_says_how_to_use_a_folder():

@@ -156,7 +156,7 @@ def test_a_model_that_was_put_into_an_index_is_not_deleted_with_it(
     shutil.move("model", "index/model")
     with pytest.raises(SystemExit):
         run("index", "--sae", "sae", "--out", "index", "--overwrite", *TEXT)
-    assert "index/model, a model in an index" in capsys.readouterr().err
+    assert "index would be replaced, and headscope did not write model" in capsys.readouterr().err
     assert opens(project / "index")
 
 

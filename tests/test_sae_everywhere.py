@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from headscope import attribution, jobs
 from headscope.cli import main
 from headscope.corpus import Corpus
-from headscope.errors import IndexFormatError, SAEError, StudyError
+from headscope.errors import IndexFormatError, ModelError, SAEError, StudyError
 from headscope.explorer.cards import IndexCards
 from headscope.index.build import SAERecord, build_index
 from headscope.index.live import LiveIndex
@@ -309,7 +309,7 @@ def test_commands_take_an_sae_of_other_weights_when_they_are_forced(
     manifest = json.loads((index / "manifest.json").read_text())
     del manifest["sae"]["forced_from"]  # as of a version that did not look
     (index / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(SAEError, match="whose weights are not"):
+    with pytest.raises(ModelError, match="whose weights are not"):
         jobs.live(index, sae=sae)
 
 

@@ -167,11 +167,11 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def test_files_and_folders_have_the_permissions_that_the_umask_leaves(tmp_path: Path, umask: int) -> None:
     with new_folder(tmp_path / "run") as folder:
-        write_json(folder / "cfg.json", {})
+        write_json(folder / "core.json.gz", {})
     with atomic_write(tmp_path / "page.html") as file:
         file.write(b"x")
     with new_folder(tmp_path / "run", overwrite=True) as folder:
-        write_json(folder / "deep" / "cfg.json", {})
+        write_json(folder / "packs" / "0", {})
     for path in tmp_path.rglob("*"):
         whole = 0o777 if path.is_dir() else 0o666
         assert stat.S_IMODE(path.stat().st_mode) == whole & ~umask, path

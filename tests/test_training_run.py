@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from headscope.artefact import file_hash, read_json, write_json
 from headscope.corpus import Corpus
 from headscope.errors import CorpusError, ModelError, OutputError, TrainingError
 from headscope.models.hf import Model
 from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Status, read_metrics
 from headscope.sae.model import SAE
+from headscope.sae.runs import find_runs
 from headscope.sae.training import checkpoint
 from headscope.sae.training.checkpoint import Checkpoints
 from headscope.sae.training.ranks import ALONE
@@ -311,7 +314,14 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a file that is gone": lambda path: (path / "stream-0.safetensors").unlink(),
     "no manifest": lambda path: (path / "manifest.json").unlink(),
     "half of the manifest": lambda path: os.truncate(path / "manifest.json", 30),
+    "no hashes": lambda path: (flip(path / f"{METRICS}.safetensors"), manifest_of(path, hashes={})),
+    "hashes that are none": lambda path: manifest_of(path, hashes=[1]),
+    "a manifest that is a list": lambda path: write_json(path / "manifest.json", []),
 }
+
+
+def manifest_of(path: Path, **changes: Any) -> None:
+    write_json(path / "manifest.json", read_json(path / "manifest.json") | changes)
 
 
 def flip(file: Path) -> None:
@@ -343,6 +353,45 @@ def test_damaged_checkpoints_alone_are_an_error(model: Model, corpus: Corpus, tm
         pytest.warns(UserWarning, match="passed over"),
     ):
         train_sae(model, corpus, Z1, with_deaths(), folder=tmp_path)
+
+
+def test_a_checkpoint_of_another_training_is_refused_whatever_its_hashes(
+    model: Model, corpus: Corpus, tmp_path: Path
+) -> None:
+    for path in cut_off(model, corpus, tmp_path):
+        file = path / f"{METRICS}.safetensors"
+        tensors = load_file(file)
+        save_file({name: tensor.flatten()[:1].clone() for name, tensor in tensors.items()}, file)
+        manifest_of(
+            path, hashes={part.name: file_hash(part) for part in path.iterdir() if part.name != "manifest.json"}
+        )
+    with pytest.raises(TrainingError, match=r"(?s)a checkpoint that does not fit this training .*do: pass --overwrite"):
+        train_sae(model, corpus, Z1, with_deaths(), folder=tmp_path)
+
+
+def test_a_damaged_recipe_is_refused_in_a_sentence(model: Model, corpus: Corpus, tmp_path: Path) -> None:
+    for content in ("{", "[]", "{}", '{"names": 5}', '{"names": []}', '{"names": [1]}'):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(TrainingError, match=r"(?s)run.json is damaged: .*do: pass --overwrite to start again"):
+            train_sae(model, corpus, Z1, with_deaths(), folder=tmp_path)
+        assert find_runs([tmp_path]) == ()
+
+
+def test_a_folder_of_a_users_is_not_cleared_of_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "sae.training"
+    folder.mkdir()
+    checkpoints = Checkpoints(folder, ALONE)
+    for name in ("thesis.tex", "run.json"):
+        (folder / name).write_text("{}")
+        with pytest.raises(OutputError, match=r"(?s)sae.training, where checkpoints go, holds something else"):
+            checkpoints.clear()
+    (folder / "thesis.tex").unlink()
+    (folder / "step-00000005").mkdir()
+    checkpoints.clear()
+    assert not folder.exists()
+    folder.write_text("mine")
+    with pytest.raises(OutputError, match="holds something else"):
+        checkpoints.clear()
 
 
 @pytest.mark.parametrize("file", ["stream-0", METRICS])

@@ -39,16 +39,18 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, *, overwrite: bool = False, owned: bool = False) -> Iterator[Path]:
     """Yield an empty scratch folder that becomes `path` when the block ends well.
 
-    An existing run at `path` stays as it was until that moment, and stays for good if the block raises.
+    An existing run at `path` stays as it was until that moment, and stays for good if the block raises. Whatever is
+    at a path that is `owned`, as in a cache, may be replaced.
 
     Raises:
         OutputError: `path` already holds something and `overwrite` is false, or it cannot be written.
     """
     path = Path(path)
-    check_output(path, overwrite=overwrite)
+    if not owned:
+        check_output(path, overwrite=overwrite)
     try:
         with scratch_folder(path) as scratch:
             yield scratch
@@ -58,33 +60,27 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_run_folder(path: Path, *, overwrite: bool, inputs: Iterable[str | Path]) -> None:
-    """As `check_output`, and keep `overwrite` from giving up anything but an earlier run.
+    """As `check_output`, for a run that reads files: none of them may be given up.
 
     Raises:
-        OutputError: as `check_output`; or `path` holds one of the `inputs`; or it holds none of the files that an SAE,
-            an index or an exported page has, and so is no earlier run.
+        OutputError: as `check_output`; or `path` is, or holds, one of the `inputs`.
     """
     path = Path(path)
-    if any(local(i).resolve().is_relative_to(path.resolve()) for i in inputs):
-        raise OutputError(
-            f"{path} holds what is to be read", expected="a folder of its own", do="choose another folder"
-        )
+    for given in map(local, inputs):
+        # where it is, and where it leads
+        if any(p.is_relative_to(path.resolve()) for p in (given.resolve(), given.parent.resolve() / given.name)):
+            raise OutputError(
+                f"{path} holds what is to be read", expected="a folder of its own", do="choose another folder"
+            )
     check_output(path, overwrite=overwrite)
-    holds = {child.name for child in path.iterdir()} if path.is_dir() else set()
-    if holds and not holds & {"cfg.json", "manifest.json", "core.json.gz"}:
-        raise OutputError(
-            f"{path} holds something else than an earlier run",
-            expected="an SAE, an index or an exported page to overwrite",
-            do="choose another folder",
-        )
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Make sure, before any work, that `path` can be written when it is done.
 
     Raises:
-        OutputError: `path` already holds something that `overwrite` does not give up, is the current folder or a
-            mount point, or cannot be written.
+        OutputError: `path` already holds something, and `overwrite` is false or headscope did not write all of it; or
+            it is the current folder or a mount point, or cannot be written.
     """
     path = _written_out(path)
     whole = path.resolve()
@@ -95,12 +91,19 @@ def check_output(path: Path, *, overwrite: bool) -> None:
             do="name a new folder in it",
         )
     clean(path.parent)
-    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    taken = os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
         raise OutputError(
             f"{path} already exists",
             expected="a new or empty folder",
             do="choose another folder, or pass --overwrite to replace it",
+        )
+    foreign = _foreign(path) if taken else None
+    if foreign is not None:
+        raise OutputError(
+            f"{path} would be replaced, and headscope did not write {foreign}",
+            expected="an SAE, an index or a page that headscope wrote, and nothing else",
+            do="choose another place, or move what is there",
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +111,55 @@ def check_output(path: Path, *, overwrite: bool) -> None:
             pass
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+PAGE_MARK = '<meta name="generator" content="headscope">'
+"""In the head of every page that is written, so that it may be replaced."""
+_PAGE_MARKS = (
+    PAGE_MARK.encode(),
+    b'<script type="application/octet-stream" id="data-core">',
+)  # and of earlier versions
+_SAE = {"cfg.json", "sae_weights.safetensors", "quality.json", "metrics.jsonl"}
+_INDEX = {"manifest.json", "labels.jsonl", "columns", "heads", "sae"}
+_EXPORT = {"index.html", "core.json.gz", "packs", "pages"}
+
+
+def _foreign(path: Path) -> str | None:
+    """What there is of a path that headscope did not write: itself, or the name of a file in it; None if nothing is."""
+    try:
+        if path.is_file():
+            return None if any(mark in path.read_bytes() for mark in _PAGE_MARKS) else "it"
+        if not path.is_dir():
+            return "it"
+        ours = _written(path)
+        others = sorted(child.name for child in path.iterdir() if not (child.name in ours or _is_scratch(child)))
+        if not ours or not others:
+            return None if ours else "it"
+        return others[0]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # it cannot be read, or is not as we write it
+        return "it"
+
+
+def _written(folder: Path) -> set[str]:
+    """Names in a folder that headscope writes there; none where it is no folder of ours."""
+    if (folder / "core.json.gz").is_file():
+        return _EXPORT
+    if (folder / "cfg.json").is_file():
+        config = read_json(folder / "cfg.json")
+        return _SAE if {"sae_lens_version", "hook_name"} <= config["metadata"].keys() else set()
+    if not (folder / "manifest.json").is_file():
+        return set()
+    manifest = read_json(folder / "manifest.json")
+    if "indexes" in manifest:  # of several SAEs, a folder each
+        foreign = [name for name in manifest["indexes"] if _foreign(folder / Path(name).name)]
+        return {"manifest.json", *manifest["indexes"]}.difference(foreign)
+    files = {Path(name).parts[0] for name in manifest["files"]} if "format_version" in manifest else set()
+    return files | _INDEX if files else set()
+
+
+def _is_scratch(path: Path) -> bool:
+    """Whether it is a file that an interrupted write, or a file manager, left."""
+    return path.name.startswith(".") and not path.is_dir()
 
 
 def _written_out(path: str | Path) -> Path:

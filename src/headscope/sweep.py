@@ -15,7 +15,7 @@ from headscope.limits import Layer, Name, Output, Tokens, checked
 from headscope.sae.config import TrainConfig, Variant
 from headscope.sae.metrics import Status
 from headscope.sae.pareto import Pareto, Point
-from headscope.sae.runs import METRICS, RUN, training_folder
+from headscope.sae.runs import METRICS, RUN, read_recipe, training_folder
 from headscope.site import Kind, Site
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def sweep(  # noqa: PLR0913 - one argument an option of the command
     check_model(model, layer)
     check_text(text)
     with training_folder(out) as folder:
-        going_on = set() if overwrite or not (folder / RUN).is_file() else set(read_json(folder / RUN)["names"])
+        going_on = set() if overwrite or not (folder / RUN).is_file() else set(read_recipe(folder)["names"])
         held = {} if overwrite else _held(out, configs, {*configs} - going_on)
         for name in {*configs} - {*held}:
             check_run_folder(out / name, overwrite=overwrite or name in going_on, inputs=[model, text.corpus])

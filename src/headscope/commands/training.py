@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from headscope import jobs, sweep
-from headscope.artefact import atomic_write, check_output
+from headscope.artefact import PAGE_MARK, atomic_write, check_output
 from headscope.commands.options import FLAT, joined
 from headscope.display import Display
 from headscope.errors import INTERRUPTED, FigureError, SAEError
@@ -204,4 +204,4 @@ class Runs:
 def _write_html(path: Path, figure: "go.Figure") -> None:
     """One file that needs no network."""
     with atomic_write(path) as file:
-        file.write(figure.to_html(include_plotlyjs=True).encode())
+        file.write(figure.to_html(include_plotlyjs=True).replace("<head>", f"<head>{PAGE_MARK}", 1).encode())

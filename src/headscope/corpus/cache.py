@@ -116,7 +116,7 @@ def cached(
         if manifest is None or not (
             manifest["complete"] or (n_tokens is not None and manifest["n_tokens"] >= n_tokens)
         ):
-            with new_folder(folder, overwrite=True) as scratch:
+            with new_folder(folder, owned=True) as scratch:
                 _write(scratch, identity, write)
             manifest = read_json(folder / "manifest.json")
         return _open(folder, manifest), root

@@ -1,9 +1,10 @@
 """SQL over the tables of an index: one SELECT at a time, with its own files and nothing else of this machine."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import gettempdir
-from threading import RLock
+from threading import Event, RLock, Timer
 from typing import Any
 from uuid import uuid4
 
@@ -41,14 +42,16 @@ class Database:
         run("SET enable_external_access = false")
         run("SET lock_configuration = true")
 
-    def select(self, query: str, parameters: list[Any] | None, more: Mapping[str, pa.Table]) -> pa.Table:
-        """Run one query over the views, and over `more` tables by their names.
+    def select(
+        self, query: str, parameters: list[Any] | None, more: Mapping[str, pa.Table], seconds: float | None
+    ) -> pa.Table:
+        """Run one query over the views, and over `more` tables by their names, for at most so many seconds.
 
         Raises:
-            IndexFormatError: it is not one SELECT, or DuckDB cannot run it.
+            IndexFormatError: it is not one SELECT, takes longer, or DuckDB cannot run it.
             KeyboardInterrupt: Ctrl-C, which DuckDB answers with an error of its own.
         """
-        with self._lock:
+        with self._lock, self._limit(seconds) as out_of_time:
             try:
                 for name, own in more.items():
                     self._connection.register(name, own)
@@ -56,13 +59,33 @@ class Database:
                 if kinds == [duckdb.StatementType.SELECT]:
                     return self._connection.sql(query, params=parameters).to_arrow_table()
                 found = f"{len(kinds)} statements" if len(kinds) != 1 else f"a statement of type {kinds[0].name}"
-            except duckdb.Error as error:
-                raise _no_query(query, str(error)) from error
-            except RuntimeError as error:
+            except (duckdb.Error, RuntimeError) as error:
+                if out_of_time.is_set():
+                    raise _no_query(query, f"not finished after {seconds:g} seconds") from error
+                if isinstance(error, duckdb.Error):
+                    raise _no_query(query, str(error)) from error
                 if str(error) == "Query interrupted":
                     raise KeyboardInterrupt from error
                 raise
         raise _no_query(query, found)
+
+    @contextmanager
+    def _limit(self, seconds: float | None) -> Iterator[Event]:
+        """Interrupt what runs after some seconds, and set the event."""
+        out_of_time = Event()
+
+        def interrupt() -> None:
+            out_of_time.set()
+            self._connection.interrupt()
+
+        timer = Timer(seconds if seconds is not None else 0, interrupt)
+        timer.daemon = True
+        if seconds is not None:
+            timer.start()
+        try:
+            yield out_of_time
+        finally:
+            timer.cancel()
 
 
 def _quoted(text: str) -> str:

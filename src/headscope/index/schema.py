@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -59,6 +60,16 @@ _PAIRED = {
     "active_value": "active_at",
 }
 """Columns of lists, each as long as that of another column."""
+
+_MAY_LACK = "share_linear share_by_head kept_by_head bos_share_by_head attention_elsewhere"
+"""Columns of numbers that are NaN, or infinite, where the divisor of a share is 0; all others are finite."""
+_SHARES = (
+    "density frequency dfa_share decoder_share decoder_out_share encoder_share encoder_in_share copy_rank kept "
+    "bos_share share share_by_head kept_by_head bos_share_by_head attention "
+    "attention_elsewhere source_pattern"
+)
+_ROUNDING = 1e-3
+"""A share may exceed 1, or fall below 0, by so much."""
 
 _EXPANSION, _SMALL = 512, 1 << 27
 """A file may unpack to so many times its size (what a build writes: 1 to 8 times), and to so many bytes in any case."""
@@ -129,7 +140,7 @@ class Sizes:
         """Return a table, or the part of it that was read, if it holds what it can.
 
         Raises:
-            ValueError: what is missing, points nowhere, or is of another length.
+            ValueError: what is missing, points nowhere, is not finite, is no share, or is of another length.
         """
         for name in table.column_names:
             column = one_array(table[name])
@@ -148,7 +159,18 @@ class Sizes:
                 numbers = column.drop_null().to_numpy()
                 if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self.below[name]:
                     raise ValueError(f"{name} from {numbers.min()} to {numbers.max()}, of {self.below[name]}")
+            if pa.types.is_floating(column.type):
+                _check_numbers(name, column.drop_null().to_numpy())
         return table
+
+
+def _check_numbers(name: str, numbers: np.ndarray) -> None:
+    if name in _MAY_LACK.split():
+        numbers = numbers[np.isfinite(numbers)]
+    elif not np.isfinite(numbers).all():
+        raise ValueError(f"{name} with {numbers[~np.isfinite(numbers)][0]}")
+    if name in _SHARES.split() and len(numbers) and not -_ROUNDING <= numbers.min() <= numbers.max() <= 1 + _ROUNDING:
+        raise ValueError(f"{name} from {numbers.min():g} to {numbers.max():g}, of shares")
 
 
 def one_array(column: pa.ChunkedArray) -> Any:

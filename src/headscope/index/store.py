@@ -20,6 +20,7 @@ from headscope.errors import IndexFormatError
 from headscope.index.columns import FOLDER as COLUMNS
 from headscope.index.columns import read_columns, studies
 from headscope.index.config import CARRIED
+from headscope.index.consistency import check_counts, disagreements
 from headscope.index.database import Database
 from headscope.index.head_table import FOLDER as HEADS
 from headscope.index.reading import (
@@ -123,10 +124,10 @@ class FeatureIndex:
             return cls(folder, read_manifest(folder))
 
     def verify(self) -> None:
-        """Read all files, the copy of the SAE included, and hold them against the checksums of the manifest.
+        """Read all files, the copy of the SAE included: do they have the manifest's checksums, do the tables agree?
 
         Raises:
-            IndexFormatError: some differ; they are named.
+            IndexFormatError: some do not; they are named.
         """
         digests: dict[str, tuple] = {name: (digest,) for name, (_, digest) in self.manifest["files"].items()}
         carried, sae = f"{CARRIED}/sae_weights.safetensors", self.manifest["sae"]
@@ -139,6 +140,9 @@ class FeatureIndex:
                 expected="the checksums of manifest.json",
                 do="build the index again, or copy it again",
             )
+        with reading(self.folder):
+            if wrong := disagreements(lambda query: self._database.select(query, None, {}, None), self.manifest):
+                raise ValueError("; ".join(wrong))
 
     def check_same(self, *, model: Fingerprinted | None = None, sae_hash: str | None = None) -> None:
         """Refuse a model or an SAE other than those the index was built with; its own copy of the SAE is the same.
@@ -162,35 +166,36 @@ class FeatureIndex:
 
     def _check_meaning(self) -> None:
         """Hold what the manifest says of the tables' content against it: a wrong count must not be a wrong number."""
-        corpus, size = self.manifest["corpus"], self.block_size
-        n_active, density = (self._features[name].to_numpy() for name in ("n_active", "density"))
-        n_tokens = corpus["n_tokens"]
-        if not 0 < n_tokens <= self.n_blocks * size:
-            raise ValueError(f"{n_tokens} text tokens in {self.n_blocks} blocks of {size}")
-        if not np.allclose(n_active / n_tokens, density, rtol=1e-9, atol=0):
-            raise ValueError(f"densities that are not shares of {n_tokens} tokens")
+        check_counts(self.manifest, self._features)
         if not self._tokens.end_with_blocks():
-            raise ValueError(f"blocks that are not of {size} tokens")
+            raise ValueError(f"blocks that are not of {self.block_size} tokens")
         if self._source_totals.of(0)["threshold"].to_pylist() != self.manifest["thresholds"]:
             raise ValueError(f"other thresholds than {self.manifest['thresholds']}")
         if self.manifest["quality"] is not None:
             quality_rows(self.manifest["quality"])
-        most = int(np.argmax(n_active))  # each reader once: what a footer lacks is found here, not by the first to ask
+        most = int(
+            np.argmax(self._features["n_active"].to_numpy())
+        )  # each reader once: what a footer lacks is found here, not by the first to ask
         for read in (self.feature, self.examples, self.sources, self.activations):
             read(most)
         self.tokens_of(0)
 
-    def sql(self, query: str, parameters: list[Any] | None = None) -> pa.Table:
+    def sql(self, query: str, parameters: list[Any] | None = None, *, seconds: float | None = 60.0) -> pa.Table:
         """Run one query over the views named in docs/index-format.md: tokens, features, activations, sources, ...
 
         What studies added is there as `<study>_columns`. The query reads the files of this index and no others, and
         writes none. DuckDB does not look at the checksums of pages; `verify` does.
 
+        Args:
+            query: one SELECT.
+            parameters: values for its `?`.
+            seconds: after which it is interrupted; None lets it run to its end.
+
         Raises:
-            IndexFormatError: it is not one query, or DuckDB cannot run it.
+            IndexFormatError: it is not one query, takes longer, or DuckDB cannot run it.
         """
         columns = {f"{study}_columns": own for study, own in tuple(self._studied())}
-        return self._database.select(query, parameters, columns)
+        return self._database.select(query, parameters, columns, seconds)
 
     # -------------------------------------------------------------------------------------------------------- features
     @property

@@ -51,8 +51,6 @@ def index(  # noqa: PLR0913 - one argument an option of the command
     if not saes:
         raise SAEError("no SAE to index", expected="one or more", do="name them after --sae")
     _check_remnant(out, overwrite=overwrite)
-    if overwrite:
-        _check_models(out)
     check_run_folder(out, overwrite=overwrite, inputs=[*saes, text.corpus, *([model] if model else [])])
     for sae in saes:
         check_sae(sae)
@@ -96,18 +94,6 @@ def _check_remnant(out: Path, *, overwrite: bool) -> None:
             f"{out} already exists, and {partial} holds what a build beside it left",
             expected="a new or empty folder",
             do="choose another folder, or pass --overwrite: it goes on with what is there, and clears it",
-        )
-
-
-def _check_models(out: Path) -> None:
-    """Refuse to replace an index into which a user has put a model: it may be the only copy."""
-    for model in (*out.glob("model"), *out.glob("*/model")):
-        if model.is_symlink() or not model.is_dir() or not (model.parent / "manifest.json").is_file():
-            continue
-        raise OutputError(
-            f"{model}, a model in an index that is to be replaced, would be deleted",
-            expected="an index without a model of yours",
-            do="move that folder away first, or choose another folder",
         )
 
 

@@ -108,6 +108,7 @@ def _load(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
     folder = _folder(name)
     source = str(folder or name)
     local = {"local_files_only": True} if folder else {}
+    local |= {"trust_remote_code": False}  # else transformers asks on the terminal whether to run a folder's code
     try:
         _check_no_adapter(name, source)
         config = AutoConfig.from_pretrained(source, **local)
@@ -123,7 +124,7 @@ def _load(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
     except ModelError:
         raise
     except Exception as error:  # of several libraries, by what is damaged, missing or out of reach
-        raise _unreadable(name, error, is_folder=folder is not None) from error
+        raise _unreadable(name, _refusal_of(folder) or error, is_folder=folder is not None) from error
     if adapted := [key for key in map(str, info["unexpected_keys"]) if _ADAPTER.search(key)]:
         raise ModelError(
             f"the weights of {name!r} hold an adapter that is not merged into them: {sorted(adapted)[:3]}",
@@ -156,6 +157,17 @@ def _check_no_adapter(name: str, source: str) -> None:
         )
 
 
+def _refusal_of(folder: Path | None) -> OSError | None:
+    """What keeps files of a folder from being read; safetensors says of these that they do not exist."""
+    for path in sorted(folder.iterdir()) if folder is not None else ():
+        if path.is_file():
+            try:
+                path.open("rb").close()
+            except OSError as error:
+                return error
+    return None
+
+
 def _unreadable(name: str, error: Exception, *, is_folder: bool) -> ModelError:
     """What is wrong with a model that `transformers` does not load."""
     if isinstance(error, pickle.UnpicklingError):
@@ -169,6 +181,12 @@ def _unreadable(name: str, error: Exception, *, is_folder: bool) -> ModelError:
             f"the weights of {name!r} have other sizes than its config.json says",
             expected="the weights that config.json describes",
             do="mend config.json, or fetch or save the model again",
+        )
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"the model {name!r} needs code that comes with it; nothing of it was executed",
+            expected="a model of a family that transformers itself has, in docs/models.md",
+            do="use another model",
         )
     lines = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
     otherwise = "fetch or save the model again" if is_folder else "check the name, and for a hub name the network"

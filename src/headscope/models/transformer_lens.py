@@ -65,7 +65,7 @@ def _of_bridge(model: Any, name: str) -> PreTrainedModel:
     weights: dict[str, Tensor] = {}
     for key, tensor in model.original_model.state_dict().items():
         weights.setdefault(key.replace(_BRIDGED, ""), tensor)
-    module: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    module: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     wanted = module.state_dict()
     missing = sorted(wanted.keys() - weights.keys())
     if missing:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headscope.artefact import cannot_write, read_json
-from headscope.errors import OutputError
+from headscope.errors import OutputError, TrainingError
 from headscope.sae.metrics import Point, read_metrics
 from headscope.scratch import held
 
@@ -90,6 +90,27 @@ def training_folder(out: Path) -> Iterator[Path]:
         yield folder
 
 
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """What the training whose checkpoints lie in a folder was begun with.
+
+    Raises:
+        TrainingError: it cannot be read.
+    """
+    file = folder / RUN
+    try:
+        held = read_json(file)
+        if isinstance(held, dict) and held["names"] and all(isinstance(name, str) for name in held["names"]):
+            return held
+        damage = "it names no SAEs"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        damage = f"{type(error).__name__} {error}"
+    raise TrainingError(
+        f"{file} is damaged: {damage}",
+        expected="what `headscope train` or `headscope sweep` wrote there",
+        do="pass --overwrite to start again",
+    )
+
+
 HEADINGS = ("run", "variant", "target L0", "L0", "explained variance", "dead", "activations", "state")
 """Of a table of runs; figures are those of the last batch that was measured."""
 
@@ -127,7 +148,7 @@ def _runs_of(path: Path) -> list[Run]:
             return [_of_sae(path)]
         if path.name.endswith(TRAINING) and (path / RUN).is_file():
             return _of_training(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, TrainingError):
         return []
     return []
 
@@ -140,7 +161,7 @@ def _of_sae(folder: Path) -> Run:
 
 def _of_training(folder: Path) -> list[Run]:
     """Of a training folder: one run for each SAE that is trained there."""
-    recipe, out = read_json(folder / RUN), folder.with_name(folder.name.removesuffix(TRAINING))
+    recipe, out = read_recipe(folder), folder.with_name(folder.name.removesuffix(TRAINING))
     runs = []
     for name in recipe["names"]:
         start = f"{name} "

@@ -107,6 +107,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
         SAEError: a pickle with code in it, with anything but tensors, or with tensors that hold no numbers.
         UNREADABLE: a damaged file.
     """
+    with path.open("rb"):  # safetensors says of a file without permission that it does not exist
+        pass
     found = _tensors_of(path)
     if empty := sorted(name for name, tensor in found.items() if tensor.is_meta):
         raise SAEError(

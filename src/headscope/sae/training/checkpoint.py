@@ -24,12 +24,14 @@ from torch import Tensor
 
 from headscope.artefact import atomic_write, file_hash, read_json, write_json
 from headscope.errors import OutputError, TrainingError
-from headscope.sae.runs import LOCK, RUN
+from headscope.sae.runs import LOCK, RUN, read_recipe
 from headscope.sae.training.ranks import Ranks
 
 _KEPT = 2
 _STEP = re.compile(r"step-(\d+)")
 _STREAM = "stream-{rank}"
+_OURS = re.compile(rf"{re.escape(RUN)}|\.?step-\d+|\..*|.*\.(jsonl|safetensors)")
+"""Names of what a training leaves in its folder."""
 
 
 class Checkpoints:
@@ -58,7 +60,7 @@ class Checkpoints:
         """
         file = self.folder / RUN
         if self.begun:
-            held = read_json(file)
+            held = read_recipe(self.folder)
             differing = sorted(name for name in {*held, *recipe} if held.get(name) != recipe.get(name))
             if differing:
                 name = differing[0]
@@ -119,7 +121,7 @@ class Checkpoints:
         for step in self.steps():
             try:
                 return self._read(self._path(step), names)
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
                 damaged.append(f"{self._path(step).name}: {error}")
                 warnings.warn(f"a damaged checkpoint is passed over: {damaged[-1]}", stacklevel=2)
         if damaged:
@@ -132,15 +134,16 @@ class Checkpoints:
 
     def _read(self, path: Path, names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         manifest = read_json(path / "manifest.json")
-        for name, expected in manifest["hashes"].items():
-            if file_hash(path / name) != expected:
-                raise ValueError(f"{name} is not the file that was written")
         if manifest["ranks"] != self.ranks.size:
             raise TrainingError(
                 f"a training by {manifest['ranks']} processes in {self.folder}",
                 expected=f"as many as now, {self.ranks.size}",
                 do=f"resume with --nproc-per-node {manifest['ranks']}, or pass --overwrite to start again",
             )
+        parts = [*names, *(_STREAM.format(rank=rank) for rank in range(self.ranks.size))]
+        for name in (f"{part}.{ending}" for part in parts for ending in ("json", "safetensors")):
+            if file_hash(path / name) != manifest["hashes"][name]:
+                raise ValueError(f"{name} is not the file that was written")
         return {name: _read(path, name) for name in names}, _read(path, _STREAM.format(rank=self.ranks.rank))
 
     def keep(self, name: str, tensors: dict[str, Tensor]) -> Path:
@@ -155,8 +158,13 @@ class Checkpoints:
         return path
 
     def clear(self) -> None:
-        """Remove the folder, or all in it but the lock that a process holds on it."""
-        if self.ranks.rank == 0 and self.folder.is_dir():
+        """Remove what a training left in the folder, and the folder; a lock that a process holds there stays.
+
+        Raises:
+            OutputError: the folder holds something, and no training began in it.
+        """
+        if self.ranks.rank == 0 and self.folder.exists():
+            self._check_ours()
             for path in self.folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
@@ -165,6 +173,16 @@ class Checkpoints:
             with suppress(OSError):
                 self.folder.rmdir()
         self.ranks.wait()
+
+    def _check_ours(self) -> None:
+        names = {path.name for path in self.folder.iterdir()} - {LOCK} if self.folder.is_dir() else {""}
+        if not names or (self.begun and all(_OURS.fullmatch(name) for name in names)):
+            return
+        raise OutputError(
+            f"{self.folder}, where checkpoints go, holds something else than a training",
+            expected="no such folder, or one that an interrupted training left",
+            do="choose another --out, or move that folder",
+        )
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08}"

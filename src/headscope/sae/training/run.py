@@ -179,9 +179,7 @@ class _Run:
         }
         saved = None if self.checkpoints is None else self.checkpoints.load(list(configs))
         if saved is not None:
-            for name, trainer in self.trainers.items():
-                trainer.restore(saved[0][name])
-            stream.restore(saved[1])
+            self._restore(*saved)
         self.saved_at = self.step_number
         self.between_steps = True
         """Nothing is half done, as where a second Ctrl-C ends a step."""
@@ -191,6 +189,23 @@ class _Run:
         }
         for metrics in self.metrics.values():
             metrics.go_on(self.step_number)
+
+    def _restore(self, trainers: Mapping[str, Mapping[str, Any]], stream: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            TrainingError: what it holds is not of this training.
+        """
+        try:
+            for name, trainer in self.trainers.items():
+                trainer.restore(trainers[name])
+            self.stream.restore(stream)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise TrainingError(
+                f"a checkpoint that does not fit this training ({error!r})",
+                expected="what the same command wrote",
+                do="pass --overwrite to start again",
+            ) from error
 
     @property
     def step_number(self) -> int:
