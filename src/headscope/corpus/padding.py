@@ -105,7 +105,7 @@ def _starts(positions: np.ndarray | None, kept: slice, where: str, *, packed: bo
         return [kept.start]
     own = positions[kept].astype(np.int64)
     starts = np.flatnonzero(np.diff(own, prepend=own[0] - 2) != 1)
-    counted = np.arange(len(own)) - np.repeat(starts, np.diff([*starts, len(own)]))
+    counted = np.arange(len(own)) - np.repeat(starts, np.diff(np.append(starts, len(own))))
     if not np.array_equal(own, counted):
         raise CorpusError(
             f"{where} has position_ids that begin at {own[starts[own[starts] != 0][0]]:g}",

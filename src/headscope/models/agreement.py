@@ -21,6 +21,7 @@ from headscope.site import AnyKind, Site
 
 if TYPE_CHECKING:
     from headscope.models.hf import Model
+    from headscope.models.running import Running
 
 _LENGTH, _SHARED = 6, 3  # tokens of each of two rows, and how many of them are the same in both
 _STREAM: tuple[AnyKind, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
@@ -65,7 +66,7 @@ def check_agreement(model: "Model") -> None:
 
 
 @torch.no_grad()
-def check_attention(model: "Model", layer: int) -> None:
+def check_attention(model: "Running", layer: int) -> None:
     """Hold z, and z as it is computed step by step, against `pattern @ value` on a few tokens.
 
     Raises:
@@ -99,7 +100,7 @@ def check_values(model: "Model", layer: int, weights: Float[Tensor, "d_model z"]
 
 
 def check_step(
-    model: "Model", what: str, module: nn.Module, got: Tensor, read: Callable[[], Tensor], *, loose: float = 1.0
+    model: "Running", what: str, module: nn.Module, got: Tensor, read: Callable[[], Tensor], *, loose: float = 1.0
 ) -> None:
     """Raise ModelError where a step of a run is not what is read of it, but for rounding.
 
@@ -157,7 +158,7 @@ def _found(module: nn.Module) -> Iterator[str]:
             yield f"another forward{at}"
 
 
-def _tokens(model: "Model") -> Int[Tensor, "2 position"]:
+def _tokens(model: "Running") -> Int[Tensor, "2 position"]:
     """Two rows that begin alike."""
     length = min(_LENGTH, model.spec.context)
     rows = torch.arange(1, 2 * length + 1, device=model.device).view(2, length) * 7919 % model.spec.d_vocab
@@ -211,7 +212,7 @@ def _run(model: "Model", tokens: Tensor) -> tuple[dict[nn.Module, _Call], dict[S
     def keep_last(_module: nn.Module, _args: tuple, output: Any) -> None:
         last.append(output.last_hidden_state)
 
-    kinds = [kind for kind in _STREAM if kind in model.spec.kinds]
+    kinds: list[AnyKind] = list(filter(model.spec.kinds.__contains__, _STREAM))
     sites = [Site(kind, layer) for layer in range(model.spec.n_layers) for kind in kinds]
     modules = [model._final_norm.module, model._unembedding]
     for part in model._blocks:

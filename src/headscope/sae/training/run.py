@@ -190,7 +190,7 @@ class _Run:
         for metrics in self.metrics.values():
             metrics.go_on(self.step_number)
 
-    def _restore(self, trainers: Mapping[str, Mapping[str, Any]], stream: Mapping[str, Any]) -> None:
+    def _restore(self, trainers: Mapping[str, dict[str, Any]], stream: dict[str, Any]) -> None:
         """Go on from a checkpoint.
 
         Raises:
