@@ -212,7 +212,7 @@ def _run(model: "Model", tokens: Tensor) -> tuple[dict[nn.Module, _Call], dict[S
     def keep_last(_module: nn.Module, _args: tuple, output: Any) -> None:
         last.append(output.last_hidden_state)
 
-    kinds: list[AnyKind] = list(filter(model.spec.kinds.__contains__, _STREAM))
+    kinds: list[AnyKind] = [kind for kind in model.spec.kinds if kind in _STREAM]
     sites = [Site(kind, layer) for layer in range(model.spec.n_layers) for kind in kinds]
     modules = [model._final_norm.module, model._unembedding]
     for part in model._blocks:
