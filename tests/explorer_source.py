@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -128,7 +129,7 @@ class FakeIndex(FeatureIndex):
     def __init__(self, d_sae: int = D_SAE) -> None:
         self.blocks = _blocks()
         self.documents = [f"package/file{i}.py" for i in range(2 * N_BLOCKS)]
-        self.vocabulary = (list(VOCAB), [BOS])
+        self.token_texts = SimpleNamespace(vocabulary=(list(VOCAB), [BOS]), byte_tokens=[], prefix=b"")
         n_alive = sum(self.alive(latent) for latent in range(d_sae))
         self.manifest: dict[str, Any] = {
             "format_version": 2,

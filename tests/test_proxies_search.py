@@ -52,14 +52,16 @@ class HandMade(FeatureIndex):
         tokens = rng.choice(np.arange(1, D_VOCAB), (N_BLOCKS, SIZE), p=weights / weights.sum()).astype(np.int32)
         tokens[:, 0] = 0
         document = np.repeat(np.arange(N_BLOCKS) * len(NAMES) // N_BLOCKS, SIZE).astype(np.int32)
-        self.corpus = {"token": tokens, "document": document.reshape(-1, SIZE), "is_text": tokens > 0}
+        starts = np.zeros(tokens.shape, dtype=bool)
+        self.corpus = {"token": tokens, "document": document.reshape(-1, SIZE), "is_text": tokens > 0, "starts": starts}
         self.folder = folder
         self.manifest = {
             "corpus": {"n_blocks": N_BLOCKS, "block_size": SIZE, "n_tokens": N_BLOCKS * (SIZE - 1)},
             "sae": {"d_sae": len(activations)},
         }
         self.dense, self.logits, self.by_source = activations, logits, sources
-        self.vocabulary = [f"t{i}".encode() for i in range(D_VOCAB)], [0]
+        vocabulary = [f"t{i}".encode() for i in range(D_VOCAB)], [0]
+        self.token_texts = SimpleNamespace(vocabulary=vocabulary, byte_tokens=[], prefix=b"")
         self.documents = list(NAMES)
 
     def each_blocks(self) -> Iterator[dict[str, np.ndarray]]:
@@ -293,7 +295,7 @@ def test_induction_features_of_the_planted_transformer_are_found(transformer_ind
     plan = SearchPlan(min_active=5)
     for feature in search(transformer_index, range(1, V), plan):
         best = feature.families[0]
-        assert (feature.kind, best.proxy) == ("induction", induction_of(f"w{feature.latent}"))
+        assert (feature.kind, best.proxy) == ("induction", induction_of(f" w{feature.latent}"))
         for name in STATISTICS:
             assert best.scores[name].value == pytest.approx(1.0), name
         assert best.n_both == best.n_proxy == feature.n_active >= 5
@@ -302,7 +304,7 @@ def test_induction_features_of_the_planted_transformer_are_found(transformer_ind
 def test_its_features_of_the_present_token_are_tokens(transformer_index: FeatureIndex) -> None:
     for feature in search(transformer_index, range(V + 1, 2 * V)):
         best = feature.families[0]
-        assert (feature.kind, best.proxy) == ("token", token_in([f"w{feature.latent - V}"]))
+        assert (feature.kind, best.proxy) == ("token", token_in([f" w{feature.latent - V}"]))
         assert best.scores["pearson"].value == pytest.approx(1.0)
 
 

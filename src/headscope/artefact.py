@@ -7,11 +7,24 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol, runtime_checkable
 
 from headscope.errors import OutputError
 from headscope.names import local
 from headscope.scratch import clean, move_into_place, scratch_file, scratch_folder
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """What tells whether it is the model of an artefact: `headscope.models.hf.Model`."""
+
+    def fingerprint(self) -> str:
+        """The hash that new artefacts keep."""
+        ...
+
+    def matches(self, known: str) -> bool:
+        """Whether a hash that an artefact keeps is its own."""
+        ...
 
 
 @contextmanager

@@ -6,10 +6,11 @@ documents (`sources`, `text`, `rows`). They are tokenised once (`load`, `cache`)
 a document is on the same side of the split on every machine.
 """
 
-from headscope.corpus.blocks import BLOCK_BOS, NOT_TEXT, PADDING, Corpus, special_ids
-from headscope.corpus.load import encode, load_corpus, read_documents
+from headscope.corpus.blocks import BLOCK_BOS, NOT_TEXT, PADDING, Corpus
+from headscope.corpus.load import load_corpus, read_documents
 from headscope.corpus.reading import HELD_OUT, Reading, Split, is_held_out, name_fraction
 from headscope.corpus.text import SEPARATOR, Document, python_documents
+from headscope.tokens import encode, special_ids
 
 __all__ = [
     "BLOCK_BOS",

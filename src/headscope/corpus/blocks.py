@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
-from tokenizers import Tokenizer
 
 from headscope.corpus.reading import BosAt, Packing, Split
 from headscope.errors import CorpusError, OutputError
@@ -111,11 +110,6 @@ def _runs(values: np.ndarray) -> Iterator[slice]:
     """The rows of a matrix, some at a time."""
     step = max(1, _CHUNK // values.shape[1])
     return (slice(start, start + step) for start in range(0, len(values), step))
-
-
-def special_ids(tokenizer: Tokenizer, bos: int) -> frozenset[int]:
-    """Ids that are never text: the BOS, and the tokens that the tokenizer marks as special."""
-    return frozenset({i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special} | {bos})
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from headscope.corpus.blocks import Corpus, Layout, Stream, pack, special_ids
+from headscope.corpus.blocks import Corpus, Layout, Stream, pack
 from headscope.corpus.cache import Writer, cached
 from headscope.corpus.reading import Reading, Split, is_held_out
 from headscope.corpus.rows import TokenDocument
@@ -17,6 +17,7 @@ from headscope.corpus.sources import Source, find_source
 from headscope.corpus.text import Document
 from headscope.errors import CorpusError
 from headscope.limits import BlockSize, Tokens, check
+from headscope.tokens import encode, own_tokenizer, special_ids
 
 _GROUP = 64  # documents given to the tokenizer at a time, which has a thread a core and hears no Ctrl-C
 _PATIENCE = 1.0  # seconds without a word of progress
@@ -41,7 +42,7 @@ def load_corpus(
     Args:
         source: `python` (the standard library of the running interpreter); a file, a folder or a pattern of files:
             UTF-8 text, `.jsonl`, `.parquet`, `.npy`; a folder that `datasets` saved; or a dataset on the hub.
-        tokenizer: its special tokens are never produced from text: `<|bos|>` in a document is seven characters.
+        tokenizer: used as `own_tokenizer` has it: every text whole, and `<|bos|>` in a document is seven characters.
         bos: token id of the BOS.
         split: documents to take: those for training, those held out, or all.
         block_size: positions in a block, BOS included.
@@ -55,7 +56,7 @@ def load_corpus(
     """
     check("block_size", block_size, BlockSize, CorpusError)
     check("max_tokens", max_tokens, Tokens | None, CorpusError)
-    reading = reading or Reading()
+    reading, tokenizer = reading or Reading(), own_tokenizer(tokenizer)
     enough = None if max_tokens is None else max_tokens + block_size
     stream, folder = _tokenised(source, tokenizer, bos, split, reading, enough, on_tokens)
     if not stream.names:
@@ -74,12 +75,6 @@ def load_corpus(
     said = reading.as_dict() | {"packing": layout.packing, "bos_at": layout.bos_at}
     special = special_ids(tokenizer, bos)
     return pack(source, split, stream, layout, max_tokens, scratch=folder, special=special, reading=said)
-
-
-def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without any special token."""
-    tokenizer.encode_special_tokens = True  # a special token's spelling in a text is text
-    return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def read_documents(source: str, reading: Reading | None = None) -> Iterator[Document | TokenDocument]:

@@ -75,8 +75,10 @@ class IndexCards:
 
     def vocab(self) -> Json:
         """Token bytes as strings of characters 0 to 255."""
-        content, special = self._index.vocabulary
-        return {"tokens": [b.decode("latin-1") for b in content], "special": special}
+        texts = self._index.token_texts
+        content, special = texts.vocabulary
+        own = {"special": special, "byte_tokens": texts.byte_tokens, "prefix": texts.prefix.decode()}
+        return {"tokens": [b.decode("latin-1") for b in content], **own}
 
     def table(self) -> Json:
         """One row a latent, by column."""

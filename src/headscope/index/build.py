@@ -38,6 +38,7 @@ from headscope.index.parts import Parts, SortedParts, Workers, leave_after_first
 from headscope.index.passes import Subject, read_examples, read_part, subjects_of
 from headscope.index.readers import OnBatch, Readers
 from headscope.index.sweep import Distributions, Groups, chosen_pairs, sweep, top_tokens
+from headscope.index.token_texts import described
 from headscope.index.vocabulary import TokenValues, n_parts_of, read_values, tokens_of
 from headscope.models.hf import Model
 from headscope.names import relative
@@ -45,6 +46,7 @@ from headscope.sae.convert import FORCED, check_fits
 from headscope.sae.formats import WEIGHTS, save_sae
 from headscope.sae.model import SAE
 from headscope.scratch import move_into_place
+from headscope.tokens import Spelling
 
 _POLL_SECONDS = 0.2
 Progress = Callable[[str, int, int], None]
@@ -439,6 +441,7 @@ class _Build:
             "z_convention": _convention(sae),
             "special_tokens": "left out of all statistics",
             "bos": corpus.provenance()["bos"],
+            "spelling": described(Spelling.of(model.tokenizer)),
             "dtype": str(model.module.dtype).removeprefix("torch."),
             "model": {
                 "name": model.spec.name,

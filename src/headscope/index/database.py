@@ -23,22 +23,27 @@ _ALONE: dict[str, Any] = {
 class Database:
     """DuckDB with a view of each table; safe to use from several threads."""
 
-    def __init__(self, tables: Mapping[str, list[Path]], derived: Mapping[str, str | None]) -> None:
+    def __init__(self, tables: Mapping[str, list[Path] | pa.Table], derived: Mapping[str, str | None]) -> None:
         """Let the database read these files, nothing else on this machine, and nothing off it.
 
         Args:
-            tables: the Parquet files of each table.
+            tables: the Parquet files of each table, or the table itself.
             derived: for a table whose files lack a column, the expression `... AS name` that gives it; else None.
         """
         self._connection, self._lock = duckdb.connect(config=_ALONE), RLock()
         run = self._connection.execute
         run("SET enable_progress_bar = false")  # it would be drawn on stdout
         run(f"SET temp_directory = {_quoted(f'{gettempdir()}/headscope-{uuid4().hex}')}")
-        paths = {name: [_quoted(str(path.absolute())) for path in own] for name, own in tables.items()}
-        for name, own in paths.items():
+        paths: list[str] = []
+        for name, own in tables.items():
+            if isinstance(own, pa.Table):
+                self._connection.register(name, own)
+                continue
+            files = [_quoted(str(path.absolute())) for path in own]
+            paths += files
             columns = ", ".join(filter(None, ["*", derived.get(name)]))
-            run(f"CREATE VIEW {name} AS SELECT {columns} FROM read_parquet([{', '.join(own)}])")
-        run(f"SET allowed_paths = [{', '.join(path for own in paths.values() for path in own)}]")
+            run(f"CREATE VIEW {name} AS SELECT {columns} FROM read_parquet([{', '.join(files)}])")
+        run(f"SET allowed_paths = [{', '.join(paths)}]")
         run("SET enable_external_access = false")
         run("SET lock_configuration = true")
 

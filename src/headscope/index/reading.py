@@ -13,7 +13,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from headscope.artefact import read_json
 from headscope.errors import IndexFormatError
@@ -211,7 +211,7 @@ class TokenBlocks:
     Safe to use from several threads.
     """
 
-    COLUMNS = ("token", "document", "is_text")
+    COLUMNS = ("token", "document", "is_text", "starts")
 
     def __init__(self, path: Path, block_size: int, sizes: Sizes, special: Callable[[], Collection[int]]) -> None:
         """Open; nothing is read yet.
@@ -245,7 +245,7 @@ class TokenBlocks:
         """In SQL, the column that an older table lacks: there, all but special tokens is text, decided by id alone."""
         if self._special is None:
             return None
-        return f"token NOT IN ({', '.join(map(str, self._special)) or 'NULL'}) AS is_text"
+        return f"NOT list_contains({self._special}::INTEGER[], token) AS is_text"
 
     def of(self, block: int, column: str) -> np.ndarray:
         """One of `COLUMNS` of one block."""
@@ -260,17 +260,27 @@ class TokenBlocks:
     def _group(self, group: int) -> dict[str, np.ndarray]:
         with self._lock:
             if group not in self._held:
-                columns = [name for name in self.COLUMNS if name != "is_text" or self._special is None]
+                columns = ["token", "document", "offset", *(["is_text"] if self._special is None else [])]
                 with reading(self._path):
                     table = self._sizes.check(self._file.read_row_group(group, columns=columns, use_threads=False))
-                held = {name: table[name].to_numpy() for name in columns}
-                if self._special is not None:
-                    held["is_text"] = ~np.isin(held["token"], self._special)
-                self._held[group] = held
+                own = {name: table[name].to_numpy() for name in columns}
+                text = own["is_text"] if self._special is None else ~np.isin(own["token"], self._special)
+                starts = _starts(text.reshape(-1, self._size), own["offset"].reshape(-1, self._size))
+                values = own["token"], own["document"], text, starts.ravel()
+                self._held[group] = dict(zip(self.COLUMNS, values, strict=True))
                 if len(self._held) * self._blocks * self._size > _CACHED_TOKENS:
                     self._held.popitem(last=False)
             self._held.move_to_end(group)
             return self._held[group]
+
+
+def _starts(
+    is_text: Bool[np.ndarray, "block position"], offset: Int[np.ndarray, "block position"]
+) -> Bool[np.ndarray, "block position"]:
+    """Where a text begins that was tokenised by itself: a document's, or what follows a special token inside a row."""
+    after = np.zeros_like(is_text)
+    after[:, 1:] = ~is_text[:, :-1] & (offset[:, :-1] > 0)
+    return is_text & (after | (offset == 1))
 
 
 def flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

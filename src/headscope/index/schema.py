@@ -33,7 +33,7 @@ _KINDS = {
     "logit_skew logit_kurtosis copy_rank threshold kept bos_share share share_linear frequency share_active share_mass",
     "string": "name kind",
     "binary": "bytes",
-    "bool": "special sampled is_text",
+    "bool": "special sampled is_text byte_token",
     "lists of integers": "copy_tokens correlated_latents example_tokens duplicates source active_at histogram "
     "positions logit_top_tokens logit_bottom_tokens",
     "lists of numbers": "dfa_share dfa_covariance dfa_mean decoder_share decoder_out_share encoder_share "

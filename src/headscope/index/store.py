@@ -9,13 +9,13 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import fields
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-from headscope.artefact import Stamp, file_hash, stamp_of
+from headscope.artefact import Fingerprinted, Stamp, file_hash, stamp_of
 from headscope.errors import IndexFormatError
 from headscope.index.columns import FOLDER as COLUMNS
 from headscope.index.columns import read_columns, studies
@@ -56,24 +56,12 @@ from headscope.index.rows import (
     taken,
 )
 from headscope.index.schema import Sizes, check_footers
+from headscope.index.token_texts import TokenTexts
 from headscope.limits import NameOrPath, check
 from headscope.sae.quality_table import quality_rows
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-@runtime_checkable
-class Fingerprinted(Protocol):
-    """What tells whether it is the model of an artefact: `headscope.models.hf.Model`."""
-
-    def fingerprint(self) -> str:
-        """The hash that new artefacts keep."""
-        ...
-
-    def matches(self, known: str) -> bool:
-        """Whether a hash that an artefact keeps is its own."""
-        ...
 
 
 def _of_folder(reader: "Callable[Concatenate[FeatureIndex, P], R]") -> "Callable[Concatenate[FeatureIndex, P], R]":
@@ -101,13 +89,14 @@ class FeatureIndex:
         self._studied_table: tuple[Stamp, pa.Table] | None = None
         self._features = read_own(folder / "features.parquet", self._sizes)
         self._activations = ActivationRows(parts, self._features["n_active"].to_numpy(), self._sizes)
-        self._tokens = TokenBlocks(folder / "tokens.parquet", self.block_size, self._sizes, lambda: self.vocabulary[1])
         self._examples, self._groups, self._sources, self._source_totals = (
             LatentRows(folder / f"{name}.parquet", self._sizes)
             for name in ("examples", "groups", "sources", "source_totals")
         )
-        views = {name: [folder / f"{name}.parquet"] for name in TABLES} | {"activations": parts}
-        self._database = Database(views, {"tokens": self._tokens.derived})
+        self.token_texts = TokenTexts(folder, manifest, self._sizes)
+        self._tokens = TokenBlocks(folder / "tokens.parquet", self.block_size, self._sizes, lambda: self.vocabulary[1])
+        tables: dict[str, Any] = {name: [folder / f"{name}.parquet"] for name in TABLES} | {"activations": parts}
+        self._database = Database(tables | self.token_texts.respelled, {"tokens": self._tokens.derived})
         self._check_meaning()
 
     @classmethod
@@ -473,9 +462,9 @@ class FeatureIndex:
         return self._tokens.of(block, column)
 
     def each_blocks(self) -> Iterator[dict[str, np.ndarray]]:
-        """The corpus, some blocks at a time: `token`, `document`, `is_text`, each [block, position].
+        """The corpus, some blocks at a time: `token`, `document`, `is_text`, `starts`, each [block, position].
 
-        What was read stays in memory up to 17M tokens, 9 bytes each.
+        `starts` is where a text begins that was tokenised by itself. 17M tokens stay in memory, 10 bytes each.
         """
         return self._tokens.each()
 
@@ -485,25 +474,14 @@ class FeatureIndex:
         """Names of the documents."""
         return read_own(self.folder / "documents.parquet", self._sizes)["name"].to_pylist()
 
-    @cached_property
-    @_of_folder
+    @property
     def vocabulary(self) -> tuple[list[bytes], list[int]]:
         """Each token's bytes, and the ids of the special tokens."""
-        table = read_own(self.folder / "vocabulary.parquet", self._sizes)
-        return table["bytes"].to_pylist(), np.flatnonzero(table["special"].to_numpy()).tolist()
+        return self.token_texts.vocabulary
 
     def token_id(self, text: str) -> int:
-        """The token with exactly this text, leading space included.
-
-        Raises:
-            IndexFormatError: there is none.
-        """
-        try:
-            return self.vocabulary[0].index(text.encode())
-        except ValueError as error:
-            raise IndexFormatError(
-                f"{text!r} is not one token", expected="the text of a token", do="try it with a leading space"
-            ) from error
+        """As `TokenTexts.token_id`."""
+        return self.token_texts.token_id(text)
 
 
 def _check_number(what: str, number: int, n: int) -> None:

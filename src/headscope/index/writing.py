@@ -1,6 +1,6 @@
 """Parquet files of an index: how each kind of column is kept, and the tables that can be large."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from headscope.corpus import Corpus, special_ids
+from headscope.corpus import Corpus
 from headscope.index.sweep import Rows
+from headscope.index.token_texts import vocabulary_table
 from headscope.models.hf import Model
+from headscope.tokens import Spelling, special_ids
 
 _ROW_GROUP = 1 << 15
 _TOKEN_ROW_GROUP = 1 << 14
@@ -61,9 +63,7 @@ def write_corpus(folder: Path, corpus: Corpus, model: Model, losses: Callable[[i
         folder / "documents.parquet",
         pa.table({"document": pa.array(range(len(corpus.documents)), pa.int32()), "name": list(corpus.documents)}),
     )
-    special = np.isin(np.arange(model.spec.d_vocab), sorted(corpus.special | {corpus.bos}))
-    vocabulary = _vocabulary_table(model).append_column("special", pa.array(special))
-    write_table(folder / "vocabulary.parquet", vocabulary)
+    write_table(folder / "vocabulary.parquet", _vocabulary_table(model, corpus.special | {corpus.bos}))
     step = max(1, _TOKEN_ROW_GROUP // corpus.block_size)
     writer = None
     for start in range(0, len(corpus.blocks), step):
@@ -89,28 +89,10 @@ def write_corpus(folder: Path, corpus: Corpus, model: Model, losses: Callable[[i
         writer.close()
 
 
-def _vocabulary_table(model: Model) -> pa.Table:
-    """Each token's bytes; special tokens keep their spelling."""
-    pieces = [model.tokenizer.id_to_token(i) or "" for i in range(model.spec.d_vocab)]
-    special = special_ids(model.tokenizer, model.bos)
-    byte_of = _byte_alphabet()
-    content = [
-        piece.encode() if i in special or any(c not in byte_of for c in piece) else bytes(byte_of[c] for c in piece)
-        for i, piece in enumerate(pieces)
-    ]
-    return pa.table(
-        {
-            "token": pa.array(range(model.spec.d_vocab), pa.int32()),
-            "bytes": pa.array(content, pa.binary()),
-        }
-    )
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, inverted (Radford et al. 2019, `bytes_to_unicode`)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+def _vocabulary_table(model: Model, special: Collection[int] | None = None) -> pa.Table:
+    """One row a token of the model; `special` are those of its tokenizer when not given."""
+    chosen = special_ids(model.tokenizer, model.bos) if special is None else special
+    return vocabulary_table(Spelling.of(model.tokenizer), [i in chosen for i in range(model.spec.d_vocab)])
 
 
 # --------------------------------------------------------------------------------------------------------- activations

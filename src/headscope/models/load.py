@@ -22,7 +22,7 @@ from headscope.models.families import family_of
 from headscope.models.hf import Model
 from headscope.models.placing import device_of, dtype_of
 from headscope.models.tl_checkpoint import find_checkpoint, load_checkpoint
-from headscope.models.vocabulary import check_vocabulary, first_token, no_tokenizer
+from headscope.models.vocabulary import check_vocabulary, checked_tokenizer, first_token, no_tokenizer
 from headscope.names import absolute, bundled_model, exists, lasting_model, local
 
 _ADAPTER = re.compile(r"\b(lora_|base_layer|modules_to_save|original_module)")
@@ -44,7 +44,8 @@ def load_model(
             two need the network). Or an object: a `PreTrainedModel` of transformers, whose weights are shared and which
             is left as it is; or a HookedTransformer or TransformerBridge of TransformerLens.
         tokenizer: a fast tokenizer of transformers, for a `PreTrainedModel`, which has none; otherwise the model's own
-            is taken. Blocks of text start with its BOS, or with its EOS where it has none.
+            is taken. Blocks of text start with its BOS, or with its EOS where it has none. It is left as it is: a copy
+            is used, without its truncation, padding and post-processor.
         device: where to put the weights, such as `cuda:1`; the processor, or where an object's are.
         dtype: of the weights and of what the model computes with them, such as `bfloat16` (losses, scales of norms and
             all statistics are of float32 at least); float32, or an object's.
@@ -67,7 +68,7 @@ def load_model(
     bos = first_token(tokenizer, name)
     check_vocabulary(tokenizer, len(_embedding(module)), name)
     _check_weights(module, name)
-    loaded = Model(_placed(module, device, dtype), tokenizer.backend_tokenizer, bos, name)
+    loaded = Model(_placed(module, device, dtype), checked_tokenizer(tokenizer, name), bos, name)
     check_agreement(loaded)
     return loaded
 

@@ -1,8 +1,12 @@
 """What must hold between a tokenizer and a model, and which token starts a text."""
 
+import warnings
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from headscope.errors import ModelError
+from headscope.tokens import Spelling
 
 _UNUSED = 0.1  # of a model's vocabulary: rows that pad it to a round number
 
@@ -38,6 +42,27 @@ def check_vocabulary(tokenizer: Any, d_vocab: int, source: str) -> None:
             expected=f"about as many as the model has, d_vocab {d_vocab}",
             do="save the model's own tokenizer there",
         )
+
+
+def checked_tokenizer(tokenizer: Any, source: str) -> Tokenizer:
+    """The tokenizer that headscope uses: a copy of a fast tokenizer of `transformers`, with settings of its own.
+
+    Warns where it does not keep all of a text.
+
+    Raises:
+        ModelError: it cannot be copied, or its tokens do not spell the text.
+    """
+    try:
+        spelling = Spelling.of(tokenizer.backend_tokenizer)
+    except ModelError as error:
+        raise ModelError(f"{source!r} with {error.got}", expected=error.expected, do=error.do) from error
+    if spelling.loses is not None:
+        warnings.warn(
+            f"the tokenizer of {source!r} does not keep all of a text such as {spelling.loses!r}: what is shown and "
+            "searched is what it decodes its tokens to",
+            stacklevel=3,
+        )
+    return spelling.tokenizer
 
 
 def first_token(tokenizer: Any, source: str) -> int:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Int
 
 from headscope.errors import ProxyError
+from headscope.index.token_texts import ids_by_bytes
 
 Token = str | int
 """A token by its text, leading space included, or by its id."""
@@ -30,6 +31,10 @@ class Vocabulary:
     """Ids without a text."""
     split: Callable[[str], list[str]]
     """The pieces a text is cut into by the tokenizer: what is said of a text that is no token."""
+    byte_tokens: frozenset[int] = frozenset()
+    """Ids that stand for one byte of what no other token spells."""
+    prefix: bytes = b""
+    """What the tokenizer puts before a text: the first token of one begins with it."""
 
     def ids(self, tokens: Iterable[Token]) -> Int[np.ndarray, " id"]:
         """All ids that are meant: those with exactly the bytes of a text (rarely more than one), or the given ones.
@@ -46,9 +51,10 @@ class Vocabulary:
         return table
 
     def name(self, token: int) -> Token:
-        """The text of an id if that names it alone, else the id."""
-        text = _decoded(self.tokens[token])
-        return token if text is None or self._by_bytes.get(self.tokens[token]) != (token,) else text
+        """The text of an id if that names it alone (or it and a byte token, which is never made then), else the id."""
+        text, named = _decoded(self.tokens[token]), self._by_bytes.get(self.tokens[token], ())
+        alone = named[:1] == (token,) and self.byte_tokens.issuperset(named[1:])
+        return token if text is None or not alone else text
 
     @cached_property
     def stops(self) -> Bool[np.ndarray, " vocabulary"]:
@@ -72,16 +78,13 @@ class Vocabulary:
 
     @cached_property
     def texts(self) -> pa.Array:
-        """The bytes of each token, none for special ones."""
-        return pa.array([b"" if i in self.special else t for i, t in enumerate(self.tokens)], pa.large_binary())
+        """The bytes of each token, none for special ones; then the same where a text begins: without the prefix."""
+        inside = [b"" if i in self.special else t for i, t in enumerate(self.tokens)]
+        return pa.array([*inside, *(t.removeprefix(self.prefix) for t in inside)], pa.large_binary())
 
     @cached_property
     def _by_bytes(self) -> dict[bytes, tuple[int, ...]]:
-        found: dict[bytes, tuple[int, ...]] = {}
-        for i, token in enumerate(self.tokens):
-            if i not in self.special:
-                found[token] = (*found.get(token, ()), i)
-        return found
+        return ids_by_bytes(self.tokens, self.special, self.byte_tokens)
 
     def _of(self, token: Token) -> tuple[int, ...]:
         if isinstance(token, int):
@@ -123,6 +126,8 @@ class Blocks:
     vocabulary: Vocabulary
     documents: Sequence[str]
     """Names of the documents of the corpus."""
+    starts: Bool[np.ndarray, "block position"] | None = None
+    """Where a text begins; nowhere if None."""
 
     @cached_property
     def stopped(self) -> Int[np.ndarray, "block position"]:

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from tokenizers import Tokenizer
 
-from headscope.corpus import encode
 from headscope.index.store import FeatureIndex
 from headscope.proxies.algebra import Proxy
 from headscope.proxies.blocks import Blocks, Vocabulary
 from headscope.proxies.parse import parse
+from headscope.tokens import encode
 
 _CHUNK = 1 << 20  # positions evaluated at a time
 _CACHED = 1 << 25  # bytes of masks held for an index, a bit a position
@@ -30,7 +30,8 @@ class _Text:
         def split(text: str) -> list[str]:
             return [texts[i].decode(errors="replace") for i in encode(Tokenizer.from_file(str(path)), [text])[0]]
 
-        self.vocabulary = Vocabulary(texts, frozenset(special), split)
+        own = index.token_texts
+        self.vocabulary = Vocabulary(texts, frozenset(special), split, frozenset(own.byte_tokens), own.prefix)
         self.masks: OrderedDict[Proxy, UInt8[np.ndarray, " byte"]] = OrderedDict()
 
 
@@ -83,14 +84,14 @@ def read_blocks(index: FeatureIndex) -> Iterator[Blocks]:
     special = sorted(vocabulary.special)
     for first in parts:
         several = [first, *islice(parts, max(0, _CHUNK // first["token"].size - 1))]
-        token, document, is_text = (
-            np.concatenate([part[name] for part in several]) for name in ("token", "document", "is_text")
+        token, document, is_text, starts = (
+            np.concatenate([part[name] for part in several]) for name in ("token", "document", "is_text", "starts")
         )
         # Padding and separators may have the ids of ordinary tokens; to a proxy they are special tokens.
         disguised = ~is_text & ~np.isin(token, special)
         if disguised.any():
             token[disguised] = special[0]
-        yield Blocks(token, document, is_text, vocabulary, names)
+        yield Blocks(token, document, is_text, vocabulary, names, starts)
 
 
 def _text(index: FeatureIndex) -> _Text:

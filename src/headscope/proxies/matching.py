@@ -73,7 +73,10 @@ def match_tokens(pattern: str, blocks: Blocks) -> Bool[np.ndarray, "block positi
 
 def _match(pattern: str, blocks: Blocks, part: slice) -> Bool[np.ndarray, "block position"]:
     tokens, text = blocks.tokens[part], blocks.text[part]
-    pieces = blocks.vocabulary.texts.take(pa.array(tokens.ravel()))
+    row = tokens.astype(np.int64)
+    if blocks.starts is not None:
+        row[blocks.starts[part]] += len(blocks.vocabulary.tokens)
+    pieces = blocks.vocabulary.texts.take(pa.array(row.ravel()))
     ends = np.frombuffer(pieces.buffers()[1], np.int64)[: tokens.size + 1]  # of each token in the bytes, after a 0
     raw = pieces.buffers()[2]
     data = np.frombuffer(raw, np.uint8).copy() if raw is not None and raw.size else np.zeros(0, np.uint8)

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headscope.corpus import encode
 from headscope.errors import CorpusError, HeadscopeError
 from headscope.models.hf import Model
 from headscope.sae.convert import check_fits
 from headscope.sae.model import SAE
+from headscope.tokens import encode
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,15 @@ export class PromptPage {
     const found = pack ? await unpacked(pack) : prompt ? { text: prompt } : /^\d{1,9}$/.test(block) ? { ids: await this.#context(Number(block), Number(upto)) } : null;
     this.#source = source;
     this.#prompt = found;
-    this.text.value = found === null ? "" : found.text ?? this.vocab.decode(found.ids).flatMap(({ bits }) => bits.map((bit) => bit.text ?? (bit.mark ? { "↵": "\n", "⇥": "\t", "␍": "\r" }[bit.mark] : "\ufffd"))).join("");
+    this.text.value = found === null ? "" : found.text ?? this.#written(found.ids);
     this.typed = this.text.value;
+  }
+
+  /** Tokens as a text to edit: without what the tokenizer puts before a text, which it does again. */
+  #written(ids) {
+    const bits = this.vocab.decode(ids).flatMap((piece) => piece.bits);
+    const text = bits.map((bit) => bit.text ?? (bit.mark ? { "↵": "\n", "⇥": "\t", "␍": "\r" }[bit.mark] : "\ufffd")).join("");
+    return text.startsWith(this.vocab.prefix) ? text.slice(this.vocab.prefix.length) : text;
   }
 
   /** The tokens of a block of the corpus after its BOS, up to a position. */

@@ -19,9 +19,8 @@ export function drawSet(ids, sets, { vocab, change, embedded }) {
   const put = (own) => change({ src: own.join(",") });
   const said = el("span", { class: "hint", "data-set-said": "", "aria-live": "polite" });
   const add = (input) => {
-    const bytes = (text) => Array.from(new TextEncoder().encode(text), (byte) => String.fromCharCode(byte)).join("");
     const typed = input.value.replace(/\\n/g, "\n").replace(/\\t/g, "\t");
-    const id = [typed, ` ${typed}`].map((text) => vocab.tokens.indexOf(bytes(text))).find((at) => at >= 0 && !vocab.special.has(at));
+    const id = vocab.find(typed) ?? vocab.find(` ${typed}`);
     input.setAttribute("aria-invalid", String(id === undefined));
     if (id === undefined) said.textContent = "No token is exactly this text: a word may be several tokens.";
     else if (!ids.includes(id)) put([...ids, id]);

@@ -11,10 +11,19 @@ const hex = (code, digits) => code.toString(16).toUpperCase().padStart(digits, "
 export class Vocab {
   #lower = null;
 
-  /** @param {{tokens: string[], special: number[]}} data each token's bytes as char codes; ids of special tokens */
-  constructor({ tokens, special }) {
+  /** @param {{tokens: string[], special: number[], byte_tokens: number[], prefix: string}} data each token's bytes as char codes; ids of special tokens, and of those for one byte that no other token has; what the tokenizer puts before a text */
+  constructor({ tokens, special, byte_tokens: byteTokens = [], prefix = "" }) {
     this.tokens = tokens;
     this.special = new Set(special);
+    this.byteTokens = new Set(byteTokens);
+    this.prefix = prefix;
+  }
+
+  /** The token with exactly this text. @param {string} text @returns {number | undefined} */
+  find(text) {
+    const bytes = Array.from(new TextEncoder().encode(text), (byte) => String.fromCharCode(byte)).join("");
+    const named = this.tokens.flatMap((token, id) => (token === bytes && !this.special.has(id) ? [id] : []));
+    return named.find((id) => !this.byteTokens.has(id)) ?? named[0];
   }
 
   /** Decode consecutive tokens together. @param {number[]} ids @returns {import("./types").Piece[]} */

@@ -1,0 +1,124 @@
+"""The vocabulary of an index: the bytes of each token, and which tokens a text names. No torch."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer
+
+from headscope.errors import IndexFormatError, ModelError
+from headscope.index.reading import read_own, reading
+from headscope.index.schema import Sizes
+from headscope.tokens import Spelling
+
+
+class TokenTexts:
+    """The vocabulary table of an index, read when it is first asked for.
+
+    Earlier indexes took every tokenizer for one of GPT-2's kind. They lack the column `byte_token`, and their tokens'
+    bytes are worked out again from their tokenizer.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], sizes: Sizes) -> None:
+        """Open; only an earlier index is read.
+
+        Raises:
+            IndexFormatError: it is an earlier index whose tokenizer cannot be read.
+            ValueError: the manifest does not say the spelling as it should.
+        """
+        self._path, self._sizes = folder / "vocabulary.parquet", sizes
+        self.respelled: dict[str, pa.Table] = {}
+        """The table by its name, where it is not what the file holds."""
+        said = manifest.get("spelling", {})
+        if "byte_token" not in pq.read_schema(self._path).names:
+            spelling = _spelling_of(folder / "tokenizer.json")
+            special = read_own(self._path, sizes)["special"].to_pylist()
+            self.respelled, said = {"vocabulary": vocabulary_table(spelling, special)}, described(spelling)
+        if not isinstance(said, dict):
+            raise ValueError(f"manifest.json says spelling = {str(said)[:50]!r}")
+        self.prefix = str(said.get("prefix", "")).encode()
+        """What the tokenizer puts before a text, a space or nothing: the first token of a document begins with it."""
+
+    @cached_property
+    def vocabulary(self) -> tuple[list[bytes], list[int]]:
+        """Each token's bytes, and the ids of the special tokens."""
+        return self._table["bytes"].to_pylist(), np.flatnonzero(self._table["special"].to_numpy()).tolist()
+
+    @cached_property
+    def byte_tokens(self) -> list[int]:
+        """The tokens that stand for one byte of what no other token spells, as `<0x0A>` of SentencePiece."""
+        return np.flatnonzero(self._table["byte_token"].to_numpy()).tolist()
+
+    def token_id(self, text: str) -> int:
+        """The token with exactly this text, leading space included, or the special token of this name.
+
+        Raises:
+            IndexFormatError: there is none.
+        """
+        content, (tokens, special) = text.encode(errors="surrogatepass"), self.vocabulary
+        named = self._ids.get(content) or [i for i in special if content and tokens[i] == content]
+        if not named:
+            raise IndexFormatError(
+                f"{text!r} is not one token", expected="the text of a token", do="try it with a leading space"
+            )
+        return named[0]
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        if self.respelled:
+            return self.respelled["vocabulary"]
+        with reading(self._path):
+            return read_own(self._path, self._sizes)
+
+    @cached_property
+    def _ids(self) -> dict[bytes, tuple[int, ...]]:
+        return ids_by_bytes(*self.vocabulary, self.byte_tokens)
+
+
+def _spelling_of(path: Path) -> Spelling:
+    try:
+        return Spelling.of(Tokenizer.from_file(str(path)))
+    except ModelError as error:
+        raise IndexFormatError(f"{path}: {error.got}", expected=error.expected, do="build the index again") from error
+    except Exception as error:  # the library raises bare exceptions
+        raise IndexFormatError(
+            f"{path} cannot be read: {error}", expected="the tokenizer of the index", do="build the index again"
+        ) from error
+
+
+def vocabulary_table(spelling: Spelling, special: Sequence[bool]) -> pa.Table:
+    """One row a token: all of the model's, of which `special` tells the special ones."""
+    n = len(special)
+    byte_tokens = set(spelling.byte_tokens(n))
+    return pa.table(
+        {
+            "token": pa.array(range(n), pa.int32()),
+            "bytes": pa.array(spelling.table({i for i in range(n) if special[i]}, n), pa.binary()),
+            "special": pa.array(special, pa.bool_()),
+            "byte_token": [i in byte_tokens for i in range(n)],
+        }
+    )
+
+
+def described(spelling: Spelling) -> dict[str, Any]:
+    """What the manifest says of a spelling."""
+    return {"prefix": spelling.prefix.decode(), "suffix": spelling.suffix.decode(), "loses": spelling.loses}
+
+
+def ids_by_bytes(
+    tokens: Sequence[bytes], special: Iterable[int], byte_tokens: Iterable[int]
+) -> dict[bytes, tuple[int, ...]]:
+    """The tokens with exactly some bytes, special ones left out.
+
+    A byte token (`<0x61>`) comes last: where another token has the same bytes, a tokenizer makes that one.
+    """
+    left_out, last = set(special), set(byte_tokens)
+    found: dict[bytes, tuple[int, ...]] = {}
+    for i in sorted(range(len(tokens)), key=lambda i: (i in last, i)):
+        if tokens[i] and i not in left_out:
+            found[tokens[i]] = (*found.get(tokens[i], ()), i)
+    return found

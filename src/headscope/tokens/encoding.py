@@ -1,0 +1,68 @@
+"""Text to token ids by a tokenizer's vocabulary and rules, whatever else it was set to do."""
+
+import json
+
+from tokenizers import Tokenizer, models
+
+from headscope.errors import ModelError
+
+
+def own_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that tokenises every text whole, the same each time, with no token that is not of the text.
+
+    Truncation, padding and dropout are turned off and the post-processor is removed, whether they were saved in
+    `tokenizer.json` or set on the object. The spelling of a special token in a text is text. What belongs to the
+    vocabulary stays: normaliser, pre-tokenizer (with its `add_prefix_space`), added tokens. A tokenizer that has these
+    settings already is returned itself; no tokenizer is changed.
+
+    Raises:
+        ModelError: it has parts written in Python, which cannot be copied.
+    """
+    if _is_set(tokenizer):
+        return tokenizer
+    try:
+        own = Tokenizer.from_str(tokenizer.to_str())
+    except Exception as error:  # the library raises bare exceptions
+        raise ModelError(
+            f"a tokenizer that cannot be copied: {error}",
+            expected="one that can be saved as tokenizer.json: without normalisers or pre-tokenizers written in Python",
+            do="replace these by those of the `tokenizers` library",
+        ) from error
+    own.no_truncation()
+    own.no_padding()
+    own.encode_special_tokens = True
+    own.post_processor = None
+    if isinstance(own.model, models.BPE):
+        own.model.dropout = None
+    return own
+
+
+def _is_set(tokenizer: Tokenizer) -> bool:
+    sampling = ("dropout",) if isinstance(tokenizer.model, models.BPE) else ("alpha", "nbest_size")
+    return (
+        tokenizer.truncation is None
+        and tokenizer.padding is None
+        and tokenizer.encode_special_tokens
+        and tokenizer.post_processor is None
+        and all(getattr(tokenizer.model, name, None) is None for name in sampling)
+    )
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, as `own_tokenizer` has them: without any special token."""
+    return [e.ids for e in own_tokenizer(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def special_ids(tokenizer: Tokenizer, bos: int) -> frozenset[int]:
+    """Ids that are never text: the BOS, tokens marked as special, and the one for text that cannot be spelled."""
+    marked = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+    unknown = unknown_id(tokenizer)
+    return frozenset(marked | {bos} | ({unknown} if unknown is not None else set()))
+
+
+def unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The token that a tokenizer puts for text it cannot spell; None if it has none."""
+    if isinstance(tokenizer.model, models.Unigram):
+        return json.loads(tokenizer.model.__getstate__())["unk_id"]
+    token = tokenizer.model.unk_token
+    return None if token is None else tokenizer.token_to_id(token)

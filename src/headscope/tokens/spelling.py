@@ -1,0 +1,272 @@
+"""The bytes that each token stands for: those of the tokens of a text, joined, are the text.
+
+Tokenizers write tokens in different ways: GPT-2's use a letter for each byte, SentencePiece's use `▁` for a space and
+`<0x0A>` for a byte, WordPiece's mark with `##` where a word continues. The tokenizer's decoder knows which, so the
+bytes of a token are what the decoder makes of it between two others. A decoder returns text, so bytes that are only a
+part of a character are looked up instead.
+
+The result is verified, on sample texts and on every token that was added to the vocabulary: joined bytes must be the
+text, or, where the tokenizer does not keep all of it (it lowers case, drops spaces), what the tokenizer itself decodes
+its tokens to.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models
+
+from headscope.errors import ModelError
+from headscope.tokens.encoding import encode, own_tokenizer, unknown_id
+
+_TEXTS = (
+    "a",
+    "word",
+    "Hello World",
+    "The cat, it's on the mat. Isn't it?",
+    " a space first",
+    "  two spaces first",
+    "two  spaces   and three",
+    "space last ",
+    "line\nline\n\n\tindented\r\nline",
+    "def f(x):\n        return x[1:]",
+    "1234567890",
+    "caf\u00e9 \u00fcber na\u00efve \u0142\u00f3d\u017a",
+    "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3002 \ud55c\uad6d\uc5b4",
+    "\U0001f98a \U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea",
+    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u0939\u093f\u0928\u094d\u0926\u0940",
+)
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SAMPLED, _TOGETHER = 128, 4  # tokens of the vocabulary that are tried, and in one text
+_ANCHOR = "a"
+_EDGES = ((b"", b""), (b" ", b""), (b"", b" "), (b" ", b" "))
+
+
+@dataclass(frozen=True, eq=False)
+class Spelling:
+    """The bytes of each token of a tokenizer."""
+
+    tokenizer: Tokenizer
+    """As `own_tokenizer` returns it."""
+    reading: "_Reading"
+    prefix: bytes
+    """What the tokenizer puts before a text, a space or nothing: the first token of a text begins with it."""
+    suffix: bytes
+    """What it puts after a text, likewise."""
+    loses: str | None
+    """A text of which it does not keep everything; None if it keeps all of the texts tried."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Spelling":
+        """Find out how a tokenizer spells its tokens.
+
+        Raises:
+            ModelError: the bytes of its tokens would join neither to the text nor to what it decodes them to.
+        """
+        own = own_tokenizer(tokenizer)
+        trial = _Trial(own)
+        found: list[tuple[int, Spelling]] = []
+        for reading in _readings(own):
+            for prefix, suffix in _EDGES:
+                spelling = cls(own, reading, prefix, suffix, None)
+                kept = trial.kept(spelling)
+                if kept is None:
+                    continue
+                if all(kept):
+                    return spelling
+                found.append((sum(kept), cls(own, reading, prefix, suffix, trial.lost(kept))))
+        if not found:
+            raise trial.failure(cls(own, next(_readings(own)), b"", b"", None))
+        return max(found, key=lambda pair: pair[0])[1]
+
+    def join(self, ids: Sequence[int]) -> bytes:
+        """The text of a whole document: its tokens' bytes, without what the tokenizer puts around a text.
+
+        A tokenizer that puts a space only before texts without one makes the same tokens of both; of a text that began
+        with a space, that space is then missing here.
+        """
+        return self.joined(ids).removeprefix(self.prefix).removesuffix(self.suffix)
+
+    def joined(self, ids: Sequence[int]) -> bytes:
+        """The tokens' bytes, special tokens by what the decoder makes of them."""
+        return b"".join(map(self._raw, ids))
+
+    def table(self, special: Collection[int], n: int) -> list[bytes]:
+        """The bytes of the tokens 0 to n - 1: special tokens have their name, ids that are not assigned nothing."""
+        return [self._name(i).encode() if i in special else self._raw(i) for i in range(n)]
+
+    def byte_tokens(self, n: int) -> list[int]:
+        """Those of the tokens 0 to n - 1 that stand for one byte of what no other token spells (`<0x0A>`)."""
+        return [i for i in range(n) if self.reading.falls_back and _BYTE.fullmatch(self._name(i))]
+
+    def _name(self, token: int) -> str:
+        return self.tokenizer.id_to_token(token) or ""
+
+    @cached_property
+    def _added(self) -> dict[int, bytes]:
+        """What tokens stand for that the model itself never makes: they are found in the text, or what it becomes."""
+        normalizer, found = self.tokenizer.normalizer, {}
+        undo = _of_decoder(next(_implied(_parts(normalizer)), decoders.Fuse()))
+        for i, token in self.tokenizer.get_added_tokens_decoder().items():
+            if self.tokenizer.model.id_to_token(i) != token.content:
+                text = token.content.encode()
+                if token.normalized and normalizer is not None:
+                    text = undo.bytes_of(normalizer.normalize_str(token.content))
+                found[i] = self.reading.between(text)
+        return found
+
+    def _raw(self, token: int) -> bytes:
+        name, added = self._name(token), self._added.get(token)
+        if added is not None:
+            return added
+        return self.reading.bytes_of(name) if name else b""
+
+
+# ------------------------------------------------------------------------------------------------------------- readings
+class _Reading:
+    """One way to read what tokens are called."""
+
+    def __init__(self, decode: Callable[[list[str]], str], parts: Sequence[str]) -> None:
+        """By a decoder, which consists of parts of these types."""
+        self._decode = decode
+        self._alphabet = _byte_alphabet() if "ByteLevel" in parts else {}
+        self.falls_back = "ByteFallback" in parts
+        self._head = len(decode([_ANCHOR]))
+        self._tail = len(decode([_ANCHOR, _ANCHOR])) - self._head
+
+    def bytes_of(self, name: str) -> bytes:
+        """The bytes of a token inside a text."""
+        if self._alphabet and all(c in self._alphabet for c in name):
+            return bytes(self._alphabet[c] for c in name)
+        if self.falls_back and (byte := _BYTE.fullmatch(name)):
+            return bytes([int(byte[1], 16)])
+        return self._inside(name).encode()
+
+    def between(self, text: bytes) -> bytes:
+        """The bytes of a token that stands for exactly this text, with the space that is put between tokens."""
+        before, _, after = self._inside(_ANCHOR).partition(_ANCHOR)
+        return before.encode() + text + after.encode()
+
+    def _inside(self, name: str) -> str:
+        found = self._decode([_ANCHOR, name, _ANCHOR])
+        return found[self._head : len(found) - self._tail]
+
+
+def _readings(tokenizer: Tokenizer) -> Iterator[_Reading]:
+    """The ways a tokenizer's tokens may have to be read: by its decoder, or as its other parts imply."""
+    if tokenizer.decoder is not None:
+        yield _of_decoder(tokenizer.decoder)
+    implied = list(_implied(chain(_parts(tokenizer.pre_tokenizer), _parts(tokenizer.normalizer))))
+    model = tokenizer.model
+    if getattr(model, "continuing_subword_prefix", None):
+        implied.append(decoders.WordPiece(prefix=model.continuing_subword_prefix, cleanup=False))
+    if getattr(model, "end_of_word_suffix", None):
+        implied.append(decoders.BPEDecoder(suffix=model.end_of_word_suffix))
+    yield from map(_of_decoder, implied)
+    yield _of_decoder(decoders.Fuse())
+    if tokenizer.decoder is None and not implied:
+        yield _Reading(" ".join, [])  # as the library decodes then
+
+
+def _of_decoder(decoder: Any) -> _Reading:
+    return _Reading(decoder.decode, [part["type"] for part in _parts(decoder)])
+
+
+def _implied(parts: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    """Decoders that undo what these parts of a tokenizer do: it may have been saved without one."""
+    for part in parts:
+        match part:
+            case {"type": "ByteLevel"}:
+                yield decoders.ByteLevel()
+            case {"type": "Metaspace", "replacement": mark} | {
+                "type": "Replace",
+                "pattern": {"String": " "},
+                "content": mark,
+            }:
+                replaced = decoders.Replace(mark, " ")
+                yield decoders.Sequence([replaced, decoders.ByteFallback(), decoders.Fuse()])
+
+
+def _parts(component: Any) -> Iterator[dict[str, Any]]:
+    """The settings of a part of a tokenizer, one by one where it is a sequence."""
+    if component is None:
+        return
+    waiting = [json.loads(component.__getstate__())]
+    while waiting:
+        state = waiting.pop(0)
+        inner = next((state[key] for key in ("decoders", "normalizers", "pretokenizers") if key in state), None)
+        if inner is None:
+            yield state
+        else:
+            waiting = [*inner, *waiting]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's letter for each byte, inverted (Radford et al. 2019, `bytes_to_unicode`)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- trial
+class _Trial:
+    """Texts, their tokens and what the tokenizer decodes these to: what a spelling is held against."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
+        general = [*_TEXTS, *_own_texts(tokenizer)]
+        texts = [*(f"a{space}{content}{space}b" for content in added for space in ("", " ")), *general]
+        unknown, ids = unknown_id(tokenizer), encode(tokenizer, texts)
+        decoded = tokenizer.decode_batch(ids, skip_special_tokens=False)
+        self._cases = [case for case in zip(texts, ids, decoded, strict=True) if unknown not in case[1]]
+        self._general = set(general)
+
+    def kept(self, spelling: Spelling) -> list[bool] | None:
+        """Of each text, whether it is kept whole; None if the bytes of one are neither it nor what it is decoded to."""
+        kept = []
+        for text, ids, decoded in self._cases:
+            is_whole = _spells(spelling, ids, text)
+            if not (is_whole or _spells(spelling, ids, decoded)):
+                return None
+            kept.append(is_whole)
+        return kept
+
+    def lost(self, kept: list[bool]) -> str | None:
+        """A text that is not kept whole, of those without added tokens."""
+        lost = (case[0] for case, is_whole in zip(self._cases, kept, strict=True) if not is_whole)
+        return next((text for text in lost if text in self._general), None)
+
+    def failure(self, spelling: Spelling) -> ModelError:
+        """What is wrong, by the first text that comes back as something else."""
+        text, ids, decoded = next(
+            (text, ids, decoded)
+            for text, ids, decoded in self._cases
+            if not any(_spells(spelling, ids, expected) for expected in (text, decoded))
+        )
+        return ModelError(
+            f"a tokenizer that makes of {text!r} tokens with the bytes {spelling.joined(ids)!r}, and decodes them to "
+            f"{decoded!r}",
+            expected="tokens whose bytes joined are the text",
+            do="give it the decoder that belongs to its model (`tokenizer.decoder`), or leave out the added token that "
+            "the text above shows",
+        )
+
+
+def _own_texts(tokenizer: Tokenizer) -> list[str]:
+    """Texts of some tokens from all over a vocabulary of words, which may not know those of `_TEXTS`."""
+    if not isinstance(tokenizer.model, models.WordLevel):
+        return []
+    size = tokenizer.get_vocab_size(with_added_tokens=False)
+    ids = range(0, size, max(1, size // _SAMPLED))
+    texts = tokenizer.decode_batch([list(ids[i : i + _TOGETHER]) for i in range(0, len(ids), _TOGETHER)])
+    return [*texts, *(text.replace(" ", gap) for text in texts for gap in ("  ", "\n"))]
+
+
+def _spells(spelling: Spelling, ids: Sequence[int], text: str) -> bool:
+    """Whether the bytes of some tokens are a text, with or without what the tokenizer puts around it."""
+    joined, before, after = spelling.joined(ids), {b"", spelling.prefix}, {b"", spelling.suffix}
+    return any(joined == lead + text.encode() + trail for lead in before for trail in after)

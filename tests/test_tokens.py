@@ -1,0 +1,294 @@
+"""The bytes of tokens joined are the text, for every kind of tokenizer; settings beside its vocabulary do not count."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from headscope import load_corpus, load_model
+from headscope.artefact import file_hash, read_json, write_json
+from headscope.corpus import Reading
+from headscope.errors import ModelError
+from headscope.index.build import SAERecord, build_index
+from headscope.index.store import FeatureIndex
+from headscope.proxies import evaluate as holds_at
+from headscope.proxies import regex
+from headscope.proxies.masks import vocabulary_of
+from headscope.studies.corruptions import prompt
+from headscope.tokens import Spelling, encode, own_tokenizer, special_ids
+from headscope.tokens.encoding import unknown_id
+from tokenizer_kinds import ONE_SPACE, byte_level, kind, sentencepiece, that_keep, that_lose, unigram, with_added
+
+WORDS = ["The", "the", "quick", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "fox", "dog", ",", ".", "'", "x", "42"]
+WORDS += ["\u00e9", "caf\u00e9", "\u65e5\u672c", "\u8a9e", "\U0001f98a", "\U0001f469\u200d\U0001f467", "\ufeff", "\0"]
+TEXTS = st.lists(st.sampled_from(WORDS), max_size=12).map("".join)
+
+
+@pytest.fixture(scope="module")
+def spellings() -> dict[str, Spelling]:
+    return {name: Spelling.of(made) for name, made in [*that_keep(), *that_lose()]}
+
+
+def joined(spelling: Spelling, ids: list[int]) -> bytes:
+    """As an index has them: by the table of its vocabulary."""
+    table = spelling.table(set(), spelling.tokenizer.get_vocab_size())
+    return b"".join(table[i] for i in ids)
+
+
+@given(TEXTS)
+def test_bytes_joined_are_the_text(spellings, text):
+    for name, made in that_keep():
+        spelling, [ids] = spellings[name], encode(made, [text])
+        if unknown_id(made) in ids:
+            continue
+        content = text.encode()
+        puts = spelling.prefix if ids and not (name in ONE_SPACE and text.startswith(" ")) else b""
+        assert joined(spelling, ids) == puts + content, name
+        same = name in ONE_SPACE and text.startswith(" ")
+        assert spelling.join(ids) == (content[1:] if same else content), name
+
+
+@given(TEXTS)
+def test_of_a_tokenizer_that_loses_text_they_are_what_it_decodes(spellings, text):
+    for name, made in that_lose():
+        spelling, [ids] = spellings[name], encode(made, [text])
+        decoded = made.decode(ids, skip_special_tokens=False).encode()
+        around = [(before, after) for before in (b"", spelling.prefix) for after in (b"", spelling.suffix)]
+        assert joined(spelling, ids) in [before + decoded + after for before, after in around], name
+
+
+def test_what_is_put_around_a_text_and_what_is_lost_is_known(spellings):
+    spaced = {*ONE_SPACE, "llama", "wordpiece", "wordpiece, lower case", "words"}
+    assert {name for name, s in spellings.items() if s.prefix == b" "} == spaced
+    assert {name for name, s in spellings.items() if s.suffix} == {"characters"}
+    assert {name for name, s in spellings.items() if s.loses is not None} == {name for name, _ in that_lose()}
+
+
+def test_a_part_of_a_character_is_its_byte(spellings):
+    for name in ("byte level", "gemma", "unigram, bytes"):
+        spelling, [ids] = spellings[name], encode(kind(name), ["\U0001f469"])
+        parts = [part for i in ids if (part := spelling.table(set(), 400)[i]) != b" "]
+        assert len(parts) > 1, name
+        assert b"".join(parts) == "\U0001f469".encode(), name
+        assert all("\ufffd" in part.decode(errors="replace") for part in parts), name
+
+
+def test_special_tokens_keep_their_name_and_ids_without_a_token_are_empty(spellings):
+    made, spelling = kind("gemma"), spellings["gemma"]
+    special = special_ids(made, 1)
+    assert special == {0, 1, 2}
+    n = made.get_vocab_size() + 3
+    table = spelling.table(special, n)
+    assert table[:4] == [b"<unk>", b"<s>", b"</s>", b"\0"]
+    assert table[-3:] == [b""] * 3
+    assert spelling.byte_tokens(n) == list(range(3, 259))
+    assert spellings["byte level"].byte_tokens(256) == []
+
+
+def test_added_tokens_are_what_they_are_called_in_any_kind():
+    added = with_added(byte_level())
+    spelling, text = Spelling.of(added), "x\u0120caf\u00e9\u65e5\u672c\u8a9e<tool>x"
+    [ids] = encode(added, [text])
+    assert {added.token_to_id("\u0120caf\u00e9"), added.token_to_id("<tool>")} <= set(ids)
+    assert joined(spelling, ids) == text.encode()
+    assert joined(spelling, encode(added, ["x  <tool>"])[0]) == b"x<tool>", "which takes the spaces before it away"
+    pieces = sentencepiece("gemma")
+    pieces.add_tokens([AddedToken("\u2581\u2581\u2581", normalized=False), "<0x0A><0x0A>", "the fox"])
+    text = "a\u2581\u2581\u2581b<0x0A><0x0A>c the fox"
+    assert joined(Spelling.of(pieces), encode(pieces, [text])[0]) == text.encode()
+
+
+def test_a_token_of_the_vocabulary_that_was_added_again_has_the_bytes_of_the_vocabulary():
+    made = sentencepiece("gemma")
+    vocabulary = made.get_vocab()
+    piece = next(p for p in vocabulary if p.startswith("\u2581") and len(p) > 2)
+    made.add_tokens([piece])
+    text = "the " + piece.replace("\u2581", " ")
+    assert joined(Spelling.of(made), encode(made, [text])[0]) == text.encode()
+
+
+def test_a_tokenizer_whose_bytes_would_be_wrong_is_refused_by_name(random_model):
+    wrong = byte_level()
+    wrong.add_tokens(["\u00e9"])  # which is also the letter of byte E9, in any other character
+    with pytest.raises(ModelError, match=r"(?s)a\u00e9b.*expected: tokens whose bytes.*do: .*added token"):
+        Spelling.of(wrong)
+    mistaken = byte_level(normalizer=normalizers.Lowercase())
+    mistaken.decoder = decoders.CTC()
+    with pytest.raises(ModelError, match="decodes them to"):
+        Spelling.of(mistaken)
+    net = random_model("gpt2", vocab_size=wrong.get_vocab_size()).module
+    own = PreTrainedTokenizerFast(tokenizer_object=wrong, bos_token="a")
+    with pytest.raises(ModelError, match=r"'gpt2' with a tokenizer that makes of"):
+        load_model(net, tokenizer=own)
+
+
+def test_what_a_model_is_loaded_with_is_said_to_lose_text(random_model):
+    made = kind("byte level, lower case")
+    net = random_model("gpt2", vocab_size=made.get_vocab_size()).module
+    with pytest.warns(UserWarning, match="'gpt2' does not keep all of a text such as 'Hello World'"):
+        load_model(net, tokenizer=PreTrainedTokenizerFast(tokenizer_object=made, bos_token="a"))
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+def unsettled() -> dict[str, Tokenizer]:
+    """Tokenizers that do something besides tokenising a text: each by one setting."""
+    made = {name: byte_level() for name in ("truncation", "stride", "padding", "left", "post", "dropout", "special")}
+    made["truncation"].enable_truncation(5)
+    made["stride"].enable_truncation(6, stride=2, direction="left")
+    made["padding"].enable_padding(length=40, pad_id=3)
+    made["left"].enable_padding(direction="left", pad_to_multiple_of=8)
+    made["post"].post_processor = processors.TemplateProcessing(
+        single="a:1 $A b:1", special_tokens=[("a", 7), ("b", 8)]
+    )
+    made["dropout"].model.dropout = 0.5
+    made["special"].add_special_tokens(["fox"])
+    return made
+
+
+def test_settings_cut_nothing_off_and_add_nothing():
+    text = "The quick brown fox jumps over the lazy dog, and the dog doesn't mind."
+    plain = byte_level().encode(text).ids
+    for name, made in unsettled().items():
+        before, spelled = made.to_str(), made.encode_special_tokens
+        assert encode(made, [text, "x"])[0] == plain, name
+        own = own_tokenizer(made)
+        assert own_tokenizer(own) is own
+        assert encode(own, [text, "x"])[0] == plain, name
+        assert (made.to_str(), made.encode_special_tokens) == (before, spelled), name
+    sampled = unigram()
+    expected = sampled.encode("the quick brown fox").ids
+    sampled.model.alpha, sampled.model.nbest_size = 0.1, 5
+    assert all(encode(sampled, ["the quick brown fox"])[0] == expected for _ in range(5))
+
+
+def test_a_model_has_a_tokenizer_of_its_own_for_corpus_and_prompts(random_model, save_model, tokenizer, tmp_path):
+    made, text = random_model("gpt2", n_layers=1), "def f(x):\n    return x\n" * 4
+    (tmp_path / "a.txt").write_text(text)
+    folder, corpora = save_model(made, tmp_path / "model"), []
+    saved = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    saved.enable_truncation(8)
+    saved.enable_padding(pad_id=5)
+    saved.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    saved.save(str(folder / "tokenizer.json"))
+    used = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(saved.to_str()), bos_token="<|bos|>")
+    used.pad_token = used.bos_token
+    used([text, "x"], padding=True, truncation=True, max_length=4)
+    before = used.backend_tokenizer.to_str()
+    for model in (load_model(folder), load_model(made.module, tokenizer=used)):
+        reading = Reading(packing="rows")
+        corpora.append(
+            load_corpus(str(tmp_path / "a.txt"), model.tokenizer, bos=0, split="all", block_size=128, reading=reading)
+        )
+        assert corpora[-1].n_text_tokens == len(text)
+        assert len(prompt(model, text[:50])) == 51
+    assert corpora[0].fingerprint() == corpora[1].fingerprint()
+    assert used.backend_tokenizer.to_str() == before
+    assert used(text, truncation=True, max_length=4)["input_ids"] == used(text)["input_ids"][:4]
+
+
+def test_a_tokenizer_with_parts_in_python_is_refused():
+    class Upper:
+        def normalize(self, text):
+            text.uppercase()
+
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.Normalizer.custom(Upper())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel()
+    with pytest.raises(ModelError, match=r"(?s)cannot be copied.*written in Python"):
+        own_tokenizer(made)
+
+
+# ---------------------------------------------------------------------------------------------------------------- index
+DOCUMENTS = ["the fox and the\nthe dog. x", " a café 日本\n\n  the 🦊", "dog, the quick", "caf\u00e9the fox"]
+
+
+@pytest.fixture(scope="module")
+def indexes(random_model, random_sae, tmp_path_factory) -> dict[str, FeatureIndex]:
+    """Of the same documents by tokenizers of different kinds."""
+    folder, found = tmp_path_factory.mktemp("kinds"), {}
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    for name in ("byte level", "gemma", "llama", "metaspace", "unigram, bytes"):
+        made = kind(name)
+        net = random_model("gpt2", vocab_size=made.get_vocab_size(), n_layers=1).module
+        token = made.id_to_token(1)
+        model = load_model(net, tokenizer=PreTrainedTokenizerFast(tokenizer_object=made, bos_token=token))
+        corpus = load_corpus(
+            str(folder / "rows.jsonl"),
+            model.tokenizer,
+            bos=model.bos,
+            split="all",
+            block_size=64,
+            reading=Reading(packing="rows"),
+        )
+        saes = [(random_sae(model), SAERecord("r", "sha256:0"))]
+        [built] = build_index(model, saes, corpus, folder / name / "index")
+        found[name] = FeatureIndex.open(built)
+    return found
+
+
+def spans(index: FeatureIndex) -> Iterator[tuple[bytes, list[tuple[int, int, int]]]]:
+    """The text of each document, and of each of its tokens where it stands in it: position, begin, end."""
+    tokens, special = index.vocabulary
+    rows = index.sql('SELECT position, token, document, "offset" FROM tokens WHERE is_text ORDER BY position')
+    for number in range(len(index.documents)):
+        text, found = b"", []
+        for row in rows.filter(pc.equal(rows["document"], number)).to_pylist():
+            assert row["token"] not in special
+            piece = tokens[row["token"]]
+            piece = piece.removeprefix(index.token_texts.prefix) if row["offset"] == 1 else piece
+            found.append((row["position"], len(text), len(text) + len(piece)))
+            text += piece
+        yield text, found
+
+
+def test_an_index_holds_the_text_of_any_kind_of_tokenizer(indexes):
+    for name, index in indexes.items():
+        dropped = name in ONE_SPACE  # these make the same tokens of " a" and "a"
+        expected = [text.removeprefix(" ") if dropped else text for text in DOCUMENTS]
+        assert [text.decode() for text, _ in spans(index)] == expected, name
+
+
+def test_proxies_read_the_text_of_any_kind_of_tokenizer(indexes):
+    for name, index in indexes.items():
+        for pattern in (" the", "^the", r"\n", "é", r"\bthe\b", "\N{FOX FACE}"):
+            holds = set()
+            for text, found in spans(index):
+                for match in re.finditer(pattern.encode(), text):
+                    holds |= {p for p, begin, end in found if end > match.start() and begin < match.end()}
+            got = set(np.flatnonzero(holds_at(regex(pattern), index)).tolist())
+            assert got == holds, (name, pattern)
+        vocabulary = vocabulary_of(index)
+        newlines = vocabulary.ids(["\n"])
+        assert len(newlines), name
+        assert vocabulary.stops[newlines].all(), name
+        assert vocabulary.name(index.token_id("x")) == "x", name
+        used = index.sql("SELECT DISTINCT token FROM tokens WHERE is_text")["token"].to_pylist()
+        assert {index.token_id("x"), index.token_id(".")} <= set(used), name
+
+
+def test_an_earlier_index_has_its_bytes_worked_out_again(indexes, tmp_path):
+    for name, index in indexes.items():
+        folder = tmp_path / name
+        shutil.copytree(index.folder, folder)
+        path, manifest = folder / "vocabulary.parquet", read_json(folder / "manifest.json")
+        table = pq.read_table(path).drop_columns("byte_token")
+        pieces = [str(i).encode() for i in range(len(table))]
+        pq.write_table(table.set_column(1, "bytes", pa.array(pieces, pa.binary())), path)
+        del manifest["spelling"]
+        manifest["files"]["vocabulary.parquet"] = [path.stat().st_size, file_hash(path)]
+        write_json(folder / "manifest.json", manifest)
+        again = FeatureIndex.open(folder)
+        own, before = again.token_texts, index.token_texts
+        assert (own.vocabulary, own.byte_tokens, own.prefix) == (before.vocabulary, before.byte_tokens, before.prefix)
+        query = "SELECT token, bytes, special FROM vocabulary ORDER BY token"
+        assert again.sql(query) == index.sql(query)
