@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from headscope.corpus.blocks import Corpus, Layout, Stream, pack
 from headscope.corpus.cache import Writer, cached
+from headscope.corpus.files import readable
 from headscope.corpus.reading import Reading, Split, is_held_out
 from headscope.corpus.rows import TokenDocument
 from headscope.corpus.sources import Source, find_source
@@ -41,7 +42,8 @@ def load_corpus(
 
     Args:
         source: `python` (the standard library of the running interpreter); a file, a folder or a pattern of files:
-            UTF-8 text, `.jsonl`, `.parquet`, `.npy`; a folder that `datasets` saved; or a dataset on the hub.
+            UTF-8 text, `.jsonl`, `.parquet`, `.npy`; a folder that `datasets` saved, or a copy of a dataset's
+            repository; or a dataset on the hub.
         tokenizer: used as `own_tokenizer` has it: every text whole, and `<|bos|>` in a document is seven characters.
         bos: token id of the BOS.
         split: documents to take: those for training, those held out, or all.
@@ -74,7 +76,7 @@ def load_corpus(
     )
     said = reading.as_dict() | {"packing": layout.packing, "bos_at": layout.bos_at}
     special = special_ids(tokenizer, bos)
-    return pack(source, split, stream, layout, max_tokens, scratch=folder, special=special, reading=said)
+    return pack(readable(source), split, stream, layout, max_tokens, scratch=folder, special=special, reading=said)
 
 
 def read_documents(source: str, reading: Reading | None = None) -> Iterator[Document | TokenDocument]:

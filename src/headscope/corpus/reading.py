@@ -22,7 +22,7 @@ class Reading:
     field: str | None = None
     """Of JSONL, Parquet and datasets: the field that holds text or token ids; `text`, `input_ids` or `tokens`."""
     dataset_config: str | None = None
-    """Configuration of a dataset on the hub."""
+    """Configuration of a dataset on the hub, or of a copy of its repository."""
     dataset_split: str = "train"
     """Split of a dataset on the hub or in a folder, of which --split takes its share."""
     dataset_revision: str | None = None

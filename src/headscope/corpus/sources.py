@@ -8,6 +8,8 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
+from headscope.corpus.dataset_folder import dataset_rows
+from headscope.corpus.files import files_below, is_folder, text_name
 from headscope.corpus.reading import Reading
 from headscope.corpus.rows import (
     TokenDocument,
@@ -53,7 +55,7 @@ def find_source(name: str, reading: Reading, bos: int) -> Source:
 
     Args:
         name: `python`; a file, a folder or a pattern of files: text, `.jsonl`, `.parquet`, `.npy`; a folder that
-            `save_to_disk` of `datasets` wrote; or a dataset on the hub.
+            `save_to_disk` of `datasets` wrote, or a copy of a dataset repository; or a dataset on the hub.
         reading: the field, the configuration and what else is to be known of it.
         bos: where a stream of token ids is cut.
 
@@ -63,14 +65,15 @@ def find_source(name: str, reading: Reading, bos: int) -> Source:
     name = check("corpus", name, Name, CorpusError)
     if name == "python":
         return Source(python_documents, partial(_state, dict(python_files())))
-    path = Path(name)
-    if path.is_dir() and (arrow := saved_dataset(path, reading.dataset_split)) is not None:
+    path, named = Path(name), _files(name)
+    if is_folder(path) and (arrow := saved_dataset(path, reading.dataset_split)) is not None:
         return Source(
             partial(arrow_documents, arrow, path.name, reading),
             partial(_state, {str(i): file for i, file in enumerate(arrow)}),
         )
-    named = _files(name)
     if named is not None:
+        if is_folder(path) and (rows := dataset_rows(path, named, reading)) is not None:
+            named = rows
         _check_endings(named, path)
         return Source(partial(_documents, named, reading, bos), partial(_state, named))
     is_file = path.suffix.lower() in _OF_FILES or is_path(name)
@@ -101,24 +104,16 @@ def _check_endings(files: dict[str, Path], path: Path) -> None:
 def _files(name: str) -> dict[str, Path] | None:
     """Files by the name that decides their side of the split; None if the path is nothing."""
     path = Path(name)
+    if is_folder(path):
+        return files_below(path, "**/*")
     if path.is_file():
-        return {path.name: path}
-    if path.is_dir():
-        return _below(path, "**/*")
+        return {text_name(path.name): path}
     if has_magic(name):
         parts = path.parts
         n_fixed = next(i for i, part in enumerate(parts) if has_magic(part))
-        return _below(Path(*parts[:n_fixed]), str(Path(*parts[n_fixed:]))) or None
+        folder = Path(*parts[:n_fixed])
+        return (files_below(folder, str(Path(*parts[n_fixed:]))) or None) if is_folder(folder) else None
     return None
-
-
-def _below(folder: Path, pattern: str) -> dict[str, Path]:
-    files = sorted(p for p in folder.glob(pattern) if p.is_file() and not _hidden(p.relative_to(folder)))
-    return {file.relative_to(folder).as_posix(): file for file in files}
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _documents(files: dict[str, Path], reading: Reading, bos: int) -> Iterator[Document | TokenDocument]:
@@ -139,5 +134,5 @@ def _state(files: dict[str, Path]) -> list[Any]:
     found = []
     for name, path in files.items():
         stat = path.stat()
-        found.append([name, str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+        found.append([name, repr(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
     return found

@@ -79,7 +79,7 @@ def _pieces(path: Path, line: str) -> Iterator[tuple[int, str]]:
             i, begun = i + begun, False
             continue
         ends, begun = _parts(following, line), True
-        held.append(current.removesuffix("\n") if ends else current)
+        held.append(_without_end(current) if ends else current)
         size += len(current)
         if ends or not following or (size > _SECTION and current.endswith("\n")):
             if section := "".join(held):
@@ -89,7 +89,11 @@ def _pieces(path: Path, line: str) -> Iterator[tuple[int, str]]:
 
 def _parts(current: str, line: str) -> bool:
     """Whether what was read is the line that parts documents, which may be the last one, without a line end."""
-    return current in (f"{line}\n", line)
+    return _without_end(current) == line
+
+
+def _without_end(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
 
 
 def _is_parted(path: Path, line: str) -> bool:
@@ -101,7 +105,7 @@ def _is_parted(path: Path, line: str) -> bool:
 
 def _read_lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:  # line ends stay as they are
             while line := file.readline(LONGEST_LINE):
                 if len(line) == LONGEST_LINE:
                     raise CorpusError(

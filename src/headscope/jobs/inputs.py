@@ -23,7 +23,7 @@ class CorpusChoice(Reading):
 
     corpus: Name = "python"
     """`python` (the standard library of this interpreter); a file, folder or pattern of files: text, .jsonl, .parquet,
-    .npy; a folder that `datasets` saved; or a dataset on the hub."""
+    .npy; a folder that `datasets` saved, or a copy of a dataset's repository; or a dataset on the hub."""
     split: Split = "heldout"
     """Documents to read: those for training (60 %), those held out (40 %, by hash of their name), or all."""
     block_size: BlockSize | None = None
