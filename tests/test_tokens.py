@@ -74,6 +74,17 @@ def test_what_is_put_around_a_text_and_what_is_lost_is_known(spellings):
     assert {name for name, s in spellings.items() if s.loses is not None} == {name for name, _ in that_lose()}
 
 
+def test_a_vocabulary_that_knows_no_sample_text_is_tried_on_its_own_words():
+    alone = Tokenizer(models.WordLevel({f"t{i}": i for i in range(50)}, unk_token="t1"))
+    alone.pre_tokenizer, alone.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
+    assert Spelling.of(alone).loses == "t4 t5 t6 t7"
+    characters = Tokenizer(models.BPE({c: i for i, c in enumerate("\u0259\u026a\u028c\u0251?")}, [], unk_token="?"))
+    characters.decoder = decoders.Fuse()
+    assert Spelling.of(characters).loses is None
+    characters.normalizer = normalizers.Replace("\u0259", "\u026a")
+    assert Spelling.of(characters).loses is not None
+
+
 def test_a_part_of_a_character_is_its_byte(spellings):
     for name in ("byte level", "gemma", "unigram, bytes"):
         spelling, [ids] = spellings[name], encode(kind(name), ["\U0001f469"])

@@ -218,12 +218,12 @@ class _Trial:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
-        general = [*_TEXTS, *_own_texts(tokenizer)]
-        texts = [*(f"a{space}{content}{space}b" for content in added for space in ("", " ")), *general]
-        unknown, ids = unknown_id(tokenizer), encode(tokenizer, texts)
-        decoded = tokenizer.decode_batch(ids, skip_special_tokens=False)
-        self._cases = [case for case in zip(texts, ids, decoded, strict=True) if unknown not in case[1]]
-        self._general = set(general)
+        general = _known(tokenizer, _TEXTS)
+        if isinstance(tokenizer.model, models.WordLevel) or not general:
+            general += _known(tokenizer, _own_texts(tokenizer))
+        around = [f"a{space}{content}{space}b" for content in added for space in ("", " ")]
+        self._cases = [*_known(tokenizer, around), *general]
+        self._general = {text for text, _, _ in general}
 
     def kept(self, spelling: Spelling) -> list[bool] | None:
         """Of each text, whether it is kept whole; None if the bytes of one are neither it nor what it is decoded to."""
@@ -256,13 +256,20 @@ class _Trial:
         )
 
 
+def _known(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[str, list[int], str]]:
+    """Of the texts that a tokenizer can spell: text, ids and what it decodes these to."""
+    unknown, ids = unknown_id(tokenizer), encode(tokenizer, list(texts))
+    decoded = tokenizer.decode_batch(ids, skip_special_tokens=False)
+    return [case for case in zip(texts, ids, decoded, strict=True) if unknown not in case[1]]
+
+
 def _own_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts of some tokens from all over a vocabulary of words, which may not know those of `_TEXTS`."""
-    if not isinstance(tokenizer.model, models.WordLevel):
-        return []
+    """Texts of some tokens from all over a vocabulary that may not know those of `_TEXTS`."""
     size = tokenizer.get_vocab_size(with_added_tokens=False)
     ids = range(0, size, max(1, size // _SAMPLED))
-    texts = tokenizer.decode_batch([list(ids[i : i + _TOGETHER]) for i in range(0, len(ids), _TOGETHER)])
+    groups = [list(ids[i : i + _TOGETHER]) for i in range(0, len(ids), _TOGETHER)]
+    names = (filter(None, map(tokenizer.id_to_token, group)) for group in groups)
+    texts = [*tokenizer.decode_batch(groups), *map(" ".join, names)]
     return [*texts, *(text.replace(" ", gap) for text in texts for gap in ("  ", "\n"))]
 
 
