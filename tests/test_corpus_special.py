@@ -137,6 +137,8 @@ def test_an_index_without_the_column_is_read_by_id(model, rows, random_sae, tmp_
     index = FeatureIndex.open(folder)
     assert_array_equal(Text.of(index).is_text, rows.is_text())
     assert_array_equal(text_mask(index), rows.is_text().reshape(-1))
+    said = index.sql("SELECT is_text FROM tokens ORDER BY position")["is_text"].to_numpy()
+    assert_array_equal(said, rows.is_text().reshape(-1))
     assert TextTokens.of(index).n == index.manifest["corpus"]["n_tokens"]
 
 
