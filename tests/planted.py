@@ -29,6 +29,8 @@ BOS = 0
 class NoNorm(nn.Module):
     """In the place of a LayerNorm: leaves the residual stream as it is."""
 
+    eps = 1e-5  # which models read of a norm
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(2 * D_HEAD, dtype=torch.float64))

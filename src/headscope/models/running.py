@@ -396,7 +396,8 @@ class Running:
         restart = Restart(layer, [])
 
         def keep(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            restart.calls.append((args, kwargs))
+            if self._hooks.active:  # else it is a run that only checks the model
+                restart.calls.append((args, kwargs))
 
         handles = [
             part.block.register_forward_pre_hook(keep, with_kwargs=True, prepend=True) for part in self._blocks[layer:]
