@@ -209,6 +209,7 @@ def test_numbers_of_other_kinds_never_come_to_c() -> None:
         c_kernels.largest_of_rows(x.bfloat16())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["-O0", "-O1", "-O2"])
 def test_the_compilers_level_changes_no_product(level: str) -> None:
     subprocess.run([sys.executable, "-c", _AT_LEVEL, level], check=True)
@@ -291,6 +292,7 @@ def test_other_numbers_and_places_are_left_to_torch(like: Tensor) -> None:
     assert not c_kernels.fit(like)
 
 
+@pytest.mark.slow
 def test_one_runtime_of_threads_is_loaded() -> None:
     said = subprocess.run([sys.executable, "-c", _LOADED], capture_output=True, text=True, check=True).stdout.split()
     assert len(said) == 1, said

@@ -74,6 +74,7 @@ def test_what_is_mixed_is_refused() -> None:
         assert torch.equal(there[torch.tensor([0, 1])].cpu(), here[:2])
 
 
+@pytest.mark.slow
 def test_an_index_made_there_is_the_same(gpu: list[bool], files: dict[str, Path], tmp_path: Path) -> None:
     run("index", "--sae", files["sae"], "--out", tmp_path / "index", "--losses", "--device", "cuda", *choice(files))
     ours, theirs = FeatureIndex.open(files["index"]), FeatureIndex.open(tmp_path / "index")

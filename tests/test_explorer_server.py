@@ -285,6 +285,7 @@ def test_export_is_deterministic(tmp_path: Path) -> None:
     assert b"{{" not in pages[0].split(b"<script")[0]
 
 
+@pytest.mark.slow
 def test_an_export_holds_each_token_of_the_corpus_once(tmp_path: Path) -> None:
     source = FakeSource()
     page = export_html(source, tmp_path / "page.html", range(20))

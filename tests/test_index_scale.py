@@ -134,7 +134,7 @@ def test_a_build_that_is_stopped_at_a_write_goes_on(job, whole, tmp_path, no_typ
 
 @pytest.mark.slow
 def test_a_build_that_is_stopped_at_any_write_goes_on(job, whole, tmp_path, no_type_checks):
-    for at in range(1, n_writes(job, tmp_path / "first") + 1, 2):  # after a write is before the next
+    for at in range(1, n_writes(job, tmp_path / "first") + 1, 5):  # after a write is before the next
         check_stopped_at(job, tmp_path / "index", at, whole)
 
 
@@ -339,7 +339,7 @@ def test_a_place_that_cannot_be_written(job, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- workers
-@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("world", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_processes_that_share_the_work_write_the_same_index(job, whole, tmp_path, world):
     """Five processes: the last one has no part to read."""
     path = save_job(tmp_path / "job", *job, PLAN)
@@ -363,6 +363,7 @@ def _all_end_well(started):
     assert ended == [0] * len(started)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_process_that_comes_late_to_work_that_is_done(job, whole, tmp_path, late):
     """All parts stand from an interrupted build: the first process must not leave before the others have come."""

@@ -371,6 +371,7 @@ def test_ablations_are_read_as_they_are_written(number: int, position: int | Non
         assert parse_ablation(ablation.name) == ablation
 
 
+@pytest.mark.slow
 @given(st.text(max_size=12))
 def test_other_texts_are_no_ablation(text: str) -> None:
     for other in (text, f"f{text}", f"f7@{text}", f"h1.3={text}"):

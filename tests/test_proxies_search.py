@@ -222,6 +222,7 @@ def test_every_score_is_that_of_dense_arrays(planted: HandMade, found: list[Feat
         assert family.fit_pearson == pytest.approx(brute_force(f[fit], mask[fit])["pearson"], rel=1e-10)
 
 
+@pytest.mark.slow
 def test_the_null_is_that_of_activations_rolled_by_whole_blocks(planted: HandMade) -> None:
     plan = SearchPlan(n_rotations=N_BLOCKS - 1)  # all of them
     feature = next(search(planted, [0], plan))

@@ -64,6 +64,7 @@ def random(random_model, random_corpus, random_sae, tmp_path_factory):
     return Subject("random", live, named, replace(QUICK, prompts=4))
 
 
+@pytest.mark.slow
 def test_every_row_has_a_number_or_a_reason_and_an_id_of_its_study(planted, random):
     for subject in (planted, random):
         for study in STUDIES:

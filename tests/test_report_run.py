@@ -130,6 +130,7 @@ def test_other_inputs_are_refused_and_replaced_only_when_asked(inputs, tmp_path)
     assert not (out / "indexes" / "one").exists()
 
 
+@pytest.mark.slow
 def test_an_empty_list_of_studies_runs_none(inputs, tmp_path):
     report = run(tmp_path / "out", inputs, quick=True, studies=[])
     assert [s.studies for s in report.subjects] == [(), ()]

@@ -145,6 +145,7 @@ def test_outcomes_are_those_of_edited_encodings(random, kind):
         assert_allclose(found.correlation[row], np.mean(r), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_divergences_are_those_of_the_dfa_of_each_token(random):
     live, _ = random
     found = redundancy(live, Replacement.of(live)).features

@@ -28,7 +28,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def held_out(tiny):
-    return load_corpus("python", tiny.tokenizer, bos=tiny.bos, split="heldout", max_tokens=40_000)
+    return load_corpus("python", tiny.tokenizer, bos=tiny.bos, split="heldout", max_tokens=10_000)
 
 
 def test_it_is_an_ordinary_hugging_face_folder():

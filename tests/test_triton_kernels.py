@@ -44,6 +44,7 @@ def test_in_the_interpreter() -> None:
     assert "skipped" not in said
 
 
+@pytest.mark.slow
 @needs_triton
 def test_every_kernel_compiles_for_hopper(tmp_path) -> None:
     said = run(str(HERE / "compiled_kernels.py"), TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
@@ -59,6 +60,7 @@ def test_without_triton_the_error_says_what_to_install(monkeypatch) -> None:
         importlib.import_module("headscope.sae.training.triton_kernels")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_benchmark_says_that_it_needs_a_gpu() -> None:
     script = HERE.parent / "benchmarks" / "gpu_step.py"
