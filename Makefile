@@ -13,10 +13,11 @@ unexport PYTHONDONTWRITEBYTECODE # else each process would compile all that it i
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
-.PHONY: help demo replication test test-all check format clean
+.PHONY: help demo replication test test-all test-types check format clean
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "make test-all   all tests that need no GPU or network, with every annotation executed"
+	@echo "make test-all   all tests that need no GPU or network"
+	@echo "make test-types  the fast tests without a browser, with every annotation executed"
 	@echo "make replication  measure the post's claims on the bundled model, and write docs/replication.md"
 	@echo "make format     apply the formatter"
 	@echo "make clean      remove .venv, caches and runs"
@@ -34,7 +35,11 @@ test: .venv/installed-dev
 
 test-all: .venv/installed-dev
 	@sh scripts/ensure_chromium.sh
-	$(PYTEST) -m "not gpu and not network" --jaxtyping-packages=headscope,beartype.beartype $(ARGS)
+	$(PYTEST) -m "not gpu and not network" $(ARGS)
+
+test-types: .venv/installed-dev
+	$(PYTEST) -m "not (slow or judge or gpu or network or browser)" --hypothesis-profile=quick \
+		--jaxtyping-packages=headscope,beartype.beartype $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 MODEL, UPSTREAM_SAE = "tiny", "tiny-mlp0"
 """The bundled model, and the bundled SAE of its first MLP, whose features the attribution tree names."""
-HELD_OUT_TOKENS = 510_000
+HELD_OUT_TOKENS = 400_000
 """Tokens that the SAE is evaluated and indexed on."""
-LOSS_TOKENS = 200_000
+LOSS_TOKENS = 120_000
 """Of these, tokens on which the model's losses are measured: intervals are then a few tenths of a percent wide."""
 STUDIES = {"proxies": jobs.proxies, "effects": jobs.effects, "induction": jobs.families, "heads": jobs.heads}
 """What fills the tabs and pages of an index, by the name of the columns that each adds to it."""
@@ -91,8 +91,8 @@ def run(
     from headscope.index.columns import studies
 
     sae, index = out / "sae", out / "index"
-    config = TrainConfig(tokens=400_000, d_sae=512, buffer=65_536) if quick else TrainConfig()
-    held_out = jobs.CorpusChoice(max_tokens=100_000 if quick else HELD_OUT_TOKENS)
+    config = TrainConfig(tokens=200_000, d_sae=512, buffer=65_536) if quick else TrainConfig()
+    held_out = jobs.CorpusChoice(max_tokens=60_000 if quick else HELD_OUT_TOKENS)
     fresh = overwrite or not (index / "manifest.json").is_file()
     if not overwrite and (sae / "cfg.json").is_file():
         _check_recipe(sae, config)
