@@ -108,6 +108,16 @@ def test_a_stage_that_begins_once_more_is_timed_anew(capsys) -> None:
     ]
 
 
+def test_a_stage_told_of_at_its_end_alone_is_timed_anew_after_another_one(capsys) -> None:
+    clock = Clock()
+    with Display(clock) as shown:
+        for now, name in ((0.0, "vocabulary"), (50.0, "sources"), (90.0, "vocabulary")):
+            clock.now = now
+            shown.on_progress(name, 4096, 4096)
+    assert capsys.readouterr().err.count("vocabulary 4,096/4,096  100%  took 0:00:00") == 2
+
+
+
 def test_of_work_of_unknown_size_what_is_done_is_said(capsys) -> None:
     clock = Clock()
     with Display(clock) as shown:

@@ -89,6 +89,7 @@ class Display:
         )
         self._tasks: dict[str, TaskID] = {}
         self._stages: dict[str, _Stage] = {}
+        self._latest: str | None = None
 
     def __enter__(self) -> "Display":
         """Start drawing."""
@@ -123,11 +124,11 @@ class Display:
     def _report(self, name: str, done: int, total: int, note: Callable[[float], list[str]]) -> None:
         """Show a stage if it is time to; `note` gets what is done of it a second (0: not known) and returns lines."""
         now, every = self._clock(), _LINE_EVERY if self._progress.disable else _BAR_EVERY
-        stage = self._stages.get(name)
-        if stage is None or done < stage.done:  # it begins, perhaps once more
+        stage, last = self._stages.get(name), 0 < total <= done
+        ended = stage is not None and last and stage.done >= total and name != self._latest
+        if stage is None or done < stage.done or ended:  # it begins, perhaps once more
             stage = self._stages[name] = _Stage(now, done, done)
-        stage.done = done
-        last = 0 < total <= done
+        stage.done, self._latest = done, name
         if not last and stage.shown is not None and now - stage.shown < every:
             return
         stage.shown, seconds = now, now - stage.begun
