@@ -117,7 +117,6 @@ def test_a_stage_told_of_at_its_end_alone_is_timed_anew_after_another_one(capsys
     assert capsys.readouterr().err.count("vocabulary 4,096/4,096  100%  took 0:00:00") == 2
 
 
-
 def test_of_work_of_unknown_size_what_is_done_is_said(capsys) -> None:
     clock = Clock()
     with Display(clock) as shown:

@@ -26,6 +26,7 @@ from headscope.errors import HeadscopeError, IndexFormatError
 from headscope.explorer.answers import dump_json
 from headscope.explorer.cards import IndexCards
 from headscope.explorer.server import about_of
+from headscope.index import reading
 from headscope.index.build import SAERecord, build_index
 from headscope.index.config import IndexPlan
 from headscope.index.schema import COLUMNS
@@ -837,6 +838,22 @@ def test_many_threads_read_at_once(index):
 
     with ThreadPoolExecutor(16) as pool:
         assert all(pool.map(ask, range(48)))
+
+
+def test_what_is_read_ahead_is_bounded_and_changes_nothing(index, fresh, monkeypatch):
+    copy = fresh()
+    for name in ("examples", "groups", "sources", "source_totals"):
+        pq.write_table(pq.read_table(copy / f"{name}.parquet"), copy / f"{name}.parquet", row_group_size=7)
+    with_hashes(copy)
+    expected = snapshot(index)
+    for most in (reading._HELD_BYTES, 2000, 0):
+        monkeypatch.setattr(reading, "_HELD_BYTES", most)
+        found = FeatureIndex.open(copy)
+        found.preload()
+        assert snapshot(found) == expected
+        rows = found._examples
+        assert rows._n_bytes == sum(table.nbytes for table in rows._held.values())
+        assert rows._n_bytes <= most or len(rows._held) == 1
 
 
 def test_rows_in_many_groups_are_found(index, random_model, tmp_path):

@@ -1,16 +1,20 @@
 """Numbers for JSON, rounded in bulk: a card holds thousands, and has milliseconds to be made in."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 _EXACT = 22  # powers of ten up to this one are exact in float64
+_FEW = 24  # numbers that are rounded sooner one by one
 
 
 def significant(values: Sequence[Any] | np.ndarray, digits: int = 4) -> list[Any]:
     """Round numbers of any shape to some significant digits, as nested lists; what is not finite becomes None."""
     array = np.asarray(values, dtype=np.float64)
+    if array.ndim == 1 and len(array) <= _FEW:
+        return [short(value, digits) if math.isfinite(value) else None for value in array.tolist()]
     finite = np.isfinite(array)
     size = np.abs(np.where(finite, array, 0.0))
     power = digits - 1 - np.floor(np.log10(np.where(size > 0, size, 1.0)))

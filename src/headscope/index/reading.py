@@ -34,6 +34,7 @@ TABLES = (
 _NUMBERED = ("features", "documents", "vocabulary")  # their first column is the number of the row
 _FILE = re.compile(r"(activations/)?[\w-]+\.\w+")
 _CACHED_TOKENS = 1 << 24  # tokens held at a time, 9 bytes each: a card shows text from all over the corpus
+_HELD_BYTES = 64 << 20  # of row groups of one table
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -137,29 +138,48 @@ class LatentRows:
         """Open; nothing is read yet but the statistics of the row groups."""
         self._path, self._sizes, self._file = path, sizes, pq.ParquetFile(path, page_checksum_verification=True)
         self._lock = RLock()
-        self._held: tuple[list[int], pa.Table] | None = None
+        self._held: OrderedDict[int, pa.Table] = OrderedDict()
+        self._n_bytes = 0
         metadata = self._file.metadata
         self._numbers = [i for i in range(metadata.num_row_groups) if metadata.row_group(i).num_rows]
         latent = [metadata.row_group(i).column(0).statistics for i in self._numbers]
         if self._file.schema_arrow.names[0] != "latent" or not all(s is not None and s.has_min_max for s in latent):
             raise ValueError(f"{path.name} lacks statistics of its latents")
         self._first, self._last = np.array([s.min for s in latent]), np.array([s.max for s in latent])
+        if (self._first[1:] < self._last[:-1]).any():
+            raise ValueError(f"{path.name} has rows that are not sorted by latent")
 
     def of(self, latent: int) -> pa.Table:
         """The rows of one latent."""
         first, last = np.searchsorted(self._last, latent), np.searchsorted(self._first, latent, side="right")
-        groups = self._numbers[first:last]
-        if not groups:
+        numbers = self._numbers[first:last]
+        if not numbers:
             return self._file.schema_arrow.empty_table()
         with self._lock, reading(self._path):
-            if self._held is None or self._held[0] != groups:
-                table = self._sizes.check(self._file.read_row_groups(groups, use_threads=False))
-                if (np.diff(table["latent"].to_numpy()) < 0).any():
-                    raise ValueError("rows that are not sorted by latent")
-                self._held = groups, table
-            table = self._held[1]
+            table = pa.concat_tables([self._group(number) for number in numbers])
         low, high = np.searchsorted(table["latent"].to_numpy(), [latent, latent + 1])
         return table.slice(low, high - low).combine_chunks()
+
+    def preload(self) -> None:
+        """Read row groups in their order, as many as are held at a time."""
+        for number in self._numbers:
+            with self._lock, reading(self._path):
+                self._group(number)
+                if self._n_bytes > _HELD_BYTES // 2:
+                    return
+
+    def _group(self, number: int) -> pa.Table:
+        """One row group, which stays in memory while those that were asked for last take little."""
+        if number not in self._held:
+            table = self._sizes.check(self._file.read_row_group(number, use_threads=False))
+            if (np.diff(table["latent"].to_numpy()) < 0).any():
+                raise ValueError("rows that are not sorted by latent")
+            self._held[number] = table
+            self._n_bytes += table.nbytes
+            while len(self._held) > 1 and self._n_bytes > _HELD_BYTES:
+                self._n_bytes -= self._held.popitem(last=False)[1].nbytes
+        self._held.move_to_end(number)
+        return self._held[number]
 
 
 class ActivationRows:

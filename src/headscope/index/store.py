@@ -186,6 +186,15 @@ class FeatureIndex:
         columns = {f"{study}_columns": own for study, own in tuple(self._studied())}
         return self._database.select(query, parameters, columns, seconds)
 
+    def preload(self) -> None:
+        """Read ahead what records of features are read from, as far as it is held in memory.
+
+        Raises:
+            IndexFormatError: it is damaged.
+        """
+        for rows in (self._source_totals, self._groups, self._sources, self._examples):
+            rows.preload()
+
     # -------------------------------------------------------------------------------------------------------- features
     @property
     def n_latents(self) -> int:

@@ -1,13 +1,13 @@
 """The pages of an index: served, exported, and the deep dive into one feature."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import TYPE_CHECKING
 
 from headscope.artefact import check_output, check_run_folder
-from headscope.errors import ExportError
+from headscope.errors import ExportError, IndexFormatError
 from headscope.jobs.indexes import live, upstream_sae
 from headscope.limits import Device, Latent, Name, NameOrPath, Output, Port, checked
 
@@ -71,7 +71,13 @@ def serve(
         roles=PageRoutes(IndexFamilies(opened), IndexHeads(opened)),
         prompts=prompts,
     )
+    Thread(target=_preload, args=(opened,), daemon=True).start()
     serve_app(app, port=port, open_browser=open_browser)
+
+
+def _preload(index: "FeatureIndex") -> None:
+    with suppress(IndexFormatError):  # a card that needs what is damaged says so
+        index.preload()
 
 
 def _models(opened: "LiveIndex", saes: Sequence[str]) -> "tuple[_Effects, LiveUpstream, PromptRoutes]":
