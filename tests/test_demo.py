@@ -23,7 +23,7 @@ def test_it_leaves_an_sae_its_quality_and_an_index(finished):
     assert load_sae(out / "sae").site.layer == 1
     index = FeatureIndex.open(out / "index")
     assert index.manifest["quality"] == result.quality
-    assert result.quality["n_tokens"] > 90_000
+    assert result.quality["n_tokens"] > 55_000
     assert result.n_alive == index.manifest["n_alive"] > 300
     assert index.manifest["l0"] == pytest.approx(result.quality["l0"]["value"], rel=1e-6)  # counted twice, one L0
 
