@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from headscope import load_corpus, load_model
@@ -20,13 +21,16 @@ from headscope.artefact import file_hash, read_json, write_json
 from headscope.corpus import Reading
 from headscope.errors import ModelError
 from headscope.index.build import SAERecord, build_index
+from headscope.index.reading import _starts
 from headscope.index.store import FeatureIndex
+from headscope.index.token_texts import TokenTexts
 from headscope.proxies import evaluate as holds_at
 from headscope.proxies import regex
 from headscope.proxies.masks import vocabulary_of
 from headscope.studies.corruptions import prompt
-from headscope.tokens import Spelling, encode, own_tokenizer, special_ids
-from headscope.tokens.encoding import unknown_id
+from headscope.tokens import Spelling, encode, marked, own_tokenizer, special_ids, unknown_id
+from headscope.tokens.spelling import _CHARACTERS as CHARACTERS
+from headscope.tokens.spelling import _TEXTS as TRIED
 from tokenizer_kinds import ONE_SPACE, byte_level, kind, sentencepiece, that_keep, that_lose, unigram, with_added
 
 WORDS = ["The", "the", "quick", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "fox", "dog", ",", ".", "'", "x", "42"]
@@ -83,6 +87,57 @@ def test_a_vocabulary_that_knows_no_sample_text_is_tried_on_its_own_words():
     assert Spelling.of(characters).loses is None
     characters.normalizer = normalizers.Replace("\u0259", "\u026a")
     assert Spelling.of(characters).loses is not None
+
+
+def test_whatever_is_lost_or_put_into_a_text_is_told():
+    for form in (normalizers.NFC(), normalizers.NFKC()):
+        assert Spelling.of(byte_level(normalizer=form)).loses == "e\u0301"
+    for found in ("\ufb01", "\uff12", "\u2026", "\u00a0", "\u2028", "\u3000", "``", "''"):
+        assert found in (Spelling.of(byte_level(normalizer=normalizers.Replace(found, "x"))).loses or "")
+        dropping = byte_level()
+        removed = pre_tokenizers.Split(found, "removed")  # pyright: ignore
+        dropping.pre_tokenizer = pre_tokenizers.Sequence([removed, dropping.pre_tokenizer])
+        assert found in (Spelling.of(dropping).loses or "")
+    for eats in (AddedToken("<tool>", lstrip=True), AddedToken("<tool>", rstrip=True)):
+        made = byte_level()
+        made.add_tokens([eats])
+        assert Spelling.of(made).loses == "a <tool> b"
+    for made in (byte_level(prefix=True), sentencepiece("llama"), unigram(byte_fallback=True)):
+        made.add_tokens([AddedToken("<tool>", normalized=False)])
+        assert Spelling.of(made).loses == "a<tool>b"
+    for name, expected in {"<tool>": None, "\u0120the": "a\u0120theb"}.items():  # of which one is in the vocabulary
+        made = byte_level()
+        made.add_tokens([name])
+        assert Spelling.of(made).loses == expected
+
+
+def test_characters_that_are_dropped_are_told():
+    texts = [text for text in TRIED if "\ufb01" not in text]
+    made = Tokenizer(models.BPE())
+    made.decoder = decoders.Fuse()
+    alphabet = sorted(set("".join(texts)))
+    made.train_from_iterator(texts, trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+    assert encode(made, ["a\ufb01"]) == encode(made, ["a"])
+    assert Spelling.of(made).loses == "\ufb01"
+    vocab = [c for c in pre_tokenizers.ByteLevel.alphabet() if c != "\u0100"]  # the letter of the byte 0
+    lacking = Tokenizer(models.BPE({c: i for i, c in enumerate(vocab)}, []))
+    lacking.pre_tokenizer, lacking.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    assert Spelling.of(lacking).loses == "\0"
+    partial = Tokenizer(models.BPE({c: i for i, c in enumerate(v for v in vocab if v != "\u00f4")}, []))
+    partial.pre_tokenizer, partial.decoder = lacking.pre_tokenizer, lacking.decoder
+    with pytest.raises(ModelError, match=r"(?s)tokens with the bytes b'\\x80\\x80\\x80'.*the bytes that it lacks"):
+        Spelling.of(partial)
+
+
+def test_every_byte_of_utf8_is_tried():
+    tried = {byte for c in CHARACTERS for byte in chr(c).encode()}
+    assert tried == set(range(256)) - {0xC0, 0xC1, *range(0xF5, 256)}
+
+
+def test_whether_the_prefix_is_put_after_added_tokens_as_well(spellings):
+    repeating = {"byte level, prefix", "llama", "unigram", "unigram, bytes", "wordpiece", "wordpiece, lower case"}
+    assert {name for name, s in spellings.items() if s.repeats} == repeating | {"words"}
+    assert spellings["metaspace"].prefix == b" "
 
 
 def test_a_part_of_a_character_is_its_byte(spellings):
@@ -146,7 +201,7 @@ def test_a_tokenizer_whose_bytes_would_be_wrong_is_refused_by_name(random_model)
 def test_what_a_model_is_loaded_with_is_said_to_lose_text(random_model):
     made = kind("byte level, lower case")
     net = random_model("gpt2", vocab_size=made.get_vocab_size()).module
-    with pytest.warns(UserWarning, match="'gpt2' does not keep all of a text such as 'Hello World'"):
+    with pytest.warns(UserWarning, match="'gpt2' does not keep a text such as 'Hello World' as it is"):
         load_model(net, tokenizer=PreTrainedTokenizerFast(tokenizer_object=made, bos_token="a"))
 
 
@@ -207,6 +262,34 @@ def test_a_model_has_a_tokenizer_of_its_own_for_corpus_and_prompts(random_model,
     assert used(text, truncation=True, max_length=4)["input_ids"] == used(text)["input_ids"][:4]
 
 
+def test_tokens_made_special_on_the_object_alone_are_special(random_model):
+    made = byte_level()
+    made.add_tokens(["<tool>"])
+    net = random_model("gpt2", vocab_size=made.get_vocab_size()).module
+    used = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="a")
+    used.eos_token, used.pad_token, used.sep_token = "}", "~", "<tool>"
+    before = used.backend_tokenizer.to_str()
+    model = load_model(net, tokenizer=used)
+    expected = {made.token_to_id(t) for t in ("a", "}", "~", "<tool>")}
+    assert special_ids(model.tokenizer, model.bos) == expected == set(used.all_special_ids)
+    assert used.backend_tokenizer.to_str() == before
+    assert model.tokenizer.get_vocab() == used.backend_tokenizer.get_vocab()
+    text = "f {x} ~ <the>"
+    assert encode(model.tokenizer, [text]) == encode(made, [text])
+    assert marked(model.tokenizer, [*expected, None, 10_000]) is model.tokenizer
+
+
+def test_a_tokenizer_whose_copy_has_other_ids_is_refused():
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel()
+    made.add_tokens(["<tool>"])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(["the fox and the dog"] * 4, trainer)
+    with pytest.raises(ModelError, match=r"(?s)other ids once it is saved.*do: add tokens after"):
+        encode(made, ["a<tool>"])
+
+
 def test_a_tokenizer_with_parts_in_python_is_refused():
     class Upper:
         def normalize(self, text):
@@ -229,22 +312,19 @@ def indexes(random_model, random_sae, tmp_path_factory) -> dict[str, FeatureInde
     folder, found = tmp_path_factory.mktemp("kinds"), {}
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
     for name in ("byte level", "gemma", "llama", "metaspace", "unigram, bytes"):
-        made = kind(name)
-        net = random_model("gpt2", vocab_size=made.get_vocab_size(), n_layers=1).module
-        token = made.id_to_token(1)
-        model = load_model(net, tokenizer=PreTrainedTokenizerFast(tokenizer_object=made, bos_token=token))
-        corpus = load_corpus(
-            str(folder / "rows.jsonl"),
-            model.tokenizer,
-            bos=model.bos,
-            split="all",
-            block_size=64,
-            reading=Reading(packing="rows"),
-        )
-        saes = [(random_sae(model), SAERecord("r", "sha256:0"))]
-        [built] = build_index(model, saes, corpus, folder / name / "index")
-        found[name] = FeatureIndex.open(built)
+        found[name] = indexed(kind(name), folder / "rows.jsonl", random_model, random_sae, folder / name / "index")
     return found
+
+
+def indexed(made: Tokenizer, rows: Path, random_model, random_sae, out: Path) -> FeatureIndex:
+    """Of the rows of a file, each in a block, by a model with this tokenizer; its token 1 is the BOS."""
+    net = random_model("gpt2", vocab_size=made.get_vocab_size(), n_layers=1).module
+    token = made.id_to_token(1)
+    model = load_model(net, tokenizer=PreTrainedTokenizerFast(tokenizer_object=made, bos_token=token))
+    reading = Reading(packing="rows")
+    corpus = load_corpus(str(rows), model.tokenizer, bos=model.bos, split="all", block_size=64, reading=reading)
+    [built] = build_index(model, [(random_sae(model), SAERecord("r", "sha256:0"))], corpus, out)
+    return FeatureIndex.open(built)
 
 
 def spans(index: FeatureIndex) -> Iterator[tuple[bytes, list[tuple[int, int, int]]]]:
@@ -287,6 +367,53 @@ def test_proxies_read_the_text_of_any_kind_of_tokenizer(indexes):
         assert {index.token_id("x"), index.token_id(".")} <= set(used), name
 
 
+@pytest.mark.filterwarnings("ignore:the tokenizer of")
+def test_a_text_goes_on_after_what_cannot_be_spelled_and_special_tokens(random_model, random_sae, tmp_path):
+    def hits(made: Tokenizer, row: dict[str, object], pattern: str) -> set[int]:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}" / "rows.jsonl"
+        path.parent.mkdir()
+        path.write_text(json.dumps(row))
+        index = indexed(made, path, random_model, random_sae, path.parent / "index")
+        return set(np.flatnonzero(holds_at(regex(pattern), index)).tolist())
+
+    for name in ("unigram", "wordpiece"):
+        made, text = kind(name), "the fox \u672a the dog, \u672a the fox"
+        [ids] = encode(made, [text])
+        after = {i + 2 for i, token in enumerate(ids) if token == unknown_id(made)}
+        assert len(after) == 2
+        assert after <= hits(made, {"text": text}, " the"), name
+        first = hits(made, {"text": text}, "^the")
+        assert first, name
+        assert not first & after, name
+    text = "<s>the fox</s> the dog</s>the x"
+    for name in ("metaspace", "llama"):  # which puts a space before the first text alone, and before each
+        used = PreTrainedTokenizerFast(tokenizer_object=kind(name), bos_token="<s>", eos_token="</s>")
+        ids = used(text, add_special_tokens=False)["input_ids"]
+        second, third = (i + 1 for i, token in enumerate(ids) if token == used.eos_token_id)
+        assert {1, second, third} & hits(kind(name), {"tokens": ids}, " the") == {second}, name
+        assert 1 in hits(kind(name), {"tokens": ids}, "^the"), name
+
+
+def test_where_a_text_begins():
+    cases = [  # token, offset: 0 is the BOS, 1 cannot be spelled, 2 and 3 are special
+        ([0, 5, 5, 2, 5], [0, 1, 2, 3, 4], [1], [1, 4]),
+        ([0, 1, 5, 2, 2, 5], [0, 1, 2, 3, 4, 5], [], [5]),
+        ([0, 2, 3, 5, 1, 5], [0, 1, 2, 3, 4, 5], [3], [3]),
+        ([0, 5, 2, 5, 0, 5], [-1, 2, 3, 4, 0, 1], [5], [3, 5]),
+        ([5, 5, 2, 5], [2, 3, 4, 5], [], [3]),
+        ([0, 2, 5], [-1, 2, 3], [], [2]),
+        ([5, 9, 5], [1, -3, 1], [0, 2], [0, 2]),
+    ]
+    for token, offset, once, each in cases:
+        tokens, offsets = np.array([token]), np.array([offset])
+        is_text = (tokens > 3) & (offsets > 0)
+        for repeats, expected in ((False, once), (True, each)):
+            assert np.flatnonzero(_starts(tokens, is_text, offsets, 1, repeats)).tolist() == expected, (token, repeats)
+    assert _starts(np.array([[1, 5]]), np.array([[False, True]]), np.array([[1, 2]]), None, False).tolist() == [
+        [False, True]
+    ]
+
+
 def test_an_earlier_index_has_its_bytes_worked_out_again(indexes, tmp_path):
     for name, index in indexes.items():
         folder = tmp_path / name
@@ -301,5 +428,10 @@ def test_an_earlier_index_has_its_bytes_worked_out_again(indexes, tmp_path):
         again = FeatureIndex.open(folder)
         own, before = again.token_texts, index.token_texts
         assert (own.vocabulary, own.byte_tokens, own.prefix) == (before.vocabulary, before.byte_tokens, before.prefix)
+        assert own.segments == before.segments
+        said = {key: index.manifest["spelling"][key] for key in ("prefix", "suffix", "loses")}
+        earlier = TokenTexts(index.folder, {"spelling": said}, again._sizes)
+        assert not earlier.respelled
+        assert not before.prefix or earlier.segments == before.segments
         query = "SELECT token, bytes, special FROM vocabulary ORDER BY token"
         assert again.sql(query) == index.sql(query)

@@ -113,8 +113,6 @@ def with_added(made: Tokenizer) -> Tokenizer:
 _KEEPS: dict[str, Callable[[], Tokenizer]] = {
     "byte level": byte_level,
     "byte level, no decoder": lambda: byte_level(decoder=False),
-    "byte level, composes": lambda: byte_level(normalizer=normalizers.NFC()),
-    "byte level, added tokens": lambda: with_added(byte_level()),
     "byte level, prefix": lambda: byte_level(prefix=True),
     "gemma": lambda: sentencepiece("gemma"),
     "gemma, no decoder": lambda: sentencepiece("gemma", decoder=False),
@@ -125,6 +123,8 @@ _KEEPS: dict[str, Callable[[], Tokenizer]] = {
     "words and spaces": lambda: word_level(spaces=True),
 }
 _LOSES: dict[str, Callable[[], Tokenizer]] = {
+    "byte level, composes": lambda: byte_level(normalizer=normalizers.NFC()),
+    "byte level, added tokens": lambda: with_added(byte_level()),
     "byte level, lower case": lambda: byte_level(normalizer=normalizers.Lowercase()),
     "wordpiece": wordpiece,
     "wordpiece, lower case": lambda: wordpiece(normalizers.BertNormalizer()),

@@ -2,12 +2,12 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import numpy as np
@@ -19,6 +19,9 @@ from headscope.artefact import read_json
 from headscope.errors import IndexFormatError
 from headscope.index.config import FORMAT_VERSION
 from headscope.index.schema import Sizes, check_manifest, one_array, read_footer
+
+if TYPE_CHECKING:
+    from headscope.index.token_texts import TokenTexts
 
 TABLES = (
     "tokens",
@@ -233,17 +236,19 @@ class TokenBlocks:
 
     COLUMNS = ("token", "document", "is_text", "starts")
 
-    def __init__(self, path: Path, block_size: int, sizes: Sizes, special: Callable[[], Collection[int]]) -> None:
+    def __init__(self, path: Path, block_size: int, sizes: Sizes, texts: "TokenTexts") -> None:
         """Open; nothing is read yet.
 
         Args:
             path: the file.
             block_size: tokens of a block.
             sizes: of the index, which values are checked against.
-            special: gives the ids that are never text; asked where the table of an older index lacks `is_text`.
+            texts: tell where a text begins, and which ids are never text where the table of an older index lacks
+                `is_text`.
         """
         self._path, self._sizes, self._file = path, sizes, pq.ParquetFile(path, page_checksum_verification=True)
-        self._special = None if "is_text" in self._file.schema_arrow.names else sorted(special())
+        self._special = None if "is_text" in self._file.schema_arrow.names else sorted(texts.vocabulary[1])
+        self._texts = texts
         metadata = self._file.metadata
         *first, last = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         rows = first[0] if first else last
@@ -285,7 +290,8 @@ class TokenBlocks:
                     table = self._sizes.check(self._file.read_row_group(group, columns=columns, use_threads=False))
                 own = {name: table[name].to_numpy() for name in columns}
                 text = own["is_text"] if self._special is None else ~np.isin(own["token"], self._special)
-                starts = _starts(text.reshape(-1, self._size), own["offset"].reshape(-1, self._size))
+                token, is_text, offset = (a.reshape(-1, self._size) for a in (own["token"], text, own["offset"]))
+                starts = _starts(token, is_text, offset, *self._texts.segments)
                 values = own["token"], own["document"], text, starts.ravel()
                 self._held[group] = dict(zip(self.COLUMNS, values, strict=True))
                 if len(self._held) * self._blocks * self._size > _CACHED_TOKENS:
@@ -295,12 +301,26 @@ class TokenBlocks:
 
 
 def _starts(
-    is_text: Bool[np.ndarray, "block position"], offset: Int[np.ndarray, "block position"]
+    token: Int[np.ndarray, "block position"],
+    is_text: Bool[np.ndarray, "block position"],
+    offset: Int[np.ndarray, "block position"],
+    unknown: int | None,
+    repeats: bool,
 ) -> Bool[np.ndarray, "block position"]:
-    """Where a text begins that was tokenised by itself: a document's, or what follows a special token inside a row."""
-    after = np.zeros_like(is_text)
-    after[:, 1:] = ~is_text[:, :-1] & (offset[:, :-1] > 0)
-    return is_text & (after | (offset == 1))
+    """Where a text begins: a document's, after any special tokens that it begins with.
+
+    If the tokenizer puts its prefix after special tokens too (`repeats`), also what follows one inside a document. What
+    follows the token for text that cannot be spelled (`unknown`) is inside a text.
+    """
+    in_document = offset > 0
+    within = is_text | (token == unknown if unknown is not None else False)
+    position = np.arange(token.shape[1])
+    last = np.full(token.shape, -1)  # position before this one that is of a text, or of no document
+    last[:, 1:] = np.maximum.accumulate(np.where(within | ~in_document, position, -1), axis=1)[:, :-1]
+    starts = last < position - (offset - 1)
+    if repeats:
+        starts[:, 1:] |= in_document[:, :-1] & ~within[:, :-1]
+    return is_text & starts
 
 
 def flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -94,7 +94,7 @@ class FeatureIndex:
             for name in ("examples", "groups", "sources", "source_totals")
         )
         self.token_texts = TokenTexts(folder, manifest, self._sizes)
-        self._tokens = TokenBlocks(folder / "tokens.parquet", self.block_size, self._sizes, lambda: self.vocabulary[1])
+        self._tokens = TokenBlocks(folder / "tokens.parquet", self.block_size, self._sizes, self.token_texts)
         tables: dict[str, Any] = {name: [folder / f"{name}.parquet"] for name in TABLES} | {"activations": parts}
         self._database = Database(tables | self.token_texts.respelled, {"tokens": self._tokens.derived})
         self._check_meaning()

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from headscope.errors import IndexFormatError, ModelError
 from headscope.index.reading import read_own, reading
 from headscope.index.schema import Sizes
-from headscope.tokens import Spelling
+from headscope.tokens import Spelling, unknown_id
 
 
 class TokenTexts:
@@ -34,14 +34,28 @@ class TokenTexts:
         self.respelled: dict[str, pa.Table] = {}
         """The table by its name, where it is not what the file holds."""
         said = manifest.get("spelling", {})
+        self._tokenizer = folder / "tokenizer.json"
         if "byte_token" not in pq.read_schema(self._path).names:
-            spelling = _spelling_of(folder / "tokenizer.json")
+            spelling = _spelling_of(self._tokenizer)
             special = read_own(self._path, sizes)["special"].to_pylist()
             self.respelled, said = {"vocabulary": vocabulary_table(spelling, special)}, described(spelling)
         if not isinstance(said, dict):
             raise ValueError(f"manifest.json says spelling = {str(said)[:50]!r}")
+        self._said = said
         self.prefix = str(said.get("prefix", "")).encode()
         """What the tokenizer puts before a text, a space or nothing: the first token of a document begins with it."""
+
+    @cached_property
+    def segments(self) -> tuple[int | None, bool]:
+        """The token for text that cannot be spelled, and whether the prefix is put after other special tokens too.
+
+        Raises:
+            IndexFormatError: it is an earlier index, which does not say so, and its tokenizer cannot be read.
+        """
+        said = self._said
+        if self.prefix and "repeats" not in said:
+            said = described(_spelling_of(self._tokenizer))
+        return said.get("unknown"), bool(said.get("repeats", False))
 
     @cached_property
     def vocabulary(self) -> tuple[list[bytes], list[int]]:
@@ -106,7 +120,12 @@ def vocabulary_table(spelling: Spelling, special: Sequence[bool]) -> pa.Table:
 
 def described(spelling: Spelling) -> dict[str, Any]:
     """What the manifest says of a spelling."""
-    return {"prefix": spelling.prefix.decode(), "suffix": spelling.suffix.decode(), "loses": spelling.loses}
+    around = {"prefix": spelling.prefix.decode(), "suffix": spelling.suffix.decode()}
+    return around | {
+        "repeats": spelling.repeats,
+        "loses": spelling.loses,
+        "unknown": unknown_id(spelling.tokenizer),
+    }
 
 
 def ids_by_bytes(

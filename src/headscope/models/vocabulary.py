@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from headscope.errors import ModelError
-from headscope.tokens import Spelling
+from headscope.tokens import Spelling, marked
 
 _UNUSED = 0.1  # of a model's vocabulary: rows that pad it to a round number
 
@@ -47,19 +47,20 @@ def check_vocabulary(tokenizer: Any, d_vocab: int, source: str) -> None:
 def checked_tokenizer(tokenizer: Any, source: str) -> Tokenizer:
     """The tokenizer that headscope uses: a copy of a fast tokenizer of `transformers`, with settings of its own.
 
-    Warns where it does not keep all of a text.
+    Tokens that were made special on the object alone (`tokenizer.eos_token = ...`) are special in the copy.
+    Warns where its tokens do not spell a text as it is.
 
     Raises:
         ModelError: it cannot be copied, or its tokens do not spell the text.
     """
     try:
-        spelling = Spelling.of(tokenizer.backend_tokenizer)
+        spelling = Spelling.of(marked(tokenizer.backend_tokenizer, tokenizer.all_special_ids))
     except ModelError as error:
         raise ModelError(f"{source!r} with {error.got}", expected=error.expected, do=error.do) from error
     if spelling.loses is not None:
         warnings.warn(
-            f"the tokenizer of {source!r} does not keep all of a text such as {spelling.loses!r}: what is shown and "
-            "searched is what it decodes its tokens to",
+            f"the tokenizer of {source!r} does not keep a text such as {spelling.loses!r} as it is: what is shown "
+            "and searched is what it decodes its tokens to",
             stacklevel=3,
         )
     return spelling.tokenizer

@@ -1,6 +1,6 @@
 """Tokenizers as headscope uses them: with settings of its own, and with the bytes that each token stands for."""
 
-from headscope.tokens.encoding import encode, own_tokenizer, special_ids
+from headscope.tokens.encoding import encode, marked, own_tokenizer, special_ids, unknown_id
 from headscope.tokens.spelling import Spelling
 
-__all__ = ["Spelling", "encode", "own_tokenizer", "special_ids"]
+__all__ = ["Spelling", "encode", "marked", "own_tokenizer", "special_ids", "unknown_id"]

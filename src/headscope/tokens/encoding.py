@@ -1,6 +1,7 @@
 """Text to token ids by a tokenizer's vocabulary and rules, whatever else it was set to do."""
 
 import json
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models
 
@@ -16,7 +17,7 @@ def own_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     settings already is returned itself; no tokenizer is changed.
 
     Raises:
-        ModelError: it has parts written in Python, which cannot be copied.
+        ModelError: it has parts written in Python, which cannot be copied, or its copy gives tokens other ids.
     """
     if _is_set(tokenizer):
         return tokenizer
@@ -28,6 +29,12 @@ def own_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
             expected="one that can be saved as tokenizer.json: without normalisers or pre-tokenizers written in Python",
             do="replace these by those of the `tokenizers` library",
         ) from error
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ModelError(
+            "a tokenizer whose tokens have other ids once it is saved and loaded",
+            expected="added tokens with the ids that follow the vocabulary",
+            do="add tokens after the model is trained or replaced, not before",
+        )
     own.no_truncation()
     own.no_padding()
     own.encode_special_tokens = True
@@ -51,6 +58,26 @@ def _is_set(tokenizer: Tokenizer) -> bool:
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, as `own_tokenizer` has them: without any special token."""
     return [e.ids for e in own_tokenizer(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def marked(tokenizer: Tokenizer, ids: Iterable[int | None]) -> Tokenizer:
+    """The tokenizer itself, or a copy in which more tokens are special; ids without a token are left out.
+
+    Raises:
+        ModelError: as `own_tokenizer`.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    found = {i for i in ids if i is not None and tokenizer.id_to_token(i) is not None}
+    found -= {i for i, token in added.items() if token.special}
+    if not found:
+        return tokenizer
+    state = json.loads(own_tokenizer(tokenizer).to_str())
+    for i in sorted(found - added.keys()):
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        state["added_tokens"].append({"id": i, "content": tokenizer.id_to_token(i), **flags})
+    for token in state["added_tokens"]:
+        token["special"] = token["id"] in found or token["special"]
+    return own_tokenizer(Tokenizer.from_str(json.dumps(state)))
 
 
 def special_ids(tokenizer: Tokenizer, bos: int) -> frozenset[int]:

@@ -18,7 +18,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from headscope.errors import ModelError
 from headscope.tokens.encoding import encode, own_tokenizer, unknown_id
@@ -39,10 +39,22 @@ _TEXTS = (
     "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3002 \ud55c\uad6d\uc5b4",
     "\U0001f98a \U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea",
     "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u0939\u093f\u0928\u094d\u0926\u0940",
+    "e\u0301",  # composed by NFC; by NFKC, and by what maps or removes spaces and quotes:
+    "\ufb01",
+    "\uff12",
+    "x\u2026",
+    "a\u00a0b",
+    "a\u2028b",
+    "a\u3000b",
+    "a``b",
+    "a''b",
 )
+_CHARACTERS = [*range(0xC0), *range(0xC0, 0x800, 64), 0x800, *range(0x1000, 0x10000, 0x1000)]
+_CHARACTERS += [0x10000, 0x40000, 0x80000, 0xC0000, 0x100000]  # between them, each byte that UTF-8 has
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SAMPLED, _TOGETHER = 128, 4  # tokens of the vocabulary that are tried, and in one text
 _ANCHOR = "a"
+_ADDED = "\ue000\ue001\ue000"  # of private use, so in no vocabulary
 _EDGES = ((b"", b""), (b" ", b""), (b"", b" "), (b" ", b" "))
 
 
@@ -58,7 +70,7 @@ class Spelling:
     suffix: bytes
     """What it puts after a text, likewise."""
     loses: str | None
-    """A text of which it does not keep everything; None if it keeps all of the texts tried."""
+    """A text that its tokens do not spell as it is; None if they spell all of the texts tried."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Spelling":
@@ -82,6 +94,17 @@ class Spelling:
         if not found:
             raise trial.failure(cls(own, next(_readings(own)), b"", b"", None))
         return max(found, key=lambda pair: pair[0])[1]
+
+    @cached_property
+    def repeats(self) -> bool:
+        """Whether the tokenizer puts the prefix after each added token as well, not only before a text."""
+        if not self.prefix:
+            return False
+        own = Tokenizer.from_str(self.tokenizer.to_str())
+        own.add_tokens([AddedToken(_ADDED, normalized=False)])
+        [ids] = encode(own, [_ANCHOR + _ADDED + _ANCHOR])
+        after = ids[ids.index(own.token_to_id(_ADDED)) + 1 :]
+        return self.joined(after).startswith(self.prefix)
 
     def join(self, ids: Sequence[int]) -> bytes:
         """The text of a whole document: its tokens' bytes, without what the tokenizer puts around a text.
@@ -221,9 +244,9 @@ class _Trial:
         general = _known(tokenizer, _TEXTS)
         if isinstance(tokenizer.model, models.WordLevel) or not general:
             general += _known(tokenizer, _own_texts(tokenizer))
+        general += _known(tokenizer, [chr(c) for c in _CHARACTERS])
         around = [f"a{space}{content}{space}b" for content in added for space in ("", " ")]
         self._cases = [*_known(tokenizer, around), *general]
-        self._general = {text for text, _, _ in general}
 
     def kept(self, spelling: Spelling) -> list[bool] | None:
         """Of each text, whether it is kept whole; None if the bytes of one are neither it nor what it is decoded to."""
@@ -236,9 +259,8 @@ class _Trial:
         return kept
 
     def lost(self, kept: list[bool]) -> str | None:
-        """A text that is not kept whole, of those without added tokens."""
-        lost = (case[0] for case, is_whole in zip(self._cases, kept, strict=True) if not is_whole)
-        return next((text for text in lost if text in self._general), None)
+        """The first text that is not kept whole."""
+        return next((case[0] for case, is_whole in zip(self._cases, kept, strict=True) if not is_whole), None)
 
     def failure(self, spelling: Spelling) -> ModelError:
         """What is wrong, by the first text that comes back as something else."""
@@ -251,8 +273,8 @@ class _Trial:
             f"a tokenizer that makes of {text!r} tokens with the bytes {spelling.joined(ids)!r}, and decodes them to "
             f"{decoded!r}",
             expected="tokens whose bytes joined are the text",
-            do="give it the decoder that belongs to its model (`tokenizer.decoder`), or leave out the added token that "
-            "the text above shows",
+            do="give it the decoder that belongs to its model (`tokenizer.decoder`), leave out the added token that "
+            "the text above shows, or give its vocabulary the bytes that it lacks",
         )
 
 
