@@ -103,7 +103,7 @@ class Spelling:
         own = Tokenizer.from_str(self.tokenizer.to_str())
         own.add_tokens([AddedToken(_ADDED, normalized=False)])
         [ids] = encode(own, [_ANCHOR + _ADDED + _ANCHOR])
-        after = ids[ids.index(own.token_to_id(_ADDED)) + 1 :]
+        after = ids[ids.index(own.get_vocab()[_ADDED]) + 1 :]
         return self.joined(after).startswith(self.prefix)
 
     def join(self, ids: Sequence[int]) -> bytes:
