@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -162,6 +163,49 @@ def test_what_is_not_what_its_weights_say_is_refused_by_name(random_model):
                 with pytest.raises(ModelError, match=rf"(?s){message}.*merge the adapter"):  # noqa: PT012
                     check_agreement(changed(model, change))
                     pytest.fail(f"{what} of {family} in {dtype}")
+
+
+def test_a_large_component_hides_no_other_in_half_precision(random_model):
+    model = random_model("llama", dtype=torch.bfloat16)
+
+    def outlier(path: str, module: nn.Module) -> None:
+        module.get_submodule(path).weight[3] *= 1000
+
+    def doubled(path: str, module: nn.Module) -> None:
+        outlier(path, module)
+        others = torch.ones(model.spec.d_model, dtype=torch.bfloat16)
+        others[5] = 2
+        module.get_submodule(path).register_forward_hook(lambda _m, _a, out: out * others)
+
+    for path, what in (("model.norm", "the final norm"), (f"{LAYER}.self_attn.o_proj", r"z @ W_O \+ b_O of layer 1")):
+        check_agreement(changed(model, partial(outlier, path)))
+        with pytest.raises(ModelError, match=rf"component \d+ of {what} misses .*a hook"):
+            check_agreement(changed(model, partial(doubled, path)))
+
+
+def test_what_begins_after_some_tokens_is_refused(random_model):
+    def later(module: nn.Module) -> None:
+        def scale(_m: nn.Module, _a: tuple, out: Tensor) -> Tensor:
+            return torch.cat([out[:, :6], 1.5 * out[:, 6:]], dim=1)
+
+        module.get_submodule(f"{LAYER}.self_attn.o_proj").register_forward_hook(scale)
+
+    with pytest.raises(ModelError, match=r"z @ W_O \+ b_O of layer 1 misses"):
+        check_agreement(changed(random_model("llama"), later))
+
+
+def test_a_mask_that_adds_to_the_scores_is_refused(random_model):
+    def sloped(module: nn.Module) -> None:
+        def slope(_m: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            n = named["hidden_states"].shape[1] if "hidden_states" in named else args[0].shape[1]
+            mask = torch.zeros(1, 1, n, n).masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), -torch.inf)
+            return args, named | {"attention_mask": mask}
+
+        module.get_submodule(f"{LAYER}.self_attn").register_forward_pre_hook(slope, with_kwargs=True)
+
+    own = changed(random_model("llama"), sloped)
+    with pytest.raises(ModelError, match=r"a mask of torch.float32|an attention mask of torch.float32"):
+        own.attention(torch.arange(8)[None], 1)
 
 
 def test_a_weight_in_four_bits_that_shows_another_is_refused(random_model):

@@ -13,8 +13,9 @@ import torch
 from tokenizers import Tokenizer
 from torch.testing import assert_close
 
-from headscope.corpus import PADDING, Corpus, load_corpus
+from headscope.corpus import PADDING, Corpus, Reading, load_corpus
 from headscope.corpus.padding import companions, pieces
+from headscope.corpus.rows import _batch_documents
 from headscope.errors import CorpusError
 from headscope.models.hf import Model
 from headscope.site import Site
@@ -121,6 +122,8 @@ def test_masks_and_positions_that_have_no_equal_without_padding_are_refused_by_n
         ({"position_ids": [5, 4, 3, 2, 1, 0]}, "position_ids that begin at 5"),
         ({"position_ids": range(6), "attention_mask": [0, 0, 1, 1, 1, 1]}, "position_ids that begin at 2"),
         ({"position_ids": [0, 1, 2, 0, 1, 2], "attention_mask": [1] * 6}, "2 sequences by its position_ids"),
+        ({"position_ids": [0, 0, 0, 0, 1, 2]}, "sequences of one token by its position_ids, as padding looks"),
+        ({"attention_mask": None}, "no attention_mask"),
     ]:
         with pytest.raises(CorpusError, match=message):
             pieces(ids, beside, "row 3")
@@ -130,7 +133,6 @@ def test_masks_that_change_nothing_and_rows_of_padding_alone() -> None:
     ids = np.arange(10, 16, dtype=np.int32)
     for beside in (
         {},
-        {"attention_mask": None, "position_ids": None},
         {"attention_mask": [1] * 6, "position_ids": range(6)},
         {"attention_mask": [True] * 6},
         {"attention_mask": [1.0] * 6},
@@ -146,6 +148,46 @@ def test_columns_belong_together_by_their_names() -> None:
     names = ["chosen_input_ids", "chosen_attention_mask", "attention_mask", "tokens", "position_ids"]
     assert companions("chosen_input_ids", names) == {"attention_mask": "chosen_attention_mask"}
     assert companions("tokens", names) == {"attention_mask": "attention_mask", "position_ids": "position_ids"}
+
+
+def test_columns_that_say_more_and_are_not_read_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = {"input_ids": [[0, 40, 41]], "labels": [[0, 40, 41]], "loss_mask": [[0, 0, 1]], "length": [3]}
+    read(tmp_path, rows, tokenizer)
+    for name in (
+        "Attention_Mask",
+        "padding_mask",
+        "pad_mask",
+        "input_ids_attention_mask",
+        "seq_lengths",
+        "cu_seq_lens_q",
+    ):
+        with pytest.raises(
+            CorpusError, match=rf"(?s){name} beside the token ids in input_ids, which is not read.*rename"
+        ):
+            read(tmp_path, rows | {name: [[1, 1, 1]]}, tokenizer)
+    named = {"x_input_ids": [[0, 40, 41]], "attention_mask": [[0, 1, 1]]}
+    with pytest.raises(CorpusError, match="attention_mask beside the token ids in x_input_ids"):
+        read(tmp_path, named, tokenizer, reading=Reading(field="x_input_ids"))
+    read(tmp_path, named | {"input_ids": [[0, 40, 41]]}, tokenizer, reading=Reading(field="x_input_ids"))
+    texts = {"text": ["the fox " * 20], "attention_mask": [[1, 1]], "seq_lengths": [[2]]}
+    assert read(tmp_path, texts, tokenizer, bos=0).n_text_tokens > 0
+
+
+def test_lists_of_every_arrow_type_are_read_with_their_masks(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    expected = read(tmp_path, rows := padded("left", pad=70), tokenizer)
+    ids, masks = rows["input_ids"], rows["attention_mask"]
+    for i, kind in enumerate((pa.list_(pa.int64()), pa.large_list(pa.int32()), pa.list_(pa.int32(), BLOCK))):
+        pq.write_table(pa.table({"input_ids": pa.array(ids, kind), "attention_mask": masks}), tmp_path / f"{i}.parquet")
+    views = pa.RecordBatch.from_pydict(
+        {"input_ids": pa.array(ids, pa.list_view(pa.int64())), "attention_mask": pa.array(masks)}
+    )
+    found = [
+        load_corpus(str(tmp_path / f"{i}.parquet"), tokenizer, bos=0, split="all", block_size=BLOCK) for i in range(3)
+    ]
+    for corpus in found:
+        assert corpus.n_text_tokens == expected.n_text_tokens
+    documents = list(_batch_documents([views], "rows", "input_ids", views.schema.names))
+    assert [document.ids.tolist() for document in documents] == TEXTS
 
 
 def test_a_row_that_marks_text_as_special_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Padding is taken out where a row is read, so that no model and no statistic ever
 activations as the padded row under its mask: padding is attended to by nobody, and positions are counted without it.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +17,8 @@ from headscope.errors import CorpusError
 
 _IDS = "input_ids"
 _MASK, _SPECIAL, _POSITIONS = "attention_mask", "special_tokens_mask", "position_ids"
+_SAYS_MORE = re.compile(r"attention_?mask|pad(ding)?_?mask|(^|_)seq_?(lens|lengths?|idx)", re.IGNORECASE)
+"""Names of columns that say which tokens see one another; of those, `companions` are read and no others."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,30 @@ class Piece:
 
 def companions(field: str, names: Sequence[str]) -> dict[str, str]:
     """The columns that belong to one of token ids, by what they hold: to `x_input_ids`, `x_attention_mask`."""
-    found = {kind: field.replace(_IDS, kind) if _IDS in field else kind for kind in (_MASK, _SPECIAL, _POSITIONS)}
-    return {kind: name for kind, name in found.items() if name in names}
+    return {kind: name for kind, name in _named(field).items() if name in names}
+
+
+def _named(field: str) -> dict[str, str]:
+    return {kind: field.replace(_IDS, kind) if _IDS in field else kind for kind in (_MASK, _SPECIAL, _POSITIONS)}
+
+
+def check_unread(field: str, names: Sequence[str], where: str) -> None:
+    """Refuse a column beside token ids that says what is padding, or where sequences end, and that is not read.
+
+    Columns of other token ids, and what belongs to these, may be there.
+
+    Raises:
+        CorpusError: there is one.
+    """
+    others = [name for name in names if _IDS in name or name == "tokens"]
+    known = {name for ids in (field, *others) for name in companions(ids, names).values()}
+    unread = [name for name in names if name not in known and _SAYS_MORE.search(name)]
+    if unread:
+        raise CorpusError(
+            f"{where} has {unread[0]} beside the token ids in {field}, which is not read",
+            expected=f"masks and positions called {', '.join(_named(field).values())}",
+            do="rename the column, or write the sequences as rows of their own, without padding",
+        )
 
 
 def pieces(ids: Int[np.ndarray, " token"], beside: Mapping[str, Any], where: str) -> list[Piece]:
@@ -38,13 +63,13 @@ def pieces(ids: Int[np.ndarray, " token"], beside: Mapping[str, Any], where: str
 
     Args:
         ids: of the row.
-        beside: what `companions` names, by what it holds; None where the row has nothing there.
+        beside: what `companions` names, by what it holds.
         where: the row, for messages.
 
     Raises:
         CorpusError: masks or positions that do not fit the ids, or of which a run without padding is not the equal.
     """
-    columns = {kind: _column(value, len(ids), kind, where) for kind, value in beside.items() if value is not None}
+    columns = {kind: _column(value, len(ids), kind, where) for kind, value in beside.items()}
     kept = _kept(columns.get(_MASK), len(ids), where)
     special = _binary(columns[_SPECIAL], _SPECIAL, where) if _SPECIAL in columns else np.zeros(len(ids), bool)
     starts = _starts(columns.get(_POSITIONS), kept, where, packed=_MASK not in columns)
@@ -56,6 +81,12 @@ def pieces(ids: Int[np.ndarray, " token"], beside: Mapping[str, Any], where: str
 
 
 def _column(value: Any, n: int, kind: str, where: str) -> np.ndarray:
+    if value is None:
+        raise CorpusError(
+            f"{where} has no {kind}, where the column has one for other rows",
+            expected="a number for each token id",
+            do=f"write {kind} for every row, or leave the column out",
+        )
     try:
         values = np.asarray(value)
     except ValueError:  # lists of different lengths
@@ -111,6 +142,12 @@ def _starts(positions: np.ndarray | None, kept: slice, where: str, *, packed: bo
             f"{where} has position_ids that begin at {own[starts[own[starts] != 0][0]]:g}",
             expected="positions that count the tokens of a sequence from 0, without padding",
             do="leave the column out, if the model is to count them so",
+        )
+    if (np.diff(np.append(starts, len(own)))[:-1] == 1).any():
+        raise CorpusError(
+            f"{where} has sequences of one token by its position_ids, as padding looks",
+            expected="an attention_mask that says what is padding",
+            do="add it, or leave position_ids out",
         )
     if len(starts) > 1 and not packed:
         raise CorpusError(

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from headscope.artefact import read_json
-from headscope.corpus.padding import companions, pieces
+from headscope.corpus.padding import check_unread, companions, pieces
 from headscope.corpus.reading import Reading
 from headscope.corpus.text import Document, cut_documents, sections
 from headscope.errors import CorpusError
@@ -94,6 +94,8 @@ def chosen_field(names: Sequence[str], field: str | None, where: str) -> str:
 
 def _of_row(row: dict[str, Any], field: str | None, where: str, name: str) -> Iterator[Document | TokenDocument]:
     chosen = chosen_field(list(row), field, where)
+    if isinstance(row[chosen], list):
+        check_unread(chosen, list(row), where)
     beside = {kind: row[column] for kind, column in companions(chosen, list(row)).items()}
     yield from row_documents(row[chosen], name, beside)
 
@@ -211,9 +213,8 @@ def parquet_documents(path: Path, name: str, reading: Reading) -> Iterator[Docum
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
         field = chosen_field(names, reading.field, str(path))
-        beside = companions(field, names)
-        batches = file.iter_batches(_BATCH, columns=[field, *beside.values()])
-        yield from _batch_documents(batches, name, field, beside)
+        batches = file.iter_batches(_BATCH, columns=[field, *companions(field, names).values()])
+        yield from _batch_documents(batches, name, field, names)
 
 
 def arrow_documents(paths: Iterable[Path], name: str, reading: Reading) -> Iterator[Document | TokenDocument]:
@@ -228,9 +229,8 @@ def arrow_documents(paths: Iterable[Path], name: str, reading: Reading) -> Itera
     for path in paths:
         with _arrow_errors(path), pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
             field = chosen_field(stream.schema.names, reading.field, str(path))
-            beside = companions(field, stream.schema.names)
             for batch in stream:
-                yield from _batch_documents([batch], name, field, beside, first)
+                yield from _batch_documents([batch], name, field, stream.schema.names, first)
                 first += batch.num_rows
 
 
@@ -262,23 +262,25 @@ def saved_dataset(folder: Path, split: str) -> list[Path] | None:
 
 
 def _batch_documents(
-    batches: "Iterable[pa.RecordBatch]", name: str, field: str, beside: Mapping[str, str], first: int = 0
+    batches: "Iterable[pa.RecordBatch]", name: str, field: str, names: Sequence[str], first: int = 0
 ) -> Iterator[Document | TokenDocument]:
-    """Rows of batches, numbered from `first` on."""
+    """Rows of batches of a table with columns of these names, numbered from `first` on."""
     import pyarrow as pa
 
     for batch in batches:
         column = batch.column(field)
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            check_unread(field, names, name)
         is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
         is_list = is_list or pa.types.is_fixed_size_list(column.type)
         for i in range(len(column)):
             value = column[i]
-            own = {kind: batch.column(other)[i].as_py() for kind, other in beside.items()}
+            own = {kind: batch.column(other)[i].as_py() for kind, other in companions(field, names).items()}
             if is_list and value.is_valid:
                 ids = value.values.to_numpy(zero_copy_only=False)
                 yield from row_documents(ids, f"{name}:{first + i}", own)
             else:
-                yield from row_documents(value.as_py(), f"{name}:{first + i}")
+                yield from row_documents(value.as_py(), f"{name}:{first + i}", own)
         first += len(column)
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from headscope.corpus import Corpus
+from headscope.corpus import PADDING, Corpus
 from headscope.index.sweep import Rows
 from headscope.index.token_texts import vocabulary_table
 from headscope.models.hf import Model
@@ -80,8 +80,9 @@ def write_corpus(folder: Path, corpus: Corpus, model: Model, losses: Callable[[i
             "next_token": pa.array(after, pa.int32(), mask=after < 0),
         }
         if losses is not None:
-            loss = losses(chosen.start, chosen.stop).reshape(-1)
-            columns["loss"] = pa.array(loss, pa.float32(), mask=np.isnan(loss))
+            loss = losses(chosen.start, chosen.stop).copy()
+            loss[:, :-1][corpus.offset[chosen, 1:] == PADDING] = np.nan  # padding is nothing to predict
+            columns["loss"] = pa.array(loss.reshape(-1), pa.float32(), mask=np.isnan(loss.reshape(-1)))
         table = pa.table(columns)
         writer = writer or parquet_writer(folder / "tokens.parquet", table.schema)
         writer.write_table(table, row_group_size=step * corpus.block_size)

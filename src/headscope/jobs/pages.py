@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from headscope.explorer.cards import IndexCards
     from headscope.explorer.prompts import PromptRoutes
     from headscope.index.live import LiveIndex
+    from headscope.index.store import FeatureIndex
     from headscope.live_upstream import LiveUpstream
     from headscope.proxies import Proxy
     from headscope.studies.downstream import Downstream

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from headscope.models.hf import Model
     from headscope.models.running import Running
 
-_LENGTH, _SHARED = 6, 3  # tokens of each of two rows, and how many of them are the same in both
+_LENGTH, _SHARED = 32, 16  # tokens of each of two rows, and how many of them are the same in both
 _STREAM: tuple[AnyKind, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}  # RMSNorms of transformers compute in float32 at most
 _OURS = ("torch.nn.modules.", "transformers.", "headscope.")
+_SPREAD = 8.0  # roundings of one component: they differ more than those of all together
 _SUMMED = 20.0  # roundings of what is computed in other steps, each of them rounded
 _NAMED = 3  # of what is unusual about a model
 _UNREADABLE = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -126,6 +127,22 @@ def check_step(
     miss, size = (got - expected).norm().item(), max(got.norm().item(), expected.norm().item())
     if not miss <= loose * tolerance * size:
         raise not_plain(model.spec.name, f"{what} misses what its weights say by {miss / size:.2g} of its size", module)
+    _check_components(model, what, module, got.flatten(0, -2), expected.flatten(0, -2), tolerance * max(loose, _SPREAD))
+
+
+def _check_components(
+    model: "Running", what: str, module: nn.Module, got: Tensor, expected: Tensor, tolerance: float
+) -> None:
+    """Raise ModelError where one component of all vectors is off: a few large ones hide the others in a norm of all.
+
+    A component is allowed the rounding of its own size, of the usual one, and of a ten thousandth of the largest.
+    """
+    miss, size = (got - expected).norm(dim=0), torch.maximum(got.norm(dim=0), expected.norm(dim=0))
+    excess = miss - tolerance * (size + size.median() + 1e-4 * size.max())
+    if not (excess <= 0).all():
+        at = int(excess.argmax())
+        part = f"component {at} of {what} misses what its weights say by {(miss / size)[at].item():.2g} of its size"
+        raise not_plain(model.spec.name, part, module)
 
 
 def not_plain(name: str, what: str, module: nn.Module) -> ModelError:

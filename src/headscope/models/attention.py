@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from headscope.errors import ModelError
 from headscope.site import AnyKind
 
 IMPLEMENTATION = "headscope"
@@ -96,6 +97,12 @@ def _attend(
     if visible is None:
         visible = torch.ones(n_queries, n_sources, dtype=torch.bool, device=query.device)
         visible = visible.tril(n_sources - n_queries)
+    if visible.dtype != torch.bool:
+        raise ModelError(
+            f"an attention mask of {visible.dtype}, which adds to the scores",
+            expected="a mask that says which tokens are seen",
+            do="remove the hook that puts it there, or load the model that it was made from",
+        )
     scores = query @ key.transpose(2, 3) * scaling
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap

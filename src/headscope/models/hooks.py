@@ -47,7 +47,6 @@ class Hooks:
         """Put no function anywhere yet."""
         self._model, self._blocks, self._final_norm = model, blocks, final_norm
         self._functions: dict[Site, tuple[Function, ...]] = {}
-        self.active = True
         self._hooked: set[tuple[_Point, int]] = set()
         self._after_edited_mid: dict[int, Tensor] = {}  # by layer: the residual stream after an edit of resid_mid
 
@@ -70,13 +69,12 @@ class Hooks:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Within the block no function is called, and `active` is false."""
-        outer = self._functions, self.active
-        self._functions, self.active = {}, False
+        """Within the block no function is called."""
+        outer, self._functions = self._functions, {}
         try:
             yield
         finally:
-            self._functions, self.active = outer
+            self._functions = outer
 
     def _set(
         self, functions: dict[Site, tuple[Function, ...]], hooked: set[tuple[_Point, int]], after: dict[int, Tensor]

@@ -70,6 +70,7 @@ class Running:
         self.check_tokens = TokenCheck(name, self.spec.context, n_ids)
         """Refuse tokens that the model cannot read; called before each run."""
         self._mixed: set[int] = set()  # layers whose attention was held against what is read of it
+        self._checking = False  # a run that does so is none of the user's
 
     @property
     def device(self) -> torch.device:
@@ -226,7 +227,10 @@ class Running:
     def _check_attention(self, layers: set[int]) -> None:
         """Once a layer: z is `pattern @ value`, and computed step by step it is what the model computes."""
         missing = set() if self.family.not_mixed else layers - self._mixed
+        if not missing:
+            return
         self._mixed |= missing
+        self._checking = True
         try:
             with self._hooks.suspended():
                 for layer in sorted(missing):
@@ -234,6 +238,8 @@ class Running:
         except ModelError:
             self._mixed -= missing
             raise
+        finally:
+            self._checking = False
 
     # ------------------------------------------------------------------------------------------------------- running
     @contextmanager
@@ -396,7 +402,7 @@ class Running:
         restart = Restart(layer, [])
 
         def keep(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if self._hooks.active:  # else it is a run that only checks the model
+            if not self._checking:
                 restart.calls.append((args, kwargs))
 
         handles = [
