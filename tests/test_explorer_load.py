@@ -4,6 +4,8 @@ import asyncio
 import gzip
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -393,3 +395,32 @@ def test_many_clients_at_once_get_what_one_gets() -> None:
     with serving(make_app(FakeSource())) as address, ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda path: ask(address, path), 12 * list(expected)))
     assert all(content == expected[path] for path, content in answers)
+
+
+_LEFT = """
+import asyncio, sys, threading, time
+from headscope.commands.pages import end_computing
+from headscope.explorer.desk import _in_thread, at_work
+
+end_computing()  # nothing is computed: it returns
+begun = threading.Event()
+
+def work():
+    begun.set()
+    time.sleep(60)
+
+async def ask():
+    _in_thread(work)
+
+asyncio.run(ask())
+begun.wait()
+assert at_work()
+print("said", end="")
+end_computing()
+print("never")
+"""
+
+
+def test_a_process_ends_although_a_computation_that_nobody_waits_for_goes_on() -> None:
+    done = subprocess.run([sys.executable, "-c", _LEFT], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "said", "")

@@ -8,6 +8,7 @@ import tyro
 
 from headscope import demo, jobs
 from headscope.commands.options import FLAT, OnDevice
+from headscope.commands.pages import end_computing
 from headscope.display import Display
 from headscope.limits import Input, Name, Output, Port
 from headscope.report import run as report
@@ -45,6 +46,7 @@ class Demo:
             display.say(line)
         if self.serve:
             jobs.serve(result.index, model=demo.MODEL, upstream_saes=(demo.UPSTREAM_SAE,), port=self.port)
+            end_computing()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """Commands that show an index: the explorer, and pages to keep."""
 
+import os
+import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -37,6 +39,17 @@ class Serve(MayRunModel):
             port=self.port,
             open_browser=self.open,
         )
+        end_computing()
+
+
+def end_computing() -> None:
+    """End the process where the server that has ended left a computation: torch aborts if it is torn down under one."""
+    from headscope.explorer.desk import at_work
+
+    if at_work():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 @dataclass(frozen=True, kw_only=True)

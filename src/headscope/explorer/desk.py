@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from headscope.explorer.answers import Json, Kept, Packed, answer, busy, failure, pack_json
 
+_THREAD = "headscope desk"
 _GIVE_WAY_S = 1.0
 """The longest that the next computation is held back for what waits at another desk."""
 
@@ -170,5 +171,10 @@ def _in_thread(work: Callable[[], Packed]) -> asyncio.Future[Packed]:
         if not loop.is_closed():
             loop.call_soon_threadsafe(end, packed, raised)
 
-    threading.Thread(target=begin, daemon=True).start()
+    threading.Thread(target=begin, name=_THREAD, daemon=True).start()
     return future
+
+
+def at_work() -> bool:
+    """Whether a computation goes on, as it may after the server has ended: a thread cannot be stopped."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())

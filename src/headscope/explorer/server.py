@@ -6,6 +6,7 @@ behind it.
 """
 
 import errno
+import logging
 import secrets
 import socket
 import sys
@@ -328,6 +329,8 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=1,
     )
+    # it says how many requests were under way when Ctrl-C ended it
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not str(record.msg).startswith("Cancel "))
     before = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_S)
     try:
