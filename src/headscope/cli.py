@@ -1,6 +1,7 @@
 """The command line: parses it and runs one of the `commands`."""
 
 import io
+import os
 import re
 import signal
 import sys
@@ -8,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.metadata import version
 from itertools import pairwise
 from typing import get_args
 
@@ -57,15 +59,22 @@ def main(arguments: list[str] | None = None) -> None:
     command, arguments = None, sys.argv[1:] if arguments is None else arguments
     try:
         with _interruptible():
+            if arguments == ["--version"]:
+                sys.stdout.write(f"headscope {version('headscope')}\n")
+                return
             _check_not_empty(arguments)
             _check_command(arguments)
             with preset_of(arguments):
                 command = tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION)
             check_fields(command)
             command.run()
+        sys.stdout.flush()
     except HeadscopeError as error:
         sys.stderr.write(f"headscope: {error}\n")
         sys.exit(2)
+    except BrokenPipeError:  # what it is piped to, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(INTERRUPTED)
     except KeyboardInterrupt:
         again = "resumes" if isinstance(command, _RESUMED) else "starts again"
         sys.stderr.write(f"headscope: interrupted; the same command {again}\n")

@@ -55,24 +55,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         if not (folder / "manifest.json").is_file() or (folder / "manifest.json").is_symlink():
-            raise FileNotFoundError("manifest.json is not a file of this folder")
+            own = "an SAE, not an index" if (folder / "cfg.json").is_file() else "no index: it has no manifest.json of its own"
+            raise IndexFormatError(
+                f"{folder} is {own if folder.is_dir() else 'no folder'}",
+                expected="a folder that `headscope index` wrote to its end",
+                do=_advice(folder),
+            )
         manifest = read_json(folder / "manifest.json")
         if "indexes" in manifest:
             names = ", ".join(manifest["indexes"])[:500]
             raise IndexFormatError(f"{folder} holds several indexes", expected="one", do=f"open one of: {names}")
         found = manifest["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        below = sorted(str(path.parent) for path in folder.glob("*/manifest.json"))
         raise IndexFormatError(
             f"no index in {folder}: {type(error).__name__} {error}",
             expected="a folder that `headscope index` wrote to its end",
-            do=f"did you mean {' or '.join(below[:3])}?" if below else "build it with `headscope index`",
+            do=_advice(folder),
         ) from error
     if type(found) is not int or found != FORMAT_VERSION:
         raise IndexFormatError(f"index format {found}", expected=f"{FORMAT_VERSION}", do="build the index again")
     with reading(folder):
         check_manifest(manifest)
     return manifest
+
+
+def _advice(folder: Path) -> str:
+    below = sorted(str(path.parent) for path in folder.glob("*/manifest.json"))
+    return f"did you mean {' or '.join(below[:3])}?" if below else "build it with `headscope index`"
 
 
 @contextmanager

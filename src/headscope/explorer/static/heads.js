@@ -17,8 +17,8 @@ export function largest(values) {
 export function disagreement({ dfa, decoder, disagreement: apart }, names) {
   const [byDfa, byDecoder] = [largest(dfa), largest(decoder)];
   if (byDfa === byDecoder && !(apart > 0.3)) return null;
-  const heads = byDfa === byDecoder ? `both name ${names[byDfa]} first` : `DFA names ${names[byDfa]}, the decoder ${names[byDecoder]}`;
-  return `⚑ DFA and decoder norms disagree: ${heads}; ${pct(apart)} of the shares apart`;
+  const heads = byDfa === byDecoder ? `share out differently, though both name ${names[byDfa]} first` : `disagree: DFA names ${names[byDfa]}, the decoder ${names[byDecoder]}`;
+  return `⚑ DFA and decoder norms ${heads}; ${pct(apart)} of the shares apart`;
 }
 
 /**

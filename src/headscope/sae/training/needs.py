@@ -33,8 +33,9 @@ def check_memory(configs: Iterable[TrainConfig], d_in: int, device: torch.device
     free = _free(device)
     if free is not None and needed > free:
         raise TrainingError(
-            f"d_sae = {n_latents:,}{' in all' if len(configs) > 1 else ''} and a buffer of {buffer:,} activations of "
-            f"{d_in:,} components: {needed / 1e9:,.1f} GB of memory at least",
+            f"d_sae = {n_latents:,}{' in all' if len(configs) > 1 else ''}"
+            + (f" and a buffer of {buffer:,} activations" if buffer else "")
+            + f" of {d_in:,} components: {needed / 1e9:,.1f} GB of memory at least",
             expected=f"at most the {free / 1e9:,.1f} GB that {device.type} has free",
             do="lower d_sae or buffer" + (", or train fewer SAEs at once" if len(configs) > 1 else ""),
         )
