@@ -582,6 +582,35 @@ def test_a_place_that_cannot_be_written(
     fails(capsys, "cannot write", *train_with(training | {"--out": tmp_path / "file" / "below"}))
 
 
+def test_what_a_folder_is_instead_of_an_index_is_said(
+    capsys: pytest.CaptureFixture[str], sae_folder: Path, tmp_path: Path
+) -> None:
+    fails(capsys, "missing is no folder", "survey", tmp_path / "missing")
+    fails(capsys, "is no index: it has no manifest.json", "survey", tmp_path)
+    fails(capsys, "is an SAE, not an index", "survey", sae_folder)
+
+
+def test_fewer_tokens_than_a_block_are_said_to_be_asked_for(
+    capsys: pytest.CaptureFixture[str], training: dict[str, Any]
+) -> None:
+    fails(capsys, "headscope: at most 10 tokens\n.*raise --max-tokens", *train_with(training, "--max-tokens", "10"))
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--version")
+    assert re.fullmatch(r"headscope \d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_a_pipe_that_is_closed_ends_a_command_without_a_word() -> None:
+    command = [sys.executable, "-m", "headscope", "train", "--help"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert started.stdout
+    assert started.stderr
+    started.stdout.close()
+    assert started.stderr.read() == b""
+    started.wait(60)
+
+
 def test_no_sae_to_index(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     fails(capsys, "no SAE to index", "index", "--out", tmp_path / "index", "--sae")
 

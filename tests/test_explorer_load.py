@@ -397,6 +397,14 @@ def test_many_clients_at_once_get_what_one_gets() -> None:
     assert all(content == expected[path] for path, content in answers)
 
 
+def test_a_fault_of_the_program_is_not_called_a_feature_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = FakeSource()
+    client = TestClient(make_app(source), base_url=BASE, raise_server_exceptions=False)
+    assert client.get("/api/feature/100000").status_code == 404
+    monkeypatch.setattr(source, "feature", lambda _latent: [][0])
+    assert client.get("/api/feature/3").status_code == 500
+
+
 _LEFT = """
 import asyncio, sys, threading, time
 from headscope.commands.pages import end_computing

@@ -135,10 +135,10 @@ def test_a_manifest_nested_without_end(fresh, text):
 def test_a_manifest_that_is_a_link_or_no_file(copy):
     (copy / "manifest.json").rename(copy.parent / "elsewhere")
     (copy / "manifest.json").symlink_to(copy.parent / "elsewhere")
-    refused(copy, "not a file")
+    refused(copy, "no manifest.json of its own")
     (copy / "manifest.json").unlink()
     os.mkfifo(copy / "manifest.json")
-    refused(copy, "not a file")
+    refused(copy, "no manifest.json of its own")
 
 
 def fields(value, path=()):

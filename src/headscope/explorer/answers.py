@@ -25,6 +25,10 @@ def dump_json(content: Any) -> bytes:
     return json.dumps(content, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+class NothingThereError(IndexError):
+    """There is no feature or block of this number; any other IndexError is a fault of the program."""
+
+
 @dataclass(frozen=True)
 class Packed:
     """A body as it is sent, and the entity tag of its content."""

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from headscope.errors import IndexFormatError
-from headscope.explorer.answers import Json
+from headscope.explorer.answers import Json, NothingThereError
 from headscope.explorer.examples import LEAN, WHOLE, corpus_json, example_runs, examples_json, text_runs
 from headscope.explorer.families import member_of
 from headscope.explorer.numbers import short, significant
@@ -109,12 +109,12 @@ class IndexCards:
         """The card of one latent; a lean one is for a file, and leaves detail out of all but top and random examples.
 
         Raises:
-            IndexError: no such latent.
+            NothingThereError: no such latent.
         """
         try:
             feature = self._index.feature(latent)
         except IndexFormatError as error:
-            raise IndexError(str(error)) from error
+            raise NothingThereError(str(error)) from error
         groups, examples = self._index.example_columns(latent)
         size = self._block_size
         runs = example_runs(examples, size)
@@ -145,10 +145,10 @@ class IndexCards:
         """All tokens of one block, in the form of a card's text.
 
         Raises:
-            IndexError: no such block.
+            NothingThereError: no such block.
         """
         if not 0 <= block < self._index.n_blocks:
-            raise IndexError(f"blocks 0 to {self._index.n_blocks - 1}")
+            raise NothingThereError(f"blocks 0 to {self._index.n_blocks - 1}")
         return corpus_json({block: [(0, self._block_size)]}, self._index)
 
     def stamp(self) -> Hashable:

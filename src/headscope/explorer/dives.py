@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from headscope.errors import HeadscopeError, IndexFormatError, ModelError, StudyError
-from headscope.explorer.answers import Json
+from headscope.explorer.answers import Json, NothingThereError
 from headscope.explorer.study_json import effects_json, logits_json, predictions_json, specificity_json
 from headscope.index.columns import studies
 from headscope.index.store import FeatureIndex
@@ -128,7 +128,7 @@ class IndexDives:
         try:
             self._index.check_latent(latent)
         except IndexFormatError as error:
-            raise IndexError(str(error)) from error
+            raise NothingThereError(str(error)) from error
 
     def _suggested(self, latent: int) -> Iterator[Json]:
         """Proxies to try: those that a search found, else what the card says of a feature."""
@@ -186,7 +186,7 @@ def packed(dives: IndexDives, latent: int, proxies: Iterable[str] = ()) -> dict[
         proxies: the suggested ones when none are given.
 
     Raises:
-        IndexError, ProxyError: no such feature, or no proxy.
+        NothingThereError, ProxyError: no such feature, or no proxy.
     """
     start = dives.start(latent)
     given = list(dict.fromkeys(proxies))

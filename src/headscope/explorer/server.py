@@ -27,7 +27,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headscope.errors import HeadscopeError, ServerError
-from headscope.explorer.answers import Json, Kept, answer, failure, number_of, pack
+from headscope.explorer.answers import Json, Kept, NothingThereError, answer, failure, number_of, pack
 from headscope.explorer.connections import MOST_REQUESTS, Connection, Crowd
 from headscope.explorer.desk import Desk
 from headscope.explorer.labelling import LabelRoutes
@@ -99,7 +99,7 @@ class CardSource(Protocol):
         """The card of one latent; a lean one is smaller, for an export.
 
         Raises:
-            IndexError: there is no such latent.
+            NothingThereError: there is no such latent.
         """
         ...
 
@@ -107,7 +107,7 @@ class CardSource(Protocol):
         """All the tokens of one block of the corpus.
 
         Raises:
-            IndexError: there is no such block.
+            NothingThereError: there is no such block.
         """
         ...
 
@@ -213,7 +213,7 @@ class _Pages:
         made = partial(getattr(self.source, name), number)
         try:
             return await self.desk.answered((name, number), made, request, others="cards")
-        except IndexError as error:
+        except NothingThereError as error:
             return failure(404, f"there is no {name} {number}: {error}")
         except HeadscopeError as error:
             return failure(500, str(error))

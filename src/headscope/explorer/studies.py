@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from headscope.errors import HeadscopeError, ProxyError, StudyError
-from headscope.explorer.answers import Json, failure, number_of
+from headscope.explorer.answers import Json, NothingThereError, failure, number_of
 from headscope.explorer.desk import Desk
 
 _STUDIES = ("start", "dive", "effects", "predictions")
@@ -25,7 +25,7 @@ class DiveSource(Protocol):
         """What a dive into one feature begins with: proxies to try, and what studies added to the index.
 
         Raises:
-            IndexError: there is no such latent.
+            NothingThereError: there is no such latent.
         """
         ...
 
@@ -33,7 +33,7 @@ class DiveSource(Protocol):
         """Specificity and sensitivity of a feature for a proxy.
 
         Raises:
-            IndexError: there is no such latent.
+            NothingThereError: there is no such latent.
             ProxyError: the text is no proxy, or it cannot be evaluated.
         """
         ...
@@ -42,7 +42,7 @@ class DiveSource(Protocol):
         """What ablating the feature does to the loss; needs a model.
 
         Raises:
-            IndexError: there is no such latent.
+            NothingThereError: there is no such latent.
             ProxyError: the text is no proxy, or it cannot be evaluated.
         """
         ...
@@ -51,7 +51,7 @@ class DiveSource(Protocol):
         """What the model predicts where the feature misses the proxy, against where it fires; needs a model.
 
         Raises:
-            IndexError: there is no such latent.
+            NothingThereError: there is no such latent.
             ProxyError: the text is no proxy, or it cannot be evaluated.
         """
         ...
@@ -91,7 +91,7 @@ class StudyRoutes:
         try:
             desk = self.quick if key[1] == "start" else self.desk
             return await desk.answered(key, work, request, others="studies")
-        except IndexError as error:
+        except NothingThereError as error:
             return failure(404, f"there is no feature {key[2]}: {error}")
         except (ProxyError, StudyError) as error:
             return failure(400, error.got, expected=error.expected, do=error.do, column=_column(error))

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from headscope.errors import HeadscopeError, IndexFormatError, ProxyError, StudyError
-from headscope.explorer.answers import Json, failure, number_of
+from headscope.explorer.answers import Json, NothingThereError, failure, number_of
 from headscope.explorer.circuit_json import DIGITS, MAX_PATH, CircuitSource, level_json, path_of, qk_json
 from headscope.explorer.desk import Desk
 from headscope.explorer.numbers import significant
@@ -148,7 +148,7 @@ class IndexUpstream:
         try:
             self._index.check_latent(latent)
         except IndexFormatError as error:
-            raise IndexError(str(error)) from error
+            raise NothingThereError(str(error)) from error
         n = self._index.n_blocks * self._index.block_size
         if not at < n:
             raise StudyError(f"position {at}", expected=f"0 to {n - 1}", do="name a token of this corpus")
@@ -289,7 +289,7 @@ class UpstreamRoutes:
                     raise StudyError(f"parameter {min(unknown)[:80]!r}", expected=expected, do="leave it out")
                 key = ("upstream", name, latent, *given)
                 return await desk.answered(key, lambda: method(latent, *given), request, others="studies")
-            except IndexError as error:
+            except NothingThereError as error:
                 return failure(404, f"there is no feature {latent}: {error}")
             except IndexFormatError as error:
                 return failure(500, str(error))

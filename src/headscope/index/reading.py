@@ -55,7 +55,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         if not (folder / "manifest.json").is_file() or (folder / "manifest.json").is_symlink():
-            own = "an SAE, not an index" if (folder / "cfg.json").is_file() else "no index: it has no manifest.json of its own"
+            own = (
+                "an SAE, not an index"
+                if (folder / "cfg.json").is_file()
+                else "no index: it has no manifest.json of its own"
+            )
             raise IndexFormatError(
                 f"{folder} is {own if folder.is_dir() else 'no folder'}",
                 expected="a folder that `headscope index` wrote to its end",
