@@ -603,12 +603,11 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_pipe_that_is_closed_ends_a_command_without_a_word() -> None:
     command = [sys.executable, "-m", "headscope", "train", "--help"]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert started.stdout
-    assert started.stderr
-    started.stdout.close()
-    assert started.stderr.read() == b""
-    started.wait(60)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        assert started.stdout
+        assert started.stderr
+        started.stdout.close()
+        assert started.stderr.read() == b""
 
 
 def test_no_sae_to_index(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
