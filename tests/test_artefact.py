@@ -11,6 +11,7 @@ import pytest
 from headscope.artefact import (
     PAGE_MARK,
     atomic_write,
+    check_holds_only,
     check_output,
     check_run_folder,
     file_hash,
@@ -280,6 +281,22 @@ def test_overwrite_gives_up_no_file_of_a_users(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="headscope did not write"):
             check_output(path, overwrite=True)
     assert notes.read_text() == "mine"
+
+
+def test_a_folder_of_several_runs_holds_nothing_of_a_users(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    check_holds_only(out, [])
+    out.mkdir()
+    check_holds_only(out, [])
+    sae_folder(out / "one")
+    (out / "pareto.json").touch()
+    (out / ".DS_Store").touch()
+    check_holds_only(out, ["pareto.json"])
+    for name, names in (("notes.txt", ["pareto.json"]), ("pareto.json", [])):
+        (out / name).touch()
+        with pytest.raises(OutputError, match=f"out holds {name}, which headscope did not write"):
+            check_holds_only(out, names)
+        (out / name).unlink()
 
 
 def test_a_run_never_replaces_what_it_reads(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
@@ -124,6 +124,22 @@ def check_output(path: Path, *, overwrite: bool) -> None:
             pass
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def check_holds_only(path: Path, names: Collection[str]) -> None:
+    """Make sure that a folder for several runs holds nothing of a user's: files of these names, SAEs, indexes, pages.
+
+    Raises:
+        OutputError: it holds something else; nothing is written there then.
+    """
+    children = sorted(path.iterdir()) if path.is_dir() else []
+    for child in children:
+        if not (child.name in names or child.name.startswith(".") or _foreign(child) is None):
+            raise OutputError(
+                f"{path} holds {child.name}, which headscope did not write",
+                expected="a new or empty folder, or one of an earlier run",
+                do="choose another folder",
+            )
 
 
 PAGE_MARK = '<meta name="generator" content="headscope">'

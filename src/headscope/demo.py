@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headscope import jobs
-from headscope.artefact import read_json
+from headscope.artefact import check_holds_only, read_json
 from headscope.errors import OutputError
 from headscope.limits import Output, checked
 from headscope.sae.config import TrainConfig
@@ -24,6 +24,7 @@ LOSS_TOKENS = 120_000
 STUDIES = {"proxies": jobs.proxies, "effects": jobs.effects, "induction": jobs.families, "heads": jobs.heads}
 """What fills the tabs and pages of an index, by the name of the columns that each adds to it."""
 _HEAD_SHARE = 0.6
+_OWN = ("sae", "sae.training", "index", "index.partial")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def run(
     """
     from headscope.index.columns import studies
 
+    check_holds_only(out, _OWN)
     sae, index = out / "sae", out / "index"
     config = TrainConfig(tokens=200_000, d_sae=512, buffer=65_536) if quick else TrainConfig()
     held_out = jobs.CorpusChoice(max_tokens=60_000 if quick else HELD_OUT_TOKENS)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headscope import jobs
-from headscope.artefact import check_run_folder, read_json
+from headscope.artefact import check_holds_only, check_run_folder, read_json
 from headscope.errors import OutputError, TrainingError
 from headscope.jobs.early import check_model, check_text
 from headscope.limits import Layer, Name, Output, Tokens, checked
@@ -95,6 +95,7 @@ def sweep(  # noqa: PLR0913 - one argument an option of the command
         HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
     """
     text = text or jobs.CorpusChoice(split="train")
+    check_holds_only(out, {*configs, "pareto.json", "pareto.html"})
     check_model(model, layer)
     check_text(text)
     with training_folder(out) as folder:

@@ -157,7 +157,7 @@ def pair(
             f"latent {metric.latent} is still on in the corrupted prompt: {off.activation:.4g} against "
             f"{on.activation:.4g} (pre-activations {off.pre:.4g} and {on.pre:.4g})",
             expected="a corruption that turns it off",
-            do="corrupt what the feature depends on: its largest source tokens (LiveIndex.dfa)",
+            do="corrupt what the feature depends on: its largest source tokens",
         )
     return PromptPair(metric, clean, corrupted, query, counterpart, on, off)
 

@@ -8,7 +8,7 @@ import { empty, quoted, studyHead } from "./study.js";
 const [PATCH_CELL, PATCH_WHOLE, PATCH_ROW, PATCH_LEFT, PATCH_ABOVE] = [21, 44, 19, 84, 84];
 const FEW_EFFECTS = 10;
 
-export const CORRUPTIONS = [["", "swap the first A", "each earlier copy of the token at the feature is replaced by a token that is not in the prompt"], ["sources", "replace its sources", "the fewest of its largest source tokens, up to five, whose replacement turns it off"], ["shuffle", "shuffle", "the tokens before it in another order, drawn at random"]];
+export const CORRUPTIONS = [["sources", "replace its sources", "the fewest of its largest source tokens, up to five, whose replacement turns it off"], ["swap", "swap the first A", "each earlier copy of the token at the feature is replaced by a token that is not in the prompt"], ["shuffle", "shuffle", "the tokens before it in another order, drawn at random"]];
 export const NODE_SETS = [["", "components", "token, residual stream, attention and MLP outputs"], ["heads", "heads", "z of every head up to the feature's layer"], ["qkv", "q k v", "queries, keys, values and patterns of the feature's layer"]];
 const DIRECTIONS = [["", "noising", "the clean prompt with one component from the corrupted run: what is lost without it"], ["denoising", "denoising", "the corrupted prompt with one component from the clean run: what it alone brings back"]];
 const METRICS = [["", "pre-ReLU", "the pre-activation: graded, also while the feature is off"], ["post", "post-ReLU", "the activation: what happens while the feature is off does not show"]];

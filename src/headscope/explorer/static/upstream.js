@@ -60,8 +60,8 @@ export class Upstream {
     if (!this.start.live) return this.#missing(view);
     const { CORRUPTIONS, NODE_SETS, drawPatching, drawFeaturePatching } = await import("./patchmap.js");
     const example = this.#example(view);
-    const [name, draw = "0"] = view.how.split(".");
-    const how = `${name || "swap"}.${draw}`;
+    const [name, draw = "0"] = (view.how || "sources").split(".");  // sources turn most features off
+    const how = `${name}.${draw}`;
     const again = button({ class: "button", "data-again": "", onclick: () => this.change({ how: `${name}.${Number(draw) + 1}` }) }, "another draw");
     const controls = () => [this.#picker(example), choice("corruption", CORRUPTIONS, name, (value) => this.change({ how: value })), again, choice("nodes", NODE_SETS, view.nodes, (nodes) => this.change({ nodes }))];
     await this.#draw(view, [example.key, how, view.nodes, view.by].join("|"), async () => {
