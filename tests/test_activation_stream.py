@@ -470,6 +470,7 @@ def test_the_thread_ends_with_its_stream(model: Model, corpus: Corpus, monkeypat
     assert not dropped.is_alive()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["return", "sigint"])
 def test_a_process_ends_while_the_thread_is_at_work(ending: str) -> None:
     script = f"""

@@ -39,6 +39,7 @@ def random(random_model, random_corpus, random_sae, tmp_path_factory):
     return FeatureIndex.open(folder)
 
 
+@pytest.mark.slow
 def test_mass_is_the_summed_positive_dfa(random):
     mass = head_mass(random)
     assert len(mass.values) > 10

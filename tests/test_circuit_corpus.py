@@ -33,6 +33,7 @@ def subject(request, random_model, random_sae, random_corpus, tmp_path_factory):
     return LiveIndex(FeatureIndex.open(folder), model, sae), saes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_saes", [False, True])
 def test_contributions_are_those_of_each_prompt(subject, with_saes):
     live, saes = subject

@@ -220,6 +220,7 @@ def test_text_that_is_not_utf8_is_an_error_that_says_where(tmp_path: Path, token
         load(tmp_path, tokenizer)
 
 
+@pytest.mark.slow
 # -------------------------------------------------------------------------------------------------- the corpus `python`
 def test_the_python_corpus_is_the_standard_library_without_its_tests() -> None:
     documents = list(python_documents())
@@ -234,6 +235,7 @@ def test_the_python_corpus_is_the_standard_library_without_its_tests() -> None:
     assert by_name["json"] == (stdlib / "json" / "__init__.py").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_python_corpus_has_documents_on_both_sides_and_none_on_two(tokenizer: Tokenizer) -> None:
     train, held_out = (
         load("python", tokenizer, split=split, block_size=64, max_tokens=200_000) for split in ("train", "heldout")

@@ -93,6 +93,7 @@ def test_an_sae_is_measured_there(gpu: list[bool], files: dict[str, Path]) -> No
     assert all(gpu)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["effects"], ["families"], ["heads", "--n-shuffles", "1"], ["dive", "7"]], ids=lambda c: c[0]
 )

@@ -225,6 +225,7 @@ def test_cards_are_a_card_source() -> None:
         SOURCE.context(-1)
 
 
+@pytest.mark.slow
 def test_an_export_of_many_features_is_small(tmp_path: Path) -> None:
     """1,000 features have to fit 8 MB. Random numbers compress worse than any real index."""
     few, many = (len(export_html(SOURCE, tmp_path / f"{n}.html", range(20, 20 + n)).read_bytes()) for n in (5, 20))

@@ -248,6 +248,7 @@ def test_no_torch_behind_the_server() -> None:
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.slow
 def test_export_refuses_too_many_features(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="pass fewer"):
         export_html(FakeSource(MAX_FEATURES + 1), tmp_path / "page.html")
@@ -278,6 +279,7 @@ def unpacked(page: Path, block: str) -> bytes:
     return gzip.decompress(base64.b64decode(packed[0]))
 
 
+@pytest.mark.slow
 def test_export_is_deterministic(tmp_path: Path) -> None:
     pages = [export_html(FakeSource(), tmp_path / f"{i}.html", range(10)).read_bytes() for i in range(2)]
     assert pages[0] == pages[1]
@@ -307,6 +309,7 @@ def test_an_export_holds_each_token_of_the_corpus_once(tmp_path: Path) -> None:
     assert cards["3"]["groups"] == as_json(source.feature(3, lean=True)["groups"])
 
 
+@pytest.mark.slow
 def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     class Broken(FakeSource):
         def feature(self, latent: int, *, lean: bool = False) -> dict[str, Any]:

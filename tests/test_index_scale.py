@@ -126,6 +126,7 @@ def check_stopped_at(job, out, at, whole, error=Killed, expected=Killed):
     shutil.rmtree(out.with_name(f"{out.name}.partial"), ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_a_build_that_is_stopped_at_a_write_goes_on(job, whole, tmp_path, no_type_checks):
     n = n_writes(job, tmp_path / "first")
     for at in {1, n // 2, *range(n - 20, n + 1, 5)}:

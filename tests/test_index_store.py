@@ -151,6 +151,7 @@ def fields(value, path=()):
 _RARE = [pytest.param(bad, marks=pytest.mark.slow) for bad in (None, "text", {"a": {}}, 0.5, "\ud800", float("nan"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [-1, *_RARE])
 def test_a_field_of_the_manifest_that_is_something_else_is_an_error_or_not_read(index, copy, bad):
     n_refused = 0
@@ -340,6 +341,7 @@ POINTERS = [
 ]
 
 
+@pytest.mark.slow
 @each(("table", "column"), POINTERS)
 def test_a_number_that_points_nowhere(fresh, table, column):
     copy = fresh()

@@ -73,6 +73,7 @@ def slow_counts(index, latent, token, reading):
             return sum(off for off, _ in found), sum(off and value for off, value in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reading", Reading.all(), ids=str)
 def test_all_readings_are_those_of_a_slow_loop(random, reading):
     latents = [0, 5, 11]

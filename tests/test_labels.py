@@ -339,6 +339,7 @@ for i in range(40):
 """
 
 
+@pytest.mark.slow
 def test_two_annotators_at_once_lose_nothing(store):
     processes = [python(MANY, store.index.folder, name) for name in ("ann", "bob")]
     seen = []

@@ -390,6 +390,7 @@ def test_columns_are_of_every_latent_and_defined(index: FeatureIndex) -> None:
     assert not list((index.folder / "columns").glob(".*"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(index: FeatureIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     add_proxies(index)
     expected = columns_of(index)
@@ -412,6 +413,7 @@ def test_an_interrupted_search_goes_on(index: FeatureIndex, monkeypatch: pytest.
     assert not list((index.folder / "columns").glob(".*"))
 
 
+@pytest.mark.slow
 def test_another_plan_does_not_go_on_with_the_parts_of_this_one(index: FeatureIndex, monkeypatch) -> None:
     def stop(stage: str, done: int, total: int) -> None:
         raise KeyboardInterrupt

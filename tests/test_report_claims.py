@@ -164,6 +164,7 @@ def test_ablating_the_planted_head_turns_the_family_off_and_no_other_does(plante
     assert hurt.ours > spared.ours
 
 
+@pytest.mark.slow
 # --------------------------------------------------------------------------------------------------------------- random
 def test_random_weights_have_no_induction_nor_copying_nor_roles(random):
     scores = claims(random, "head_scores")

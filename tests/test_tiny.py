@@ -60,6 +60,7 @@ def test_it_has_a_previous_token_head_and_an_induction_head(tiny):
     assert scores.best("induction")[1] == pytest.approx(card["best_induction"][1], abs=0.02)
 
 
+@pytest.mark.slow
 def test_its_loss_on_held_out_text_is_near_its_card(tiny, held_out):
     """A sample of other modules' tokens: the same kind of text, so a similar loss; an untrained model has 8.3."""
     tokens = torch.from_numpy(held_out.blocks.astype(np.int64))
@@ -68,6 +69,7 @@ def test_its_loss_on_held_out_text_is_near_its_card(tiny, held_out):
     assert loss == pytest.approx(card, abs=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAES)
 def test_a_bundled_sae_reconstructs_held_out_text(tiny, held_out, name):
     sae = load_sae(name)
