@@ -28,7 +28,7 @@ from headscope.site import Site
 from small_training import BATCH, D_HEAD, RECIPES, config, data, w_o
 from training_worker import processes, run_job, run_job_as, run_rank, save_job, tensors
 
-N_KILLS = 3
+N_KILLS = 6
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
