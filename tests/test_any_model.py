@@ -53,7 +53,6 @@ def run(*arguments: object) -> None:
     main([str(a) for a in arguments])
 
 
-@pytest.mark.filterwarnings("ignore:the tokenizer of")  # as Qwen2 it has no token for what it does not know
 @pytest.mark.slow
 def test_each_model_is_evaluated_indexed_and_served(
     folder: Path, random_sae: Callable[..., SAE], tmp_path: Path, capsys: pytest.CaptureFixture[str]

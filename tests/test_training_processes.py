@@ -48,7 +48,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     random_model: Callable[..., Model], random_corpus: Callable[..., Corpus], tmp_path: Path
 ) -> None:
     model = random_model("gpt_neox")
-    shared = {"batch": BATCH, "tokens": BATCH * 80, "buffer": 512, "d_sae": 90, "dead_after": 5 * BATCH, "lr": 1e-2}
+    shared = {"batch": BATCH, "tokens": BATCH * 150, "buffer": 512, "d_sae": 90, "dead_after": 5 * BATCH, "lr": 1e-2}
     shared["resample"] = 3
     recipes = {variant: config(variant=variant, **shared) for variant in get_args(Variant)}
     corpus = random_corpus(model, n_blocks=40, block_size=17)
