@@ -308,7 +308,7 @@ DOCUMENTS = ["the fox and the\nthe dog. x", " a café 日本\n\n  the 🦊", "do
 
 @pytest.fixture(scope="module")
 def indexes(random_model, random_sae, tmp_path_factory) -> dict[str, FeatureIndex]:
-    """Of the same documents by tokenizers of different kinds."""
+    """Indexes of the same documents, one for each kind of tokenizer."""
     folder, found = tmp_path_factory.mktemp("kinds"), {}
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
     for name in ("byte level", "gemma", "llama", "metaspace", "unigram, bytes"):

@@ -215,7 +215,7 @@ def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    """Of a pattern in which `*` is no `/` and `**` is any number of folders."""
+    """Compile a pattern of files, in which `*` matches anything but `/` and `**` any number of folders."""
     *folders, last = pattern.split("/")
     parts = ["(?:[^/]+/)*" if part == "**" else f"{_part(part)}/" for part in folders]
     return re.compile("".join(parts) + ("(?:[^/]+/)*[^/]+" if last == "**" else _part(last)))

@@ -267,15 +267,17 @@ def _batch_documents(
     """Rows of batches of a table with columns of these names, numbered from `first` on."""
     import pyarrow as pa
 
+    beside = companions(field, names)
     for batch in batches:
         column = batch.column(field)
+        others = {kind: batch.column(other) for kind, other in beside.items()}
         if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
             check_unread(field, names, name)
         is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
         is_list = is_list or pa.types.is_fixed_size_list(column.type)
         for i in range(len(column)):
             value = column[i]
-            own = {kind: batch.column(other)[i].as_py() for kind, other in companions(field, names).items()}
+            own = {kind: other[i].as_py() for kind, other in others.items()}
             if is_list and value.is_valid:
                 ids = value.values.to_numpy(zero_copy_only=False)
                 yield from row_documents(ids, f"{name}:{first + i}", own)

@@ -83,10 +83,12 @@ class Database:
             out_of_time.set()
             self._connection.interrupt()
 
-        timer = Timer(seconds if seconds is not None else 0, interrupt)
+        if seconds is None:
+            yield out_of_time
+            return
+        timer = Timer(seconds, interrupt)
         timer.daemon = True
-        if seconds is not None:
-            timer.start()
+        timer.start()
         try:
             yield out_of_time
         finally:

@@ -55,13 +55,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         if not (folder / "manifest.json").is_file() or (folder / "manifest.json").is_symlink():
-            own = (
-                "an SAE, not an index"
-                if (folder / "cfg.json").is_file()
-                else "no index: it has no manifest.json of its own"
-            )
+            is_sae, lacks = (folder / "cfg.json").is_file(), "no index: it has no manifest.json of its own"
+            found = ("an SAE, not an index" if is_sae else lacks) if folder.is_dir() else "no folder"
             raise IndexFormatError(
-                f"{folder} is {own if folder.is_dir() else 'no folder'}",
+                f"{folder} is {found}",
                 expected="a folder that `headscope index` wrote to its end",
                 do=_advice(folder),
             )

@@ -41,7 +41,7 @@ class _Step(NamedTuple):
     got: Tensor
     read: Callable[[], Tensor]
     loose: float = 0.25
-    """Of a product or a sum, which is computed again as `transformers` does it, mostly bit for bit."""
+    """The tolerance, in roundings: products and sums are recomputed as `transformers` does, mostly bit for bit."""
 
 
 class _Call(NamedTuple):

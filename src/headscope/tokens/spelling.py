@@ -249,7 +249,7 @@ class _Trial:
         self._cases = [*_known(tokenizer, around), *general]
 
     def kept(self, spelling: Spelling) -> list[bool] | None:
-        """Of each text, whether it is kept whole; None if the bytes of one are neither it nor what it is decoded to."""
+        """Whether each text is kept whole; None if the bytes of one are neither the text nor its decoding."""
         kept = []
         for text, ids, decoded in self._cases:
             is_whole = _spells(spelling, ids, text)
@@ -279,7 +279,7 @@ class _Trial:
 
 
 def _known(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[str, list[int], str]]:
-    """Of the texts that a tokenizer can spell: text, ids and what it decodes these to."""
+    """The texts that a tokenizer can spell, each with its ids and their decoding."""
     unknown, ids = unknown_id(tokenizer), encode(tokenizer, list(texts))
     decoded = tokenizer.decode_batch(ids, skip_special_tokens=False)
     return [case for case in zip(texts, ids, decoded, strict=True) if unknown not in case[1]]
