@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -76,7 +76,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Bool[Tensor, "batch 1 query source"] | None,
+    attention_mask: Shaped[Tensor, "batch 1 query source"] | None,
     scaling: float,
     softcap: float | None = None,
     **kwargs: Any,
