@@ -1,9 +1,9 @@
 """How long ablating features takes, in all, by the direct path and through the MLP, beside TransformerLens' hooks.
 
-    a  headscope     `headscope.studies.ablation.downstream`: 1,000 features of `tiny` at 50 active tokens each
+    a  headscope     `headscope.studies.what.ablation.downstream`: 1,000 features of `tiny` at 50 active tokens each
     b  hooks         for some of the same (token, feature) pairs one run of TransformerLens a path, in a process of its
                      own; the clean run of each is not counted
-    c  dictionary    the exact direct path at every active token of the index, `headscope.studies.effects`
+    c  dictionary    the exact direct path at every active token of the index, `headscope.studies.what.effects`
 
 The two are compared by the pair, in the processor's time at one thread each, and have to agree. The index is built once
 into `--folder`.
@@ -27,9 +27,9 @@ import tyro
 import headscope.models
 from headscope import jobs
 from headscope.index.live import LiveIndex
-from headscope.studies.ablation import downstream
-from headscope.studies.downstream import Downstream
-from headscope.studies.effects import direct_effects
+from headscope.studies.what.ablation import downstream
+from headscope.studies.what.downstream import Downstream
+from headscope.studies.what.effects import direct_effects
 
 JUDGE = Path(__file__).parents[1] / "tests" / "judges" / "transformer_lens_paths.py"
 TINY = Path(headscope.models.__file__).parent / "tiny"

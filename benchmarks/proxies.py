@@ -1,8 +1,8 @@
 """How long a proxy and a specificity study take on a random index of 24,576 features and 10M tokens, without a model.
 
 The index is that of `queries.py` (6.3 GB, written once into `--folder`). A study takes a proxy and a feature and gives
-every number of `studies.specificity`, with 1,000 resamples of the documents and 20 rotations for the null. "first" is
-in a process that has just opened the index: the text, the vocabulary and the proxy are read and evaluated in it.
+every number of `studies.when.specificity`, with 1,000 resamples of the documents and 20 rotations for the null. "first"
+is in a process that has just opened the index: the text, the vocabulary and the proxy are read and evaluated in it.
 "again" is with the same proxy and another feature.
 
     python benchmarks/proxies.py            some minutes the first time
@@ -20,7 +20,7 @@ import tyro
 
 from headscope.index.store import FeatureIndex
 from headscope.proxies import evaluate
-from headscope.studies.specificity import specificity
+from headscope.studies.when.specificity import specificity
 from queries import Arguments, Row, in_new_process, timed_row, write
 
 TARGET = 5000.0

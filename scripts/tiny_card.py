@@ -14,7 +14,7 @@ import torch
 
 from headscope.models.hf import Model
 from headscope.models.load import load_model
-from headscope.studies.heads import head_scores
+from headscope.studies.heads.scores import head_scores
 
 CARD = """\
 # {size}

@@ -14,8 +14,8 @@ from headscope.interventions import at, constant
 from headscope.models.load import load_model
 from headscope.sae.formats import save_sae
 from headscope.site import KINDS, Site
-from headscope.studies.ablation import downstream
-from headscope.studies.paths import path_names
+from headscope.studies.what.ablation import downstream
+from headscope.studies.what.paths import path_names
 from tl_files import configuration, write_checkpoint
 
 LACKS = ("resid_mid", "mlp_in", "ln2_scale", "mlp_out")

@@ -9,7 +9,7 @@ from headscope.corpus import Corpus
 from headscope.errors import StudyError
 from headscope.index.build import SAERecord, build_index
 from headscope.index.store import FeatureIndex
-from headscope.studies.catalogue import catalogue, families, head_mass, token_class
+from headscope.studies.heads.catalogue import catalogue, families, head_mass, token_class
 from planted import BOS, V, induction_sequences, planted_model, planted_sae
 
 

@@ -13,7 +13,7 @@ from headscope.errors import HeadscopeError, ModelError, SAEError
 from headscope.interventions import add
 from headscope.models.hf import Model
 from headscope.site import Site
-from headscope.studies.circuit import PromptCircuit
+from headscope.studies.how.circuit import PromptCircuit
 
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
 SETTINGS = {

@@ -14,9 +14,9 @@ from headscope.index.build import SAERecord, build_index
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.site import Site
-from headscope.studies import circuit_corpus
-from headscope.studies.circuit import PromptCircuit
-from headscope.studies.circuit_corpus import feature_circuit
+from headscope.studies.how import circuit_corpus
+from headscope.studies.how.circuit import PromptCircuit
+from headscope.studies.how.circuit_corpus import feature_circuit
 from test_circuit import precise
 
 LATENT = 3

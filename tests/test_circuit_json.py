@@ -9,8 +9,8 @@ from headscope.errors import HeadscopeError, StudyError
 from headscope.explorer.circuit_json import CircuitSource, level_json, path_of, qk_json
 from headscope.live_circuits import PromptCircuits
 from headscope.site import Site
-from headscope.studies.circuit import PromptCircuit
-from headscope.studies.qk import PromptScores
+from headscope.studies.how.circuit import PromptCircuit
+from headscope.studies.how.qk import PromptScores
 from test_circuit import precise, text
 
 LATENT, QUERY = 3, 11

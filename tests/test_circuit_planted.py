@@ -10,9 +10,9 @@ from headscope.decomposition import Part
 from headscope.index.build import SAERecord, build_index
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
-from headscope.studies.circuit import PromptCircuit
-from headscope.studies.circuit_corpus import feature_circuit
-from headscope.studies.qk import CONSTANT, PromptScores
+from headscope.studies.how.circuit import PromptCircuit
+from headscope.studies.how.circuit_corpus import feature_circuit
+from headscope.studies.how.qk import CONSTANT, PromptScores
 from planted import BOS, D_HEAD, SHARP, V, induction_sequences
 from planted_circuit import EPSILON, PREVIOUS, circuit_model, circuit_sae, normed_model
 

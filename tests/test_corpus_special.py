@@ -23,8 +23,8 @@ from headscope.sae.quality import evaluate
 from headscope.sae.training.run import train_sae
 from headscope.sae.training.stream import ActivationStream
 from headscope.site import Site
-from headscope.studies.active import Text
-from headscope.studies.split import TextTokens
+from headscope.studies.support.active import Text
+from headscope.studies.when.split import TextTokens
 
 END = "<|end|>"
 

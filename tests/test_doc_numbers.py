@@ -12,7 +12,7 @@ from headscope.sae.config import TrainConfig
 from headscope.sae.formats import load_sae, sae_hash
 from headscope.sae.presets import PRESETS
 from headscope.site import Site
-from headscope.studies.prompt import MEAN_BLOCKS
+from headscope.studies.prompt.prompts import MEAN_BLOCKS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "headscope"

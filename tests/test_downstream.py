@@ -11,8 +11,8 @@ from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.interventions import add, at, pin, reconstruction, replace
 from headscope.site import Site
-from headscope.studies import ablation, paths
-from headscope.studies.ablation import downstream
+from headscope.studies.what import ablation, paths
+from headscope.studies.what.ablation import downstream
 
 FAMILIES = {
     "gpt_neox": ("gpt_neox", {}),

@@ -6,8 +6,8 @@ from torch.testing import assert_close
 
 from headscope.interventions import add, at
 from headscope.site import Site
-from headscope.studies import direct_path
-from headscope.studies.direct_path import Pairs, direct_loss_changes
+from headscope.studies.what import direct_path
+from headscope.studies.what.direct_path import Pairs, direct_loss_changes
 
 FAMILIES = {
     "gpt_neox": ("gpt_neox", {}),

@@ -13,9 +13,9 @@ from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.sae.formats import save_sae
 from headscope.site import Site
-from headscope.studies import direct_path, effects
-from headscope.studies.ablation import downstream
-from headscope.studies.effects import DEFINITIONS, direct_effects, write_effects
+from headscope.studies.what import direct_path, effects
+from headscope.studies.what.ablation import downstream
+from headscope.studies.what.effects import DEFINITIONS, direct_effects, write_effects
 
 D_SAE = 20
 DEAD, RARE = 7, 11

@@ -10,8 +10,8 @@ from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.interventions import add, at
 from headscope.site import Site
-from headscope.studies import first_order as module
-from headscope.studies.first_order import first_order
+from headscope.studies.what import first_order as module
+from headscope.studies.what.first_order import first_order
 
 
 @pytest.fixture(scope="module", params=[0, 1])

@@ -14,10 +14,10 @@ from headscope.index.store import FeatureIndex
 from headscope.models.load import load_model
 from headscope.sae.formats import load_sae
 from headscope.site import Site
-from headscope.studies.ablation import downstream
-from headscope.studies.direct_path import Pairs, direct_loss_changes
-from headscope.studies.downstream import logit_effect
-from headscope.studies.paths import BaselineRun
+from headscope.studies.what.ablation import downstream
+from headscope.studies.what.direct_path import Pairs, direct_loss_changes
+from headscope.studies.what.downstream import logit_effect
+from headscope.studies.what.paths import BaselineRun
 from judging import TINY, assert_same_scale, judged_by, random_tokens, run_judge
 from planted import BOS, V, induction_sequences, planted_model, planted_sae
 

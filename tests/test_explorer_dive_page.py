@@ -23,10 +23,10 @@ from headscope.index.columns import add_columns
 from headscope.index.store import FeatureIndex
 from headscope.proxies import Proxy
 from headscope.stats import Estimate, Measure
-from headscope.studies.downstream import Downstream, PathEffect, logit_effect
-from headscope.studies.sensitivity import adjudicate
-from headscope.studies.specificity import specificity
-from headscope.studies.specificity_records import PredictionGroup, Predictions
+from headscope.studies.what.downstream import Downstream, PathEffect, logit_effect
+from headscope.studies.when.records import PredictionGroup, Predictions
+from headscope.studies.when.sensitivity import adjudicate
+from headscope.studies.when.specificity import specificity
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 

@@ -25,10 +25,10 @@ from headscope.index.labels import Judgement, LabelStore
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.stats import wilson
-from headscope.studies import superposition
-from headscope.studies.induction import Reading, compare_rule, head_share
-from headscope.studies.induction_composite import Criteria, induction_features
-from headscope.studies.induction_store import save_columns
+from headscope.studies.heads import superposition
+from headscope.studies.induction.behaviour import Reading, compare_rule, head_share
+from headscope.studies.induction.composite import Criteria, induction_features
+from headscope.studies.induction.store import save_columns
 from role_index import HOSTILE, LABELLED, MEMBERS, add_induction, add_kinds, live_latents, pages_of, score_of, studied
 
 BASE = "http://127.0.0.1:8000"

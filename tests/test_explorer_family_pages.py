@@ -22,7 +22,7 @@ from headscope.explorer.head_pages import IndexHeads
 from headscope.explorer.labelling import LabelRoutes
 from headscope.explorer.server import make_app
 from headscope.index.store import FeatureIndex
-from headscope.studies.induction import compare_rule, head_share
+from headscope.studies.induction.behaviour import compare_rule, head_share
 from role_index import HOSTILE, LABELLED, MEMBERS, add_induction, live_latents, pages_of, score_of, studied
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]

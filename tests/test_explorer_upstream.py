@@ -26,11 +26,11 @@ from headscope.index.live import LiveIndex
 from headscope.live_upstream import NODES, LiveUpstream
 from headscope.site import Site
 from headscope.stats import Measure
-from headscope.studies.corruptions import FeatureMetric, pair
-from headscope.studies.feature_patching import patch_features
-from headscope.studies.head_shares import head_shares
-from headscope.studies.patching import Node, interaction, patch
-from headscope.studies.upstream import compare_heads, source_shares
+from headscope.studies.how.corruptions import FeatureMetric, pair
+from headscope.studies.how.feature_patching import patch_features
+from headscope.studies.how.head_shares import head_shares
+from headscope.studies.how.patching import Node, interaction, patch
+from headscope.studies.how.sources import compare_heads, source_shares
 
 BASE = "http://127.0.0.1:8000"
 MLP = "an mlp SAE"

@@ -9,9 +9,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from headscope import figures
 from headscope.errors import FigureError
 from headscope.stats import Measure
-from headscope.studies.downstream import Downstream, LogitEffect, PathEffect
-from headscope.studies.specificity import SpecificityPlan, expected_value
-from headscope.studies.specificity_records import PredictionGroup, Predictions
+from headscope.studies.what.downstream import Downstream, LogitEffect, PathEffect
+from headscope.studies.when.records import PredictionGroup, Predictions
+from headscope.studies.when.specificity import SpecificityPlan, expected_value
 from test_specificity import Case
 
 OF_A_STUDY = {

@@ -14,14 +14,14 @@ from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.interventions import at, replace
 from headscope.site import Site
-from headscope.studies.head_ablation import (
+from headscope.studies.heads.ablation import (
     OffRule,
     firing_under_ablation,
     head_effects,
     loss_table,
     other_features,
 )
-from headscope.studies.replacement import Replacement
+from headscope.studies.support.replacement import Replacement
 from induction_index import planted_live
 from planted import V
 

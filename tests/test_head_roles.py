@@ -7,8 +7,8 @@ from scipy.stats import binom
 from torch.testing import assert_close
 
 from headscope.errors import HeadscopeError, ModelError
-from headscope.studies.head_roles import copying, head_roles, shuffles
-from headscope.studies.heads import head_scores
+from headscope.studies.heads.roles import copying, head_roles, shuffles
+from headscope.studies.heads.scores import head_scores
 from planted import planted_model
 
 SURE = 1e-4  # how rarely a right test fails for a bound

@@ -12,8 +12,8 @@ from headscope.index.head_table import SCHEMAS
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.site import Site
-from headscope.studies.head_ablation import head_effects
-from headscope.studies.replacement import Replacement
+from headscope.studies.heads.ablation import head_effects
+from headscope.studies.support.replacement import Replacement
 from induction_index import planted_live
 from planted import V
 from test_columns import D_SAE, built

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from headscope.errors import HeadscopeError, ModelError
 from headscope.site import Site
-from headscope.studies.heads import DEFINITIONS, head_scores, prefix_curves, repeated_tokens
+from headscope.studies.heads.scores import DEFINITIONS, head_scores, prefix_curves, repeated_tokens
 from planted import D_HEAD, OUT, SHARP, E, Head, P, T, V, planted_model
 
 EXACT = {"atol": 1e-10, "rtol": 0}
@@ -63,7 +63,7 @@ def test_batches_change_nothing_and_few_sequences_have_no_interval(random_model,
     model = random_model(dtype=torch.float64)
     whole = head_scores(model, n=8, n_sequences=9)
     curves = prefix_curves(model, longest=3, length=40, n_sequences=9)
-    monkeypatch.setattr("headscope.studies.heads._BATCH_TOKENS", 40)
+    monkeypatch.setattr("headscope.studies.heads.scores._BATCH_TOKENS", 40)
     pieces = head_scores(model, n=8, n_sequences=9)
     for name in DEFINITIONS:
         assert_close(getattr(pieces, name), getattr(whole, name), **EXACT)

@@ -10,8 +10,7 @@ from headscope.errors import StudyError
 from headscope.index.build import SAERecord, build_index
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
-from headscope.studies.active import Text
-from headscope.studies.induction import (
+from headscope.studies.induction.behaviour import (
     BigramFinder,
     Reading,
     behaviour,
@@ -21,8 +20,9 @@ from headscope.studies.induction import (
     selected,
     targets,
 )
-from headscope.studies.induction_composite import Criteria, copy_ranks, induction_features
-from headscope.studies.induction_store import save_columns
+from headscope.studies.induction.composite import Criteria, copy_ranks, induction_features
+from headscope.studies.induction.store import save_columns
+from headscope.studies.support.active import Text
 from induction_index import planted_live
 from planted import V
 

@@ -24,7 +24,7 @@ from headscope.memory import available_memory
 from headscope.sae.config import TrainConfig
 from headscope.sae.training import needs
 from headscope.site import Site
-from headscope.studies.head_store import HeadPlan
+from headscope.studies.heads.store import HeadPlan
 
 BAD = (math.nan, math.inf, -math.inf, -1, -0.5, 2**70, 10**20)
 """What no option takes as a whole number; floats may be large."""

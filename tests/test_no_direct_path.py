@@ -18,10 +18,10 @@ from headscope.index.store import FeatureIndex
 from headscope.jobs.pages import _Effects
 from headscope.live_upstream import LiveUpstream
 from headscope.site import Site
-from headscope.studies import effects
-from headscope.studies.head_roles import copying
-from headscope.studies.head_store import HeadPlan, study_heads
-from headscope.studies.prompt import Prompts
+from headscope.studies.heads.roles import copying
+from headscope.studies.heads.store import HeadPlan, study_heads
+from headscope.studies.prompt.prompts import Prompts
+from headscope.studies.what import effects
 
 FAMILIES = ("gemma2", "gemma3_text")
 TOKENS = (0, 5, 9, 5, 12, 9)

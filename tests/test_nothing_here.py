@@ -9,8 +9,8 @@ from scipy.stats import binom
 from headscope.index.build import SAERecord, build_index
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
-from headscope.studies.catalogue import catalogue
-from headscope.studies.induction_composite import copy_ranks, induction_features
+from headscope.studies.heads.catalogue import catalogue
+from headscope.studies.induction.composite import copy_ranks, induction_features
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from headscope.errors import CorpusError, HeadscopeError, ModelError, SAEError
 from headscope.models.load import load_model
 from headscope.sae.model import SAE
 from headscope.site import Site
-from headscope.studies.corruptions import (
+from headscope.studies.how.corruptions import (
     FeatureMetric,
     pair,
     prompt,
@@ -23,8 +23,8 @@ from headscope.studies.corruptions import (
     swap_earlier,
     unused_token,
 )
-from headscope.studies.feature_patching import patch_features
-from headscope.studies.patching import Node, average, interaction, nodes_of, patch, role
+from headscope.studies.how.feature_patching import patch_features
+from headscope.studies.how.patching import Node, average, interaction, nodes_of, patch, role
 from judging import judged_by, run_judge
 from planted import OUT, Head, V, induction_sequences, planted_model, planted_sae
 
@@ -244,7 +244,7 @@ def test_batches_of_any_size_give_the_same(random_model, random_sae, seed, lengt
     nodes = nodes_of(prompts, ["token", "z", "mlp_out"], by_position=True)[: 3 * rows]
     whole = patch(prompts, nodes)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("headscope.studies.patch_runs._BATCH_TOKENS", rows * length)
+        monkeypatch.setattr("headscope.studies.how.patch_runs._BATCH_TOKENS", rows * length)
         pieces = patch(prompts, nodes)
     assert_allclose(pieces.noising.pre, whole.noising.pre, **EXACT)
     assert_allclose(pieces.denoising.pre, whole.denoising.pre, **EXACT)

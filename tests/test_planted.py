@@ -13,7 +13,7 @@ from headscope.index.config import IndexPlan
 from headscope.index.store import FeatureIndex
 from headscope.interventions import constant
 from headscope.site import Site
-from headscope.studies.heads import head_scores
+from headscope.studies.heads.scores import head_scores
 from planted import BOS, D_HEAD, V, induction_sequences, planted_model, planted_sae
 
 N = 64

@@ -10,7 +10,7 @@ from headscope.errors import IndexFormatError, ProxyError, StudyError
 from headscope.index.build import SAERecord, build_index
 from headscope.index.store import FeatureIndex
 from headscope.proxies import evaluate
-from headscope.studies.predictions import next_token_probability, predictions
+from headscope.studies.when.predictions import next_token_probability, predictions
 
 PROXY = 'token_in(["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p", "q", "r", "s", "t"])'
 N_BLOCKS, BLOCK = 40, 16

@@ -20,10 +20,10 @@ from headscope.interventions import add, replace
 from headscope.models.hf import Model
 from headscope.sae.model import SAE
 from headscope.site import Site
-from headscope.studies import prompt as study
-from headscope.studies.prompt import Prompts
-from headscope.studies.prompt_records import FeatureAblation, HeadAblation, parse_ablation, parse_ablations
-from headscope.studies.replacement import Replacement
+from headscope.studies.prompt import prompts as study
+from headscope.studies.prompt.prompts import Prompts
+from headscope.studies.prompt.records import FeatureAblation, HeadAblation, parse_ablation, parse_ablations
+from headscope.studies.support.replacement import Replacement
 from test_circuit import PreciseRMSNorm
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}

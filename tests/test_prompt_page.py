@@ -20,8 +20,8 @@ from headscope.index.build import SAERecord, build_index
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.live_circuits import PromptCircuits
-from headscope.studies.prompt import Prompts
-from headscope.studies.prompt_records import parse_ablations
+from headscope.studies.prompt.prompts import Prompts
+from headscope.studies.prompt.records import parse_ablations
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 

@@ -31,8 +31,8 @@ from headscope.index.store import FeatureIndex
 from headscope.live_circuits import PromptCircuits
 from headscope.models.load import load_model
 from headscope.sae.formats import sae_hash, save_sae
-from headscope.studies.prompt import Prompts
-from headscope.studies.prompt_records import parse_ablations
+from headscope.studies.prompt.prompts import Prompts
+from headscope.studies.prompt.records import parse_ablations
 
 BASE = "http://127.0.0.1:8000"
 TOKEN = "the token of this start"

@@ -14,7 +14,7 @@ from headscope.errors import HeadscopeError, ModelError
 from headscope.interventions import add
 from headscope.models.hf import Model
 from headscope.site import Site
-from headscope.studies.qk import CONSTANT, PromptScores
+from headscope.studies.how.qk import CONSTANT, PromptScores
 from judging import assert_same_scale, judged_by, named, of_transformerlens  # noqa: F401 - a fixture
 from test_circuit import EXACT, SETTINGS, precise, text
 

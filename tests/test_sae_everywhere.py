@@ -24,9 +24,9 @@ from headscope.sae.convert import fitted
 from headscope.sae.formats import load_sae, sae_hash, save_sae
 from headscope.sae.model import SAE, Gated
 from headscope.site import Site
-from headscope.studies.circuit import PromptCircuit
-from headscope.studies.head_ablation import head_effects
-from headscope.studies.replacement import Replacement
+from headscope.studies.heads.ablation import head_effects
+from headscope.studies.how.circuit import PromptCircuit
+from headscope.studies.support.replacement import Replacement
 from sae_files import CASES
 
 RandomSAE = Callable[..., SAE]

@@ -16,9 +16,9 @@ from headscope.index.build import SAERecord, build_index
 from headscope.index.records import Activations
 from headscope.index.store import FeatureIndex
 from headscope.proxies import evaluate, parse
-from headscope.studies.sensitivity import REST, adjudicate
-from headscope.studies.specificity import SpecificityPlan, expected_value, specificity
-from headscope.studies.split import MAX_UNITS, TextTokens
+from headscope.studies.when.sensitivity import REST, adjudicate
+from headscope.studies.when.specificity import SpecificityPlan, expected_value, specificity
+from headscope.studies.when.split import MAX_UNITS, TextTokens
 
 BLOCK = 20
 QUICK = SpecificityPlan(n_samples=50, n_rotations=3)

@@ -15,14 +15,14 @@ from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.sae.model import SAE, ReLU
 from headscope.site import Site
-from headscope.studies.replacement import Replacement
-from headscope.studies.superposition import (
+from headscope.studies.heads.superposition import (
     DEFINITIONS,
     OUTCOMES,
     concentration,
     redundancy,
     source_agreement,
 )
+from headscope.studies.support.replacement import Replacement
 from planted import BOS, D_HEAD, induction_sequences, planted_model
 
 AND, OR, ONE, BOTH = range(4)

@@ -15,7 +15,7 @@ from headscope.corpus import load_corpus
 from headscope.models.load import load_model
 from headscope.sae.formats import load_sae
 from headscope.sae.quality import evaluate
-from headscope.studies.heads import head_scores
+from headscope.studies.heads.scores import head_scores
 
 FOLDER = Path(str(resources.files("headscope.models") / "tiny"))
 SAES = ["tiny-z1", "tiny-z1-relu", "tiny-mlp0"]

@@ -27,7 +27,7 @@ from headscope.index.token_texts import TokenTexts
 from headscope.proxies import evaluate as holds_at
 from headscope.proxies import regex
 from headscope.proxies.masks import vocabulary_of
-from headscope.studies.corruptions import prompt
+from headscope.studies.how.corruptions import prompt
 from headscope.tokens import Spelling, encode, marked, own_tokenizer, special_ids, unknown_id
 from headscope.tokens.spelling import _CHARACTERS as CHARACTERS
 from headscope.tokens.spelling import _TEXTS as TRIED

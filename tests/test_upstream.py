@@ -11,8 +11,8 @@ from headscope.errors import HeadscopeError, IndexFormatError, ModelError
 from headscope.index.build import SAERecord, build_index
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
-from headscope.studies.head_shares import head_shares
-from headscope.studies.upstream import compare_heads, source_shares
+from headscope.studies.how.head_shares import head_shares
+from headscope.studies.how.sources import compare_heads, source_shares
 from planted import BOS, V, induction_sequences, planted_model, planted_sae
 
 B = 5

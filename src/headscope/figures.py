@@ -17,8 +17,8 @@ from headscope.errors import FigureError
 from headscope.names import short
 from headscope.sae.pareto import MEASURES, Pareto
 from headscope.sae.runs import Run
-from headscope.studies.downstream import Downstream, LogitEffect
-from headscope.studies.specificity_records import Curve, ExpectedValue, Histogram, Predictions, Specificity
+from headscope.studies.what.downstream import Downstream, LogitEffect
+from headscope.studies.when.records import Curve, ExpectedValue, Histogram, Predictions, Specificity
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -56,7 +56,7 @@ def expected_value(study: Specificity, values: ExpectedValue) -> "go.Figure":
 
     Args:
         study: of a feature and a proxy.
-        values: `studies.specificity.expected_value` of its histogram.
+        values: `studies.when.specificity.expected_value` of its histogram.
 
     Raises:
         FigureError: plotly is not installed.
@@ -171,7 +171,7 @@ def loss_changes(found: Downstream, *, bins: int = 100) -> "go.Figure":
     """Tokens by what ablating the feature does to their loss, one outline for each path.
 
     Args:
-        found: `studies.ablation.downstream` of a feature.
+        found: `studies.what.ablation.downstream` of a feature.
         bins: of equal width, over the changes of all paths.
 
     Raises:
@@ -191,7 +191,7 @@ def logit_effect(found: LogitEffect, names: Mapping[int, str]) -> "go.Figure":
     """The tokens that a feature raises and lowers most by the direct path, as bars.
 
     Args:
-        found: `studies.downstream.logit_effect` of a feature.
+        found: `studies.what.downstream.logit_effect` of a feature.
         names: what to call each of its tokens.
 
     Raises:

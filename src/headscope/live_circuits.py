@@ -14,9 +14,9 @@ from torch import Tensor
 from headscope.errors import StudyError
 from headscope.models.hf import Model
 from headscope.sae.model import SAE
-from headscope.studies.circuit import Node, PromptCircuit
-from headscope.studies.corruptions import prompt
-from headscope.studies.qk import PromptScores, ScoreSplit
+from headscope.studies.how.circuit import Node, PromptCircuit
+from headscope.studies.how.corruptions import prompt
+from headscope.studies.how.qk import PromptScores, ScoreSplit
 
 _KEPT = 4  # prompts
 _T = TypeVar("_T")

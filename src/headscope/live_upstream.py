@@ -15,7 +15,7 @@ from headscope.index.live import LiveIndex
 from headscope.live_circuits import PromptCircuits
 from headscope.live_upstream_json import comparison_json, features_json, patching_json, sources_json
 from headscope.sae.model import SAE
-from headscope.studies.corruptions import (
+from headscope.studies.how.corruptions import (
     FeatureMetric,
     PromptPair,
     earlier_copies,
@@ -25,10 +25,10 @@ from headscope.studies.corruptions import (
     swap_earlier,
     unused_token,
 )
-from headscope.studies.feature_patching import patch_features
-from headscope.studies.nodes import INPUTS
-from headscope.studies.patching import Interaction, Node, NodeKind, Patching, interaction, nodes_of, patch
-from headscope.studies.upstream import compare_heads, source_shares
+from headscope.studies.how.feature_patching import patch_features
+from headscope.studies.how.nodes import INPUTS
+from headscope.studies.how.patching import Interaction, Node, NodeKind, Patching, interaction, nodes_of, patch
+from headscope.studies.how.sources import compare_heads, source_shares
 
 MAX_BLOCKS = 24
 """Blocks of a feature that are read for its source tokens."""
@@ -79,7 +79,7 @@ class LiveUpstream:
             found = source_shares(self._live, latent, tokens, thresholds=thresholds, max_blocks=MAX_BLOCKS)
         return sources_json(found) | {
             "python": (
-                f"{self._opened('from headscope.studies.upstream import source_shares')}"
+                f"{self._opened('from headscope.studies.how.sources import source_shares')}"
                 f"source_shares(live, {latent}, {list(tokens)}, thresholds={list(thresholds)}, max_blocks={MAX_BLOCKS})"
             )
         }
@@ -94,7 +94,7 @@ class LiveUpstream:
             found = compare_heads(self._live, at, latent)
         return comparison_json(found) | {
             "python": (
-                f"{self._opened('from headscope.studies.upstream import compare_heads')}"
+                f"{self._opened('from headscope.studies.how.sources import compare_heads')}"
                 f"compare_heads(live, {at}, {latent})"
             )
         }
@@ -134,7 +134,8 @@ class LiveUpstream:
             found = patch_features(prompts, self._saes[sae])
         calls = f"patch_features(pair, load_sae({sae!r}))"
         imports = (
-            "from headscope.sae.formats import load_sae\nfrom headscope.studies.feature_patching import patch_features"
+            "from headscope.sae.formats import load_sae\n"
+            "from headscope.studies.how.feature_patching import patch_features"
         )
         return features_json(found) | said | {"sae": sae, "python": self._pair_python(prompts, imports) + calls}
 
@@ -218,7 +219,7 @@ class LiveUpstream:
     def _pair_python(self, prompts: PromptPair, imports: str) -> str:
         return (
             "import torch\n"
-            + self._opened(f"from headscope.studies.corruptions import FeatureMetric, pair\n{imports}")
+            + self._opened(f"from headscope.studies.how.corruptions import FeatureMetric, pair\n{imports}")
             + f"metric = FeatureMetric(live.model, live.sae, {prompts.metric.latent})\n"
             f"clean = torch.tensor({prompts.clean.tolist()})\n"
             f"corrupted = torch.tensor({prompts.corrupted.tolist()})\n"
@@ -228,7 +229,7 @@ class LiveUpstream:
     def _python(self, prompts: PromptPair, nodes: Sequence[Node]) -> str:
         kinds = tuple(dict.fromkeys(node.kind for node in nodes))
         layers = tuple(sorted({node.layer for node in nodes if node.kind not in ("token", "position")}))
-        imports = "from headscope.studies.patching import nodes_of, patch"
+        imports = "from headscope.studies.how.patching import nodes_of, patch"
         return self._pair_python(prompts, imports) + (
             f"nodes = [*nodes_of(pair, {kinds}, layers={layers}),\n"
             f"         *nodes_of(pair, {kinds}, layers={layers}, by_position=True)]\n"

@@ -9,10 +9,10 @@ from headscope.explorer.answers import Json
 from headscope.explorer.circuit_json import DIGITS
 from headscope.explorer.numbers import short, significant
 from headscope.explorer.study_json import measure_json
-from headscope.studies.corruptions import PromptPair, Reading
-from headscope.studies.feature_patching import BARS, FeaturePatching
-from headscope.studies.patching import Interaction, Patch, Patching, Scores, role
-from headscope.studies.upstream import HeadComparison, SourceShares
+from headscope.studies.how.corruptions import PromptPair, Reading
+from headscope.studies.how.feature_patching import BARS, FeaturePatching
+from headscope.studies.how.patching import Interaction, Patch, Patching, Scores, role
+from headscope.studies.how.sources import HeadComparison, SourceShares
 
 _WHOLE = ("summed", "separate", "linear", "bos", "frequency")
 _ATTENTION = ("active", "visible", "inactive", "elsewhere")

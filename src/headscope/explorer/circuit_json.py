@@ -39,7 +39,7 @@ class PartRecord(Protocol):
 
 @runtime_checkable
 class HopRecord(Protocol):
-    """`headscope.studies.circuit.Hop`."""
+    """`headscope.studies.how.circuit.Hop`."""
 
     @property
     def layer(self) -> int: ...  # noqa: D102
@@ -51,7 +51,7 @@ class HopRecord(Protocol):
 
 @runtime_checkable
 class NodeRecord(Protocol):
-    """`headscope.studies.circuit.Node`."""
+    """`headscope.studies.how.circuit.Node`."""
 
     @property
     def kind(self) -> str: ...  # noqa: D102
@@ -73,7 +73,7 @@ class NodeRecord(Protocol):
 
 @runtime_checkable
 class ScoreRecord(Protocol):
-    """`headscope.studies.qk.ScoreSplit`."""
+    """`headscope.studies.how.qk.ScoreSplit`."""
 
     @property
     def layer(self) -> int: ...  # noqa: D102

@@ -23,9 +23,9 @@ from headscope.proxies import (
     within_after,
 )
 from headscope.proxies.families import AfterAny, Induction, NextTokenIn, TokenIn, WithinAfter
-from headscope.studies.downstream import Downstream, logit_effect
-from headscope.studies.specificity import specificity
-from headscope.studies.specificity_records import Predictions
+from headscope.studies.what.downstream import Downstream, logit_effect
+from headscope.studies.when.records import Predictions
+from headscope.studies.when.specificity import specificity
 
 _SUGGESTED = 5  # tokens of a suggested proxy
 _MAX_SUBTYPES = 6
@@ -234,7 +234,7 @@ def _python(folder: str, latent: int, proxy: Proxy) -> dict[str, str]:
     """The calls that make each tab again."""
     head = (
         "from headscope import FeatureIndex\n"
-        "from headscope.studies.specificity import expected_value, specificity\n\n"
+        "from headscope.studies.when.specificity import expected_value, specificity\n\n"
         f"index = FeatureIndex.open({folder!r})\n"
     )
     study = f"{head}found = specificity(index, {latent}, {proxy.name!r})\n"
@@ -245,7 +245,7 @@ def _python(folder: str, latent: int, proxy: Proxy) -> dict[str, str]:
         "expected": f"{study}expected_value(found.histogram, found.counts.n_tokens)",
         "expected_class": f'{study}expected_value(found.histogram, found.counts.n_tokens, "class")',
         "predictions": (
-            "from headscope import jobs\nfrom headscope.studies.predictions import predictions\n\n"
+            "from headscope import jobs\nfrom headscope.studies.when.predictions import predictions\n\n"
             f"live = jobs.live({folder!r})\npredictions(live.index, live.model, {latent}, {proxy.name!r})"
         ),
         "sensitivity": f"{whole}found.sensitivity, found.curve, found.auc, found.pearson",
@@ -255,7 +255,7 @@ def _python(folder: str, latent: int, proxy: Proxy) -> dict[str, str]:
 def _python_of_logits(folder: str, latent: int) -> str:
     return (
         "from headscope import FeatureIndex\n"
-        "from headscope.studies.downstream import logit_effect\n\n"
+        "from headscope.studies.what.downstream import logit_effect\n\n"
         f"index = FeatureIndex.open({folder!r})\n"
         f"found = logit_effect(index, {latent})\n"
         "found.top, found.bottom, found.prominence, found.copied, found.top_source, found.copy_rank"
@@ -265,7 +265,7 @@ def _python_of_logits(folder: str, latent: int) -> str:
 def _python_of_effects(folder: str, latent: int) -> str:
     return (
         "from headscope import jobs\n"
-        "from headscope.studies.ablation import downstream\n\n"
+        "from headscope.studies.what.ablation import downstream\n\n"
         f"live = jobs.live({folder!r})\n"
         f"[found] = downstream(live, [{latent}], max_tokens={_MOST})\n"
         "found.paths, found.worst(), found.best()"

@@ -1,6 +1,6 @@
 """Families of features as the columns of an index tell them: who belongs, and how well a simple rule would find them.
 
-`induction` is held against the post's rule, the decoder share of one head (`studies.induction_store` writes its
+`induction` is held against the post's rule, the decoder share of one head (`studies.induction.store` writes its
 columns); the families of proxies against the correlation of their best proxy (`proxies.search_table` does). No torch,
 no model: what no study has added to the index is said, with the command that adds it.
 """
@@ -24,7 +24,7 @@ from headscope.index.labels import LabelStore
 from headscope.index.store import FeatureIndex
 from headscope.proxies.search_records import FAMILIES
 from headscope.stats import wilson
-from headscope.studies.induction import SELECTED, compare_rule
+from headscope.studies.induction.behaviour import SELECTED, compare_rule
 
 INDUCTION = "induction"
 _TESTS = {

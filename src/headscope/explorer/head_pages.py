@@ -23,7 +23,7 @@ from headscope.index.head_table import ROLES, SCHEMAS
 from headscope.index.store import FeatureIndex
 
 CONTRIBUTES = 0.1
-"""A head makes a part of a feature from this share of squared DFA on, as in `studies.superposition`."""
+"""A head makes a part of a feature from this share of squared DFA on, as in `studies.heads.superposition`."""
 WEIGHTS = ("dfa", "decoder")
 """Ways to weigh the features of a head that a page shows side by side."""
 _TOP = 25  # features of a list

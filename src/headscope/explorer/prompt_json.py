@@ -4,7 +4,7 @@ import numpy as np
 
 from headscope.explorer.answers import Json
 from headscope.explorer.numbers import short, significant
-from headscope.studies.prompt_records import ActiveFeatures, NextTokens, PromptDFA, PromptRun
+from headscope.studies.prompt.records import ActiveFeatures, NextTokens, PromptDFA, PromptRun
 
 DIGITS = 7
 MOST_ACTIVE = 64
@@ -94,8 +94,8 @@ def _python(folder: str, found: PromptRun) -> str:
     """The calls that make these numbers again."""
     return (
         "from headscope import jobs\n"
-        "from headscope.studies.prompt import Prompts\n"
-        "from headscope.studies.prompt_records import parse_ablations\n\n"
+        "from headscope.studies.prompt.prompts import Prompts\n"
+        "from headscope.studies.prompt.records import parse_ablations\n\n"
         f"prompts = Prompts(jobs.live({folder!r}))\n"
         f"tokens = {found.tokens.tolist()}\n"
         f"ablations = parse_ablations({[ablation.name for ablation in found.ablations]!r})\n"

@@ -17,7 +17,7 @@ from headscope.explorer.answers import Json, answer, failure, json_object, pack_
 from headscope.explorer.circuit_json import CircuitSource, level_json, path_of, qk_json
 from headscope.explorer.desk import Desk
 from headscope.explorer.prompt_json import dfa_json, features_json, next_json, run_json
-from headscope.studies.prompt_records import (
+from headscope.studies.prompt.records import (
     Ablation,
     ActiveFeatures,
     NextTokens,
@@ -44,7 +44,7 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 
 @runtime_checkable
 class PromptSource(Protocol):
-    """An object with the index's model behind it; `headscope.studies.prompt.Prompts` is one."""
+    """An object with the index's model behind it; `headscope.studies.prompt.prompts.Prompts` is one."""
 
     @property
     def bos(self) -> int:

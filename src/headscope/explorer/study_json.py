@@ -12,9 +12,8 @@ from headscope.explorer.numbers import short, significant
 from headscope.index.records import Activations
 from headscope.index.store import FeatureIndex
 from headscope.stats import Estimate, Measure
-from headscope.studies.downstream import Downstream, LogitEffect, PathEffect
-from headscope.studies.specificity import expected_value
-from headscope.studies.specificity_records import (
+from headscope.studies.what.downstream import Downstream, LogitEffect, PathEffect
+from headscope.studies.when.records import (
     Curve,
     ExpectedValue,
     FalsePositiveRange,
@@ -23,6 +22,7 @@ from headscope.studies.specificity_records import (
     Predictions,
     Specificity,
 )
+from headscope.studies.when.specificity import expected_value
 
 _REACH = 16  # tokens shown on each side of a place
 _DIGITS = 6

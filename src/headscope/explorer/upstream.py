@@ -16,7 +16,7 @@ from headscope.explorer.study_json import measure_json
 from headscope.index.store import FeatureIndex
 from headscope.proxies import parse
 from headscope.proxies.families import AfterAny, Induction, WithinAfter
-from headscope.studies.head_shares import HeadShares, head_shares
+from headscope.studies.how.head_shares import HeadShares, head_shares
 
 _SHARES = {
     "decoder": "||W_dec[j, h]||, normalised (the post's); depends on the basis of z",
@@ -98,7 +98,7 @@ class IndexUpstream:
                 for name, definition in _SHARES.items()
             },
             "python": (
-                "from headscope import FeatureIndex\nfrom headscope.studies.head_shares import head_shares\n\n"
+                "from headscope import FeatureIndex\nfrom headscope.studies.how.head_shares import head_shares\n\n"
                 f"index = FeatureIndex.open({folder!r})\n"
                 f"head_shares(index, {latent}, {[r.threshold for r in records]}), index.feature({latent}).shares"
             ),
@@ -207,14 +207,14 @@ class IndexUpstream:
         block, query = divmod(at, self._index.block_size)
         saes = [] if self._model is None else list(self._model.saes)
         if scores is None:
-            study = "from headscope.studies.circuit import PromptCircuit"
+            study = "from headscope.studies.how.circuit import PromptCircuit"
             calls = (
                 "circuit = PromptCircuit(live.model, live.sae, tokens, saes=saes)\n"
                 f"circuit.expand(circuit.root({latent}, {query}))"
             )
         else:
             layer, head, at_query, key = scores
-            study = "from headscope.studies.qk import PromptScores"
+            study = "from headscope.studies.how.qk import PromptScores"
             before = f"[sae for sae in saes if sae.site.layer < {layer}]"
             calls = f"PromptScores(live.model, {layer}, tokens, saes={before}).split({head}, {at_query}).top({key})"
         return (

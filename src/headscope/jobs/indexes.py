@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from headscope.proxies.search_records import FeatureProxies
     from headscope.proxies.search_table import Summary
     from headscope.sae.model import SAE
-    from headscope.studies.effects import DirectEffects
-    from headscope.studies.induction_store import InductionFamily
+    from headscope.studies.induction.store import InductionFamily
     from headscope.studies.survey import Survey
+    from headscope.studies.what.effects import DirectEffects
 
 
 @checked
@@ -189,7 +189,7 @@ def effects(
     """
     opened = live(index, model=model, sae=sae, device=device)
 
-    from headscope.studies.effects import direct_effects, write_effects
+    from headscope.studies.what.effects import direct_effects, write_effects
 
     on_pairs = None if on_progress is None else lambda done, total: on_progress("effects", done, total)
     found = direct_effects(opened, max_tokens=max_tokens, max_work=max_work, on_progress=on_pairs)
@@ -214,7 +214,7 @@ def families(
     """
     opened = live(index, model=model, sae=sae, device=device)
 
-    from headscope.studies.induction_store import induction_family, save_family
+    from headscope.studies.induction.store import induction_family, save_family
 
     found = induction_family(opened, seed=seed, on_progress=on_progress)
     save_family(opened, found)
@@ -240,7 +240,7 @@ def heads(
     opened = live(index, model=model, sae=sae, device=device)
 
     from headscope.index.head_records import HeadTables
-    from headscope.studies.head_store import HeadPlan, study_heads
+    from headscope.studies.heads.store import HeadPlan, study_heads
 
     study_heads(opened, HeadPlan(n_shuffles=n_shuffles, seed=seed), on_progress)
     return HeadTables(index)

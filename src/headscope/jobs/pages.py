@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from headscope.index.store import FeatureIndex
     from headscope.live_upstream import LiveUpstream
     from headscope.proxies import Proxy
-    from headscope.studies.downstream import Downstream
-    from headscope.studies.specificity_records import Predictions
+    from headscope.studies.what.downstream import Downstream
+    from headscope.studies.when.records import Predictions
 
 
 @checked
@@ -85,7 +85,7 @@ def _models(opened: "LiveIndex", saes: Sequence[str]) -> "tuple[_Effects, LiveUp
     """What a page asks of a model: it is loaded once, and run for one question at a time."""
     from headscope.explorer.prompts import PromptRoutes
     from headscope.live_upstream import LiveUpstream
-    from headscope.studies.prompt import Prompts
+    from headscope.studies.prompt.prompts import Prompts
 
     lock = Lock()
     upstream = LiveUpstream(opened, {name: upstream_sae(opened, name) for name in saes}, lock=lock)
@@ -101,14 +101,14 @@ class _Effects:
 
     def downstream(self, latent: int, max_tokens: int) -> "Downstream":
         """The effects of one feature."""
-        from headscope.studies.ablation import downstream
+        from headscope.studies.what.ablation import downstream
 
         with self._lock:
             return downstream(self._live, [latent], max_tokens=max_tokens)[0]
 
     def predictions(self, latent: int, proxy: "Proxy") -> "Predictions":
         """What the model predicts where one feature misses a proxy."""
-        from headscope.studies.predictions import predictions
+        from headscope.studies.when.predictions import predictions
 
         with self._lock:
             return predictions(self._live.index, self._live.model, latent, proxy)

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 from headscope.index.live import LiveIndex
 from headscope.report.records import Settings
-from headscope.studies.replacement import Kind, Replacement
+from headscope.studies.support.replacement import Kind, Replacement
 
 
 def mean_replacement(live: LiveIndex, settings: Settings) -> Replacement:

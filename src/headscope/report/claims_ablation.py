@@ -16,8 +16,7 @@ from headscope.report.records import Claim, Finding, Listing, Settings, Study
 from headscope.report.rows import Filled, Row, Rows, fill, mean_by, share_that, why
 from headscope.report.subject import Subject
 from headscope.stats import Estimate, Measure, quotient, resampled, unit_draws
-from headscope.studies.catalogue import HeadCard, HeadMass, catalogue, families, head_mass
-from headscope.studies.head_ablation import (
+from headscope.studies.heads.ablation import (
     AblatedFiring,
     HeadEffects,
     LossTable,
@@ -27,6 +26,7 @@ from headscope.studies.head_ablation import (
     loss_table,
     other_features,
 )
+from headscope.studies.heads.catalogue import HeadCard, HeadMass, catalogue, families, head_mass
 
 _FIRING_BLOCKS, _LOSS_BLOCKS = 96, 192
 

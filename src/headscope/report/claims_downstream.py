@@ -8,8 +8,8 @@ from jaxtyping import Bool
 from headscope.report.records import Claim, Exemplar, Figure, Finding, Study
 from headscope.report.subject import Subject
 from headscope.stats import Measure, ratio
-from headscope.studies.ablation import downstream
-from headscope.studies.downstream import Downstream
+from headscope.studies.what.ablation import downstream
+from headscope.studies.what.downstream import Downstream
 
 N_TOKENS = 10
 """Tokens that a context feature raises most: what its loss increase is looked for on."""

@@ -9,7 +9,7 @@ from headscope.report.records import Claim, Figure, Finding, Study
 from headscope.report.rows import Filled, Row, fill, mean_by, share_that, why
 from headscope.report.subject import Subject
 from headscope.stats import Estimate, wilson
-from headscope.studies.induction import (
+from headscope.studies.induction.behaviour import (
     CONTROL,
     PASS,
     SELECTED,
@@ -21,7 +21,7 @@ from headscope.studies.induction import (
     head_share,
     selected,
 )
-from headscope.studies.induction_composite import InductionFeatures
+from headscope.studies.induction.composite import InductionFeatures
 
 # ----------------------------------------------------------------------------------------------------------- selection
 _BY_SHARE = {

@@ -10,10 +10,10 @@ from headscope.report.records import KINDS, Claim, Exemplar, Figure, Finding, Li
 from headscope.report.rows import Row, share_that
 from headscope.report.subject import Subject
 from headscope.stats import Measure, wilson
-from headscope.studies.active import Text
-from headscope.studies.downstream import LogitEffect, logit_effect
-from headscope.studies.specificity import SpecificityPlan, expected_value, specificity
-from headscope.studies.specificity_records import Specificity
+from headscope.studies.support.active import Text
+from headscope.studies.what.downstream import LogitEffect, logit_effect
+from headscope.studies.when.records import Specificity
+from headscope.studies.when.specificity import SpecificityPlan, expected_value, specificity
 
 OWN_RULE = "the post: a proxy written by hand; here one found by search, of the kind of the post's"
 _NO_NUMBER = "the post gives no number"

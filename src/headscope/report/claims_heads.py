@@ -10,8 +10,8 @@ from headscope.report.records import Claim, Figure, Finding, Study
 from headscope.report.rows import Filled, Row, fill, share_that
 from headscope.report.subject import Subject
 from headscope.stats import Estimate, Measure, wilson
-from headscope.studies.heads import DEFINITIONS, ScoreName, prefix_curves
-from headscope.studies.superposition import Concentration, concentration, redundancy, source_agreement
+from headscope.studies.heads.scores import DEFINITIONS, ScoreName, prefix_curves
+from headscope.studies.heads.superposition import Concentration, concentration, redundancy, source_agreement
 
 _ONE = 0.9
 _DIRECTIONS = "directions of z that mean nothing and are active as often"

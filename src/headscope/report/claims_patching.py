@@ -15,8 +15,8 @@ from headscope.report.records import Claim, Exemplar, Figure, Finding, Kind, Lis
 from headscope.report.rows import Filled, Row, fill_each, mean_by, share_that, why
 from headscope.report.subject import Subject
 from headscope.stats import Measure
-from headscope.studies.feature_patching import BARS, FeaturePatching, patch_features
-from headscope.studies.patching import THRESHOLD, Node, NodeKind, Patching, interaction, patch, role
+from headscope.studies.how.feature_patching import BARS, FeaturePatching, patch_features
+from headscope.studies.how.patching import THRESHOLD, Node, NodeKind, Patching, interaction, patch, role
 
 _CONTEXT: tuple[Kind, ...] = ("local context", "high-level context")
 _METRICS = {"pre": "pre-activation", "activation": "activation"}

@@ -10,11 +10,11 @@ from headscope.report.records import KINDS, Claim, Exemplar, Figure, Finding, Li
 from headscope.report.rows import Filled, Row, fill, fill_each, mean_by, share_that
 from headscope.report.subject import Subject
 from headscope.stats import Estimate, Measure, ratio
-from headscope.studies.active import Text, drawn
-from headscope.studies.circuit_corpus import LINEAR, SQUARES, FeatureCircuit, feature_circuit
-from headscope.studies.head_shares import HeadShares, head_shares
-from headscope.studies.induction_composite import copy_ranks
-from headscope.studies.upstream import SourceShares, compare_heads, source_shares
+from headscope.studies.how.circuit_corpus import LINEAR, SQUARES, FeatureCircuit, feature_circuit
+from headscope.studies.how.head_shares import HeadShares, head_shares
+from headscope.studies.how.sources import SourceShares, compare_heads, source_shares
+from headscope.studies.induction.composite import copy_ranks
+from headscope.studies.support.active import Text, drawn
 
 _THRESHOLDS = (0.0, 0.25, 0.5, 0.75)
 """Of the largest activation."""

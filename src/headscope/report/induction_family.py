@@ -10,9 +10,9 @@ from headscope.index.live import LiveIndex
 from headscope.report.model_heads import model_heads
 from headscope.report.records import Settings
 from headscope.report.subject import Subject
-from headscope.studies.active import Text
-from headscope.studies.induction import Behaviour, BigramFinder, behaviour, control_group, selected
-from headscope.studies.induction_composite import InductionFeatures, induction_features
+from headscope.studies.induction.behaviour import Behaviour, BigramFinder, behaviour, control_group, selected
+from headscope.studies.induction.composite import InductionFeatures, induction_features
+from headscope.studies.support.active import Text
 
 _FEW_PLACES, _PLACES, _CORRUPTED = 4, 12, 6
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from headscope.errors import StudyError
 from headscope.models.hf import Model
 from headscope.report.subject import Subject
-from headscope.studies.heads import HeadScores, ScoreName, head_scores
+from headscope.studies.heads.scores import HeadScores, ScoreName, head_scores
 
 N_SHUFFLED = 4
 """Models with shuffled weights beside the true one."""

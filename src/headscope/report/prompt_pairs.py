@@ -15,8 +15,8 @@ from jaxtyping import Int
 from headscope.errors import HeadscopeError, StudyError
 from headscope.index.live import LiveIndex
 from headscope.report.records import Exemplar, Settings
-from headscope.studies.active import Text
-from headscope.studies.corruptions import FeatureMetric, PromptPair, pair, replace_tokens
+from headscope.studies.how.corruptions import FeatureMetric, PromptPair, pair, replace_tokens
+from headscope.studies.support.active import Text
 
 _LONGEST = 64
 _BEFORE = 4

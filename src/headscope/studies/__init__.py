@@ -1,1 +1,1 @@
-"""One question a file; each returns frozen records."""
+"""Studies of features and heads, by the question that they answer; each returns frozen records."""

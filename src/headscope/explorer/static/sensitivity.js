@@ -5,7 +5,7 @@ import { choice, el } from "./dom.js";
 import { int, num, pct } from "./format.js";
 import { empty, measureRows, measureTable, measureText, studyHead } from "./study.js";
 
-const VERDICTS = [["miss", "miss", "the feature should have fired here"], ["proxy wrong", "proxy wrong", "the proxy is true where it should not be"], ["unclear", "unclear", "one cannot say"]]; // as studies.sensitivity.adjudicate takes them
+const VERDICTS = [["miss", "miss", "the feature should have fired here"], ["proxy wrong", "proxy wrong", "the proxy is true where it should not be"], ["unclear", "unclear", "one cannot say"]]; // as studies.when.sensitivity.adjudicate takes them
 
 export function drawSensitivity(dive, view, needs) {
   const { counts, curve, measures, misses, subtypes } = dive;
@@ -63,7 +63,7 @@ function drawMisses({ misses, contexts, maximum, counts }, needs, verdicts) {
     return drawContext(contexts[row], { ...needs, maximum }, { aside: buttons });
   });
   summary.textContent = verdicts.summary();
-  return [title, el("p", { class: "hint" }, `${int(misses.rows.length)} of ${int(misses.n)}, in random order. Judge them by eye: a miss of the feature, or a proxy that is wrong there? Verdicts stay in this browser and go into the CSV, by corpus position, as studies.sensitivity.adjudicate takes them.`), summary, contextKey(maximum), contextList(rows, 12)];
+  return [title, el("p", { class: "hint" }, `${int(misses.rows.length)} of ${int(misses.n)}, in random order. Judge them by eye: a miss of the feature, or a proxy that is wrong there? Verdicts stay in this browser and go into the CSV, by corpus position, as studies.when.sensitivity.adjudicate takes them.`), summary, contextKey(maximum), contextList(rows, 12)];
 }
 
 /** What a reader said of the misses, kept in the browser where it allows that. */

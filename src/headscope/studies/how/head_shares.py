@@ -7,8 +7,8 @@ import numpy as np
 
 from headscope.index.store import FeatureIndex
 from headscope.stats import Measure, ratio
-from headscope.studies.active import Text
-from headscope.studies.share_measures import covariance, exchanged, head_ranges
+from headscope.studies.how.share_measures import covariance, exchanged, head_ranges
+from headscope.studies.support.active import Text
 
 
 @dataclass(frozen=True)

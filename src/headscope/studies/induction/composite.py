@@ -19,9 +19,9 @@ from headscope.errors import StudyError
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.stats import MINIMUM, Estimate, Measure, wilson
-from headscope.studies.active import Text, drawn
-from headscope.studies.induction import PASS, Behaviour, BigramFinder, Reading, behaviour, targets
-from headscope.studies.replacement import batches, tokens_of
+from headscope.studies.induction.behaviour import PASS, Behaviour, BigramFinder, Reading, behaviour, targets
+from headscope.studies.support.active import Text, drawn
+from headscope.studies.support.replacement import batches, tokens_of
 
 _PAIRS = 512  # pairs whose [head, source] contributions are held at a time
 _RUNS = 16  # corrupted blocks in one run

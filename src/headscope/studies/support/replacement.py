@@ -17,7 +17,7 @@ from headscope.errors import StudyError
 from headscope.index.live import LiveIndex
 from headscope.interventions import at
 from headscope.models.hf import SiteEdit
-from headscope.studies.active import Text, drawn
+from headscope.studies.support.active import Text, drawn
 
 Kind = Literal["mean", "position mean", "zero", "resample"]
 """What stands in the place of a head's z: its mean over text tokens, its mean at that position of a block, the constant

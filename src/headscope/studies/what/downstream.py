@@ -1,7 +1,7 @@
-"""What ablating a feature does to the loss of each next token, by path: the records, and what is read off them.
+"""The effect of ablating a feature on the loss of each next token, by path: records, and what is read off them.
 
-`studies.ablation` runs the model and makes them; no torch here. A change is the loss with the feature ablated less the
-loss of the baseline, in nats: positive where the feature helped to predict the token that came.
+`studies.what.ablation` runs the model and makes them; no torch here. A change is the loss with the feature ablated less
+the loss of the baseline, in nats: positive where the feature helped to predict the token that came.
 """
 
 from dataclasses import dataclass

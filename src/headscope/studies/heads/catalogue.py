@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from headscope.errors import StudyError
 from headscope.index.store import FeatureIndex
 from headscope.stats import Estimate, Measure, resampled, unit_draws
-from headscope.studies.split import TextTokens
+from headscope.studies.when.split import TextTokens
 
 N_TOP = 10
 """Features of a head that are read in the literature: those with the most weight."""

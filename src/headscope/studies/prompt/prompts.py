@@ -26,9 +26,8 @@ from headscope.interventions import at, constant, reconstruction
 from headscope.models.attention import Attention
 from headscope.models.hf import Edit, SiteEdit
 from headscope.site import Site
-from headscope.studies.active import Text, drawn
-from headscope.studies.corruptions import prompt
-from headscope.studies.prompt_records import (
+from headscope.studies.how.corruptions import prompt
+from headscope.studies.prompt.records import (
     Ablation,
     ActiveFeatures,
     By,
@@ -38,7 +37,8 @@ from headscope.studies.prompt_records import (
     PromptDFA,
     PromptRun,
 )
-from headscope.studies.replacement import batches, tokens_of
+from headscope.studies.support.active import Text, drawn
+from headscope.studies.support.replacement import batches, tokens_of
 
 MEAN_BLOCKS = 64
 """Blocks of the corpus, drawn evenly, over whose text tokens a head's mean z is taken."""

@@ -12,7 +12,7 @@ from headscope.index.head_table import add_head_table, measure_row
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.stats import Measure
-from headscope.studies.induction import (
+from headscope.studies.induction.behaviour import (
     CONTROL,
     SELECTED,
     RuleComparison,
@@ -22,7 +22,7 @@ from headscope.studies.induction import (
     head_share,
     selected,
 )
-from headscope.studies.induction_composite import InductionFeatures, induction_features
+from headscope.studies.induction.composite import InductionFeatures, induction_features
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, what is done of it and all of it."""

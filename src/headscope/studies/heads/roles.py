@@ -19,7 +19,7 @@ from torch import Tensor
 from headscope.errors import HeadscopeError, ModelError
 from headscope.models.hf import Model
 from headscope.stats import MINIMUM_UNITS, resampled, unit_draws
-from headscope.studies.heads import repeated_tokens, scores_by_sequence
+from headscope.studies.heads.scores import repeated_tokens, scores_by_sequence
 
 Role = Literal["previous_token", "induction", "duplicate_token", "copying"]
 COPIES = "share of tokens whose own logit the head's output raises more than those of 99 % of the vocabulary"

@@ -19,9 +19,9 @@ from headscope.sae.convert import check_fits
 from headscope.sae.model import SAE
 from headscope.site import Site
 from headscope.stats import Estimate
-from headscope.studies.corruptions import PromptPair
-from headscope.studies.patch_runs import BaseRun
-from headscope.studies.patching import THRESHOLD, Scores, scored
+from headscope.studies.how.corruptions import PromptPair
+from headscope.studies.how.patch_runs import BaseRun
+from headscope.studies.how.patching import THRESHOLD, Scores, scored
 
 BarName = Literal["site", "features", "error"]
 BARS: tuple[BarName, ...] = ("site", "features", "error")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from headscope.models.hf import Edit, Restart
 from headscope.site import Site
-from headscope.studies.corruptions import FeatureMetric
-from headscope.studies.nodes import BY_HEAD, Node, NodeKind, Patch, n_heads, position_embedding
+from headscope.studies.how.corruptions import FeatureMetric
+from headscope.studies.how.nodes import BY_HEAD, Node, NodeKind, Patch, n_heads, position_embedding
 
 _BATCH_TOKENS = 8192
 

@@ -16,8 +16,8 @@ from headscope.index.store import FeatureIndex
 from headscope.models.hf import Model
 from headscope.proxies import Proxy, Token, vocabulary_of
 from headscope.stats import MINIMUM, MINIMUM_UNITS, Measure, Ranking, clustered_auc, quotient, resampled, unit_draws
-from headscope.studies.specificity_records import PredictionGroup, Predictions
-from headscope.studies.split import Split
+from headscope.studies.when.records import PredictionGroup, Predictions
+from headscope.studies.when.split import Split
 
 
 def predictions(

@@ -22,8 +22,8 @@ from headscope.index.live import LiveIndex
 from headscope.sae.model import SAE, JumpReLU, TopK
 from headscope.site import Site
 from headscope.stats import MINIMUM, Estimate, Measure, estimate_of, ratio, wilson
-from headscope.studies.active import ActiveTokens, Text, drawn
-from headscope.studies.replacement import Kind, Progress, Replacement, batches, tokens_of
+from headscope.studies.support.active import ActiveTokens, Text, drawn
+from headscope.studies.support.replacement import Kind, Progress, Replacement, batches, tokens_of
 
 OffRule = Literal["every token", "most tokens", "most activation"]
 """When a feature counts as off: at every token where it was active; at more than half of them; or when its summed

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from headscope.errors import HeadscopeError, ModelError
 from headscope.stats import MINIMUM_UNITS, Estimate, Measure, mean_interval
-from headscope.studies.corruptions import PromptPair
-from headscope.studies.nodes import BY_HEAD, INPUTS, Node, NodeKind, Patch, n_heads, position_embedding
-from headscope.studies.patch_runs import BaseRun, Transplant
+from headscope.studies.how.corruptions import PromptPair
+from headscope.studies.how.nodes import BY_HEAD, INPUTS, Node, NodeKind, Patch, n_heads, position_embedding
+from headscope.studies.how.patch_runs import BaseRun, Transplant
 
 THRESHOLD = 0.1
 """Effects below this are none, when roles are told."""

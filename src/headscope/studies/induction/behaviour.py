@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from headscope.errors import StudyError
 from headscope.index.store import FeatureIndex
 from headscope.stats import MINIMUM, Estimate, Measure, Ranking, clustered_auc, wilson
-from headscope.studies.active import Text, drawn
+from headscope.studies.support.active import Text, drawn
 
 Unit = Literal["token", "bigram", "block"]
 """What a rate is the share of: single A's, groups of equal bigrams of a block, or blocks with all their groups."""

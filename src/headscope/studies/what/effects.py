@@ -1,7 +1,7 @@
 """The exact direct-path effect of every live feature of an index on the loss, as columns of the index.
 
 The model is run once over the text, for its final residual streams; each active pair then takes one operation of the
-vocabulary's size (`studies.direct_path`). Features with many active tokens are sampled evenly, each at most
+vocabulary's size (`studies.what.direct_path`). Features with many active tokens are sampled evenly, each at most
 `max_tokens` of them and fewer where all pairs times the vocabulary would pass `max_work`; totals are scaled up to n.
 """
 
@@ -20,8 +20,8 @@ from headscope.index.live import LiveIndex
 from headscope.limits import Above0, Count, check
 from headscope.site import Site
 from headscope.stats import MINIMUM, MINIMUM_UNITS, quotient, resampled, unit_draws
-from headscope.studies.active import ActiveTokens, Text, drawn
-from headscope.studies.direct_path import Pairs, direct_loss_changes
+from headscope.studies.support.active import ActiveTokens, Text, drawn
+from headscope.studies.what.direct_path import Pairs, direct_loss_changes
 
 STUDY = "effects"
 MAX_WORK = 1e11

@@ -16,8 +16,8 @@ from headscope.errors import StudyError
 from headscope.index.live import LiveIndex
 from headscope.site import Site
 from headscope.stats import MINIMUM
-from headscope.studies.ablation import downstream
-from headscope.studies.active import Text
+from headscope.studies.support.active import Text
+from headscope.studies.what.ablation import downstream
 
 _BATCH_TOKENS = 2048  # in one backward pass, which holds the logits
 

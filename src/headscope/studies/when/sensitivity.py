@@ -9,8 +9,8 @@ from jaxtyping import Bool
 
 from headscope.errors import StudyError
 from headscope.stats import Estimate, wilson
-from headscope.studies.measures import Measures
-from headscope.studies.specificity_records import Sensitivity, SubtypeRecall
+from headscope.studies.when.measures import Measures
+from headscope.studies.when.records import Sensitivity, SubtypeRecall
 
 REST = "none of these"
 

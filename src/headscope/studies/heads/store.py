@@ -15,19 +15,19 @@ from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
 from headscope.limits import Count, Seed, Shuffles, check_fields
 from headscope.stats import Measure
-from headscope.studies import superposition
-from headscope.studies.catalogue import HeadMass, catalogue, head_mass
-from headscope.studies.head_ablation import (
+from headscope.studies.heads import superposition
+from headscope.studies.heads.ablation import (
     HeadEffects,
     OffRule,
     effects_of,
     firing_under_ablation,
     other_features,
 )
-from headscope.studies.head_roles import HeadRoles, copying, head_roles
-from headscope.studies.heads import DEFINITIONS, head_scores, prefix_curves
-from headscope.studies.induction import SELECTED
-from headscope.studies.replacement import Kind, Replacement
+from headscope.studies.heads.catalogue import HeadMass, catalogue, head_mass
+from headscope.studies.heads.roles import HeadRoles, copying, head_roles
+from headscope.studies.heads.scores import DEFINITIONS, head_scores, prefix_curves
+from headscope.studies.induction.behaviour import SELECTED
+from headscope.studies.support.replacement import Kind, Replacement
 
 WEIGHTS = ("dfa", "decoder", "decoder_out", "encoder", "encoder_in")
 

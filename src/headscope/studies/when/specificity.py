@@ -15,9 +15,8 @@ from headscope.errors import StudyError
 from headscope.index.store import FeatureIndex
 from headscope.proxies import Proxy, parse
 from headscope.stats import unit_draws, wilson, wilson_bounds
-from headscope.studies.measures import Measures
-from headscope.studies.sensitivity import sensitivity
-from headscope.studies.specificity_records import (
+from headscope.studies.when.measures import Measures
+from headscope.studies.when.records import (
     Counts,
     Curve,
     ExpectedValue,
@@ -27,7 +26,8 @@ from headscope.studies.specificity_records import (
     Specificity,
     TopPrecision,
 )
-from headscope.studies.split import Mask, Split, read_mask
+from headscope.studies.when.sensitivity import sensitivity
+from headscope.studies.when.split import Mask, Split, read_mask
 
 CURVE_POINTS = 400
 N_THRESHOLDS = 50

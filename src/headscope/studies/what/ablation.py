@@ -19,8 +19,8 @@ from headscope.interventions import reconstruction
 from headscope.models.hf import Edit
 from headscope.site import Site
 from headscope.stats import Estimate, ratio
-from headscope.studies.active import ActiveTokens, Text, drawn
-from headscope.studies.downstream import (
+from headscope.studies.support.active import ActiveTokens, Text, drawn
+from headscope.studies.what.downstream import (
     BASELINES,
     NORMS,
     WHERES,
@@ -30,7 +30,7 @@ from headscope.studies.downstream import (
     PathEffect,
     Where,
 )
-from headscope.studies.paths import BaselineRun, path_definition, path_names
+from headscope.studies.what.paths import BaselineRun, path_definition, path_names
 
 N_NULL = 16
 """Tokens of each feature at which a random direction is ablated instead."""

@@ -1,7 +1,7 @@
-"""What is found of one prompt, with features and heads taken out of the model or not: the records; no torch here.
+"""Records of one prompt, with features and heads ablated or not. No torch.
 
-`studies.prompt` runs the model and makes them. An ablation is written as `f7` (a feature, at all tokens), `f7@12` (at
-one position), `h1.3=zero` or `h1.3=mean@12` (a head).
+`studies.prompt.prompts` runs the model and makes them. An ablation is written as `f7` (a feature, at all tokens),
+`f7@12` (at one position), `h1.3=zero` or `h1.3=mean@12` (a head).
 """
 
 import re

@@ -1,8 +1,8 @@
 """Recursive DFA of a feature over the corpus: which parts of the stream at its sources make it, and what those read.
 
 At each active token looked at, `R[s, r] = sum_h R[h, s, r]` is what part r of the stream at source s adds to the
-pre-activation, by whatever heads (`studies.circuit`). A part that is an earlier head is followed one step further, to
-the tokens it read and the parts of the stream there.
+pre-activation, by whatever heads (`studies.how.circuit`). A part that is an earlier head is followed one step further,
+to the tokens it read and the parts of the stream there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +18,8 @@ from headscope.decomposition import Part, Stream, Upstream, check_closes
 from headscope.index.live import LiveIndex
 from headscope.sae.model import SAE
 from headscope.stats import Estimate, Measure, ratio
-from headscope.studies.active import ActiveTokens, Text
-from headscope.studies.circuit import check_z, directions_read
+from headscope.studies.how.circuit import check_z, directions_read
+from headscope.studies.support.active import ActiveTokens, Text
 
 SQUARES = "sum of R[s, r]^2 for this part / for all parts, over active tokens and sources, heads summed first"
 LINEAR = "sum of R[s, r] for this part / for all parts: of the pre-activation less its constant"

@@ -1,7 +1,7 @@
 """Which heads and source tokens make a feature over a corpus, by direct feature attribution (DFA).
 
-Heads are read off the index by `studies.head_shares`, without torch. Sources take the model: each block that is looked
-at is run once, and every source of every active token counts, not only the largest.
+Heads are read off the index by `studies.how.head_shares`, without torch. Sources take the model: it runs once on each
+block looked at, and every source of every active token counts, not only the largest.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from headscope.attribution import HeadWeights, dfa_of_sequence
 from headscope.errors import HeadscopeError, ModelError
 from headscope.index.live import LiveIndex, TokenDFA
 from headscope.stats import Estimate, Measure, estimate_of, jensen_shannon, ratio
-from headscope.studies.active import Text, drawn
+from headscope.studies.support.active import Text, drawn
 
 _BATCH_TOKENS = 2048
 _TOP_TOKENS = 20

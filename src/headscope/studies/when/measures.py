@@ -23,7 +23,7 @@ from headscope.stats import (
     resampled,
     wilson,
 )
-from headscope.studies.split import Rotations, Split
+from headscope.studies.when.split import Rotations, Split
 
 RECALL = "P(f > 0 | proxy): the share of the proxy's tokens on which the feature is active"
 BY_DOCUMENT = "bootstrap over documents, 95 %"

@@ -21,9 +21,9 @@ from headscope.index.nulls import NullDirections
 from headscope.index.records import Shares
 from headscope.index.store import FeatureIndex
 from headscope.stats import MINIMUM, Estimate, Measure, jensen_shannon, mean_interval, wilson
-from headscope.studies.active import Text, drawn
-from headscope.studies.head_ablation import activation_thresholds
-from headscope.studies.replacement import Progress, Replacement, batches, tokens_of
+from headscope.studies.heads.ablation import activation_thresholds
+from headscope.studies.support.active import Text, drawn
+from headscope.studies.support.replacement import Progress, Replacement, batches, tokens_of
 
 DEFINITIONS = tuple(field.name for field in fields(Shares))
 CONTRIBUTES = 0.1

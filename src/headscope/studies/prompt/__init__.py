@@ -1,0 +1,1 @@
+"""One prompt: its active features, their DFA, and ablations."""

@@ -1,0 +1,1 @@
+"""What a feature does: to the logits and to the loss, by path."""
