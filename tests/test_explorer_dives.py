@@ -431,6 +431,14 @@ def test_a_dive_file_holds_the_studies_of_its_proxies(index: FeatureIndex, dives
     }
 
 
+@pytest.mark.parametrize("proxy", ["induction(1)", 'token_in(["no such token"])'])
+def test_proxies_of_a_dive_are_checked_before_a_model_is_loaded(
+    index: FeatureIndex, tmp_path: Path, proxy: str
+) -> None:
+    with pytest.raises(ProxyError):
+        jobs.dive(index.folder, COMMON, tmp_path / "dive.html", proxies=[proxy], model="./no-such-model")
+
+
 def test_a_dive_that_cannot_be_leaves_nothing(index: FeatureIndex, tmp_path: Path) -> None:
     with pytest.raises(ProxyError, match="column 11"):
         jobs.dive(index.folder, COMMON, tmp_path / "dive.html", proxies=["induction(1)"])

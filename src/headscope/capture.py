@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.corpus import Corpus
+from headscope.corpus import Corpus, check_block_size
 from headscope.errors import CorpusError
 from headscope.models.hf import Model
 from headscope.site import Site
@@ -22,27 +22,13 @@ def check_corpus(model: Model, corpus: Corpus) -> None:
     Raises:
         CorpusError: blocks longer than the model's context, or token ids outside its vocabulary.
     """
-    check_block_size(model, corpus.block_size)
+    check_block_size(corpus.block_size, model.spec.context, model.spec.name)
     largest = int(corpus.blocks.max())
     if largest >= model.spec.d_vocab or corpus.blocks.min() < 0:
         raise CorpusError(
             f"token id {largest}",
             expected=f"ids below {model.spec.d_vocab}, the model's vocabulary",
             do="tokenise the text with this model's own tokenizer",
-        )
-
-
-def check_block_size(model: Model, block_size: int) -> None:
-    """Refuse blocks longer than the model's context.
-
-    Raises:
-        CorpusError: they are.
-    """
-    if block_size > model.spec.context:
-        raise CorpusError(
-            f"blocks of {block_size} tokens",
-            expected=f"at most {model.spec.context}, the context of {model.spec.name}",
-            do="lower --block-size",
         )
 
 

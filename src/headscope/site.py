@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from headscope.errors import HeadscopeError, ModelError
+from headscope.errors import HeadscopeError, ModelError, SAEError
 
 Kind = Literal["z", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post"]
 """Where an SAE can sit."""
@@ -115,6 +115,20 @@ class Site:
             f"hook name {name!r}",
             expected="one of " + ", ".join(_HOOK_NAMES[kind].format(layer="L") for kind in get_args(Kind)),
             do="train or convert an SAE on one of these sites",
+        )
+
+
+def check_z(hook_name: str) -> None:
+    """Refuse an SAE that reads another site than z.
+
+    Raises:
+        SAEError: it does.
+    """
+    if not hook_name.endswith(".attn.hook_z"):
+        raise SAEError(
+            f"an SAE of {hook_name}",
+            expected="an SAE of z, whose features are made by heads",
+            do="pass another --sae",
         )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from headscope import jobs
 from headscope.artefact import check_holds_only, check_run_folder, read_json
 from headscope.errors import OutputError, TrainingError
-from headscope.jobs.early import check_model, check_text
+from headscope.jobs.early import check_device, check_model, check_size, check_text
 from headscope.limits import Layer, Name, Output, Tokens, checked
 from headscope.sae.config import TrainConfig, Variant
 from headscope.sae.metrics import Status
@@ -97,11 +97,16 @@ def sweep(  # noqa: PLR0913 - one argument an option of the command
     text = text or jobs.CorpusChoice(split="train")
     check_holds_only(out, {*configs, "pareto.json", "pareto.html"})
     check_model(model, layer)
-    check_text(text)
+    check_text(text, model)
+    hardware = hardware or jobs.Hardware()
     with training_folder(out) as folder:
         going_on = set() if overwrite or not (folder / RUN).is_file() else set(read_recipe(folder)["names"])
         held = {} if overwrite else _held(out, configs, {*configs} - going_on)
-        for name in {*configs} - {*held}:
+        missing = {name: config for name, config in configs.items() if name not in held}
+        if missing:
+            check_size(missing.values(), model, site, hardware.device)
+        check_device(hardware.device)
+        for name in missing:
             check_run_folder(out / name, overwrite=overwrite or name in going_on, inputs=[model, text.corpus])
 
         from headscope.sae.training.checkpoint import Checkpoints
@@ -111,10 +116,9 @@ def sweep(  # noqa: PLR0913 - one argument an option of the command
         kept = Checkpoints(folder, Ranks.joined())
         if not going_on:
             kept.clear()
-        loaded = (hardware or jobs.Hardware()).load(model)
+        loaded = hardware.load(model)
         chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
         loaded.check_layer(chosen.layer)
-        missing = {name: config for name, config in configs.items() if name not in held}
         if missing:
             check_memory(missing.values(), loaded.width(chosen), loaded.device)
         heldout = replace(text, split="heldout", max_tokens=eval_tokens).load(loaded, on_progress)

@@ -8,7 +8,15 @@ a document is on the same side of the split on every machine.
 
 from headscope.corpus.blocks import BLOCK_BOS, NOT_TEXT, PADDING, Corpus
 from headscope.corpus.load import load_corpus, read_documents
-from headscope.corpus.reading import HELD_OUT, Reading, Split, is_held_out, name_fraction
+from headscope.corpus.reading import (
+    HELD_OUT,
+    Reading,
+    Split,
+    check_block_size,
+    check_one_block,
+    is_held_out,
+    name_fraction,
+)
 from headscope.corpus.text import SEPARATOR, Document, python_documents
 from headscope.tokens import encode, special_ids
 
@@ -22,6 +30,8 @@ __all__ = [
     "Document",
     "Reading",
     "Split",
+    "check_block_size",
+    "check_one_block",
     "encode",
     "is_held_out",
     "load_corpus",

@@ -198,11 +198,10 @@ def pack(
         n_documents = _groups(spans.span, max_tokens + layout.block_size)
     n_blocks = spans.n_blocks if max_tokens is None else min(spans.n_blocks, max_tokens // layout.block_size)
     if n_blocks <= 0:
-        few = max_tokens is not None and spans.n_blocks > 0
         raise CorpusError(
-            f"at most {max_tokens} tokens" if few else f"{spans.span.sum()} tokens in {name!r} (split {split!r})",
+            f"{spans.span.sum()} tokens in {name!r} (split {split!r})",
             expected=f"at least one block of {layout.block_size} tokens",
-            do="raise --max-tokens, or lower --block-size" if few else "add text, or lower --block-size",
+            do="add text, or lower --block-size",
         )
     blocks, document, offset = _allocate((3, n_blocks, layout.block_size), scratch)
     step = max(1, _CHUNK // layout.block_size)

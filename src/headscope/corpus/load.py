@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from headscope.corpus.blocks import Corpus, Layout, Stream, pack
 from headscope.corpus.cache import Writer, cached
 from headscope.corpus.files import readable
-from headscope.corpus.reading import Reading, Split, is_held_out
+from headscope.corpus.reading import Reading, Split, check_one_block, is_held_out
 from headscope.corpus.rows import TokenDocument
 from headscope.corpus.sources import Source, find_source
 from headscope.corpus.text import Document
@@ -58,6 +58,7 @@ def load_corpus(
     """
     check("block_size", block_size, BlockSize, CorpusError)
     check("max_tokens", max_tokens, Tokens | None, CorpusError)
+    check_one_block(max_tokens, block_size)
     reading, tokenizer = reading or Reading(), own_tokenizer(tokenizer)
     enough = None if max_tokens is None else max_tokens + block_size
     stream, folder = _tokenised(source, tokenizer, bos, split, reading, enough, on_tokens)

@@ -57,6 +57,34 @@ class Reading:
         return {f.name: getattr(self, f.name) for f in fields(Reading)}
 
 
+def check_block_size(block_size: int, context: int, model: str) -> None:
+    """Refuse blocks longer than a model's context.
+
+    Raises:
+        CorpusError: they are.
+    """
+    if block_size > context:
+        raise CorpusError(
+            f"blocks of {block_size:,} tokens",
+            expected=f"at most {context:,}, the context of {model}",
+            do="lower --block-size",
+        )
+
+
+def check_one_block(max_tokens: int | None, block_size: int) -> None:
+    """Refuse to read less than one block.
+
+    Raises:
+        CorpusError: it is less.
+    """
+    if max_tokens is not None and max_tokens < block_size:
+        raise CorpusError(
+            f"at most {max_tokens:,} tokens",
+            expected=f"at least one block of {block_size:,} tokens",
+            do="raise --max-tokens, or lower --block-size",
+        )
+
+
 def name_fraction(name: str) -> float:
     """A fixed number in [0, 1) for a name: the first 64 bits of its SHA-256 as a fraction of 2^64."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

@@ -46,6 +46,7 @@ from headscope.sae.convert import FORCED, check_fits
 from headscope.sae.formats import WEIGHTS, save_sae
 from headscope.sae.model import SAE
 from headscope.scratch import move_into_place
+from headscope.site import check_z
 from headscope.tokens import Spelling
 
 _POLL_SECONDS = 0.2
@@ -116,12 +117,7 @@ def build_index(
     check_indexable(model)
     for sae, _ in saes:
         check_fits(sae, model)
-        if sae.site.kind != "z":
-            raise SAEError(
-                f"an SAE of {sae.site.hook_name}",
-                expected="an SAE of z, whose features are made by heads",
-                do="pass another --sae",
-            )
+        check_z(sae.site.hook_name)
     check_corpus(model, corpus)
     if corpus.n_text_tokens == 0:
         raise CorpusError(f"{corpus.blocks.size} tokens, none of them text", expected="text", do="index another corpus")

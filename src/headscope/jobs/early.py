@@ -4,24 +4,63 @@ Everything is checked again, and more closely, where it is used: what cannot be 
 """
 
 import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from headscope.artefact import read_json
 from headscope.corpus.sources import find_source
-from headscope.errors import ModelError, SAEError
+from headscope.errors import CorpusError, ModelError, SAEError
 from headscope.hub import advice, trouble
-from headscope.jobs.inputs import CorpusChoice
+from headscope.jobs.inputs import CorpusChoice, usable
 from headscope.models.aliases import repository_of
 from headscope.names import bundled_model, bundled_sae, exists, is_path, local
-from headscope.site import no_layer
+from headscope.sae.config import TrainConfig
+from headscope.sae.training.needs import check_memory
+from headscope.site import Kind, check_z, no_layer
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
-"""What configurations call the number of layers: transformers', GPT-2's and TransformerLens'."""
+_WIDTH = ("hidden_size", "n_embd", "d_model")
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_HEAD_WIDTH = ("head_dim", "d_head")
+_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx")
+"""What configurations call the sizes of a model: transformers', GPT-2's and TransformerLens'."""
 _OF_TRANSFORMER_LENS = re.compile(r"(gelu|solu|attn-only)-\d+l")
 _WEIGHTS = (".safetensors", ".pt", ".npz")
 _HUB_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the configuration of a model on this machine says; None where it does not."""
+
+    n_layers: int | None = None
+    d_model: int | None = None
+    d_z: int | None = None
+    context: int | None = None
+
+    @classmethod
+    def of(cls, name: str) -> "_Sizes":
+        """Of a model by its name or folder."""
+        folder = bundled_model(name) or local(name)
+        for config in ("tl_config.json", "config.json"):
+            try:
+                said: Any = read_json(folder / config)
+                return cls._said(said.get("text_config", said))
+            except (OSError, ValueError, AttributeError):
+                continue
+        return cls()
+
+    @classmethod
+    def _said(cls, config: dict[str, Any]) -> "_Sizes":
+        n_layers, d_model, n_heads, d_head, context = (
+            next((config[key] for key in keys if isinstance(config.get(key), int)), None)
+            for keys in (_LAYERS, _WIDTH, _HEADS, _HEAD_WIDTH, _CONTEXT)
+        )
+        return cls(n_layers, d_model, n_heads * d_head if n_heads and d_head else d_model, context)
 
 
 def check_model(name: str, layer: int | None = None) -> None:
@@ -41,21 +80,9 @@ def check_model(name: str, layer: int | None = None) -> None:
         if not _OF_TRANSFORMER_LENS.fullmatch(name):
             _check_on_hub(name, repository_of(name))
         return
-    n_layers = _n_layers(folder)
+    n_layers = _Sizes.of(name).n_layers
     if layer is not None and n_layers is not None and not 0 <= layer < n_layers:
         raise no_layer(name, layer, n_layers)
-
-
-def _n_layers(folder: Path) -> int | None:
-    """How many layers a model has by its configuration; None where that does not tell."""
-    for config in ("tl_config.json", "config.json"):
-        try:
-            said: Any = read_json(folder / config)
-            said = said.get("text_config", said)
-            return next((said[key] for key in _LAYERS if isinstance(said.get(key), int)), None)
-        except (OSError, ValueError, AttributeError):
-            continue
-    return None
 
 
 @cache
@@ -76,15 +103,15 @@ def _check_on_hub(name: str, repository: str) -> None:
         ) from error
 
 
-def check_sae(name: str | Path) -> None:
+def check_sae(name: str | Path, *, of_z: bool = False) -> None:
     """Refuse an SAE that is nowhere, a folder that holds none, and a configuration that cannot be read.
+
+    With `of_z`, also an SAE of another site.
 
     Raises:
         SAEError: one of these.
     """
-    if bundled_sae(str(name)):
-        return
-    path = local(name)
+    path = bundled_sae(str(name)) or local(name)
     if not exists(path):
         on_hub = "/" in str(name) and not is_path(name)
         if not on_hub and not exists(Path(f"{path}.pt")):  # the post's authors' SAEs go by this name without its ending
@@ -92,16 +119,31 @@ def check_sae(name: str | Path) -> None:
         return
     if path.is_dir() and not any(file.suffix in _WEIGHTS for file in path.glob("*")):
         raise _no_sae(name, path)
-    config = path / "cfg.json"
-    if config.is_file():
-        try:
-            read_json(config)
-        except (OSError, ValueError) as error:
-            raise SAEError(
-                f"cannot read the SAE in {path}: cfg.json: {error}",
-                expected="cfg.json as it was written",
-                do="copy or train it again",
-            ) from error
+    try:
+        hook_name = _metadata(path).get("hook_name")
+    except (OSError, ValueError) as error:
+        raise SAEError(
+            f"cannot read the SAE in {path}: cfg.json: {error}",
+            expected="cfg.json as it was written",
+            do="copy or train it again",
+        ) from error
+    if of_z and isinstance(hook_name, str):
+        check_z(hook_name)
+
+
+def _metadata(sae: Path) -> dict[str, Any]:
+    """What the `cfg.json` of an SAE says of its origin; empty where there is none."""
+    config: Any = read_json(sae / "cfg.json") if (sae / "cfg.json").is_file() else None
+    metadata = config.get("metadata") if isinstance(config, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _model_of(sae: str | Path) -> str | None:
+    """The bundled model that an SAE names; None of any other, which may have been moved."""
+    with suppress(OSError, ValueError):
+        name = _metadata(bundled_sae(str(sae)) or local(sae)).get("model_name")
+        return name if isinstance(name, str) and bundled_model(name) else None
+    return None
 
 
 def _no_sae(name: str | Path, path: Path) -> SAEError:
@@ -115,10 +157,41 @@ def _no_sae(name: str | Path, path: Path) -> SAEError:
     )
 
 
-def check_text(text: CorpusChoice) -> None:
-    """Refuse a text that is nowhere.
+def check_text(text: CorpusChoice, model: str | None = None, *, sae: str | Path | None = None) -> None:
+    """Refuse a text that is nowhere or empty, and blocks that the model, or the one the SAE names, cannot read.
 
     Raises:
-        CorpusError: it is.
+        CorpusError: one of these.
     """
-    find_source(text.corpus, text, bos=0)
+    if not find_source(text.corpus, text, bos=0).state():
+        raise CorpusError(
+            f"no documents in {text.corpus!r}: an empty folder",
+            expected="a file or a folder of text, JSONL, Parquet or token ids",
+            do="check the path given to --corpus",
+        )
+    model = model or (_model_of(sae) if sae else None)
+    context = _Sizes.of(model).context if model else None
+    if model and context is not None:
+        text.block_of(context, model)
+
+
+def check_size(configs: Iterable[TrainConfig], model: str, site: Kind, device: str) -> None:
+    """Refuse SAEs of a site that are trained together and need more than the memory of the machine.
+
+    Raises:
+        TrainingError: they do.
+    """
+    sizes = _Sizes.of(model)
+    width = sizes.d_z if site == "z" else sizes.d_model
+    if width is not None and device == "cpu":
+        check_memory(configs, width, device)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there, before anything but torch is loaded.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if device != "cpu":
+        usable(device)

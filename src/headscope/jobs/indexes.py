@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from headscope.artefact import check_run_folder
 from headscope.errors import OutputError, SAEError
 from headscope.index.config import IndexPlan
-from headscope.jobs.early import check_model, check_sae, check_text
+from headscope.jobs.early import check_device, check_model, check_sae, check_text
 from headscope.jobs.finding import find_of, model_of
 from headscope.jobs.inputs import CorpusChoice, Hardware, Progress, load_on, usable
 from headscope.jobs.saes import measured_quality
@@ -53,10 +53,12 @@ def index(  # noqa: PLR0913 - one argument an option of the command
     _check_remnant(out, overwrite=overwrite)
     check_run_folder(out, overwrite=overwrite, inputs=[*saes, text.corpus, *([model] if model else [])])
     for sae in saes:
-        check_sae(sae)
+        check_sae(sae, of_z=True)
     if model:
         check_model(model)
-    check_text(text)
+    check_text(text, model, sae=saes[0])
+    hardware = hardware or Hardware()
+    check_device(hardware.device)
 
     from headscope.index.build import SAERecord, build_index, check_indexable
     from headscope.index.parts import Workers
@@ -65,7 +67,7 @@ def index(  # noqa: PLR0913 - one argument an option of the command
     from headscope.sae.formats import lasting_name, load_sae, sae_hash
 
     loaded_saes = [load_sae(sae) for sae in saes]
-    loaded = model_of(loaded_saes[0], model, hardware or Hardware())
+    loaded = model_of(loaded_saes[0], model, hardware)
     check_indexable(loaded)
     loaded_saes = [fitted(sae, loaded, force=force) for sae in loaded_saes]
     corpus = text.load(loaded, on_progress)
@@ -116,6 +118,7 @@ def live(
         check_model(model)
     if sae:
         check_sae(sae)
+    check_device(device)
 
     from headscope.index.live import LiveIndex
     from headscope.sae.convert import FORCED, fitted

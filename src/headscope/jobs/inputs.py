@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from headscope.corpus import Corpus, Reading, Split, load_corpus
+from headscope.corpus import Corpus, Reading, Split, check_block_size, check_one_block, load_corpus
 from headscope.limits import BlockSize, Device, Name, Tokens, check_fields
 
 if TYPE_CHECKING:
@@ -31,22 +31,30 @@ class CorpusChoice(Reading):
     max_tokens: Tokens | None = None
     """Read at most this many tokens."""
 
+    def block_of(self, context: int, model: str) -> int:
+        """The size of the blocks that a model of this context and name reads.
+
+        Raises:
+            CorpusError: they are longer than the context, or --max-tokens is less than one.
+        """
+        block_size = min(256, context) if self.block_size is None else self.block_size
+        check_block_size(block_size, context, model)
+        check_one_block(self.max_tokens, block_size)
+        return block_size
+
     def load(self, model: "Model", on_progress: Progress | None = None) -> Corpus:
         """Read, tokenise and pack the text into blocks, with progress where tokenising takes long.
 
         Raises:
             CorpusError: no such text, or blocks that the model cannot read; the latter before any text is read.
         """
-        from headscope.capture import check_block_size
-
-        block_size = min(256, model.spec.context) if self.block_size is None else self.block_size
-        check_block_size(model, block_size)
+        spec = model.spec
         return load_corpus(
             self.corpus,
             model.tokenizer,
             bos=model.bos,
             split=self.split,
-            block_size=block_size,
+            block_size=self.block_of(spec.context, spec.name),
             max_tokens=self.max_tokens,
             reading=self,
             on_tokens=None if on_progress is None else lambda done, total: on_progress("tokenise", done, total or 0),

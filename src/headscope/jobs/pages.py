@@ -191,12 +191,15 @@ def dive(  # noqa: PLR0913 - one argument an option of the command
     from headscope.explorer.export import export_html
     from headscope.explorer.upstream import IndexUpstream
     from headscope.index.store import FeatureIndex
+    from headscope.proxies import evaluate
 
     if out.suffix != ".html":
         raise ExportError(f"a page called {out.name}", expected="a name that ends with .html", do="name it so")
     check_output(out, overwrite=overwrite)
     opened = FeatureIndex.open(index)
     opened.check_latent(feature)
+    for proxy in proxies:
+        evaluate(proxy, opened)
     effects = None
     if with_model or model or sae:
         effects = _Effects(live(index, model=model, sae=sae, device=device), Lock())

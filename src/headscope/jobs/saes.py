@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headscope.artefact import check_run_folder, file_hash, read_json, write_json
 from headscope.corpus import Corpus
 from headscope.errors import OutputError, SAEError
-from headscope.jobs.early import check_model, check_sae, check_text
+from headscope.jobs.early import check_device, check_model, check_sae, check_text
 from headscope.jobs.finding import model_of
 from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
 from headscope.limits import Layer, Name, NameOrPath, Output, Tokens, checked
@@ -47,13 +47,15 @@ def eval(
     check_sae(sae)
     if model:
         check_model(model)
-    check_text(text)
+    check_text(text, model, sae=sae)
+    hardware = hardware or Hardware()
+    check_device(hardware.device)
 
     from headscope.sae.convert import fitted
     from headscope.sae.formats import load_sae
 
     loaded_sae = load_sae(sae)
-    loaded = model_of(loaded_sae, model, hardware or Hardware())
+    loaded = model_of(loaded_sae, model, hardware)
     loaded_sae = fitted(loaded_sae, loaded, force=force)
     corpus = text.load(loaded, on_progress)
     on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
@@ -138,14 +140,18 @@ def convert(
     Raises:
         HeadscopeError: any of its kinds.
     """
-    from headscope.sae.convert import fitted
-    from headscope.sae.formats import load_sae, save_sae
-
     if (site is None) != (layer is None):
         raise SAEError(
             "a site without a layer, or a layer without a site", expected="both", do="give --site and --layer"
         )
     check_run_folder(out, overwrite=overwrite, inputs=[sae, *([model] if model else [])])
+    check_sae(sae)
+    if model:
+        check_model(model)
+
+    from headscope.sae.convert import fitted
+    from headscope.sae.formats import load_sae, save_sae
+
     stated = None if site is None or layer is None else Site(site, layer)
     loaded = load_sae(sae, site=stated, model_name=trained_on)
     if loaded.processed or model is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from headscope.artefact import check_run_folder, read_json
 from headscope.errors import OutputError
-from headscope.jobs.early import check_model, check_text
+from headscope.jobs.early import check_device, check_model, check_size, check_text
 from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
 from headscope.limits import Layer, Name, Output, checked
 from headscope.sae.config import TrainConfig
@@ -50,7 +50,10 @@ def train(  # noqa: PLR0913 - one argument an option of the command
         overwrite = overwrite or (going_on and _is_of_this_training(out, config))
         check_run_folder(out, overwrite=overwrite, inputs=[model, text.corpus])
         check_model(model, layer)
-        check_text(text)
+        check_text(text, model)
+        hardware = hardware or Hardware()
+        check_size([config], model, site, hardware.device)
+        check_device(hardware.device)
 
         from headscope.sae.training.checkpoint import Checkpoints
         from headscope.sae.training.needs import check_memory
@@ -60,7 +63,7 @@ def train(  # noqa: PLR0913 - one argument an option of the command
         kept = Checkpoints(folder, Ranks.joined())
         if not going_on:
             kept.clear()
-        loaded = (hardware or Hardware()).load(model)
+        loaded = hardware.load(model)
         chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
         loaded.check_layer(chosen.layer)
         check_memory([config], loaded.width(chosen), loaded.device)

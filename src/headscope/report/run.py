@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from headscope import jobs
 from headscope.artefact import atomic_write, read_json, write_json
 from headscope.errors import HeadscopeError, OutputError, SAEError
+from headscope.jobs.early import check_device, check_model, check_sae, check_text
 from headscope.limits import Output, checked
 from headscope.names import lasting_corpus, lasting_model, shown
 from headscope.report.records import FULL, QUICK, Claim, Exemplar, Settings, Study
@@ -88,14 +89,15 @@ def run(
         HeadscopeError: of the inputs or the folder; a study's own errors become rows.
         KeyboardInterrupt: Ctrl-C; what was finished is kept.
     """
-    from headscope.report.registry import STUDIES
-
     out, inputs = Path(out), (inputs or Inputs()).completed()
     settings = QUICK if quick else FULL
     if inputs.text.max_tokens is None:
         inputs = replace(inputs, text=replace(inputs.text, max_tokens=settings.corpus_tokens))
     work = _Work(out, inputs, settings, device, on_progress or (lambda _stage, _done, _total: None), say)
     work.claim(overwrite=overwrite)
+
+    from headscope.report.registry import STUDIES
+
     try:
         subjects = tuple(work.subject(*named, STUDIES if studies is None else studies) for named in work.named())
     except BaseException:
@@ -118,8 +120,16 @@ class _Work:
     # ---------------------------------------------------------------------------------------------------------- folder
     def claim(self, *, overwrite: bool) -> None:
         """Make the folder this report's own, or refuse it."""
+        standing = (self.out / _PLAN).is_file()
+        if not standing and self.out.exists() and not _is_empty(self.out):
+            raise OutputError(
+                f"{self.out} holds something else than a report",
+                expected="a new or empty folder, or one of an earlier run",
+                do="choose another folder",
+            )
+        self._check_inputs()
         plan = self._plan()
-        if (self.out / _PLAN).is_file():
+        if standing:
             if _read(self.out / _PLAN) == plan:
                 return
             if not overwrite:
@@ -130,12 +140,6 @@ class _Work:
                 )
             for name in _KEPT:
                 _remove(self.out / name)
-        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise OutputError(
-                f"{self.out} holds something else than a report",
-                expected="a new or empty folder, or one of an earlier run",
-                do="choose another folder",
-            )
         write_json(self.out / _PLAN, plan)
 
     def give_up(self) -> None:
@@ -143,6 +147,19 @@ class _Work:
         if not any(path.is_file() for name in ("indexes", "studies") for path in (self.out / name).rglob("*")):
             for name in _KEPT:
                 _remove(self.out / name)
+
+    def _check_inputs(self) -> None:
+        """Refuse what is wrong with the inputs as far as it is known without torch."""
+        model, saes, upstream = self.inputs.model, self.inputs.saes, self.inputs.upstream
+        if model:
+            check_model(model)
+        for sae in saes:
+            check_sae(sae, of_z=True)
+        if upstream:
+            check_sae(upstream)
+        if saes:
+            check_text(self.inputs.text, model, sae=saes[0])
+        check_device(self.device)
 
     def _plan(self) -> dict[str, Any]:
         """What must be equal for a run to reuse the work of another, whatever their working directories."""
@@ -295,6 +312,10 @@ def _read(path: Path) -> Any:
         return read_json(path)
     except (OSError, ValueError):
         return None
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _remove(path: Path) -> None:

@@ -1,12 +1,14 @@
 """What a training needs at least, in memory and in passes over the text: refused before it begins, not hours later."""
 
 from collections.abc import Iterable
-
-import torch
+from typing import TYPE_CHECKING
 
 from headscope.errors import TrainingError
 from headscope.memory import available_memory
 from headscope.sae.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
 
 MOST_EPOCHS = 10_000
 """Passes over the text; more are a number with too many zeros."""
@@ -15,7 +17,7 @@ _BYTES_BUFFERED = 2  # bfloat16
 _LIKELY_SPEED = 1e6  # activations a second: more than a small model gives on one GPU
 
 
-def check_memory(configs: Iterable[TrainConfig], d_in: int, device: torch.device, n_available: int = 0) -> None:
+def check_memory(configs: Iterable[TrainConfig], d_in: int, device: "torch.device | str", n_available: int = 0) -> None:
     """Refuse SAEs whose weights, gradients and moments, with the buffer, are more than the memory that is free.
 
     Args:
@@ -36,7 +38,7 @@ def check_memory(configs: Iterable[TrainConfig], d_in: int, device: torch.device
             f"d_sae = {n_latents:,}{' in all' if len(configs) > 1 else ''}"
             + (f" and a buffer of {buffer:,} activations" if buffer else "")
             + f" of {d_in:,} components: {needed / 1e9:,.1f} GB of memory at least",
-            expected=f"at most the {free / 1e9:,.1f} GB that {device.type} has free",
+            expected=f"at most the {free / 1e9:,.1f} GB that {device} has free",
             do="lower d_sae or buffer" + (", or train fewer SAEs at once" if len(configs) > 1 else ""),
         )
 
@@ -57,11 +59,14 @@ def check_epochs(config: TrainConfig, n_available: int) -> None:
         )
 
 
-def _free(device: torch.device) -> int | None:
+def _free(device: "torch.device | str") -> int | None:
     """Bytes that are free on a device; None where it is not known."""
-    if device.type == "cpu":
+    if str(device) == "cpu":
         return available_memory()
-    if device.type != "cuda":
+    if not str(device).startswith("cuda"):
         return None
+
+    import torch
+
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
