@@ -642,3 +642,31 @@ def test_a_missing_index(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     fails(capsys, "none", "serve", "--index", tmp_path / "none")
     fails(capsys, "none", "export", "--index", tmp_path / "none", "--out", tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("match", "arguments"),
+    [
+        ("layer = 'one'.*a whole number from 0", ("train", "--layer", "one", "--out", "new")),
+        ("feature = 'abc'.*a whole number from 0", ("dive", "moved", "abc", "--out", "new.html")),
+        ("d_sae = '1e3'.*a whole number from 1", ("train", "--d-sae", "1e3", "--out", "new")),
+        (
+            "thresholds = 'low'.*a finite number",
+            ("index", "--sae", "tiny-z1", "--thresholds", "low", "--out", "x"),
+        ),
+        ("betas = 'x'.*a finite number", ("train", "--betas", "0.9", "x", "--out", "new")),
+        ("max_tokens = 'all'.*a whole number", ("eval", "--sae", "tiny-z1", "--max-tokens", "all")),
+    ],
+)
+def test_what_is_no_number_is_refused_by_the_name_of_its_option(
+    capsys: pytest.CaptureFixture[str], match: str, arguments: Arguments
+) -> None:
+    fails(capsys, match, *arguments)
+
+
+def test_info_says_of_a_name_that_is_nothing_and_of_an_index_what_it_takes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    fails(capsys, r"no SAE and no model './nope'\n.*do: check the path", "info", "./nope")
+    (tmp_path / "manifest.json").write_text("{}")
+    fails(capsys, r"is an index\n.*do: .*headscope info .*/sae", "info", tmp_path)

@@ -66,7 +66,7 @@ def test_other_weights_are_refused_by_name(live, random_model, random_sae):
     other = random_model(index.model.spec.family, seed=1)
     with pytest.raises(IndexFormatError, match="model sha256:"):
         LiveIndex(index.index, other, index.sae)
-    with pytest.raises(IndexFormatError, match="sae sha256:1"):
+    with pytest.raises(IndexFormatError, match="SAE sha256:1"):
         LiveIndex(index.index, index.model, index.sae, sae_hash="sha256:1")
     with pytest.raises(IndexFormatError, match="41 latents"):
         LiveIndex(index.index, index.model, random_sae(index.model, 41))

@@ -634,8 +634,10 @@ def test_another_model_or_sae_is_refused(index):
     index.check_same()
     with pytest.raises(IndexFormatError, match="model sha256:other"):
         index.check_same(model=Known("sha256:other"), sae_hash=sae)
-    with pytest.raises(IndexFormatError, match="sae sha256:other"):
+    with pytest.raises(IndexFormatError, match=rf"SAE sha256:other\n.*with which .* was built: .*{sae}"):
         index.check_same(model=model, sae_hash="sha256:other")
+    with pytest.raises(IndexFormatError, match=r"SAE runs/other \(sha256:other\)"):
+        index.check_same(sae_hash="sha256:other", sae_name="runs/other")
 
 
 @each("latent", [-1, D_SAE, 10**20])

@@ -207,7 +207,7 @@ def test_what_has_another_hash_is_passed_over(
     with pytest.raises(ModelError, match=r"(?s)bare/model: .*gone/model: model sha256:.*moved/project/model does not"):
         jobs.live(index)
     shutil.rmtree(project / "sae")
-    with pytest.raises(SAEError, match=r"(?s)bare/sae: sae sha256:.*gone/sae: sae sha256:.*project/sae does not"):
+    with pytest.raises(SAEError, match=r"(?s)bare/sae: SAE .*gone/sae: SAE .*project/sae does not"):
         jobs.live(index)
     for named in ({"model": tmp_path / "gone" / "model"}, {"sae": tmp_path / "gone" / "sae"}):
         with pytest.raises(IndexFormatError, match=r"sha256:[\s\S]*--(model|sae)"):

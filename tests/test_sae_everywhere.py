@@ -241,7 +241,7 @@ def test_info_says_what_things_are_and_whether_they_fit(
     run("info", path, "--model", model_folder)
     said = capsys.readouterr().out
     for line in (
-        "The post's authors",
+        "(the post's authors)",
         "architecture:           ReLU\n",
         "48 latents on vectors of 32",
         "blocks.1.attn.hook_z",

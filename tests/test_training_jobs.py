@@ -152,7 +152,7 @@ def test_another_recipe_does_not_go_on_but_may_overwrite(
     with pytest.raises(SystemExit):
         train(options, out)
     message = capsys.readouterr().err
-    assert "holds a training with metrics seed 3" in message
+    assert "holds a training with seed = 3" in message
     assert "--overwrite" in message
     assert load_sae(out).metadata["training"]["interrupted"] is True
     train(options, out, "--overwrite")

@@ -430,8 +430,8 @@ def test_a_folder_of_another_recipe_is_refused(
     model: Model, corpus: Corpus, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     cut_off(model, corpus, tmp_path)
-    what = f"{METRICS} {next(iter(changes))}"
-    with pytest.raises(TrainingError, match=rf"(?s)holds a training with {what} .*expected: .*do: .*--overwrite"):
+    what = next(iter(changes))
+    with pytest.raises(TrainingError, match=rf"(?s)holds a training with {what} = .*expected: .*do: .*--overwrite"):
         train_sae(model, corpus, Z1, with_deaths(**changes), folder=tmp_path)
 
 

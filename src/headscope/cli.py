@@ -65,7 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
             _check_not_empty(arguments)
             _check_command(arguments)
             with preset_of(arguments):
-                command = tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION)
+                command = tyro.cli(
+                    Command, args=arguments, prog="headscope", description=_DESCRIPTION, registry=_numbers()
+                )
             check_fields(command)
             command.run()
         sys.stdout.flush()
@@ -103,6 +105,35 @@ def _check_command(arguments: list[str]) -> None:
         expected=f"one of {', '.join(known)}",
         do=f"did you mean `headscope {similar[0]}`?" if similar else "see `headscope --help`",
     )
+
+
+def _numbers() -> tyro.constructors.ConstructorRegistry:
+    """Read numbers, and leave what is none as it is: the check of the command's fields refuses it by its name."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def number(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec[int | float | str] | None:
+        kind = info.type
+        if kind not in (int, float):
+            return None
+
+        def read(arguments: list[str]) -> int | float | str:
+            try:
+                return kind(arguments[0])
+            except ValueError:
+                return arguments[0]
+
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=kind.__name__.upper(),
+            instance_from_str=read,
+            is_instance=lambda value: isinstance(value, int if kind is int else int | float),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
 
 
 def _print_in_any_encoding() -> None:

@@ -133,8 +133,15 @@ class FeatureIndex:
             if wrong := disagreements(lambda query: self._database.select(query, None, {}, None), self.manifest):
                 raise ValueError("; ".join(wrong))
 
-    def check_same(self, *, model: Fingerprinted | None = None, sae_hash: str | None = None) -> None:
+    def check_same(
+        self, *, model: Fingerprinted | None = None, sae_hash: str | None = None, sae_name: str = ""
+    ) -> None:
         """Refuse a model or an SAE other than those the index was built with; its own copy of the SAE is the same.
+
+        Args:
+            model: a model.
+            sae_hash: of the weights of an SAE.
+            sae_name: what an error calls it besides.
 
         Raises:
             IndexFormatError: a hash differs; it is named.
@@ -143,14 +150,14 @@ class FeatureIndex:
         if model is not None and not model.matches(self.manifest["model"]["hash"]):
             raise self._other("model", model.fingerprint())
         if sae_hash is not None and sae_hash not in (sae["hash"], sae.get("carried")):
-            raise self._other("sae", sae_hash)
+            raise self._other("sae", f"{sae_name} ({sae_hash})" if sae_name else sae_hash)
 
     def _other(self, what: str, given: str) -> IndexFormatError:
-        own = self.manifest[what]
+        own, word = self.manifest[what], "SAE" if what == "sae" else what
         return IndexFormatError(
-            f"{what} {given}",
-            expected=f"{own['hash']} ({own['name']}), with which {self.folder} was built",
-            do=f"name that {what} with --{what}, or build an index with this one",
+            f"{word} {given}",
+            expected=f"the {word} with which {self.folder} was built: {own['name']} ({own['hash']})",
+            do=f"name that {word} with --{what}, or build an index with this one",
         )
 
     def _check_meaning(self) -> None:

@@ -125,7 +125,7 @@ def live(
     from headscope.sae.formats import load_sae, sae_hash
 
     def own_sae(name: str) -> "SAE":
-        opened.check_same(sae_hash=sae_hash(name))
+        opened.check_same(sae_hash=sae_hash(name), sae_name=name)
         return load_sae(name)
 
     def put_together(name: str) -> LiveIndex:

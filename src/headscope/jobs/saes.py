@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from headscope.artefact import check_run_folder, file_hash, read_json, write_json
 from headscope.corpus import Corpus
-from headscope.errors import OutputError, SAEError
+from headscope.errors import ModelError, OptionError, OutputError, SAEError
 from headscope.jobs.early import check_device, check_model, check_sae, check_text
 from headscope.jobs.finding import model_of
 from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
 from headscope.limits import Layer, Name, NameOrPath, Output, Tokens, checked
+from headscope.names import is_path, local
 from headscope.site import Kind, Site
 
 if TYPE_CHECKING:
@@ -165,12 +166,10 @@ def info(name: NameOrPath, *, model: Name | None = None) -> "tuple[Lines, Fit | 
     """What an SAE or a model is; of an SAE, with a model, whether the two fit.
 
     Raises:
-        SAEError, ModelError: neither is there, or it cannot be read.
+        OptionError: neither is there, or it is an index.
+        SAEError, ModelError: it cannot be read.
     """
-    try:
-        check_sae(name)
-    except SAEError:  # of a model, then
-        check_model(str(name))
+    _check_named(name)
     if model:
         check_model(model)
 
@@ -186,3 +185,26 @@ def info(name: NameOrPath, *, model: Name | None = None) -> "tuple[Lines, Fit | 
         return lines, None
     loaded = load_model(model)
     return lines + describe.describe_model(loaded), describe.fit(sae, loaded)
+
+
+def _check_named(name: str | Path) -> None:
+    """Refuse a name of neither an SAE nor a model, and an index.
+
+    Raises:
+        OptionError: it is one of these.
+    """
+    if (local(name) / "manifest.json").is_file():
+        raise OptionError(
+            f"{name} is an index", expected="an SAE or a model", do=f"see its SAE: headscope info {local(name) / 'sae'}"
+        )
+    try:
+        check_sae(name)
+    except SAEError:
+        try:
+            check_model(str(name))
+        except ModelError as error:
+            raise OptionError(
+                f"no SAE and no model {str(name)!r}",
+                expected="a bundled one, a path, or a name on the hub",
+                do="check the path" if is_path(name) else "check the name, and the network for one on the hub",
+            ) from error

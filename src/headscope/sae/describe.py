@@ -32,14 +32,14 @@ def describe_sae(sae: SAE, files: Files) -> Lines:
         ("size", f"{sae.d_sae:,} latents on vectors of {sae.d_in:,}"),
         ("site", sae.site.hook_name),
         ("trained on", sae.model_name),
-        ("weights of that model", said.get("model_hash", "not stated")),
+        ("hash of that model", said.get("model_hash", "not stated")),
         ("pre-activation", "(x - b_dec) @ W_enc + b_enc" if sae.apply_b_dec_to_input else "x @ W_enc + b_enc"),
         ("decoder norms", _norms(sae)),
         ("activations", _convention(sae)),
         ("context", f"{said['context_size']} tokens" if said.get("context_size") else "not stated"),
         ("BOS", _bos(sae)),
         ("corpus", corpus["name"] if isinstance(corpus, dict) and "name" in corpus else str(corpus or "not stated")),
-        ("hash", file_hash(files.weights)),
+        ("hash of the SAE", file_hash(files.weights)),
     ]
 
 
@@ -106,7 +106,7 @@ def describe_model(model: Model) -> Lines:
         ("vocabulary", f"{spec.d_vocab:,} tokens; BOS is {model.bos}"),
         ("context", f"{spec.context:,} tokens"),
         ("dtype", str(model.module.dtype).removeprefix("torch.")),
-        ("hash", model.fingerprint()),
+        ("hash of the model", model.fingerprint()),
     ]
 
 

@@ -110,7 +110,7 @@ def _disagree(files: Files, name: str, own: Site) -> Site:
 
 
 FORMAT = Format(
-    name="The post's authors",
+    name="the post's authors",
     layout="`NAME.pt`, `NAME_cfg.json` (Neel Nanda's SAEs of gelu-2l too)",
     find=find,
     read=read,

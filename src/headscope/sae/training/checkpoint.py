@@ -24,7 +24,7 @@ from torch import Tensor
 
 from headscope.artefact import atomic_write, file_hash, read_json, write_json
 from headscope.errors import OutputError, TrainingError
-from headscope.sae.runs import LOCK, RUN, read_recipe
+from headscope.sae.runs import LOCK, METRICS, RUN, read_recipe
 from headscope.sae.training.ranks import Ranks
 
 _KEPT = 2
@@ -64,9 +64,10 @@ class Checkpoints:
             differing = sorted(name for name in {*held, *recipe} if held.get(name) != recipe.get(name))
             if differing:
                 name = differing[0]
+                option = name.removeprefix(f"{METRICS} ")
                 raise TrainingError(
-                    f"{self.folder} holds a training with {name} {held.get(name)}",
-                    expected=f"{recipe.get(name)}, to go on with it",
+                    f"{self.folder} holds a training with {option} = {held.get(name)}",
+                    expected=f"one with {option} = {recipe.get(name)}, to go on with it",
                     do="give the options that it was started with, or --overwrite to start again",
                 )
         elif self.ranks.rank == 0:
