@@ -124,6 +124,8 @@ def test_masks_and_positions_that_have_no_equal_without_padding_are_refused_by_n
         ({"position_ids": [0, 1, 2, 0, 1, 2], "attention_mask": [1] * 6}, "2 sequences by its position_ids"),
         ({"position_ids": [0, 0, 0, 0, 1, 2]}, "sequences of one token by its position_ids, as padding looks"),
         ({"attention_mask": None}, "no attention_mask"),
+        ({"attention_mask": [0.0] * 6}, r"0\.0 alone in its attention_mask"),
+        ({"position_ids": [0.4, 1.4, 2.4, 3.4, 4.4, 5.4]}, "position_ids that are no whole numbers"),
     ]:
         with pytest.raises(CorpusError, match=message):
             pieces(ids, beside, "row 3")
@@ -186,8 +188,72 @@ def test_lists_of_every_arrow_type_are_read_with_their_masks(tokenizer: Tokenize
     ]
     for corpus in found:
         assert corpus.n_text_tokens == expected.n_text_tokens
-    documents = list(_batch_documents([views], "rows", "input_ids", views.schema.names))
+    documents = list(_batch_documents([views], "rows", "input_ids", views.schema))
     assert [document.ids.tolist() for document in documents] == TEXTS
+
+
+def test_names_that_say_more_are_known_in_many_spellings(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = {"input_ids": [[0, 40, 41, 9]]}
+    for name in (
+        *("mask", "masks", "input_mask", "token_mask", "valid_mask", "src_mask", "attn_mask", "attention_masks"),
+        *("is_padding", "pad", "nonpad", "segment_ids", "sequence_id", "doc_ids", "document_ids", "max_seqlen"),
+        *("sequence_lengths", "segment_positions", "inputs_position", "position_id", "positions", "lengths"),
+    ):
+        with pytest.raises(CorpusError, match=f"{name} beside the token ids in input_ids, which is not read"):
+            read(tmp_path, rows | {name: [[1, 1, 1, 0]]}, tokenizer)
+    for name in ("loss_mask", "completion_mask", "assistant_masks", "token_type_ids", "labels"):
+        assert read(tmp_path, rows | {name: [[1, 1, 1, 0]]}, tokenizer).n_text_tokens == 3
+    for name, value in {"doc_id": "a", "sequence_id": 7, "labels": 2, "prompt_length": 2, "length": 4}.items():
+        assert read(tmp_path, rows | {name: [value]}, tokenizer).n_text_tokens == 3
+
+
+def test_a_row_that_is_longer_than_it_says_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ids, mask = [0, 40, 41, 9, 9], [1, 1, 1, 0, 0]
+    for name in ("length", "len", "seq_len", "seq_length", "sequence_length", "num_tokens", "n_tokens", "token_count"):
+        with pytest.raises(CorpusError, match=rf"(?s)has 5 token ids and says {name} = 3, as padding looks.*mask"):
+            read(tmp_path, {"input_ids": [ids], name: [3]}, tokenizer)
+        rows = {"input_ids": [ids], "attention_mask": [mask], name: [3]}
+        assert read(tmp_path, rows, tokenizer).n_text_tokens == 2
+
+
+def test_labels_and_positions_that_show_padding_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ids = [0, 40, 41, 9, 9]
+    for labels, row in (([0, 40, 41, -100, -100], ids), ([-100, -100, 0, 40, 41], [9, 9, 0, 40, 41])):
+        with pytest.raises(CorpusError, match=r"one token again and again, labelled -100, as padding looks"):
+            read(tmp_path, {"input_ids": [row], "labels": [labels]}, tokenizer)
+        mask = [int(label != -100) for label in labels]
+        rows = {"input_ids": [row], "labels": [labels], "attention_mask": [mask]}
+        assert read(tmp_path, rows, tokenizer).n_text_tokens == 2
+    prompt = {"input_ids": [[0, 40, 41, 42]], "labels": [[-100, -100, 41, 42]]}
+    assert read(tmp_path, prompt, tokenizer).n_text_tokens == 3
+    with pytest.raises(CorpusError, match="a last sequence of one token again and again"):
+        read(tmp_path, {"input_ids": [ids], "position_ids": [[0, 1, 2, 0, 1]]}, tokenizer)
+
+
+def test_masks_beside_some_rows_only_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ids, mask = [0, 40, 41, 9, 9], [1, 1, 1, 0, 0]
+    (tmp_path / "lines.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids}))
+    )
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    pq.write_table(pa.table({"input_ids": [ids], "attention_mask": [mask]}), shards / "a.parquet")
+    pq.write_table(pa.table({"input_ids": [ids]}), shards / "b.parquet")
+    for source in (tmp_path / "lines.jsonl", shards):
+        with pytest.raises(
+            CorpusError, match=r"(?s)attention_mask beside the token ids of some rows.*the same columns"
+        ):
+            load_corpus(str(source), tokenizer, bos=0, split="all", block_size=BLOCK)
+
+
+def test_arrays_of_what_stands_beside_token_ids_are_not_read_as_such(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    np.save(tmp_path / "input_ids.npy", np.array([[0, 40, 41, 9, 9]] * 3))
+    for name in ("attention_mask", "masks", "labels", "train_position_ids", "token_type_ids", "seq_lengths"):
+        np.save(tmp_path / f"{name}.npy", np.array([[1, 1, 1, 0, 0]] * 3))
+        with pytest.raises(CorpusError, match=rf"(?s){name}.npy holds no token ids by its name.*input_ids.npy"):
+            load_corpus(str(tmp_path), tokenizer, bos=0, split="all", block_size=BLOCK)
+        (tmp_path / f"{name}.npy").unlink()
+    load_corpus(str(tmp_path), tokenizer, bos=0, split="all", block_size=BLOCK)
 
 
 def test_a_row_that_marks_text_as_special_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -106,6 +106,11 @@ def test_a_stream_of_token_ids_is_cut_before_each_bos(tmp_path, tokenizer, monke
     assert_array_equal(corpus.blocks, [[BOS, BOS, 5, 6, 7, BOS, 8, 9, 10, 11]])
     assert_array_equal(corpus.document, [[0, 0, 0, 0, 0, 1, 1, 1, 1, 1]])
     assert corpus.documents == ("flat.npy:0", "flat.npy:1")
+    for first in (BOS, 5):  # documents of a stream are as long as they are
+        np.save(tmp_path / "long.npy", np.array([first, *[6] * 70_000, BOS, 7, 8]))
+        corpus = read(tmp_path / "long.npy", tokenizer, block_size=1000, bos_at="document")
+        assert corpus.documents == ("long.npy:0", "long.npy:1")
+        assert (corpus.offset == 0).sum() == 1
 
 
 def test_a_pattern_and_a_folder_of_several_kinds(tmp_path, tokenizer):

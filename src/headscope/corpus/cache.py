@@ -27,7 +27,7 @@ from headscope.errors import OutputError
 VARIABLE = "HEADSCOPE_CACHE"
 """The environment variable that names the folder of what may be deleted at any time."""
 
-_VERSION = 4
+_VERSION = 5
 _FILES = ("tokens.i32", "lengths.i64", "names.txt")
 
 

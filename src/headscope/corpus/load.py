@@ -150,6 +150,7 @@ def _write(
     if reading.shuffle:
         documents = _shuffled(documents, reading.shuffle, reading.shuffle_seed)
     kinds: set[type] = set()
+    beside: set[frozenset[str]] = set()
     rows, started = False, time.monotonic()
     special = special_ids(tokenizer, bos)
     for group in _groups(documents, _GROUP):
@@ -158,6 +159,14 @@ def _write(
         if len(kinds) > 1:
             raise CorpusError(
                 f"text and token ids in one corpus ({group[0].name})", expected="one or the other", do="part the files"
+            )
+        beside |= {document.beside for document in group if isinstance(document, TokenDocument)}
+        if len(beside) > 1:
+            some = sorted(frozenset.union(*beside) - frozenset.intersection(*beside))
+            raise CorpusError(
+                f"{some[0]} beside the token ids of some rows, and none beside others (up to {group[-1].name})",
+                expected="the same columns in all files and rows of a corpus",
+                do=f"add {some[0]} to all of them, or read the files one by one",
             )
         for document, ids in zip(group, _ids(tokenizer, group), strict=True):
             rows = rows or (isinstance(document, TokenDocument) and document.is_row)

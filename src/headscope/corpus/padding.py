@@ -16,9 +16,33 @@ from jaxtyping import Bool, Int
 from headscope.errors import CorpusError
 
 _IDS = "input_ids"
-_MASK, _SPECIAL, _POSITIONS = "attention_mask", "special_tokens_mask", "position_ids"
-_SAYS_MORE = re.compile(r"attention_?mask|pad(ding)?_?mask|(^|_)seq_?(lens|lengths?|idx)", re.IGNORECASE)
+_MASK, _SPECIAL, _POSITIONS, _LABELS = "attention_mask", "special_tokens_mask", "position_ids", "labels"
+_SAYS_MORE = re.compile(
+    r"att(entio)?n_?masks?|(^|_)(pad(ding)?|inputs?|tokens?|ids|valid|src|source|seq(uence)?)_?masks?$|^masks?$"
+    r"|^(is|non|not|un)?_?pad(s|ding|ded)?(_?(len(gth)?s?|tokens?|positions?))?$",
+    re.IGNORECASE,
+)
 """Names of columns that say which tokens see one another; of those, `companions` are read and no others."""
+_SAYS_MORE_IN_LISTS = re.compile(
+    r"(^|_)(cu_?|max_?)?seq(uence)?_?(lens?|len(gth)?s?|ids?|idx|starts?|ends?|boundaries)(_|$)|(^|_)segment"
+    r"|(^|_)doc(ument)?s?_?(ids?|idx|lens?|len(gth)?s?|starts?|ends?|boundaries)(_|$)"
+    r"|^((inputs?|tokens?)_?)?pos(ition)?s?(_?ids?)?$",
+    re.IGNORECASE,
+)
+"""Likewise, where they hold a list in each row: `doc_id` may also be the name of a document."""
+LAYOUT = frozenset({_MASK, _POSITIONS})
+"""Which of `companions` say what is padding, or where sequences begin."""
+_NO_LABEL = -100
+"""The label that the losses of torch leave out."""
+_LENGTH = re.compile(
+    r"((inputs?|ids|tokens?|seq(uence)?|real|true|actual|valid|unpadded|original)_?)?len(gth)?s?"
+    r"|(n|nb|num|number_?of)_?tokens|tokens?_?count",
+    re.IGNORECASE,
+)
+"""Names of columns that say how many tokens a row has, without padding."""
+_OTHER_ARRAYS = re.compile(
+    r"mask|label|position_?id|token_?type|segment|(^|_)(len(gth)?s?|loss(es)?)(_|$)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -31,30 +55,58 @@ class Piece:
 
 
 def companions(field: str, names: Sequence[str]) -> dict[str, str]:
-    """The columns that belong to one of token ids, by what they hold: to `x_input_ids`, `x_attention_mask`."""
-    return {kind: name for kind, name in _named(field).items() if name in names}
+    """The columns that belong to one of token ids, by what they hold: to `x_input_ids`, `x_attention_mask`.
+
+    Columns that say how many tokens there are stand under their own names.
+    """
+    found = {kind: name for kind, name in _named(field).items() if name in names}
+    return found | {name: name for name in names if name != field and _LENGTH.fullmatch(name)}
 
 
 def _named(field: str) -> dict[str, str]:
-    return {kind: field.replace(_IDS, kind) if _IDS in field else kind for kind in (_MASK, _SPECIAL, _POSITIONS)}
+    kinds = _MASK, _SPECIAL, _POSITIONS, _LABELS
+    return {kind: field.replace(_IDS, kind) if _IDS in field else kind for kind in kinds}
 
 
-def check_unread(field: str, names: Sequence[str], where: str) -> None:
+def check_unread(field: str, lists: Mapping[str, bool], where: str) -> None:
     """Refuse a column beside token ids that says what is padding, or where sequences end, and that is not read.
 
     Columns of other token ids, and what belongs to these, may be there.
 
+    Args:
+        field: the column of token ids.
+        lists: the name of each column, and whether it holds a list in each row.
+        where: they are, for messages.
+
     Raises:
         CorpusError: there is one.
     """
-    others = [name for name in names if _IDS in name or name == "tokens"]
-    known = {name for ids in (field, *others) for name in companions(ids, names).values()}
-    unread = [name for name in names if name not in known and _SAYS_MORE.search(name)]
-    if unread:
+    others = [name for name in lists if _IDS in name or name == "tokens"]
+    known = {name for ids in (field, *others) for name in _named(ids).values()}
+    for name, is_list in lists.items():
+        says_more = _SAYS_MORE.search(name) or (
+            is_list and (_SAYS_MORE_IN_LISTS.search(name) or _LENGTH.fullmatch(name))
+        )
+        if says_more and name not in (field, *known):
+            raise CorpusError(
+                f"{where} has {name} beside the token ids in {field}, which is not read",
+                expected=f"masks and positions called {', '.join([*_named(field).values()][:3])}",
+                do="rename the column, or write the sequences as rows of their own, without padding",
+            )
+
+
+def check_holds_ids(name: str, where: str) -> None:
+    """Refuse a file of numbers that by its name holds no token ids but what stands beside them.
+
+    Raises:
+        CorpusError: it does.
+    """
+    if _OTHER_ARRAYS.search(name):
         raise CorpusError(
-            f"{where} has {unread[0]} beside the token ids in {field}, which is not read",
-            expected=f"masks and positions called {', '.join(_named(field).values())}",
-            do="rename the column, or write the sequences as rows of their own, without padding",
+            f"{where} holds no token ids by its name",
+            expected="files of token ids without padding; masks and labels beside these are not read",
+            do="name the files of token ids alone (--corpus FOLDER/input_ids.npy), or write Parquet files with a "
+            f"column {_IDS} and a column {_MASK}",
         )
 
 
@@ -69,15 +121,40 @@ def pieces(ids: Int[np.ndarray, " token"], beside: Mapping[str, Any], where: str
     Raises:
         CorpusError: masks or positions that do not fit the ids, or of which a run without padding is not the equal.
     """
-    columns = {kind: _column(value, len(ids), kind, where) for kind, value in beside.items()}
+    own = {kind: value for kind, value in beside.items() if kind in (_MASK, _SPECIAL, _POSITIONS)}
+    columns = {kind: _column(value, len(ids), kind, where) for kind, value in own.items()}
     kept = _kept(columns.get(_MASK), len(ids), where)
     special = _binary(columns[_SPECIAL], _SPECIAL, where) if _SPECIAL in columns else np.zeros(len(ids), bool)
     starts = _starts(columns.get(_POSITIONS), kept, where, packed=_MASK not in columns)
+    if _MASK not in columns:
+        _check_whole(ids, beside, where)
     bounds = [*starts, kept.stop]
+    if len(starts) > 1 and bounds[-1] - bounds[-2] > 1 and len(set(ids[bounds[-2] : bounds[-1]].tolist())) == 1:
+        raise _unmasked(f"{where} has by its position_ids a last sequence of one token again and again")
     return [
         Piece(ids[start:stop], frozenset(ids[start:stop][special[start:stop]].tolist()))
         for start, stop in pairwise(bounds)
     ]
+
+
+def _check_whole(ids: Int[np.ndarray, " token"], beside: Mapping[str, Any], where: str) -> None:
+    """Refuse a row without a mask that is padded, by its labels or by the length that it says."""
+    for name, n in beside.items():
+        if _LENGTH.fullmatch(name) and isinstance(n, int | float) and 0 <= n < len(ids):
+            raise _unmasked(f"{where} has {len(ids)} token ids and says {name} = {n:g}")
+    labels = np.asarray(beside.get(_LABELS))
+    if labels.shape == ids.shape and len(ids) > 1:
+        for ends in (slice(0, 2), slice(-2, None)):
+            if (labels[ends] == _NO_LABEL).all() and ids[ends][0] == ids[ends][1]:
+                raise _unmasked(f"{where} begins or ends with one token again and again, labelled {_NO_LABEL}")
+
+
+def _unmasked(got: str) -> CorpusError:
+    return CorpusError(
+        f"{got}, as padding looks",
+        expected="an attention_mask that says what is padding",
+        do="add it, or leave the column out",
+    )
 
 
 def _column(value: Any, n: int, kind: str, where: str) -> np.ndarray:
@@ -115,6 +192,12 @@ def _kept(mask: np.ndarray | None, n: int, where: str) -> slice:
     """The tokens that are not padding, which must lie together."""
     if mask is None:
         return slice(0, n)
+    if n and mask.dtype.kind == "f" and not mask.any():
+        raise CorpusError(
+            f"{where} has 0.0 alone in its attention_mask, which is all padding, or, added to scores, none",
+            expected="1 where a token is none of padding",
+            do="write the mask as whole numbers",
+        )
     kept = np.flatnonzero(_binary(mask, _MASK, where))
     if not len(kept):
         return slice(0, 0)
@@ -135,6 +218,12 @@ def _starts(positions: np.ndarray | None, kept: slice, where: str, *, packed: bo
     if positions is None:
         return [kept.start]
     own = positions[kept].astype(np.int64)
+    if not np.array_equal(own, positions[kept]):
+        raise CorpusError(
+            f"{where} has position_ids that are no whole numbers",
+            expected="positions that count the tokens of a sequence from 0, without padding",
+            do="leave the column out, if the model is to count them so",
+        )
     starts = np.flatnonzero(np.diff(own, prepend=own[0] - 2) != 1)
     counted = np.arange(len(own)) - np.repeat(starts, np.diff(np.append(starts, len(own))))
     if not np.array_equal(own, counted):
@@ -144,11 +233,7 @@ def _starts(positions: np.ndarray | None, kept: slice, where: str, *, packed: bo
             do="leave the column out, if the model is to count them so",
         )
     if (np.diff(np.append(starts, len(own)))[:-1] == 1).any():
-        raise CorpusError(
-            f"{where} has sequences of one token by its position_ids, as padding looks",
-            expected="an attention_mask that says what is padding",
-            do="add it, or leave position_ids out",
-        )
+        raise _unmasked(f"{where} has sequences of one token by its position_ids")
     if len(starts) > 1 and not packed:
         raise CorpusError(
             f"{where} has {len(starts)} sequences by its position_ids, and an attention_mask that joins them",

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from headscope.artefact import read_json
-from headscope.corpus.padding import check_unread, companions, pieces
+from headscope.corpus.padding import LAYOUT, check_unread, companions, pieces
 from headscope.corpus.reading import Reading
 from headscope.corpus.text import Document, cut_documents, sections
 from headscope.errors import CorpusError
@@ -29,7 +29,6 @@ FIELDS = ("text", "input_ids", "tokens")
 """Looked for in this order where no field is named."""
 
 _BATCH = 1024  # rows read at a time
-_FLAT = 65_536  # tokens; a stream without BOS is cut into documents of so many
 _LARGEST = 2**31 - 1
 
 
@@ -44,6 +43,8 @@ class TokenDocument:
     """Whether it is a row that stands for itself, not a piece of a stream."""
     marked: frozenset[int] = frozenset()
     """Ids that the row marks as special (`special_tokens_mask`)."""
+    beside: frozenset[str] = frozenset()
+    """What says which of its tokens see one another, as `padding.companions` names it."""
 
 
 def jsonl_documents(path: Path, name: str, reading: Reading) -> Iterator[Document | TokenDocument]:
@@ -95,7 +96,7 @@ def chosen_field(names: Sequence[str], field: str | None, where: str) -> str:
 def _of_row(row: dict[str, Any], field: str | None, where: str, name: str) -> Iterator[Document | TokenDocument]:
     chosen = chosen_field(list(row), field, where)
     if isinstance(row[chosen], list):
-        check_unread(chosen, list(row), where)
+        check_unread(chosen, {name: isinstance(value, list) for name, value in row.items()}, where)
     beside = {kind: row[column] for kind, column in companions(chosen, list(row)).items()}
     yield from row_documents(row[chosen], name, beside)
 
@@ -125,11 +126,12 @@ def row_documents(value: Any, name: str, beside: Mapping[str, Any] | None = None
             do="name another field with --field",
         ) from error
     found = pieces(checked_ids(values, name), beside or {}, name)
+    layout = LAYOUT.intersection(beside or {})
     for i, piece in enumerate(found):
         if len(piece.ids):
             own = name if len(found) == 1 else f"{name}#{i}"
             key = hashlib.sha256(piece.ids.astype("<i4").tobytes()).hexdigest()
-            yield TokenDocument(own, piece.ids, key, marked=piece.marked)
+            yield TokenDocument(own, piece.ids, key, marked=piece.marked, beside=layout)
 
 
 def _encoded(text: str, name: str) -> bytes:
@@ -165,7 +167,7 @@ def checked_ids(values: np.ndarray, where: str) -> Int[np.ndarray, " token"]:
 
 
 def npy_documents(path: Path, name: str, bos: int) -> Iterator[TokenDocument]:
-    """Token ids of a `.npy` file: [row, position], or one stream, which is cut before each BOS.
+    """Token ids of a `.npy` file: [row, position], or one stream, which is cut before each BOS and nowhere else.
 
     Raises:
         CorpusError: it is no array of whole numbers in one or two dimensions, or holds Python objects.
@@ -190,9 +192,7 @@ def npy_documents(path: Path, name: str, bos: int) -> Iterator[TokenDocument]:
     if not len(starts) or starts[0] != 0:
         starts = np.concatenate([[0], starts])
     for i, (start, end) in enumerate(zip(starts, [*starts[1:], len(values)], strict=True)):
-        for j in range(start, end, _FLAT):
-            piece = f"{name}:{i}" if end - start <= _FLAT else f"{name}:{i}#{(j - start) // _FLAT}"
-            yield from _token_documents(values[j : min(j + _FLAT, end)], piece, is_row=False)
+        yield from _token_documents(values[start:end], f"{name}:{i}", is_row=False)
 
 
 def _token_documents(values: np.ndarray, name: str, *, is_row: bool) -> Iterator[TokenDocument]:
@@ -214,7 +214,7 @@ def parquet_documents(path: Path, name: str, reading: Reading) -> Iterator[Docum
         names = file.schema_arrow.names
         field = chosen_field(names, reading.field, str(path))
         batches = file.iter_batches(_BATCH, columns=[field, *companions(field, names).values()])
-        yield from _batch_documents(batches, name, field, names)
+        yield from _batch_documents(batches, name, field, file.schema_arrow)
 
 
 def arrow_documents(paths: Iterable[Path], name: str, reading: Reading) -> Iterator[Document | TokenDocument]:
@@ -230,7 +230,7 @@ def arrow_documents(paths: Iterable[Path], name: str, reading: Reading) -> Itera
         with _arrow_errors(path), pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
             field = chosen_field(stream.schema.names, reading.field, str(path))
             for batch in stream:
-                yield from _batch_documents([batch], name, field, stream.schema.names, first)
+                yield from _batch_documents([batch], name, field, stream.schema, first)
                 first += batch.num_rows
 
 
@@ -262,19 +262,19 @@ def saved_dataset(folder: Path, split: str) -> list[Path] | None:
 
 
 def _batch_documents(
-    batches: "Iterable[pa.RecordBatch]", name: str, field: str, names: Sequence[str], first: int = 0
+    batches: "Iterable[pa.RecordBatch]", name: str, field: str, schema: "pa.Schema", first: int = 0
 ) -> Iterator[Document | TokenDocument]:
-    """Rows of batches of a table with columns of these names, numbered from `first` on."""
+    """Rows of batches of a table with these columns, numbered from `first` on."""
     import pyarrow as pa
 
-    beside = companions(field, names)
+    beside = companions(field, schema.names)
+    lists = {column.name: pa.types.is_nested(column.type) for column in schema}
     for batch in batches:
         column = batch.column(field)
         others = {kind: batch.column(other) for kind, other in beside.items()}
         if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            check_unread(field, names, name)
-        is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-        is_list = is_list or pa.types.is_fixed_size_list(column.type)
+            check_unread(field, lists, name)
+        is_list = _is_list(column.type)
         for i in range(len(column)):
             value = column[i]
             own = {kind: other[i].as_py() for kind, other in others.items()}
@@ -284,6 +284,13 @@ def _batch_documents(
             else:
                 yield from row_documents(value.as_py(), f"{name}:{first + i}", own)
         first += len(column)
+
+
+def _is_list(kind: "pa.DataType") -> bool:
+    """Whether values are lists whose items lie one after the other."""
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 @contextmanager
