@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from transformers import AutoTokenizer
+from torch.nn.utils import parametrize, prune, spectral_norm
+from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from headscope.errors import ModelError
 from headscope.models.agreement import check_agreement
@@ -219,6 +221,42 @@ def test_a_weight_in_four_bits_that_shows_another_is_refused(random_model):
             check_agreement(changed(model, quantise))
 
 
+class Later(nn.Module):
+    """An adapter that adds nothing until it is trained."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.b = base, nn.Parameter(torch.zeros(32))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.b * x.mean()
+
+
+def test_weights_that_are_not_read_are_refused_though_they_add_nothing_yet(random_model):
+    model = random_model("llama")
+    cases: list[tuple[Callable[[nn.Module], Any], str]] = [
+        (wrap(f"{LAYER}.self_attn.o_proj", Later), "the output projection of layer 1 has weights .*Later"),
+        (wrap("model.layers.0.input_layernorm", Later), "a norm of layer 0 has weights that are not read"),
+        (wrap("model.norm", Later), r"the final norm has weights that are not read \(b"),
+        (lambda module: spectral_norm(module.model.layers[0].self_attn.o_proj), r"\(weight_orig\)"),
+        (lambda module: prune.l1_unstructured(module.lm_head, "weight", 0.2), r"the unembedding .*\(weight_orig\)"),
+    ]
+    for change, message in cases:
+        with torch.no_grad(), pytest.raises(ModelError, match=rf"(?s){message}.*merge the adapter"):
+            check_agreement(changed(model, change))
+    own = changed(model, wrap("model.layers.1.self_attn.v_proj", Later))  # W_V is read off runs
+    check_agreement(own)
+    before = own.W_V(1).clone()
+    own.module.model.layers[1].self_attn.v_proj.b.data.add_(1)
+    assert not torch.equal(own.W_V(1), before)
+
+
 def test_changes_that_the_weights_show_are_read_as_they_are(random_model):
     """A parametrised weight, a hook that only looks, tied weights, an adapter of what is never read as weights."""
     model = random_model("llama")
@@ -231,6 +269,7 @@ def test_changes_that_the_weights_show_are_read_as_they_are(random_model):
         module.lm_head.weight = module.model.embed_tokens.weight
         module.model.layers[0].mlp.down_proj = Adapted(module.model.layers[0].mlp.down_proj)
         module.model.layers[1].self_attn.v_proj = Adapted(module.model.layers[1].self_attn.v_proj)
+        module.model.layers[0].self_attn.o_proj = Adapted(module.model.layers[0].self_attn.o_proj, 0)
 
     own = changed(model, watched)
     check_agreement(own)
@@ -293,6 +332,28 @@ def test_a_wrapped_model_is_refused_where_it_is_loaded(random_model, save_model,
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"(?s)with an adapter, adapter_config.json.*merge the adapter first"):
         load_model(folder)
+
+
+def test_attention_of_the_users_own_is_refused(random_model, save_model, tmp_path: Path):
+    model = random_model("llama")
+    fast = AutoTokenizer.from_pretrained(save_model(model, tmp_path / "model"))
+
+    def halved(module, query, key, value, mask, scaling, **kwargs):
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling / 2, **kwargs)
+
+    AttentionInterface.register("halved", halved)
+    AttentionMaskInterface.register("halved", sdpa_mask)
+    try:
+        own = copy.deepcopy(model.module)
+        own.set_attn_implementation("halved")
+        with pytest.raises(ModelError, match=r"(?s)attention is computed by 'halved'.*set_attn_implementation"):
+            load_model(own, tokenizer=fast)
+    finally:
+        del AttentionInterface._global_mapping["halved"], AttentionMaskInterface._global_mapping["halved"]
+    for known in ("eager", "sdpa"):
+        own.set_attn_implementation(known)
+        load_model(own, tokenizer=fast)
+        assert own.config._attn_implementation == known
 
 
 def test_a_model_of_peft_is_told_to_be_merged():

@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from headscope.errors import ModelError
 from headscope.models.families import FAMILIES
+from headscope.models.fingerprint import checksum
 from headscope.models.hf import Model
 from headscope.models.settings import check_settings, computed, unjudged
 
@@ -132,6 +133,62 @@ def test_weights_are_the_same_in_a_lower_precision_and_cannot_be_told_in_a_highe
     assert not half.matches(model.fingerprint(), "float32")
     assert model.matches(model.fingerprint(), "float32")
     assert model.matches(model.fingerprint(), "what is that")
+
+
+def edits(model):
+    """Ways to change the unembedding and the final norm after a model is loaded."""
+
+    def doubled():
+        model._unembedding.weight.data.mul_(2)
+
+    def permuted():
+        weight = model._unembedding.weight.data
+        weight.copy_(weight.roll(1, 0).clone())
+
+    def gain():
+        model._final_norm.module.weight.data[3] += 0.5
+
+    def exchanged():
+        model._unembedding.weight = torch.nn.Parameter(model._unembedding.weight * 3, requires_grad=False)
+
+    def trained():
+        weight = torch.nn.Parameter(model._unembedding.weight.detach())
+        weight.grad = torch.ones_like(weight)
+        torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+
+    return doubled, permuted, gain, exchanged, trained
+
+
+def test_nothing_of_weights_that_were_changed_is_kept(random_model):
+    for family in ("gpt2", "llama"):
+        model = random_model(family)
+        module = copy.deepcopy(model.module)
+        model = Model(module, model.tokenizer, model.bos, model.spec.name)
+        final = torch.randn(5, model.spec.d_model, generator=torch.Generator().manual_seed(1))
+        known = model.fingerprint()
+        assert model.logit_directions is model.logit_directions
+        for edit in (lambda: None, *edits(model)):
+            before = model.logit_directions.clone(), model.logit_bias.clone()
+            assert model.matches(known)
+            edit()
+            assert model.matches(known) == (edit.__name__ == "<lambda>"), edit.__name__
+            known = model.fingerprint()
+            logits = module.lm_head(model._final_norm.module(final))
+            c, sigma = model.final_parts(final)
+            ours = c / sigma @ model.logit_directions + model.logit_bias
+            torch.testing.assert_close(ours - ours.mean(1, keepdim=True), logits - logits.mean(1, keepdim=True))
+            assert torch.equal(before[0], model.logit_directions) == (edit.__name__ == "<lambda>"), edit.__name__
+
+
+def test_a_checksum_knows_values_of_every_type_and_shape():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool):
+        for shape in ((), (0,), (0, 3), (5,), (3, 5), (4, 8), (2, 3, 4)):
+            value = torch.arange(1, 1 + int(torch.tensor(shape).prod())).reshape(shape).to(dtype)
+            assert checksum(value) == checksum(value.clone())
+            if value.numel():
+                assert checksum(value) != checksum(torch.zeros_like(value)), (dtype, shape)
+            if value.ndim == 2:
+                assert checksum(value.T) == checksum(value.T.contiguous())
 
 
 # ------------------------------------------------------------------------------------------------------------ settings

@@ -169,10 +169,11 @@ def direct_logit_effects(
         on_latents: called with the latents done, and all of them.
     """
     written = sae.W_dec @ model.output_directions(sae.site.layer)  # [d_sae, d_model]
+    directions = model.logit_directions
     k = min(k, model.spec.d_vocab)
     parts = []
     for chunk in written.split(rows):
-        effects = chunk @ model.logit_directions
+        effects = chunk @ directions
         top, bottom = effects.topk(k), effects.topk(k, largest=False)
         moments = zip(*map(_moments, effects.split(_CACHED_ROWS)), strict=True)
         parts.append((top.indices, top.values, bottom.indices, bottom.values, *map(torch.cat, moments)))

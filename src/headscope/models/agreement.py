@@ -29,6 +29,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}  # RMSNorms of transform
 _OURS = ("torch.nn.modules.", "transformers.", "headscope.")
 _SPREAD = 8.0  # roundings of one component: they differ more than those of all together
 _SUMMED = 20.0  # roundings of what is computed in other steps, each of them rounded
+_PARAMETRISED = "parametrizations"  # of torch: `weight` is made of these whenever it is read
 _NAMED = 3  # of what is unusual about a model
 _UNREADABLE = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -62,6 +63,8 @@ def check_agreement(model: "Model") -> None:
     try:
         for step in _steps(model, _tokens(model)):
             check_step(model, step.what, step.module, step.got, step.read, loose=step.loose)
+        for what, module in _read_off(model):
+            _check_no_others(model.spec.name, what, module)
     except _UNREADABLE as error:
         raise not_plain(model.spec.name, f"a run on a few tokens fails ({error!r})", model.module) from error
 
@@ -173,6 +176,28 @@ def _found(module: nn.Module) -> Iterator[str]:
             yield f"a hook{at}"
         if "forward" in vars(part):
             yield f"another forward{at}"
+
+
+def _read_off(model: "Model") -> Iterator[tuple[str, nn.Module]]:
+    """The modules whose weights are read."""
+    for layer, part in enumerate(model._blocks):
+        yield f"the output projection of layer {layer}", part.output_projection
+        norms = part.attention_norm, part.attention_post_norm, part.mlp_norm, part.mlp_post_norm
+        yield from ((f"a norm of layer {layer}", norm.module) for norm in norms if norm is not None)
+    yield "the final norm", model._final_norm.module
+    yield "the unembedding", model._unembedding
+
+
+def _check_no_others(name: str, what: str, module: nn.Module) -> None:
+    """Refuse weights besides those that are read, though they add nothing yet: an adapter that begins at 0."""
+    read = [getattr(module, key, None) for key in ("weight", "bias")]
+    others = [
+        key
+        for key, weight in module.named_parameters()
+        if not any(weight is own for own in read) and key.split(".")[0] != _PARAMETRISED
+    ]
+    if others:
+        raise not_plain(name, f"{what} has weights that are not read ({', '.join(others[:_NAMED])})", module)
 
 
 def _tokens(model: "Running") -> Int[Tensor, "2 position"]:

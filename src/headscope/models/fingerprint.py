@@ -38,6 +38,23 @@ def fingerprint(
     return f"sha256:{digest.hexdigest()}"
 
 
+@torch.no_grad()
+def checksum(*tensors: Tensor) -> tuple[int, ...]:
+    """Numbers that change with the values of tensors, in a hundredth of the time of a hash; not across processes.
+
+    Versions of tensors are no substitute: `tensor.data` and fused optimisers change values and not versions.
+    """
+    return tuple(int(_sum_of_bits(tensor)) for tensor in tensors if tensor.numel())
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    rows = (tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(-1, 1)).contiguous()
+    if rows.shape[1] * rows.itemsize % 8:
+        rows = rows.double()
+    sums = rows.view(torch.int64).sum(1)  # of whole numbers, so the same in any order
+    return (sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()
+
+
 def earlier_fingerprints(module: PreTrainedModel, bos: int, dtype: torch.dtype | None = None) -> Iterator[str]:
     """Hashes that artefacts of earlier versions have of the same model: names and the whole configuration were in them.
 

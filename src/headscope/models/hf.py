@@ -1,7 +1,7 @@
 """A `transformers` causal language model: what it computes (`running.py`), and what its weights say."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from functools import cached_property
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from headscope.errors import ModelError
 from headscope.models.agreement import check_values
 from headscope.models.attention import Attention, repeat_heads
-from headscope.models.fingerprint import earlier_fingerprints, fingerprint
+from headscope.models.fingerprint import checksum, earlier_fingerprints, fingerprint
+from headscope.models.norms import Norm
 from headscope.models.running import Running, Stop
 from headscope.models.spec import Edit, ModelSpec, Restart, SiteEdit
 from headscope.site import Site
@@ -25,6 +26,8 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float
 
 class Model(Running):
     """One interface for every backend; this one holds a `transformers` model in evaluation mode."""
+
+    _directions: tuple[Hashable, Tensor] | None = None  # logit directions, and the state of the weights they are of
 
     def replica(self) -> "Model":
         """A model that shares the weights of this one and nothing else: for another thread to run at the same time."""
@@ -47,8 +50,7 @@ class Model(Running):
         stated = _DTYPES.get(dtype or "", own)
         if torch.promote_types(stated, own) != own:
             return False
-        weights = [(t.data_ptr(), t._version) for t in self.module.state_dict(keep_vars=True).values()]
-        question = known, stated, tuple(weights)
+        question = known, stated, checksum(*self.module.state_dict(keep_vars=True).values())
         if question not in self._matched:  # reading all weights takes seconds a gigabyte
             rounded = None if stated == own else stated
             current = fingerprint(self.module, self.family, self.spec, self.bos, rounded)
@@ -113,21 +115,28 @@ class Model(Running):
         weight: Tensor = self._blocks[layer].output_projection.weight  # pyright: ignore[reportAssignmentType]
         return weight if self.family.transposed else weight.T
 
-    @cached_property
+    @property
     def logit_directions(self) -> Float[Tensor, "d_model d_vocab"]:
         """What a residual direction adds to the logits when the final norm's scale is 1: `centre(u) * gain @ W_U`.
 
         The final norm's gain and (for LayerNorm) centring are folded in, its scale is left out, and the result is
         centred over the vocabulary, to which softmax is blind. So TransformerLens' processed `W_U`. Of a model that
-        caps its logits, these are those before the cap.
+        caps its logits, these are those before the cap. Kept until the weights change.
         """
         norm = self._final_norm
+        read = (t for t in (self._unembedding.weight, getattr(norm.module, "weight", None)) if t is not None)
+        state, kept = checksum(*read), self._directions
+        if kept is None or kept[0] != state:
+            kept = self._directions = state, self._folded(norm)
+        return kept[1]
+
+    def _folded(self, norm: Norm) -> Float[Tensor, "d_model d_vocab"]:
         folded = self._unembedding.weight.T if norm.gain is None else norm.gain[:, None] * self._unembedding.weight.T
         if norm.centres:
             folded = folded - folded.mean(0)
         return folded - folded.mean(1, keepdim=True)
 
-    @cached_property
+    @property
     def logit_bias(self) -> Float[Tensor, " d_vocab"]:
         """The part of the logits that no residual stream makes: the final norm's bias through W_U, and b_U."""
         bias = torch.zeros(self.spec.d_vocab, dtype=self.module.dtype, device=self.device)

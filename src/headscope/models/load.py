@@ -18,6 +18,7 @@ from headscope.limits import NameOrPath, check
 from headscope.models import transformer_lens
 from headscope.models.agreement import check_agreement
 from headscope.models.aliases import repository_of
+from headscope.models.attention import IMPLEMENTATION
 from headscope.models.families import family_of
 from headscope.models.hf import Model
 from headscope.models.placing import device_of, dtype_of
@@ -26,6 +27,8 @@ from headscope.models.vocabulary import check_vocabulary, checked_tokenizer, fir
 from headscope.names import absolute, bundled_model, exists, lasting_model, local
 
 _ADAPTER = re.compile(r"\b(lora_|base_layer|modules_to_save|original_module)")
+_EQUAL = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+"""Implementations of attention in `transformers`, for any of which headscope's own stands in."""
 _MERGE = "merge the adapter first (PEFT: model.merge_and_unload()) and pass the result"
 
 
@@ -91,6 +94,7 @@ def _embedding(module: PreTrainedModel) -> Tensor:
 def _loaded(model: nn.Module) -> tuple[PreTrainedModel, Any, str]:
     """A model that shares the weights of a user's object and nothing else; its tokenizer, if it has one; its name."""
     if isinstance(model, PreTrainedModel):
+        _check_attention(model)
         shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
         name = model.config.name_or_path or model.config.model_type
         return copy.deepcopy(model, shared), None, absolute(name) if local(name).is_dir() else name
@@ -102,6 +106,17 @@ def _loaded(model: nn.Module) -> tuple[PreTrainedModel, Any, str]:
         expected="a PreTrainedModel of transformers, a HookedTransformer or a TransformerBridge",
         do=_MERGE if adapted else "pass one of these, or the name of a model",
     )
+
+
+def _check_attention(model: PreTrainedModel) -> None:
+    """Raise ModelError where attention is computed by a function of the user's, which SDPA would replace."""
+    own = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    if own not in (None, IMPLEMENTATION, *_EQUAL):
+        raise ModelError(
+            f"a model whose attention is computed by {own!r}",
+            expected=f"one of {', '.join(_EQUAL)}, which compute the same",
+            do="model.set_attn_implementation('sdpa') first, if that is the same function",
+        )
 
 
 def _load(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:

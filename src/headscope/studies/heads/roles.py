@@ -77,7 +77,8 @@ def _copied(model: Model, n_tokens: int, seed: int, n_others: int | None = None)
     spec, generator = model.spec, torch.Generator().manual_seed(seed)
     tokens = torch.randperm(spec.d_vocab, generator=generator)[:n_tokens].to(model.device)
     others = torch.randperm(spec.d_vocab, generator=generator)[:n_others].to(model.device)
-    of_own, of_others = model.logit_directions[:, tokens].T, model.logit_directions[:, others]
+    directions = model.logit_directions
+    of_own, of_others = directions[:, tokens].T, directions[:, others]
     copied = torch.zeros(len(tokens), spec.n_layers, spec.n_heads, dtype=torch.float64)
     for layer in range(spec.n_layers):
         values = model.token_values(layer, tokens)
