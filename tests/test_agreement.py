@@ -226,7 +226,7 @@ class Later(nn.Module):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.base, self.b = base, nn.Parameter(torch.zeros(32))
+        self.base, self.b = base, nn.Parameter(torch.zeros(1))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -235,7 +235,7 @@ class Later(nn.Module):
             return getattr(self.base, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.b * x.mean()
+        return self.base(x) + self.b * x.mean(-1, keepdim=True)
 
 
 def test_weights_that_are_not_read_are_refused_though_they_add_nothing_yet(random_model):
