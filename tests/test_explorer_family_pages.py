@@ -167,19 +167,29 @@ def test_a_link_brings_back_threshold_head_sort_and_filter(page: Page, address: 
     expect(page.locator("[data-choice='show:missed']")).to_have_attribute("aria-pressed", "true")
 
 
+def test_a_family_opens_on_its_members_where_it_has_any(page: Page, address: str, index: FeatureIndex) -> None:
+    opened(page, address, "/family/induction")
+    assert set(shown(page)) == set(MEMBERS)
+    expect(page.locator("[data-choice='show:members']")).to_have_attribute("aria-pressed", "true")
+    page.click("[data-choice='show:all']")
+    expect(page.locator("[data-count] b")).to_have_text(str(len(live_latents(index))))
+    opened(page, address, "/family/high-level-context")
+    expect(page.locator("[data-choice='show:all']")).to_have_attribute("aria-pressed", "true")
+
+
 def test_disagreement_sorts_by_its_size_and_what_has_none_comes_last(
     page: Page, address: str, index: FeatureIndex
 ) -> None:
     rows = IndexFamilies(index).family("induction", "1.1")["rows"]
     apart = dict(zip(rows["latent"], rows["apart"], strict=True))
     order = sorted(apart, key=lambda j: (apart[j] is None, -abs(apart[j] or 0), j))
-    opened(page, address, "/family/induction?head=1.1&sort=-apart")
+    opened(page, address, "/family/induction?head=1.1&sort=-apart&show=all")
     assert shown(page) == order[: len(shown(page))]
     assert apart[order[-1]] is None
 
 
 def test_the_parts_of_the_verdict_are_shown_without_colour_alone(page: Page, address: str) -> None:
-    opened(page, address, "/family/induction?sort=latent")
+    opened(page, address, "/family/induction?sort=latent&show=all")
     parts = {
         latent: page.locator(f".family [data-latent='{latent}'] [data-col=tests]").inner_text() for latent in (4, 5, 14)
     }
@@ -207,7 +217,7 @@ def test_keys_move_open_and_come_back(page: Page, address: str) -> None:
 
 
 def test_search_finds_an_id_and_a_token(page: Page, address: str, index: FeatureIndex) -> None:
-    opened(page, address, "/family/induction?sort=latent")
+    opened(page, address, "/family/induction?sort=latent&show=all")
     page.fill("[data-family-search]", "8")
     expect(page).to_have_url(re.compile("q=8"))
     assert 8 in shown(page)
@@ -257,7 +267,7 @@ def test_the_grid_shows_scores_and_the_keyboard_walks_it(page: Page, address: st
     assert values == [score_of(layer, h, "induction") for layer in range(n_layers) for h in range(n_heads)]
     page.click("[data-choice='score:previous_token']")
     expect(page).to_have_url(re.compile("score=previous_token"))
-    assert float(str(cells.first.get_attribute("data-value"))) == score_of(0, 0, "previous_token")
+    expect(cells.first).to_have_attribute("data-value", str(score_of(0, 0, "previous_token")))
     expect(page.locator("[data-cell='0.1'] small")).to_have_text("IC")
     expect(page.locator("[data-superposition] td b")).to_have_text("0.750")
     cells.first.focus()
@@ -385,7 +395,7 @@ def test_an_exported_folder_has_the_pages_and_links_only_to_what_it_holds(
 ) -> None:
     site = export_folder(IndexCards(index), tmp_path / "site", range(9), roles=pages_of(index))
     with hosted(site) as address:
-        opened(page, address, "/index.html#/family/induction?head=1.2&sort=latent&t=0.3")
+        opened(page, address, "/index.html#/family/induction?head=1.2&sort=latent&t=0.3&show=all")
         assert shown(page) == live_latents(index)
         expect(page.locator("[data-threshold-number]")).to_have_value("0.3")
         assert page.locator(".family a[data-latent='8']").count() == 1

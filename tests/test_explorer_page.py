@@ -544,6 +544,9 @@ def test_a_dead_feature_is_honest(page: Page, address: str) -> None:
 def test_a_feature_that_does_not_exist_is_said(page: Page, address: str) -> None:
     page.goto(f"{address}/f/200")
     expect(page.locator("[data-error]")).to_contain_text("0 to 199")
+    page.goto(f"{address}/f/abc")
+    expect(page.locator("[data-error]")).to_contain_text("abc is not the number of a feature")
+    expect(page.locator("[data-table]")).to_have_count(0)
 
 
 # --- keys and links
@@ -676,6 +679,53 @@ def test_bytes_become_characters_once(page: Page, address: str) -> None:
     assert shown[5] == [["text", "U+202E"], ["text", "…"]]
     assert [text for _, text in shown[6]] == [" שלום", " مرحبا", "漢字", " 東京"]
     assert shown[7] == [["text", r"\xC3"], ["text", r"\xFF"], ["text", "…"]]
+
+
+def test_characters_that_draw_nothing_are_escapes(page: Page, address: str) -> None:
+    page.goto(address)
+    expect(page.locator("[data-table] a.row").first).to_be_visible()
+    shown = page.evaluate(
+        """async (texts) => {
+          const { Vocab } = await import("/static/vocab.js");
+          const bytes = (text) => String.fromCharCode(...new TextEncoder().encode(text));
+          const vocab = new Vocab({ tokens: texts.map(bytes), special: [] });
+          return texts.map((_, id) => vocab.decode([id])[0].bits.map((bit) => bit.text ?? bit.byte));
+        }""",
+        ["\u2764\ufe0f", "a\u00a0b", "\u3164", "\U000e0041", "\u200d", "\u2800", "e\u0301 \u6771"],
+    )
+    hidden = [["\u2764", "U+FE0F"], ["a", "U+00A0", "b"], ["U+3164"], ["U+E0041"], ["U+200D"], ["U+2800"]]
+    assert shown == [*hidden, ["e\u0301 \u6771"]]
+
+
+# --- widths
+
+
+def test_the_whole_table_is_in_sight_at_a_desk(page: Page, address: str) -> None:
+    page.goto(address)
+    expect(page.locator("[data-table] a.row").first).to_be_visible()
+    assert page.locator("[data-table]").evaluate("(table) => table.scrollWidth <= table.clientWidth")
+    assert page.locator("[data-table] [data-sort]").evaluate_all(
+        "(heads) => heads.every((head) => head.scrollWidth <= head.clientWidth)"
+    )
+
+
+def test_on_a_phone_what_a_card_shows_comes_first_and_nothing_is_out_of_reach(browser: Browser, address: str) -> None:
+    with quiet_page(browser, viewport={"width": 390, "height": 844}) as page:
+        page.goto(f"{address}/f/18")
+        card(page, 18)
+        top = "(element) => element.getBoundingClientRect().top"
+        assert page.locator("[data-groups]").evaluate(top) < page.locator(".side").evaluate(top)
+        box = "t.getBoundingClientRect()"
+        inside = f"(tabs) => tabs.every((t) => {box}.left >= 0 && {box}.right <= 390)"
+        assert page.locator("[role=tab]").evaluate_all(inside)
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        page.goto(address)
+        rows = page.locator("[data-table]")
+        expect(page.locator("[data-table] a.row").first).to_be_visible()
+        assert rows.evaluate(top) < page.locator("[data-about]").evaluate(top)
+        rows.evaluate("(table) => { table.scrollLeft = 300; }")
+        number = page.locator("[data-table] a.row [data-col=latent]").first
+        assert number.evaluate("(cell) => cell.getBoundingClientRect().left") >= 0, "the number of a row stays in sight"
 
 
 # --- the single file

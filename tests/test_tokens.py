@@ -28,7 +28,7 @@ from headscope.proxies import evaluate as holds_at
 from headscope.proxies import regex
 from headscope.proxies.masks import vocabulary_of
 from headscope.studies.how.corruptions import prompt
-from headscope.tokens import Spelling, encode, marked, own_tokenizer, special_ids, unknown_id
+from headscope.tokens import Spelling, encode, marked, own_tokenizer, special_ids, unknown_id, visible
 from headscope.tokens.spelling import _CHARACTERS as CHARACTERS
 from headscope.tokens.spelling import _TEXTS as TRIED
 from tokenizer_kinds import ONE_SPACE, byte_level, kind, sentencepiece, that_keep, that_lose, unigram, with_added
@@ -435,3 +435,16 @@ def test_an_earlier_index_has_its_bytes_worked_out_again(indexes, tmp_path):
         assert not before.prefix or earlier.segments == before.segments
         query = "SELECT token, bytes, special FROM vocabulary ORDER BY token"
         assert again.sql(query) == index.sql(query)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\u2764\ufe0f", "\u2764" + r"\ufe0f"),
+        ("a\u00a0b c", r"a\xa0b c"),
+        ("\u3164\U000e0041", r"\u3164\U000e0041"),
+        ("e\u0301 \u6771", "e\u0301 \u6771"),
+    ],
+)
+def test_what_is_not_drawn_is_written_as_an_escape(text: str, shown: str) -> None:
+    assert visible(text) == shown

@@ -267,6 +267,8 @@ _SORTS = ("effects.importance", "n_active")
 _COLUMNS = [
     _column("latent", "id", "int", "index of the dictionary entry"),
     _column("alive", "alive", "bool", "active on at least one token of the corpus", listed=False),
+    _column("top_logit", "top logit", "token", "the token whose logit the feature raises most by the direct path"),
+    _column("top_source", "top source", "token", "source token with the largest share of squared DFA"),
     _column("density", "density", "percent"),
     _column("n_active", "tokens", "int", "tokens on which the feature is active"),
     _column("maximum", "max", "float", "largest activation in the corpus"),
@@ -280,10 +282,8 @@ _COLUMNS = [
     _column("decoder_head", "dec. head", "head", "the head with the largest norm in the decoder row"),
     _column("decoder_share", "dec. share", "percent", "that head's share of the decoder norms", listed=False),
     _column("disagreement", "apart", "percent"),
-    _column("top_logit", "top logit", "token", "the token whose logit the feature raises most by the direct path"),
-    _column("top_logit_value", "logit", "float", "that logit, per unit of activation; final norm's scale left out"),
-    _column("top_source", "top source", "token", "source token with the largest share of squared DFA"),
-    _column("top_source_share", "src share", "percent", "that token's share"),
+    _column("top_logit_value", "logit", "float", "logit per unit of activation; final norm's scale left out"),
+    _column("top_source_share", "src share", "percent", "share of squared DFA of the top source token"),
     _column("copy_rank", "copy rank", "percent"),
     _column("bias", "bias", "float", listed=False),
 ]

@@ -16,6 +16,7 @@ from jaxtyping import Bool
 
 from headscope.errors import ProxyError
 from headscope.proxies.blocks import Blocks, Token
+from headscope.tokens import is_visible
 
 MAX_DEPTH = 32
 """Levels of `& | ~ shift` in one another."""
@@ -236,7 +237,7 @@ def check_depth(proxy: Proxy) -> None:
 
 def quoted(text: str) -> str:
     """A JSON string in which everything that does not print is escaped."""
-    inner = "".join(c if c.isprintable() and c not in '"\\' else json.dumps(c)[1:-1] for c in text)
+    inner = "".join(c if is_visible(c) and c not in '"\\' else json.dumps(c)[1:-1] for c in text)
     return f'"{inner}"'
 
 

@@ -14,6 +14,7 @@ from headscope.studies.support.active import Text
 from headscope.studies.what.downstream import LogitEffect, logit_effect
 from headscope.studies.when.records import Specificity
 from headscope.studies.when.specificity import SpecificityPlan, expected_value, specificity
+from headscope.tokens import visible
 
 OWN_RULE = "the post: a proxy written by hand; here one found by search, of the kind of the post's"
 _NO_NUMBER = "the post gives no number"
@@ -79,7 +80,7 @@ def _examples(subject: Subject, exemplar: Exemplar) -> Listing:
 
 def _written(tokens: list[bytes]) -> str:
     """On one line, with the ends of lines visible."""
-    return b"".join(tokens).decode(errors="replace").replace("\n", "\u21b5").replace("\t", "\u2192")
+    return visible(b"".join(tokens).decode(errors="replace").replace("\n", "\u21b5").replace("\t", "\u2192"))
 
 
 # --------------------------------------------------------------------------------------------------------------- logits

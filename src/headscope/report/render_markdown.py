@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from headscope.report.numbers import beside, duration, interval, number, said
 from headscope.report.records import Claim
 from headscope.report.results import Report, Row, SubjectResult
+from headscope.tokens import visible
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 
@@ -121,8 +122,7 @@ def _line(cells: list[str]) -> str:
 
 def plain(text: str) -> str:
     """Text that Markdown shows as it is, on one line: corpus text is not markup."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return _SPECIAL.sub(r"\\\1", shown)
+    return _SPECIAL.sub(r"\\\1", visible(text))
 
 
 def _digest(whole: str) -> str:

@@ -9,6 +9,7 @@ from headscope.index.store import FeatureIndex
 from headscope.models.hf import Model
 from headscope.report.records import FULL, Exemplar, Kind, Settings
 from headscope.sae.model import SAE
+from headscope.tokens import visible
 
 
 def _silent(_done: int, _total: int) -> None:
@@ -76,7 +77,7 @@ class Subject:
 
     def text(self, token: int) -> str:
         """A token as it is written, spaces made visible in quotes."""
-        return repr(self.index.vocabulary[0][token].decode(errors="replace"))
+        return visible(repr(self.index.vocabulary[0][token].decode(errors="replace")))
 
     def head_name(self, head: int) -> str:
         """`1.6`: layer and head."""

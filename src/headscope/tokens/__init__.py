@@ -2,5 +2,6 @@
 
 from headscope.tokens.encoding import encode, marked, own_tokenizer, special_ids, unknown_id
 from headscope.tokens.spelling import Spelling
+from headscope.tokens.visible import is_visible, visible
 
-__all__ = ["Spelling", "encode", "marked", "own_tokenizer", "special_ids", "unknown_id"]
+__all__ = ["Spelling", "encode", "is_visible", "marked", "own_tokenizer", "special_ids", "unknown_id", "visible"]

@@ -185,7 +185,6 @@ export class Card {
       const selected = one.dataset.tab === (study || tab in TABS ? tab : "top");
       one.setAttribute("aria-selected", String(selected));
       one.tabIndex = selected ? 0 : -1;
-      if (selected) this.tabs.scrollLeft = one.offsetLeft - this.tabs.offsetLeft - 40; // where the strip scrolls
       if (selected) this.panel.setAttribute("aria-labelledby", one.id);
     }
     this.panel.classList.toggle("of-study", study);

@@ -9,7 +9,7 @@ import { measureTable } from "./study.js";
 
 const RULE_PAUSE = 150; // milliseconds of rest before a threshold that is moved goes into the link
 const SHOWN_ROWS = {
-  "": ["all judged", () => true], members: ["members", ({ verdict }) => verdict], chosen: ["chosen", ({ chosen }) => chosen], both: ["both", ({ verdict, chosen }) => verdict && chosen],
+  all: ["all judged", () => true], members: ["members", ({ verdict }) => verdict], chosen: ["chosen", ({ chosen }) => chosen], both: ["both", ({ verdict, chosen }) => verdict && chosen],
   extra: ["chosen, no members", ({ verdict, chosen }) => chosen && !verdict], missed: ["members missed", ({ verdict, chosen }) => verdict && !chosen],
 };
 const GROWING = ["score", "source_share", "rate", "precision", "recall", "off"]; // shares drawn as bars, longer is more of the family
@@ -175,13 +175,14 @@ class Family {
     this.#drawRates(at);
     if (this.search.value !== view.q) this.search.value = view.q;
     const groups = Object.entries(SHOWN_ROWS).map(([name, [label, keeps]]) => [name, label, this.#rowsWhere(keeps)]);
-    this.filters.replaceChildren(choice("show", groups.map(([name, label, rows]) => [name, `${label} ${int(rows.length)}`]), view.show, (show) => this.change({ show })));
+    const show = view.show in SHOWN_ROWS ? view.show : this.rows.verdict.some(Boolean) ? "members" : "all";
+    this.filters.replaceChildren(choice("show", groups.map(([name, label, rows]) => [name, `${label} ${int(rows.length)}`]), show, (show) => this.change({ show })));
     const matches = this.#matcher(view.q);
-    const order = (groups.find(([name]) => name === view.show) ?? groups[0])[2].filter(matches);
+    const order = groups.find(([name]) => name === show)[2].filter(matches);
     const column = this.family.columns.find(({ name }) => name === view.sort.replace("-", "")) ?? this.family.columns.find(({ name }) => name === "score");
     sortRows(order, this.#keys(column), column.kind, view.sort.startsWith("-"));
     this.count.replaceChildren(el("b", { "data-n": order.length }, int(order.length)), ` of ${int(this.rows.latent.length)}`);
-    const key = JSON.stringify([view.sort, view.show, view.q]);
+    const key = JSON.stringify([view.sort, show, view.q]);
     this.table.update({ order, sort: view.sort, at: key === this.#order ? null : 0 });
     this.#order = key;
   }

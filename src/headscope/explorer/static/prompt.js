@@ -108,7 +108,7 @@ export class PromptPage {
   /** Tokens as a text to edit: without what the tokenizer puts before a text, which it does again. */
   #written(ids) {
     const bits = this.vocab.decode(ids).flatMap((piece) => piece.bits);
-    const text = bits.map((bit) => bit.text ?? (bit.mark ? { "↵": "\n", "⇥": "\t", "␍": "\r" }[bit.mark] : "\ufffd")).join("");
+    const text = bits.map((bit) => bit.text ?? bit.raw ?? "\ufffd").join("");
     return text.startsWith(this.vocab.prefix) ? text.slice(this.vocab.prefix.length) : text;
   }
 

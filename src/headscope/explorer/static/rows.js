@@ -3,7 +3,9 @@ import { button, el, setVars } from "./dom.js";
 import { int, num, pct, signed } from "./format.js";
 
 const ROW = 27;
-const WIDTHS = { int: "minmax(52px, .8fr)", float: "minmax(52px, .8fr)", signed: "minmax(52px, .8fr)", percent: "minmax(76px, 1fr)", token: "minmax(92px, 1.5fr)", head: "minmax(56px, .7fr)", text: "minmax(110px, 2fr)", bool: "52px", tests: "76px" };
+const GAP = 8;
+/** Of a kind of column: the least pixels, and its part of what is left. */
+const WIDTHS = { int: [50, 0.8], float: [50, 0.8], signed: [50, 0.8], percent: [62, 1], token: [76, 1.5], head: [46, 0.7], text: [108, 2], bool: [52, 0], tests: [76, 0] };
 const WRITE = { int, percent: pct, float: num, signed: (value) => signed(value, 2), bool: (flag) => (flag ? "yes" : "no"), head: String, text: String };
 
 /** A value as its column writes it; nothing where there is none. */
@@ -27,7 +29,10 @@ export class Rows {
     this.space = el("div", { class: "space", role: "rowgroup" });
     this.element = el("div", {
       class: "rows", role: "table", "aria-label": label, "data-table": "", onscroll: () => requestAnimationFrame(() => this.#draw()),
-      vars: { "--cols": columns.map(({ kind }) => WIDTHS[kind]).join(" "), "--row": `${ROW}px` },
+      vars: {
+        "--cols": columns.map(({ kind }) => `minmax(${WIDTHS[kind][0]}px, ${WIDTHS[kind][1]}fr)`).join(" "), "--row": `${ROW}px`, "--gap": `${GAP}px`,
+        "--least": `${columns.reduce((sum, { kind }) => sum + WIDTHS[kind][0] + GAP, GAP)}px`,
+      },
     }, this.head, this.space);
     new ResizeObserver(() => this.#draw()).observe(this.element);
   }

@@ -28,12 +28,12 @@ const PAGES = { "/dashboard": "dashboard", "/families": "families", "/heads": "h
 export function readView(location, embedded) {
   const hash = location.hash.slice(1) || (document.querySelector("meta[name=headscope-start]")?.content ?? "");
   const [path, query = ""] = embedded ? hash.split(/\?(.*)/s) : [location.pathname, location.search];
-  const latent = /^\/f\/(\d{1,9})\/?$/.exec(path);
+  const latent = /^\/f\/([^/]+)\/?$/.exec(path)?.[1];
   const named = NAMED.exec(path);
   const page = latent ? "card" : named ? named[1] : { ...PAGES, ...(!embedded && { "/label": "label" }) }[path] ?? "table";
   const card = chosen(CARD, query);
   if (card.ex && !new URLSearchParams(query).has("tab")) card.tab = card.ex.split(/[-.]/)[0].replace("random", "top");
-  return { page, latent: latent && Number(latent[1]), name: named?.[2] ?? "", family: chosen(FAMILY, page === "family" ? query : ""), grid: chosen(GRID, /^head/.test(page) ? query : ""), ...card, ...chosen(PLANE, query), ...chosen(QUEUE, query), ...chosen(PROMPT, query), list: chosen(LIST, embedded ? query : hash) };
+  return { page, latent: latent === undefined ? null : /^\d{1,9}$/.test(latent) ? Number(latent) : latent, name: named?.[2] ?? "", family: chosen(FAMILY, page === "family" ? query : ""), grid: chosen(GRID, /^head/.test(page) ? query : ""), ...card, ...chosen(PLANE, query), ...chosen(QUEUE, query), ...chosen(PROMPT, query), list: chosen(LIST, embedded ? query : hash) };
 }
 
 /** The link of a view. @param {import("./types").View} view */

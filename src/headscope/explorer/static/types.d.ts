@@ -348,4 +348,4 @@ export interface View {
 
 /** What a token shows: text, marks for what cannot be seen ("↵"), chips for bytes that are no character; a `part` shows
  * nothing of its own, because its bytes finish a character that began on an earlier token. */
-export interface Piece { id: number; kind: "text" | "special" | "part"; bits: { text?: string; mark?: string; byte?: string }[] }
+export interface Piece { id: number; kind: "text" | "special" | "part"; bits: { text?: string; mark?: string; byte?: string; raw?: string }[] }

@@ -2,8 +2,8 @@
 import { el } from "./dom.js";
 
 const SHOWN = { "\n": "↵", "\t": "⇥", "\r": "␍" };
-// What would be invisible or would reorder its neighbours: controls, zero-width characters, direction marks.
-const HIDDEN = /([\0-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb])/;
+// What would be invisible, look like a space or reorder its neighbours: controls, variation selectors, direction marks.
+const HIDDEN = /([\p{Cc}\p{Zl}\p{Zp}\p{DI}\ufff9-\ufffb\u2800\xa0\u1680\u2000-\u200a\u202f\u205f\u3000])/u;
 const utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
 const strict = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const hex = (code, digits) => code.toString(16).toUpperCase().padStart(digits, "0");
@@ -104,8 +104,8 @@ function visible(text, i) {
   if (i % 2) return [{ byte: `\\x${hex(text.charCodeAt(0) - 0xdc00, 2)}` }];
   return text.split(HIDDEN).filter(Boolean).map((part) => {
     if (!HIDDEN.test(part)) return { text: part };
-    const code = part.charCodeAt(0);
-    return SHOWN[part] ? { mark: SHOWN[part] } : { byte: code < 32 ? `\\x${hex(code, 2)}` : `U+${hex(code, 4)}` };
+    const code = part.codePointAt(0);
+    return { raw: part, ...(SHOWN[part] ? { mark: SHOWN[part] } : { byte: code < 32 ? `\\x${hex(code, 2)}` : `U+${hex(code, 4)}` }) };
   });
 }
 
