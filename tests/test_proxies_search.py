@@ -61,7 +61,7 @@ class HandMade(FeatureIndex):
         }
         self.dense, self.logits, self.by_source = activations, logits, sources
         vocabulary = [f"t{i}".encode() for i in range(D_VOCAB)], [0]
-        self.token_texts = SimpleNamespace(vocabulary=vocabulary, byte_tokens=[], prefix=b"")
+        self.token_texts = SimpleNamespace(vocabulary=vocabulary, byte_tokens=[], prefix=b"", pieces=list)
         self.documents = list(NAMES)
 
     def each_blocks(self) -> Iterator[dict[str, np.ndarray]]:

@@ -1,5 +1,6 @@
 """The bytes of tokens joined are the text, for every kind of tokenizer; settings beside its vocabulary do not count."""
 
+import copy
 import json
 import re
 import shutil
@@ -19,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from headscope import load_corpus, load_model
 from headscope.artefact import file_hash, read_json, write_json
 from headscope.corpus import Reading
-from headscope.errors import ModelError
+from headscope.errors import IndexFormatError, ModelError
 from headscope.index.build import SAERecord, build_index
-from headscope.index.reading import _starts
+from headscope.index.reading import _Before, _starts
 from headscope.index.store import FeatureIndex
 from headscope.index.token_texts import TokenTexts
 from headscope.proxies import evaluate as holds_at
@@ -405,13 +406,61 @@ def test_where_a_text_begins():
         ([5, 9, 5], [1, -3, 1], [0, 2], [0, 2]),
     ]
     for token, offset, once, each in cases:
-        tokens, offsets = np.array([token]), np.array([offset])
+        tokens, offsets = np.array(token), np.array(offset)
         is_text = (tokens > 3) & (offsets > 0)
         for repeats, expected in ((False, once), (True, each)):
-            assert np.flatnonzero(_starts(tokens, is_text, offsets, 1, repeats)).tolist() == expected, (token, repeats)
-    assert _starts(np.array([[1, 5]]), np.array([[False, True]]), np.array([[1, 2]]), None, False).tolist() == [
-        [False, True]
-    ]
+            found, _ = _starts(tokens, is_text, offsets, 1, repeats, _Before())
+            assert np.flatnonzero(found).tolist() == expected, (token, repeats)
+    found, _ = _starts(np.array([1, 5]), np.array([False, True]), np.array([1, 2]), None, False, _Before())
+    assert found.tolist() == [False, True]
+
+
+def test_where_a_text_begins_does_not_depend_on_where_blocks_end():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        documents = [rng.choice([1, 2, 3, 5, 6], rng.integers(1, 12), p=[0.1, 0.3, 0.2, 0.2, 0.2]) for _ in range(6)]
+        documents = [np.concatenate([np.full(rng.integers(0, 9), 2), d]) for d in documents]
+        tokens = np.concatenate(documents)
+        offsets = np.concatenate([np.arange(1, len(d) + 1) for d in documents])
+        is_text = tokens > 3
+        for repeats in (False, True):
+            expected = []  # token by token
+            for d in documents:
+                had = False
+                for i, token in enumerate(d):
+                    expected.append(token > 3 and (not had or (repeats and i > 0 and d[i - 1] in (2, 3))))
+                    had = had or token in (1, 5, 6)
+            cut, found, before = int(rng.integers(1, len(tokens))), [], _Before()
+            for part in (slice(0, cut), slice(cut, cut), slice(cut, None)):  # a block BOS, of no document, before each
+                own = [np.insert(a[part], 0, v) for a, v in ((tokens, 0), (is_text, False), (offsets, -1))]
+                starts, before = _starts(own[0], own[1], own[2], 1, repeats, before)
+                found += starts[1:].tolist()
+            assert found == expected
+
+
+def test_a_tokenizer_of_an_index_that_cannot_be_read_is_said_wherever_it_is(indexes, tmp_path):
+    message = r"(?s)tokenizer.json cannot be read: Model missing.*do: build the index again"
+    folder = tmp_path / "index"
+    shutil.copytree(indexes["llama"].folder, folder)
+    path, manifest = folder / "tokenizer.json", read_json(folder / "manifest.json")
+    path.write_text("{}")
+    manifest["files"]["tokenizer.json"] = [path.stat().st_size, file_hash(path)]
+    write_json(folder / "manifest.json", manifest)
+    index = FeatureIndex.open(folder)
+    with pytest.raises(IndexFormatError, match=message):
+        index.token_texts.pieces("the fox")
+    with pytest.raises(IndexFormatError, match=message):
+        holds_at('token_in(["the fox and"])', index)
+    del manifest["spelling"]["repeats"]
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(IndexFormatError, match=message):
+        FeatureIndex.open(folder)
+    larger = indexes["gemma"].token_texts
+    assert "".join(larger.pieces("the fox")) == "the fox"
+    larger = copy.copy(larger)
+    larger.__dict__["vocabulary"] = (larger.vocabulary[0][:9], [])
+    with pytest.raises(IndexFormatError, match=r"tokenizer.json has the token \d+"):
+        larger.pieces("the fox")
 
 
 def test_an_earlier_index_has_its_bytes_worked_out_again(indexes, tmp_path):

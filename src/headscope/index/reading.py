@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -244,7 +244,7 @@ class TokenBlocks:
     Safe to use from several threads.
     """
 
-    COLUMNS = ("token", "document", "is_text", "starts")
+    COLUMNS = ("token", "document", "is_text")
 
     def __init__(self, path: Path, block_size: int, sizes: Sizes, texts: "TokenTexts") -> None:
         """Open; nothing is read yet.
@@ -267,7 +267,7 @@ class TokenBlocks:
         self._blocks = rows // block_size
         self._size = block_size
         self._lock = RLock()
-        self._held: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
+        self._held: OrderedDict[tuple[int, _Before], tuple[dict[str, np.ndarray], _Before]] = OrderedDict()
 
     def end_with_blocks(self) -> bool:
         """Whether the last token of each block, and no other, has no next one (in the first row group)."""
@@ -285,52 +285,75 @@ class TokenBlocks:
     def of(self, block: int, column: str) -> np.ndarray:
         """One of `COLUMNS` of one block."""
         group, number = divmod(block, self._blocks)
-        return self._group(group)[column][number * self._size : (number + 1) * self._size]
+        values, _ = self._group(group, _Before())
+        return values[column][number * self._size : (number + 1) * self._size]
 
     def each(self) -> Iterator[dict[str, np.ndarray]]:
-        """All blocks, some at a time: `COLUMNS`, each [block, position]."""
+        """All blocks, some at a time: `COLUMNS` and `starts`, where a text begins; each [block, position]."""
+        before = _Before()
         for group in range(self._file.metadata.num_row_groups):
-            yield {name: values.reshape(-1, self._size) for name, values in self._group(group).items()}
+            columns, before = self._group(group, before)
+            yield {name: values.reshape(-1, self._size) for name, values in columns.items()}
 
-    def _group(self, group: int) -> dict[str, np.ndarray]:
+    def _group(self, group: int, before: "_Before") -> tuple[dict[str, np.ndarray], "_Before"]:
+        key = group, before
         with self._lock:
-            if group not in self._held:
+            if key not in self._held:
                 columns = ["token", "document", "offset", *(["is_text"] if self._special is None else [])]
                 with reading(self._path):
                     table = self._sizes.check(self._file.read_row_group(group, columns=columns, use_threads=False))
                 own = {name: table[name].to_numpy() for name in columns}
                 text = own["is_text"] if self._special is None else ~np.isin(own["token"], self._special)
-                token, is_text, offset = (a.reshape(-1, self._size) for a in (own["token"], text, own["offset"]))
-                starts = _starts(token, is_text, offset, *self._texts.segments)
-                values = own["token"], own["document"], text, starts.ravel()
-                self._held[group] = dict(zip(self.COLUMNS, values, strict=True))
+                starts, after = _starts(own["token"], text, own["offset"], *self._texts.segments, before)
+                values = {"token": own["token"], "document": own["document"], "is_text": text, "starts": starts}
+                self._held[key] = values, after
                 if len(self._held) * self._blocks * self._size > _CACHED_TOKENS:
                     self._held.popitem(last=False)
-            self._held.move_to_end(group)
-            return self._held[group]
+            self._held.move_to_end(key)
+            return self._held[key]
+
+
+class _Before(NamedTuple):
+    """What some tokens leave open of the document that goes on behind them."""
+
+    bare: bool = False
+    """All of its tokens so far are special ones."""
+    special: bool = False
+    """Its last token is one, and the tokenizer puts its prefix after these."""
 
 
 def _starts(
-    token: Int[np.ndarray, "block position"],
-    is_text: Bool[np.ndarray, "block position"],
-    offset: Int[np.ndarray, "block position"],
+    token: Int[np.ndarray, " position"],
+    is_text: Bool[np.ndarray, " position"],
+    offset: Int[np.ndarray, " position"],
     unknown: int | None,
     repeats: bool,
-) -> Bool[np.ndarray, "block position"]:
-    """Where a text begins: a document's, after any special tokens that it begins with.
+    before: _Before,
+) -> tuple[Bool[np.ndarray, " position"], _Before]:
+    """Where a text begins: a document's, after any special tokens that it begins with; and what is left open.
 
     If the tokenizer puts its prefix after special tokens too (`repeats`), also what follows one inside a document. What
     follows the token for text that cannot be spelled (`unknown`) is inside a text.
     """
-    in_document = offset > 0
-    within = is_text | (token == unknown if unknown is not None else False)
-    position = np.arange(token.shape[1])
-    last = np.full(token.shape, -1)  # position before this one that is of a text, or of no document
-    last[:, 1:] = np.maximum.accumulate(np.where(within | ~in_document, position, -1), axis=1)[:, :-1]
-    starts = last < position - (offset - 1)
+    place = np.flatnonzero(offset > 0)
+    if not len(place):
+        return np.zeros(len(token), bool), before
+    within = is_text[place] | (token[place] == unknown if unknown is not None else False)
+    begins = np.diff(offset[place], prepend=0) != 1  # where a document does, or goes on at the very first token
+    begins[0] = True
+    goes_on = offset[place[0]] > 1
+    first = np.flatnonzero(begins)
+    earlier = np.cumsum(within) - within  # tokens of a text before each
+    earlier -= np.repeat(earlier[first], np.diff(np.append(first, len(place))))
+    if goes_on and not before.bare:
+        earlier[: first[1] if len(first) > 1 else None] += 1
+    starts = earlier == 0
     if repeats:
-        starts[:, 1:] |= in_document[:, :-1] & ~within[:, :-1]
-    return is_text & starts
+        starts[1:] |= ~within[:-1] & ~begins[1:]
+        starts[0] |= goes_on and before.special
+    found = np.zeros(len(token), bool)
+    found[place[starts]] = True
+    return found & is_text, _Before(bool(earlier[-1] == 0 and not within[-1]), repeats and not within[-1])
 
 
 def flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from headscope.errors import IndexFormatError, ModelError
 from headscope.index.reading import read_own, reading
 from headscope.index.schema import Sizes
-from headscope.tokens import Spelling, unknown_id
+from headscope.tokens import Spelling, encode, unknown_id
 
 
 class TokenTexts:
@@ -81,6 +81,21 @@ class TokenTexts:
             )
         return named[0]
 
+    def pieces(self, text: str) -> list[str]:
+        """The tokens of a text, by their own texts.
+
+        Raises:
+            IndexFormatError: the tokenizer cannot be read, or has tokens that the index does not have.
+        """
+        ids, (tokens, _) = encode(_tokenizer_of(self._tokenizer), [text])[0], self.vocabulary
+        if ids and max(ids) >= len(tokens):
+            raise IndexFormatError(
+                f"{self._tokenizer} has the token {max(ids)}",
+                expected=f"the tokenizer of the index, whose vocabulary has {len(tokens)} tokens",
+                do="build the index again",
+            )
+        return [tokens[i].decode(errors="replace") for i in ids]
+
     @cached_property
     def _table(self) -> pa.Table:
         if self.respelled:
@@ -95,9 +110,14 @@ class TokenTexts:
 
 def _spelling_of(path: Path) -> Spelling:
     try:
-        return Spelling.of(Tokenizer.from_file(str(path)))
+        return Spelling.of(_tokenizer_of(path))
     except ModelError as error:
         raise IndexFormatError(f"{path}: {error.got}", expected=error.expected, do="build the index again") from error
+
+
+def _tokenizer_of(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare exceptions
         raise IndexFormatError(
             f"{path} cannot be read: {error}", expected="the tokenizer of the index", do="build the index again"

@@ -8,13 +8,11 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from tokenizers import Tokenizer
 
 from headscope.index.store import FeatureIndex
 from headscope.proxies.algebra import Proxy
 from headscope.proxies.blocks import Blocks, Vocabulary
 from headscope.proxies.parse import parse
-from headscope.tokens import encode
 
 _CHUNK = 1 << 20  # positions evaluated at a time
 _CACHED = 1 << 25  # bytes of masks held for an index, a bit a position
@@ -25,13 +23,8 @@ class _Text:
 
     def __init__(self, index: FeatureIndex) -> None:
         texts, special = index.vocabulary
-        path = index.folder / "tokenizer.json"
-
-        def split(text: str) -> list[str]:
-            return [texts[i].decode(errors="replace") for i in encode(Tokenizer.from_file(str(path)), [text])[0]]
-
         own = index.token_texts
-        self.vocabulary = Vocabulary(texts, frozenset(special), split, frozenset(own.byte_tokens), own.prefix)
+        self.vocabulary = Vocabulary(texts, frozenset(special), own.pieces, frozenset(own.byte_tokens), own.prefix)
         self.masks: OrderedDict[Proxy, UInt8[np.ndarray, " byte"]] = OrderedDict()
 
 
