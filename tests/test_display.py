@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -184,7 +185,7 @@ def test_a_stream_that_is_not_utf8_gets_boxes_and_bars_of_its_own_characters(mon
     with Display() as shown:
         shown.on_progress("read", 5, 10)
     Display().print_table("figures", ("figure", "value"), [["L0", "12.5"]])
-    for stream, mark in ((out, "│"), (err, "━")):
+    for stream, mark in ((out, "─"), (err, "━")):
         stream.flush()
         text = stream.buffer.getvalue().decode(encoding)
         assert (mark in text) == (encoding == "utf-8")
@@ -207,3 +208,41 @@ def test_a_table_holds_its_cells(capsys, n) -> None:
     out = capsys.readouterr().out
     assert "runs" in out
     assert ("[red]x" in out) == bool(n), "names are no markup"
+
+
+def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *table: Any) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
+    Display().print_table(*table)
+    return capsys.readouterr().out
+
+
+def test_no_word_of_a_table_is_broken(capsys, monkeypatch) -> None:
+    headings = ("run", "variant", "activations", "explained variance", "state")
+    cells = ["a/folder/of/a/run-l0-8", "batchtopk", "1,000,000", "32.5%", "interrupted at step 1,000 of 2,000"]
+    words = {word for cell in (*headings, *cells) for word in cell.split()}
+    out = printed(capsys, monkeypatch, "runs", headings, [cells])
+    assert words <= set(out.split())
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_table_without_room_leaves_out_spare_columns_and_then_gives_each_cell_a_line(capsys, monkeypatch) -> None:
+    headings, cells = ("run", "spare", "kept"), ["r" * 60, "s" * 12, "k" * 16]
+    out = printed(capsys, monkeypatch, "runs", headings, [cells], ["spare"])
+    assert "spare" not in out
+    assert any(line.split() == [cells[0], cells[2]] for line in out.splitlines())
+    out = printed(capsys, monkeypatch, "runs", headings, [cells])
+    assert [line.split() for line in out.splitlines() if line.startswith("  ")] == [
+        [f"{heading}:", cell] for heading, cell in zip(headings, cells, strict=True)
+    ]
+
+
+def test_a_line_is_broken_between_words_on_a_terminal_alone(monkeypatch) -> None:
+    line = "word " * 30 + "/a/path/that/is/longer/than/the/terminal/is/wide"
+    for is_terminal in (True, False):
+        out = io.StringIO()
+        out.isatty = lambda is_terminal=is_terminal: is_terminal
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setenv("COLUMNS", "40")
+        Display().say(line)
+        assert out.getvalue().split() == line.split()
+        assert (out.getvalue().count("\n") > 1) == is_terminal

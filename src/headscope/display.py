@@ -1,10 +1,12 @@
 """What commands show: bars in a terminal, a line now and then in a file, and printed tables."""
 
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn
@@ -20,6 +22,7 @@ _NAME, _BAR = 12, 8  # characters that a stage's name and its bar have at least
 _WIDEST_BAR = 40
 _PERCENT, _TIME = 4, 9
 _UNKNOWN = "-:--:--"
+_BETWEEN = 2  # characters between the columns of a table
 
 
 class _Bars(Progress):
@@ -161,17 +164,24 @@ class Display:
         return self._progress.console if both else self._console
 
     def say(self, line: str) -> None:
-        """Print a line."""
-        self._print(line, soft_wrap=True)
+        """Print a line, on a terminal broken between words alone; elsewhere it stays whole."""
+        if self._out.is_terminal:
+            line = "\n".join(map(self._broken, line.split("\n")))
+        self._print(Text(line), soft_wrap=True)
 
-    def _print(self, what: str | Table, *, soft_wrap: bool = False) -> None:
+    def _broken(self, line: str) -> str:
+        indent = " " * (len(line) - len(line.lstrip(" ")))
+        options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": indent}
+        return textwrap.fill(line, self._out.width, **options)
+
+    def _print(self, what: Text | Table, *, soft_wrap: bool = False) -> None:
         """Print something.
 
         Raises:
             OutputError: the output is a file on a disk that is full, or a pipe that is closed.
         """
         try:
-            self._out.print(what, soft_wrap=soft_wrap, markup=False)
+            self._out.print(what, soft_wrap=soft_wrap)
         except OSError as error:
             raise OutputError(
                 f"cannot print: {error.strerror or error}",
@@ -189,14 +199,51 @@ class Display:
         self.print_table(f"{title} [95 % interval]", ("figure", "this SAE", "post*", "definition"), cells)
         self.say("* Kissane et al. (2024): gelu-2l layer 1, d_sae 16,384, C4 and code; another model and corpus")
 
-    def print_table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print cells under their headings."""
-        table = Table(title=Text(title), title_justify="left")
-        for heading in headings:
-            table.add_column(heading, overflow="fold")
-        for row in rows:
+    def print_table(
+        self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str] = ()
+    ) -> None:
+        """Print cells under their headings; no word is broken.
+
+        Where the longest words have no room beside one another, the columns `spare` are left out, the first one first;
+        if that is not enough, each cell gets a line.
+        """
+        columns = {name: [row[i] for row in rows] for i, name in enumerate(headings)}
+        for name in spare:
+            if self._widths_of(columns) is None:
+                del columns[name]
+        widths = self._widths_of(columns)
+        if widths is None:
+            self.say(title)
+            for row in zip(*columns.values(), strict=True):
+                self.say("\n".join(["", *(f"  {n + ':':<24}{cell}" for n, cell in zip(columns, row, strict=True))]))
+            return
+        table = Table(
+            title=Text(title),
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        for name, width in zip(columns, widths, strict=True):
+            table.add_column(name, width=width)
+        for row in zip(*columns.values(), strict=True):
             table.add_row(*map(Text, row))
         self._print(table)
+
+    def _widths_of(self, columns: Mapping[str, Sequence[str]]) -> list[int] | None:
+        """Of columns in which no word is broken, none wider than it has to be; None where there is no room for them."""
+        texts = [(name, *cells) for name, cells in columns.items()]
+        widths = [max(map(_longest_word, own)) for own in texts]
+        lacking = [max(map(len, own)) - width for own, width in zip(texts, widths, strict=True)]
+        room = self._out.width - sum(widths) - _BETWEEN * (len(widths) - 1)
+        if room < 0:
+            return None
+        for n_before, i in enumerate(sorted(range(len(widths)), key=lacking.__getitem__)):
+            more = min(lacking[i], room // (len(widths) - n_before))
+            widths[i] += more
+            room -= more
+        return widths
 
 
 def status_line(status: Status) -> str:
@@ -206,6 +253,10 @@ def status_line(status: Status) -> str:
         f"dead {status.dead:.1%}"
     )
     return f"{line}  coefficient {status.coefficient:.3g}" if status.coefficient else line
+
+
+def _longest_word(text: str) -> int:
+    return max(map(len, text.split()), default=0)
 
 
 def _count(done: int, total: int) -> str:

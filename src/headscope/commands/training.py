@@ -162,7 +162,8 @@ class Sweep:
         from headscope import figures
 
         title = f"{short(found.model)}, {found.site}: {found.points[0].n_tokens:,} held-out tokens [95 % interval]"
-        display.print_table(title, pareto.HEADINGS, [point.cells() for point in found.points])
+        cells = [point.cells() for point in found.points]
+        display.print_table(title, pareto.HEADINGS, cells, ["reconstruction bias", "dead"])
         display.say(f"SAEs and pareto.json: {self.out}")
         try:
             _write_html(self.out / "pareto.html", figures.pareto(found))
@@ -195,7 +196,7 @@ class Runs:
                 expected="folders that `headscope train` or `headscope sweep` wrote, at any depth",
                 do="name other folders",
             )
-        display.print_table("runs", runs.HEADINGS, [run.cells() for run in found])
+        display.print_table("runs", runs.HEADINGS, [run.cells() for run in found], ["activations", "target L0"])
         if self.html is not None:
             _write_html(self.html, figures.training_curves(found))
             display.say(f"curves: {self.html}")
