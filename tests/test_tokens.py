@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,9 +30,8 @@ from headscope.proxies import evaluate as holds_at
 from headscope.proxies import regex
 from headscope.proxies.masks import vocabulary_of
 from headscope.studies.how.corruptions import prompt
-from headscope.tokens import Spelling, encode, marked, own_tokenizer, special_ids, unknown_id, visible
+from headscope.tokens import SAMPLES, Spelling, encode, marked, own_tokenizer, special_ids, unknown_id, visible
 from headscope.tokens.spelling import _CHARACTERS as CHARACTERS
-from headscope.tokens.spelling import _TEXTS as TRIED
 from tokenizer_kinds import ONE_SPACE, byte_level, kind, sentencepiece, that_keep, that_lose, unigram, with_added
 
 WORDS = ["The", "the", "quick", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "fox", "dog", ",", ".", "'", "x", "42"]
@@ -99,6 +99,8 @@ def test_whatever_is_lost_or_put_into_a_text_is_told():
         removed = pre_tokenizers.Split(found, "removed")  # pyright: ignore
         dropping.pre_tokenizer = pre_tokenizers.Sequence([removed, dropping.pre_tokenizer])
         assert found in (Spelling.of(dropping).loses or "")
+    for found in ("\u2014", "\u200b", "\ufeff", "zz", "~"):
+        assert found in (Spelling.of(byte_level(normalizer=normalizers.Replace(found, "-"))).loses or "")
     for eats in (AddedToken("<tool>", lstrip=True), AddedToken("<tool>", rstrip=True)):
         made = byte_level()
         made.add_tokens([eats])
@@ -113,7 +115,7 @@ def test_whatever_is_lost_or_put_into_a_text_is_told():
 
 
 def test_characters_that_are_dropped_are_told():
-    texts = [text for text in TRIED if "\ufb01" not in text]
+    texts = [text for text in SAMPLES if "\ufb01" not in text]
     made = Tokenizer(models.BPE())
     made.decoder = decoders.Fuse()
     alphabet = sorted(set("".join(texts)))
@@ -133,6 +135,30 @@ def test_characters_that_are_dropped_are_told():
 def test_every_byte_of_utf8_is_tried():
     tried = {byte for c in CHARACTERS for byte in chr(c).encode()}
     assert tried == set(range(256)) - {0xC0, 0xC1, *range(0xF5, 256)}
+
+
+def test_documents_with_a_mark_that_reads_as_a_space_are_counted_each_time(tmp_path):
+    for number, text in enumerate(["the \u2581fox and the dog", "the fox and the dog", "a\u2581b"]):
+        (tmp_path / f"{number}.txt").write_text(text)
+    for name, counted in {"gemma": True, "llama": True, "unigram, bytes": True, "byte level": False}.items():
+        for _ in range(2):  # read, and from the cache
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                load_corpus(str(tmp_path), kind(name), bos=1, split="all", block_size=4)
+            said = [str(warning.message) for warning in found]
+            assert len(said) == counted, name
+            assert not counted or "2 of 3 documents in" in said[0], name
+
+
+def test_another_mark_of_a_space_is_told():
+    mark = "\u2588"
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Metaspace(replacement=mark, prepend_scheme="never", split=False)
+    made.decoder = decoders.Metaspace(replacement=mark, prepend_scheme="never")
+    alphabet = sorted({*"".join(SAMPLES).replace(" ", mark), *map(chr, CHARACTERS)} - {" "})
+    trainer = trainers.BpeTrainer(vocab_size=len(alphabet), initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(["a"], trainer)
+    assert Spelling.of(made).loses == f"a{mark}b"
 
 
 def test_whether_the_prefix_is_put_after_added_tokens_as_well(spellings):
@@ -261,6 +287,36 @@ def test_a_model_has_a_tokenizer_of_its_own_for_corpus_and_prompts(random_model,
     assert corpora[0].fingerprint() == corpora[1].fingerprint()
     assert used.backend_tokenizer.to_str() == before
     assert used(text, truncation=True, max_length=4)["input_ids"] == used(text)["input_ids"][:4]
+
+
+class Lowers(PreTrainedTokenizerFast):
+    def _encode_plus(self, text, *args, **options):
+        return super()._encode_plus(text.lower(), *args, **options)
+
+
+class Shifts(PreTrainedTokenizerFast):
+    def __call__(self, *args, **options):
+        found = super().__call__(*args, **options)
+        found["input_ids"] = [i + 1 for i in found["input_ids"]]
+        return found
+
+
+class Only(PreTrainedTokenizerFast):
+    """Adds nothing to its parent."""
+
+
+def test_a_class_that_makes_other_tokens_in_python_is_refused(random_model):
+    made = byte_level()
+    net = random_model("gpt2", vocab_size=made.get_vocab_size(), n_layers=1).module
+    for cls in (Lowers, Shifts):
+        with pytest.raises(ModelError, match=rf"(?s)'gpt2' with a .*{cls.__name__}, which makes other tokens of '"):
+            load_model(net, tokenizer=cls(tokenizer_object=made, bos_token="a"))
+    used = Only(tokenizer_object=made, bos_token="a", pad_token="b", model_max_length=4)
+    used(["x", "the fox"], padding=True, truncation=True)
+    before = used.backend_tokenizer.to_str()
+    load_model(net, tokenizer=used)
+    assert used.backend_tokenizer.to_str() == before
+    assert len(used("the quick brown fox", truncation=True)["input_ids"]) == 4
 
 
 def test_tokens_made_special_on_the_object_alone_are_special(random_model):

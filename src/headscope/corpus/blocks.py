@@ -121,6 +121,8 @@ class Stream:
     names: tuple[str, ...]
     rows: bool
     """Whether each is a row of a token file, which stands for itself."""
+    n_marked: int = 0
+    """How many texts hold a `▁` that the tokenizer reads as a space."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from headscope.corpus.sources import Source, find_source
 from headscope.corpus.text import Document
 from headscope.errors import CorpusError
 from headscope.limits import BlockSize, Tokens, check
-from headscope.tokens import encode, own_tokenizer, special_ids
+from headscope.tokens import MARK, encode, own_tokenizer, reads_as_space, special_ids
 
 _GROUP = 64  # documents given to the tokenizer at a time, which has a thread a core and hears no Ctrl-C
 _PATIENCE = 1.0  # seconds without a word of progress
@@ -67,6 +68,12 @@ def load_corpus(
             f"no documents in {source!r} (split {split!r})",
             expected="text with at least one document on this side of the split",
             do=f"add text, separate documents with a line {reading.document_line}, or use --split all",
+        )
+    if stream.n_marked:
+        warnings.warn(
+            f"{stream.n_marked} of {len(stream.names)} documents in {source!r} hold {MARK!r}, which this tokenizer "
+            "reads as a space: what is shown and searched has a space there",
+            stacklevel=2,
         )
     layout = Layout(
         block_size=block_size,
@@ -152,7 +159,7 @@ def _write(
     kinds: set[type] = set()
     beside: set[frozenset[str]] = set()
     rows, started = False, time.monotonic()
-    special = special_ids(tokenizer, bos)
+    special, reads_mark = special_ids(tokenizer, bos), reads_as_space(tokenizer, MARK)
     for group in _groups(documents, _GROUP):
         _check_marked(group, special)
         kinds |= {type(document) for document in group}
@@ -171,6 +178,7 @@ def _write(
         for document, ids in zip(group, _ids(tokenizer, group), strict=True):
             rows = rows or (isinstance(document, TokenDocument) and document.is_row)
             writer.add(document.name, ids)
+            writer.n_marked += reads_mark and isinstance(document, Document) and MARK in document.text
         if on_tokens is not None and time.monotonic() - started > _PATIENCE:
             on_tokens(writer.n_tokens, enough)
         if enough is not None and writer.n_tokens >= enough:

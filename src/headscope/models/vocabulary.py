@@ -1,12 +1,13 @@
 """What must hold between a tokenizer and a model, and which token starts a text."""
 
+import copy
 import warnings
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from headscope.errors import ModelError
-from headscope.tokens import Spelling, marked
+from headscope.tokens import SAMPLES, Spelling, encode, marked
 
 _UNUSED = 0.1  # of a model's vocabulary: rows that pad it to a round number
 
@@ -57,6 +58,7 @@ def checked_tokenizer(tokenizer: Any, source: str) -> Tokenizer:
         spelling = Spelling.of(marked(tokenizer.backend_tokenizer, tokenizer.all_special_ids))
     except ModelError as error:
         raise ModelError(f"{source!r} with {error.got}", expected=error.expected, do=error.do) from error
+    _check_class(tokenizer, spelling.tokenizer, source)
     if spelling.loses is not None:
         warnings.warn(
             f"the tokenizer of {source!r} does not keep a text such as {spelling.loses!r} as it is: what is shown "
@@ -64,6 +66,24 @@ def checked_tokenizer(tokenizer: Any, source: str) -> Tokenizer:
             stacklevel=3,
         )
     return spelling.tokenizer
+
+
+def _check_class(tokenizer: Any, own: Tokenizer, source: str) -> None:
+    """Raise ModelError where a class of the user's makes other tokens of a text than the tokenizer that it holds."""
+    cls = type(tokenizer)
+    if cls.__module__.partition(".")[0] == "transformers":
+        return
+    called = copy.deepcopy(tokenizer)  # a call may set it to pad and to truncate
+    called.split_special_tokens, called.model_max_length = True, int(1e30)
+    for text, ids in zip(SAMPLES, encode(own, list(SAMPLES)), strict=True):
+        got = called(text, add_special_tokens=False)["input_ids"]
+        if list(got) != ids:
+            raise ModelError(
+                f"{source!r} with a {cls.__module__}.{cls.__qualname__}, which makes other tokens of {text!r} than the "
+                "tokenizer that it holds",
+                expected="a class that leaves text and tokens to `backend_tokenizer`",
+                do="change text by a normalizer of the `tokenizers` library instead of in Python",
+            )
 
 
 def first_token(tokenizer: Any, source: str) -> int:

@@ -60,6 +60,12 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return [e.ids for e in own_tokenizer(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
 
 
+def reads_as_space(tokenizer: Tokenizer, character: str) -> bool:
+    """Whether a tokenizer makes the same tokens of a character and of a space, as SentencePiece's of `▁`."""
+    of_character, of_space = encode(tokenizer, [f"a{character}b", "a b"])
+    return of_character == of_space
+
+
 def marked(tokenizer: Tokenizer, ids: Iterable[int | None]) -> Tokenizer:
     """The tokenizer itself, or a copy in which more tokens are special; ids without a token are left out.
 

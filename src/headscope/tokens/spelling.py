@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from headscope.errors import ModelError
 from headscope.tokens.encoding import encode, own_tokenizer, unknown_id
 
-_TEXTS = (
+SAMPLES = (
     "a",
     "word",
     "Hello World",
@@ -48,7 +48,14 @@ _TEXTS = (
     "a\u3000b",
     "a``b",
     "a''b",
+    "a\u2014b \u2013 \u2018c\u2019 \u201cd\u201d",  # dashes and quotes
+    "a\u200bb",
+    "a\u00adb",
+    "a\ufeffb",
 )
+"""Texts that tokenizers are tried on."""
+MARK = "\u2581"
+"""What SentencePiece writes for a space."""
 _CHARACTERS = [*range(0xC0), *range(0xC0, 0x800, 64), 0x800, *range(0x1000, 0x10000, 0x1000)]
 _CHARACTERS += [0x10000, 0x40000, 0x80000, 0xC0000, 0x100000]  # between them, each byte that UTF-8 has
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -241,10 +248,10 @@ class _Trial:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
-        general = _known(tokenizer, _TEXTS)
+        general = _known(tokenizer, SAMPLES)
         if isinstance(tokenizer.model, models.WordLevel) or not general:
             general += _known(tokenizer, _own_texts(tokenizer))
-        general += _known(tokenizer, [chr(c) for c in _CHARACTERS])
+        general += _known(tokenizer, [*map(chr, _CHARACTERS), *_replaced(tokenizer)])
         around = [f"a{space}{content}{space}b" for content in added for space in ("", " ")]
         self._cases = [*_known(tokenizer, around), *general]
 
@@ -285,8 +292,25 @@ def _known(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[str, list[i
     return [case for case in zip(texts, ids, decoded, strict=True) if unknown not in case[1]]
 
 
+def _replaced(tokenizer: Tokenizer) -> Iterator[str]:
+    """Texts with what parts of a tokenizer look for, to replace it or to cut there, and with what they put for a space.
+
+    SentencePiece's `▁` is left out, since a text hardly ever has it: it is counted where a corpus is read.
+    """
+    for part in chain(_parts(tokenizer.normalizer), _parts(tokenizer.pre_tokenizer)):
+        match part:
+            case {"pattern": {"String": " "}, "content": found} | {"pattern": {"String": found}}:
+                pass
+            case {"replacement": found}:
+                pass
+            case _:
+                continue
+        if found != MARK:
+            yield f"a{found}b"
+
+
 def _own_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts of some tokens from all over a vocabulary that may not know those of `_TEXTS`."""
+    """Texts of some tokens from all over a vocabulary that may not know those of `SAMPLES`."""
     size = tokenizer.get_vocab_size(with_added_tokens=False)
     ids = range(0, size, max(1, size // _SAMPLED))
     groups = [list(ids[i : i + _TOGETHER]) for i in range(0, len(ids), _TOGETHER)]
