@@ -281,11 +281,11 @@ async def _table(asker: _Asker, _subject: Subject, _rng: random.Random) -> None:
 async def _study(asker: _Asker, subject: Subject, rng: random.Random) -> None:
     latent = rng.choice(subject.latents)
     if rng.random() < 1 / 3:
-        await asker.ask("heads", f"/api/upstream/heads/{latent}")
+        await asker.ask("heads", f"/api/study/head_shares/{latent}")
         return
     start = await asker.ask("start", f"/api/start/{latent}")
     if start is not None and start.status == 200 and (proxies := start.json()["proxies"]):
-        await asker.ask("dive", f"/api/dive/{latent}?proxy={quote(proxies[0]['proxy'])}")
+        await asker.ask("dive", f"/api/study/specificity/{latent}?proxy={quote(proxies[0]['proxy'])}")
 
 
 @contextmanager

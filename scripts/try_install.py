@@ -89,12 +89,15 @@ def run(*arguments: str) -> str:
 def try_help() -> None:
     """The help of every command."""
     from headscope.cli import Command
+    from headscope.studies.registry import STUDIES
 
     listed = run("--help")
     for command in get_args(Command):
         name = command.__name__.lower()
         if name not in listed or "usage" not in run(name, "--help"):
             raise SystemExit(f"no help of {name}")
+    for name in ("all", *STUDIES):
+        run("study", name, "--help")
 
 
 def try_commands() -> None:
@@ -108,9 +111,10 @@ def try_commands() -> None:
         "--variants", "relu", "--target-l0s", "8", "--max-tokens", "30000", "--eval-tokens", "10000")  # fmt: skip
     run("runs", "runs")
     run("survey", INDEX, "--sample", "first:50")
-    for name in ("proxies", "effects", "families", "heads"):
-        run(name, "runs/demo/index")
+    run("study", "all", "runs/demo/index", "--again")
     latent = str(most_active("runs/demo/index"))
+    run("study", "specificity", "runs/demo/index", latent, "--proxy", PROXY)
+    run("study", "best-proxies", "runs/demo/index", latent)
     run("dive", "runs/demo/index", latent, "--model", "tiny", "--out", "dive.html")
     run("export", "--index", "runs/demo/index", "--out", "page.html")
     run("export", "--index", "runs/demo/index", "--out", "site")
@@ -156,21 +160,17 @@ def requests_of(index: str) -> dict[str, list[tuple[str, dict | None]]]:
         "/api/prompt/level": [("/api/prompt/level", prompt | {"latent": latent, "query": 3, "path": ""})],
         "/api/prompt/scores": [("/api/prompt/scores", prompt | {"layer": layer, "head": 6, "query": 3, "key": None})],
     }
-    asked |= {
-        f"/api/{name}/{{number}}": [(f"/api/{name}/{latent}?{proxy}", None)]
-        for name in ("dive", "effects", "predictions")
-    }
-    upstream = {
-        "start": proxy,
-        "heads": "",
+    studies = {
+        **dict.fromkeys(("specificity", "ablation", "predictions", "source_sets"), proxy),
+        **dict.fromkeys(("logits", "head_shares"), ""),
         "sources": "tokens=5,12",
-        "compare": f"at={at}",
-        "patch": f"at={at}&how=sources&nodes=heads",
-        "features": f"at={at}&how=sources&sae={UPSTREAM_SAE}",
+        "compare_heads": f"at={at}",
+        "patching": f"at={at}&how=sources&nodes=heads",
+        "feature_patching": f"at={at}&how=sources&features_of={UPSTREAM_SAE}",
         "circuit": f"at={at}&path=",
         "qk": f"at={at}&layer={layer}&head=6&query={query}&key={key}",
     }
-    asked |= {f"/api/upstream/{n}/{{number}}": [(f"/api/upstream/{n}/{latent}?{q}", None)] for n, q in upstream.items()}
+    asked |= {f"/api/study/{n}/{{number}}": [(f"/api/study/{n}/{latent}?{q}", None)] for n, q in studies.items()}
     label = {"latent": latent, "annotator": "a newcomer", "blind": False, "queue": "", "verdict": "interpretable"}
     label |= {"confidence": 2, "family": "", "text": "", "notes": ""}
     return asked | {"/api/labels": [("/api/labels", label)]}

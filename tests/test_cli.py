@@ -28,6 +28,7 @@ from headscope.models.hf import Model
 from headscope.sae.formats import WEIGHTS, load_sae, save_sae
 from headscope.sae.model import SAE
 from headscope.site import Site
+from headscope.studies.registry import STUDIES
 
 COMMANDS = typing.get_args(cli.Command)
 RECIPE = [
@@ -331,10 +332,10 @@ def test_a_signal_ends_any_command_alike_and_says_what_the_same_command_does(
 
     for job, arguments, again in (
         ("index", ["index", "--sae", "tiny-z1", "--out", tmp_path / "new"], "resumes"),
-        ("proxies", ["proxies", tmp_path], "resumes"),
-        ("effects", ["effects", tmp_path], "starts again"),
-        ("families", ["families", tmp_path], "starts again"),
-        ("heads", ["heads", tmp_path], "starts again"),
+        ("study_all", ["study", "all", tmp_path], "resumes"),
+        ("subject", ["study", "proxies", tmp_path], "resumes"),
+        ("subject", ["effects", tmp_path], "starts again"),
+        ("subject", ["study", "best-proxies", tmp_path, "3"], "starts again"),
         ("eval", ["eval", "--sae", "tiny-z1"], "starts again"),
     ):
         for ending in (killed, broken):
@@ -350,6 +351,16 @@ def test_a_signal_ends_any_command_alike_and_says_what_the_same_command_does(
 def test_a_command_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     fails(capsys, "no command 'trian'.*did you mean `headscope train`", "trian", "--out", "x")
     fails(capsys, "no command 'zzz'.*headscope --help", "zzz")
+
+
+def test_studies_are_commands_of_their_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    listed = help_of(capsys, "study")
+    for study in STUDIES.values():
+        assert re.search(rf"\b{study.name}\b", listed)
+        assert words(study.question).lower() in words(help_of(capsys, "study", study.name)).lower()
+    fails(capsys, "no study 'effect'.*did you mean effects", "study", "effect", tmp_path)
+    fails(capsys, "max_tokens = 0", "study", "effects", "--max-tokens", "0", tmp_path)
+    fails(capsys, "max_tokens = 'x'", "effects", "--max-tokens", "x", tmp_path)
 
 
 def test_an_error_of_a_library_is_not_taken_for_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from command_options import COMMANDS, options_of
+from headscope.commands.studies import All, command_of
+from headscope.studies.registry import STUDIES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("src/headscope/**/*.md")]
@@ -17,6 +19,7 @@ FOREIGN = {
     *("--compile", "--data", "--json", "--rounds", "--shapes", "--steps"),  # benchmarks
 }
 OF_COMMAND = {command.__name__.lower(): options_of(command) for command in COMMANDS}
+OF_COMMAND["study"] = set().union(*map(options_of, (All, *map(command_of, STUDIES.values()))))
 KNOWN = set().union(*OF_COMMAND.values()) | FOREIGN
 
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from explorer_source import BIAS, BLOCK, D_SAE, DEAD_LATENT, N_HEADS, N_TOKENS, FakeSource
+from headscope.encode import short, significant
 from headscope.explorer.examples import join_runs, windows
 from headscope.explorer.export import export_folder, export_html
-from headscope.explorer.numbers import short, significant
 from headscope.explorer.server import CardSource
 from headscope.index.records import Example
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,18 @@ from browsing import CHROMIUM, quiet_page, serving
 from dive_index import COMMON, DEAD, HOSTILE_NAME, N_LATENTS, RARE, built
 from headscope import jobs
 from headscope.explorer.cards import IndexCards
-from headscope.explorer.dives import IndexDives
 from headscope.explorer.server import make_app
+from headscope.explorer.start import start_json
 from headscope.index.columns import add_columns
 from headscope.index.store import FeatureIndex
-from headscope.proxies import Proxy
 from headscope.stats import Estimate, Measure
+from headscope.studies.subject import Subject
 from headscope.studies.what.downstream import Downstream, PathEffect, logit_effect
 from headscope.studies.when.records import PredictionGroup, Predictions
 from headscope.studies.when.sensitivity import adjudicate
 from headscope.studies.when.specificity import specificity
+from studied import ask
+from studied import dived as dive_of
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 
@@ -43,7 +46,18 @@ class FakeEffects:
         self.index = index
         self.asked: list[int] = []
 
-    def downstream(self, latent: int, max_tokens: int) -> Downstream:
+    def subject(self, monkeypatch: pytest.MonkeyPatch) -> Subject:
+        """Studies that need the model are asked of this."""
+        folder = "headscope.studies"
+        monkeypatch.setattr(
+            f"{folder}.what.ablation.downstream", lambda _live, latents, **_: [self.downstream(*latents)]
+        )
+        monkeypatch.setattr(f"{folder}.when.predictions.predictions", lambda _i, _m, *of: self.predictions(*of))
+        subject = Subject(self.index)
+        subject._live = SimpleNamespace(model=None)
+        return subject
+
+    def downstream(self, latent: int) -> Downstream:
         self.asked.append(latent)
         active, size = self.index.activations(latent), self.index.block_size
         kept = active.position % size < size - 1
@@ -70,12 +84,12 @@ class FakeEffects:
             notes=("what there is to know",),
         )
 
-    def predictions(self, latent: int, proxy: Proxy) -> Predictions:
+    def predictions(self, latent: int, proxy: str) -> Predictions:
         groups = [
             PredictionGroup(name, 40, np.arange(2), np.array([0.25, p]), Measure("mean p", 40, value=p))
             for name, p in (("false negatives", 0.125), ("true positives", 0.5), ("elsewhere", 0.0))
         ]
-        return Predictions(latent, proxy.name, (5,), *groups, Measure("which is larger", 80, missing="too few"))
+        return Predictions(latent, proxy, (5,), *groups, Measure("which is larger", 80, missing="too few"))
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +98,13 @@ def index(random_model, random_corpus, random_sae, tmp_path_factory) -> FeatureI
 
 
 @pytest.fixture(scope="module")
-def dives(index: FeatureIndex) -> IndexDives:
-    return IndexDives(index)
+def dives(index: FeatureIndex) -> Subject:
+    return Subject(index)
 
 
 @pytest.fixture(scope="module")
-def address(index: FeatureIndex, dives: IndexDives) -> Iterator[str]:
-    with serving(make_app(IndexCards(index), dives=dives)) as url:
+def address(index: FeatureIndex, dives: Subject) -> Iterator[str]:
+    with serving(make_app(IndexCards(index), subject=dives)) as url:
         yield url
 
 
@@ -136,8 +150,8 @@ def test_the_first_screen_loads_none_of_their_scripts(page: Page, address: str) 
 
 
 @pytest.mark.smoke
-def test_specificity(page: Page, address: str, dives: IndexDives) -> None:
-    dive = dives.dive(COMMON, PROXY)
+def test_specificity(page: Page, address: str, dives: Subject) -> None:
+    dive = dive_of(dives, COMMON, PROXY)
     page.goto(link(address, "specificity"))
     opened(page, "specificity")
     counts = dive["counts"]
@@ -161,8 +175,8 @@ def test_specificity(page: Page, address: str, dives: IndexDives) -> None:
     assert on == [position for position, _ in first["on"]]
 
 
-def test_the_threshold_is_read_off_and_kept_in_the_link(page: Page, address: str, dives: IndexDives) -> None:
-    along = dives.dive(COMMON, PROXY)["by_threshold"]
+def test_the_threshold_is_read_off_and_kept_in_the_link(page: Page, address: str, dives: Subject) -> None:
+    along = dive_of(dives, COMMON, PROXY)["by_threshold"]
     page.goto(link(address, "specificity"))
     opened(page, "specificity")
     expect(page.locator("[data-reading]")).to_contain_text(f"f > 0.00: {along['n'][0]:,} tokens")
@@ -186,8 +200,8 @@ def test_expected_value_has_both_normalisations(page: Page, address: str) -> Non
     assert "norm=1" in page.url
 
 
-def test_sensitivity_and_verdicts(page: Page, address: str, index: FeatureIndex, dives: IndexDives) -> None:
-    dive = dives.dive(COMMON, PROXY)
+def test_sensitivity_and_verdicts(page: Page, address: str, index: FeatureIndex, dives: Subject) -> None:
+    dive = dive_of(dives, COMMON, PROXY)
     page.goto(link(address, "sensitivity"))
     opened(page, "sensitivity")
     for chart in ("pr", "roc"):
@@ -223,10 +237,10 @@ def test_every_tab_states_what_it_is_and_gives_its_data_and_its_call(page: Page,
         assert not any(cell.startswith(("=", "+", "@")) for row in rows for cell in row), "no formula to a spreadsheet"
 
 
-def test_the_file_of_a_tab_has_its_numbers(page: Page, address: str, dives: IndexDives) -> None:
+def test_the_file_of_a_tab_has_its_numbers(page: Page, address: str, dives: Subject) -> None:
     page.goto(link(address, "specificity"))
     opened(page, "specificity")
-    dive, rows = dives.dive(COMMON, PROXY), downloaded(page)
+    dive, rows = dive_of(dives, COMMON, PROXY), downloaded(page)
     assert [int(row[2]) for row in rows[1:101]] == dive["histogram"]["true"]
     texts = [row for row in rows if len(row) == 9 and row[2].startswith('"')]
     assert texts
@@ -259,11 +273,9 @@ def test_whether_the_top_logit_is_copied_is_said(
     page: Page, address: str, copied: bool | None, source: int | None, said: str
 ) -> None:
     def changed(route: Route) -> None:
-        start = route.fetch().json()
-        start["logits"] |= {"copied": copied, "top_source": source}
-        route.fulfill(json=start)
+        route.fulfill(json=route.fetch().json() | {"copied": copied, "top_source": source})
 
-    page.route(re.compile("/api/start/"), changed)
+    page.route(re.compile("/api/study/logits/"), changed)
     page.goto(link(address, "logits"))
     opened(page, "logits")
     expect(page.locator("[data-copied-source]")).to_have_text(re.compile(f"^{said}"))
@@ -277,7 +289,7 @@ def test_without_a_model_the_tab_says_how_to_get_one(page: Page, address: str) -
     page.goto(link(address, "ablation"))
     opened(page, "ablation")
     expect(page.locator("[data-nothing]")).to_contain_text("no loss effects yet")
-    expect(page.locator("[data-advice]")).to_contain_text("headscope effects")
+    expect(page.locator("[data-advice]")).to_contain_text("headscope study effects")
     expect(page.locator("[data-advice]")).to_contain_text("serve --with-model")
 
 
@@ -291,7 +303,7 @@ def test_columns_of_effects_say_the_n_of_this_feature(page: Page, index: Feature
     table = pa.table({"latent": pa.array(range(N_LATENTS), pa.int32()), **own})
     add_columns(copy, "effects", table, {"settings": {}, "definitions": dict.fromkeys(own, "-"), "n": 15_491_274})
     corpus = copy.manifest["corpus"]
-    with serving(make_app(IndexCards(copy), dives=IndexDives(copy))) as address:
+    with serving(make_app(IndexCards(copy), subject=Subject(copy))) as address:
         page.goto(link(address, "ablation"))
         opened(page, "ablation")
         said = f"n = 500 of {1234 + COMMON:,} active tokens of {corpus['name']}, {corpus['split']}."
@@ -300,16 +312,16 @@ def test_columns_of_effects_say_the_n_of_this_feature(page: Page, index: Feature
         expect(page.locator("[data-provenance=effects]")).to_contain_text("n over all features = 15,491,274;")
 
 
-def test_effects_of_a_model_by_path(page: Page, index: FeatureIndex) -> None:
+def test_effects_of_a_model_by_path(page: Page, index: FeatureIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     effects = FakeEffects(index)
-    dives = IndexDives(index, effects)
-    with serving(make_app(IndexCards(index), dives=dives)) as address:
+    dives = effects.subject(monkeypatch)
+    with serving(make_app(IndexCards(index), subject=dives)) as address:
         page.goto(link(address, "ablation"))
         opened(page, "ablation")
         expect(page.locator("[data-path]")).to_have_count(3)
         expect(page.locator("[data-series=mlp\\.1]")).to_be_visible()
         expect(page.locator("[data-interaction]")).to_be_visible()
-        record, found = effects.downstream(COMMON, 0), dives.effects(COMMON, PROXY)
+        record, found = effects.downstream(COMMON), ask(dives, "ablation", COMMON, proxy=PROXY)
         worst = found["contexts"][found["worst"]["rows"][0]]
         assert (
             worst["block"] * index.block_size + worst["dst"] == record.position[np.argmax(record.paths["total"].change)]
@@ -336,23 +348,23 @@ def test_effects_of_a_model_by_path(page: Page, index: FeatureIndex) -> None:
 # --- the workbench
 
 
-def test_a_proxy_is_shown_as_it_is_typed(page: Page, address: str, dives: IndexDives) -> None:
+def test_a_proxy_is_shown_as_it_is_typed(page: Page, address: str, dives: Subject) -> None:
     page.goto(link(address, "specificity"))
     opened(page, "specificity")
     page.keyboard.press("p")
     expect(page.locator("[data-proxy]")).to_be_focused()
     page.keyboard.type('token_in( ["b"] )')
-    n = dives.dive(COMMON, 'token_in(["b"])')["counts"]["n_proxy"]
+    n = dive_of(dives, COMMON, 'token_in(["b"])')["counts"]["n_proxy"]
     expect(page.locator("[data-said]")).to_contain_text(f"true on {n} of")
     expect(page.locator("[data-canonical]")).to_have_text('read as token_in(["b"])')
     expect(page.locator("[data-proxy]")).to_be_focused()
     expect(page.locator("[data-proxy]")).to_have_value('token_in( ["b"] )')
 
 
-def test_a_suggested_proxy_is_taken_with_a_press(page: Page, address: str, dives: IndexDives) -> None:
+def test_a_suggested_proxy_is_taken_with_a_press(page: Page, address: str, dives: Subject) -> None:
     page.goto(f"{address}/f/{COMMON}?tab=sensitivity")
     opened(page, "sensitivity")
-    suggested = [one["proxy"] for one in dives.start(COMMON)["proxies"]]
+    suggested = [one["proxy"] for one in start_json(dives, COMMON)["proxies"]]
     assert page.locator("[data-suggest]").all_inner_texts() == suggested
     expect(page.locator("[data-proxy]")).to_have_value(suggested[0])
     page.locator("[data-suggest]").nth(1).click()
@@ -511,11 +523,11 @@ def dived(index: FeatureIndex, tmp_path_factory: pytest.TempPathFactory) -> str:
     return jobs.dive(index.folder, COMMON, out, proxies=[PROXY, OTHER]).as_uri()
 
 
-def test_the_dive_file_works_with_the_network_refused(page: Page, dived: str, dives: IndexDives) -> None:
+def test_the_dive_file_works_with_the_network_refused(page: Page, dived: str, dives: Subject) -> None:
     page.route("**/*", lambda route: route.continue_() if route.request.url.startswith("file:") else route.abort())
     page.goto(dived)
     opened(page, "specificity")
-    n = dives.dive(COMMON, PROXY)["counts"]["n_proxy"]
+    n = dive_of(dives, COMMON, PROXY)["counts"]["n_proxy"]
     expect(page.locator("[data-said]")).to_contain_text(f"true on {n} of")
     expect(page.locator(".context .tok.dst").first).to_be_visible()
     expect(page.locator("[data-proxy]")).to_have_attribute("readonly", "")

@@ -30,11 +30,16 @@ from headscope.errors import ExportError, IndexFormatError, OutputError, ProxyEr
 from headscope.explorer import server
 from headscope.explorer.cards import IndexCards
 from headscope.explorer.desk import Desk
-from headscope.explorer.dives import IndexDives
 from headscope.explorer.server import make_app
-from headscope.explorer.studies import MAX_PROXY, DiveSource
+from headscope.explorer.start import start_json
 from headscope.index.columns import add_columns
 from headscope.index.store import FeatureIndex
+from headscope.studies.registry import STUDIES
+from headscope.studies.study import FeatureStudy
+from headscope.studies.subject import Subject
+from headscope.studies.support.on_page import MAX_PROXY, OfProxy
+from studied import ask as asked_of
+from studied import dived
 
 BASE = "http://127.0.0.1:8000"
 PROXY = 'token_in(["a", "b", "c", "d", "e", "f"])'
@@ -46,13 +51,13 @@ def index(random_model, random_corpus, random_sae, tmp_path_factory) -> FeatureI
 
 
 @pytest.fixture(scope="module")
-def dives(index: FeatureIndex) -> IndexDives:
-    return IndexDives(index)
+def dives(index: FeatureIndex) -> Subject:
+    return Subject(index)
 
 
 @pytest.fixture(scope="module")
-def client(index: FeatureIndex, dives: IndexDives) -> TestClient:
-    return TestClient(make_app(IndexCards(index), dives=dives), base_url=BASE)
+def client(index: FeatureIndex, dives: Subject) -> TestClient:
+    return TestClient(make_app(IndexCards(index), subject=dives), base_url=BASE)
 
 
 def strict(content: dict[str, Any]) -> dict[str, Any]:
@@ -62,8 +67,8 @@ def strict(content: dict[str, Any]) -> dict[str, Any]:
 # --- the numbers
 
 
-def test_a_dive_has_the_naive_numbers(index: FeatureIndex, dives: IndexDives) -> None:
-    dive = strict(dives.dive(COMMON, PROXY))
+def test_a_dive_has_the_naive_numbers(index: FeatureIndex, dives: Subject) -> None:
+    dive = strict(dived(dives, COMMON, PROXY))
     f, text = dense(index, COMMON)[text_positions(index)], text_positions(index)
     tokens = np.concatenate([index.tokens_of(block) for block in range(index.n_blocks)])
     true = np.isin(tokens, [index.token_id(letter) for letter in "abcdef"])[text]
@@ -85,8 +90,8 @@ def test_a_dive_has_the_naive_numbers(index: FeatureIndex, dives: IndexDives) ->
     assert dive["misses"]["n"] == (true & (f == 0)).sum()
 
 
-def test_contexts_show_what_is_there(index: FeatureIndex, dives: IndexDives) -> None:
-    dive = strict(dives.dive(COMMON, PROXY))
+def test_contexts_show_what_is_there(index: FeatureIndex, dives: Subject) -> None:
+    dive = strict(dived(dives, COMMON, PROXY))
     f, size = dense(index, COMMON), index.block_size
     letters = [index.token_id(letter) for letter in "abcdef"]
     shown = {(block, start + i): token for block, start, ids in dive["text"] for i, token in enumerate(ids)}
@@ -109,11 +114,9 @@ def test_contexts_show_what_is_there(index: FeatureIndex, dives: IndexDives) -> 
             assert context["dst"] in context["proxy"], "a false negative"
 
 
-def test_the_python_of_each_tab_makes_its_numbers_again(dives: IndexDives) -> None:
-    dive = dives.dive(COMMON, PROXY)
+def test_the_python_of_each_tab_makes_its_numbers_again(dives: Subject) -> None:
+    dive = dived(dives, COMMON, PROXY)
     for name, code in dive["python"].items():
-        if name == "predictions":  # it needs the model; see the file of a dive with one
-            continue
         *lines, last = code.splitlines()
         made: dict[str, Any] = {}
         exec("\n".join([*lines, f"shown = {last}"]), made)
@@ -138,59 +141,58 @@ def test_the_python_of_each_tab_makes_its_numbers_again(dives: IndexDives) -> No
         ('~token_in(["a"])', []),
     ],
 )
-def test_recall_is_told_apart_by_parts_of_the_proxy(dives: IndexDives, proxy: str, parts: list[str]) -> None:
-    found = [part["name"] for part in dives.dive(COMMON, proxy)["subtypes"]]
+def test_recall_is_told_apart_by_parts_of_the_proxy(dives: Subject, proxy: str, parts: list[str]) -> None:
+    found = [part["name"] for part in dived(dives, COMMON, proxy)["subtypes"]]
     assert found[: len(parts)] == parts
     assert set(found[len(parts) :]) <= {"none of these"}
 
 
-def test_what_is_empty_says_so_and_has_no_nan(dives: IndexDives) -> None:
-    dead = strict(dives.dive(DEAD, PROXY))
+def test_what_is_empty_says_so_and_has_no_nan(dives: Subject) -> None:
+    dead = strict(dived(dives, DEAD, PROXY))
     assert dead["counts"]["n_active"] == 0
     assert any("never active" in note for note in dead["notes"])
     assert all(m["value"] is None and m["missing"] for name, m in dead["measures"].items() if name != "recall")
-    never = strict(dives.dive(COMMON, 'document("no such document")'))
+    never = strict(dived(dives, COMMON, 'document("no such document")'))
     assert never["counts"]["n_proxy"] == 0
     assert any("never true" in note for note in never["notes"])
     assert never["curve"] is None
-    always = strict(dives.dive(COMMON, 'token_in(["a"]) | ~token_in(["a"])'))
+    always = strict(dived(dives, COMMON, 'token_in(["a"]) | ~token_in(["a"])'))
     assert any("every token" in note for note in always["notes"])
-    assert strict(dives.dive(DEAD, 'document("no such document")'))["misses"] == {"n": 0, "rows": []}
+    assert strict(dived(dives, DEAD, 'document("no such document")'))["misses"] == {"n": 0, "rows": []}
 
 
-def test_the_start_says_whether_the_top_logit_is_copied(index: FeatureIndex, dives: IndexDives) -> None:
+def test_the_logits_say_whether_the_top_one_is_copied(index: FeatureIndex, dives: Subject) -> None:
     for latent in (COMMON, DEAD):
-        start, feature, sources = strict(dives.start(latent)), index.feature(latent), index.sources(latent)
+        said, feature, sources = strict(asked_of(dives, "logits", latent)), index.feature(latent), index.sources(latent)
         top, value = feature.logit_top[0]
         source = sources.tokens[0].token if sources and sources.tokens else None
-        said = start["logits"]
         assert said["prominence"] == pytest.approx((value - feature.logit_mean) / feature.logit_std, rel=1e-5)
         assert (said["top_source"], said["copied"]) == (source, None if source is None else source == top)
         if feature.copy_rank is None:
             assert said["copy_rank"] is None
         else:
             assert said["copy_rank"] == pytest.approx(feature.copy_rank, rel=1e-5)
-        *lines, last = start["python"]["logits"].splitlines()
+        *lines, last = said["python"].splitlines()
         made: dict[str, Any] = {}
         exec("\n".join([*lines, f"shown = {last}"]), made)
         assert made["shown"][0] == feature.logit_top
         assert made["shown"][3:5] == (said["copied"], source)
-    assert strict(dives.start(DEAD))["logits"]["copied"] is None
+    assert strict(asked_of(dives, "logits", DEAD))["copied"] is None
 
 
-def test_too_few_activations_name_the_minimum(dives: IndexDives) -> None:
-    precision = strict(dives.dive(RARE, PROXY))["measures"]["precision"]
+def test_too_few_activations_name_the_minimum(dives: Subject) -> None:
+    precision = strict(dived(dives, RARE, PROXY))["measures"]["precision"]
     assert (precision["value"], precision["n"]) == (None, 12)
     assert "30" in precision["missing"]
 
 
 @pytest.mark.slow
-def test_suggested_proxies_are_proxies(index: FeatureIndex, dives: IndexDives) -> None:
+def test_suggested_proxies_are_proxies(index: FeatureIndex, dives: Subject) -> None:
     for latent in range(N_LATENTS):
-        suggested = dives.start(latent)["proxies"]
+        suggested = start_json(dives, latent)["proxies"]
         assert (suggested == []) != index.feature(latent).alive
         for one in suggested:
-            assert dives.dive(latent, one["proxy"])["proxy"] == one["proxy"], "in its canonical form"
+            assert dived(dives, latent, one["proxy"])["proxy"] == one["proxy"], "in its canonical form"
 
 
 def test_columns_of_studies_come_with_their_definitions(index: FeatureIndex, tmp_path: Path) -> None:
@@ -198,7 +200,7 @@ def test_columns_of_studies_come_with_their_definitions(index: FeatureIndex, tmp
     table = pa.table({"latent": pa.array(range(N_LATENTS), pa.int32()), "share": [None, *[0.5] * (N_LATENTS - 1)]})
     said = {"settings": {}, "definitions": {"share": "half of it"}, "n": 1860}
     add_columns(copy, "effects", table, said)
-    columns = strict(IndexDives(copy).start(4))["columns"]["effects"]
+    columns = strict(start_json(Subject(copy), 4))["columns"]["effects"]
     assert (columns["values"], columns["definitions"], columns["n"]) == (
         {"share": 0.5},
         {"share": "half of it"},
@@ -206,7 +208,7 @@ def test_columns_of_studies_come_with_their_definitions(index: FeatureIndex, tmp
     )
     (copy.folder / "columns" / "effects.parquet").write_bytes(b"no table")
     with pytest.warns(UserWarning, match="effects are left out"):
-        assert "damaged" in IndexDives(copy).start(4)["columns"]["effects"]["refused"]
+        assert "damaged" in start_json(Subject(copy), 4)["columns"]["effects"]["refused"]
 
 
 def test_the_table_shows_the_main_columns_of_studies(index: FeatureIndex, tmp_path: Path) -> None:
@@ -223,7 +225,7 @@ def test_the_table_shows_the_main_columns_of_studies(index: FeatureIndex, tmp_pa
     assert not by_name["proxies.recall"]["listed"]
     assert shown["rows"]["proxies.kind"] == kinds
     assert "proxies.auc" not in shown["rows"], "it would be sent with every page; the card has it"
-    found = strict(IndexDives(copy).start(COMMON))["columns"]["proxies"]["values"]
+    found = strict(start_json(Subject(copy), COMMON))["columns"]["proxies"]["values"]
     assert found == {"kind": None, "auc": 0.5, "recall": 0.25}
 
 
@@ -252,44 +254,47 @@ def test_proxies_that_a_search_found_come_first(index: FeatureIndex, tmp_path: P
     }
     said = {"settings": {}, "definitions": {name: "-" for name in found}, "n": 1}
     add_columns(copy, "proxies", pa.table({"latent": pa.array(range(N_LATENTS), pa.int32()), **table}), said)
-    suggested = IndexDives(copy).start(COMMON)["proxies"]
+    suggested = start_json(Subject(copy), COMMON)["proxies"]
     assert [one["proxy"] for one in suggested] == ['token_in(["b"])', 'induction("b")']
     assert "kind: token" in suggested[0]["why"]
-    assert len(IndexDives(copy).start(RARE)["proxies"]) > 2, "where a search found none, the card suggests some"
+    assert len(start_json(Subject(copy), RARE)["proxies"]) > 2, "where a search found none, the card suggests some"
 
 
 # --- the routes
 
 
-def test_routes_answer_what_the_source_does(client: TestClient, dives: IndexDives) -> None:
-    assert isinstance(dives, DiveSource)
-    assert client.get("/api/about").json()["dives"] is True
-    assert client.get(f"/api/start/{COMMON}").json() == strict(dives.start(COMMON))
-    assert client.get(f"/api/dive/{COMMON}", params={"proxy": PROXY}).json() == strict(dives.dive(COMMON, PROXY))
+def test_routes_answer_what_the_source_does(client: TestClient, dives: Subject) -> None:
+    listed = {study["name"]: study for study in client.get("/api/about").json()["studies"]}
+    assert [tab["name"] for tab in listed["specificity"]["tabs"]] == ["specificity", "expected", "sensitivity"]
+    assert client.get(f"/api/start/{COMMON}").json() == strict(start_json(dives, COMMON))
+    assert client.get(f"/api/study/specificity/{COMMON}", params={"proxy": PROXY}).json() == strict(
+        dived(dives, COMMON, PROXY)
+    )
 
 
 def test_a_server_without_dives_has_no_such_routes() -> None:
     client = TestClient(make_app(FakeSource()), base_url=BASE)
-    assert client.get("/api/about").json()["dives"] is False
-    assert client.get("/api/dive/3", params={"proxy": PROXY}).status_code == 404
+    assert client.get("/api/about").json()["studies"] == []
+    assert client.get("/api/study/specificity/3", params={"proxy": PROXY}).status_code == 404
 
 
 @pytest.mark.parametrize(
     ("path", "status", "said"),
     [
-        ("dive/7", 400, "0 proxies given"),
-        ("dive/7?proxy=", 400, "the proxy is empty"),
-        ("dive/7?proxy=%20", 400, "the proxy is empty"),
-        (f"dive/7?proxy={PROXY}&proxy={PROXY}", 400, "2 proxies given"),
-        (f"dive/7?proxy={'a' * (MAX_PROXY + 1)}", 400, f"at most {MAX_PROXY:,}"),
-        ("dive/7?proxy=induction(1)", 400, "column 11"),
-        ("dive/7?proxy=%ff%fe", 400, "column 1"),
-        ("dive/7?proxy=__import__(%22os%22)", 400, "__import__"),
-        ('dive/7?proxy=token_in(["ab"])', 400, "pieces"),
-        (f"dive/{N_LATENTS}?proxy={PROXY}", 404, f"no feature {N_LATENTS}"),
-        (f"dive/-1?proxy={PROXY}", 404, "not the number"),
+        ("study/specificity/7", 400, "no proxy"),
+        ("study/specificity/7?proxy=", 400, "proxy = ''"),
+        ("study/specificity/7?proxy=%20", 400, "proxy = ' '"),
+        (f"study/specificity/7?proxy={PROXY}&proxy={PROXY}", 400, "2 values of proxy"),
+        (f"study/specificity/7?proxy={PROXY}&more=1", 400, "parameter 'more'"),
+        (f"study/specificity/7?proxy={'a' * (MAX_PROXY + 1)}", 400, f"{MAX_PROXY + 1:,} characters"),
+        ("study/specificity/7?proxy=induction(1)", 400, "column 11"),
+        ("study/specificity/7?proxy=%ff%fe", 400, "column 1"),
+        ("study/specificity/7?proxy=__import__(%22os%22)", 400, "__import__"),
+        ('study/specificity/7?proxy=token_in(["ab"])', 400, "pieces"),
+        (f"study/specificity/{N_LATENTS}?proxy={PROXY}", 404, f"no feature {N_LATENTS}"),
+        (f"study/specificity/-1?proxy={PROXY}", 404, "not the number"),
         ("start/x", 404, "not the number"),
-        (f"effects/7?proxy={PROXY}", 400, "no model"),
+        (f"study/ablation/7?proxy={PROXY}", 400, "no model"),
     ],
 )
 def test_what_is_malformed_gets_a_clear_refusal(client: TestClient, path: str, status: int, said: str) -> None:
@@ -299,37 +304,36 @@ def test_what_is_malformed_gets_a_clear_refusal(client: TestClient, path: str, s
 
 
 def test_a_refused_proxy_says_where_and_what_was_expected(client: TestClient) -> None:
-    said = client.get("/api/dive/7", params={"proxy": 'token_in(["a"]) & <img src=x onerror=alert(1)>'}).json()
+    said = client.get(
+        "/api/study/specificity/7", params={"proxy": 'token_in(["a"]) & <img src=x onerror=alert(1)>'}
+    ).json()
     assert said["column"] == 19
     assert set(said) == {"error", "expected", "do", "column"}
 
 
 def test_studies_cannot_be_written_to(client: TestClient) -> None:
-    assert client.post("/api/dive/7", params={"proxy": PROXY}).status_code == 403
+    assert client.post("/api/study/specificity/7", params={"proxy": PROXY}).status_code == 403
 
 
-class Slow(FakeSource):
-    """A source whose dives last until they are let go."""
+class Slow:
+    """A source whose studies last until they are let go."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go, self.begun = threading.Event(), threading.Semaphore(0)
         self.n = 0
+        study = FeatureStudy(name="slow", group="when", question="how long?", run=self.run, options=OfProxy)
+        monkeypatch.setitem(STUDIES, "slow", study)
+        self.source = FakeSource()
+        self.subject = Subject(self.source.index)
 
-    def start(self, latent: int) -> dict[str, Any]:
-        return {}
-
-    def effects(self, latent: int, proxy: str) -> dict[str, Any]:
-        return {}
-
-    def predictions(self, latent: int, proxy: str) -> dict[str, Any]:
-        return {}
-
-    def dive(self, latent: int, proxy: str) -> dict[str, Any]:
+    def run(self, _subject: Subject, _latent: int, options: OfProxy) -> OfProxy:
         self.n += 1
         self.begun.release()
         assert self.go.wait(20)
-        return {"latent": latent, "proxy": proxy}
+        return options
+
+    def app(self) -> Any:
+        return make_app(self.source, subject=self.subject)
 
 
 def ask(url: str) -> tuple[int, dict[str, Any]]:
@@ -341,10 +345,10 @@ def ask(url: str) -> tuple[int, dict[str, Any]]:
 
 
 def test_a_long_study_holds_up_no_card_and_few_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = Slow()
+    slow = Slow(monkeypatch)
     monkeypatch.setattr(server, "Desk", partial(Desk, waiting=6))
-    with serving(make_app(slow, dives=slow)) as address, ThreadPoolExecutor(16) as pool:
-        asked = [pool.submit(ask, f"{address}/api/dive/3?proxy=p{i}") for i in range(12)]
+    with serving(slow.app()) as address, ThreadPoolExecutor(16) as pool:
+        asked = [pool.submit(ask, f"{address}/api/study/slow/3?proxy=p{i}") for i in range(12)]
         assert slow.begun.acquire(timeout=10)
         assert slow.begun.acquire(timeout=10)
         assert ask(f"{address}/api/feature/3")[0] == 200
@@ -360,49 +364,49 @@ def test_a_long_study_holds_up_no_card_and_few_run_at_once(monkeypatch: pytest.M
 
 
 def test_a_study_that_takes_too_long_is_given_up_and_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = Slow()
+    slow = Slow(monkeypatch)
     monkeypatch.setattr(server, "Desk", partial(Desk, seconds=0.2, patience=0.2))
-    with serving(make_app(slow, dives=slow)) as address:
+    with serving(slow.app()) as address:
         for i in range(2):
-            status, said = ask(f"{address}/api/dive/3?proxy=p{i}")
+            status, said = ask(f"{address}/api/study/slow/3?proxy=p{i}")
             assert status == 504
             assert "0.2 s" in said["error"]
-        assert ask(f"{address}/api/dive/3?proxy=p2")[0] == 503
+        assert ask(f"{address}/api/study/slow/3?proxy=p2")[0] == 503
         assert slow.n == 2, "the third found both places taken by the first two"
         slow.go.set()
         deadline = time.monotonic() + 10
-        while ask(f"{address}/api/dive/3?proxy=again")[0] != 200:
+        while ask(f"{address}/api/study/slow/3?proxy=again")[0] != 200:
             assert time.monotonic() < deadline, "places are free again when the work ends"
 
 
-def test_who_has_gone_is_not_computed_for() -> None:
-    slow = Slow()
-    with serving(make_app(slow, dives=slow)) as address, ThreadPoolExecutor(2) as pool:
-        taken = [pool.submit(ask, f"{address}/api/dive/3?proxy=p{i}") for i in range(2)]
+def test_who_has_gone_is_not_computed_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow(monkeypatch)
+    with serving(slow.app()) as address, ThreadPoolExecutor(2) as pool:
+        taken = [pool.submit(ask, f"{address}/api/study/slow/3?proxy=p{i}") for i in range(2)]
         for _ in taken:
             assert slow.begun.acquire(timeout=10)
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as gone:
-            gone.sendall(f"GET /api/dive/3?proxy=gone HTTP/1.1\r\nhost: {host}:{port}\r\n\r\n".encode())
+            gone.sendall(f"GET /api/study/slow/3?proxy=gone HTTP/1.1\r\nhost: {host}:{port}\r\n\r\n".encode())
             time.sleep(0.3)  # it is read, and waits
         time.sleep(0.3)  # its end is seen
         slow.go.set()
         assert [future.result(20)[0] for future in taken] == [200, 200]
-        assert ask(f"{address}/api/dive/3?proxy=last")[0] == 200
+        assert ask(f"{address}/api/study/slow/3?proxy=last")[0] == 200
     assert slow.n == 3
 
 
-def test_what_was_asked_before_is_not_computed_again() -> None:
-    slow = Slow()
+def test_what_was_asked_before_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow(monkeypatch)
     slow.go.set()
-    with serving(make_app(slow, dives=slow)) as address:
+    with serving(slow.app()) as address:
         for _ in range(3):
-            assert ask(f"{address}/api/dive/3?proxy=p")[0] == 200
+            assert ask(f"{address}/api/study/slow/3?proxy=p")[0] == 200
     assert slow.n == 1
 
 
-def test_no_torch_behind_the_dives() -> None:
-    code = "import sys, headscope.explorer.dives; print('torch' in sys.modules)"
+def test_no_torch_behind_the_studies() -> None:
+    code = "import sys, headscope.explorer.studies; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -410,25 +414,34 @@ def test_no_torch_behind_the_dives() -> None:
 # --- the file
 
 
+def held_as(study: str, proxy: str) -> str:
+    """What static/data.js looks for in a file."""
+    return f'{study} {{"proxy":{json.dumps(proxy, ensure_ascii=False)}}}'
+
+
 def unpacked(page: Path, block: str) -> Any:
     packed = re.findall(rf'<script type="application/octet-stream" id="{block}">([^<]*)</script>', page.read_text())
     return json.loads(gzip.decompress(base64.b64decode(packed[0])))
 
 
-def test_a_dive_file_holds_the_studies_of_its_proxies(index: FeatureIndex, dives: IndexDives, tmp_path: Path) -> None:
+def test_a_dive_file_holds_the_studies_of_its_proxies(index: FeatureIndex, dives: Subject, tmp_path: Path) -> None:
     page = jobs.dive(index.folder, COMMON, tmp_path / "dive.html", proxies=[PROXY, 'induction("a")', PROXY])
-    held = unpacked(page, "data-dives")
+    held = unpacked(page, "data-studies")
     assert set(held) == {str(COMMON)}
     own = held[str(COMMON)]
-    assert own["dives"] == strict({p: dives.dive(COMMON, p) for p in (PROXY, 'induction("a")')})
+    proxies = (PROXY, 'induction("a")')
+    by_proxy = {name: found for name, found in own["studies"].items() if name.startswith("specificity ")}
+    assert by_proxy == strict({held_as("specificity", proxy): dived(dives, COMMON, proxy) for proxy in proxies})
+    assert own["studies"]["logits {}"] == strict(asked_of(dives, "logits", COMMON))
+    assert not any(name.startswith(("ablation ", "patching ")) for name in own["studies"]), "there is no model"
     assert [one["proxy"] for one in own["start"]["proxies"]] == [PROXY, 'induction("a")']
-    assert unpacked(page, "data-core")["about"]["dives"] is True
+    assert unpacked(page, "data-core")["about"]["studies"]
     with pytest.raises(OutputError):
         jobs.dive(index.folder, COMMON, page, proxies=[PROXY])
     suggested = jobs.dive(index.folder, COMMON, page, overwrite=True)
-    assert set(unpacked(suggested, "data-dives")[str(COMMON)]["dives"]) == {
-        one["proxy"] for one in dives.start(COMMON)["proxies"]
-    }
+    held = unpacked(suggested, "data-studies")[str(COMMON)]["studies"]
+    expected = {held_as("specificity", one["proxy"]) for one in start_json(dives, COMMON)["proxies"]}
+    assert {name for name in held if name.startswith("specificity ")} == expected
 
 
 @pytest.mark.parametrize("proxy", ["induction(1)", 'token_in(["no such token"])'])
@@ -454,7 +467,7 @@ def test_the_command_writes_the_file_and_says_what_is_wrong(
 ) -> None:
     out = tmp_path / "dive.html"
     cli.main(["dive", str(index.folder), str(COMMON), "--proxy", PROXY, "--out", str(out)])
-    assert set(unpacked(out, "data-dives")) == {str(COMMON)}
+    assert set(unpacked(out, "data-studies")) == {str(COMMON)}
     assert str(out) in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         cli.main(["dive", str(index.folder), str(COMMON), "--proxy", "a b", "--out", str(tmp_path / "other.html")])
@@ -469,8 +482,8 @@ def test_a_dive_with_the_model_holds_its_effects(tmp_path: Path) -> None:
     shutil.rmtree(index.folder / "sae")
     assert {index.manifest[what]["relative"] for what in ("model", "sae")} == {None}, "both are bundled"
     page = jobs.dive(index.folder, latent, tmp_path / "dive.html", proxies=['token_in([" "])'], with_model=True)
-    held = unpacked(page, "data-dives")[str(latent)]
-    [effects], [predictions] = held["effects"].values(), held["predictions"].values()
+    held = unpacked(page, "data-studies")[str(latent)]["studies"]
+    effects, predictions = (held[held_as(study, 'token_in([" "])')] for study in ("ablation", "predictions"))
     assert effects["n"] > 30
     assert [path["path"] for path in effects["paths"]] == ["total", "direct", "mlp.1"]
     assert {group["name"] for group in predictions["groups"]} == {"false negatives", "true positives", "elsewhere"}
@@ -479,4 +492,4 @@ def test_a_dive_with_the_model_holds_its_effects(tmp_path: Path) -> None:
     assert made["found"].n == effects["n"]
     mean = made["found"].paths["total"].mean.value
     assert mean == pytest.approx(effects["paths"][0]["mean"]["value"], rel=1e-5)
-    exec(next(iter(held["dives"].values()))["python"]["predictions"], {})
+    exec(predictions["python"], {})

@@ -15,7 +15,6 @@ from starlette.testclient import TestClient
 from browsing import serving
 from dive_index import DEAD
 from headscope.explorer.cards import IndexCards
-from headscope.explorer.dives import IndexDives
 from headscope.explorer.export import export_folder, export_html
 from headscope.explorer.families import IndexFamilies
 from headscope.explorer.head_pages import CONTRIBUTES, IndexHeads
@@ -29,6 +28,7 @@ from headscope.studies.heads import superposition
 from headscope.studies.induction.behaviour import Reading, compare_rule, head_share
 from headscope.studies.induction.composite import Criteria, induction_features
 from headscope.studies.induction.store import save_columns
+from headscope.studies.subject import Subject
 from role_index import HOSTILE, LABELLED, MEMBERS, add_induction, add_kinds, live_latents, pages_of, score_of, studied
 
 BASE = "http://127.0.0.1:8000"
@@ -150,7 +150,7 @@ def test_the_list_has_shares_with_intervals(index: FeatureIndex) -> None:
 
 def test_without_columns_the_command_is_named(bare: FeatureIndex) -> None:
     families = IndexFamilies(bare)
-    for name, command in (("induction", "headscope families INDEX"), ("token", "headscope proxies INDEX")):
+    for name, command in (("induction", "headscope study families INDEX"), ("token", "headscope study proxies INDEX")):
         found = families.family(name)
         assert found["command"].startswith(command)
         assert "no columns" in found["missing"]
@@ -193,7 +193,7 @@ def test_cards_name_the_families_of_a_feature(index: FeatureIndex) -> None:
 
 
 def test_what_studies_and_people_add_is_shown_by_a_server_that_runs(bare: FeatureIndex) -> None:
-    app = make_app(IndexCards(bare), dives=IndexDives(bare), roles=pages_of(bare))
+    app = make_app(IndexCards(bare), subject=Subject(bare), roles=pages_of(bare))
     client = TestClient(app, base_url=BASE)
 
     def asked() -> dict[str, Any]:
@@ -301,7 +301,7 @@ def test_a_head_of_another_layer_has_scores_only(index: FeatureIndex) -> None:
 def test_without_tables_the_index_alone_is_shown_and_the_command_named(bare: FeatureIndex) -> None:
     heads = IndexHeads(bare)
     grid = heads.heads()
-    assert grid["scores"]["command"] == "headscope heads INDEX"
+    assert grid["scores"]["command"] == "headscope study heads INDEX"
     assert {head["scores"] for layer in grid["layers"] for head in layer} == {None}
     found = heads.head("1.0")
     assert all("no table" in found[part]["missing"] for part in ("scores", "catalogue", "ablation"))

@@ -1,10 +1,8 @@
 """The tabs upstream in a browser: each shows the numbers of its study, keeps its link, and says what is missing."""
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -13,13 +11,13 @@ from browsing import CHROMIUM, quiet_page, serving
 from dive_index import COMMON, DEAD, RARE, built_live
 from headscope.errors import HeadscopeError
 from headscope.explorer.cards import IndexCards
-from headscope.explorer.dives import IndexDives, packed
 from headscope.explorer.export import export_html
 from headscope.explorer.server import make_app
-from headscope.explorer.upstream import IndexUpstream
+from headscope.explorer.studies import packed
 from headscope.index.live import LiveIndex
-from headscope.live_upstream import LiveUpstream
 from headscope.site import Site
+from headscope.studies.subject import Subject
+from studied import ask
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 
@@ -33,14 +31,13 @@ def live(random_model, random_corpus, random_sae, tmp_path_factory) -> LiveIndex
 
 
 @pytest.fixture(scope="module")
-def upstream(live: LiveIndex, random_sae) -> IndexUpstream:
-    model = LiveUpstream(live, {MLP: random_sae(live.model, 40, site=Site("mlp_out", 0))})
-    return IndexUpstream(live.index, model)
+def subject(live: LiveIndex, random_sae) -> Subject:
+    return Subject(live.index, live, saes={MLP: random_sae(live.model, 40, site=Site("mlp_out", 0))})
 
 
 @pytest.fixture(scope="module")
-def address(live: LiveIndex, upstream: IndexUpstream) -> Iterator[str]:
-    with serving(make_app(IndexCards(live.index), dives=IndexDives(live.index), upstream=upstream)) as url:
+def address(live: LiveIndex, subject: Subject) -> Iterator[str]:
+    with serving(make_app(IndexCards(live.index), subject=subject)) as url:
         yield url
 
 
@@ -89,8 +86,8 @@ def test_the_first_screen_and_other_tabs_load_none_of_their_scripts(page: Page, 
 
 
 @pytest.mark.smoke
-def test_dfa_by_head_shows_all_definitions_at_a_threshold(page: Page, address: str, upstream: IndexUpstream) -> None:
-    found = upstream.heads(COMMON)
+def test_dfa_by_head_shows_all_definitions_at_a_threshold(page: Page, address: str, subject: Subject) -> None:
+    found = ask(subject, "head_shares", COMMON)
     page.goto(f"{address}/f/{COMMON}?tab=heads")
     shown(page, "heads")
     bars = ("squared", "covariance", "linear", "decoder", "decoder_out", "encoder", "encoder_in")
@@ -117,7 +114,7 @@ def test_dfa_by_head_shows_all_definitions_at_a_threshold(page: Page, address: s
 
 
 def test_dfa_by_source_is_of_a_set_that_can_be_edited(
-    page: Page, address: str, live: LiveIndex, upstream: IndexUpstream
+    page: Page, address: str, live: LiveIndex, subject: Subject
 ) -> None:
     a, b = (live.index.token_id(letter) for letter in "ab")
     page.goto(f"{address}/f/{COMMON}?tab=source&src={a}")
@@ -131,7 +128,7 @@ def test_dfa_by_source_is_of_a_set_that_can_be_edited(
     expect(page.locator("[data-set-token]")).to_have_count(2)
     expect(page).to_have_url(f"{address}/f/{COMMON}?tab=source&src={a}%2C{b}")
     shown(page, "source")
-    value = upstream.sources(COMMON, f"{a},{b}")["thresholds"][0]["summed"]["value"]
+    value = ask(subject, "sources", COMMON, tokens=(a, b))["thresholds"][0]["summed"]["value"]
     text = page.locator("[data-measure=summed] b").inner_text()
     assert float(text.split("\u202f")[0]) == pytest.approx(100 * value, abs=0.06)
     expect(page.locator("[data-measure=bos]")).to_be_visible()
@@ -141,13 +138,13 @@ def test_dfa_by_source_is_of_a_set_that_can_be_edited(
 
 
 def test_dfa_by_source_says_what_the_card_says_and_what_its_own_sample_is(
-    page: Page, address: str, live: LiveIndex, upstream: IndexUpstream
+    page: Page, address: str, live: LiveIndex, subject: Subject
 ) -> None:
     on_card = live.index.sources(COMMON)
     assert on_card is not None
     chosen = [source for source in on_card.tokens if source.token != live.model.bos][:2]
     ids = ",".join(str(source.token) for source in chosen)
-    sample = upstream.sources(COMMON, ids)["thresholds"][0]
+    sample = ask(subject, "sources", COMMON, tokens=tuple(map(int, ids.split(","))))["thresholds"][0]
     page.goto(f"{address}/f/{COMMON}?tab=source&src={ids}")
     shown(page, "source")
     whole = page.locator("[data-samples] [data-whole]")
@@ -164,13 +161,13 @@ def test_dfa_by_source_says_what_the_card_says_and_what_its_own_sample_is(
 
 
 def test_attention_has_its_baselines_and_heads_side_by_side(
-    page: Page, address: str, upstream: IndexUpstream, at: int
+    page: Page, address: str, subject: Subject, at: int
 ) -> None:
     page.goto(f"{address}/f/{RARE}?tab=attention")
     shown(page, "attention")
     assert page.locator("[data-bars=attention] [data-row]").count() == 16
     assert page.locator("[data-attended-head]").count() == 4
-    first = upstream.compare(RARE, at)["heads"][0]
+    first = ask(subject, "compare_heads", RARE, at=at)["heads"][0]
     row = page.locator("[data-comparison] [data-head-row]").first
     expect(row).to_have_attribute("data-head-row", f"1.{first['head']}")
     expect(row.locator("b")).to_have_text(f"{first['contribution']:+.3f}".replace("-", "\u2212"))
@@ -179,9 +176,9 @@ def test_attention_has_its_baselines_and_heads_side_by_side(
 
 
 def test_patches_are_drawn_both_ways_and_before_and_after_the_relu(
-    page: Page, address: str, upstream: IndexUpstream, at: int
+    page: Page, address: str, subject: Subject, at: int
 ) -> None:
-    found = upstream.patch(RARE, at, "sources.0", "heads")
+    found = ask(subject, "patching", RARE, at=at, how="sources.0", nodes="heads")
     page.goto(f"{address}/f/{RARE}?tab=upstream&how=sources&nodes=heads")
     shown(page, "upstream")
 
@@ -200,7 +197,7 @@ def test_patches_are_drawn_both_ways_and_before_and_after_the_relu(
     assert scores() == pytest.approx(flat(found["denoising"]["activation_score"]))
     assert page.locator("[data-prompt=clean] .changed").count() == len(found["changed"])
     assert page.locator("[data-joint]").get_attribute("data-joint") == found["joint"]["kind"]
-    nodes = upstream.features(RARE, at, "sources.0", MLP)
+    nodes = ask(subject, "feature_patching", RARE, at=at, how="sources.0", features_of=MLP)
     bars = page.locator("[data-bars=features-denoising] [data-row]")
     expect(bars.nth(2)).to_have_attribute("data-row", "error alone")
     assert float(bars.nth(2).get_attribute("data-value") or "nan") == pytest.approx(
@@ -210,11 +207,11 @@ def test_patches_are_drawn_both_ways_and_before_and_after_the_relu(
 
 
 def test_a_corruption_that_leaves_it_on_is_said_and_not_drawn(
-    page: Page, address: str, upstream: IndexUpstream, live: LiveIndex
+    page: Page, address: str, subject: Subject, live: LiveIndex
 ) -> None:
     def stays(position: int) -> bool:
         try:
-            upstream.patch(COMMON, position, "shuffle.0", "components")
+            ask(subject, "patching", COMMON, at=position, how="shuffle.0", nodes="components")
         except HeadscopeError as error:
             return "still on" in error.got
         return False
@@ -228,19 +225,21 @@ def test_a_corruption_that_leaves_it_on_is_said_and_not_drawn(
     page.wait_for_url("**how=shuffle.1**")
 
 
-def test_recursive_dfa_opens_node_by_node_beside_qk(page: Page, address: str, upstream: IndexUpstream, at: int) -> None:
+def test_recursive_dfa_opens_node_by_node_beside_qk(page: Page, address: str, subject: Subject, at: int) -> None:
     page.goto(f"{address}/f/{RARE}?tab=circuit")
     shown(page, "circuit")
-    root = upstream.circuit(RARE, at, "")
+    root = ask(subject, "circuit", RARE, at=at, path="")
     top = next(child["name"] for child in root["children"] if child["kind"] == "head")
-    source = upstream.circuit(RARE, at, top)["children"][0]
+    source = ask(subject, "circuit", RARE, at=at, path=top)["children"][0]
     expect(page.locator(f"[data-path='{top}/{source['name']}']")).to_have_attribute("aria-expanded", "true")
     assert page.locator("[data-sum]").count() == 3
     assert page.locator("[data-closes=false]").count() == 0
     attended = source["attended"]
     expect(page.locator("[data-qk]")).to_have_attribute("data-qk", f"1.{attended['head']}")
     expect(page.locator("[data-qk]")).to_have_attribute("data-key", str(attended["key"]))
-    found = upstream.qk(RARE, at, 1, attended["head"], attended["query"], attended["key"])
+    found = ask(
+        subject, "qk", RARE, at=at, layer=1, head=attended["head"], query=attended["query"], key=attended["key"]
+    )
     cells = page.locator("[data-pairs=contrast] .map-cell:not(.sum)").evaluate_all(
         "cells => cells.map((cell) => Number(cell.dataset.value))"
     )
@@ -250,7 +249,7 @@ def test_recursive_dfa_opens_node_by_node_beside_qk(page: Page, address: str, up
     earlier.locator(".circuit-node").first.focus()
     page.keyboard.press("ArrowRight")
     expect(earlier).to_have_attribute("aria-expanded", "true")
-    level = upstream.circuit(RARE, at, path or "")
+    level = ask(subject, "circuit", RARE, at=at, path=path or "")
     shown_values = earlier.locator(":scope > ul > li [data-value]").evaluate_all(
         "found => found.map((one) => Number(one.dataset.value))"
     )
@@ -297,9 +296,7 @@ def test_u_goes_through_the_tabs_and_a_dead_feature_has_none(page: Page, address
 
 
 def test_without_a_model_the_tabs_say_what_is_missing(page: Page, live: LiveIndex) -> None:
-    with serving(
-        make_app(IndexCards(live.index), dives=IndexDives(live.index), upstream=IndexUpstream(live.index))
-    ) as url:
+    with serving(make_app(IndexCards(live.index), subject=Subject(live.index))) as url:
         for tab in TABS[1:]:
             page.goto(f"{url}/f/{RARE}?tab={tab}")
             expect(page.locator("[data-missing-model]")).to_contain_text("headscope serve --index")
@@ -308,9 +305,8 @@ def test_without_a_model_the_tabs_say_what_is_missing(page: Page, live: LiveInde
 
 
 def test_a_file_has_dfa_by_head_and_says_what_is_missing(page: Page, live: LiveIndex, tmp_path: Path) -> None:
-    dives: dict[int, Any] = packed(IndexDives(live.index), COMMON)
-    dives[COMMON]["upstream"] = json.loads(json.dumps(IndexUpstream(live.index).packed(COMMON)))
-    file = export_html(IndexCards(live.index), tmp_path / "page.html", [COMMON], dives=dives)
+    studies = {COMMON: packed(Subject(live.index), COMMON)}
+    file = export_html(IndexCards(live.index), tmp_path / "page.html", [COMMON], studies=studies)
     page.goto(f"file://{file}#/f/{COMMON}?tab=heads")
     shown(page, "heads")
     assert page.locator("[data-bars]").count() == 7

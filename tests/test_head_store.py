@@ -28,10 +28,12 @@ def planted(tmp_path_factory):
 def found(planted):
     """Both commands, one after the other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headscope.jobs.indexes.live", lambda *_args, **_named: planted)
+        patch.setattr("headscope.jobs.studies.live", lambda *_args, **_named: planted)
         seen = []
-        family = jobs.families(planted.index.folder, on_progress=lambda stage, *_: seen.append(stage))
-        tables = jobs.heads(planted.index.folder, n_shuffles=3, on_progress=lambda stage, *_: seen.append(stage))
+        family = jobs.study("families", planted.index.folder, on_progress=lambda stage, *_: seen.append(stage))
+        tables = jobs.study(
+            "heads", planted.index.folder, n_shuffles=3, on_progress=lambda stage, *_: seen.append(stage)
+        )
     return family, tables, set(seen)
 
 
@@ -92,8 +94,8 @@ def test_a_family_without_a_member_and_other_weights(random_model, random_corpus
     index = built(random_model, random_corpus, random_sae, tmp_path / "index")
     model = random_model("gpt_neox")
     live = LiveIndex(FeatureIndex.open(index), model, random_sae(model, D_SAE))
-    monkeypatch.setattr("headscope.jobs.indexes.live", lambda *_args, **_named: live)
-    family = jobs.families(index)
+    monkeypatch.setattr("headscope.jobs.studies.live", lambda *_args, **_named: live)
+    family = jobs.study("families", index)
     assert family.head is None
     assert "none: no feature passes all tests" in family.lines()[-1]
     assert HeadTables(index).rules() == ()

@@ -81,7 +81,7 @@ def test_cards_hold_their_clusters_largest_first(index):
         tables.card(9)
     with pytest.raises(IndexFormatError, match="weights 'x'"):
         tables.cards("x")
-    with pytest.raises(IndexFormatError, match=r"(?s)no table .scores..*headscope heads"):
+    with pytest.raises(IndexFormatError, match=r"(?s)no table .scores..*headscope study heads"):
         tables.score(0, 0)
 
 

@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 import typing
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,9 @@ from headscope.sae.config import TrainConfig
 from headscope.sae.training import needs
 from headscope.site import Site
 from headscope.studies.heads.store import HeadPlan
+from headscope.studies.registry import STUDIES
+from headscope.studies.study import DictionaryStudy
+from headscope.studies.subject import Subject
 
 BAD = (math.nan, math.inf, -math.inf, -1, -0.5, 2**70, 10**20)
 """What no option takes as a whole number; floats may be large."""
@@ -86,6 +91,7 @@ def test_zero_is_taken_where_it_means_something() -> None:
 def some_arguments(job: Any) -> dict[str, Any]:
     """Those that it cannot do without, within their bounds."""
     plain = {"saes": ["x"], "feature": 0}
+    plain |= {"name": "specificity"} if job is jobs.study else {}
     parameters = inspect.signature(job).parameters
     return {name: plain.get(name, "x") for name, p in parameters.items() if p.default is p.empty}
 
@@ -105,7 +111,36 @@ def test_every_number_of_every_job_has_bounds_and_is_checked(no_type_checks: Non
             for value in (math.nan, math.inf, -1, *([2**70, 10**20] if int in kinds else [])):
                 with pytest.raises(HeadscopeError, match=f"^{name} = "):
                     job(**given | {name: [value] if name == "features" else value})
-    assert found > 10
+    assert found > 8
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
+def test_every_number_of_every_study_has_bounds_and_is_checked(study: Any) -> None:
+    """Options are checked before the model is asked for, so that a subject without any will do."""
+    index = SimpleNamespace(check_latent=lambda _latent: None)
+    subject: Any = Subject(index)
+    first = (subject,) if isinstance(study, DictionaryStudy) else (subject, 0)
+    given = {
+        "proxy": "token_in([#1])",
+        "at": 3,
+        "tokens": (1,),
+        "features_of": "x",
+        "layer": 0,
+        "head": 0,
+        "query": 0,
+        "key": 0,
+    }
+    names = {field.name for field in fields(study.options)}
+    for field in fields(study.options):
+        kinds = parts_of(field.type)[0]
+        if kinds & {int, float}:
+            assert rules_of(field.type), field.name
+            for value in (math.nan, math.inf, -1, *([2**70, 10**20] if int in kinds else [])):
+                own = {name: of for name, of in given.items() if name in names} | {
+                    field.name: (value,) if field.name == "tokens" else value
+                }
+                with pytest.raises(StudyError, match=f"^{field.name} = "):
+                    study.record(*first, study.options(**own))
 
 
 @pytest.mark.parametrize("name", ["", " ", "n" * 256, "a/" + "é" * 128 + "/b", "a\0b", "\ud800", "x/" * 2050])
@@ -123,9 +158,9 @@ def test_a_name_that_nothing_can_have(no_type_checks: None, name: str) -> None:
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_refuses_names_that_nothing_can_have(no_type_checks: None, job: Any) -> None:
     parameters = inspect.signature(job).parameters
-    named = [n for n in parameters if n in ("index", "sae", "saes", "model", "out", "name")]
+    named = [n for n in parameters if n in ("index", "sae", "saes", "model", "out")]
     given = some_arguments(job)
-    if job in (jobs.measure, jobs.measured_quality, jobs.upstream_sae):  # of loaded things
+    if job in (jobs.measure, jobs.measured_quality, jobs.upstream_sae, jobs.study_of):  # of loaded things
         return
     assert named
     for name in named:

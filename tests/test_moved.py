@@ -275,11 +275,11 @@ def test_every_command_that_runs_the_model_takes_its_name_and_the_saes(
         asked.append(named)
         raise IndexFormatError("enough", expected="", do="")
 
-    for room in ("indexes", "pages"):
-        monkeypatch.setattr(f"headscope.jobs.{room}.live", live)
+    monkeypatch.setattr("headscope.jobs.studies.live", live)
     index = project / "index"
     dive = ["dive", index, "1", "--out", tmp_path / "page.html"]
-    commands = [[name, index] for name in ("effects", "families", "heads")] + [dive, ["serve", "--index", index]]
+    commands = [["study", name, index] for name in ("effects", "families", "heads")]
+    commands += [dive, ["serve", "--index", index]]
     options = [["--model", "m", "--sae", "s"], ["--sae", "s"], ["--with-model"]]
     for command, given in itertools.product(commands, options):
         more = [word for word in given if word != "--with-model" or command[0] in ("dive", "serve")]

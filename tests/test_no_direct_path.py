@@ -1,7 +1,6 @@
 """Families whose direct path is not linear in z: what they lack is left out with its reason, and nothing beside it."""
 
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import pytest
@@ -10,18 +9,18 @@ from torch.testing import assert_close
 
 from headscope import jobs
 from headscope.errors import ModelError
-from headscope.explorer.dives import IndexDives, packed
 from headscope.explorer.prompt_json import features_json
+from headscope.explorer.studies import packed
 from headscope.index.build import SAERecord, build_index
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
-from headscope.jobs.pages import _Effects
-from headscope.live_upstream import LiveUpstream
 from headscope.site import Site
 from headscope.studies.heads.roles import copying
 from headscope.studies.heads.store import HeadPlan, study_heads
 from headscope.studies.prompt.prompts import Prompts
+from headscope.studies.subject import Subject
 from headscope.studies.what import effects
+from studied import ask
 
 FAMILIES = ("gemma2", "gemma3_text")
 TOKENS = (0, 5, 9, 5, 12, 9)
@@ -65,10 +64,10 @@ def test_what_cannot_be_given_at_all_is_refused_before_any_work(live, monkeypatc
         raise AssertionError("the corpus was read")
 
     monkeypatch.setattr(effects.Text, "of", nothing)
-    monkeypatch.setattr("headscope.jobs.indexes.live", lambda *_args, **_kwargs: live)
-    for ask in (lambda: effects.direct_effects(live), lambda: jobs.effects("x")):
+    monkeypatch.setattr("headscope.jobs.studies.live", lambda *_args, **_kwargs: live)
+    for asked in (lambda: effects.direct_effects(live), lambda: jobs.study("effects", "x")):
         with pytest.raises(ModelError, match="the direct path from z to the logits"):
-            ask()
+            asked()
 
 
 def test_heads_are_studied_and_written(live) -> None:
@@ -93,16 +92,17 @@ def test_a_scale_of_the_norm_changes_no_rank_of_the_logits_that_a_head_copies(ra
 def test_a_page_with_its_model_opens_and_says_what_it_cannot_show(live) -> None:
     index = live.index
     latent = int(index.table()["n_active"].to_numpy().argmax())
-    upstream = LiveUpstream(live, {}, lock=Lock())
+    subject = Subject(index, live)
     at = index.examples(latent)[0].examples[0].position
-    assert upstream.compare(latent, at)["heads"]
-    assert upstream.sources(latent, (5,), (0.0,))["thresholds"]
+    assert ask(subject, "compare_heads", latent, at=at)["heads"]
+    assert ask(subject, "sources", latent, tokens=(5,))["thresholds"]
     with pytest.raises(ModelError, match=WHY):
-        upstream.circuits.level(TOKENS, latent, 5, ())
-    held = packed(IndexDives(index, _Effects(live, Lock())), latent, ["token_in([#5])"])[latent]
-    assert WHY in next(iter(held["effects"].values()))["missing"]
-    assert held["dives"]
-    assert "missing" not in next(iter(held["predictions"].values()))
+        ask(subject, "circuit", latent, at=at)
+    held = packed(subject, latent, ["token_in([#5])"])["studies"]
+    proxy = '{"proxy":"token_in([#5])"}'
+    assert WHY in held[f"ablation {proxy}"]["missing"]
+    assert held[f"specificity {proxy}"]["counts"]
+    assert "missing" not in held[f"predictions {proxy}"]
 
 
 def test_a_family_with_a_gate_on_z_is_refused_before_its_text_is_read(

@@ -14,14 +14,13 @@ from browsing import CHROMIUM, quiet_page, serving
 from explorer_source import FakeSource
 from headscope.explorer.cards import IndexCards
 from headscope.explorer.export import export_html
-from headscope.explorer.prompts import PromptRoutes
 from headscope.explorer.server import make_app
 from headscope.index.build import SAERecord, build_index
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
-from headscope.live_circuits import PromptCircuits
 from headscope.studies.prompt.prompts import Prompts
 from headscope.studies.prompt.records import parse_ablations
+from headscope.studies.subject import Subject
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 
@@ -40,14 +39,18 @@ def live(random_model, random_corpus, random_sae, tmp_path_factory) -> LiveIndex
 
 
 @pytest.fixture(scope="module")
-def source(live: LiveIndex) -> Prompts:
-    return Prompts(live)
+def subject(live: LiveIndex) -> Subject:
+    return Subject(live.index, live)
 
 
 @pytest.fixture(scope="module")
-def address(live: LiveIndex, source: Prompts) -> Iterator[str]:
-    routes = PromptRoutes(source, PromptCircuits(live.model, live.sae))
-    with serving(make_app(IndexCards(live.index), prompts=routes)) as url:
+def source(subject: Subject) -> Prompts:
+    return subject.prompts
+
+
+@pytest.fixture(scope="module")
+def address(live: LiveIndex, subject: Subject) -> Iterator[str]:
+    with serving(make_app(IndexCards(live.index), subject=subject)) as url:
         yield url
 
 

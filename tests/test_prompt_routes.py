@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -21,18 +22,17 @@ from headscope import jobs
 from headscope.corpus import Corpus
 from headscope.errors import IndexFormatError
 from headscope.explorer.cards import IndexCards
-from headscope.explorer.circuit_json import CircuitSource
 from headscope.explorer.desk import Desk
-from headscope.explorer.prompts import MAX_BODY, MAX_TEXT, PromptRoutes, PromptSource
+from headscope.explorer.prompts import MAX_BODY, MAX_TEXT
 from headscope.explorer.server import TOKEN_HEADER, make_app
 from headscope.index.build import SAERecord, build_index
 from headscope.index.live import LiveIndex
 from headscope.index.store import FeatureIndex
-from headscope.live_circuits import PromptCircuits
 from headscope.models.load import load_model
 from headscope.sae.formats import sae_hash, save_sae
 from headscope.studies.prompt.prompts import Prompts
 from headscope.studies.prompt.records import parse_ablations
+from headscope.studies.subject import Subject
 
 BASE = "http://127.0.0.1:8000"
 TOKEN = "the token of this start"
@@ -50,19 +50,18 @@ def live(random_model, random_corpus, random_sae, tmp_path_factory) -> LiveIndex
 
 
 @pytest.fixture(scope="module")
-def source(live: LiveIndex) -> Prompts:
-    return Prompts(live)
+def subject(live: LiveIndex) -> Subject:
+    return Subject(live.index, live)
 
 
 @pytest.fixture(scope="module")
-def circuits(live: LiveIndex) -> PromptCircuits:
-    return PromptCircuits(live.model, live.sae)
+def source(subject: Subject) -> Prompts:
+    return subject.prompts
 
 
 @pytest.fixture
-def client(live: LiveIndex, source: Prompts, circuits: PromptCircuits) -> TestClient:
-    routes = PromptRoutes(source, circuits, folder=str(live.index.folder))
-    app = make_app(IndexCards(live.index), TOKEN, prompts=routes)
+def client(live: LiveIndex, subject: Subject) -> TestClient:
+    app = make_app(IndexCards(live.index), TOKEN, subject=subject)
     return TestClient(app, base_url=BASE, headers={TOKEN_HEADER: TOKEN})
 
 
@@ -73,11 +72,6 @@ def ask(client: TestClient, name: str, **fields: Any) -> dict[str, Any]:
 
 
 # --- the numbers
-
-
-def test_the_sources_are_what_the_page_needs(source: Prompts, circuits: PromptCircuits) -> None:
-    assert isinstance(source, PromptSource)
-    assert isinstance(circuits, CircuitSource)
 
 
 def test_what_can_be_asked(client: TestClient) -> None:
@@ -347,18 +341,24 @@ def posted(address: str, text: str) -> tuple[int, dict[str, Any]]:
         return error.code, json.load(error)
 
 
-def test_few_run_at_once_and_those_without_a_place_are_told(live: LiveIndex, circuits: PromptCircuits) -> None:
+def app_of(live: LiveIndex, monkeypatch: pytest.MonkeyPatch, prompts: Prompts, **desk: int) -> Starlette:
+    monkeypatch.setattr("headscope.explorer.prompts.Desk", partial(Desk, **desk))
+    subject = Subject(live.index, live)
+    subject.prompts = prompts
+    return make_app(IndexCards(live.index), TOKEN, subject=subject)
+
+
+def test_one_runs_at_a_time_and_those_without_a_place_are_told(live: LiveIndex, monkeypatch) -> None:
     slow = Slow(live)
-    app = make_app(IndexCards(live.index), TOKEN, prompts=PromptRoutes(slow, circuits, desk=Desk(waiting=6)))
+    app = app_of(live, monkeypatch, slow, waiting=6)
     with serving(app) as address, ThreadPoolExecutor(16) as pool:
         asked = [pool.submit(posted, address, f"prompt {i}") for i in range(12)]
-        assert slow.begun.acquire(timeout=10)
         assert slow.begun.acquire(timeout=10)
         deadline = time.monotonic() + 10
         while sum(future.done() for future in asked) < 4:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert slow.n == 2
+        assert slow.n == 1, "one run of the model at a time"
         with urlopen(f"{address}/api/feature/3", timeout=10) as card:
             assert card.status == 200, "no card waits for a prompt"
         slow.go.set()
@@ -370,10 +370,8 @@ def test_few_run_at_once_and_those_without_a_place_are_told(live: LiveIndex, cir
         assert slow.n == 8, "what was asked before is not computed again"
 
 
-def test_answers_of_many_threads_are_those_of_one(live: LiveIndex, source: Prompts, circuits: PromptCircuits) -> None:
-    app = make_app(
-        IndexCards(live.index), TOKEN, prompts=PromptRoutes(source, circuits, desk=Desk(places=4, waiting=40))
-    )
+def test_answers_of_many_threads_are_those_of_one(live: LiveIndex, source: Prompts, monkeypatch) -> None:
+    app = app_of(live, monkeypatch, Prompts(live), places=4, waiting=40)
     texts = [f"def f{i}(x): return {i}" for i in range(20)]
     with serving(app) as address, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda text: posted(address, text), texts))

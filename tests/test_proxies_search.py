@@ -436,10 +436,9 @@ def test_the_command_writes_the_columns(index: FeatureIndex, capsys: pytest.Capt
 
 def test_the_command_prints_single_features(index: FeatureIndex, capsys: pytest.CaptureFixture[str]) -> None:
     before = columns_of(index)
-    cli.main(["proxies", str(index.folder), "--features", "3", "5"])
-    shown = capsys.readouterr().out
-    assert "feature 3: " in shown
-    assert "feature 5: " in shown
+    for latent in ("3", "5"):
+        cli.main(["study", "best-proxies", str(index.folder), latent])
+        assert f"feature {latent}: " in capsys.readouterr().out
     assert columns_of(index).equals(before)
 
 

@@ -23,14 +23,14 @@ from induction_index import planted_live
 from planted import V
 from planted_circuit import circuit_model, circuit_sae
 
-STUDIES = (
-    *claims_upstream.STUDIES,
-    *claims_heads.STUDIES,
-    *claims_patching.STUDIES,
-    *claims_families.STUDIES,
-    *claims_ablation.STUDIES,
+SECTIONS = (
+    *claims_upstream.SECTIONS,
+    *claims_heads.SECTIONS,
+    *claims_patching.SECTIONS,
+    *claims_families.SECTIONS,
+    *claims_ablation.SECTIONS,
 )
-BY_NAME = {study.name: study for study in STUDIES}
+BY_NAME = {study.name: study for study in SECTIONS}
 
 
 def claims(subject, name):
@@ -67,7 +67,7 @@ def random(random_model, random_corpus, random_sae, tmp_path_factory):
 @pytest.mark.slow
 def test_every_row_has_a_number_or_a_reason_and_an_id_of_its_study(planted, random):
     for subject in (planted, random):
-        for study in STUDIES:
+        for study in SECTIONS:
             found = [part for part in study.run(subject) if isinstance(part, Claim)]
             assert {claim.id for claim in found} == set(study.ids)
             assert all((claim.ours is None) == (claim.missing is not None) for claim in found)

@@ -10,11 +10,11 @@ import pytest
 from headscope import jobs
 from headscope.errors import HeadscopeError, OutputError, SAEError, StudyError
 from headscope.models.load import load_model
-from headscope.report.claims_downstream import STUDIES as DOWNSTREAM
-from headscope.report.claims_feature import STUDIES as FEATURE
-from headscope.report.claims_training import STUDIES as TRAINING
-from headscope.report.records import Claim, Study
-from headscope.report.registry import STUDIES
+from headscope.report.claims_downstream import SECTIONS as DOWNSTREAM
+from headscope.report.claims_feature import SECTIONS as FEATURE
+from headscope.report.claims_training import SECTIONS as TRAINING
+from headscope.report.records import Claim, Section
+from headscope.report.registry import SECTIONS
 from headscope.report.run import Inputs, run
 from headscope.sae.formats import save_sae
 from tl_files import configuration, write_checkpoint
@@ -43,14 +43,14 @@ def without_exemplars(monkeypatch):
     monkeypatch.setattr("headscope.report.exemplars.choose", lambda *_, **__: ())
 
 
-def _counted(name: str, log: list[str], error: BaseException | None = None) -> Study:
+def _counted(name: str, log: list[str], error: BaseException | None = None) -> Section:
     def study(subject):
         log.append(f"{subject.name} {name}")
         if error is not None:
             raise error
         return (Claim("M2", name, "made up", ours=float(subject.index.n_latents), n=1),)
 
-    return Study(name, ("M2", "M3"), f"what {name} asks", study)
+    return Section(name, ("M2", "M3"), f"what {name} asks", study)
 
 
 @pytest.mark.usefixtures("without_exemplars")
@@ -160,7 +160,7 @@ def test_a_mistake_in_the_command_claims_no_folder(inputs, tmp_path):
 
 
 def test_every_method_of_the_post_has_its_rows():
-    made = {name for study in STUDIES for name in study.ids}
+    made = {name for study in SECTIONS for name in study.ids}
     assert {f"M{n}" for n in range(2, 32)} | {"M13b"} <= made
 
 

@@ -11,42 +11,26 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.metadata import version
 from itertools import pairwise
-from typing import get_args
+from typing import Any, get_args
 
 import tyro
 
+from headscope.commands import studies
 from headscope.commands.end_to_end import Demo, Report
-from headscope.commands.indexes import Effects, Families, Heads, Index, Proxies, Survey
+from headscope.commands.indexes import Index, Survey
 from headscope.commands.pages import Dive, Export, Serve
 from headscope.commands.saes import Convert, Eval, Info
+from headscope.commands.studies import Study
 from headscope.commands.training import Runs, Sweep, Train, preset_of
 from headscope.errors import INTERRUPTED, HeadscopeError, OptionError
 from headscope.limits import check_fields
 from headscope.memory import keep_freed_memory
 
-Command = (
-    Demo
-    | Train
-    | Sweep
-    | Runs
-    | Eval
-    | Info
-    | Convert
-    | Index
-    | Serve
-    | Export
-    | Proxies
-    | Effects
-    | Families
-    | Heads
-    | Dive
-    | Survey
-    | Report
-)
+Command = Demo | Train | Sweep | Runs | Eval | Info | Convert | Index | Study | Serve | Export | Dive | Survey | Report
 
 
-_RESUMED = (Demo, Train, Sweep, Index, Proxies, Report)
-"""Commands that keep what an interrupted run finished."""
+_STUDIES = ("proxies", "effects", "families", "heads")
+"""Studies that may be named without `study` before them."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -57,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     keep_freed_memory()
     _print_in_any_encoding()
     command, arguments = None, sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in _STUDIES:
+        arguments = ["study", *arguments]
     try:
         with _interruptible():
             if arguments == ["--version"]:
@@ -64,10 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
                 return
             _check_not_empty(arguments)
             _check_command(arguments)
-            with preset_of(arguments):
-                command = tyro.cli(
-                    Command, args=arguments, prog="headscope", description=_DESCRIPTION, registry=_numbers()
-                )
+            command = _parsed(arguments)
             check_fields(command)
             command.run()
         sys.stdout.flush()
@@ -78,9 +61,17 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(INTERRUPTED)
     except KeyboardInterrupt:
-        again = "resumes" if isinstance(command, _RESUMED) else "starts again"
+        again = "resumes" if getattr(command, "resumes", False) else "starts again"
         sys.stderr.write(f"headscope: interrupted; the same command {again}\n")
         sys.exit(INTERRUPTED)
+
+
+def _parsed(arguments: list[str]) -> Any:
+    """The command that the arguments name, with its options."""
+    if arguments[:1] == ["study"] and len(arguments) > 1:
+        return studies.parse(arguments[1:], registry=_numbers())
+    with preset_of(arguments):
+        return tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION, registry=_numbers())
 
 
 def _check_not_empty(arguments: list[str]) -> None:

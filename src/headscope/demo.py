@@ -21,8 +21,6 @@ HELD_OUT_TOKENS = 400_000
 """Tokens that the SAE is evaluated and indexed on."""
 LOSS_TOKENS = 120_000
 """Of these, tokens on which the model's losses are measured: intervals are then a few tenths of a percent wide."""
-STUDIES = {"proxies": jobs.proxies, "effects": jobs.effects, "induction": jobs.families, "heads": jobs.heads}
-"""What fills the tabs and pages of an index, by the name of the columns that each adds to it."""
 _HEAD_SHARE = 0.6
 _OWN = ("sae", "sae.training", "index", "index.partial")
 
@@ -89,8 +87,6 @@ def run(
         HeadscopeError: any of its kinds.
         KeyboardInterrupt: Ctrl-C; what is finished is kept, and the next run resumes.
     """
-    from headscope.index.columns import studies
-
     check_holds_only(out, _OWN)
     sae, index = out / "sae", out / "index"
     config = TrainConfig(tokens=200_000, d_sae=512, buffer=65_536) if quick else TrainConfig()
@@ -106,9 +102,7 @@ def run(
         if not (sae / "quality.json").is_file():
             jobs.eval(sae, text=held_out, loss_tokens=LOSS_TOKENS, on_progress=on_progress)
         jobs.index([sae], index, text=held_out, overwrite=overwrite, on_progress=on_progress)
-    for study, run_study in STUDIES.items():
-        if study not in studies(index):
-            run_study(index, on_progress=on_progress)
+    jobs.study_all(index, on_progress=on_progress)
     return _result(sae, index)
 
 

@@ -90,6 +90,20 @@ class Spelling:
 
 
 @dataclass(frozen=True)
+class Text:
+    """Text of at most `most` characters, and not blank unless it may be."""
+
+    most: int
+    blank: bool = False
+
+    def expected(self, value: Any, _kind: Any) -> str | None:
+        """What is expected instead of a value; None if it may be the text."""
+        if not isinstance(value, str) or len(value) > self.most:
+            return f"text of at most {self.most:,} characters"
+        return None if self.blank or value.strip() else "text that is not blank"
+
+
+@dataclass(frozen=True)
 class DeviceName:
     """Names of devices that compute."""
 
@@ -99,7 +113,7 @@ class DeviceName:
         return None if named and named[1] != "meta" else "cpu, cuda, or cuda:1 and so on for one of several GPUs"
 
 
-Rule = Number | Spelling | DeviceName
+Rule = Number | Spelling | Text | DeviceName
 
 Count = Annotated[int, Number(1, LARGEST)]
 CountFrom0 = Annotated[int, Number(0, LARGEST)]
@@ -194,5 +208,5 @@ def _within(name: str, value: Any, kind: Any, rule: Rule, error: type[HeadscopeE
 
 def _refused(name: str, value: Any, expected: str, error: type[HeadscopeError]) -> HeadscopeError:
     said = repr(str(value) if isinstance(value, Path) else value)
-    said = said if len(said) <= 80 else f"{said[:60]}... ({len(said):,} characters)"
+    said = said if len(said) <= 80 else f"{said[:60]}... ({len(str(value)):,} characters)"
     return error(f"{name} = {said}", expected=expected, do=f"change {name}")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -17,6 +17,8 @@ from headscope.report import run as report
 @dataclass(frozen=True, kw_only=True)
 class Demo:
     """Train, evaluate, index, run every study and serve, on the bundled model and the standard library: no network."""
+
+    resumes: ClassVar[bool] = True
 
     out: Output | None = None
     """Folder for the SAE and the index; default `runs/demo`, or `runs/demo-quick`. What it holds is kept."""
@@ -56,6 +58,8 @@ class Report(OnDevice):
     What is finished is kept: an interrupted run goes on with the same command. Without --sae and --index it is of the
     bundled model, its best SAE and the ReLU SAE, of the post's kind.
     """
+
+    resumes: ClassVar[bool] = True
 
     out: Annotated[Output, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the report, the indexes and what each study found."""

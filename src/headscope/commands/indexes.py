@@ -1,15 +1,15 @@
-"""Commands that make an index and study what is in it."""
+"""Commands that build an index and tally its labels."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
 from headscope import jobs
-from headscope.commands.options import FLAT, OfIndex
+from headscope.commands.options import FLAT
 from headscope.display import Display
 from headscope.index.config import IndexPlan
-from headscope.limits import Above0, Count, From0, Input, Latent, Name, Output, Seed, Shuffles
+from headscope.limits import From0, Input, Name, Output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,8 @@ class Index:
 
     What an interrupted run left in `<out>.partial` is gone on with. Several processes share the work under `torchrun`.
     """
+
+    resumes: ClassVar[bool] = True
 
     sae: tuple[Name, ...]
     """SAE folders, or bundled ones by name; several SAEs of one model are indexed in one pass over the corpus."""
@@ -67,113 +69,6 @@ class Index:
                 f"{manifest['n_pairs']:,} activations on {manifest['corpus']['n_tokens']:,} tokens"
             )
             display.say(f"look at it: headscope serve --index {index.folder}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Proxies:
-    """Find the proxy that goes best with each feature, and say what kind of feature that makes it.
-
-    Proxies are chosen on one half of the documents and scored on the other. An interrupted run is gone on with.
-    """
-
-    index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
-    """An index folder; what is found of all live features becomes its columns `proxies`."""
-    features: tuple[Latent, ...] = ()
-    """Print what is found of these latents, best proxy first, and write nothing."""
-
-    def run(self) -> None:
-        """Search with a progress bar."""
-        with Display() as display:
-            found = jobs.proxies(self.index, features=self.features, on_progress=display.on_progress)
-        if isinstance(found, tuple):
-            for feature in found:
-                for line in feature.lines():
-                    display.say(line)
-        else:
-            for kind, n in found.kinds.items():
-                display.say(f"{kind:<20} {n:>7,} of {found.n_alive:,} live features")
-            display.say(f"columns: {found.path}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effects(OfIndex):
-    """Measure what every feature of an index does to the loss by its direct path, exactly; added to the index."""
-
-    index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
-    """An index folder; gets the columns `effects`."""
-    max_tokens: Count = 2_000
-    """Active tokens looked at of each feature, at most."""
-    max_work: Above0 = 1e11
-    """Active tokens of all features times vocabulary, at most; with a large vocabulary fewer are looked at."""
-
-    def run(self) -> None:
-        """Measure with a progress bar."""
-        with Display() as display:
-            found = jobs.effects(
-                self.index,
-                model=self.model,
-                sae=self.sae,
-                max_tokens=self.max_tokens,
-                max_work=self.max_work,
-                device=self.device,
-                on_progress=display.on_progress,
-            )
-        which = "all" if found.most is None else f"at most {found.most:,} of each feature"
-        display.say(f"effects: {found.n_pairs:,} active tokens ({which}) of {(found.n > 0).sum():,} features")
-        display.say(f"columns: {self.index}/columns/effects.parquet")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Families(OfIndex):
-    """Find the induction features of an index without naming a head, and hold the post's rule against them."""
-
-    index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
-    """An index folder; gets the columns `induction`, and tables in `heads`."""
-    seed: Seed = 0
-    """Of all draws."""
-
-    def run(self) -> None:
-        """Judge with a progress bar."""
-        with Display() as display:
-            found = jobs.families(
-                self.index,
-                model=self.model,
-                sae=self.sae,
-                seed=self.seed,
-                device=self.device,
-                on_progress=display.on_progress,
-            )
-        for line in found.lines():
-            display.say(line)
-        display.say(f"columns: {self.index}/columns/induction.parquet")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Heads(OfIndex):
-    """Study every head of the model: roles, the features it makes, what its ablation turns off, what is spread."""
-
-    index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
-    """An index folder; gets tables in `heads`, and the columns `heads`. Families come first, if they are to count."""
-    n_shuffles: Shuffles = 99
-    """Models with shuffled weights that roles are told from; with fewer than 99 none is found at 1 %."""
-    seed: Seed = 0
-    """Of all draws."""
-
-    def run(self) -> None:
-        """Study with a progress bar."""
-        with Display() as display:
-            found = jobs.heads(
-                self.index,
-                model=self.model,
-                sae=self.sae,
-                n_shuffles=self.n_shuffles,
-                seed=self.seed,
-                device=self.device,
-                on_progress=display.on_progress,
-            )
-        for line in found.lines():
-            display.say(line)
-        display.say(f"tables: {self.index}/heads")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
@@ -60,6 +60,8 @@ def preset_of(arguments: list[str]) -> Iterator[None]:
 class Train:
     """Train an SAE on an attention layer's z (or another site) and write it as a SAELens folder."""
 
+    resumes: ClassVar[bool] = True
+
     out: Output
     """Folder to write; must be new or empty."""
     model: Name = "tiny"
@@ -111,6 +113,8 @@ class Sweep:
     becomes a SAELens folder OUT/VARIANT-l0-N; the Pareto curves are OUT/pareto.json and, with plotly, OUT/pareto.html.
     Interrupted, the same command goes on; with more variants or targets it trains and measures those that are new.
     """
+
+    resumes: ClassVar[bool] = True
 
     out: Output
     """Folder of the SAE folders."""

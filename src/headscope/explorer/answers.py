@@ -11,9 +11,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from headscope.encode import Json
 from headscope.errors import HeadscopeError
-
-Json = dict[str, Any]
 
 JSON = "application/json"
 _LEVEL = 4  # of gzip: a card takes a seventh of the time of level 9, and is 5 % larger

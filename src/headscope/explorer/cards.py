@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from headscope.encode import Json, short, significant
 from headscope.errors import IndexFormatError
-from headscope.explorer.answers import Json, NothingThereError
-from headscope.explorer.examples import LEAN, WHOLE, corpus_json, example_runs, examples_json, text_runs
+from headscope.explorer.answers import NothingThereError
+from headscope.explorer.examples import LEAN, WHOLE, example_runs, examples_json
 from headscope.explorer.families import member_of
-from headscope.explorer.numbers import short, significant
 from headscope.index.config import QUANTILES
+from headscope.index.excerpts import corpus_json, text_runs
 from headscope.index.records import DrawnGroup, Feature, Shares, Sources
 from headscope.index.store import FeatureIndex
 from headscope.names import shown

@@ -7,7 +7,8 @@ from collections.abc import Callable, Hashable
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headscope.explorer.answers import Json, Kept, Packed, answer, busy, failure, pack_json
+from headscope.encode import Json
+from headscope.explorer.answers import Kept, Packed, answer, busy, failure, pack_json
 
 _THREAD = "headscope desk"
 _GIVE_WAY_S = 1.0

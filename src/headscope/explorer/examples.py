@@ -4,19 +4,16 @@ A card has dozens of examples, each with the DFA of its sources by head. What th
 head's part of a source below `_SMALL` of the pre-activation joins the sum of all other sources, `rest`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from headscope.explorer.answers import Json
+from headscope.encode import Json
+from headscope.index.excerpts import join_runs
 from headscope.index.records import ExampleColumns
-from headscope.index.store import FeatureIndex
-
-Runs = dict[int, list[tuple[int, int]]]
-"""Stretches [start, end) of blocks, by block, sorted and disjoint."""
 
 _REACH, _REACH_TOP_SOURCE, _REACH_SOURCE = 16, 5, 1  # tokens kept on each side of the destination and of sources
 
@@ -148,42 +145,3 @@ def windows(destination: int, sources: Sequence[int], block_size: int) -> list[t
         reach = _REACH_SOURCE if rank else _REACH_TOP_SOURCE
         wanted.append((source - reach, source + reach + 1))
     return join_runs([(max(0, start), min(block_size, end)) for start, end in wanted])
-
-
-def join_runs(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sort stretches and join those that meet, or leave out a single token."""
-    joined: list[tuple[int, int]] = []
-    for start, end in sorted(runs):
-        if joined and start <= joined[-1][1] + 1:
-            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
-        else:
-            joined.append((start, end))
-    return joined
-
-
-def text_runs(blocks: Iterable[int], runs: Iterable[list[tuple[int, int]]]) -> Runs:
-    """All stretches of each block, each token once."""
-    made: Runs = {}
-    for block, own in zip(blocks, runs, strict=True):
-        made.setdefault(block, []).extend(own)
-    return {block: join_runs(own) for block, own in sorted(made.items())}
-
-
-def text_json(runs: Runs, tokens_of: Callable[[int], Int[np.ndarray, " position"]]) -> list[list[Any]]:
-    """Write stretches of text as [block, start, ids]."""
-    made = []
-    for block, own in runs.items():
-        tokens = tokens_of(block)
-        made += [[block, start, tokens[start:end].tolist()] for start, end in own]
-    return made
-
-
-def corpus_json(runs: Runs, index: FeatureIndex) -> Json:
-    """The text of some stretches, and the document that each of their blocks' positions is from."""
-    where, names = {}, {}
-    for block, own in runs.items():
-        document = index.documents_of(block)
-        starts = [0, *(np.flatnonzero(document[1:] != document[:-1]) + 1).tolist()]
-        where[block] = [[start, int(document[start])] for start in starts if start < own[-1][1]]
-        names |= {number: index.documents[number] for _, number in where[block]}
-    return {"text": text_json(runs, index.tokens_of), "document_at": where, "documents": names}

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from headscope.artefact import atomic_write, new_folder
+from headscope.encode import Json
 from headscope.errors import ExportError
-from headscope.explorer.answers import Json, dump_json
+from headscope.explorer.answers import dump_json
 from headscope.explorer.page_routes import PageRoutes
 from headscope.explorer.server import CardSource, about_of, static_files
 
@@ -29,7 +30,7 @@ _PACK = 64  # features unpacked together
 _IMPORT = re.compile(r'^import \{([^}]*)\} from "\./(\w+\.js)";\n', re.MULTILINE)
 _LAZY = re.compile(r'^[ \t]*const \{[^}]*\} = await import\("\./(\w+\.js)"\);\n', re.MULTILINE)
 _ASIDE = re.compile(r"^[ \t]*//[^\n]*\n|^[ \t]*/\*\*(?:(?!\*/).)*\*/\n|^[ \t]+", re.MULTILINE | re.DOTALL)
-_DIVES = ("dive.js", "upstream.js")
+_STUDIES = ("dive.js", "upstream.js", "record.js")
 _PAGES, _PAGE_STYLE = ("family.js", "head.js"), "pages.css"
 _SERVED = ("labels.js", "prompt.js")  # they write or compute, and so need a server
 _STYLE_LINK = '<link rel="stylesheet" href="/static/style.css">'
@@ -40,7 +41,7 @@ _IN_FOLDER = '<meta name="headscope-folder" content="packs">\n'
 
 
 def export_html(
-    source: CardSource, path: Path, features: Sequence[int] | None = None, *, dives: Mapping[int, Json] | None = None
+    source: CardSource, path: Path, features: Sequence[int] | None = None, *, studies: Mapping[int, Json] | None = None
 ) -> Path:
     """Write the explorer with the cards of `features` (all when None) into one HTML file.
 
@@ -48,31 +49,30 @@ def export_html(
         source: what to show.
         path: the file.
         features: their latents.
-        dives: what the deep-dive tabs show of each of them (`headscope.explorer.dives.packed`); without, the cards
-            have no such tabs.
+        studies: what the tabs of studies show of each of them (`headscope.explorer.studies.packed`); without, the
+            cards have no such tabs.
 
     Raises:
         ExportError: more than `MAX_FEATURES` features, none, or a latent that does not exist.
         OutputError: the file cannot be written.
     """
-    upstream = dives is not None and all("upstream" in own for own in dives.values())
-    chosen, core = _chosen(source, features, dives=dives is not None, upstream=upstream)
+    chosen, core = _chosen(source, features, studies=studies is not None)
     if len(chosen) > MAX_FEATURES:
         raise ExportError(
             f"{len(chosen):,} features to export",
             expected=f"at most {MAX_FEATURES:,} features in one file",
             do="pass fewer features, export a folder, or serve the whole index",
         )
-    start = _START.format(latent=chosen[0]) if dives else ""
-    before, after = _page_around(core["about"]["title"], connect="'none'", mark=start, dives=dives is not None)
+    start = _START.format(latent=chosen[0]) if studies else ""
+    before, after = _page_around(core["about"]["title"], connect="'none'", mark=start, studies=studies is not None)
     text = _Text(core["about"]["corpus"]["block_size"])
     with atomic_write(Path(path)) as file:
         file.write(before)
         file.write(_data_block("data-core", dump_json(core)))
         for number, pack in enumerate(_packs_of(chosen)):
             file.write(_data_block(f"data-pack-{number}", dump_json(_cards(source, pack, text))))
-        if dives is not None:
-            file.write(_data_block("data-dives", dump_json(dives)))
+        if studies is not None:
+            file.write(_data_block("data-studies", dump_json(studies)))
         places, ids = text.as_bytes()
         file.write(_data_block("data-text", dump_json(places)))
         file.write(_data_block("data-ids", ids))
@@ -210,7 +210,7 @@ def _data_block(name: str, content: bytes) -> bytes:
 
 
 def _page_around(
-    title: str, *, connect: str, mark: str, dives: bool = False, pages: bool = False
+    title: str, *, connect: str, mark: str, studies: bool = False, pages: bool = False
 ) -> tuple[bytes, bytes]:
     """Return the page before and after its data, style and script inlined and allowed by their hashes.
 
@@ -218,11 +218,11 @@ def _page_around(
         title: of the page.
         connect: what its policy lets it fetch.
         mark: the element that tells the page where its data is, or with which view it opens.
-        dives: whether its cards have deep-dive tabs, and so the scripts of these.
+        studies: whether its cards have the tabs of studies, and so the scripts of these.
         pages: whether it has the pages of families and heads, likewise.
     """
     files = {name: body.decode() for name, body in static_files().items()}
-    without = {*_SERVED, *(() if dives else _DIVES), *(() if pages else _PAGES)}
+    without = {*_SERVED, *(() if studies else _STUDIES), *(() if pages else _PAGES)}
     script, style = _one_script(files, without), files["style.css"] + (files[_PAGE_STYLE] if pages else "")
     policy = "; ".join(
         [

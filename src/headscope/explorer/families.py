@@ -14,10 +14,8 @@ import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
 from headscope.artefact import stamp_of
+from headscope.encode import Json, encode, significant
 from headscope.errors import HeadscopeError, IndexFormatError, LabelError
-from headscope.explorer.answers import Json
-from headscope.explorer.numbers import significant
-from headscope.explorer.study_json import measure_json
 from headscope.index.columns import studies
 from headscope.index.head_records import HeadTables
 from headscope.index.labels import LabelStore
@@ -100,7 +98,7 @@ class IndexFamilies:
         """What was found of the features that were judged."""
         study = INDUCTION if name == INDUCTION else "proxies"
         folder = self._index.folder
-        command = "headscope families INDEX" if study == INDUCTION else "headscope proxies INDEX"
+        command = f"headscope study {'families' if study == INDUCTION else study} INDEX"
         if study not in studies(folder):
             raise _MissingError(f"No study has looked for this family: the index has no columns {study!r}.", command)
         try:
@@ -180,7 +178,7 @@ class IndexFamilies:
         if f"measures_{INDUCTION}" not in tables.tables:
             return {}
         try:
-            return {name: measure_json(measure) for name, measure in tables.measures(INDUCTION).items()}
+            return {name: encode(measure) for name, measure in tables.measures(INDUCTION).items()}
         except IndexFormatError:
             return {}  # the columns stand by themselves
 
@@ -331,7 +329,7 @@ def _rule(
         "at": at,
         "n": compared.n,
         "n_true": compared.n_true,
-        "auc": measure_json(compared.auc),
+        "auc": encode(compared.auc),
     }
 
 

@@ -1,8 +1,8 @@
 """Heads as an index knows them: whose features they make, which they share, and what studies found of them.
 
-Shares of features are the index's own. Scores on text without meaning, the catalogue and ablations are read from the
-tables that `headscope heads` writes beside it (`index.head_records`); one that is not there is said, with the command.
-No torch, no model.
+Shares of features are the index's own. Scores on repeated random tokens, the catalogue and ablations are read from the
+tables that `headscope study heads` writes beside it (`index.head_records`); for one that is missing, the page names the
+command. No torch, no model.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
+from headscope.encode import Json, encode, short, significant
 from headscope.errors import IndexFormatError
-from headscope.explorer.answers import Json
 from headscope.explorer.families import INDUCTION, member_of
-from headscope.explorer.numbers import short, significant
-from headscope.explorer.study_json import measure_json
 from headscope.index.head_records import HeadScore, HeadTables, PrefixCurve, StoredCard
 from headscope.index.head_table import ROLES, SCHEMAS
 from headscope.index.store import FeatureIndex
@@ -33,7 +31,7 @@ _DIGITS = 4
 _CLUSTERS = 12
 _COUNTS = ("kind", "family", "n_tokens", "n_clean", "n_lost", "n_gained")
 _READINGS = ("firing", "lost", "by_dfa")
-_COMMAND = "headscope heads INDEX"
+_COMMAND = "headscope study heads INDEX"
 
 
 class IndexHeads:
@@ -190,8 +188,7 @@ class IndexHeads:
     def _ablated(self, tables: HeadTables, head: int) -> Json:
         said = tables.provenance("turned_off")
         turned = [
-            {"kind": t.kind, "rule": t.rule, "family": t.family, "off": measure_json(t.off)}
-            for t in tables.turned_off(head)
+            {"kind": t.kind, "rule": t.rule, "family": t.family, "off": encode(t.off)} for t in tables.turned_off(head)
         ]
         kinds = list(dict.fromkeys(row["kind"] for row in turned))
         words = {name: SCHEMAS["turned_off"].columns[name][1] for name in ("kind", "rule", "family")}
@@ -225,7 +222,7 @@ class IndexHeads:
 
 def _superposition(tables: HeadTables) -> Json:
     said = tables.provenance("measures_superposition")
-    measures = {name: measure_json(measure) for name, measure in tables.measures("superposition").items()}
+    measures = {name: encode(measure) for name, measure in tables.measures("superposition").items()}
     return {"measures": measures, "n": str(said["n"]), "created": said["created"]}
 
 
@@ -265,7 +262,7 @@ def _card(card: StoredCard) -> Json:
     shown = [{"family": c.family, "n": c.n, "share": short(c.share), "latents": list(c.latents)} for c in card.clusters]
     return {
         "n_features": card.n_features,
-        "measures": {name: measure_json(getattr(card, name)) for name in names},
+        "measures": {name: encode(getattr(card, name)) for name in names},
         "n_families": len(card.clusters),
         "clusters": shown[:_CLUSTERS],
         "top": list(card.top),

@@ -9,8 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from headscope.encode import Json
 from headscope.errors import HeadscopeError, LabelError
-from headscope.explorer.answers import Json, answer, failure, json_object, number_of, pack_json
+from headscope.explorer.answers import answer, failure, json_object, number_of, pack_json
 from headscope.index.labels import (
     CONFIDENCES,
     FAMILIES,

@@ -7,8 +7,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from headscope.encode import Json
 from headscope.errors import HeadscopeError
-from headscope.explorer.answers import Json, failure
+from headscope.explorer.answers import failure
 from headscope.explorer.desk import Desk
 
 _LONGEST = 40  # characters of a name that is repeated in an answer

@@ -2,11 +2,9 @@
 
 import numpy as np
 
-from headscope.explorer.answers import Json
-from headscope.explorer.numbers import short, significant
+from headscope.encode import DIGITS, Json, short, significant
 from headscope.studies.prompt.records import ActiveFeatures, NextTokens, PromptDFA, PromptRun
 
-DIGITS = 7
 MOST_ACTIVE = 64
 """Features of one token that are named: the most active ones."""
 MOST_SOURCES = 10

@@ -5,31 +5,24 @@ prompt is `{"text": "..."}` or `{"ids": [...]}`; the BOS that stands in front of
 """
 
 import json
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from headscope.encode import Json, encode
 from headscope.errors import HeadscopeError, IndexFormatError, StudyError
-from headscope.explorer.answers import Json, answer, failure, json_object, pack_json
-from headscope.explorer.circuit_json import CircuitSource, level_json, path_of, qk_json
+from headscope.explorer.answers import answer, failure, json_object, pack_json
 from headscope.explorer.desk import Desk
 from headscope.explorer.prompt_json import dfa_json, features_json, next_json, run_json
-from headscope.studies.prompt.records import (
-    Ablation,
-    ActiveFeatures,
-    NextTokens,
-    PromptDFA,
-    PromptRun,
-    parse_ablations,
-)
+from headscope.studies.how.levels import Level, path_of, why_attended
+from headscope.studies.prompt.records import parse_ablations
+from headscope.studies.subject import Subject
 
 MAX_BODY = 400_000
 """Bytes of a request."""
-MOST_CHILDREN = 12
-"""Nodes of a level of recursive DFA that are named; the others are summed."""
 MAX_TEXT = 100_000
 """Characters of a prompt that are given to the tokenizer."""
 
@@ -42,75 +35,12 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 
-@runtime_checkable
-class PromptSource(Protocol):
-    """An object with the index's model behind it; `headscope.studies.prompt.prompts.Prompts` is one."""
-
-    @property
-    def bos(self) -> int:
-        """The token that stands in front of every prompt."""
-        ...
-
-    @property
-    def heads(self) -> tuple[int, int]:
-        """Layers, and heads of each."""
-        ...
-
-    @property
-    def context(self) -> int:
-        """Tokens of the longest prompt, BOS included."""
-        ...
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text, BOS in front.
-
-        Raises:
-            HeadscopeError: no text, or too much of it.
-        """
-        ...
-
-    def run(self, tokens: Sequence[int], ablations: Sequence[Ablation] = ()) -> PromptRun:
-        """Where features are active and what each next token costs, with and without ablations.
-
-        Raises:
-            HeadscopeError: no such prompt, or an ablation of what there is not.
-        """
-        ...
-
-    def features(self, tokens: Sequence[int], query: int, target: int | None = None) -> ActiveFeatures:
-        """The active features at one token, with their effect on the logit of one.
-
-        Raises:
-            HeadscopeError: no such prompt, position or target.
-        """
-        ...
-
-    def next_tokens(self, tokens: Sequence[int], query: int, ablations: Sequence[Ablation] = ()) -> NextTokens:
-        """What the model predicts after one token, with and without ablations.
-
-        Raises:
-            HeadscopeError: no such prompt or position, or an ablation of what there is not.
-        """
-        ...
-
-    def dfa(self, tokens: Sequence[int], latent: int, query: int) -> PromptDFA:
-        """The pre-activation of a feature at one token by head and source.
-
-        Raises:
-            HeadscopeError: no such prompt, feature or position.
-        """
-        ...
-
-
 class PromptRoutes:
     """`/api/prompt`, what can be asked, and `/api/prompt/run`, `token`, `dfa`, `level` and `scores`."""
 
-    def __init__(
-        self, source: PromptSource, circuits: CircuitSource, *, folder: str = "", desk: Desk | None = None
-    ) -> None:
-        """Answer from `source` and `circuits`, computing at `desk`; `folder` is the index's, for the Python shown."""
-        self.source, self.circuits, self.folder = source, circuits, folder
-        self.desk = desk or Desk()
+    def __init__(self, subject: Subject, desk: Desk | None = None) -> None:
+        """Answer from the model of `subject`, computing at `desk`."""
+        self.subject, self.desk = subject, desk or Desk()
 
     def routes(self) -> list[Route]:
         """For the application, whose guard asks for the page's token."""
@@ -119,9 +49,9 @@ class PromptRoutes:
 
     async def start(self, request: Request) -> Response:
         """What can be asked."""
-        n_layers, n_heads = self.source.heads
-        said = {"bos": self.source.bos, "n_layers": n_layers, "n_heads": n_heads, "context": self.source.context}
-        return answer(request, pack_json(said))
+        model = self.subject.live.model
+        names = ("n_layers", "n_heads", "context")
+        return answer(request, pack_json({"bos": model.bos} | {name: getattr(model.spec, name) for name in names}))
 
     # --------------------------------------------------------------------------------------------------------- answers
     def run(self, *, prompt: Json, ablations: list[str]) -> Json:
@@ -130,8 +60,8 @@ class PromptRoutes:
         Raises:
             HeadscopeError: no such prompt, or an ablation that cannot be.
         """
-        tokens = self._tokens(prompt)
-        return run_json(self.source.run(tokens, parse_ablations(ablations)), self.folder)
+        found = self.subject.prompts.run(self._tokens(prompt), parse_ablations(ablations))
+        return run_json(found, str(self.subject.index.folder))
 
     def token(self, *, prompt: Json, ablations: list[str], query: int, target: int | None) -> Json:
         """One token of it: its features, and what comes next.
@@ -139,9 +69,9 @@ class PromptRoutes:
         Raises:
             HeadscopeError: no such prompt, position or target, or an ablation that cannot be.
         """
-        tokens = self._tokens(prompt)
-        found = self.source.next_tokens(tokens, query, parse_ablations(ablations))
-        return {"features": features_json(self.source.features(tokens, query, target)), "next": next_json(found)}
+        prompts, tokens = self.subject.prompts, self._tokens(prompt)
+        found = prompts.next_tokens(tokens, query, parse_ablations(ablations))
+        return {"features": features_json(prompts.features(tokens, query, target)), "next": next_json(found)}
 
     def dfa(self, *, prompt: Json, latent: int, query: int) -> Json:
         """A feature at one token by head and source.
@@ -149,7 +79,7 @@ class PromptRoutes:
         Raises:
             HeadscopeError: no such prompt, feature or position.
         """
-        return dfa_json(self.source.dfa(self._tokens(prompt), latent, query))
+        return dfa_json(self.subject.prompts.dfa(self._tokens(prompt), latent, query))
 
     def level(self, *, prompt: Json, latent: int, query: int, path: str) -> Json:
         """One level of its recursive DFA.
@@ -157,7 +87,7 @@ class PromptRoutes:
         Raises:
             HeadscopeError: no such prompt, feature, position or node.
         """
-        return level_json(self.circuits.level(self._tokens(prompt), latent, query, path_of(path)), most=MOST_CHILDREN)
+        return encode(Level.of(self.subject.circuits.level(self._tokens(prompt), latent, query, path_of(path))))
 
     def scores(self, *, prompt: Json, layer: int, head: int, query: int, key: int | None) -> Json:
         """Why a head attends to a key.
@@ -165,16 +95,16 @@ class PromptRoutes:
         Raises:
             HeadscopeError: no such prompt, head or position, or a model without an exact split.
         """
-        return qk_json(self.circuits, self._tokens(prompt), layer, head, query, key)
+        return encode(why_attended(self.subject.circuits, self._tokens(prompt), layer, head, query, key))
 
     # ----------------------------------------------------------------------------------------------------------- steps
     def _tokens(self, prompt: Json) -> tuple[int, ...]:
         match prompt:
             case {"text": str(text)} if len(prompt) == 1:
                 _check_text(text)
-                return self.source.encode(text)
+                return self.subject.prompts.encode(text)
             case {"ids": list(ids)} if len(prompt) == 1 and all(type(token) is int for token in ids):
-                return (self.source.bos, *ids)
+                return (self.subject.live.model.bos, *ids)
         raise StudyError("no prompt", expected='{"text": "..."} or {"ids": [5, 6]}, no BOS in it', do="send one")
 
     def _endpoint(self, name: str) -> Callable:
@@ -191,9 +121,13 @@ class PromptRoutes:
             except StudyError as error:
                 return _refused(400, error)
             key = (name, json.dumps(asked, sort_keys=True))
-            return await self._answer(request, key, lambda: method(**asked))
+            return await self._answer(request, key, lambda: self._alone(method, asked))
 
         return endpoint
+
+    def _alone(self, method: Callable[..., Json], asked: dict[str, Any]) -> Json:
+        with self.subject.lock:
+            return method(**asked)
 
     async def _answer(self, request: Request, key: tuple, work: Callable[[], Json]) -> Response:
         try:

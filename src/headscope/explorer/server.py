@@ -26,15 +26,16 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from headscope.encode import Json
 from headscope.errors import HeadscopeError, ServerError
-from headscope.explorer.answers import Json, Kept, NothingThereError, answer, failure, number_of, pack
+from headscope.explorer.answers import Kept, NothingThereError, answer, failure, number_of, pack
 from headscope.explorer.connections import MOST_REQUESTS, Connection, Crowd
 from headscope.explorer.desk import Desk
 from headscope.explorer.labelling import LabelRoutes
 from headscope.explorer.page_routes import PageRoutes
 from headscope.explorer.prompts import PromptRoutes
-from headscope.explorer.studies import DiveSource, StudyRoutes
-from headscope.explorer.upstream import IndexUpstream, UpstreamRoutes
+from headscope.explorer.studies import StudyRoutes, studies_json
+from headscope.studies.subject import Subject
 
 TOKEN_HEADER = "x-headscope-token"
 """Where a request that writes gives the token of the page."""
@@ -117,18 +118,12 @@ class CardSource(Protocol):
 
 
 def about_of(
-    source: CardSource,
-    *,
-    dives: bool = False,
-    upstream: bool = False,
-    labels: bool = False,
-    pages: bool = False,
-    prompts: bool = False,
+    source: CardSource, *, studies: bool = False, labels: bool = False, pages: bool = False, prompts: bool = False
 ) -> Json:
     """Return what `source` says of itself, a definition for every word of the page, and what else the page has."""
     about = source.about()
     definitions = DEFINITIONS | about.get("definitions", {})
-    parts = {"dives": dives, "upstream": upstream, "labels": labels, "pages": pages, "prompts": prompts}
+    parts = {"studies": studies_json() if studies else [], "labels": labels, "pages": pages, "prompts": prompts}
     return about | {"definitions": definitions} | parts
 
 
@@ -228,29 +223,26 @@ def make_app(
     source: CardSource,
     token: str | None = None,
     *,
-    dives: DiveSource | None = None,
-    upstream: IndexUpstream | None = None,
+    subject: Subject | None = None,
     labels: LabelRoutes | None = None,
     roles: PageRoutes | None = None,
-    prompts: PromptRoutes | None = None,
 ) -> Starlette:
     """Make the web application: the page, its scripts, and the JSON of `source`.
 
-    The page has `token` (a new random one when None) in its `headscope-token` meta element. With `dives`, its cards
-    have the deep-dive tabs, with `upstream` those that say how features are computed; with `labels`, it has the
-    labelling queue; with `roles`, the pages of families and heads; with `prompts`, the prompt explorer answers.
+    The page has `token` (a new random one when None) in its `headscope-token` meta element. With `subject`, its cards
+    have the tabs of studies, and where that has a model, the prompt explorer answers; with `labels`, it has the
+    labelling queue; with `roles`, the pages of families and heads.
 
     Args:
         source: what to show.
         token: what a request that writes has to give.
-        dives: what its deep-dive tabs show.
-        upstream: what its tabs upstream show.
+        subject: what studies are run on.
         labels: where labels go.
         roles: what the pages of families and heads show.
-        prompts: what answers the prompt explorer; there has to be a model.
     """
     token = token or secrets.token_urlsafe(32)
-    parts = {"dives": dives, "upstream": upstream, "labels": labels, "pages": roles, "prompts": prompts}
+    prompts = PromptRoutes(subject) if subject is not None and subject.has_model else None
+    parts = {"studies": subject, "labels": labels, "pages": roles, "prompts": prompts}
     kept = Kept()
     quick = Desk(waiting=MOST_REQUESTS, kept=kept, stamp=source.stamp)  # cards do not wait for studies
     # one for all studies, as what runs at a time is of this machine and not of a tab
@@ -267,8 +259,7 @@ def make_app(
             Route("/static/{name}", pages.static),
             *wholes,
             *ones,
-            *(StudyRoutes(dives, desk, quick).routes() if dives else []),
-            *(UpstreamRoutes(upstream, desk, quick).routes() if upstream else []),
+            *(StudyRoutes(subject, desk, quick).routes() if subject else []),
             *([Route("/label", pages.shell), *labels.routes()] if labels else []),
             *(roles.routes(pages.shell, quick) if roles else []),
             *(prompts.routes() if prompts else []),

@@ -1,105 +1,142 @@
-"""The routes of the deep-dive tabs: what a proxy says of a feature, and what the feature does downstream."""
+"""Studies on the page: `/api/study/<name>/<latent>?options`, and what a file holds of them.
 
+Every study of the registry has an address; the routes know none of them by name.
+"""
+
+import json
 import re
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from headscope.errors import HeadscopeError, ProxyError, StudyError
-from headscope.explorer.answers import Json, NothingThereError, failure, number_of
+from headscope.encode import Json
+from headscope.errors import HeadscopeError, IndexFormatError, ModelError
+from headscope.explorer.answers import failure, number_of
 from headscope.explorer.desk import Desk
+from headscope.explorer.start import start_json
+from headscope.studies.registry import feature_studies
+from headscope.studies.study import FeatureStudy, parse_options
+from headscope.studies.subject import Subject
 
-_STUDIES = ("start", "dive", "effects", "predictions")
-MAX_PROXY = 2000
-"""Characters of a proxy that the server reads."""
+
+def studies_json() -> list[Json]:
+    """Every study that the page may ask for, as it lists them."""
+    return [
+        {
+            "name": study.name,
+            "group": study.group,
+            "question": study.question,
+            "needs_model": study.needs_model,
+            "tabs": [asdict(tab) for tab in study.tabs],
+        }
+        for study in _on_page()
+    ]
 
 
-@runtime_checkable
-class DiveSource(Protocol):
-    """What the deep-dive tabs show, as JSON-able dictionaries (static/types.d.ts has their fields)."""
-
-    def start(self, latent: int) -> Json:
-        """What a dive into one feature begins with: proxies to try, and what studies added to the index.
-
-        Raises:
-            NothingThereError: there is no such latent.
-        """
-        ...
-
-    def dive(self, latent: int, proxy: str) -> Json:
-        """Specificity and sensitivity of a feature for a proxy.
-
-        Raises:
-            NothingThereError: there is no such latent.
-            ProxyError: the text is no proxy, or it cannot be evaluated.
-        """
-        ...
-
-    def effects(self, latent: int, proxy: str) -> Json:
-        """What ablating the feature does to the loss; needs a model.
-
-        Raises:
-            NothingThereError: there is no such latent.
-            ProxyError: the text is no proxy, or it cannot be evaluated.
-        """
-        ...
-
-    def predictions(self, latent: int, proxy: str) -> Json:
-        """What the model predicts where the feature misses the proxy, against where it fires; needs a model.
-
-        Raises:
-            NothingThereError: there is no such latent.
-            ProxyError: the text is no proxy, or it cannot be evaluated.
-        """
-        ...
+def _on_page() -> tuple[FeatureStudy, ...]:
+    return tuple(study for study in feature_studies() if study.on_page)
 
 
 class StudyRoutes:
-    """`/api/start/18`, and with `?proxy=...`: `/api/dive/18`, `/api/effects/18`, `/api/predictions/18`."""
+    """`/api/start/18`, and an address for each study: `/api/study/circuit/18?at=512&path=1.3`."""
 
-    def __init__(self, source: DiveSource, desk: Desk | None = None, quick: Desk | None = None) -> None:
-        """Answer from `source`, computing studies at `desk` and what only looks something up at `quick`."""
-        self.source, self.desk = source, desk or Desk()
+    def __init__(self, subject: Subject, desk: Desk | None = None, quick: Desk | None = None) -> None:
+        """Answer from `subject`, computing studies at `desk` and what only looks something up at `quick`."""
+        self.subject, self.desk = subject, desk or Desk()
         self.quick = quick or self.desk
 
     def routes(self) -> list[Route]:
         """For the application."""
-        return [Route(f"/api/{name}/{{number}}", self._of(name)) for name in _STUDIES]
+        asked = [Route(f"/api/study/{study.name}/{{number}}", self._of(study)) for study in _on_page()]
+        return [Route("/api/start/{number}", self.start), *asked]
 
-    def _of(self, name: str) -> Callable:
-        method = getattr(self.source, name)
+    async def start(self, request: Request) -> Response:
+        """What the tabs begin with."""
+        return await self._answer(request, "start", self.quick, lambda _request: partial(start_json, self.subject))
+
+    def _of(self, study: FeatureStudy) -> Callable:
+        def work(request: Request) -> Callable[[int], Json]:
+            query = request.query_params
+            options = parse_options(study, {name: query.getlist(name) for name in query})
+            return lambda latent: study.answer(self.subject, latent, options)
 
         async def endpoint(request: Request) -> Response:
-            latent = number_of(request, "feature")
-            if isinstance(latent, Response):
-                return latent
-            arguments = [] if name == "start" else request.query_params.getlist("proxy")
-            if name != "start" and len(arguments) != 1:
-                return failure(400, f"{len(arguments)} proxies given: expected one, as in ?proxy=token_in([...])")
-            if name != "start" and not arguments[0].strip():
-                return failure(400, "the proxy is empty: expected one, as in ?proxy=token_in([...])")
-            if len("".join(arguments)) > MAX_PROXY:
-                return failure(400, f"a proxy of {len(arguments[0]):,} characters: expected at most {MAX_PROXY:,}")
-            return await self._answer(request, ("study", name, latent, *arguments), lambda: method(latent, *arguments))
+            return await self._answer(request, study.name, self.quick if study.quick else self.desk, work)
 
         return endpoint
 
-    async def _answer(self, request: Request, key: tuple, work: Callable[[], Json]) -> Response:
+    async def _answer(
+        self, request: Request, name: str, desk: Desk, work: Callable[[Request], Callable[[int], Json]]
+    ) -> Response:
+        latent = number_of(request, "feature")
+        if isinstance(latent, Response):
+            return latent
+        if latent >= self.subject.index.n_latents:
+            return failure(404, f"there is no feature {latent}: expected 0 to {self.subject.index.n_latents - 1}")
+        key = ("study", name, latent, *sorted(request.query_params.multi_items()))
         try:
-            desk = self.quick if key[1] == "start" else self.desk
-            return await desk.answered(key, work, request, others="studies")
-        except NothingThereError as error:
-            return failure(404, f"there is no feature {key[2]}: {error}")
-        except (ProxyError, StudyError) as error:
-            return failure(400, error.got, expected=error.expected, do=error.do, column=_column(error))
-        except HeadscopeError as error:
+            return await desk.answered(key, partial(work(request), latent), request, others="studies")
+        except IndexFormatError as error:
             return failure(500, str(error))
+        except HeadscopeError as error:
+            return failure(400, error.got, expected=error.expected, do=error.do, column=_column(error))
 
 
 def _column(error: HeadscopeError) -> int | None:
     """Where a proxy cannot be read, counted from 1."""
     found = re.match(r"column (\d+):", error.got)
     return int(found[1]) if found else None
+
+
+# --------------------------------------------------------------------------------------------------------------- a file
+def packed(subject: Subject, latent: int, proxies: Iterable[str] = ()) -> Json:
+    """What a file holds of the studies of one feature: those that it shows, for some proxies alone.
+
+    Args:
+        subject: the index, with its model where there is one.
+        latent: which feature.
+        proxies: the suggested ones when none are given.
+
+    Raises:
+        IndexFormatError, ProxyError: no such feature, or no proxy.
+    """
+    start = start_json(subject, latent)
+    given = list(dict.fromkeys(proxies))
+    if given:
+        start["proxies"] = [{"proxy": proxy, "why": "of this file"} for proxy in given]
+    chosen = [{"proxy": suggested["proxy"]} for suggested in start["proxies"]]
+    answers = {}
+    for study in _on_page():
+        for options in _askable(study, chosen):
+            if subject.has_model or not study.needs_model:
+                answers[_key(study.name, options)] = _given(study, subject, latent, options)
+    return {"start": start, "studies": answers}
+
+
+def _askable(study: FeatureStudy, proxies: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The options with which a file holds a study: each proxy, or none; a study that asks for more is left out."""
+    try:
+        parse_options(study, {})
+    except HeadscopeError:
+        pass
+    else:
+        return [{}]
+    return proxies if set(study.options.__dataclass_fields__) == {"proxy"} else []
+
+
+def _key(name: str, options: dict[str, Any]) -> str:
+    """The name of an answer in a file, as static/data.js asks for it."""
+    return f"{name} {json.dumps(options, ensure_ascii=False, separators=(',', ':'))}"
+
+
+def _given(study: FeatureStudy, subject: Subject, latent: int, options: dict[str, str]) -> Json:
+    """What a study finds; where the model lacks what it needs, `missing` with the reason."""
+    try:
+        return study.answer(subject, latent, parse_options(study, {name: [text] for name, text in options.items()}))
+    except ModelError as error:
+        return {"missing": f"{error.got}; expected: {error.expected}"}

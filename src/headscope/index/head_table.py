@@ -257,7 +257,7 @@ def read_head_table(folder: str | Path, name: str) -> tuple[pa.Table, dict[str, 
         raise IndexFormatError(
             f"no table {name!r} of heads in {folder}",
             expected=f"one of {', '.join(head_tables(folder)) or 'none: its heads were not studied'}",
-            do="run `headscope heads` on this index first",
+            do="run `headscope study heads` on this index first",
         )
     manifest = read_manifest(folder)
     table, provenance = read_with_origin(folder / FOLDER / f"{name}.parquet", manifest)
@@ -313,4 +313,4 @@ def _check_numbers(what: str, values: pa.Array, kind: Type, n_heads: int) -> Non
 
 
 def _refused(got: str, expected: str) -> IndexFormatError:
-    return IndexFormatError(got, expected=expected, do="run `headscope heads` again")
+    return IndexFormatError(got, expected=expected, do="run `headscope study heads` again")

@@ -4,10 +4,11 @@ Each job checks where it will write before it computes anything, and what it wri
 imports are inside the functions: `headscope --help` is quick, and a served page loads no torch.
 """
 
-from headscope.jobs.indexes import effects, families, heads, index, live, proxies, survey, upstream_sae
+from headscope.jobs.indexes import index, live, survey, upstream_sae
 from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
 from headscope.jobs.pages import dive, export, serve
 from headscope.jobs.saes import convert, eval, info, measure, measured_quality
+from headscope.jobs.studies import study, study_all, study_of, subject
 from headscope.jobs.training import train
 
 __all__ = [
@@ -16,18 +17,18 @@ __all__ = [
     "Progress",
     "convert",
     "dive",
-    "effects",
     "eval",
     "export",
-    "families",
-    "heads",
     "index",
     "info",
     "live",
     "measure",
     "measured_quality",
-    "proxies",
     "serve",
+    "study",
+    "study_all",
+    "study_of",
+    "subject",
     "survey",
     "train",
     "upstream_sae",

@@ -1,4 +1,4 @@
-"""An index: built, opened with its model, and studied, of which the results are kept beside it."""
+"""Build an index, open it with its model, and tally its labels."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,18 +11,13 @@ from headscope.jobs.early import check_device, check_model, check_sae, check_tex
 from headscope.jobs.finding import find_of, model_of
 from headscope.jobs.inputs import CorpusChoice, Hardware, Progress, load_on, usable
 from headscope.jobs.saes import measured_quality
-from headscope.limits import Above0, Count, Device, Latent, Name, NameOrPath, Output, Seed, Shuffles, checked
+from headscope.limits import Device, Name, NameOrPath, Output, checked
 
 if TYPE_CHECKING:
-    from headscope.index.head_records import HeadTables
     from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
-    from headscope.proxies.search_records import FeatureProxies
-    from headscope.proxies.search_table import Summary
     from headscope.sae.model import SAE
-    from headscope.studies.induction.store import InductionFamily
     from headscope.studies.survey import Survey
-    from headscope.studies.what.effects import DirectEffects
 
 
 @checked
@@ -147,106 +142,6 @@ def upstream_sae(opened: "LiveIndex", name: str) -> "SAE":
     from headscope.sae.formats import load_sae
 
     return fitted(load_sae(name), opened.model).to(opened.model.device).to(opened.model.module.dtype)
-
-
-@checked
-def proxies(
-    index: NameOrPath, *, features: Sequence[Latent] = (), on_progress: Progress | None = None
-) -> "tuple[FeatureProxies, ...] | Summary":
-    """Find the proxies that go best with features: of all live ones, into the index's columns `proxies`.
-
-    Args:
-        index: an index folder.
-        features: only these, and nothing is written.
-        on_progress: called after every feature.
-
-    Returns:
-        What was found of each of `features`, or a count of kinds.
-
-    Raises:
-        IndexFormatError, OutputError: no index, no such feature, or columns that cannot be written.
-    """
-    from headscope.index.store import FeatureIndex
-    from headscope.proxies.search import search
-    from headscope.proxies.search_table import add_proxies
-
-    opened = FeatureIndex.open(index)
-    return tuple(search(opened, features)) if features else add_proxies(opened, on_progress=on_progress)
-
-
-@checked
-def effects(
-    index: NameOrPath,
-    *,
-    model: Name | None = None,
-    sae: NameOrPath | None = None,
-    max_tokens: Count = 2_000,
-    max_work: Above0 = 1e11,
-    device: Device = "cpu",
-    on_progress: Progress | None = None,
-) -> "DirectEffects":
-    """The exact direct-path loss effect of every live feature of an index, added to it as the columns `effects`.
-
-    Raises:
-        HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
-    """
-    opened = live(index, model=model, sae=sae, device=device)
-
-    from headscope.studies.what.effects import direct_effects, write_effects
-
-    on_pairs = None if on_progress is None else lambda done, total: on_progress("effects", done, total)
-    found = direct_effects(opened, max_tokens=max_tokens, max_work=max_work, on_progress=on_pairs)
-    write_effects(opened, found)
-    return found
-
-
-@checked
-def families(
-    index: NameOrPath,
-    *,
-    model: Name | None = None,
-    sae: NameOrPath | None = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    on_progress: Progress | None = None,
-) -> "InductionFamily":
-    """Judge all live features of an index for induction, and keep it: columns `induction` and tables of heads.
-
-    Raises:
-        HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
-    """
-    opened = live(index, model=model, sae=sae, device=device)
-
-    from headscope.studies.induction.store import induction_family, save_family
-
-    found = induction_family(opened, seed=seed, on_progress=on_progress)
-    save_family(opened, found)
-    return found
-
-
-@checked
-def heads(
-    index: NameOrPath,
-    *,
-    model: Name | None = None,
-    sae: NameOrPath | None = None,
-    n_shuffles: Shuffles = 99,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    on_progress: Progress | None = None,
-) -> "HeadTables":
-    """Study every head of a model and all features of an index by head, and keep it beside the index.
-
-    Raises:
-        HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
-    """
-    opened = live(index, model=model, sae=sae, device=device)
-
-    from headscope.index.head_records import HeadTables
-    from headscope.studies.heads.store import HeadPlan, study_heads
-
-    study_heads(opened, HeadPlan(n_shuffles=n_shuffles, seed=seed), on_progress)
-    return HeadTables(index)
 
 
 @checked

@@ -1,25 +1,19 @@
 """The pages of an index: served, exported, and the deep dive into one feature."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from headscope.artefact import check_output, check_run_folder
 from headscope.errors import ExportError, IndexFormatError
-from headscope.jobs.indexes import live, upstream_sae
+from headscope.jobs.studies import subject
 from headscope.limits import Device, Latent, Name, NameOrPath, Output, Port, checked
 
 if TYPE_CHECKING:
     from headscope.explorer.cards import IndexCards
-    from headscope.explorer.prompts import PromptRoutes
-    from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
-    from headscope.live_upstream import LiveUpstream
-    from headscope.proxies import Proxy
-    from headscope.studies.what.downstream import Downstream
-    from headscope.studies.when.records import Predictions
 
 
 @checked
@@ -50,27 +44,20 @@ def serve(
         IndexFormatError, ModelError, SAEError, ServerError: no index, not its model or SAE, or no such port.
     """
     from headscope.explorer.cards import IndexCards
-    from headscope.explorer.dives import IndexDives
     from headscope.explorer.families import IndexFamilies
     from headscope.explorer.head_pages import IndexHeads
     from headscope.explorer.labelling import LabelRoutes
     from headscope.explorer.page_routes import PageRoutes
     from headscope.explorer.server import make_app
     from headscope.explorer.server import serve as serve_app
-    from headscope.explorer.upstream import IndexUpstream
-    from headscope.index.store import FeatureIndex
 
-    opened = FeatureIndex.open(index)
-    effects = upstream = prompts = None
-    if with_model or model or sae or upstream_saes:
-        effects, upstream, prompts = _models(live(index, model=model, sae=sae, device=device), upstream_saes)
+    studied = subject(index, with_model=with_model, model=model, sae=sae, device=device, upstream_saes=upstream_saes)
+    opened = studied.index
     app = make_app(
         IndexCards(opened),
-        dives=IndexDives(opened, effects),
-        upstream=IndexUpstream(opened, upstream),
+        subject=studied,
         labels=LabelRoutes(opened),
         roles=PageRoutes(IndexFamilies(opened), IndexHeads(opened)),
-        prompts=prompts,
     )
     Thread(target=_preload, args=(opened,), daemon=True).start()
     serve_app(app, port=port, open_browser=open_browser)
@@ -79,39 +66,6 @@ def serve(
 def _preload(index: "FeatureIndex") -> None:
     with suppress(IndexFormatError):  # a card that needs what is damaged says so
         index.preload()
-
-
-def _models(opened: "LiveIndex", saes: Sequence[str]) -> "tuple[_Effects, LiveUpstream, PromptRoutes]":
-    """What a page asks of a model: it is loaded once, and run for one question at a time."""
-    from headscope.explorer.prompts import PromptRoutes
-    from headscope.live_upstream import LiveUpstream
-    from headscope.studies.prompt.prompts import Prompts
-
-    lock = Lock()
-    upstream = LiveUpstream(opened, {name: upstream_sae(opened, name) for name in saes}, lock=lock)
-    prompts = PromptRoutes(Prompts(opened, lock=lock), upstream.circuits, folder=str(opened.index.folder))
-    return _Effects(opened, lock), upstream, prompts
-
-
-class _Effects:
-    """What the page asks of a model: one feature at a time is removed from it."""
-
-    def __init__(self, opened: "LiveIndex", lock: AbstractContextManager) -> None:
-        self._live, self._lock = opened, lock
-
-    def downstream(self, latent: int, max_tokens: int) -> "Downstream":
-        """The effects of one feature."""
-        from headscope.studies.what.ablation import downstream
-
-        with self._lock:
-            return downstream(self._live, [latent], max_tokens=max_tokens)[0]
-
-    def predictions(self, latent: int, proxy: "Proxy") -> "Predictions":
-        """What the model predicts where one feature misses a proxy."""
-        from headscope.studies.when.predictions import predictions
-
-        with self._lock:
-            return predictions(self._live.index, self._live.model, latent, proxy)
 
 
 @checked
@@ -187,9 +141,8 @@ def dive(  # noqa: PLR0913 - one argument an option of the command
         ModelError, SAEError: not the index's model or SAE.
     """
     from headscope.explorer.cards import IndexCards
-    from headscope.explorer.dives import IndexDives, packed
     from headscope.explorer.export import export_html
-    from headscope.explorer.upstream import IndexUpstream
+    from headscope.explorer.studies import packed
     from headscope.index.store import FeatureIndex
     from headscope.proxies import evaluate
 
@@ -200,10 +153,6 @@ def dive(  # noqa: PLR0913 - one argument an option of the command
     opened.check_latent(feature)
     for proxy in proxies:
         evaluate(proxy, opened)
-    effects = None
-    if with_model or model or sae:
-        effects = _Effects(live(index, model=model, sae=sae, device=device), Lock())
-    dives = IndexDives(opened, effects)
-    pages = packed(dives, feature, proxies)
-    pages[feature]["upstream"] = IndexUpstream(opened).packed(feature)
-    return export_html(IndexCards(opened), out, [feature], dives=pages)
+    studied = subject(index, with_model=with_model, model=model, sae=sae, device=device)
+    pages = {feature: packed(studied, feature, proxies)}
+    return export_html(IndexCards(studied.index), out, [feature], studies=pages)

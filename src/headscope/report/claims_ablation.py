@@ -12,7 +12,7 @@ from headscope.index.live import LiveIndex
 from headscope.report.ablated import mean_replacement, replacement
 from headscope.report.induction_family import PostFamily, composite, is_member, post_family
 from headscope.report.model_heads import model_heads
-from headscope.report.records import Claim, Finding, Listing, Settings, Study
+from headscope.report.records import Claim, Finding, Listing, Section, Settings
 from headscope.report.rows import Filled, Row, Rows, fill, mean_by, share_that, why
 from headscope.report.subject import Subject
 from headscope.stats import Estimate, Measure, quotient, resampled, unit_draws
@@ -401,8 +401,8 @@ def _families_of(subject: Subject, card: HeadCard) -> Listing:
     return Listing(title, ("family", "features", "share of its DFA"), rows, "source class > output class")
 
 
-STUDIES = (
-    Study("head_ablation", ("M29",), "which features ablating the induction head turns off", turned_off),
-    Study("loss_table", ("M30",), "the loss where features of the induction head are active", losses),
-    Study("polysemanticity", ("M31", "4.4"), "what else the induction head does", polysemanticity),
+SECTIONS = (
+    Section("head_ablation", ("M29",), "which features ablating the induction head turns off", turned_off),
+    Section("loss_table", ("M30",), "the loss where features of the induction head are active", losses),
+    Section("polysemanticity", ("M31", "4.4"), "what else the induction head does", polysemanticity),
 )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Bool
 
-from headscope.report.records import Claim, Exemplar, Figure, Finding, Study
+from headscope.report.records import Claim, Exemplar, Figure, Finding, Section
 from headscope.report.subject import Subject
 from headscope.stats import Measure, ratio
 from headscope.studies.what.ablation import downstream
@@ -102,4 +102,4 @@ def _figure(exemplar: Exemplar, record: Downstream) -> Figure:
     )
 
 
-STUDIES = (Study("ablated", ("M14", "M15"), "What the model loses without the exemplars", ablated),)
+SECTIONS = (Section("ablated", ("M14", "M15"), "What the model loses without the exemplars", ablated),)

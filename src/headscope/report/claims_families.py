@@ -5,7 +5,7 @@ import numpy as np
 from headscope.errors import StudyError
 from headscope.report.induction_family import PostFamily, composite, post_family
 from headscope.report.model_heads import model_heads
-from headscope.report.records import Claim, Figure, Finding, Study
+from headscope.report.records import Claim, Figure, Finding, Section
 from headscope.report.rows import Filled, Row, fill, mean_by, share_that, why
 from headscope.report.subject import Subject
 from headscope.stats import Estimate, wilson
@@ -318,8 +318,8 @@ def _by_head(subject: Subject, judged: InductionFeatures) -> Figure:
     )
 
 
-STUDIES = (
-    Study("selection", ("M27",), "features selected by their share in the induction head", selection),
-    Study("behaviour", ("M28",), "whether selected features behave like induction", behaviours),
-    Study("composite", ("M28",), "induction features without naming a head", composites),
+SECTIONS = (
+    Section("selection", ("M27",), "features selected by their share in the induction head", selection),
+    Section("behaviour", ("M28",), "whether selected features behave like induction", behaviours),
+    Section("composite", ("M28",), "induction features without naming a head", composites),
 )

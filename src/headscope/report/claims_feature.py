@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from headscope.proxies import evaluate
-from headscope.report.records import KINDS, Claim, Exemplar, Figure, Finding, Listing, Study
+from headscope.report.records import KINDS, Claim, Exemplar, Figure, Finding, Listing, Section
 from headscope.report.rows import Row, share_that
 from headscope.report.subject import Subject
 from headscope.stats import Measure, wilson
@@ -304,9 +304,9 @@ def _fires_figures(exemplar: Exemplar, study: Specificity) -> list[Figure]:
     ]
 
 
-STUDIES = (
-    Study("examples", ("M7",), "What the exemplars look like", exemplars),
-    Study("logits", ("M8",), "The direct logit effect of the exemplars", logits),
-    Study("weights", ("M9",), "Heads in the weights of the exemplars", weights),
-    Study("fires", ("M10", "M11", "M12", "M13", "M13b"), "When the exemplars fire", fires),
+SECTIONS = (
+    Section("examples", ("M7",), "What the exemplars look like", exemplars),
+    Section("logits", ("M8",), "The direct logit effect of the exemplars", logits),
+    Section("weights", ("M9",), "Heads in the weights of the exemplars", weights),
+    Section("fires", ("M10", "M11", "M12", "M13", "M13b"), "When the exemplars fire", fires),
 )

@@ -6,7 +6,7 @@ import numpy as np
 
 from headscope.report.ablated import mean_replacement
 from headscope.report.model_heads import LEAST, N_SHUFFLED, ModelHeads, model_heads
-from headscope.report.records import Claim, Figure, Finding, Study
+from headscope.report.records import Claim, Figure, Finding, Section
 from headscope.report.rows import Filled, Row, fill, share_that
 from headscope.report.subject import Subject
 from headscope.stats import Estimate, Measure, wilson
@@ -279,8 +279,8 @@ def _superposition(subject: Subject) -> Filled:
     return claims, ()
 
 
-STUDIES = (
-    Study("concentration", ("M21",), "on how few heads features rest", concentrations),
-    Study("head_scores", ("M22", "M23", "4.3"), "which heads are induction and previous-token heads", scores),
-    Study("superposition", ("4.8",), "whether the heads of a feature do the same and are all needed", superposition),
+SECTIONS = (
+    Section("concentration", ("M21",), "on how few heads features rest", concentrations),
+    Section("head_scores", ("M22", "M23", "4.3"), "which heads are induction and previous-token heads", scores),
+    Section("superposition", ("4.8",), "whether the heads of a feature do the same and are all needed", superposition),
 )

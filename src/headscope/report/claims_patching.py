@@ -11,7 +11,7 @@ from jaxtyping import Float
 from headscope.errors import StudyError
 from headscope.report.model_heads import model_heads
 from headscope.report.prompt_pairs import CorpusPair, Pairs, pairs_of
-from headscope.report.records import Claim, Exemplar, Figure, Finding, Kind, Listing, Study
+from headscope.report.records import Claim, Exemplar, Figure, Finding, Kind, Listing, Section
 from headscope.report.rows import Filled, Row, fill_each, mean_by, share_that, why
 from headscope.report.subject import Subject
 from headscope.stats import Measure
@@ -439,8 +439,8 @@ def _features_listed(exemplar: Exemplar, known: Sequence[tuple[CorpusPair, Featu
     )
 
 
-STUDIES = (
-    Study("head_patching", ("M24",), "whether a previous-token head is needed for induction", head_patching),
-    Study("components", ("M25",), "which component of the layer below a context feature is computed from", components),
-    Study("upstream_features", ("M26",), "which upstream SAE features a context feature is computed from", features),
+SECTIONS = (
+    Section("head_patching", ("M24",), "whether a previous-token head is needed for induction", head_patching),
+    Section("components", ("M25",), "which part of the layer below computes a context feature", components),
+    Section("upstream_features", ("M26",), "which upstream SAE features a context feature is computed from", features),
 )

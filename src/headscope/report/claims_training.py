@@ -7,7 +7,7 @@ import numpy as np
 from headscope.corpus import Corpus
 from headscope.index.labels import LabelStore
 from headscope.index.store import FeatureIndex
-from headscope.report.records import Claim, Figure, Finding, Study
+from headscope.report.records import Claim, Figure, Finding, Section
 from headscope.report.subject import Subject
 from headscope.sae.quality import evaluate
 from headscope.stats import Estimate, wilson
@@ -219,9 +219,9 @@ def interpretable(subject: Subject) -> tuple[Finding, ...]:
     return (*rows, *(rated or [judged]), *agreed)
 
 
-STUDIES = (
-    Study("training", ("M1",), "The dictionary and its training", training),
-    Study("quality", ("M2", "M3"), "The quality of the SAE on held-out text", quality),
-    Study("densities", ("M4", "M5"), "Dead latents, and how often the others fire", densities),
-    Study("survey", ("M6",), "How many features are alive, and how many interpretable", interpretable, kept=False),
+SECTIONS = (
+    Section("training", ("M1",), "The dictionary and its training", training),
+    Section("quality", ("M2", "M3"), "The quality of the SAE on held-out text", quality),
+    Section("densities", ("M4", "M5"), "Dead latents, and how often the others fire", densities),
+    Section("survey", ("M6",), "How many features are alive, and how many interpretable", interpretable, kept=False),
 )

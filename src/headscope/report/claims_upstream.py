@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from headscope.report.records import KINDS, Claim, Exemplar, Figure, Finding, Listing, Study
+from headscope.report.records import KINDS, Claim, Exemplar, Figure, Finding, Listing, Section
 from headscope.report.rows import Filled, Row, fill, fill_each, mean_by, share_that
 from headscope.report.subject import Subject
 from headscope.stats import Estimate, Measure, ratio
@@ -439,10 +439,10 @@ def _parts(subject: Subject, exemplar: Exemplar, found: FeatureCircuit) -> Listi
     return Listing(title, ("part", "variance", "sum", "tokens it comes from"), rows, f"{SQUARES}; {LINEAR}")
 
 
-STUDIES = (
-    Study("shares_by_head", ("M16", "M17"), "which heads make each exemplar", shares_by_head),
-    Study("sources", ("M18", "M19", "M20"), "which source tokens each exemplar comes from", sources),
-    Study("compared_heads", ("M18",), "whether the top heads of an exemplar read the same sources", compared),
-    Study("static_table", ("M32",), "which source token drives each feature, by the weights alone", static_table),
-    Study("circuit", ("4.1",), "which parts of the stream each exemplar is made of", circuit),
+SECTIONS = (
+    Section("shares_by_head", ("M16", "M17"), "which heads make each exemplar", shares_by_head),
+    Section("sources", ("M18", "M19", "M20"), "which source tokens each exemplar comes from", sources),
+    Section("compared_heads", ("M18",), "whether the top heads of an exemplar read the same sources", compared),
+    Section("static_table", ("M32",), "which source token drives each feature, by the weights alone", static_table),
+    Section("circuit", ("4.1",), "which parts of the stream each exemplar is made of", circuit),
 )

@@ -221,13 +221,13 @@ QUICK = Settings("quick", 32_768, 60, 4_096, 100, 8, 3, 12, samples=200)
 FULL = Settings("full", 524_288, None, 163_840, 3_000, 256, 16, None)
 
 
-StudyFunction = Callable[..., tuple[Finding, ...]]
+SectionFunction = Callable[..., tuple[Finding, ...]]
 """`(subject: Subject) -> (Claim | Figure | Listing, ...)`."""
 
 
 @dataclass(frozen=True)
-class Study:
-    """One study of the report: runs on one SAE, is kept when it is done, and may fail without the others."""
+class Section:
+    """A part of the report: runs on one SAE, is kept when it is done, and may fail without the others."""
 
     name: str
     """Of its file; lower-case letters, digits and underscores."""
@@ -235,7 +235,7 @@ class Study:
     """The claims it is asked for; when it fails, each becomes a row with the reason."""
     question: str
     """In one line; the words of these rows."""
-    run: StudyFunction
+    run: SectionFunction
     version: int = 1
     """Raised when the same subject gives another result: what was kept is then made again."""
     kept: bool = True

@@ -1,4 +1,4 @@
-"""Which studies a report runs, in which order; every `claims_*` module has its own, and they are joined here."""
+"""The sections of a report, in order: those of the post's claims, then a row for each measure of other studies."""
 
 from headscope.report import (
     claims_ablation,
@@ -10,15 +10,22 @@ from headscope.report import (
     claims_training,
     claims_upstream,
 )
-from headscope.report.records import Study
+from headscope.report.measured import section_of
+from headscope.report.records import Section
+from headscope.studies.registry import feature_studies
 
-STUDIES: tuple[Study, ...] = (
-    *claims_training.STUDIES,
-    *claims_feature.STUDIES,
-    *claims_downstream.STUDIES,
-    *claims_upstream.STUDIES,
-    *claims_heads.STUDIES,
-    *claims_patching.STUDIES,
-    *claims_families.STUDIES,
-    *claims_ablation.STUDIES,
+SECTIONS: tuple[Section, ...] = (
+    *claims_training.SECTIONS,
+    *claims_feature.SECTIONS,
+    *claims_downstream.SECTIONS,
+    *claims_upstream.SECTIONS,
+    *claims_heads.SECTIONS,
+    *claims_patching.SECTIONS,
+    *claims_families.SECTIONS,
+    *claims_ablation.SECTIONS,
 )
+
+
+def sections() -> tuple[Section, ...]:
+    """All of them; studies that were registered since are among them."""
+    return (*SECTIONS, *(section_of(study) for study in feature_studies() if study.in_report))

@@ -22,7 +22,7 @@ from headscope.errors import HeadscopeError, OutputError, SAEError
 from headscope.jobs.early import check_device, check_model, check_sae, check_text
 from headscope.limits import Output, checked
 from headscope.names import lasting_corpus, lasting_model, shown
-from headscope.report.records import FULL, QUICK, Claim, Exemplar, Settings, Study
+from headscope.report.records import FULL, QUICK, Claim, Exemplar, Section, Settings
 from headscope.report.results import Report, StudyResult, SubjectResult
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run(
     quick: bool = False,
     device: str = "cpu",
     overwrite: bool = False,
-    studies: Sequence[Study] | None = None,
+    studies: Sequence[Section] | None = None,
     on_progress: jobs.Progress | None = None,
     say: Callable[[str], None] = lambda _line: None,
 ) -> Report:
@@ -96,10 +96,10 @@ def run(
     work = _Work(out, inputs, settings, device, on_progress or (lambda _stage, _done, _total: None), say)
     work.claim(overwrite=overwrite)
 
-    from headscope.report.registry import STUDIES
+    from headscope.report.registry import sections
 
     try:
-        subjects = tuple(work.subject(*named, STUDIES if studies is None else studies) for named in work.named())
+        subjects = tuple(work.subject(*named, sections() if studies is None else studies) for named in work.named())
     except BaseException:
         work.give_up()
         raise
@@ -195,7 +195,7 @@ class _Work:
         return list(named.items())
 
     # -------------------------------------------------------------------------------------------------------- subjects
-    def subject(self, name: str, of: str | Path, studies: Sequence[Study]) -> SubjectResult:
+    def subject(self, name: str, of: str | Path, studies: Sequence[Section]) -> SubjectResult:
         """Index one SAE, choose its exemplars and run the studies."""
         from headscope.report.exemplars import choose
         from headscope.report.subject import Subject
@@ -237,7 +237,7 @@ class _Work:
     def _upstream(self, live: "LiveIndex") -> "SAE | None":
         return None if self.inputs.upstream is None else jobs.upstream_sae(live, self.inputs.upstream)
 
-    def _study(self, subject: "Subject", study: Study, kept: Path, identity: str) -> StudyResult:
+    def _study(self, subject: "Subject", study: Section, kept: Path, identity: str) -> StudyResult:
         """What one study finds, unless it is known."""
         own = _hash({"identity": identity, "study": study.name, "version": study.version})
         path = kept / f"{study.name}.json"
@@ -258,7 +258,7 @@ class _Work:
         write_json(path, {"identity": own, "result": result.as_dict()})
         return result
 
-    def _failed(self, study: Study, error: Exception, seconds: float) -> StudyResult:
+    def _failed(self, study: Section, error: Exception, seconds: float) -> StudyResult:
         """Rows that say why there is nothing; the next run tries again."""
         if isinstance(error, HeadscopeError):
             why = f"{error.got}; expected: {error.expected}"

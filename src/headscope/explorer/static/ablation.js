@@ -16,7 +16,7 @@ export function drawAblation(effects, start, view, needs) {
 function drawKept({ columns, python, advice }, { feature, vocab, about: { corpus } }) {
   const own = columns.effects;
   const head = own?.values && studyHead({
-    definition: `Exact loss change by the direct path when the feature is removed, as headscope effects wrote it into the index. n = ${int(own.values.sampled)} of ${int(own.values.n)} active tokens of ${corpus.name}, ${corpus.split}.`, python: python.ablation, name: `ablation-${feature.latent}`,
+    definition: `Exact loss change by the direct path when the feature is removed, as the study of effects wrote it into the index. n = ${int(own.values.sampled)} of ${int(own.values.n)} active tokens of ${corpus.name}, ${corpus.split}.`, python: python.columns, name: `ablation-${feature.latent}`,
     rows: () => [["column", "value", "definition"], ...Object.entries(own.values).map(([name, value]) => [name, value, own.definitions[name]])],
   });
   const kept = drawColumns(columns, "effects", vocab);

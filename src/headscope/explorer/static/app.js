@@ -1,5 +1,5 @@
 /** The page: routes between the table and the cards, keys, history. */
-import { Card, STUDY_NAMES, TAB_NAMES, UPSTREAM_NAMES, WINDOW_NAMES } from "./card.js";
+import { Card, TAB_NAMES, tabsOf, WINDOW_NAMES } from "./card.js";
 import { Corpus } from "./corpus.js";
 import { openData } from "./data.js";
 import { button, el } from "./dom.js";
@@ -354,8 +354,8 @@ class App {
       ] : []),
       ...(this.about.labels ? [{ keys: ["n"], help: "label this feature, or a sample", run: () => this.#label() }] : []),
       { keys: ["1", "2", "3", "4"], help: "top and random, quantiles, intervals, near threshold", run: onCard(({ key }) => ({ ...UNMARKED, tab: TAB_NAMES[key - 1] })) },
-      ...(this.about.dives ? [
-        { keys: ["5", "6", "7", "8", "9"], help: "specificity, expected value, sensitivity, logits, ablation", run: onCard(({ key }) => ({ ...UNMARKED, tab: STUDY_NAMES[key - 5] })) },
+      ...(this.about.studies.length > 0 ? [
+        { keys: ["5", "6", "7", "8", "9"], help: "specificity, expected value, sensitivity, logits, ablation", run: onCard(({ key }) => ({ ...UNMARKED, tab: tabsOf(this.about, "dive")[key - 5] })) },
         { keys: ["p"], help: "write a proxy", run: () => this.#card?.feature.alive && this.#card.writeProxy() },
       ] : []),
       { keys: ["e"], help: "prompt explorer: open it, of a card with the marked example's context; write in it", run: () => this.#toPrompt() },
@@ -366,7 +366,7 @@ class App {
         { keys: ["A"], help: "prompt: ablate it at all tokens, or keep it", run: onPrompt("everywhere") },
         { keys: ["x"], help: "prompt: take back the last ablation", run: onPrompt("undo") },
       ] : []),
-      ...(this.about.upstream ? [{ keys: ["u"], help: "how it is computed: DFA by head, by source, attention, patching, recursive DFA", run: onCard(() => ({ ...UNMARKED, tab: UPSTREAM_NAMES[(UPSTREAM_NAMES.indexOf(this.view.tab) + 1) % UPSTREAM_NAMES.length] })) }] : []),
+      ...(this.about.studies.length > 0 ? [{ keys: ["u"], help: "how it is computed: DFA by head, by source, attention, patching, recursive DFA", run: onCard(() => ({ ...UNMARKED, tab: nextOf(tabsOf(this.about, "upstream"), this.view.tab) })) }] : []),
       { keys: ["w"], help: "window: short, medium, full", run: onCard(() => ({ w: WINDOW_NAMES[(WINDOW_NAMES.indexOf(this.view.w) + 1) % 3] })) },
       { keys: ["h"], help: "sources of one head, the largest first", run: onCard(() => ({ head: this.#card.nextHead() })) },
       { keys: ["d"], help: "DFA and attention of an example, heads × sources", run: () => this.#card?.feature.alive && this.#card.toggleMap() },
@@ -377,6 +377,9 @@ class App {
     ];
   }
 }
+
+/** What comes after a name in a list; the first after the last, and after a name that is not in it. */
+const nextOf = (names, name) => names[(names.indexOf(name) + 1) % names.length];
 
 /** The prompt explorer needs a model: says so, and how to get one. */
 function drawNoModel(embedded) {

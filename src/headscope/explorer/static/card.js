@@ -11,15 +11,19 @@ import { ExampleRow } from "./tokens.js";
 const TABS = {
   top: ["Top and random", ["top", "random"]], quantile: ["Quantiles", ["quantile"]], interval: ["Intervals", ["interval"]], threshold: ["Near threshold", ["threshold"]],
 };
-const STUDIES = { specificity: "Specificity", expected: "Expected value", sensitivity: "Sensitivity", logits: "Logits", ablation: "Ablation" };
-const UPSTREAM = { heads: "DFA by head", source: "DFA by source", attention: "Attention", upstream: "Upstream", circuit: "Recursive DFA" };
+/** Which script draws a tab of a study; a tab that is not here is drawn from the study's record alone. */
+const SCRIPT = { specificity: "dive", expected: "dive", sensitivity: "dive", logits: "dive", ablation: "dive", heads: "upstream", source: "upstream", attention: "upstream", upstream: "upstream", circuit: "upstream" };
 const WINDOWS = [["5", "short", "5 tokens on each side"], ["16", "medium", "16 tokens on each side"], ["full", "full", "the whole block"]];
 
-/** Names of the tabs, of the deep-dive tabs and of the windows, in order. */
+/** Names of the tabs of examples and of the windows, in order. */
 export const TAB_NAMES = Object.keys(TABS);
-export const STUDY_NAMES = Object.keys(STUDIES);
-export const UPSTREAM_NAMES = Object.keys(UPSTREAM);
 export const WINDOW_NAMES = WINDOWS.map(([name]) => name);
+
+/** The tabs of studies that a page has, as { name, label, study }. @param {import("./types").About} about */
+const studyTabs = (about) => about.studies.flatMap((study) => study.tabs.map((tab) => ({ ...tab, study })));
+
+/** Names of those that a script draws. @param {import("./types").About} about */
+export const tabsOf = (about, script) => studyTabs(about).filter(({ name }) => SCRIPT[name] === script).map(({ name }) => name);
 
 export class Card {
   #rows = [];
@@ -122,10 +126,10 @@ export class Card {
   #main() {
     const { groups, stats } = this.feature;
     const count = (kinds) => groups.reduce((n, { kind, examples }) => n + (kinds.includes(kind) ? examples.length : 0), 0);
-    const tab = (name, ...label) => button({ role: "tab", id: `tab-${name}`, "aria-controls": "tab-panel", "data-tab": name, onclick: () => this.change({ tab: name, dst: "", d: "", ...!(name in UPSTREAM && this.#view.tab in UPSTREAM) && { ex: "" } }) }, label);
+    const tab = (name, ...label) => button({ role: "tab", id: `tab-${name}`, "aria-controls": "tab-panel", "data-tab": name, onclick: () => this.change({ tab: name, dst: "", d: "", ...!(SCRIPT[name] === "upstream" && SCRIPT[this.#view.tab] === "upstream") && { ex: "" } }) }, label);
     this.tabs = el("div", { class: "tabs", role: "tablist", "aria-label": "examples and studies", onkeydown: (event) => this.#moveTab(event) },
       Object.entries(TABS).map(([name, [label, kinds]]) => tab(name, label, el("small", {}, int(count(kinds))))),
-      this.about.dives && Object.entries(STUDIES).map(([name, label]) => tab(name, label)), this.about.upstream && Object.entries(UPSTREAM).map(([name, label]) => tab(name, label)));
+      studyTabs(this.about).map(({ name, label }) => tab(name, label)));
     this.windows = el("span");
     this.filter = button({ class: "filter", "data-head-filter": "", onclick: () => this.change({ head: "" }) });
     const hover = (event) => this.#hover(event.target);
@@ -133,8 +137,9 @@ export class Card {
     const key = (kind, label) => el("span", {}, el("i", { class: kind }), label);
     this.study = el("div", { class: "study", "data-study": "" });
     this.upstream = el("div", { class: "study", "data-upstream": "" });
+    this.record = el("div", { class: "study", "data-record": "" });
     this.panel = el("div", { id: "tab-panel", role: "tabpanel" }, el("p", { class: "legend key" }, key("ramp", `activation, 0 to ${num(stats.max, 2)}`), key("src", "DFA of a source"), key("src minus", "negative DFA"),
-        key("dst", "destination"), el("span", {}, el("b", {}, "next"), " token"), el("span", {}, "…9… tokens left out")), this.groups, this.study, this.upstream);
+        key("dst", "destination"), el("span", {}, el("b", {}, "next"), " token"), el("span", {}, "…9… tokens left out")), this.groups, this.study, this.upstream, this.record);
     return el("div", { class: "main" }, el("header", { class: "bar" }, this.tabs, this.filter, this.windows), this.panel);
   }
 
@@ -176,7 +181,7 @@ export class Card {
 
   /** Whether a tab is one of the deep dive. */
   #studies(tab) {
-    return (this.about.dives && tab in STUDIES) || (this.about.upstream && tab in UPSTREAM);
+    return studyTabs(this.about).some(({ name }) => name === tab);
   }
 
   #showTab(tab) {
@@ -193,9 +198,12 @@ export class Card {
 
   /** The deep-dive tabs: their scripts come when the first of them is opened. */
   async #showStudy(view) {
-    const up = view.tab in UPSTREAM;
-    [this.study.hidden, this.upstream.hidden] = [up, !up];
-    if (up) return this.#showUpstream(view);
+    const script = SCRIPT[view.tab];
+    this.study.hidden = script !== "dive";
+    this.upstream.hidden = script !== "upstream";
+    this.record.hidden = Boolean(script);
+    if (!script) return this.#showRecord(view);
+    if (script === "upstream") return this.#showUpstream(view);
     const { Dive } = await import("./dive.js");
     this.#dive ??= new Dive(this.feature, this, this.study);
     if (this.#view === view) this.#dive.update(view);
@@ -207,9 +215,15 @@ export class Card {
     if (this.#view === view) this.#upstream.update(view);
   }
 
+  async #showRecord(view) {
+    const { drawRecord } = await import("./record.js");
+    const drawn = await drawRecord(studyTabs(this.about).find(({ name }) => name === view.tab).study, this, view);
+    if (this.#view === view) this.record.replaceChildren(...drawn);
+  }
+
   /** Go to the proxy of the deep-dive tabs. */
   async writeProxy() {
-    if (!(this.#view.tab in STUDIES) || this.#view.tab === "logits") this.change({ tab: "specificity", ex: "", dst: "", d: "" });
+    if (SCRIPT[this.#view.tab] !== "dive" || this.#view.tab === "logits") this.change({ tab: "specificity", ex: "", dst: "", d: "" });
     await this.#showStudy(this.#view);
     this.#dive.write();
   }

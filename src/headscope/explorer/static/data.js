@@ -32,20 +32,16 @@ class ServerData {
   feature = async (latent) => this.#kept(await this.#get(`/api/feature/${latent}`));
   context = async (block) => this.#kept(await this.#get(`/api/context/${block}`));
   start = (latent) => this.#get(`/api/start/${latent}`);
-  dive = async (latent, proxy, signal) => this.#kept(await this.#get(`/api/dive/${latent}?${new URLSearchParams({ proxy })}`, signal));
-  effects = async (latent, proxy, signal) => this.#kept(await this.#get(`/api/effects/${latent}?${new URLSearchParams({ proxy })}`, signal));
+  /** What a study says of a feature, with its options. */
+  study = async (name, latent, asked = {}, signal) => this.#kept(await this.#get(`/api/study/${name}/${latent}?${new URLSearchParams(asked)}`, signal));
 
   /** What a page of families or heads shows: "families", "family/token", "head/1.6". */
   page = (path) => this.#get(`/api/${path}`);
   /** What the prompt explorer asks: `run`, `token`, `dfa`, `level`, `scores`. */
   prompt = (name, content) => this.#answers.get(`${name} ${JSON.stringify(content)}`, () => fetchJson(`/api/prompt/${name}`, posted(content)));
 
-  predictions = (latent, proxy, signal) => this.#get(`/api/predictions/${latent}?${new URLSearchParams({ proxy })}`, signal);
-
-  upstream = (study, latent, asked, signal) => this.#get(`/api/upstream/${study}/${latent}?${new URLSearchParams(asked)}`, signal);
-
   #kept(answer) {
-    this.corpus.add(answer);
+    if (answer.text) this.corpus.add(answer);
     return answer;
   }
 
@@ -115,27 +111,15 @@ class FileData extends Exported {
     return this.#unpack(`data-pack-${pack}`);
   }
 
-  start = async (latent) => (await this.#studies(latent)).start;
-  dive = (latent, proxy) => this.#study(latent, "dives", proxy);
-  effects = (latent, proxy) => this.#study(latent, "effects", proxy);
-  predictions = (latent, proxy) => this.#study(latent, "predictions", proxy);
+  start = async (latent) => (await this.#unpack("data-studies"))[latent].start;
 
-  async upstream(study, latent) {
-    const found = (await this.#studies(latent)).upstream?.[study];
+  async study(name, latent, asked = {}) {
+    const { studies } = (await this.#unpack("data-studies"))[latent];
+    const found = studies[`${name} ${JSON.stringify(asked)}`] ?? studies[`${name} {}`];
     if (!found) throw new Error("This file does not hold that: headscope serve --with-model computes it.");
-    return found;
-  }
-
-  async #studies(latent) {
-    return (await this.#unpack("data-dives"))[latent];
-  }
-
-  async #study(latent, name, proxy) {
-    const found = (await this.#studies(latent))[name][proxy];
-    if (!found) throw new Error("This file does not hold that: headscope serve computes it.");
     if (found.missing) throw new Error(found.missing);
     await this.text();
-    this.corpus.add({ text: [], document_at: {}, documents: {}, ...found });
+    if (found.text) this.corpus.add(found);
     return found;
   }
 

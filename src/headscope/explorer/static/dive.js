@@ -62,7 +62,7 @@ export class Dive {
     if (document.activeElement !== this.input) this.input.value = proxy;
     if (this.suggested.childElementCount === 0) this.#suggest();
     for (const one of this.suggested.children) one.setAttribute("aria-pressed", String(one.dataset.suggest === proxy));
-    if (view.tab === "logits") return this.#draw(view, "", () => drawLogitsTab(this.feature, this.start, this.needs));
+    if (view.tab === "logits") return this.#logits(view);
     if (!proxy) return this.#draw(view, "", () => [el("p", { class: "nothing", "data-nothing": "" }, "Write a proxy: a rule that says of each token whether the feature should fire there.")]);
     return view.tab === "ablation" ? this.#ablation(view, proxy) : this.#study(view, proxy);
   }
@@ -74,8 +74,13 @@ export class Dive {
     this.input.title = this.needs.data.embedded ? "This file holds these proxies; headscope serve computes others." : "";
   }
 
+  async #logits(view) {
+    const found = await this.data.study("logits", this.feature.latent);
+    if (this.#view === view) this.#draw(view, "", () => drawLogitsTab(this.feature, found, this.start, this.needs));
+  }
+
   async #study(view, proxy) {
-    const dive = await this.#ask("dive", proxy);
+    const dive = await this.#ask("specificity", proxy);
     if (this.#view !== view) return;
     this.#say(el("span", {}, countsLine(dive)), dive.proxy !== proxy && el("span", { class: "canonical", "data-canonical": "" }, `read as ${dive.proxy}`), dive.notes.map((note) => el("span", { class: "note-text", "data-note": "" }, note)));
     this.#draw(view, dive.hash, () => DRAW[view.tab](dive, view, this.needs));
@@ -87,14 +92,14 @@ export class Dive {
   async #predictions(proxy, dive, place) {
     try {
       const found = await this.#ask("predictions", proxy, place);
-      place.replaceChildren(...drawPredictions(found, dive, this.needs));
+      place.replaceChildren(...drawPredictions(found, this.needs));
     } catch (error) {
       if (error.name !== "AbortError") place.replaceChildren(el("p", { class: "nothing", "data-failed": "" }, error.message));
     }
   }
 
   async #ablation(view, proxy) {
-    const effects = this.start.live ? await this.#ask("effects", proxy) : null;
+    const effects = this.start.live ? await this.#ask("ablation", proxy) : null;
     if (this.#view !== view) return;
     this.bench.hidden = effects === null;
     this.#say(effects && effects.proxy !== proxy && el("span", { class: "canonical", "data-canonical": "" }, `read as ${effects.proxy}`));
@@ -107,7 +112,7 @@ export class Dive {
     const asked = this.#asked = new AbortController();
     place.setAttribute("aria-busy", "true");
     try {
-      return await this.data[name](this.feature.latent, proxy, asked.signal);
+      return await this.data.study(name, this.feature.latent, { proxy }, asked.signal);
     } finally {
       if (this.#asked === asked || place !== this.body) place.removeAttribute("aria-busy");
     }

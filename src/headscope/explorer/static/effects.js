@@ -5,11 +5,11 @@ import { empty, quoted, studyHead } from "./study.js";
 
 const MOMENTS = [["mean", "mean over the vocabulary"], ["std", "standard deviation"], ["skew", "skewness"], ["kurtosis", "kurtosis (normal: 3)"]];
 
-export function drawLogitsTab({ latent, logits }, { columns, python, logits: { prominence, copied, top_source: source, copy_rank: rank } }, { vocab, about, names }) {
+export function drawLogitsTab({ latent, logits }, { prominence, copied, top_source: source, copy_rank: rank, python }, { columns }, { vocab, about, names }) {
   const [[top]] = logits.top;
   const { definitions, sae, model } = about;
   const head = studyHead({
-    definition: `Direct logit effect per unit of activation: decoder row × W_O × final norm's gain × W_U, the norm's scale left out; of ${int(model.d_vocab ?? vocab.tokens.length)} tokens. From the weights of ${sae.name} alone: no corpus.`, python: python.logits, name: `logits-${latent}`,
+    definition: `Direct logit effect per unit of activation: decoder row × W_O × final norm's gain × W_U, the norm's scale left out; of ${int(model.d_vocab ?? vocab.tokens.length)} tokens. From the weights of ${sae.name} alone: no corpus.`, python, name: `logits-${latent}`,
     rows: () => [["side", "token_id", "token", "logit"], ...["top", "bottom"].flatMap((side) => logits[side].map(([token, value]) => [side, token, quoted(vocab.text(token)), value])), [], ["moment", "value"], ...MOMENTS.map(([name]) => [name, logits[name]]), [], ["copying", "value", "token"], ["prominence", prominence], ["copied", copied], ["top_source", source, source === null ? null : quoted(vocab.text(source))], ["copy_rank", rank]],
   });
   const most = Math.max(...[...logits.top, ...logits.bottom].map(([, value]) => Math.abs(value)), 1e-9);

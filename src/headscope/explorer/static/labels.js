@@ -133,7 +133,7 @@ export class Labelling {
     const { about, vocab, corpus, tip, data, link } = this;
     let view = blind ? { ...VIEW, w: "16" } : VIEW; // without its sources, a short window says little
     const shown = blind ? blinded(feature) : feature;
-    const needs = { about: { ...about, dives: false, nulls: blind ? [] : about.nulls }, vocab, corpus, tip: blind ? MUTE : tip, data, context: data.context, link };
+    const needs = { about: { ...about, studies: [], nulls: blind ? [] : about.nulls }, vocab, corpus, tip: blind ? MUTE : tip, data, context: data.context, link };
     const card = new Card(shown, needs, (patch) => card.update(view = { ...view, ...patch, ...(blind ? { head: "", d: "" } : {}) }));
     if (blind) for (const part of [card.element.querySelector("[data-stat=top_head]"), card.heads.closest("section"), card.element.querySelector("[data-logits]").closest("section")]) part.remove();
     card.update(view);

@@ -40,10 +40,10 @@ function drawSubtypes(subtypes) {
 }
 
 /** With a model: does it predict the feature's top token where the feature is silent? */
-export function drawPredictions({ tokens, groups, auc, rows }, { latent, python }, { vocab }) {
+export function drawPredictions({ tokens, groups, auc, rows, latent, python }, { vocab }) {
   const measures = [...groups.map(({ name, n, mean }) => [name, `${name} (${int(n)})`, mean]), ["auc", "true positives above false negatives", auc]];
   return [studyHead({
-    definition: ["p(next is ", tokens.map((token) => vocab.label(token)), "): the model's own probability where the feature misses the proxy, against where it fires and elsewhere."], python: python.predictions, name: `predictions-${latent}`,
+    definition: ["p(next is ", tokens.map((token) => vocab.label(token)), "): the model's own probability where the feature misses the proxy, against where it fires and elsewhere."], python, name: `predictions-${latent}`,
     rows: () => [...measureRows(measures), [], ["group", "block", "position", "probability"], ...rows],
   }), measureTable(measures)];
 }

@@ -13,8 +13,8 @@ export interface About {
   /** Directions that mean nothing, by kind: their top heads' shares of DFA, sorted, and their 5 %, 50 % and 95 % quantiles. */
   nulls: { kind: string; top_head_share: number[]; range: [number, number, number] }[];
   definitions: Record<string, string>;
-  /** Whether cards have deep-dive tabs, and those that say how features are computed. */
-  dives: boolean; upstream: boolean;
+  /** The studies of one feature, in order, and the tabs that show each; none without an index behind the page. */
+  studies: { name: string; group: string; question: string; needs_model: boolean; tabs: { name: string; label: string }[] }[];
   /** Whether a model answers prompts. */
   prompts: boolean;
   /** Whether there are pages of families and heads. */
@@ -109,12 +109,13 @@ export interface Start {
   proxies: { proxy: string; why: string }[];
   /** By study: the row of this feature with definitions, or why it is refused. */
   columns: Record<string, { values: Record<string, any>; definitions: Record<string, string>; n: string; created: string; headscope: string } | { refused: string }>;
-  /** Whether the top logit token is the top source token; null where no source is known. */
-  logits: { prominence: number; copied: boolean | null; top_source: number | null; copy_rank: number | null };
-  /** Whether a model computes effects. */
-  live: boolean;
+  /** Whether there is a model, which SAEs of earlier components, and the command that starts a server with them. */
+  live: boolean; saes: string[]; command: string;
   advice: string; python: Record<string, string>;
 }
+
+/** Whether the top logit token is the top source token; null where no source is known. */
+export interface LogitsStudy { prominence: number; copied: boolean | null; top_source: number | null; copy_rank: number | null; python: string }
 
 /** What a proxy says of a feature; numbers `rows` are indices into `contexts`. */
 export interface DiveStudy extends Text {
@@ -245,7 +246,7 @@ export interface NextTokens {
 }
 
 /** What the tabs upstream begin with; `command` starts a server with a model. */
-export interface UpstreamStart { live: boolean; saes: string[]; command: string; corpus: string; sets: { name: string; tokens: number[] }[] }
+export interface SourceSets { corpus: string; sets: { name: string; tokens: number[] }[] }
 
 /** DFA by head above thresholds; shares of the weights alone. */
 export interface HeadShares {
@@ -293,10 +294,9 @@ export interface Data {
   about(): Promise<About>; table(): Promise<Table>; feature(latent: number): Promise<Feature>;
   /** "families", "family/token", "heads", "head/1.6"; exported folders hold each as a file. */
   page(path: string): Promise<any>;
-  start(latent: number): Promise<Start>; dive(latent: number, proxy: string, signal?: AbortSignal): Promise<DiveStudy>; 
-  /** A study upstream by the name of its route, with its parameters. */
-  upstream(study: string, latent: number, asked: Record<string, any>, signal?: AbortSignal): Promise<any>;
-  effects(latent: number, proxy: string, signal?: AbortSignal): Promise<Effects>; predictions(latent: number, proxy: string, signal?: AbortSignal): Promise<any>;
+  start(latent: number): Promise<Start>;
+  /** A study by its name, with its options. */
+  study(name: string, latent: number, asked?: Record<string, any>, signal?: AbortSignal): Promise<any>;
 }
 
 /** What the table is filtered and sorted by; all text, as in the link. */

@@ -25,16 +25,23 @@ export class Upstream {
     this.#view = view;
     if (this.body.dataset.tabShown !== view.tab) this.#clear();
     try {
-      this.start ??= await this.data.upstream("start", this.feature.latent, { proxy: view.p });
+      this.start ??= await this.#begin(view);
       if (this.#view === view) await this[`_${view.tab}`](view);
     } catch (error) {
       if (this.#view === view && error.name !== "AbortError") this.#fail(error);
     }
   }
 
+  /** What there is: a model or not, SAEs of earlier components, sets of source tokens. */
+  async #begin({ p }) {
+    const { latent } = this.feature;
+    const [start, { sets, corpus }] = await Promise.all([this.data.start(latent), this.data.study("source_sets", latent, p ? { proxy: p } : {})]);
+    return { ...start, sets, corpus };
+  }
+
   async _heads(view) {
     const { drawHeadShares } = await import("./headshares.js");
-    await this.#draw(view, "", async () => drawHeadShares(await this.#ask("heads", {}), view, this.needs));
+    await this.#draw(view, "", async () => drawHeadShares(await this.#ask("head_shares", {}), view, this.needs));
   }
 
   async _source(view) {
@@ -45,7 +52,7 @@ export class Upstream {
   async _attention(view) {
     const { drawAttention, drawComparison } = await import("./upsources.js");
     const example = this.#example(view);
-    await this.#ofSet(view, async (found) => [...drawAttention(found, this.needs), this.#picker(example), await this.#strip(example), ...drawComparison(await this.#ask("compare", { at: example.at }), this.needs)], example.key);
+    await this.#ofSet(view, async (found) => [...drawAttention(found, this.needs), this.#picker(example), await this.#strip(example), ...drawComparison(await this.#ask("compare_heads", { at: example.at }), this.needs)], example.key);
   }
 
   /** A tab about a set of source tokens: those of the link, else the first of what is suggested. */
@@ -65,10 +72,10 @@ export class Upstream {
     const again = button({ class: "button", "data-again": "", onclick: () => this.change({ how: `${name}.${Number(draw) + 1}` }) }, "another draw");
     const controls = () => [this.#picker(example), choice("corruption", CORRUPTIONS, name, (value) => this.change({ how: value })), again, choice("nodes", NODE_SETS, view.nodes, (nodes) => this.change({ nodes }))];
     await this.#draw(view, [example.key, how, view.nodes, view.by].join("|"), async () => {
-      const found = await this.#ask("patch", { at: example.at, how, nodes: view.nodes || "components" });
+      const found = await this.#ask("patching", { at: example.at, how, nodes: view.nodes || "components" });
       const drawn = drawPatching(found, view, this.needs);
       if (this.start.saes.length === 0) return [...drawn, empty("Features of earlier SAEs as nodes: start the server with --upstream-sae as well, such as ", el("code", {}, `${this.start.command} --upstream-sae tiny-mlp0`), ".")];
-      const all = await Promise.all(this.start.saes.map((sae) => this.data.upstream("features", this.feature.latent, { at: example.at, how, sae })));
+      const all = await Promise.all(this.start.saes.map((sae) => this.data.study("feature_patching", this.feature.latent, { at: example.at, how, features_of: sae })));
       return [...drawn, ...all.flatMap((own) => drawFeaturePatching(own, view, this.needs))];
     }, controls);
   }
@@ -80,7 +87,7 @@ export class Upstream {
     await this.#draw(view, example.key, async () => {
       const ids = await this.#tokens(example);
       const token = (position) => this.vocab.label(ids[position]);
-      const ask = (path) => this.data.upstream("circuit", this.feature.latent, { at: example.at, path });
+      const ask = (path) => this.data.study("circuit", this.feature.latent, { at: example.at, path });
       const tree = new CircuitTree({ ask, token, open: pathsOf(view.path), opened: (paths) => this.change({ path: pathsText(paths) }), attended: (at) => this.change({ why: [at.layer, at.head, at.query, at.key].join(".") }) });
       const first = await tree.start();
       this.why = { place: el("div", { "data-why-place": "" }), token, example, shown: "" };
@@ -115,7 +122,7 @@ export class Upstream {
     const [layer, head, query, key] = asked.split(".");
     this.why.place.setAttribute("aria-busy", "true");
     try {
-      const found = await this.data.upstream("qk", this.feature.latent, { at: this.why.example.at, layer, head, query, key });
+      const found = await this.data.study("qk", this.feature.latent, { at: this.why.example.at, layer, head, query, key });
       this.why.place.replaceChildren(drawQk(found, { token: this.why.token, tip: this.needs.tip, mode, change: (by) => this.change({ by }), pick: (other) => this.change({ why: [layer, head, query, other].join(".") }) }));
     } catch (error) {
       this.why.place.replaceChildren(el("p", { class: "nothing", "data-failed": "" }, error.message, " ", error.do ?? ""));
@@ -165,7 +172,7 @@ export class Upstream {
   async #ask(study, parameters) {
     this.#asked?.abort();
     const asked = this.#asked = new AbortController();
-    return this.data.upstream(study, this.feature.latent, parameters, asked.signal);
+    return this.data.study(study, this.feature.latent, parameters, asked.signal);
   }
 
   /** Draw a tab once for what it shows: a slider that is moved does not draw it anew. */

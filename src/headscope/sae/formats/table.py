@@ -10,7 +10,7 @@ def supported() -> str:
 
 def _section(format_: Format) -> str:
     lines = [
-        f"### {format_.name[0].upper()}{format_.name[1:]}",
+        f"### {format_.name.replace('the ', 'The ', 1)}",  # libraries are spelled as they spell themselves
         "",
         f"Files: {format_.layout}.",
         f"Activations: {format_.convention}.",

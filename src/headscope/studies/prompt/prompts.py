@@ -8,11 +8,9 @@ z. Features at one token are all read before any of them is taken out, so that
 with z as the ablated heads leave it. The model is run twice, with and without them.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from threading import Lock
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from headscope.index.live import LiveIndex
 from headscope.interventions import at, constant, reconstruction
 from headscope.models.attention import Attention
 from headscope.models.hf import Edit, SiteEdit
+from headscope.recent import Recent
 from headscope.site import Site
 from headscope.studies.how.corruptions import prompt
 from headscope.studies.prompt.records import (
@@ -58,20 +57,14 @@ class _Read:
 
 
 class Prompts:
-    """Prompts for the model of an index: any thread may ask, one run is made at a time."""
+    """Runs of prompts by the model of an index; the last few are kept. Not for several threads at once."""
 
-    def __init__(self, live: LiveIndex, *, lock: AbstractContextManager | None = None) -> None:
-        """Ask a model.
-
-        Args:
-            live: the index with its model and its SAE of z.
-            lock: held while the model runs, where others run it too.
-        """
+    def __init__(self, live: LiveIndex) -> None:
+        """Run prompts through the model of an index, with its SAE of z."""
         self.live, self.model, self.sae = live, live.model, live.sae
         self._layer = live.sae.site.layer
         self._weights = HeadWeights.of(live.sae, live.model)
-        self._lock = lock or Lock()
-        self._reads: OrderedDict[tuple[int, ...], _Read] = OrderedDict()
+        self._reads = Recent[tuple[int, ...], _Read](_KEPT)
         self._means: dict[int, Tensor] | None = None
 
     @property
@@ -108,7 +101,7 @@ class Prompts:
             CorpusError: no tokens, unknown ones, or too many.
             StudyError: an ablation of a feature, head or token that there is not.
         """
-        with self._lock, torch.no_grad():
+        with torch.no_grad():
             read = self._read(tokens)
             chosen = self._checked(ablations, len(read.tokens))
             loss = self._losses(read.tokens)
@@ -146,7 +139,7 @@ class Prompts:
             CorpusError: no tokens, unknown ones, or too many.
             StudyError: no such position or target.
         """
-        with self._lock, torch.no_grad():
+        with torch.no_grad():
             read = self._read(tokens)
             n = len(read.tokens)
             _check("position", query, n)
@@ -177,7 +170,7 @@ class Prompts:
             CorpusError: no tokens, unknown ones, or too many.
             StudyError: no such position, or an ablation of a feature, head or token that there is not.
         """
-        with self._lock, torch.no_grad():
+        with torch.no_grad():
             known = prompt(self.model, tokens)
             n = len(known)
             _check("position", query, n)
@@ -212,7 +205,7 @@ class Prompts:
             CorpusError: no tokens, unknown ones, or too many.
             StudyError: no such feature or position.
         """
-        with self._lock, torch.no_grad():
+        with torch.no_grad():
             read = self._read(tokens)
             _check("position", query, len(read.tokens))
             _check("feature", latent, self.sae.d_sae)
@@ -238,20 +231,18 @@ class Prompts:
             StudyError: no such layer, or no text in these blocks.
         """
         _check("layer", layer, self.model.spec.n_layers)
-        with self._lock:
-            return self._mean(layer)
+        return self._mean(layer)
 
     # ----------------------------------------------------------------------------------------------------------- steps
     def _read(self, tokens: Sequence[int]) -> _Read:
         key = tuple(int(token) for token in tokens)
-        if key not in self._reads:
+
+        def make() -> _Read:
             known = prompt(self.model, key)
             attention = self.model.attention(known[None], self._layer)
-            self._reads[key] = _Read(known, attention, self.sae.encode(attention.z[0]))
-        self._reads.move_to_end(key)
-        while len(self._reads) > _KEPT:
-            self._reads.popitem(last=False)
-        return self._reads[key]
+            return _Read(known, attention, self.sae.encode(attention.z[0]))
+
+        return self._reads.get(key, make)
 
     def _losses(self, tokens: Int[Tensor, " position"]) -> Float[Tensor, " predicting"]:
         return self.model.losses(tokens[None])[0]

@@ -1,10 +1,6 @@
-"""Prompts taken apart as a page asks for it: recursive DFA node by node, and the scores of heads by pairs of parts."""
+"""Recursive DFA of prompts node by node, and the scores of heads by pairs of parts, as a page asks for them."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from threading import Lock
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,33 +9,29 @@ from torch import Tensor
 
 from headscope.errors import StudyError
 from headscope.models.hf import Model
+from headscope.recent import Recent
 from headscope.sae.model import SAE
 from headscope.studies.how.circuit import Node, PromptCircuit
 from headscope.studies.how.corruptions import prompt
 from headscope.studies.how.qk import PromptScores, ScoreSplit
 
 _KEPT = 4  # prompts
-_T = TypeVar("_T")
 
 
 class PromptCircuits:
-    """A `CircuitSource` of one model: runs are made one at a time, those of the last few prompts are kept."""
+    """Runs of one model; those of the last few prompts are kept. Not for several threads at once."""
 
-    def __init__(
-        self, model: Model, sae: SAE, *, saes: Sequence[SAE] = (), lock: AbstractContextManager | None = None
-    ) -> None:
-        """Take prompts of a model apart.
+    def __init__(self, model: Model, sae: SAE, *, saes: Sequence[SAE] = ()) -> None:
+        """Decompose prompts of a model.
 
         Args:
             model: which model.
             sae: of z, whose features are followed.
             saes: of earlier components, whose features are told apart where they stand before what is read.
-            lock: held while the model runs, where others run it too.
         """
         self.model, self.sae, self.saes = model, sae, tuple(saes)
-        self._lock = lock or Lock()
-        self._circuits: OrderedDict[tuple[int, ...], PromptCircuit] = OrderedDict()
-        self._scores: OrderedDict[tuple[int, tuple[int, ...]], PromptScores] = OrderedDict()
+        self._circuits = Recent[tuple[int, ...], PromptCircuit](_KEPT)
+        self._scores = Recent[tuple[int, tuple[int, ...]], PromptScores](_KEPT)
 
     def level(
         self, tokens: tuple[int, ...], latent: int, query: int, path: tuple[str, ...]
@@ -55,13 +47,12 @@ class PromptCircuits:
         Raises:
             HeadscopeError: no such prompt, latent, token or node.
         """
-        with self._lock:
-            circuit = self._circuit(tokens)
-            node = circuit.root(latent, query)
+        circuit = self._circuit(tokens)
+        node = circuit.root(latent, query)
+        children = circuit.expand(node)
+        for name in path:
+            node = _named(children, name, node)
             children = circuit.expand(node)
-            for name in path:
-                node = _named(children, name, node)
-                children = circuit.expand(node)
         return node, children
 
     def scores(self, tokens: tuple[int, ...], layer: int, head: int, query: int) -> ScoreSplit:
@@ -71,8 +62,7 @@ class PromptCircuits:
             HeadscopeError: no such prompt, head or token.
             ModelError: no such layer, or scores that have no exact split.
         """
-        with self._lock:
-            return self._prompt_scores(tokens, layer).split(head, query)
+        return self._prompt_scores(tokens, layer).split(head, query)
 
     def read(
         self, tokens: tuple[int, ...], layer: int, head: int, query: int, key: int, part: str
@@ -82,16 +72,15 @@ class PromptCircuits:
         Raises:
             HeadscopeError: no such prompt, head or token, or the part is no earlier head.
         """
-        with self._lock:
-            found = self._prompt_scores(tokens, layer)
-            chosen = next((p for p in found.parts if p.name == part), None)
-            if chosen is None:
-                raise StudyError(f"part {part!r}", expected="an earlier head, as 0.2", do="name one of these")
-            by_source = found.sources(head, query, key, chosen)
+        found = self._prompt_scores(tokens, layer)
+        chosen = next((p for p in found.parts if p.name == part), None)
+        if chosen is None:
+            raise StudyError(f"part {part!r}", expected="an earlier head, as 0.2", do="name one of these")
+        by_source = found.sources(head, query, key, chosen)
         return by_source.sum(0).double().cpu().numpy()
 
     def by_source(self, tokens: tuple[int, ...], latent: int, query: int) -> Float[Tensor, " source"]:
-        """What comes to a feature at a token from each source: heads and parts summed. The caller holds the lock.
+        """What comes to a feature at a token from each source: heads and parts summed.
 
         Raises:
             HeadscopeError: no such prompt, latent or token.
@@ -99,20 +88,20 @@ class PromptCircuits:
         return self._circuit(tokens).split(latent, query).sum((0, 2))
 
     def _circuit(self, tokens: tuple[int, ...]) -> PromptCircuit:
-        below = [sae for sae in self.saes if sae.site.layer < self.sae.site.layer]
-        return _kept(
-            self._circuits,
-            tokens,
-            lambda: PromptCircuit(self.model, self.sae, prompt(self.model, tokens), saes=below),
-        )
+        def make() -> PromptCircuit:
+            below = [sae for sae in self.saes if sae.site.layer < self.sae.site.layer]
+            return PromptCircuit(self.model, self.sae, prompt(self.model, tokens), saes=below)
+
+        with torch.no_grad():
+            return self._circuits.get(tokens, make)
 
     def _prompt_scores(self, tokens: tuple[int, ...], layer: int) -> PromptScores:
-        below = [sae for sae in self.saes if sae.site.layer < layer]
-        return _kept(
-            self._scores,
-            (layer, tokens),
-            lambda: PromptScores(self.model, layer, prompt(self.model, tokens), saes=below),
-        )
+        def make() -> PromptScores:
+            below = [sae for sae in self.saes if sae.site.layer < layer]
+            return PromptScores(self.model, layer, prompt(self.model, tokens), saes=below)
+
+        with torch.no_grad():
+            return self._scores.get((layer, tokens), make)
 
 
 def _named(children: Sequence[Node], name: str, parent: Node) -> Node:
@@ -125,14 +114,3 @@ def _named(children: Sequence[Node], name: str, parent: Node) -> Node:
             do="name the nodes from the feature on",
         )
     return found
-
-
-def _kept(kept: OrderedDict, key: tuple, make: Callable[[], _T]) -> _T:
-    """What was made for a key, made now if it is not kept."""
-    if key not in kept:
-        with torch.no_grad():
-            kept[key] = make()
-    kept.move_to_end(key)
-    while len(kept) > _KEPT:
-        kept.popitem(last=False)
-    return kept[key]

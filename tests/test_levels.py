@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from headscope.encode import encode
 from headscope.errors import HeadscopeError, StudyError
-from headscope.explorer.circuit_json import CircuitSource, level_json, path_of, qk_json
-from headscope.live_circuits import PromptCircuits
 from headscope.site import Site
 from headscope.studies.how.circuit import PromptCircuit
+from headscope.studies.how.levels import Level, path_of, why_attended
+from headscope.studies.how.prompt_circuits import PromptCircuits
 from headscope.studies.how.qk import PromptScores
 from test_circuit import precise, text
 
@@ -30,14 +31,13 @@ def strict(content):
 
 def test_levels_are_those_of_the_study_and_add_up(subject):
     source, tokens = subject
-    assert isinstance(source, CircuitSource)
     circuit = PromptCircuit(source.model, source.sae, text(source.model, QUERY + 1), saes=source.saes)
     todo = [((), circuit.root(LATENT, QUERY))]
     seen = set()
     while todo:
         path, node = todo.pop()
         children = circuit.expand(node)
-        level = strict(level_json(source.level(tokens, LATENT, QUERY, path), most=5))
+        level = strict(encode(Level.of(source.level(tokens, LATENT, QUERY, path), most=5)))
         assert level["node"]["value"] == pytest.approx(node.value, rel=1e-6)
         assert level["node"]["expands"] == bool(children)
         named = {child.name: child.value for child in children}
@@ -59,11 +59,11 @@ def test_levels_are_those_of_the_study_and_add_up(subject):
 
 def test_a_source_says_who_attended_to_it_from_where(subject):
     source, tokens = subject
-    head = level_json(source.level(tokens, LATENT, QUERY, ("2.1",)))
+    head = encode(Level.of(source.level(tokens, LATENT, QUERY, ("2.1",))))
     assert {tuple(child["attended"].values()) for child in head["children"]} == {
         (2, 1, QUERY, child["position"]) for child in head["children"]
     }
-    deeper = level_json(source.level(tokens, LATENT, QUERY, ("2.1", "source 7", "0.2")))
+    deeper = encode(Level.of(source.level(tokens, LATENT, QUERY, ("2.1", "source 7", "0.2"))))
     assert {(c["attended"]["layer"], c["attended"]["head"], c["attended"]["query"]) for c in deeper["children"]} == {
         (0, 2, 7)
     }
@@ -72,7 +72,7 @@ def test_a_source_says_who_attended_to_it_from_where(subject):
 def test_scores_are_those_of_the_study_and_add_up(subject):
     source, tokens = subject
     split = PromptScores(source.model, 2, text(source.model, QUERY + 1), saes=source.saes).split(1, QUERY)
-    found = strict(qk_json(source, tokens, 2, 1, QUERY, 4))
+    found = strict(encode(why_attended(source, tokens, 2, 1, QUERY, 4)))
     assert found["scores"] == pytest.approx(split.scores.tolist(), rel=1e-6)
     assert found["pattern"] == pytest.approx(split.pattern.tolist(), rel=1e-6)
     for name, whole in (("contrast", split.contrast(4)), ("attention", split.attention(4))):
@@ -85,7 +85,7 @@ def test_scores_are_those_of_the_study_and_add_up(subject):
                 expected = whole[names.index(row["name"]), names.index(column["name"])]
                 assert shown[i, j] == pytest.approx(expected, rel=1e-6, abs=1e-12)
     assert sum(map(sum, found["contrast"])) == pytest.approx(found["score"] - found["mean"], abs=1e-5)
-    assert qk_json(source, tokens, 2, 1, QUERY, None)["key"] == split.keys[split.pattern.argmax()]
+    assert why_attended(source, tokens, 2, 1, QUERY, None).key == split.keys[split.pattern.argmax()]
     own = {part["name"] for part in found["key_parts"] if part["kind"] == "head"}
     assert own
     assert {read["part"] for read in found["read"]} <= own
@@ -123,7 +123,7 @@ def test_a_node_that_there_is_not_is_refused(subject, path, said):
         lambda s, t: s.scores(t, 3, 0, QUERY),
         lambda s, t: s.read(t, 2, 1, QUERY, 3, "embedding"),
         lambda s, t: s.read(t, 2, 1, QUERY, 3, "none"),
-        lambda s, t: qk_json(s, t, 2, 1, 4, 7),
+        lambda s, t: why_attended(s, t, 2, 1, 4, 7),
     ],
 )
 def test_what_there_is_not_is_refused(subject, ask):
@@ -134,7 +134,7 @@ def test_what_there_is_not_is_refused(subject, ask):
 def test_the_last_prompts_are_kept(subject, monkeypatch):
     source, tokens = subject
     source.level(tokens, LATENT, QUERY, ())
-    monkeypatch.setattr("headscope.live_circuits.PromptCircuit", None)
+    monkeypatch.setattr("headscope.studies.how.prompt_circuits.PromptCircuit", None)
     source.level(tokens, LATENT, QUERY, ("2.1",))
     with pytest.raises(TypeError):
         source.level(tokens[:5], LATENT, 4, ())

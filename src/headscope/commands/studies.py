@@ -1,0 +1,147 @@
+"""`headscope study`: a command for every study of the registry, and one that runs all studies of a dictionary."""
+
+import json
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import tyro
+
+from headscope import jobs
+from headscope.commands.options import FLAT, OfIndex
+from headscope.display import Display
+from headscope.limits import Input, Latent, Name, check_fields
+from headscope.studies.registry import STUDIES
+from headscope.studies.study import DictionaryStudy, FeatureStudy
+from headscope.studies.study import Study as AnyStudy
+
+_INDEX = Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX", help="An index folder.")]
+_LATENT = Annotated[Latent, tyro.conf.Positional, tyro.conf.arg(metavar="LATENT", help="The feature.")]
+_JSON = Annotated[bool, tyro.conf.arg(help="Print all that the page is told, as JSON.")]
+_SAES = Annotated[tuple[Name, ...], tyro.conf.arg(help="SAEs of earlier components of the model, as `tiny-mlp0`.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class All(OfIndex):
+    """Run every study of the whole dictionary that was not run yet; an interrupted run resumes."""
+
+    resumes: ClassVar[bool] = True
+
+    index: _INDEX
+    again: bool = False
+    """Run also those that were run before."""
+
+    def run(self) -> None:
+        """Run with a progress bar."""
+        with Display() as display:
+            found = jobs.study_all(
+                self.index,
+                model=self.model,
+                sae=self.sae,
+                device=self.device,
+                again=self.again,
+                on_progress=display.on_progress,
+            )
+        for name, record in found.items():
+            display.say(f"{name}:")
+            for line in _lines(record):
+                display.say(f"  {line}")
+        display.say(f"{len(found)} studies were run: look at them with headscope serve --index {self.index}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneStudy(OfIndex):
+    """What the commands of studies have in common; `command_of` adds a study's own options."""
+
+    index: _INDEX
+
+    def run(self) -> None:
+        """Run the study with a progress bar and print what it found."""
+        study = STUDIES[type(self).__name__]
+        given: Any = self  # with the fields that `command_of` adds
+        check_fields(given.options)
+        with Display() as display:
+            subject = jobs.subject(
+                self.index,
+                with_model=study.needs_model,
+                model=self.model,
+                sae=self.sae,
+                device=self.device,
+                upstream_saes=getattr(self, "upstream_sae", ()),
+                on_progress=display.on_progress,
+            )
+            if isinstance(study, DictionaryStudy):
+                found = study.record(subject, given.options)
+            elif given.json:
+                found = study.answer(subject, given.latent, given.options)
+            else:
+                found = study.record(subject, given.latent, given.options)
+        if isinstance(found, dict):
+            display.say(json.dumps(found, allow_nan=False))
+            return
+        for line in _lines(found):
+            display.say(line)
+        if isinstance(study, DictionaryStudy):
+            display.say(f"columns: {Path(self.index) / 'columns' / study.columns}.parquet")
+
+
+def command_of(study: AnyStudy) -> type:
+    """The command of one study: its question as the help, its options, and the latent for a study of a feature."""
+    of_feature = isinstance(study, FeatureStudy)
+    own: list[tuple] = [("options", Annotated[study.options, FLAT])]
+    if of_feature:
+        own = [("latent", _LATENT), *own, ("json", _JSON, False)]
+    if of_feature and study.needs_model:
+        own.append(("upstream_sae", _SAES, ()))
+    said = {
+        "__doc__": f"{study.question[0].upper()}{study.question[1:]}",
+        "resumes": isinstance(study, DictionaryStudy) and study.resumes,
+    }
+    return make_dataclass(study.name, own, bases=(OneStudy,), frozen=True, kw_only=True, namespace=said)
+
+
+def parse(arguments: list[str], *, registry: Any = None) -> Any:
+    """The command that the arguments after `headscope study` name, ready to run."""
+    if arguments and not arguments[0].startswith("-"):
+        arguments = [arguments[0].replace("-", "_"), *arguments[1:]]
+        if arguments[0] != "all":
+            jobs.study_of(arguments[0])
+    commands: list[Any] = [Annotated[All, tyro.conf.subcommand(name="all")]]
+    commands += [Annotated[command_of(study), tyro.conf.subcommand(name=study.name)] for study in STUDIES.values()]
+    any_of: Any = reduce(or_, commands)
+    return tyro.cli(any_of, args=arguments, prog="headscope study", description=Study.__doc__, registry=registry)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Study the features of an index: one by name, or `all` that add columns to it; see `headscope study --help`."""
+
+    def run(self) -> None:
+        """Say which studies there are."""
+        parse(["--help"])
+
+
+def _lines(record: Any) -> list[str]:
+    """What to print of a record: its own summary, or every measure and number that it holds."""
+    if hasattr(record, "lines"):
+        return record.lines()
+    return _numbers("", record)
+
+
+def _numbers(name: str, value: Any) -> list[str]:
+    """Measures and plain values of a record, a line each; arrays are left out."""
+    from headscope.stats import Measure
+
+    if isinstance(value, Measure | bool | int | float | str):
+        return [f"{name}: {value}"]
+    if is_dataclass(value) and not isinstance(value, type):
+        inside = [(field.name, getattr(value, field.name)) for field in fields(value)]
+    elif isinstance(value, dict):
+        inside = list(value.items())
+    elif isinstance(value, tuple | list):
+        inside = [(str(i), of) for i, of in enumerate(value)]
+    else:
+        return []
+    return [line for key, of in inside for line in _numbers(f"{name}.{key}" if name else str(key), of)]

@@ -1,0 +1,51 @@
+"""Rows of the report for a study of the registry: one for each measure of its record, of every exemplar."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from headscope.errors import StudyError
+from headscope.report.records import Claim, Exemplar, Section
+from headscope.report.subject import Subject
+from headscope.stats import Measure
+from headscope.studies.study import FeatureStudy, parse_options
+from headscope.studies.subject import Subject as Studied
+
+
+def section_of(study: FeatureStudy) -> Section:
+    """The section of a study, which is run on every exemplar with its proxy where the study asks for one."""
+
+    def run(subject: Subject) -> tuple[Claim, ...]:
+        studied = Studied(subject.index, subject.live)
+        return tuple(claim for exemplar in subject.some_exemplars() for claim in _claims(study, studied, exemplar))
+
+    return Section(study.name, (study.name,), study.question, run)
+
+
+def _claims(study: FeatureStudy, studied: Studied, exemplar: Exemplar) -> Iterator[Claim]:
+    given = {"proxy": [exemplar.proxy]} if "proxy" in {field.name for field in fields(study.options)} else {}
+    record = study.record(studied, exemplar.latent, parse_options(study, given))
+    found = dict(_measures("", record))
+    if not found:
+        raise StudyError(
+            f"a record of {study.name} without a measure", expected="at least one", do="set in_report to False"
+        )
+    for name, measure in found.items():
+        words = f"{study.question}: {name.replace('_', ' ')}"
+        claim = Claim(study.name, words, "", missing="", feature=exemplar.latent, kind=exemplar.kind)
+        yield claim.with_measure(measure)
+
+
+def _measures(name: str, value: Any) -> Iterator[tuple[str, Measure]]:
+    """Every measure of a record, by the names of the fields that lead to it."""
+    inside: list[tuple[str, Any]] = []
+    if isinstance(value, Measure):
+        yield name, value
+    elif is_dataclass(value) and not isinstance(value, type):
+        inside = [(field.name, getattr(value, field.name)) for field in fields(value)]
+    elif isinstance(value, Mapping):
+        inside = [(str(key), of) for key, of in value.items()]
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        inside = [(str(i + 1), of) for i, of in enumerate(value)]
+    for key, of in inside:
+        yield from _measures(f"{name} {key}".strip(), of)

@@ -1,0 +1,181 @@
+"""A study is one value: what is registered is found by the page, the command line, `study all` and the report."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from starlette.testclient import TestClient
+
+from dive_index import COMMON, DEAD, N_LATENTS, built_live
+from headscope import cli, jobs
+from headscope.encode import encode
+from headscope.errors import IndexFormatError, OptionError, StudyError
+from headscope.explorer.cards import IndexCards
+from headscope.explorer.server import make_app
+from headscope.explorer.studies import packed
+from headscope.index.columns import add_columns, studies
+from headscope.index.live import LiveIndex
+from headscope.limits import Count
+from headscope.report.records import QUICK, Exemplar
+from headscope.report.registry import sections
+from headscope.report.subject import Subject as ReportSubject
+from headscope.stats import Measure
+from headscope.studies.registry import STUDIES, dictionary_studies, feature_studies, register
+from headscope.studies.study import DictionaryStudy, FeatureStudy, NoOptions, Tab
+from headscope.studies.subject import Subject
+
+BASE = "http://127.0.0.1:8000"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyOptions:
+    least: Count = 1
+    """Tokens."""
+
+
+@dataclass(frozen=True)
+class Toy:
+    latent: int
+    largest: Measure
+    histogram: np.ndarray
+    notes: tuple[str, ...] = field(default=("a note",))
+
+
+def run_toy(subject: Subject, latent: int, options: ToyOptions) -> Toy:
+    feature = subject.index.feature(latent)
+    measure = Measure("the largest activation", options.least, value=feature.maximum, missing="it never fires")
+    return Toy(latent, measure, np.array([1.0, np.nan, 0.1 + 0.2]))
+
+
+TOY = FeatureStudy(
+    name="toy",
+    group="what",
+    question="how large is it?",
+    run=run_toy,
+    options=ToyOptions,
+    tabs=(Tab("toy", "Toy"),),
+    in_report=True,
+)
+
+
+def run_all(subject: Subject, _options: NoOptions) -> Toy:
+    table = pa.table({"latent": pa.array(range(N_LATENTS), pa.int32()), "size": [1.0] * N_LATENTS})
+    add_columns(subject.index, "toys", table, {"settings": {}, "definitions": {"size": "1"}, "n": N_LATENTS})
+    subject.progress("toys", 1, 1)
+    return Toy(0, Measure("all of them", N_LATENTS, value=1.0), np.zeros(1))
+
+
+TOYS = DictionaryStudy(name="toys", group="what", question="how large are they?", run=run_all, columns="toys")
+
+
+@pytest.fixture(scope="module")
+def live(random_model, random_corpus, random_sae, tmp_path_factory) -> LiveIndex:
+    return built_live(random_model, random_corpus, random_sae, tmp_path_factory.mktemp("studies") / "index")
+
+
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two studies, registered as a package's are; no study of headscope needs a model meanwhile."""
+    monkeypatch.setattr("headscope.studies.registry.STUDIES", STUDIES)  # put back as it was
+    before = dict(STUDIES)
+    for name in [study.name for study in dictionary_studies()]:
+        STUDIES.pop(name)
+    register(TOY)
+    register(TOYS)
+    yield
+    STUDIES.clear()
+    STUDIES.update(before)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    cli.main(["study", *map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def test_the_page_has_its_address_and_its_tab(live: LiveIndex, toys: None) -> None:
+    client = TestClient(make_app(IndexCards(live.index), subject=Subject(live.index)), base_url=BASE)
+    [listed] = [study for study in client.get("/api/about").json()["studies"] if study["name"] == "toy"]
+    assert listed["tabs"] == [{"name": "toy", "label": "Toy"}]
+    answer = client.get(f"/api/study/toy/{COMMON}?least=7").json()
+    assert answer["largest"]["value"] == pytest.approx(live.index.feature(COMMON).maximum, rel=1e-6)
+    assert answer["largest"]["n"] == 7
+    assert answer["histogram"] == [1.0, None, 0.3]
+    assert (answer["latent"], answer["notes"]) == (COMMON, ["a note"])
+    assert client.get(f"/api/study/toy/{COMMON}?least=0").status_code == 400
+    assert client.get(f"/api/study/toys/{COMMON}").status_code == 404, "it is of no single feature"
+
+
+def test_the_command_line_runs_it(live: LiveIndex, toys: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "largest: " in printed(capsys, "toy", live.index.folder, COMMON)
+    told = json.loads(printed(capsys, "toy", live.index.folder, COMMON, "--json", "--least", 3))
+    assert told["largest"]["n"] == 3
+    assert jobs.study("toy", live.index.folder, COMMON, least=5).largest.n == 5
+
+
+def test_all_studies_of_a_dictionary_are_run_once(
+    live: LiveIndex, toys: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "toys" not in studies(live.index.folder)
+    assert "toys:" in printed(capsys, "all", live.index.folder)
+    assert "toys" in studies(live.index.folder)
+    assert jobs.study_all(live.index.folder) == {}, "it was run"
+    assert set(jobs.study_all(live.index.folder, again=True)) == {"toys"}
+    Path(live.index.folder, "columns", "toys.parquet").unlink()
+
+
+def test_a_file_of_a_feature_holds_it(live: LiveIndex, toys: None) -> None:
+    held = packed(Subject(live.index), COMMON)["studies"]
+    assert held["toy {}"] == TOY.answer(Subject(live.index), COMMON)
+
+
+def test_the_report_has_a_row_for_each_of_its_measures(live: LiveIndex, toys: None) -> None:
+    section = next(section for section in sections() if section.name == "toy")
+    exemplar = Exemplar("induction", COMMON, "token_in([#5])", 0.5, 5, (), "chosen")
+    [claim] = section.run(ReportSubject("random", live, (exemplar,), QUICK))
+    assert claim.ours == pytest.approx(live.index.feature(COMMON).maximum)
+    assert (claim.definition, claim.n, claim.feature) == ("the largest activation", 1, COMMON)
+    assert "how large is it?" in claim.claim
+
+
+def test_a_name_is_given_once(toys: None) -> None:
+    with pytest.raises(StudyError, match="two studies called 'toy'"):
+        register(TOY)
+
+
+def test_what_cannot_be_asked_is_refused(live: LiveIndex, toys: None) -> None:
+    folder = live.index.folder
+    with pytest.raises(StudyError, match=r"(?s)no study 'tyo'.*did you mean toy"):
+        jobs.study("tyo", folder, COMMON)
+    with pytest.raises(StudyError, match="no feature for toy"):
+        jobs.study("toy", folder)
+    with pytest.raises(OptionError, match=r"(?s)options of toy.*most"):
+        jobs.study("toy", folder, COMMON, most=3)
+    with pytest.raises(IndexFormatError, match=f"latent {N_LATENTS}"):
+        jobs.study("toy", folder, N_LATENTS)
+    with pytest.raises(StudyError, match="no model to run"):
+        STUDIES["compare_heads"].record(Subject(live.index), DEAD, STUDIES["compare_heads"].options(at=3))
+
+
+def test_every_study_asks_a_question_and_every_tab_has_a_name_of_its_own() -> None:
+    tabs = [tab.name for study in feature_studies() for tab in study.tabs]
+    assert len(set(tabs)) == len(tabs)
+    for study in STUDIES.values():
+        assert study.question.rstrip(".").endswith(("?", "rest"))
+        assert study.name.isidentifier()
+
+
+def test_records_become_json_with_every_float_short_and_none_that_is_not_finite() -> None:
+    record = Toy(np.int64(3), Measure("a share", 2, value=float("nan"), by_document=(0.1, 1 / 3)), np.ones((2, 2)))
+    told: Any = encode(record)
+    assert told["latent"] == 3
+    assert told["largest"]["value"] is None
+    assert told["largest"]["by_document"] == [0.1, 0.3333333]
+    assert told["histogram"] == [[1.0, 1.0], [1.0, 1.0]]
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    with pytest.raises(TypeError, match="a set has no form in JSON"):
+        encode({1})
