@@ -1,7 +1,7 @@
 """What training finds of a dictionary that is known, by variant, beside SAELens' of the same kind.
 
-The data are those of `headscope.sae.planted`: low-rank blocks of heads, features of one head or several, Zipf
-frequencies, groups, parents and children; the numbers those of `headscope.sae.recovery`. Both libraries train for as
+The data are those of `planted_dictionary`: low-rank blocks of heads, features of one head or several, Zipf
+frequencies, groups, parents and children; the numbers those of `recovery`. Both libraries train for as
 many steps on the same batches, each from its own start. headscope takes its default recipe, penalties steered to the
 planted L0. SAELens has its warm-up and decay and coefficients that bring it to about that L0; for BatchTopK it takes
 two learning rates, the others the better of these, by MMCS. `--json` has both.
@@ -26,11 +26,11 @@ import tyro
 from torch import Tensor
 
 from headscope.sae.config import TrainConfig
-from headscope.sae.planted import PlantedConfig, PlantedDictionary, plant
-from headscope.sae.recovery import Recovery, recovery
 from headscope.stats import Measure
 from peers.common import Task
+from planted_dictionary import PlantedConfig, PlantedDictionary, plant
 from processes import OURS, ProcessError, train
+from recovery import Recovery, recovery
 from step_data import encode, mean_l0, planted_rows, scaled, squared_error
 
 PLANTED = PlantedConfig(n_features=128, n_heads=4, d_head=16, rank=12, l0=4.0)

@@ -17,8 +17,8 @@ from torch import Tensor
 from headscope.capture import activations
 from headscope.corpus import load_corpus
 from headscope.models.load import load_model
-from headscope.sae.planted import PlantedConfig, PlantedDictionary, plant
 from headscope.site import Site
+from planted_dictionary import PlantedConfig, PlantedDictionary, plant
 
 N_HEADS = 8
 CHUNK = 4096

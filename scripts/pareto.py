@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from headscope.sae.pareto import Pareto
-from headscope.sae.pareto_page import page, svg
+from pareto_page import page, svg
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -22,7 +22,7 @@ from transformers import BloomConfig
 
 from headscope import cli, jobs
 from headscope.artefact import atomic_write, cannot_write
-from headscope.display import Display
+from headscope.commands.display import Display
 from headscope.index.store import FeatureIndex
 from headscope.models.hf import Model
 from headscope.sae.formats import WEIGHTS, load_sae, save_sae

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from headscope import demo
 from headscope.cli import main
 from headscope.index.store import FeatureIndex
+from headscope.jobs import demo
 from headscope.sae.formats import load_sae
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT_FILE = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PROJECT_FILE["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OPTIONAL = {
     "datasets": "hub",
@@ -91,3 +92,14 @@ def test_an_undeclared_import_is_found(tmp_path: Path) -> None:
     assert undeclared(imports(file)) == {"einops", "httpx"}
     file.write_text("import plotly\n")
     assert undeclared(imports(file)) == {"plotly"}
+
+
+def test_every_module_stands_in_a_layer() -> None:
+    """Of the import map: `headscope` itself and its packages aside, which their modules stand for."""
+    [layers] = [c["layers"] for c in PROJECT_FILE["tool"]["importlinter"]["contracts"] if c["type"] == "layers"]
+    named = {name for layer in layers for name in layer.split(" | ")}
+    root = ROOT / "src" / "headscope"
+    for path in sorted(root.rglob("*.py")):
+        module = ".".join(["headscope", *path.relative_to(root).with_suffix("").parts])
+        if path.name != "__init__.py":
+            assert any(module == name or module.startswith(f"{name}.") for name in named), module

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from headscope import display
-from headscope.display import Display, status_line
+from headscope.commands import display
+from headscope.commands.display import Display, status_line
 from headscope.errors import OutputError
 from headscope.sae.metrics import Status
 

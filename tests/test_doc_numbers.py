@@ -5,9 +5,9 @@ import re
 import tomllib
 from pathlib import Path
 
-from headscope import demo
 from headscope.corpus import blocks, reading, text
 from headscope.index.config import FORMAT_VERSION, IndexPlan
+from headscope.jobs import demo
 from headscope.sae.config import TrainConfig
 from headscope.sae.formats import load_sae, sae_hash
 from headscope.sae.presets import PRESETS

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from command_options import COMMANDS, fields_of, parts_of
-from headscope import jobs, sweep
+from headscope import jobs
 from headscope.commands.training import Train
 from headscope.errors import HeadscopeError, OptionError, StudyError, TrainingError
 from headscope.index.config import IndexPlan
+from headscope.jobs import sweeps
 from headscope.limits import Count, From0, Name, Output, Rule, check_fields, checked
 from headscope.memory import available_memory
 from headscope.sae.config import TrainConfig
@@ -46,7 +47,7 @@ NAMES_OF_TEXT |= {f.name for f in dataclasses.fields(TrainConfig) if typing.get_
 
 OPTIONS = {(record, field.name): field for command in COMMANDS for record, field in fields_of(command)}
 NUMBERS = {key: field for key, field in OPTIONS.items() if parts_of(field.type)[0] & {int, float}}
-JOBS = [getattr(jobs, name) for name in jobs.__all__ if inspect.isfunction(getattr(jobs, name))] + [sweep.sweep]
+JOBS = [getattr(jobs, name) for name in jobs.__all__ if inspect.isfunction(getattr(jobs, name))] + [sweeps.sweep]
 
 
 def rules_of(hint: Any) -> list[Any]:
@@ -317,7 +318,7 @@ def test_a_training_asks_before_it_reads(monkeypatch: pytest.MonkeyPatch, random
     with pytest.raises(TrainingError, match="d_sae = 2,000,000,000"):
         jobs.train(tmp_path / "out", config=big)
     with pytest.raises(TrainingError, match="d_sae = 4,000,000,000 in all"):
-        sweep.sweep(tmp_path / "out", {"a": big, "b": big})
+        sweeps.sweep(tmp_path / "out", {"a": big, "b": big})
     with pytest.raises(HeadscopeError, match="blocks of 65 tokens"):
         jobs.train(tmp_path / "out", text=jobs.CorpusChoice(block_size=65), config=TrainConfig(d_sae=24))
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from families_table import families_table, filled
 from headscope.models.families import FAMILIES
-from headscope.models.table import families_table, filled
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
 

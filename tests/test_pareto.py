@@ -15,8 +15,8 @@ from headscope import figures
 from headscope.errors import FigureError, SAEError
 from headscope.sae.config import TrainConfig
 from headscope.sae.pareto import HEADINGS, MEASURES, Pareto, Point
-from headscope.sae.pareto_page import nice_ticks, page, svg
 from headscope.stats import Estimate
+from pareto_page import nice_ticks, page, svg
 
 DOCS = Path(__file__).parents[1] / "docs"
 

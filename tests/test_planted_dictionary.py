@@ -9,10 +9,10 @@ from torch.testing import assert_close
 
 from headscope.errors import SAEError, TrainingError
 from headscope.sae.config import TrainConfig
-from headscope.sae.planted import MOST_FREQUENT, PlantedConfig, plant, zipf_frequencies
-from headscope.sae.recovery import Recovery, recovery
 from headscope.sae.training.trainer import Trainer
 from headscope.site import Site
+from planted_dictionary import MOST_FREQUENT, PlantedConfig, plant, zipf_frequencies
+from recovery import Recovery, recovery
 
 CONFIG = PlantedConfig(n_features=40, n_heads=4, d_head=8, rank=3, spread=(1, 3), l0=4.0, group_size=3)
 N = 60_000

@@ -17,7 +17,6 @@ from torch.testing import assert_close
 from headscope.errors import SAEError
 from headscope.models.hf import Model
 from headscope.sae.formats import FORMATS, WEIGHTS, is_sae, load_sae, locate, sae_hash, save_sae
-from headscope.sae.formats.table import supported
 from headscope.sae.model import PROCESSED, SAE, TopK
 from headscope.site import Site
 from sae_files import (
@@ -28,6 +27,7 @@ from sae_files import (
     write_gemma_scope_2,
     write_sparsify,
 )
+from saes_table import supported
 
 RandomSAE = Callable[..., SAE]
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from torch.testing import assert_close
 
-from headscope import cli, jobs, sweep
-from headscope.display import Display
+from headscope import cli, jobs
+from headscope.commands.display import Display
 from headscope.errors import OutputError, TrainingError
+from headscope.jobs import sweeps
 from headscope.sae.config import TrainConfig
 from headscope.sae.formats import load_sae
 from headscope.sae.pareto import Pareto
@@ -20,7 +21,7 @@ from headscope.sae.training import run as training
 pytestmark = pytest.mark.slow
 
 CONFIG = TrainConfig(tokens=1024, batch=64, buffer=256, d_sae=24, resample=0)
-CONFIGS = sweep.recipes(CONFIG, ("relu", "topk"), (3.0, 5.0))
+CONFIGS = sweeps.recipes(CONFIG, ("relu", "topk"), (3.0, 5.0))
 NAMES = ("relu-l0-3", "relu-l0-5", "topk-l0-3", "topk-l0-5")
 
 
@@ -39,7 +40,7 @@ def options(random_model, save_model, tmp_path_factory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def swept(options, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("swept") / "out"
-    assert not sweep.sweep(out, CONFIGS, **options).interrupted
+    assert not sweeps.sweep(out, CONFIGS, **options).interrupted
     return out
 
 
@@ -75,9 +76,9 @@ def test_recipes_are_all_pairs() -> None:
 
 def test_recipes_that_make_no_sweep() -> None:
     with pytest.raises(TrainingError, match="at least one of both"):
-        sweep.recipes(CONFIG, (), (3.0,))
+        sweeps.recipes(CONFIG, (), (3.0,))
     with pytest.raises(TrainingError, match="--coefficient None"):
-        sweep.recipes(TrainConfig(variant="relu", coefficient=2.0), ("relu",), (3.0,))
+        sweeps.recipes(TrainConfig(variant="relu", coefficient=2.0), ("relu",), (3.0,))
 
 
 def test_each_sae_is_what_it_is_alone(swept: Path, options, tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_nothing_of_the_training_is_left_but_its_metrics(swept: Path) -> None:
 
 def test_a_finished_sweep_does_nothing_again(swept: Path, options, work) -> None:
     before = (swept / "pareto.json").read_bytes()
-    sweep.sweep(swept, CONFIGS, **options)
+    sweeps.sweep(swept, CONFIGS, **options)
     assert work == []
     assert (swept / "pareto.json").read_bytes() == before
 
@@ -126,7 +127,7 @@ def test_what_was_cut_off_goes_on(options, work, tmp_path: Path, monkeypatch, sw
         if statuses["relu-l0-3"].step == 7:
             raise KeyboardInterrupt
 
-    assert sweep.sweep(out, CONFIGS, **options, on_steps=press).interrupted
+    assert sweeps.sweep(out, CONFIGS, **options, on_steps=press).interrupted
     assert [(run.state, run.step) for run in find_runs([tmp_path])] == [("unfinished", 8)] * 4
     measure = jobs.measure
 
@@ -137,10 +138,10 @@ def test_what_was_cut_off_goes_on(options, work, tmp_path: Path, monkeypatch, sw
 
     monkeypatch.setattr(jobs, "measure", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
-        sweep.sweep(out, CONFIGS, **options)
+        sweeps.sweep(out, CONFIGS, **options)
     assert not (out / "pareto.json").exists()
     monkeypatch.setattr(jobs, "measure", measure)
-    sweep.sweep(out, CONFIGS, **options)
+    sweeps.sweep(out, CONFIGS, **options)
     measured = [f"measure {name}" for name in NAMES]
     assert work == [f"train {name}" for name in NAMES] * 2 + measured
     assert (out / "pareto.json").read_bytes() == (swept / "pareto.json").read_bytes(), "as if it had not been"
@@ -148,8 +149,8 @@ def test_what_was_cut_off_goes_on(options, work, tmp_path: Path, monkeypatch, sw
 
 def test_new_targets_are_trained_and_measured_alone(options, work, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    sweep.sweep(out, sweep.recipes(CONFIG, ("topk",), (3.0,)), **options)
-    found = sweep.sweep(out, sweep.recipes(CONFIG, ("topk",), (3.0, 4.0)), **options)
+    sweeps.sweep(out, sweeps.recipes(CONFIG, ("topk",), (3.0,)), **options)
+    found = sweeps.sweep(out, sweeps.recipes(CONFIG, ("topk",), (3.0, 4.0)), **options)
     assert work == ["train topk-l0-3", "measure topk-l0-3", "train topk-l0-4", "measure topk-l0-4"]
     assert found.pareto is not None
     assert [point.target_l0 for point in found.pareto.points] == [3.0, 4.0]
@@ -161,13 +162,13 @@ def test_new_targets_are_trained_and_measured_alone(options, work, tmp_path: Pat
 def test_saes_of_another_training_are_not_taken_for_it(swept: Path, options, work, what: str, match: str) -> None:
     configs, changed = CONFIGS, dict(options)
     if what == "lr":
-        configs = sweep.recipes(TrainConfig(**{**CONFIG.__dict__, "lr": 1e-4}), ("topk",), (3.0,))
+        configs = sweeps.recipes(TrainConfig(**{**CONFIG.__dict__, "lr": 1e-4}), ("topk",), (3.0,))
     elif what == "layer":
         changed["layer"] = 0
     else:
         changed["text"] = jobs.CorpusChoice(corpus=options["text"].corpus, split="all", block_size=32)
     with pytest.raises(OutputError, match=match):
-        sweep.sweep(swept, configs, **changed)
+        sweeps.sweep(swept, configs, **changed)
     assert work == []
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from headscope import cli, jobs
-from headscope.display import Display
+from headscope.commands.display import Display
 from headscope.models.hf import Model
 from headscope.sae.formats import load_sae
 from headscope.sae.metrics import Status

@@ -6,10 +6,11 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from headscope import demo, jobs
+from headscope import jobs
+from headscope.commands.display import Display
 from headscope.commands.options import FLAT, OnDevice
 from headscope.commands.pages import end_computing
-from headscope.display import Display
+from headscope.jobs import demo
 from headscope.limits import Input, Name, Output, Port
 from headscope.report import run as report
 

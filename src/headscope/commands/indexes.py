@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar
 import tyro
 
 from headscope import jobs
+from headscope.commands.display import Display
 from headscope.commands.options import FLAT
-from headscope.display import Display
 from headscope.index.config import IndexPlan
 from headscope.limits import From0, Input, Name, Output
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import tyro
 
 from headscope import jobs
+from headscope.commands.display import Display
 from headscope.commands.options import MayRunModel
-from headscope.display import Display
 from headscope.limits import Input, Latent, Name, Output, Port
 
 

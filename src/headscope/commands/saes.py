@@ -7,8 +7,8 @@ from typing import Annotated
 import tyro
 
 from headscope import jobs
+from headscope.commands.display import Display
 from headscope.commands.options import FLAT
-from headscope.display import Display
 from headscope.errors import OutputError
 from headscope.limits import Layer, Name, Output, Tokens
 from headscope.site import Kind

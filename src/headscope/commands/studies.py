@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from headscope import jobs
+from headscope.commands.display import Display
 from headscope.commands.options import FLAT, OfIndex
-from headscope.display import Display
 from headscope.limits import Input, Latent, Name, check_fields
 from headscope.studies.registry import STUDIES
 from headscope.studies.study import DictionaryStudy, FeatureStudy

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
-from headscope import jobs, sweep
+from headscope import jobs
 from headscope.artefact import PAGE_MARK, atomic_write, check_output
+from headscope.commands.display import Display
 from headscope.commands.options import FLAT, joined
-from headscope.display import Display
 from headscope.errors import INTERRUPTED, FigureError, SAEError
+from headscope.jobs import sweeps
 from headscope.limits import Above0, Input, Layer, Name, Output, Tokens
 from headscope.names import short
 from headscope.sae import pareto, runs
@@ -140,9 +141,9 @@ class Sweep:
 
     def run(self) -> None:
         """Train and measure with progress, print the table, draw the curves; with what `torchrun` started, together."""
-        configs = sweep.recipes(self.config, self.variants, self.target_l0s)
+        configs = sweeps.recipes(self.config, self.variants, self.target_l0s)
         with joined(self.hardware.device) as rank, Display(quiet=rank > 0) as display:
-            result = sweep.sweep(
+            result = sweeps.sweep(
                 self.out,
                 configs,
                 model=self.model,

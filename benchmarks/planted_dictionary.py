@@ -4,7 +4,7 @@ What is known to matter for dictionaries of attention outputs is in it: each hea
 components, a feature writes to one head or is spread over several, few features are frequent and most are rare (Zipf),
 features of a group come together, and a child comes only where its parent is. Frequencies, groups and parents follow
 SynthSAEBench (Chanin & Garriga-Alonso, 2026, https://arxiv.org/abs/2602.14687). What a trained dictionary has found of
-it is measured in `headscope.sae.recovery`.
+it is measured in `recovery`.
 """
 
 from dataclasses import dataclass
