@@ -43,10 +43,10 @@ def test_it_is_what_the_index_stored_of_its_examples(live):
         found = index.dfa(position, [latent for latent, _ in chosen])
         for dfa, (_, example) in zip(found, chosen, strict=True):
             assert_allclose(dfa.pre, example.pre, atol=1e-4)
-            assert_allclose(dfa.heads, example.heads, atol=1e-4)
+            assert_allclose(dfa.by_head, example.heads, atol=1e-4)
             at = [source.position for source in example.sources]
             assert_allclose(dfa.by_source[:, at].T, [source.heads for source in example.sources], atol=1e-4)
-            assert_allclose(dfa.heads - dfa.by_source[:, at].sum(1), example.rest, atol=1e-4)
+            assert_allclose(dfa.by_head - dfa.by_source[:, at].sum(1), example.rest, atol=1e-4)
             n += 1
     assert n > 200
 

@@ -19,12 +19,14 @@ PUBLIC = [
     "Site",
     "TrainConfig",
     "build_index",
+    "dfa",
     "evaluate",
     "jobs",
     "load_corpus",
     "load_model",
     "load_sae",
     "save_sae",
+    "study",
     "train_sae",
 ]
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from headscope.index.config import IndexPlan
     from headscope.index.live import LiveIndex
     from headscope.index.store import FeatureIndex
+    from headscope.jobs.studies import study
     from headscope.models.hf import Model
     from headscope.models.load import load_model
     from headscope.sae.config import TrainConfig
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from headscope.sae.quality import evaluate
     from headscope.sae.training.run import train_sae
     from headscope.site import Site
+    from headscope.studies.prompt.dfa import dfa
 
 _HOME = {
     "Corpus": "headscope.corpus",
@@ -34,11 +36,13 @@ _HOME = {
     "Site": "headscope.site",
     "TrainConfig": "headscope.sae.config",
     "build_index": "headscope.index.build",
+    "dfa": "headscope.studies.prompt.dfa",
     "evaluate": "headscope.sae.quality",
     "load_corpus": "headscope.corpus",
     "load_model": "headscope.models.load",
     "load_sae": "headscope.sae.formats",
     "save_sae": "headscope.sae.formats",
+    "study": "headscope.jobs.studies",
     "train_sae": "headscope.sae.training.run",
 }
 
@@ -53,12 +57,14 @@ __all__ = [
     "Site",
     "TrainConfig",
     "build_index",
+    "dfa",
     "evaluate",
     "jobs",
     "load_corpus",
     "load_model",
     "load_sae",
     "save_sae",
+    "study",
     "train_sae",
 ]
 

@@ -8,9 +8,10 @@ with `bias_j = b_enc_j - b_dec . W_enc_j + c . W_enc_j`. The constant c of z (`M
 values, since how it splits over sources says nothing of the text; it joins the bias, and the sum still closes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -37,6 +38,79 @@ class HeadWeights:
         offset = model.value_offset(sae.site.layer).to(sae.W_enc)
         encoder = sae.head_blocks(model.spec.n_heads).encoder.contiguous()
         return cls(encoder, sae.bias + offset @ sae.W_enc, offset.view(model.spec.n_heads, model.spec.d_head))
+
+
+@dataclass(frozen=True)
+class DFA:
+    """What makes the pre-activation of one feature at one token, active there or not: `by_source` + `bias` = `pre`."""
+
+    latent: int
+    query: int
+    """The token's position in its sequence."""
+    tokens: Int[np.ndarray, " source"]
+    """The sequence up to the token."""
+    activation: float
+    pre: float
+    bias: float
+    residual: float
+    """What rounding leaves of `pre` less its parts."""
+    by_source: Float[np.ndarray, "head source"]
+    """C[h, s]."""
+    pattern: Float[np.ndarray, "head source"]
+    """Attention from the token to each source."""
+
+    @property
+    def by_head(self) -> Float[np.ndarray, " head"]:
+        """C_h: the sum over sources."""
+        return self.by_source.sum(1)
+
+    @property
+    def sources(self) -> Float[np.ndarray, " source"]:
+        """The sum over heads."""
+        return self.by_source.sum(0)
+
+
+def dfa_at(
+    weights: HeadWeights,
+    sae: SAE,
+    attention: Attention,
+    tokens: Int[Tensor, " position"],
+    query: int,
+    latents: Sequence[int],
+) -> tuple[DFA, ...]:
+    """DFA by head and source of some features at one token of a sequence.
+
+    Args:
+        weights: of the SAE and its model.
+        sae: the z SAE.
+        attention: of the SAE's layer, on the sequence as the only row of a batch.
+        tokens: the sequence.
+        query: the token's position.
+        latents: which features.
+    """
+    upto = query + 1
+    chosen = torch.as_tensor(latents, dtype=torch.int64, device=tokens.device)
+    attended = attention.pattern[0, :, query, :upto]
+    pattern = attended[:, None].expand(-1, len(chosen), -1)
+    by_source = dfa_of_sequence(weights, attention.value[0, :upto], pattern, chosen)  # [head, latent, source]
+    everything = sae.pre_activations(attention.z[0, query])
+    pre, f = everything[chosen], sae.activation(everything)[chosen]
+    bias = weights.bias[chosen]
+    residual = pre.double() - by_source.double().sum((0, 2)) - bias.double()
+    return tuple(
+        DFA(
+            latent=int(chosen[i]),
+            query=query,
+            tokens=tokens[:upto].cpu().numpy(),
+            activation=f[i].item(),
+            pre=pre[i].item(),
+            bias=bias[i].item(),
+            residual=residual[i].item(),
+            by_source=by_source[:, i].cpu().numpy(),
+            pattern=attended.cpu().numpy(),
+        )
+        for i in range(len(chosen))
+    )
 
 
 def dfa_by_head(

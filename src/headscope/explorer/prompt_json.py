@@ -1,9 +1,14 @@
 """The records of a prompt as JSON for the prompt explorer; static/types.d.ts has their fields."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from headscope.encode import DIGITS, Json, short, significant
-from headscope.studies.prompt.records import ActiveFeatures, NextTokens, PromptDFA, PromptRun
+from headscope.studies.prompt.records import ActiveFeatures, NextTokens, PromptRun
+
+if TYPE_CHECKING:
+    from headscope.attribution import DFA
 
 MOST_ACTIVE = 64
 """Features of one token that are named: the most active ones."""
@@ -61,7 +66,7 @@ def next_json(found: NextTokens) -> Json:
     }
 
 
-def dfa_json(found: PromptDFA) -> Json:
+def dfa_json(found: "DFA") -> Json:
     """A feature at one token: its largest sources head by head, all others as one; `Example` in static/types.d.ts."""
     by_source, pattern = found.by_source.T, found.pattern.T
     order = np.argsort(-np.abs(by_source).max(1), kind="stable")

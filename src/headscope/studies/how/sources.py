@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.attribution import HeadWeights, dfa_of_sequence
+from headscope.attribution import DFA, HeadWeights, dfa_of_sequence
 from headscope.errors import HeadscopeError, ModelError
-from headscope.index.live import LiveIndex, TokenDFA
+from headscope.index.live import LiveIndex
 from headscope.stats import Estimate, Measure, estimate_of, jensen_shannon, ratio
 from headscope.studies.support.active import Text, drawn
 
@@ -393,7 +393,7 @@ class HeadOnExample:
 class HeadComparison:
     """Heads beside each other at one token of the corpus."""
 
-    dfa: TokenDFA
+    dfa: DFA
     heads: tuple[HeadOnExample, ...]
     """Largest |C_h| first."""
     agreement: Float[np.ndarray, "head head"]
@@ -425,15 +425,15 @@ def compare_heads(
             f"heads {wrong} of layer {live.sae.site.layer}", expected=f"0 to {n_heads - 1}", do="name other heads"
         )
     (found,) = live.dfa(position, [latent])
-    chosen.sort(key=lambda h: -abs(found.heads[h]))
+    chosen.sort(key=lambda h: -abs(found.by_head[h]))
     records = []
     for h in chosen:
         order = np.argsort(-np.abs(found.by_source[h]), kind="stable")[:k]
         records.append(
             HeadOnExample(
                 head=h,
-                contribution=float(found.heads[h]),
-                share=float(found.heads[h] / found.heads.sum()),
+                contribution=float(found.by_head[h]),
+                share=float(found.by_head[h] / found.by_head.sum()),
                 sources=order,
                 dfa=found.by_source[h, order],
                 attention=found.pattern[h, order],

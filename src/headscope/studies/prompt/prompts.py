@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headscope.attribution import HeadWeights, dfa_of_sequence
+from headscope.attribution import DFA, HeadWeights, dfa_at, dfa_of_sequence
 from headscope.errors import StudyError
 from headscope.index.live import LiveIndex
 from headscope.interventions import at, constant, reconstruction
@@ -33,7 +33,6 @@ from headscope.studies.prompt.records import (
     FeatureAblation,
     HeadAblation,
     NextTokens,
-    PromptDFA,
     PromptRun,
 )
 from headscope.studies.support.active import Text, drawn
@@ -198,7 +197,7 @@ class Prompts:
             divergence=max(0.0, (log_p.exp() * (log_p - log_q)).sum().item()),
         )
 
-    def dfa(self, tokens: Sequence[int], latent: int, query: int) -> PromptDFA:
+    def dfa(self, tokens: Sequence[int], latent: int, query: int) -> DFA:
         """The pre-activation of a feature at one token, active there or not, by head and source.
 
         Raises:
@@ -209,20 +208,8 @@ class Prompts:
             read = self._read(tokens)
             _check("position", query, len(read.tokens))
             _check("feature", latent, self.sae.d_sae)
-            chosen = torch.tensor([latent], device=read.tokens.device)
-            by_source = self._dfa(read, query, chosen)[:, 0]
-            pre = self.sae.pre_activations(read.attention.z[0, query])[latent].item()
-            bias = self._weights.bias[latent].item()
-            return PromptDFA(
-                latent=latent,
-                query=query,
-                activation=read.f[query, latent].item(),
-                pre=pre,
-                bias=bias,
-                residual=pre - by_source.double().sum().item() - bias,
-                by_source=_numpy(by_source),
-                pattern=_numpy(read.attention.pattern[0, :, query, : query + 1]),
-            )
+            [found] = dfa_at(self._weights, self.sae, read.attention, read.tokens, query, [latent])
+            return found
 
     def mean(self, layer: int) -> tuple[Float[Tensor, "head d_head"], int]:
         """The mean z of each head of a layer over text tokens of `MEAN_BLOCKS` blocks of the corpus, and their number.

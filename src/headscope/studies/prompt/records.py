@@ -174,18 +174,3 @@ class NextTokens:
     ablated_rank: Int[np.ndarray, " token"]
     divergence: float
     """KL(as it is || with the ablations), in nats."""
-
-
-@dataclass(frozen=True)
-class PromptDFA:
-    """What makes the pre-activation of a feature at one token: `by_source` and `bias` sum to `pre`."""
-
-    latent: int
-    query: int
-    activation: float
-    pre: float
-    bias: float
-    residual: float
-    """What rounding leaves."""
-    by_source: Float[np.ndarray, "head source"]
-    pattern: Float[np.ndarray, "head source"]

@@ -1,0 +1,58 @@
+"""DFA of a feature on a text, in one call."""
+
+from collections.abc import Sequence
+
+import torch
+
+from headscope.attribution import DFA, HeadWeights, dfa_at
+from headscope.errors import StudyError
+from headscope.models.hf import Model
+from headscope.models.load import load_model
+from headscope.sae.convert import fitted
+from headscope.sae.formats import load_sae
+from headscope.sae.model import SAE
+from headscope.studies.how.circuit import check_z
+from headscope.studies.how.corruptions import prompt
+
+
+def dfa(
+    model: Model | str, sae: SAE | str, text: str | Sequence[int], latent: int, *, position: int | None = None
+) -> DFA:
+    """Attribute a feature's pre-activation at one token of a text to heads and source tokens, exactly.
+
+    With the attention pattern held fixed, `pre = sum over heads and sources of by_source + bias` (Kissane et al., 2024,
+    "direct feature attribution").
+
+    Args:
+        model: a model, or the name that `load_model` takes.
+        sae: a z SAE of the model, or the name that `load_sae` takes.
+        text: a text, which is given the BOS in front, or token ids, which are taken as they are.
+        latent: the feature.
+        position: the token; the one at which the pre-activation is largest when None.
+
+    Returns:
+        A record with `.by_source` [head, source], `.by_head` [head], `.sources` [source], `.bias` and `.pre`.
+
+    Raises:
+        ModelError, SAEError: no such model or SAE, or an SAE that does not fit the model or does not read z.
+        CorpusError: an empty text, or one longer than the model's context.
+        StudyError: no such latent or position.
+    """
+    model = load_model(model) if isinstance(model, str) else model
+    sae = load_sae(sae) if isinstance(sae, str) else sae
+    check_z(sae)
+    sae = fitted(sae, model).to(model.device).to(model.module.dtype)
+    tokens = prompt(model, text)
+    with torch.no_grad():
+        attention = model.attention(tokens[None], sae.site.layer)
+        _check("latent", latent, sae.d_sae)
+        if position is None:
+            position = int(sae.pre_activations(attention.z[0])[1:, latent].argmax()) + 1 if len(tokens) > 1 else 0
+        _check("position", position, len(tokens))
+        [found] = dfa_at(HeadWeights.of(sae, model), sae, attention, tokens, position, [latent])
+    return found
+
+
+def _check(what: str, number: int, n: int) -> None:
+    if not 0 <= number < n:
+        raise StudyError(f"{what} {number}", expected=f"0 to {n - 1}", do=f"name another {what}")
