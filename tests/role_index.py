@@ -87,7 +87,11 @@ def add_kinds(index: FeatureIndex) -> None:
         index,
         "proxies",
         pa.table(rows),
-        {"settings": {"min_pearson": 0.3}, "definitions": {n: f"what {n} is" for n in names}, "n": "made up"},
+        {
+            "settings": {"min_pearson": 0.3, "min_active": 30},
+            "definitions": {n: f"what {n} is" for n in names},
+            "n": "made up",
+        },
     )
 
 

@@ -57,7 +57,7 @@ def fails(capsys: pytest.CaptureFixture[str], match: str, *arguments: object) ->
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         run(*arguments)
-    message = capsys.readouterr().err
+    message = re.sub(r"\A(load .*\n)*", "", capsys.readouterr().err)
     assert ended.value.code == 2
     assert re.fullmatch(r"(?s)headscope: .+\n  expected: .+\n  do: .+\n", message), message
     assert re.search(f"(?s){match}", message), message
@@ -681,3 +681,20 @@ def test_info_says_of_a_name_that_is_nothing_and_of_an_index_what_it_takes(
     fails(capsys, r"no SAE and no model './nope'\n.*do: check the path", "info", "./nope")
     (tmp_path / "manifest.json").write_text("{}")
     fails(capsys, r"is an index\n.*do: .*headscope info .*/sae", "info", tmp_path)
+
+
+def test_loading_is_said_before_torch_is_imported_and_not_where_results_go() -> None:
+    code = """
+import sys
+from headscope import jobs
+from headscope.cli import main
+told = []
+def on_progress(stage, done, total):
+    told.append((stage, done, "torch" in sys.modules))
+jobs.info("tiny-z1", on_progress=on_progress)
+assert told == [("load tiny-z1", 0, False), ("load tiny-z1", 1, True)], told
+main(["info", "tiny-z1"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stderr.startswith("load tiny-z1 0/1")
+    assert "load" not in done.stdout

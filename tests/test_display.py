@@ -246,3 +246,13 @@ def test_a_line_is_broken_between_words_on_a_terminal_alone(monkeypatch) -> None
         Display().say(line)
         assert out.getvalue().split() == line.split()
         assert (out.getvalue().count("\n") > 1) == is_terminal
+
+
+def test_the_end_of_a_stage_is_said_once(capsys) -> None:
+    shown = Display()
+    for done, total in ((5, 10), (10, 10), (10, 10)):
+        shown.on_progress("read", done, total)
+    shown.on_progress("write", 1, 1)
+    shown.on_progress("read", 10, 10)
+    said = [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["read 5/10", "read 10/10", "write 1/1", "read 10/10"]

@@ -299,6 +299,8 @@ def test_columns_of_effects_say_the_n_of_this_feature(page: Page, index: Feature
         "n": [1234 + latent for latent in range(N_LATENTS)],
         "sampled": [500] * N_LATENTS,
         "mean": [0.25] * N_LATENTS,
+        "mean_low": [0.125] * N_LATENTS,
+        "mean_high": [0.5] * N_LATENTS,
     }
     table = pa.table({"latent": pa.array(range(N_LATENTS), pa.int32()), **own})
     add_columns(copy, "effects", table, {"settings": {}, "definitions": dict.fromkeys(own, "-"), "n": 15_491_274})
@@ -310,6 +312,9 @@ def test_columns_of_effects_say_the_n_of_this_feature(page: Page, index: Feature
         expect(page.locator("[data-definition]")).to_contain_text(said)
         expect(page.locator("[data-definition]")).not_to_contain_text("15")
         expect(page.locator("[data-provenance=effects]")).to_contain_text("n over all features = 15,491,274;")
+        names = page.locator("[data-columns=effects] th").all_inner_texts()
+        assert names == ["active tokens with a next one", "of these, looked at", "mean loss change"]
+        expect(page.locator("[data-column=mean] td").first).to_have_text("0.25000 [0.125, 0.500]")
 
 
 def test_effects_of_a_model_by_path(page: Page, index: FeatureIndex, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -444,6 +444,15 @@ def test_a_dive_file_holds_the_studies_of_its_proxies(index: FeatureIndex, dives
     assert {name for name in held if name.startswith("specificity ")} == expected
 
 
+def test_a_dive_says_how_far_it_is(index: FeatureIndex, tmp_path: Path) -> None:
+    told = []
+    proxies = [PROXY, 'induction("a")']
+    jobs.dive(index.folder, COMMON, tmp_path / "dive.html", proxies=proxies, on_progress=lambda *at: told.append(at))
+    total = told[-1][2]
+    assert total >= len(proxies)
+    assert told == [(f"feature {COMMON}", done, total) for done in range(total + 1)]
+
+
 @pytest.mark.parametrize("proxy", ["induction(1)", 'token_in(["no such token"])'])
 def test_proxies_of_a_dive_are_checked_before_a_model_is_loaded(
     index: FeatureIndex, tmp_path: Path, proxy: str

@@ -90,6 +90,9 @@ def test_the_list_of_families_leads_to_each(page: Page, address: str) -> None:
     opened(page, address, "/families")
     expect(page.locator("[data-family]")).to_have_count(4)
     expect(page.locator("[data-family=induction]")).to_contain_text(f"{len(MEMBERS)} of")
+    definitions = page.locator("[data-family] .definition").all_inner_texts()
+    assert len(set(definitions)) == 4, "each says what its features are"
+    assert not any("_" in definition for definition in definitions)
     expect(page.locator("nav.pages [aria-current=page]")).to_have_text("families")
     page.click("[data-family=induction] a")
     expect(page.locator("[data-family-measures] td b")).to_have_text("20.0\u202f%")
@@ -270,6 +273,7 @@ def test_the_grid_shows_scores_and_the_keyboard_walks_it(page: Page, address: st
     expect(cells.first).to_have_attribute("data-value", str(score_of(0, 0, "previous_token")))
     expect(page.locator("[data-cell='0.1'] small")).to_have_text("IC")
     expect(page.locator("[data-superposition] td b")).to_have_text("0.750")
+    assert "_" not in page.locator("[data-superposition]").inner_text()
     cells.first.focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowRight")

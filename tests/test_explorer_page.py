@@ -23,7 +23,7 @@ from headscope.index.records import Example
 
 SOURCE = FakeSource()
 MINUS = "\u2212"
-SCRIPT_BUDGET = 113_000  # bytes of JavaScript that a page loads before it shows anything, comments counted
+SCRIPT_BUDGET = 112_000  # bytes of JavaScript that a page loads before it shows anything, comments counted
 # the same of what comes when first needed: dashboard, deep-dive tabs, labelling queue, pages of families and heads
 LATER_BUDGET = 230_000
 EXPORTED_SCRIPT_BUDGET = 103_000  # in an export without deep-dive tabs, comments and indentation left out

@@ -7,10 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from headscope.errors import IndexFormatError
-from headscope.index.head_records import HeadTables, measure_of
+from headscope.index.head_records import HeadTables, in_words, measure_of
 from headscope.index.head_table import SCHEMAS, add_head_table, head_tables, measure_row, read_head_table
 from headscope.index.store import FeatureIndex
 from headscope.stats import Estimate, Measure
+from headscope.studies.heads import superposition
 from test_columns import built
 
 SAID = {"settings": {"seed": 0}, "n": "90 text tokens"}
@@ -139,3 +140,11 @@ def test_the_format_names_every_table_and_column():
         (row,) = (line for line in rows if f"`{name}`" in line.split("|")[1])
         stems = {c for c in schema.columns if not any(c.startswith(f"{other}_") for other in schema.columns)}
         assert not {c for c in stems if f"`{c}`" not in row}, name
+
+
+def test_measures_of_superposition_are_told_in_words() -> None:
+    assert in_words("several heads by decoder_out") == "several heads by decoder norm in the residual stream"
+    assert "ablated" in in_words("and")
+    assert in_words("divergence of sources") == "divergence of sources"
+    names = [f"several heads by {by}" for by in superposition.DEFINITIONS] + list(superposition.OUTCOMES)
+    assert all("_" not in in_words(name) and in_words(name) != name for name in names)

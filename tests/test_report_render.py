@@ -91,6 +91,15 @@ def test_text_of_a_corpus_is_text_in_the_page(parsed):
     assert HOSTILE in "".join(parsed.text)
 
 
+def test_the_page_begins_with_its_contents_and_only_the_first_section_is_open(report):
+    page = html(report)
+    sections = re.findall(r'<details class="section"( open)?.*?><summary><h2>(.*?)</h2></summary><div id="(.*?)"', page)
+    assert [bool(is_open) for is_open, _, _ in sections] == [True] + [False] * (len(sections) - 1)
+    contents = page[page.index("<nav") : page.index("</nav>")]
+    links = re.findall(r'<a href="#(.*?)">(.*?)</a>', contents)
+    assert links == [(anchor, title) for _, title, anchor in sections]
+
+
 def test_the_page_names_no_address_but_its_own_sections(parsed, report):
     assert parsed.addresses
     assert all(address.startswith("#") for address in parsed.addresses)

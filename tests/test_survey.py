@@ -11,6 +11,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from explorer_source import FakeIndex
+from headscope import cli, jobs
 from headscope.errors import LabelError
 from headscope.index.labels import VERDICTS, Label, Labels, card_hash
 from headscope.stats import wilson
@@ -356,3 +357,10 @@ def test_three_annotators_are_three_pairs():
     given = tuple(label(index, i, YES, who) for i in range(3) for who in "cab")
     pairs = survey(index, Labels(given, None), FIRST).agreements
     assert [pair.annotators for pair in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
+
+
+def test_without_labels_the_command_says_where_they_are_made(capsys, monkeypatch):
+    for labels, said in ((Labels((), None), True), (Labels((label(Index(), 1),), None), False)):
+        monkeypatch.setattr(jobs, "survey", lambda *_, labels=labels, **__: survey(Index(), labels, FIRST))
+        cli.main(["survey", "runs/index"])
+        assert ("headscope serve --index runs/index` and press `n`" in capsys.readouterr().out) == said

@@ -128,7 +128,9 @@ class Display:
         """Show a stage if it is time to; `note` gets what is done of it a second (0: not known) and returns lines."""
         now, every = self._clock(), _LINE_EVERY if self._progress.disable else _BAR_EVERY
         stage, last = self._stages.get(name), 0 < total <= done
-        ended = stage is not None and last and stage.done >= total and name != self._latest
+        ended = stage is not None and last and stage.done >= total
+        if ended and name == self._latest:  # said already
+            return
         if stage is None or done < stage.done or ended:  # it begins, perhaps once more
             stage = self._stages[name] = _Stage(now, done, done)
         stage.done, self._latest = done, name

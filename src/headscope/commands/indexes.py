@@ -87,3 +87,5 @@ class Survey:
         display.print_rows(f"survey of {self.sample}: {result.drawn.definition}", result.rows())
         for note in result.notes:
             display.say(note)
+        if not result.tallies:
+            display.say(f"no labels yet: run `headscope serve --index {self.index}` and press `n` on the page")

@@ -38,8 +38,15 @@ class Serve(MayRunModel):
             upstream_saes=self.upstream_sae,
             port=self.port,
             open_browser=self.open,
+            on_progress=_say_stage,
         )
         end_computing()
+
+
+def _say_stage(stage: str, done: int, _total: int) -> None:
+    """Say that a model is loaded; a bar would stay on the terminal for as long as the page is served."""
+    if done == 0 and stage.startswith("load "):
+        sys.stderr.write(f"{stage} ...\n")
 
 
 def end_computing() -> None:
@@ -89,15 +96,17 @@ class Dive(MayRunModel):
 
     def run(self) -> None:
         """Write and say how large it is."""
-        path = jobs.dive(
-            self.index,
-            self.feature,
-            self.out,
-            proxies=self.proxy,
-            model=self.model,
-            sae=self.sae,
-            with_model=self.with_model,
-            device=self.device,
-            overwrite=self.overwrite,
-        )
-        Display().say(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        with Display() as display:
+            path = jobs.dive(
+                self.index,
+                self.feature,
+                self.out,
+                proxies=self.proxy,
+                model=self.model,
+                sae=self.sae,
+                with_model=self.with_model,
+                device=self.device,
+                overwrite=self.overwrite,
+                on_progress=display.on_progress,
+            )
+        display.say(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")

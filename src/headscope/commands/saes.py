@@ -63,8 +63,8 @@ class Info:
 
     def run(self) -> None:
         """Print."""
-        lines, fit = jobs.info(self.name, model=self.model)
-        display = Display()
+        with Display() as display:
+            lines, fit = jobs.info(self.name, model=self.model, on_progress=display.on_progress)
         for what, said in lines + (fit.lines if fit else []):
             display.say(f"{what + ':':<24}{said}")
         if fit is not None and not fit.fits:
@@ -94,14 +94,16 @@ class Convert:
 
     def run(self) -> None:
         """Convert and say what was written."""
-        sae = jobs.convert(
-            self.sae,
-            self.out,
-            model=self.model,
-            site=self.site,
-            layer=self.layer,
-            trained_on=self.trained_on,
-            overwrite=self.overwrite,
-            force=self.force,
-        )
-        Display().say(f"SAE: {self.out} ({sae.kind}; {sae.site.hook_name} of {sae.model_name})")
+        with Display() as display:
+            sae = jobs.convert(
+                self.sae,
+                self.out,
+                model=self.model,
+                site=self.site,
+                layer=self.layer,
+                trained_on=self.trained_on,
+                overwrite=self.overwrite,
+                force=self.force,
+                on_progress=display.on_progress,
+            )
+        display.say(f"SAE: {self.out} ({sae.kind}; {sae.site.hook_name} of {sae.model_name})")

@@ -5,7 +5,7 @@ columns); the families of proxies against the correlation of their best proxy (`
 no model: what no study has added to the index is said, with the command that adds it.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from headscope.index.head_records import HeadTables
 from headscope.index.labels import LabelStore
 from headscope.index.store import FeatureIndex
 from headscope.proxies.search_records import FAMILIES
-from headscope.stats import wilson
+from headscope.stats import MINIMUM_UNITS, wilson
 from headscope.studies.induction.behaviour import SELECTED, compare_rule
 
 INDUCTION = "induction"
@@ -32,6 +32,11 @@ _TESTS = {
     "corruption": "it turns off when the A's before earlier B's are replaced",
 }
 _PROXY_COLUMN = {"local context": "local", "high-level context": "context", "token": "token"}
+_FIRES = {
+    "local context": "soon after certain tokens",
+    "high-level context": "anywhere after certain tokens, to the end of the text",
+    "token": "on certain tokens",
+}
 _DIGITS = 4
 
 
@@ -103,14 +108,13 @@ class IndexFamilies:
             raise _MissingError(f"No study has looked for this family: the index has no columns {study!r}.", command)
         try:
             table, provenance = self._index.study(study)
-            words = provenance["definitions"]
             if study == INDUCTION:
                 judged = table.filter(table["verdict"].is_valid())
                 return _Columns(judged, provenance, _bools(judged["verdict"]), _asked(provenance["settings"]))
             kind = PROXY_FAMILIES[name]
             judged = table.filter(table["kind"].is_valid())
             of_kind = np.array([found == kind for found in judged["kind"].to_pylist()], dtype=bool)
-            return _Columns(judged, provenance, of_kind, words["kind"])
+            return _Columns(judged, provenance, of_kind, _of_kind(kind, provenance["settings"]))
         except KeyError as error:
             raise _MissingError(f"The columns {study!r} of this index lack {error}.", command) from error
         except HeadscopeError as error:
@@ -210,7 +214,7 @@ class IndexFamilies:
                 _column("latent", "id", "int", "index of the dictionary entry"),
                 _column("proxy", "best proxy", "text", words[f"{column}_proxy"]),
                 _column("score", "Pearson", "float", words[f"{column}_pearson"]),
-                _column("verdict", "verdict", "bool", f"its kind is {kind}; kind: {words['kind']}"),
+                _column("verdict", "verdict", "bool", columns.definition),
                 _column("precision", "precision", "percent", words[f"{column}_precision"]),
                 _column("recall", "recall", "percent", words[f"{column}_recall"]),
                 _column("top_logit", "top logit", "token", "the token whose logit the feature raises most"),
@@ -251,6 +255,15 @@ class _Columns:
     provenance: dict[str, Any]
     verdict: Bool[np.ndarray, " n"]
     definition: str
+
+
+def _of_kind(kind: str, settings: Mapping[str, Any]) -> str:
+    """What makes a feature one of a kind that proxies tell."""
+    return (
+        f"fires {_FIRES[kind]}: of all proxies the best is of this kind, correlates with the feature at "
+        f"{settings['min_pearson']:g} or more in documents that did not choose it, its interval above all of the null, "
+        f"and is true on at least {settings['min_active']} tokens of {MINIMUM_UNITS} documents"
+    )
 
 
 class _MissingError(Exception):

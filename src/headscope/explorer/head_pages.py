@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from headscope.encode import Json, encode, short, significant
 from headscope.errors import IndexFormatError
 from headscope.explorer.families import INDUCTION, member_of
-from headscope.index.head_records import HeadScore, HeadTables, PrefixCurve, StoredCard
+from headscope.index.head_records import HeadScore, HeadTables, PrefixCurve, StoredCard, in_words
 from headscope.index.head_table import ROLES, SCHEMAS
 from headscope.index.store import FeatureIndex
 
@@ -222,7 +222,7 @@ class IndexHeads:
 
 def _superposition(tables: HeadTables) -> Json:
     said = tables.provenance("measures_superposition")
-    measures = {name: encode(measure) for name, measure in tables.measures("superposition").items()}
+    measures = {in_words(name): encode(measure) for name, measure in tables.measures("superposition").items()}
     return {"measures": measures, "n": str(said["n"]), "created": said["created"]}
 
 

@@ -94,13 +94,16 @@ def _column(error: HeadscopeError) -> int | None:
 
 
 # --------------------------------------------------------------------------------------------------------------- a file
-def packed(subject: Subject, latent: int, proxies: Iterable[str] = ()) -> Json:
+def packed(
+    subject: Subject, latent: int, proxies: Iterable[str] = (), on_study: Callable[[int, int], None] | None = None
+) -> Json:
     """What a file holds of the studies of one feature: those that it shows, for some proxies alone.
 
     Args:
         subject: the index, with its model where there is one.
         latent: which feature.
         proxies: the suggested ones when none are given.
+        on_study: called with the studies done and the studies in all.
 
     Raises:
         IndexFormatError, ProxyError: no such feature, or no proxy.
@@ -110,11 +113,14 @@ def packed(subject: Subject, latent: int, proxies: Iterable[str] = ()) -> Json:
     if given:
         start["proxies"] = [{"proxy": proxy, "why": "of this file"} for proxy in given]
     chosen = [{"proxy": suggested["proxy"]} for suggested in start["proxies"]]
+    studies = [study for study in _on_page() if subject.has_model or not study.needs_model]
+    asked = [(study, options) for study in studies for options in _askable(study, chosen)]
+    told = on_study or (lambda _done, _total: None)
+    told(0, len(asked))
     answers = {}
-    for study in _on_page():
-        for options in _askable(study, chosen):
-            if subject.has_model or not study.needs_model:
-                answers[_key(study.name, options)] = _given(study, subject, latent, options)
+    for done, (study, options) in enumerate(asked, 1):
+        answers[_key(study.name, options)] = _given(study, subject, latent, options)
+        told(done, len(asked))
     return {"start": start, "studies": answers}
 
 

@@ -160,6 +160,30 @@ class StoredRule:
     recall: Measure
 
 
+_BY = {
+    "dfa": "squared DFA",
+    "dfa_covariance": "covariance of DFA",
+    "dfa_mean": "mean DFA",
+    "decoder": "decoder norm",
+    "decoder_out": "decoder norm in the residual stream",
+    "encoder": "encoder norm",
+    "encoder_in": "encoder norm in the residual stream",
+}
+_JOINTLY = {
+    "redundant": "off with all heads that make it ablated, on with any one",
+    "and": "off with any one of them ablated",
+    "some": "off with some one of them ablated, not with any",
+    "not needed": "on with all of them ablated",
+    "opposed": "on with all of them ablated, off with some one",
+}
+
+
+def in_words(measure: str) -> str:
+    """A measure of superposition, which tables name after its columns, in words."""
+    by = measure.removeprefix("several heads by ")
+    return f"several heads by {_BY.get(by, by)}" if by != measure else _JOINTLY.get(measure, measure)
+
+
 class HeadTables:
     """What was found of the heads of an index; each table is read when it is first asked for."""
 
@@ -364,7 +388,7 @@ class HeadTables:
                 f"head {card.layer}.{card.head}: {card.effective_features.value or 0:.0f} effective features; largest "
                 f"family {largest}; its own features off when ablated: {off}"
             )
-        return found + [f"{name}: {measure}" for name, measure in self.measures("superposition").items()]
+        return found + [f"{in_words(name)}: {measure}" for name, measure in self.measures("superposition").items()]
 
     def _read(self, name: str) -> tuple[pa.Table, dict[str, Any]]:
         if name not in self._held:

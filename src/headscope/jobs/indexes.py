@@ -9,7 +9,7 @@ from headscope.errors import OutputError, SAEError
 from headscope.index.config import IndexPlan
 from headscope.jobs.early import check_device, check_model, check_sae, check_text
 from headscope.jobs.finding import find_of, model_of
-from headscope.jobs.inputs import CorpusChoice, Hardware, Progress, load_on, usable
+from headscope.jobs.inputs import CorpusChoice, Hardware, Progress, load_on, loading, usable
 from headscope.jobs.saes import measured_quality
 from headscope.limits import Device, Name, NameOrPath, Output, checked
 
@@ -55,16 +55,17 @@ def index(  # noqa: PLR0913 - one argument an option of the command
     hardware = hardware or Hardware()
     check_device(hardware.device)
 
-    from headscope.index.build import SAERecord, build_index, check_indexable
-    from headscope.index.parts import Workers
-    from headscope.index.store import FeatureIndex
-    from headscope.sae.convert import fitted
-    from headscope.sae.formats import lasting_name, load_sae, sae_hash
+    with loading(model or saes[0], on_progress):
+        from headscope.index.build import SAERecord, build_index, check_indexable
+        from headscope.index.parts import Workers
+        from headscope.index.store import FeatureIndex
+        from headscope.sae.convert import fitted
+        from headscope.sae.formats import lasting_name, load_sae, sae_hash
 
-    loaded_saes = [load_sae(sae) for sae in saes]
-    loaded = model_of(loaded_saes[0], model, hardware)
-    check_indexable(loaded)
-    loaded_saes = [fitted(sae, loaded, force=force) for sae in loaded_saes]
+        loaded_saes = [load_sae(sae) for sae in saes]
+        loaded = model_of(loaded_saes[0], model, hardware)
+        check_indexable(loaded)
+        loaded_saes = [fitted(sae, loaded, force=force) for sae in loaded_saes]
     corpus = text.load(loaded, on_progress)
     workers = Workers.of_environment()
     folders = build_index(
@@ -96,7 +97,12 @@ def _check_remnant(out: Path, *, overwrite: bool) -> None:
 
 @checked
 def live(
-    index: NameOrPath, *, model: Name | None = None, sae: NameOrPath | None = None, device: Device = "cpu"
+    index: NameOrPath,
+    *,
+    model: Name | None = None,
+    sae: NameOrPath | None = None,
+    device: Device = "cpu",
+    on_progress: Progress | None = None,
 ) -> "LiveIndex":
     """Open an index with the model and the SAE that it was built with.
 
@@ -114,7 +120,11 @@ def live(
     if sae:
         check_sae(sae)
     check_device(device)
+    with loading(model or opened.manifest["model"]["name"], on_progress):
+        return _live(opened, model, sae, device)
 
+
+def _live(opened: "FeatureIndex", model: str | None, sae: str | Path | None, device: str) -> "LiveIndex":
     from headscope.index.live import LiveIndex
     from headscope.sae.convert import FORCED, fitted
     from headscope.sae.formats import load_sae, sae_hash

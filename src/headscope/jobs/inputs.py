@@ -1,12 +1,15 @@
 """What jobs are given: text, and a model on a device; and whom they tell how far they are."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from headscope.corpus import Corpus, Reading, Split, check_block_size, check_one_block, load_corpus
 from headscope.limits import BlockSize, Device, Name, Tokens, check_fields
+from headscope.names import short
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +18,17 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, the work done and the work in all, which is 0 where that is not known."""
+
+
+@contextmanager
+def loading(what: str | Path, on_progress: Progress | None) -> Iterator[None]:
+    """Report a stage that is done when the block ends: importing torch and reading weights take seconds."""
+    stage = f"load {short(str(what))}"
+    if on_progress is not None:
+        on_progress(stage, 0, 1)
+    yield
+    if on_progress is not None:
+        on_progress(stage, 1, 1)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
 from headscope.artefact import check_output, check_run_folder
 from headscope.errors import ExportError, IndexFormatError
+from headscope.jobs.inputs import Progress
 from headscope.jobs.studies import subject
 from headscope.limits import Device, Latent, Name, NameOrPath, Output, Port, checked
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @checked
-def serve(
+def serve(  # noqa: PLR0913 - one argument an option of the command
     index: NameOrPath,
     *,
     model: Name | None = None,
@@ -27,6 +29,7 @@ def serve(
     upstream_saes: Sequence[Name] = (),
     port: Port | None = None,
     open_browser: bool = False,
+    on_progress: Progress | None = None,
 ) -> None:
     """Serve the explorer of an index on 127.0.0.1 until Ctrl-C.
 
@@ -39,6 +42,7 @@ def serve(
         upstream_saes: SAEs of earlier components of the model, whose features are told apart.
         port: where to listen; None takes a free one.
         open_browser: open the page in the default browser.
+        on_progress: called as the model is loaded.
 
     Raises:
         IndexFormatError, ModelError, SAEError, ServerError: no index, not its model or SAE, or no such port.
@@ -51,7 +55,15 @@ def serve(
     from headscope.explorer.server import make_app
     from headscope.explorer.server import serve as serve_app
 
-    studied = subject(index, with_model=with_model, model=model, sae=sae, device=device, upstream_saes=upstream_saes)
+    studied = subject(
+        index,
+        with_model=with_model,
+        model=model,
+        sae=sae,
+        device=device,
+        upstream_saes=upstream_saes,
+        on_progress=on_progress,
+    )
     opened = studied.index
     app = make_app(
         IndexCards(opened),
@@ -122,6 +134,7 @@ def dive(  # noqa: PLR0913 - one argument an option of the command
     with_model: bool = False,
     device: Device = "cpu",
     overwrite: bool = False,
+    on_progress: Progress | None = None,
 ) -> Path:
     """Write the card of one feature with its deep-dive tabs as one HTML file.
 
@@ -135,6 +148,7 @@ def dive(  # noqa: PLR0913 - one argument an option of the command
         with_model: run the model, which is then found as `live` finds it; so it is where one of these is named.
         device: where the model runs.
         overwrite: replace what is there.
+        on_progress: called as the model is loaded, and after each study of a proxy.
 
     Raises:
         IndexFormatError, ProxyError, ExportError, OutputError: no index or feature, no proxy, or no place to write.
@@ -153,6 +167,7 @@ def dive(  # noqa: PLR0913 - one argument an option of the command
     opened.check_latent(feature)
     for proxy in proxies:
         evaluate(proxy, opened)
-    studied = subject(index, with_model=with_model, model=model, sae=sae, device=device)
-    pages = {feature: packed(studied, feature, proxies)}
+    studied = subject(index, with_model=with_model, model=model, sae=sae, device=device, on_progress=on_progress)
+    on_study = None if on_progress is None else partial(on_progress, f"feature {feature}")
+    pages = {feature: packed(studied, feature, proxies, on_study)}
     return export_html(IndexCards(studied.index), out, [feature], studies=pages)

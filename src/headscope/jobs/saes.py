@@ -11,7 +11,7 @@ from headscope.corpus import Corpus
 from headscope.errors import ModelError, OptionError, OutputError, SAEError
 from headscope.jobs.early import check_device, check_model, check_sae, check_text
 from headscope.jobs.finding import model_of
-from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
+from headscope.jobs.inputs import CorpusChoice, Hardware, Progress, loading
 from headscope.limits import Layer, Name, NameOrPath, Output, Tokens, checked
 from headscope.names import is_path, local
 from headscope.site import Kind, Site
@@ -52,12 +52,13 @@ def eval(
     hardware = hardware or Hardware()
     check_device(hardware.device)
 
-    from headscope.sae.convert import fitted
-    from headscope.sae.formats import load_sae
+    with loading(model or sae, on_progress):
+        from headscope.sae.convert import fitted
+        from headscope.sae.formats import load_sae
 
-    loaded_sae = load_sae(sae)
-    loaded = model_of(loaded_sae, model, hardware)
-    loaded_sae = fitted(loaded_sae, loaded, force=force)
+        loaded_sae = load_sae(sae)
+        loaded = model_of(loaded_sae, model, hardware)
+        loaded_sae = fitted(loaded_sae, loaded, force=force)
     corpus = text.load(loaded, on_progress)
     on_tokens = None if on_progress is None else lambda done, total: on_progress("evaluate", done, total)
     return measure(sae, loaded_sae, loaded, corpus, on_tokens, loss_tokens=loss_tokens)
@@ -115,7 +116,7 @@ def measured_quality(sae: str | Path, model: "Model", corpus: Corpus) -> dict[st
 
 
 @checked
-def convert(
+def convert(  # noqa: PLR0913 - one argument an option of the command
     sae: NameOrPath,
     out: Output,
     *,
@@ -125,6 +126,7 @@ def convert(
     trained_on: Name | None = None,
     overwrite: bool = False,
     force: bool = False,
+    on_progress: Progress | None = None,
 ) -> "SAE":
     """Write an SAE of any format as a SAELens folder that states all, and that reads the model's own activations.
 
@@ -137,6 +139,7 @@ def convert(
         trained_on: the model's name, for files that do not say or say another program's.
         overwrite: replace what `out` holds.
         force: with a model, take an SAE whose files name other weights, and write that it is of these.
+        on_progress: called as it is loaded.
 
     Raises:
         HeadscopeError: any of its kinds.
@@ -150,19 +153,22 @@ def convert(
     if model:
         check_model(model)
 
-    from headscope.sae.convert import fitted
-    from headscope.sae.formats import load_sae, save_sae
-
     stated = None if site is None or layer is None else Site(site, layer)
-    loaded = load_sae(sae, site=stated, model_name=trained_on)
-    if loaded.processed or model is not None:
-        loaded = fitted(loaded, model_of(loaded, model, Hardware()), force=force)
+    with loading(sae, on_progress):
+        from headscope.sae.convert import fitted
+        from headscope.sae.formats import load_sae, save_sae
+
+        loaded = load_sae(sae, site=stated, model_name=trained_on)
+        if loaded.processed or model is not None:
+            loaded = fitted(loaded, model_of(loaded, model, Hardware()), force=force)
     save_sae(loaded, out, overwrite=overwrite)
     return loaded
 
 
 @checked
-def info(name: NameOrPath, *, model: Name | None = None) -> "tuple[Lines, Fit | None]":
+def info(
+    name: NameOrPath, *, model: Name | None = None, on_progress: Progress | None = None
+) -> "tuple[Lines, Fit | None]":
     """What an SAE or a model is; of an SAE, with a model, whether the two fit.
 
     Raises:
@@ -172,7 +178,11 @@ def info(name: NameOrPath, *, model: Name | None = None) -> "tuple[Lines, Fit | 
     _check_named(name)
     if model:
         check_model(model)
+    with loading(name, on_progress):
+        return _info(name, model)
 
+
+def _info(name: str | Path, model: str | None) -> "tuple[Lines, Fit | None]":
     from headscope.models.load import load_model
     from headscope.sae import describe
     from headscope.sae.formats import is_sae, load_sae, locate

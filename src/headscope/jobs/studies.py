@@ -46,7 +46,7 @@ def subject(
 
     if not (with_model or model or sae or upstream_saes):
         return Subject(FeatureIndex.open(index), progress=on_progress)
-    opened = live(index, model=model, sae=sae, device=device)
+    opened = live(index, model=model, sae=sae, device=device, on_progress=on_progress)
     saes = {name: upstream_sae(opened, name) for name in upstream_saes}
     return Subject(opened.index, opened, saes=saes, progress=on_progress)
 

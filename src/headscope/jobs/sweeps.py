@@ -11,6 +11,7 @@ from headscope import jobs
 from headscope.artefact import check_holds_only, check_run_folder, read_json
 from headscope.errors import OutputError, TrainingError
 from headscope.jobs.early import check_device, check_model, check_size, check_text
+from headscope.jobs.inputs import loading
 from headscope.limits import Layer, Name, Output, Tokens, checked
 from headscope.sae.config import TrainConfig, Variant
 from headscope.sae.metrics import Status
@@ -109,14 +110,15 @@ def sweep(  # noqa: PLR0913 - one argument an option of the command
         for name in missing:
             check_run_folder(out / name, overwrite=overwrite or name in going_on, inputs=[model, text.corpus])
 
-        from headscope.sae.training.checkpoint import Checkpoints
-        from headscope.sae.training.needs import check_memory
-        from headscope.sae.training.ranks import Ranks
+        with loading(model, on_progress):
+            from headscope.sae.training.checkpoint import Checkpoints
+            from headscope.sae.training.needs import check_memory
+            from headscope.sae.training.ranks import Ranks
 
-        kept = Checkpoints(folder, Ranks.joined())
-        if not going_on:
-            kept.clear()
-        loaded = hardware.load(model)
+            kept = Checkpoints(folder, Ranks.joined())
+            if not going_on:
+                kept.clear()
+            loaded = hardware.load(model)
         chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
         loaded.check_layer(chosen.layer)
         if missing:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from headscope.artefact import check_run_folder, read_json
 from headscope.errors import OutputError
 from headscope.jobs.early import check_device, check_model, check_size, check_text
-from headscope.jobs.inputs import CorpusChoice, Hardware, Progress
+from headscope.jobs.inputs import CorpusChoice, Hardware, Progress, loading
 from headscope.limits import Layer, Name, Output, checked
 from headscope.sae.config import TrainConfig
 from headscope.sae.metrics import Status
@@ -55,15 +55,16 @@ def train(  # noqa: PLR0913 - one argument an option of the command
         check_size([config], model, site, hardware.device)
         check_device(hardware.device)
 
-        from headscope.sae.training.checkpoint import Checkpoints
-        from headscope.sae.training.needs import check_memory
-        from headscope.sae.training.ranks import Ranks
-        from headscope.sae.training.run import train_sae
+        with loading(model, on_progress):
+            from headscope.sae.training.checkpoint import Checkpoints
+            from headscope.sae.training.needs import check_memory
+            from headscope.sae.training.ranks import Ranks
+            from headscope.sae.training.run import train_sae
 
-        kept = Checkpoints(folder, Ranks.joined())
-        if not going_on:
-            kept.clear()
-        loaded = hardware.load(model)
+            kept = Checkpoints(folder, Ranks.joined())
+            if not going_on:
+                kept.clear()
+            loaded = hardware.load(model)
         chosen = Site(site, loaded.spec.n_layers - 1 if layer is None else layer)
         loaded.check_layer(chosen.layer)
         check_memory([config], loaded.width(chosen), loaded.device)

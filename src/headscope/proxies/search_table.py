@@ -37,9 +37,9 @@ _COUNTS = {
 def _definitions(plan: SearchPlan) -> dict[str, str]:
     """Each column in a line."""
     said = {
-        "kind": "the family of the best proxy if pearson in the scoring half is at least "
-        f"{plan.min_pearson:g}, the lower end of its interval above pearson_null_high, and the proxy true on "
-        f"{plan.min_active} tokens of {MINIMUM_UNITS} documents; else unexplained; null with fewer than "
+        "kind": f"the family of the best proxy if its correlation in the scoring half is at least {plan.min_pearson:g},"
+        " the lower end of the interval above the whole null, and the proxy true on "
+        f"{plan.min_active} tokens of {MINIMUM_UNITS} documents; else unexplained; none with fewer than "
         f"{plan.min_active} active tokens in a half",
         "proxy": "the proxy, of all families, with the largest pearson in the fitting half",
         "fit_pearson": "its correlation with f in the fitting half, by which it was chosen",

@@ -38,18 +38,17 @@ def html(report: Report) -> str:
     _top(main, report)
     rows = report.rows()
     names = [subject.name for subject in report.subjects]
-    _section(main, "claims", "The SAE, its dictionary and its heads")
-    _table(main, [row for row in rows if row.said.kind is None], names)
+    section = _section(main, "claims", "The SAE, its dictionary and its heads", is_open=True)
+    _table(section, [row for row in rows if row.said.kind is None], names)
     for subject in report.subjects:
-        _drawn(main, subject, None)
+        _drawn(section, subject, None)
     for kind in KINDS:
-        _section(main, _anchor(kind), _TITLES[kind])
-        _add(main, "p", _POST_FEATURE[kind], "soft")
-        _table(main, [row for row in rows if row.said.kind == kind], names)
+        section = _section(main, _anchor(kind), _TITLES[kind])
+        _add(section, "p", _POST_FEATURE[kind], "soft")
+        _table(section, [row for row in rows if row.said.kind == kind], names)
         for subject in report.subjects:
-            _exemplar(main, subject, kind)
-    _section(main, "provenance", "Where this comes from")
-    _provenance(main, report)
+            _exemplar(section, subject, kind)
+    _provenance(_section(main, "provenance", "Where this comes from"), report)
     return f"<!doctype html>\n{tostring(page, encoding='unicode', method='html')}\n"
 
 
@@ -78,13 +77,16 @@ def _top(main: Element, report: Report) -> None:
     )
     if settings == "quick":
         _add(main, "p", "Quick settings show that everything works; the numbers mean little.")
-    links = SubElement(main, "nav", {"aria-label": "Sections"})
-    for anchor, title in (
-        ("claims", "The SAE"),
-        *((_anchor(kind), _TITLES[kind].removeprefix("The ")) for kind in KINDS),
-        ("provenance", "Provenance"),
+    rows = report.rows()
+    contents = SubElement(SubElement(main, "nav", {"aria-label": "Contents"}), "ol")
+    for anchor, title, kind in (
+        ("claims", "The SAE, its dictionary and its heads", None),
+        *((_anchor(kind), _TITLES[kind], kind) for kind in KINDS),
     ):
-        _add(links, "a", title).set("href", f"#{anchor}")
+        entry = SubElement(contents, "li")
+        _add(entry, "a", title).set("href", f"#{anchor}")
+        _add(entry, "small", f"{sum(row.said.kind == kind for row in rows):,} claims")
+    _add(SubElement(contents, "li"), "a", "Where this comes from").set("href", "#provenance")
 
 
 # --------------------------------------------------------------------------------------------------------------- claims
@@ -239,8 +241,11 @@ def _provenance(main: Element, report: Report) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- elements
-def _section(main: Element, anchor: str, title: str) -> None:
-    _add(main, "h2", title).set("id", anchor)
+def _section(main: Element, anchor: str, title: str, *, is_open: bool = False) -> Element:
+    """What a section holds, under a heading that folds it; a link to what is folded opens it."""
+    frame = SubElement(main, "details", {"class": "section"} | ({"open": "open"} if is_open else {}))
+    _add(SubElement(frame, "summary"), "h2", title)
+    return SubElement(frame, "div", {"id": anchor})
 
 
 def _anchor(kind: Kind) -> str:

@@ -2,14 +2,14 @@
 import { drawSteps } from "./charts.js";
 import { CONTEXT_HEADINGS, contextCells, contextList, drawContext } from "./contexts.js";
 import { choice, el, term, unit } from "./dom.js";
-import { drawColumns } from "./effects.js";
+import { drawLossEffect } from "./effects.js";
 import { int, num, short, signed } from "./format.js";
 import { empty, measureText, quoted, studyHead } from "./study.js";
 
 const FEW_CONTEXTS = 8; // contexts shown first
 
 export function drawAblation(effects, start, view, needs) {
-  return effects === null ? drawKept(start, needs) : [...drawEffects(effects, view, needs), ...drawColumns(start.columns, "effects", needs.vocab)];
+  return effects === null ? drawKept(start, needs) : [...drawEffects(effects, view, needs), ...drawLossEffect(start.columns, needs.vocab)];
 }
 
 /** Without a model: what the index holds, and how to get the rest. */
@@ -19,7 +19,7 @@ function drawKept({ columns, python, advice }, { feature, vocab, about: { corpus
     definition: `Exact loss change by the direct path when the feature is removed, as the study of effects wrote it into the index. n = ${int(own.values.sampled)} of ${int(own.values.n)} active tokens of ${corpus.name}, ${corpus.split}.`, python: python.columns, name: `ablation-${feature.latent}`,
     rows: () => [["column", "value", "definition"], ...Object.entries(own.values).map(([name, value]) => [name, value, own.definitions[name]])],
   });
-  const kept = drawColumns(columns, "effects", vocab);
+  const kept = drawLossEffect(columns, vocab);
   return [head, ...(kept.length > 0 ? kept : [empty("This index has no loss effects yet.")]), el("p", { class: "definition", "data-advice": "" }, advice)];
 }
 
@@ -46,7 +46,7 @@ function drawPaths({ paths, token, n, n_of: counts, interaction }, { vocab }) {
   const share = ({ positive, net }) => el("td", { title: `${positive.definition}; n = ${int(positive.n)}` }, el("b", {}, measureText(positive)), el("small", { title: net.definition }, ` net ${measureText(net)}`));
   return el("div", { class: "wide-table" }, el("table", { class: "measures", "data-paths": "" }, el("tr", {}, el("th", { scope: "col" }, "path"), el("th", { scope: "col" }, "mean change"), el("th", { scope: "col" }, "null"),
     el("th", { scope: "col" }, "of the increase, next is ", vocab.label(token), ` (${int(counts.top)} of ${int(n)})`), el("th", { scope: "col" }, `of the increase, proxy true (${int(counts.proxy)} of ${int(n)})`)),
-  paths.map(({ path, definition, mean, shares }) => el("tr", { "data-path": path }, el("th", { scope: "row" }, term(path, definition)), el("td", { title: mean.definition }, el("b", {}, measureText(mean, "change"))),
+  paths.map(({ path, definition, mean, shares }) => el("tr", { "data-path": path }, el("th", { scope: "row" }, term(path.replace("mlp.", "MLP "), definition)), el("td", { title: mean.definition }, el("b", {}, measureText(mean, "change"))),
     el("td", {}, mean.null ? `${signed(mean.null.value, 4)} [${signed(mean.null.low, 4)}, ${signed(mean.null.high, 4)}]` : "–"), share(shares.top), share(shares.proxy)))),
   el("p", { class: "definition", "data-interaction": "" }, `Interaction: ${signed(interaction, 4)} nats a token, total less the sum of the other paths. Losses are not additive.`));
 }

@@ -100,7 +100,8 @@ class App {
     const late = () => turn !== this.#turn;
     try {
       for (const link of this.nav.children) link.setAttribute("aria-current", link.dataset.page === (PARENT[this.view.page] ?? this.view.page) ? "page" : "false");
-      await { families: () => this.#showFamily(late), family: () => this.#showFamily(late), heads: () => this.#showHead(late), head: () => this.#showHead(late), table: () => this.#showTable(late), dashboard: () => this.#showDashboard(late), card: () => this.#showCard(late), label: () => this.#showLabelling(late), prompt: () => this.#showPrompt(late) }[this.view.page]();
+      await { families: this.#showFamily, family: this.#showFamily, heads: this.#showHead, head: this.#showHead, table: this.#showTable, dashboard: this.#showDashboard, card: this.#showCard, label: this.#showLabelling, prompt: this.#showPrompt }[this.view.page].call(this, late);
+      if (this.view.page !== "card") this.#card = null;
     } catch (error) {
       if (!late()) this.#fail(error);
     }
@@ -115,7 +116,6 @@ class App {
     });
     this.#put(this.#table.element, this.about.title);
     this.#table.update(this.view.list, this.#card?.feature.latent);
-    this.#card = null;
   }
 
   async #showDashboard(late) {
@@ -127,7 +127,6 @@ class App {
     });
     this.#put(this.#dashboard.element, `dashboard · ${this.about.title}`);
     this.#dashboard.update(this.view);
-    this.#card = null;
   }
 
   async #showLabelling(late) {
@@ -135,7 +134,6 @@ class App {
     if (late()) return;
     const { about, vocab, corpus, tip, data } = this;
     this.#labelling ??= new Labelling({ about, vocab, corpus, tip, data, link: (other) => this.#cardLink(other) }, (patch) => this.#go(patch));
-    this.#card = null;
     this.#put(this.#labelling.element, `labelling · ${about.title}`);
     await this.#labelling.update(this.view);
   }
@@ -161,10 +159,7 @@ class App {
 
   async #showPages(pages, late) {
     await pages.update(this.view, late);
-    if (late()) return;
-    this.#card = null;
-    this.#put(pages.element, `${pages.title} · ${this.about.title}`);
-    document.title = `${pages.title} · ${this.about.title}`; // also where one follows another
+    if (!late()) this.#put(pages.element, `${pages.title} · ${this.about.title}`);
   }
 
   /** What the pages of families and heads need; `feature` links only to what the page has. */
@@ -182,7 +177,6 @@ class App {
   }
 
   async #showPrompt(late) {
-    this.#card = null;
     if (!this.about.prompts) return this.#put(drawNoModel(this.data.embedded), `prompt · ${this.about.title}`);
     const { features } = await this.#listed();
     const { PromptPage } = await import("./prompt.js");
@@ -224,10 +218,10 @@ class App {
   }
 
   #put(element, title) {
+    document.title = title;
     if (element.isConnected) return;
     this.tip.hide();
     this.page.replaceChildren(element);
-    document.title = title;
   }
 
   #fail(error) {
@@ -251,7 +245,7 @@ class App {
 
   /** What of the page the keys move through, if not the cards. */
   #moving() {
-    return { table: this.#table, families: this.#families, family: this.#families, heads: this.#heads, head: this.#heads }[this.view.page];
+    return { table: this.#table?.table, families: this.#families, family: this.#families, heads: this.#heads, head: this.#heads }[this.view.page];
   }
 
   /** The next latent by number, among those the page has. */
@@ -358,7 +352,7 @@ class App {
         { keys: ["5", "6", "7", "8", "9"], help: "specificity, expected value, sensitivity, logits, ablation", run: onCard(({ key }) => ({ ...UNMARKED, tab: tabsOf(this.about, "dive")[key - 5] })) },
         { keys: ["p"], help: "write a proxy", run: () => this.#card?.feature.alive && this.#card.writeProxy() },
       ] : []),
-      { keys: ["e"], help: "prompt explorer: open it, of a card with the marked example's context; write in it", run: () => this.#toPrompt() },
+      { keys: ["e"], help: "prompt explorer, of a card with the marked example's context; write in it", run: () => this.#toPrompt() },
       ...(this.about.prompts ? [
         { keys: ["ArrowLeft"], label: "←", help: "prompt: the token before", run: onPrompt("left") },
         { keys: ["ArrowRight"], label: "→", help: "prompt: the token after", run: onPrompt("right") },
@@ -366,7 +360,7 @@ class App {
         { keys: ["A"], help: "prompt: ablate it at all tokens, or keep it", run: onPrompt("everywhere") },
         { keys: ["x"], help: "prompt: take back the last ablation", run: onPrompt("undo") },
       ] : []),
-      ...(this.about.studies.length > 0 ? [{ keys: ["u"], help: "how it is computed: DFA by head, by source, attention, patching, recursive DFA", run: onCard(() => ({ ...UNMARKED, tab: nextOf(tabsOf(this.about, "upstream"), this.view.tab) })) }] : []),
+      ...(this.about.studies.length > 0 ? [{ keys: ["u"], help: "how it is computed, tab by tab", run: onCard(() => ({ ...UNMARKED, tab: nextOf(tabsOf(this.about, "upstream"), this.view.tab) })) }] : []),
       { keys: ["w"], help: "window: short, medium, full", run: onCard(() => ({ w: WINDOW_NAMES[(WINDOW_NAMES.indexOf(this.view.w) + 1) % 3] })) },
       { keys: ["h"], help: "sources of one head, the largest first", run: onCard(() => ({ head: this.#card.nextHead() })) },
       { keys: ["d"], help: "DFA and attention of an example, heads × sources", run: () => this.#card?.feature.alive && this.#card.toggleMap() },
@@ -384,9 +378,8 @@ const nextOf = (names, name) => names[(names.indexOf(name) + 1) % names.length];
 /** The prompt explorer needs a model: says so, and how to get one. */
 function drawNoModel(embedded) {
   return el("main", { class: "dead-page", "data-no-model": "" }, el("h1", {}, "The prompt explorer needs the model"),
-    el("p", {}, embedded ? "This is an export, which holds no model and computes nothing. Serve the index that it was made from, with its model:" : "This server was started without one. Start it with the model of its index:"),
-    el("pre", { class: "python" }, "headscope serve --index INDEX --with-model"),
-    el("p", {}, "Then a prompt that is typed here is read token by token: which features are active and what computes them, and what ablating features and heads changes in what comes next."));
+    el("p", {}, embedded ? "This is an export, which holds no model. Serve the index that it was made from:" : "This server has none. Start it with the model of its index:"),
+    el("pre", { class: "python" }, "headscope serve --index INDEX --with-model"));
 }
 
 const corpus = new Corpus();

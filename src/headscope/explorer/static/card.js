@@ -74,7 +74,7 @@ export class Card {
 
   /** The families that studies put it in; nothing where a label must not be led by them. */
   #families() {
-    return this.page && (this.feature.families ?? []).map((name) => this.#page("family", name, { class: "chip", "data-family-chip": name, title: "member of this family" }, name.replaceAll("-", " ")));
+    return this.page && (this.feature.families ?? []).map((name) => this.#page("family", name, { class: "chip", "data-family-chip": name }, name.replaceAll("-", " ")));
   }
 
   /** What share a top head has by chance: of the kinds of null, the one with the largest. */
@@ -290,7 +290,7 @@ export class Card {
     const rows = examples.map((number, i) => new ExampleRow(this.feature.examples[number], `${key}.${i}`, same[i], this));
     this.#rows.push(...rows);
     return el("section", { class: "group", "data-group": key }, el("header", {}, this.#term(label, kind, { n, tag: "h3" }),
-      lo !== null && hi !== null && el("span", { "data-range": "" }, `${num(lo, 2)} to ${num(hi, 2)}`),
+      lo !== null && hi !== null && el("span", {}, `${num(lo, 2)} to ${num(hi, 2)}`),
       active !== null && el("span", { "data-shares": "" }, el("b", {}, pct(active)), " of active tokens · ", el("b", {}, pct(mass)), " of activation mass")),
     el("ol", {}, rows.map(({ element }) => element)));
   }

@@ -74,7 +74,7 @@ export class CircuitTree {
     if (kind === "feature") return [name, " at ", this.on.token(position), el("small", {}, ` ${position}`)];
     if (kind === "source") return [this.on.token(position), el("small", {}, ` source ${position}`)];
     if (kind === "head" || part?.kind === "head") return ["head ", name];
-    return kind === "constant" ? [name, el("small", {}, " of no head")] : [name];
+    return kind === "constant" ? [name, el("small", {}, " of no head")] : [name.replace("mlp_out", "MLP")];
   }
 
   #fill(row, { node, children, rest, sum, residual }, path) {

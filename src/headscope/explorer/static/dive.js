@@ -76,7 +76,7 @@ export class Dive {
 
   async #logits(view) {
     const found = await this.data.study("logits", this.feature.latent);
-    if (this.#view === view) this.#draw(view, "", () => drawLogitsTab(this.feature, found, this.start, this.needs));
+    if (this.#view === view) this.#draw(view, "", () => drawLogitsTab(this.feature, found, this.needs));
   }
 
   async #study(view, proxy) {

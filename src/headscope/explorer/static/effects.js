@@ -1,11 +1,11 @@
-/** The tab "Logits", and what studies added to the index of this feature. */
+/** The tab "Logits", and the loss effect that a study added to the index of this feature. */
 import { el, term, unit } from "./dom.js";
 import { int, num, pct, signed } from "./format.js";
 import { empty, quoted, studyHead } from "./study.js";
 
 const MOMENTS = [["mean", "mean over the vocabulary"], ["std", "standard deviation"], ["skew", "skewness"], ["kurtosis", "kurtosis (normal: 3)"]];
 
-export function drawLogitsTab({ latent, logits }, { prominence, copied, top_source: source, copy_rank: rank, python }, { columns }, { vocab, about, names }) {
+export function drawLogitsTab({ latent, logits }, { prominence, copied, top_source: source, copy_rank: rank, python }, { vocab, about }) {
   const [[top]] = logits.top;
   const { definitions, sae, model } = about;
   const head = studyHead({
@@ -19,8 +19,7 @@ export function drawLogitsTab({ latent, logits }, { prominence, copied, top_sour
     el("section", {}, el("h3", {}, term("Distribution", definitions.logits ?? "")), el("table", { class: "measures", "data-moments": "" }, MOMENTS.map(([name, label]) => el("tr", {}, el("th", { scope: "row" }, label), el("td", {}, num(logits[name])))),
         el("tr", {}, el("th", { scope: "row" }, term("prominence", "standard deviations by which the top token stands above the mean")), el("td", { "data-prominence": "" }, num(prominence)))),
       el("p", { "data-copied-source": String(copied) }, ...copySentence(copied, vocab.label(top), source === null ? null : vocab.label(source))),
-      rank !== null && el("p", { class: "definition", title: definitions.copy_rank ?? "" }, `Copying: ${pct(rank)} of the vocabulary, attended to alone, would excite this feature more than its top logit token.`))),
-  ...drawColumns(columns, "effects", vocab, names)];
+      rank !== null && el("p", { class: "definition", title: definitions.copy_rank ?? "" }, `Copying: ${pct(rank)} of the vocabulary, attended to alone, would excite this feature more than its top logit token.`)))];
 }
 
 /** Whether what the feature raises most is what it reads most. */
@@ -29,12 +28,19 @@ function copySentence(copied, top, source) {
   return copied ? ["Copied: the top logit token ", top, " is the top source token too."] : ["Not copied: the top logit token is ", top, ", the top source token ", source, "."];
 }
 
-/** Columns of one study for this feature, with their definitions and where they are from. */
-export function drawColumns(columns, study, vocab) {
-  const own = columns[study];
+const EFFECTS = {
+  n: "active tokens with a next one", sampled: "of these, looked at", mean: "mean loss change", total: "summed loss change", importance: "loss change a token of the corpus", increase: "summed loss increase",
+  top_token: "top logit token", top_rate: "next token is that one", top_share: "its share of the loss increase", top_share_net: "its share of the summed change", null_mean: "mean loss change, random directions",
+};
+
+/** The loss effect by the direct path that the index has of this feature: values with their intervals, and definitions. */
+export function drawLossEffect({ effects: own }, vocab) {
   if (!own) return [];
-  if (own.refused) return [el("h3", {}, `${study} of the index`), empty(own.refused)];
-  return [el("h3", {}, `From the index: ${study}`), el("p", { class: "definition", "data-provenance": study }, `n over all features = ${/^\d+$/.test(own.n) ? int(Number(own.n)) : own.n}; ${own.created.slice(0, 10)}, headscope ${own.headscope}.`),
-    el("table", { class: "measures wide", "data-columns": study }, Object.entries(own.values).map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name),
-      el("td", {}, value === null ? "–" : /token$/.test(name) && Number.isInteger(value) ? vocab.label(value) : typeof value === "number" ? (Number.isInteger(value) ? int(value) : num(value, 5)) : String(value)), el("td", { class: "definition" }, own.definitions[name] ?? ""))))];
+  const title = el("h3", {}, "Loss effect by the direct path");
+  if (own.refused) return [title, empty(own.refused)];
+  const shown = (name, value) => (value === null ? "–" : name === "top_token" ? vocab.label(value) : Number.isInteger(value) ? int(value) : num(value, 5));
+  const interval = (name) => typeof own.values[`${name}_low`] === "number" && ` [${num(own.values[`${name}_low`])}, ${num(own.values[`${name}_high`])}]`;
+  return [title, el("p", { class: "definition", "data-provenance": "effects" }, `n over all features = ${int(Number(own.n))}; ${own.created.slice(0, 10)}, headscope ${own.headscope}.`),
+    el("table", { class: "measures wide", "data-columns": "effects" }, Object.entries(own.values).filter(([name]) => name in EFFECTS).map(([name, value]) =>
+      el("tr", { "data-column": name }, el("th", { scope: "row" }, EFFECTS[name]), el("td", {}, shown(name, value), interval(name)), el("td", { class: "definition" }, own.definitions[name] ?? ""))))];
 }

@@ -4,7 +4,7 @@ import { int, num, pct, signed } from "./format.js";
 
 const ROW = 27;
 const GAP = 8;
-/** Of a kind of column: the least pixels, and its part of what is left. */
+/** Of a kind of column: least pixels, part of what is left. */
 const WIDTHS = { int: [50, 0.8], float: [50, 0.8], signed: [50, 0.8], percent: [62, 1], token: [76, 1.5], head: [46, 0.7], text: [108, 2], bool: [52, 0], tests: [76, 0] };
 const WRITE = { int, percent: pct, float: num, signed: (value) => signed(value, 2), bool: (flag) => (flag ? "yes" : "no"), head: String, text: String };
 
@@ -30,7 +30,7 @@ export class Rows {
     this.element = el("div", {
       class: "rows", role: "table", "aria-label": label, "data-table": "", onscroll: () => requestAnimationFrame(() => this.#draw()),
       vars: {
-        "--cols": columns.map(({ kind }) => `minmax(${WIDTHS[kind][0]}px, ${WIDTHS[kind][1]}fr)`).join(" "), "--row": `${ROW}px`, "--gap": `${GAP}px`,
+        "--cols": columns.map(({ kind }) => `minmax(${WIDTHS[kind][0]}px, ${WIDTHS[kind][1]}fr)`).join(" "), "--row": `${ROW}px`,
         "--least": `${columns.reduce((sum, { kind }) => sum + WIDTHS[kind][0] + GAP, GAP)}px`,
       },
     }, this.head, this.space);

@@ -33,9 +33,8 @@ export class TableView {
     Object.assign(this, { features, on, columns: features.columns.filter(({ listed }) => listed) });
     this.count = el("output", { class: "count", "data-count": "" });
     this.table = new Rows("features", this.columns, { sort: (sort) => on.change({ sort }), open: on.open, link: on.link, id: (row) => features.rows.latent[row], cell: (row, column) => this.#cell(row, column) });
-    this.view = this.table.element;
     this.element = el("main", { class: "index" }, drawAbout(about), el("section", { class: "features" },
-      el("header", {}, el("h1", {}, about.title), el("a", { class: "button", href: on.dashboard(), "data-page": "dashboard" }, "dashboard ", el("kbd", {}, "o")), this.count), this.#drawControls(), this.view));
+      el("header", {}, el("h1", {}, about.title), el("a", { class: "button", href: on.dashboard(), "data-page": "dashboard" }, "dashboard ", el("kbd", {}, "o")), this.count), this.#drawControls(), this.table.element));
   }
 
   #drawControls() {
@@ -92,13 +91,4 @@ export class TableView {
     return { dead, class: differs && "differs", vars: /share$/.test(name) && value !== null ? { "--r": unit(value) } : {}, content: kind === "token" ? vocab.label(value) : text };
   }
 
-  /** Move the cursor, and bring it into sight. */
-  move(step) {
-    this.table.move(step);
-  }
-
-  /** Open the row under the cursor. */
-  openCursor() {
-    this.table.openCursor();
-  }
 }

@@ -2,7 +2,7 @@
 import { el } from "./dom.js";
 
 const SHOWN = { "\n": "↵", "\t": "⇥", "\r": "␍" };
-// What would be invisible, look like a space or reorder its neighbours: controls, variation selectors, direction marks.
+// What is invisible, looks like a space or reorders its neighbours.
 const HIDDEN = /([\p{Cc}\p{Zl}\p{Zp}\p{DI}\ufff9-\ufffb\u2800\xa0\u1680\u2000-\u200a\u202f\u205f\u3000])/u;
 const utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
 const strict = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
