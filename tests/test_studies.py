@@ -1,6 +1,7 @@
 """A study is one value: what is registered is found by the page, the command line, `study all` and the report."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from playwright.sync_api import Browser, expect
 from starlette.testclient import TestClient
 
+from browsing import CHROMIUM, quiet_page, serving
 from dive_index import COMMON, DEAD, N_LATENTS, built_live
 from headscope import cli, jobs
 from headscope.encode import encode
 from headscope.errors import IndexFormatError, OptionError, StudyError
 from headscope.explorer.cards import IndexCards
+from headscope.explorer.export import export_html
 from headscope.explorer.server import make_app
 from headscope.explorer.studies import packed
 from headscope.index.columns import add_columns, studies
@@ -29,6 +33,9 @@ from headscope.studies.study import DictionaryStudy, FeatureStudy, NoOptions, Ta
 from headscope.studies.subject import Subject
 
 BASE = "http://127.0.0.1:8000"
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "headscope"
+EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +117,26 @@ def test_the_page_has_its_address_and_its_tab(live: LiveIndex, toys: None) -> No
     assert client.get(f"/api/study/toys/{COMMON}").status_code == 404, "it is of no single feature"
 
 
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_its_tab_is_drawn_from_its_record(browser: Browser, live: LiveIndex, toys: None, tmp_path: Path) -> None:
+    subject = Subject(live.index)
+    studies = {COMMON: packed(subject, COMMON)}
+    file = export_html(IndexCards(live.index), tmp_path / "page.html", [COMMON], studies=studies)
+    with (
+        serving(make_app(IndexCards(live.index), subject=subject)) as url,
+        quiet_page(browser, viewport={"width": 1280, "height": 800}) as page,
+    ):
+        for address in (f"{url}/f/{COMMON}?tab=toy", f"file://{file}#/f/{COMMON}?tab=toy"):
+            page.goto(address)
+            expect(page.locator("[data-tab=toy]")).to_have_attribute("aria-selected", "true")
+            expect(page.locator("[data-record] [data-definition]")).to_contain_text("how large is it?")
+            expect(page.locator("[data-record] [data-measure=largest]")).to_be_visible()
+            expect(page.locator("[data-record] [data-values]")).to_contain_text("a note")
+            page.click("[data-tab=logits]")
+            expect(page.locator("[data-record]")).to_be_hidden()
+
+
 def test_the_command_line_runs_it(live: LiveIndex, toys: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert "largest: " in printed(capsys, "toy", live.index.folder, COMMON)
     told = json.loads(printed(capsys, "toy", live.index.folder, COMMON, "--json", "--least", 3))
@@ -179,3 +206,24 @@ def test_records_become_json_with_every_float_short_and_none_that_is_not_finite(
     assert json.loads(json.dumps(told, allow_nan=False)) == told
     with pytest.raises(TypeError, match="a set has no form in JSON"):
         encode({1})
+
+
+def test_the_study_of_the_document_works_as_it_says(
+    live: LiveIndex, toys: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [code] = re.findall(r"^```python\n(.*?)^```", EXTENDING, re.DOTALL | re.MULTILINE)
+    exec(code, {"__name__": "early"})
+    position = live.index.activations(COMMON).position % live.index.block_size
+    share = (position < 16).mean()
+    assert f"share: {share:.4g} [" in printed(capsys, "early", live.index.folder, COMMON, "--tokens", 16)
+    found = jobs.study("early", live.index.folder, COMMON, tokens=16)
+    assert (found.share.value, found.share.n) == (pytest.approx(share), len(position))
+    client = TestClient(make_app(IndexCards(live.index), subject=Subject(live.index)), base_url=BASE)
+    assert client.get(f"/api/study/early/{COMMON}?tokens=16").json()["share"]["value"] == pytest.approx(share, rel=1e-6)
+    assert any(section.name == "early" for section in sections())
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:[\w]+/)*[\w]+\.(?:py|js|md))`", EXTENDING))))
+def test_the_files_that_the_document_names_exist(path: str) -> None:
+    rooms = [ROOT, SOURCE, SOURCE / "index", SOURCE / "explorer", SOURCE / "explorer" / "static"]
+    assert any((room / path).is_file() for room in rooms), path
