@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from headscope import jobs
+from headscope.encode import encode
 from headscope.errors import ModelError
-from headscope.explorer.prompt_json import features_json
 from headscope.explorer.studies import packed
 from headscope.index.build import SAERecord, build_index
 from headscope.index.live import LiveIndex
@@ -45,7 +45,7 @@ def test_the_features_of_a_prompt_are_given_and_their_direct_effect_is_not(live)
     assert_close(torch.from_numpy(found.by_head).sum(1).float() + bias, pre, atol=1e-4, rtol=1e-4)
     assert found.effect is None
     assert WHY in found.effect_missing
-    told = features_json(found)
+    told = encode(found)
     assert (told["effect"], told["effect_missing"]) == (None, found.effect_missing)
     assert len(told["activation"]) == len(found.latent)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from headscope.encode import DIGITS, Json, short, significant
-from headscope.studies.prompt.records import ActiveFeatures, NextTokens, PromptRun
+from headscope.studies.prompt.records import PromptRun
 
 if TYPE_CHECKING:
     from headscope.attribution import DFA
@@ -32,37 +32,6 @@ def run_json(found: PromptRun, folder: str) -> Json:
         "loss": significant(found.loss, DIGITS),
         "ablated_loss": significant(found.ablated_loss, DIGITS) if found.ablations else None,
         "python": _python(folder, found),
-    }
-
-
-def features_json(found: ActiveFeatures) -> Json:
-    """The features of one token, by column."""
-    return {
-        "query": found.query,
-        "latent": found.latent.tolist(),
-        "activation": significant(found.activation, DIGITS),
-        "by_head": significant(found.by_head, DIGITS),
-        "source": found.source.tolist(),
-        "source_dfa": significant(found.source_dfa, DIGITS),
-        "target": found.target,
-        "effect": None if found.effect is None else significant(found.effect, DIGITS),
-        "effect_missing": found.effect_missing,
-    }
-
-
-def next_json(found: NextTokens) -> Json:
-    """What is predicted after one token, by column."""
-    return {
-        "query": found.query,
-        "actual": found.actual,
-        "token": found.token.tolist(),
-        "probability": significant(found.probability, DIGITS),
-        "logit": significant(found.logit, DIGITS),
-        "rank": found.rank.tolist(),
-        "ablated_probability": significant(found.ablated_probability, DIGITS),
-        "ablated_logit": significant(found.ablated_logit, DIGITS),
-        "ablated_rank": found.ablated_rank.tolist(),
-        "divergence": short(found.divergence, DIGITS),
     }
 
 

@@ -16,7 +16,7 @@ from headscope.encode import Json, encode
 from headscope.errors import HeadscopeError, IndexFormatError, StudyError
 from headscope.explorer.answers import answer, failure, json_object, pack_json
 from headscope.explorer.desk import Desk
-from headscope.explorer.prompt_json import dfa_json, features_json, next_json, run_json
+from headscope.explorer.prompt_json import dfa_json, run_json
 from headscope.studies.how.levels import Level, path_of, why_attended
 from headscope.studies.prompt.records import parse_ablations
 from headscope.studies.subject import Subject
@@ -71,7 +71,7 @@ class PromptRoutes:
         """
         prompts, tokens = self.subject.prompts, self._tokens(prompt)
         found = prompts.next_tokens(tokens, query, parse_ablations(ablations))
-        return {"features": features_json(prompts.features(tokens, query, target)), "next": next_json(found)}
+        return {"features": encode(prompts.features(tokens, query, target)), "next": encode(found)}
 
     def dfa(self, *, prompt: Json, latent: int, query: int) -> Json:
         """A feature at one token by head and source.

@@ -1,18 +1,16 @@
 """Claims on ablating the induction head: which features turn off, what it does to the loss, what else the head does."""
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from headscope.errors import StudyError
-from headscope.index.live import LiveIndex
-from headscope.report.ablated import mean_replacement, replacement
+from headscope.report.ablated import replacement
 from headscope.report.induction_family import PostFamily, composite, is_member, post_family
 from headscope.report.model_heads import model_heads
-from headscope.report.records import Claim, Finding, Listing, Section, Settings
+from headscope.report.records import Claim, Finding, Listing, Section
 from headscope.report.rows import Filled, Row, Rows, fill, mean_by, share_that, why
 from headscope.report.subject import Subject
 from headscope.stats import Estimate, Measure, quotient, resampled, unit_draws
@@ -101,12 +99,12 @@ def turned_off(subject: Subject) -> tuple[Finding, ...]:
 
 
 def _turned_off(subject: Subject) -> Filled:
-    family, live, settings = post_family(subject), subject.live, subject.settings
+    family, live = post_family(subject), subject.live
     head = family.head
     note = f"head {subject.head_name(head)}"
-    claims = {"silenced": _silenced(_firing(live, settings), family, note)}
+    claims = {"silenced": _silenced(_firing(subject), family, note)}
     try:
-        effects = head_effects(live, mean_replacement(live, settings))
+        effects = head_effects(live, replacement(subject))
     except StudyError as error:
         return claims | {name: _OFF[name].without(why(error)) for name in _OFF if name not in claims}, ()
     for rule in get_args(OffRule):
@@ -124,7 +122,7 @@ def _turned_off(subject: Subject) -> Filled:
     claims["any head"] = _OFF["any head"].of(share_that(off))
     for name, latents in (("others", family.others), ("control", family.control.latents)):
         claims[name] = _OFF[name].of(_off_share(effects, latents, head, "most tokens"), note=note)
-    other = head_effects(live, replacement(live, settings, "resample"))
+    other = head_effects(live, replacement(subject, "resample"))
     claims["resample"] = _OFF["resample"].of(_off_share(other, family.members, head, "most tokens"), note=note)
     return claims, ()
 
@@ -147,15 +145,17 @@ def _silenced(firing: AblatedFiring, family: PostFamily, note: str) -> Claim:
     return _OFF["silenced"].of(found, note=f"{note}; sample of {firing.n_tokens:,} text tokens")
 
 
-@lru_cache(maxsize=1)
-def _firing(live: LiveIndex, settings: Settings) -> AblatedFiring:
+def _firing(subject: Subject) -> AblatedFiring:
+    live, settings = subject.live, subject.settings
     blocks = min(_FIRING_BLOCKS, settings.sequences)
-    return firing_under_ablation(live, mean_replacement(live, settings), max_blocks=blocks, seed=settings.seed)
+    return subject.once(
+        "firing",
+        lambda: firing_under_ablation(live, replacement(subject), max_blocks=blocks, seed=settings.seed),
+    )
 
 
-@lru_cache(maxsize=1)
-def _mass(live: LiveIndex) -> HeadMass:
-    return head_mass(live.index)
+def _mass(subject: Subject) -> HeadMass:
+    return subject.once("mass", lambda: head_mass(subject.index))
 
 
 # ---------------------------------------------------------------------------------------------------------- loss table
@@ -217,13 +217,13 @@ def _losses(subject: Subject) -> Filled:
     enough = index.table()["n_active"].to_numpy() >= 30
     inside = is_member(composite(subject), index.n_latents)
     inside[family.members] = True
-    ranked = other_features(_firing(live, settings), _mass(live).total, inside | ~enough, head)
+    ranked = other_features(_firing(subject), _mass(subject).total, inside | ~enough, head)
     others, members = ranked.by_dfa[: len(_ORDER)], family.members[enough[family.members]][:20]
     found = loss_table(
         live,
         [*others.tolist(), *members.tolist()],
         [head, control],
-        mean_replacement(live, settings),
+        replacement(subject),
         max_blocks=min(_LOSS_BLOCKS, settings.sequences),
         seed=settings.seed,
     )
@@ -339,7 +339,7 @@ def _polysemanticity(subject: Subject) -> Filled:
         family = post_family(subject)
     except StudyError as error:
         return claims | {name: row.without(why(error)) for name, row in _POLYSEMANTIC.items() if name != "single"}, ()
-    head, mass = family.head, _mass(subject.live)
+    head, mass = family.head, _mass(subject)
     inside = is_member(composite(subject), index.n_latents)
     inside[family.members] = True
     shares = _shares(mass.total, inside)
@@ -379,7 +379,7 @@ def _resampled(
 
 
 def _others(subject: Subject, family: PostFamily, mass: HeadMass, inside: Bool[np.ndarray, " latent"]) -> Listing:
-    ranked = other_features(_firing(subject.live, subject.settings), mass.total, inside, family.head, k=10)
+    ranked = other_features(_firing(subject), mass.total, inside, family.head, k=10)
     tokens, share = subject.index.table()["top_logit"].to_numpy(), subject.index.shares["decoder"][:, family.head]
     lists = {"by DFA": ranked.by_dfa, "fire most when ablated": ranked.firing, "lose most tokens": ranked.lost}
     rows = tuple(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from headscope.report.ablated import mean_replacement
+from headscope.report.ablated import replacement
 from headscope.report.model_heads import LEAST, N_SHUFFLED, ModelHeads, model_heads
 from headscope.report.records import Claim, Figure, Finding, Section
 from headscope.report.rows import Filled, Row, fill, share_that
@@ -268,7 +268,7 @@ def superposition(subject: Subject) -> tuple[Finding, ...]:
 
 
 def _superposition(subject: Subject) -> Filled:
-    found = redundancy(subject.live, mean_replacement(subject.live, subject.settings), seed=subject.settings.seed)
+    found = redundancy(subject.live, replacement(subject), seed=subject.settings.seed)
     claims = {name: _SUPERPOSED[name].of(found.share(name)) for name in ("redundant", "and")}
     claims["several"] = _SUPERPOSED["several"].of(found.several())
     if len(found.features.latents):

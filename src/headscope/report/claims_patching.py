@@ -50,7 +50,7 @@ class _Scores:
 
 
 def _pairs(subject: Subject, exemplar: Exemplar) -> Pairs:
-    return pairs_of(subject.live, subject.settings, exemplar)
+    return pairs_of(subject, exemplar)
 
 
 def _survival(row: Row, pairs: Pairs) -> Claim:

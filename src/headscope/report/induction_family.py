@@ -1,7 +1,6 @@
 """The induction features of a subject by the post's rule and by the composite one, found once for all its studies."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -47,10 +46,10 @@ def post_family(subject: Subject) -> PostFamily:
     Raises:
         StudyError: the layer has no induction head.
     """
-    return _post_family(subject.live, subject.settings, model_heads(subject).induction)
+    head = model_heads(subject).induction
+    return subject.once("post family", lambda: _post_family(subject.live, subject.settings, head))
 
 
-@lru_cache(maxsize=1)
 def _post_family(live: LiveIndex, settings: Settings, head: int) -> PostFamily:
     index = live.index
     finder = BigramFinder(Text.of(index))
@@ -61,10 +60,9 @@ def _post_family(live: LiveIndex, settings: Settings, head: int) -> PostFamily:
 
 def composite(subject: Subject) -> InductionFeatures:
     """Judge features by behaviour, sources, copying and corruption, with no head named; done once for all studies."""
-    return _composite(subject.live, subject.settings)
+    return subject.once("composite", lambda: _composite(subject.live, subject.settings))
 
 
-@lru_cache(maxsize=1)
 def _composite(live: LiveIndex, settings: Settings) -> InductionFeatures:
     places = _PLACES if settings.features is None else _FEW_PLACES
     return induction_features(live, n_places=places, n_corrupted=_CORRUPTED, seed=settings.seed)

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -93,10 +92,12 @@ def model_heads(subject: Subject) -> ModelHeads:
         StudyError: the context is too short for two copies of two tokens.
     """
     settings = subject.settings
-    return _scored(subject.model, subject.sae.site.layer, min(64, settings.sequences), settings.seed)
+    n_sequences = min(64, settings.sequences)
+    return subject.once(
+        "model heads", lambda: _scored(subject.model, subject.sae.site.layer, n_sequences, settings.seed)
+    )
 
 
-@lru_cache(maxsize=1)
 def _scored(model: Model, layer: int, n_sequences: int, seed: int) -> ModelHeads:
     n = min(_COPY, (model.spec.context - 1) // 2)
     if n < 2:

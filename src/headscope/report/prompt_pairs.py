@@ -6,7 +6,6 @@ token. Those that the feature does not survive, and those whose corruption it do
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Int
 from headscope.errors import HeadscopeError, StudyError
 from headscope.index.live import LiveIndex
 from headscope.report.records import Exemplar, Settings
+from headscope.report.subject import Subject
 from headscope.studies.how.corruptions import FeatureMetric, PromptPair, pair, replace_tokens
 from headscope.studies.support.active import Text
 
@@ -47,15 +47,18 @@ class Pairs:
     """Whether as many other tokens replaced did."""
 
 
-@lru_cache(maxsize=3)
-def pairs_of(live: LiveIndex, settings: Settings, exemplar: Exemplar) -> Pairs:
+def pairs_of(subject: Subject, exemplar: Exemplar) -> Pairs:
     """Cut prompts out of the corpus, and corrupt them: for induction the earlier A's, else the source tokens.
 
-    Done once for all studies of an exemplar.
+    Done once for all sections about an exemplar.
 
     Raises:
         StudyError: the feature survives every corruption, or nowhere has what is to be replaced before it.
     """
+    return subject.once(("pairs", exemplar), lambda: _pairs(subject.live, subject.settings, exemplar))
+
+
+def _pairs(live: LiveIndex, settings: Settings, exemplar: Exemplar) -> Pairs:
     metric = FeatureMetric(live.model, live.sae, exemplar.latent)
     text = Text.of(live.index)
     pool = text.tokens[text.is_text]

@@ -1,7 +1,8 @@
 """The one SAE under study: what every study of the report is given."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from headscope.errors import StudyError
 from headscope.index.live import LiveIndex
@@ -10,6 +11,8 @@ from headscope.models.hf import Model
 from headscope.report.records import FULL, Exemplar, Kind, Settings
 from headscope.sae.model import SAE
 from headscope.tokens import visible
+
+T = TypeVar("T")
 
 
 def _silent(_done: int, _total: int) -> None:
@@ -29,7 +32,15 @@ class Subject:
     upstream_sae: SAE | None = None
     """An `mlp_out` SAE of an earlier layer, whose features are nodes of the circuit; None where there is none."""
     progress: Callable[[int, int], None] = field(default=_silent, compare=False)
-    """Called with the work done and the work in all, of the study that runs."""
+    """Called with the work done and the work in all, of the section that runs."""
+    found: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
+    """Results that several sections need, by name; they go when the subject does."""
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what `make` computed for a key before, or computes now."""
+        if key not in self.found:
+            self.found[key] = make()
+        return self.found[key]  # pyright: ignore[reportReturnType] - a key has one kind of value
 
     @property
     def index(self) -> FeatureIndex:
