@@ -1,1 +1,1 @@
-"""The commands, by what they are about: one frozen dataclass each, whose fields are its options, over `jobs`."""
+"""The commands, grouped by topic: one frozen dataclass each, whose fields are its options, over `jobs`."""

@@ -1,4 +1,4 @@
-"""What commands show: bars in a terminal, a line now and then in a file, and printed tables."""
+"""Output of commands: progress bars on a terminal, periodic lines in a log file, and printed tables."""
 
 import sys
 import textwrap
@@ -18,23 +18,23 @@ from headscope.sae.metrics import Status
 from headscope.sae.quality_table import Row, quality_rows
 
 _LINE_EVERY, _BAR_EVERY = 10.0, 0.1  # seconds
-_NAME, _BAR = 12, 8  # characters that a stage's name and its bar have at least
+_NAME, _BAR = 12, 8  # minimum width of a stage's name and of its bar, in characters
 _WIDEST_BAR = 40
 _PERCENT, _TIME = 4, 9
 _UNKNOWN = "-:--:--"
-_BETWEEN = 2  # characters between the columns of a table
+_BETWEEN = 2  # characters between table columns
 
 
 class _Bars(Progress):
-    """A line for each stage that fits the terminal: its name, bar, percent and time left always show.
+    """One line per stage, fitted to the terminal: its name, bar, percentage and remaining time always show.
 
-    How much is done is left out where there is no room. Notes are below, on lines of their own.
+    The count of completed work is omitted where it does not fit. Notes go below, on lines of their own.
     """
 
     _percent = TaskProgressColumn()
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """The lines, and the notes of the stages that have one."""
+        """Return the stage lines and the notes of the stages that have one."""
         tasks = self.tasks
         if not tasks:
             return
@@ -53,7 +53,7 @@ class _Bars(Progress):
                 yield Padding(Text(task.fields["note"]), (0, 0, 0, 2))
 
     def _widths(self, names: Sequence[str], counts: Sequence[str]) -> tuple[int, int, int]:
-        """Of a stage's name, its bar, and how much is done; 0 where that has no room."""
+        """Return the widths of a stage's name, its bar and its count of completed work; 0 where that does not fit."""
         room = self.console.width - _PERCENT - _TIME - 3  # a space between columns
         count = max(map(len, counts))
         if room - count - 1 >= _NAME + _BAR:
@@ -66,7 +66,7 @@ class _Bars(Progress):
 
 @dataclass
 class _Stage:
-    """What was last shown of a stage, and where it stood when it was first reported."""
+    """State of a stage: its progress when it was first reported and when it was last displayed."""
 
     begun: float
     before: int
@@ -75,12 +75,12 @@ class _Stage:
 
 
 class Display:
-    """Progress on stderr, as bars where that is a terminal and as lines elsewhere; what was found on stdout."""
+    """Progress on stderr, as bars on a terminal and as lines elsewhere; results on stdout."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, quiet: bool = False) -> None:
-        """Show nothing until work is reported, and nothing at all where another process shows it.
+        """Show nothing until work is reported, and nothing at all on processes other than rank 0.
 
-        `clock` gives seconds.
+        `clock` returns seconds.
         """
         self._clock = clock
         self._console = Console(file=sys.stdout, highlight=False, quiet=quiet)  # of a named file rich asks the encoding
@@ -88,31 +88,31 @@ class Display:
         self._progress = _Bars(
             console=errors,
             disable=not errors.is_terminal,
-            redirect_stdout=sys.stdout.isatty(),  # lines go above the bars, but where they are kept in a file
+            redirect_stdout=sys.stdout.isatty(),  # print lines above the bars, unless they go to a file
         )
         self._tasks: dict[str, TaskID] = {}
         self._stages: dict[str, _Stage] = {}
         self._latest: str | None = None
 
     def __enter__(self) -> "Display":
-        """Start drawing."""
+        """Start rendering."""
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the bars as they are."""
+        """Stop rendering and leave the bars as they are."""
         self._progress.stop()
 
     def on_progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Report how far a stage is; a total of 0 is one that is not known."""
+        """Report the progress of a stage; a total of 0 is unknown."""
         self._report(stage, done, total, lambda _rate: [note])
 
     def on_step(self, status: Status) -> None:
-        """Show the status of a training step, with the rate and the time that is left."""
+        """Show the status of a training step, with its rate and the remaining time."""
         self._on_step(status, [status_line(status)])
 
     def on_steps(self, statuses: Mapping[str, Status]) -> None:
-        """Show the status of a step of several SAEs on one stream, a line each."""
+        """Show the status of a step of several SAEs trained on one stream, one line each."""
         lines = [f"{name}  {status_line(status)}" for name, status in statuses.items()]
         self._on_step(next(iter(statuses.values())), lines)
 
@@ -125,13 +125,13 @@ class Display:
         self._report("train", status.step + 1, status.n_steps, note)
 
     def _report(self, name: str, done: int, total: int, note: Callable[[float], list[str]]) -> None:
-        """Show a stage if it is time to; `note` gets what is done of it a second (0: not known) and returns lines."""
+        """Show a stage if it is due; `note` receives the work done per second (0: unknown) and returns lines."""
         now, every = self._clock(), _LINE_EVERY if self._progress.disable else _BAR_EVERY
         stage, last = self._stages.get(name), 0 < total <= done
         ended = stage is not None and last and stage.done >= total
         if ended and name == self._latest:  # said already
             return
-        if stage is None or done < stage.done or ended:  # it begins, perhaps once more
+        if stage is None or done < stage.done or ended:  # it starts, perhaps for a second time
             stage = self._stages[name] = _Stage(now, done, done)
         stage.done, self._latest = done, name
         if not last and stage.shown is not None and now - stage.shown < every:
@@ -161,12 +161,12 @@ class Display:
 
     @property
     def _out(self) -> Console:
-        """Where lines go: by way of the bars' console where both are on one terminal, so that they stay apart."""
+        """Return the output for lines: the bars' console where both share a terminal, so that they do not mix."""
         both = self._console.is_terminal and not self._progress.disable
         return self._progress.console if both else self._console
 
     def say(self, line: str) -> None:
-        """Print a line, on a terminal broken between words alone; elsewhere it stays whole."""
+        """Print a line, wrapped between words on a terminal, unwrapped elsewhere."""
         if self._out.is_terminal:
             line = "\n".join(map(self._broken, line.split("\n")))
         self._print(Text(line), soft_wrap=True)
@@ -177,10 +177,10 @@ class Display:
         return textwrap.fill(line, self._out.width, **options)
 
     def _print(self, what: Text | Table, *, soft_wrap: bool = False) -> None:
-        """Print something.
+        """Print a renderable.
 
         Raises:
-            OutputError: the output is a file on a disk that is full, or a pipe that is closed.
+            OutputError: the output is a file on a full disk, or a closed pipe.
         """
         try:
             self._out.print(what, soft_wrap=soft_wrap)
@@ -192,11 +192,11 @@ class Display:
             ) from error
 
     def print_quality(self, quality: dict, split: str) -> None:
-        """Print the table of an SAE's quality, beside the post's figures."""
+        """Print the table of an SAE's quality, next to the post's figures."""
         self.print_rows(f"quality on {split} text", quality_rows(quality))
 
     def print_rows(self, title: str, rows: Sequence[Row]) -> None:
-        """Print figures beside the post's."""
+        """Print figures next to the post's."""
         cells = [(row.name, row.value, row.post, row.definition) for row in rows]
         self.print_table(f"{title} [95 % interval]", ("figure", "this SAE", "post*", "definition"), cells)
         self.say("* Kissane et al. (2024): gelu-2l layer 1, d_sae 16,384, C4 and code; another model and corpus")
@@ -204,10 +204,10 @@ class Display:
     def print_table(
         self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str] = ()
     ) -> None:
-        """Print cells under their headings; no word is broken.
+        """Print a table of cells; no word is broken.
 
-        Where the longest words have no room beside one another, the columns `spare` are left out, the first one first;
-        if that is not enough, each cell gets a line.
+        Where the longest words do not fit side by side, the columns `spare` are dropped, first one first;
+        if that is not enough, each cell gets its own line.
         """
         columns = {name: [row[i] for row in rows] for i, name in enumerate(headings)}
         for name in spare:
@@ -234,7 +234,7 @@ class Display:
         self._print(table)
 
     def _widths_of(self, columns: Mapping[str, Sequence[str]]) -> list[int] | None:
-        """Of columns in which no word is broken, none wider than it has to be; None where there is no room for them."""
+        """Return the minimal column widths that break no word; None where they do not fit."""
         texts = [(name, *cells) for name, cells in columns.items()]
         widths = [max(map(_longest_word, own)) for own in texts]
         lacking = [max(map(len, own)) - width for own, width in zip(texts, widths, strict=True)]
@@ -249,7 +249,7 @@ class Display:
 
 
 def status_line(status: Status) -> str:
-    """The status of a training step in one line: `loss 31.2  L0 12.1  explained variance 71.3 %  dead 0.4 %`."""
+    """Format the status of a training step as one line: `loss 31.2  L0 12.1  explained variance 71.3 %  dead 0.4 %`."""
     line = (
         f"loss {status.loss:.4g}  L0 {status.l0:.1f}  explained variance {status.explained_variance:.1%}  "
         f"dead {status.dead:.1%}"

@@ -1,4 +1,4 @@
-"""Commands that run from end to end, a model to what is found in it: the demo and the report."""
+"""End-to-end commands, from a model to findings: the demo and the report."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,18 +22,18 @@ class Demo:
     resumes: ClassVar[bool] = True
 
     out: Output | None = None
-    """Folder for the SAE and the index; default `runs/demo`, or `runs/demo-quick`. What it holds is kept."""
+    """Folder for the SAE and the index; default `runs/demo`, or `runs/demo-quick`. Existing output is kept."""
     quick: bool = False
-    """A small run that shows that everything works; its figures mean little."""
+    """A small smoke test of the pipeline; its figures mean little."""
     serve: bool = True
     """Serve the page at the end."""
     port: Port | None = None
-    """A free one when not given."""
+    """Port to listen on; default: any free port."""
     overwrite: bool = False
-    """Start again, replacing what an earlier run left."""
+    """Start from scratch, replacing the output of an earlier run."""
 
     def run(self) -> None:
-        """Run what is not there yet, print, and serve."""
+        """Run the stages that are missing, print the results, and serve."""
         with Display() as display:
             result = demo.run(
                 self.out or Path("runs", "demo-quick" if self.quick else "demo"),
@@ -56,30 +56,30 @@ class Demo:
 class Report(OnDevice):
     """Replicate the post on SAEs of one model, side by side: every study, written as one HTML file, JSON and Markdown.
 
-    What is finished is kept: an interrupted run goes on with the same command. Without --sae and --index it is of the
-    bundled model, its best SAE and the ReLU SAE, of the post's kind.
+    Finished work is kept: re-run the same command to resume. Without --sae and --index, the report covers the bundled
+    model, its best SAE and the ReLU SAE, the kind used in the post.
     """
 
     resumes: ClassVar[bool] = True
 
     out: Annotated[Output, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder for the report, the indexes and what each study found."""
+    """Folder for the report, the indexes and the results of each study."""
     model: Name | None = None
-    """The model; the one the first SAE names when not given."""
+    """The model; default: the one named by the first SAE."""
     sae: tuple[Name, ...] = ()
-    """z SAEs to index and study: folders, or bundled ones by name."""
+    """z SAEs to index and study: folders, or names of bundled ones."""
     index: tuple[Input, ...] = ()
-    """Or indexes of SAEs, used as they are."""
+    """Existing indexes to use as they are."""
     upstream: Name | None = None
-    """An SAE of an earlier MLP, whose features are looked at one by one; `tiny-mlp0` for the bundled SAEs."""
+    """An SAE of an earlier MLP, whose features are studied individually; `tiny-mlp0` for the bundled SAEs."""
     text: Annotated[jobs.CorpusChoice, FLAT] = field(default_factory=jobs.CorpusChoice)
     quick: bool = False
-    """Look at little of everything: it shows that it works, and its figures mean little."""
+    """A small smoke test of every study; its figures mean little."""
     overwrite: bool = False
-    """Give up what a run with other inputs left in OUT."""
+    """Discard the results in OUT of a run with other inputs."""
 
     def run(self) -> None:
-        """Study with progress bars, and say where the report is."""
+        """Run the studies with progress bars, and print where the report is."""
         inputs = report.Inputs(self.model, self.sae, self.index, self.upstream, self.text)
         with Display() as display:
             found = report.run(

@@ -16,31 +16,31 @@ from headscope.limits import From0, Input, Name, Output
 class Index:
     """Index every feature of z SAEs on a corpus: activations, statistics, source tokens, examples with their DFA.
 
-    What an interrupted run left in `<out>.partial` is gone on with. Several processes share the work under `torchrun`.
+    An interrupted run resumes from `<out>.partial`. Several processes share the work under `torchrun`.
     """
 
     resumes: ClassVar[bool] = True
 
     sae: tuple[Name, ...]
-    """SAE folders, or bundled ones by name; several SAEs of one model are indexed in one pass over the corpus."""
+    """SAE folders, or names of bundled ones; several SAEs of one model are indexed in one pass over the corpus."""
     out: Output
-    """Folder to write, or folder of folders for several SAEs; must be new or empty."""
+    """Folder to write, or parent folder for several SAEs; must be new or empty."""
     model: Name | None = None
-    """The model; the one the SAE names when not given."""
+    """The model; default: the one named by the SAE."""
     text: Annotated[jobs.CorpusChoice, FLAT] = field(default_factory=jobs.CorpusChoice)
     thresholds: tuple[From0, ...] = (0.0,)
-    """Tell source tokens for active tokens above each of these activations: 0, and then larger ones."""
+    """Report source tokens separately for active tokens above each of these activations: 0, then increasing values."""
     exact_sources: bool = False
-    """Count all sources of every active token, not its 8 largest: slow, and much to write."""
+    """Count all sources of every active token, not its 8 largest: slow, with large output."""
     losses: bool = False
-    """Run the model to its logits too, and keep the loss of every next token."""
+    """Also compute the logits, and store the loss of every next token."""
     carry_sae: bool = True
-    """Put a copy of the SAE into the index, so that the index can be moved and shared without it."""
+    """Copy the SAE into the index, so that the index can be moved and shared without it."""
     hardware: Annotated[jobs.Hardware, FLAT] = field(default_factory=jobs.Hardware)
     overwrite: bool = False
-    """Replace what `out` holds, and what an interrupted run with other options left."""
+    """Replace the contents of `out`, and the partial results of a run with other options."""
     force: bool = False
-    """Index also SAEs that were trained on other weights than the model's; the index says so."""
+    """Also index SAEs that were trained on weights other than the model's; the index records this."""
 
     def run(self) -> None:
         """Index with a progress bar."""
@@ -73,15 +73,15 @@ class Index:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """Print how many features of a sample are alive, how many people found interpretable, and how far they agree."""
+    """Print the numbers of alive and of interpretable features in a sample, and the agreement between labellers."""
 
     index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder; features are labelled on the page that `headscope serve` opens."""
     sample: str = "first:50"
-    """`first:50` (the post's), `random:50:0` or `stratified:50:0` (by density): how drawn, how many, and the seed."""
+    """`first:50` (the post's), `random:50:0` or `stratified:50:0` (by density): sampling method, size and seed."""
 
     def run(self) -> None:
-        """Tally and print."""
+        """Tally the labels and print the result."""
         result = jobs.survey(self.index, sample=self.sample)
         display = Display()
         display.print_rows(f"survey of {self.sample}: {result.drawn.definition}", result.rows())

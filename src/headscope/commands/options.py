@@ -1,4 +1,4 @@
-"""What several commands have in common: options, and the processes that run one of them together."""
+"""Options shared by several commands, and the processes that run one command together."""
 
 import os
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ FLAT = tyro.conf.arg(name="")
 
 @dataclass(frozen=True, kw_only=True)
 class OnDevice:
-    """A command that runs the model of an index, in the precision that the index was made in."""
+    """A command that runs the model of an index, in the precision the index was built with."""
 
     device: Device = "cpu"
-    """Where the model runs: `cpu`, `cuda`, `cuda:1`."""
+    """Device of the model: `cpu`, `cuda`, `cuda:1`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class OfIndex(OnDevice):
     """A command that runs the model of an index."""
 
     model: Name | None = None
-    """The model that the index was built with; searched for when not given: in the index, where it was, by its name."""
+    """The model that the index was built with; default: search in the index, at its original path, and by name."""
     sae: Name | None = None
-    """The SAE that the index was built with, likewise."""
+    """The SAE that the index was built with; default: the same search."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +36,14 @@ class MayRunModel(OfIndex):
     """A command that shows more of an index when it runs the model."""
 
     with_model: bool = False
-    """Run the model of the index, for what is computed with it. Implied by --model and --sae."""
+    """Run the model of the index, for everything that needs it. Implied by --model and --sae."""
 
 
 @contextmanager
 def joined(device: str) -> Iterator[int]:
-    """Join the processes that `torchrun` started with this one; yield its rank, 0 for a process that is alone.
+    """Join the process group that `torchrun` started; yield this process's rank, 0 for a single process.
 
-    Torch is not loaded for one that is alone: what is wrong with its options is said sooner.
+    A single process does not load torch, so that invalid options are reported sooner.
     """
     if "WORLD_SIZE" not in os.environ:
         yield 0

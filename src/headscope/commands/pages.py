@@ -1,4 +1,4 @@
-"""Commands that show an index: the explorer, and pages to keep."""
+"""Commands that show an index: the explorer, and pages exported as files."""
 
 import os
 import sys
@@ -20,15 +20,15 @@ class Serve(MayRunModel):
     index: Input
     """An index folder."""
     upstream_sae: tuple[Name, ...] = ()
-    """SAEs of earlier components of the model, such as `tiny-mlp0`, to split what comes from upstream by their
+    """SAEs of earlier components of the model, such as `tiny-mlp0`, to attribute upstream contributions to their
     features. Implies --with-model."""
     port: Port | None = None
-    """A free one when not given."""
+    """Port to listen on; default: any free port."""
     open: bool = False
     """Open the page in the default browser."""
 
     def run(self) -> None:
-        """Serve."""
+        """Serve until interrupted."""
         jobs.serve(
             self.index,
             model=self.model,
@@ -50,7 +50,7 @@ def _say_stage(stage: str, done: int, _total: int) -> None:
 
 
 def end_computing() -> None:
-    """End the process where the server that has ended left a computation: torch aborts if it is torn down under one."""
+    """Exit at once if the stopped server left a computation running: torch aborts if it is torn down under one."""
     from headscope.explorer.desk import at_work
 
     if at_work():
@@ -61,19 +61,19 @@ def end_computing() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write the explorer as one HTML file that opens without a server or a network, or as a folder to be hosted."""
+    """Write the explorer as one HTML file that opens without a server or a network, or a folder for static hosting."""
 
     index: Input
     """An index folder."""
     out: Output
-    """`page.html` for one file of at most 2,000 features; any other name for a folder that a static host can serve."""
+    """`page.html` for one file of at most 2,000 features; any other name for a folder for a static host."""
     features: tuple[Latent, ...] = ()
-    """Latents to put in it; all alive ones when not given, the 2,000 most active at most in a file."""
+    """Latents to include; default: all alive ones, in a file the 2,000 most active."""
     overwrite: bool = False
-    """Replace what is there."""
+    """Replace existing output."""
 
     def run(self) -> None:
-        """Write and say how large it is."""
+        """Write the page and print its size."""
         path = jobs.export(self.index, self.out, features=self.features, overwrite=self.overwrite)
         size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file())
         Display().say(f"page: {path} ({size / 1e6:.1f} MB)")
@@ -86,16 +86,16 @@ class Dive(MayRunModel):
     index: Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """An index folder."""
     feature: Annotated[Latent, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURE")]
-    """Its latent."""
+    """The feature's latent."""
     proxy: tuple[str, ...] = ()
-    """Rules that say where it should fire, such as 'induction("board")'; the page's suggestions when not given."""
+    """Rules for where it should fire, such as 'induction("board")'; default: the page's suggestions."""
     out: Output
-    """`page.html`."""
+    """File to write, `page.html`."""
     overwrite: bool = False
-    """Replace what is there."""
+    """Replace existing output."""
 
     def run(self) -> None:
-        """Write and say how large it is."""
+        """Write the page and print its size."""
         with Display() as display:
             path = jobs.dive(
                 self.index,

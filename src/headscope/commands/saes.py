@@ -1,4 +1,4 @@
-"""Commands about an SAE that is there: what it is, how good it is, and the same in another format."""
+"""Commands on an existing SAE: evaluate, describe and convert it."""
 
 import sys
 from dataclasses import dataclass, field
@@ -19,18 +19,18 @@ class Eval:
     """Measure an SAE on held-out text: L0, loss recovered, explained variance, dead latents, each defined."""
 
     sae: Name
-    """An SAE folder, or a bundled one by name."""
+    """An SAE folder, or the name of a bundled one."""
     model: Name | None = None
-    """The model; the one the SAE names when not given."""
+    """The model; default: the one named by the SAE."""
     text: Annotated[jobs.CorpusChoice, FLAT] = field(default_factory=jobs.CorpusChoice)
     loss_tokens: Tokens | None = None
-    """Measure losses, most of the work, on about this many tokens spread over the text; on all when not given."""
+    """Measure losses, the largest part of the work, on about this many tokens spread over the text; default: all."""
     hardware: Annotated[jobs.Hardware, FLAT] = field(default_factory=jobs.Hardware)
     force: bool = False
-    """Measure it also on other weights than it was trained on."""
+    """Also measure on weights other than those it was trained on."""
 
     def run(self) -> None:
-        """Measure and print."""
+        """Measure the SAE and print the table."""
         unwritten = None
         with Display() as display:
             try:
@@ -54,15 +54,15 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Print what an SAE or a model is, its conventions, and whether the two fit one another."""
+    """Describe an SAE or a model, its conventions, and whether the two are compatible."""
 
     name: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """A bundled SAE or model, a path, or a name on the hub."""
     model: Name | None = None
-    """Of an SAE: say whether it fits this model; status 1 if it does not."""
+    """For an SAE: check that it fits this model; exit status 1 if it does not."""
 
     def run(self) -> None:
-        """Print."""
+        """Print the description."""
         with Display() as display:
             lines, fit = jobs.info(self.name, model=self.model, on_progress=display.on_progress)
         for what, said in lines + (fit.lines if fit else []):
@@ -73,27 +73,27 @@ class Info:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Write an SAE of any format as a SAELens folder that reads the model's own activations and states all it knows."""
+    """Convert an SAE of any format to a SAELens folder that reads the model's own activations, and all metadata."""
 
     sae: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
     """A path, or a name on the hub."""
     out: Output
     """Folder to write; must be new or empty."""
     model: Name | None = None
-    """The model whose processed weights it was trained on; the one the SAE names when not given."""
+    """The model whose processed weights it was trained on; default: the one named by the SAE."""
     site: Kind | None = None
-    """What it reads, for files that do not say; with --layer."""
+    """The site it reads, for files that do not state it; with --layer."""
     layer: Layer | None = None
-    """See --site."""
+    """Layer of the site; see --site."""
     trained_on: Name | None = None
-    """The model's name, for files that do not say or say another program's."""
+    """The model's name, for files that omit it or use another program's name."""
     overwrite: bool = False
-    """Replace what `out` holds."""
+    """Replace the contents of `out`."""
     force: bool = False
-    """With --model: take an SAE that was trained on other weights, and write that it is of these."""
+    """With --model: accept an SAE that was trained on other weights, and record it as trained on these."""
 
     def run(self) -> None:
-        """Convert and say what was written."""
+        """Convert the SAE and print what was written."""
         with Display() as display:
             sae = jobs.convert(
                 self.sae,

@@ -25,16 +25,16 @@ _SAES = Annotated[tuple[Name, ...], tyro.conf.arg(help="SAEs of earlier componen
 
 @dataclass(frozen=True, kw_only=True)
 class All(OfIndex):
-    """Run every study of the whole dictionary that was not run yet; an interrupted run resumes."""
+    """Run every study of the whole dictionary that has no results yet; an interrupted run resumes."""
 
     resumes: ClassVar[bool] = True
 
     index: _INDEX
     again: bool = False
-    """Run also those that were run before."""
+    """Also rerun the studies that have results."""
 
     def run(self) -> None:
-        """Run with a progress bar."""
+        """Run the studies with a progress bar."""
         with Display() as display:
             found = jobs.study_all(
                 self.index,
@@ -53,12 +53,12 @@ class All(OfIndex):
 
 @dataclass(frozen=True, kw_only=True)
 class OneStudy(OfIndex):
-    """What the commands of studies have in common; `command_of` adds a study's own options."""
+    """Base of the commands of single studies; `command_of` adds a study's own options."""
 
     index: _INDEX
 
     def run(self) -> None:
-        """Run the study with a progress bar and print what it found."""
+        """Run the study with a progress bar and print its results."""
         study = STUDIES[type(self).__name__]
         given: Any = self  # with the fields that `command_of` adds
         check_fields(given.options)
@@ -88,7 +88,7 @@ class OneStudy(OfIndex):
 
 
 def command_of(study: AnyStudy) -> type:
-    """The command of one study: its question as the help, its options, and the latent for a study of a feature."""
+    """Make the command of one study: its question as the help, its options, and the latent for a study of a feature."""
     of_feature = isinstance(study, FeatureStudy)
     own: list[tuple] = [("options", Annotated[study.options, FLAT])]
     if of_feature:
@@ -103,7 +103,7 @@ def command_of(study: AnyStudy) -> type:
 
 
 def parse(arguments: list[str], *, registry: Any = None) -> Any:
-    """The command that the arguments after `headscope study` name, ready to run."""
+    """Parse the arguments after `headscope study` into a command that is ready to run."""
     if arguments and not arguments[0].startswith("-"):
         arguments = [arguments[0].replace("-", "_"), *arguments[1:]]
         if arguments[0] != "all":
@@ -116,22 +116,22 @@ def parse(arguments: list[str], *, registry: Any = None) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Study the features of an index: one by name, or `all` that add columns to it; see `headscope study --help`."""
+    """Study the features of an index: one study by name, or `all` that add columns; see `headscope study --help`."""
 
     def run(self) -> None:
-        """Say which studies there are."""
+        """Print the available studies."""
         parse(["--help"])
 
 
 def _lines(record: Any) -> list[str]:
-    """What to print of a record: its own summary, or every measure and number that it holds."""
+    """Return the lines to print for a record: its own summary, or every measure and number that it holds."""
     if hasattr(record, "lines"):
         return record.lines()
     return _numbers("", record)
 
 
 def _numbers(name: str, value: Any) -> list[str]:
-    """Measures and plain values of a record, a line each; arrays are left out."""
+    """Yield measures and plain values of a record, one line each; arrays are left out."""
     from headscope.stats import Measure
 
     if isinstance(value, Measure | bool | int | float | str):

@@ -1,4 +1,4 @@
-"""Commands that train and compare trainings; and how `--preset` decides what options are when not given."""
+"""Commands that train SAEs and compare training runs, and the defaults that `--preset` sets."""
 
 import argparse
 import sys
@@ -31,13 +31,13 @@ _recipe: ContextVar[TrainConfig | None] = ContextVar("recipe", default=None)
 
 
 def recipe() -> TrainConfig:
-    """What the options of a recipe are when not given: the values of the preset that the command line names."""
+    """Return the default recipe: the values of the preset on the command line."""
     return _recipe.get() or TrainConfig()
 
 
 @contextmanager
 def preset_of(arguments: list[str]) -> Iterator[None]:
-    """While a command line is parsed, let the preset it names, if any, give the defaults of all other options.
+    """Take the defaults of all other options from the preset, if any, while the command line is parsed.
 
     Raises:
         TrainingError: no preset has that name.
@@ -47,7 +47,7 @@ def preset_of(arguments: list[str]) -> Iterator[None]:
         parser.add_argument(name)
     try:
         named, _ = parser.parse_known_args(arguments)
-    except argparse.ArgumentError:  # an option without a value, of which the real parser tells
+    except argparse.ArgumentError:  # an option without a value, which the real parser reports
         named = argparse.Namespace(preset=None, model=None, layer=None)
     layer = int(named.layer) if (named.layer or "").isdecimal() else None
     token = _recipe.set(preset(named.preset, model=named.model, layer=layer) if named.preset else None)
@@ -69,19 +69,19 @@ class Train:
     """`tiny` (bundled), a Hugging Face folder, or a name on the hub."""
     text: Annotated[jobs.CorpusChoice, FLAT] = field(default_factory=lambda: jobs.CorpusChoice(split="train"))
     site: Kind = "z"
-    """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out, or the residual stream."""
+    """Activation: z (all heads before W_O, concatenated), attn_out, mlp_out, or the residual stream."""
     layer: Layer | None = None
-    """Layer of the site; the last one when not given."""
+    """Layer of the site; default: the last layer."""
     preset: str = "default"
-    """A published recipe, whose values hold for all options of the recipe that are not given: default, seed-gelu-2l,
-    kissane-gpt2 (of a layer of gpt2, its own), anthropic-april-2024. With --help, shows those values."""
+    """A published recipe that sets the defaults of all recipe options: default, seed-gelu-2l, kissane-gpt2 (per layer
+    of gpt2), anthropic-april-2024. With --help, prints those values."""
     config: Annotated[TrainConfig, FLAT] = field(default_factory=recipe)
     hardware: Annotated[jobs.Hardware, FLAT] = field(default_factory=jobs.Hardware)
     overwrite: bool = False
-    """Replace what `out` holds."""
+    """Replace the contents of `out`."""
 
     def run(self) -> None:
-        """Train with a progress bar; together with the other processes that `torchrun` started."""
+        """Train with a progress bar, jointly with the other processes started by `torchrun`."""
         with joined(self.hardware.device) as rank, Display(quiet=rank > 0) as display:
             if note := preset_note(self.preset, model=self.model, layer=self.layer):
                 display.say(note)
@@ -108,39 +108,39 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Train SAEs of several variants and target L0s on one stream of activations, measure each, compare.
+    """Train SAEs of several variants and target L0s on one stream of activations, evaluate each, compare.
 
-    All are in memory together, each with its gradients and Adam's moments: about 32 bytes x d_in x d_sae for one. Each
-    becomes a SAELens folder OUT/VARIANT-l0-N; the Pareto curves are OUT/pareto.json and, with plotly, OUT/pareto.html.
-    Interrupted, the same command goes on; with more variants or targets it trains and measures those that are new.
+    All SAEs are in memory together, each with its gradients and Adam's moments: about 32 bytes x d_in x d_sae per SAE.
+    Each becomes a SAELens folder OUT/VARIANT-l0-N; the Pareto curves are OUT/pareto.json and, with plotly,
+    OUT/pareto.html. Re-run the same command to resume; added variants or targets are trained and evaluated.
     """
 
     resumes: ClassVar[bool] = True
 
     out: Output
-    """Folder of the SAE folders."""
+    """Parent folder of the SAE folders."""
     variants: tuple[Variant, ...] = ("relu", "batchtopk")
-    """In place of --variant."""
+    """Replaces --variant."""
     target_l0s: tuple[Above0, ...] = (4.0, 8.0, 16.0, 32.0)
-    """In place of --target-l0; whole numbers for topk."""
+    """Replaces --target-l0; whole numbers for topk."""
     eval_tokens: Tokens | None = None
-    """Measure on so many held-out tokens; on all when not given."""
+    """Evaluate on this many held-out tokens; default: all."""
     model: Name = "tiny"
     """`tiny` (bundled), a Hugging Face folder, or a name on the hub."""
     text: Annotated[jobs.CorpusChoice, FLAT] = field(default_factory=lambda: jobs.CorpusChoice(split="train"))
     site: Kind = "z"
-    """Which activation: z (all heads before W_O, concatenated), attn_out, mlp_out or resid_pre."""
+    """Activation: z (all heads before W_O, concatenated), attn_out, mlp_out or resid_pre."""
     layer: Layer | None = None
-    """Layer of the site; the last one when not given."""
+    """Layer of the site; default: the last layer."""
     preset: str = "default"
-    """See `train`: what the options of the recipe are when not given."""
+    """Sets the defaults of the recipe options; see `train`."""
     config: Annotated[TrainConfig, FLAT] = field(default_factory=recipe)
     hardware: Annotated[jobs.Hardware, FLAT] = field(default_factory=jobs.Hardware)
     overwrite: bool = False
-    """Start again, replacing what `out` holds of these SAEs."""
+    """Start from scratch, replacing these SAEs in `out`."""
 
     def run(self) -> None:
-        """Train and measure with progress, print the table, draw the curves; with what `torchrun` started, together."""
+        """Train and evaluate, jointly with processes from `torchrun`, print the table and draw the curves."""
         configs = sweeps.recipes(self.config, self.variants, self.target_l0s)
         with joined(self.hardware.device) as rank, Display(quiet=rank > 0) as display:
             result = sweeps.sweep(
@@ -179,17 +179,17 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """List trainings, finished and not, with what was last measured; draw their curves."""
+    """List training runs, finished and unfinished, with their last metrics; plot their curves."""
 
     folders: Annotated[tuple[Input, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDERS ...]")] = (Path(),)
-    """Where to look, in them and below."""
+    """Folders to search recursively."""
     html: Output | None = None
-    """Draw curves of loss, L0, explained variance and dead latents into this file; needs plotly."""
+    """Plot loss, L0, explained variance and dead latents to this file; needs plotly."""
     overwrite: bool = False
     """Replace the file."""
 
     def run(self) -> None:
-        """Find, print and draw."""
+        """Find the runs, print and plot them."""
         from headscope import figures
 
         if self.html is not None:
@@ -208,6 +208,6 @@ class Runs:
 
 
 def _write_html(path: Path, figure: "go.Figure") -> None:
-    """One file that needs no network."""
+    """Write a figure as one HTML file that needs no network."""
     with atomic_write(path) as file:
         file.write(figure.to_html(include_plotlyjs=True).replace("<head>", f"<head>{PAGE_MARK}", 1).encode())

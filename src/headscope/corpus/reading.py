@@ -1,4 +1,4 @@
-"""How a corpus is read: which side of the split, which field, where BOS goes, in what order."""
+"""Reading options of a corpus: side of the split, field, BOS placement, order."""
 
 import hashlib
 from dataclasses import dataclass, fields
@@ -12,39 +12,39 @@ Packing = Literal["packed", "rows"]
 BosAt = Literal["both", "block", "document", "nowhere"]
 
 HELD_OUT = 0.4
-"""The share of documents (by hash) that training never sees."""
+"""Share of documents (by hash) that training never sees."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What may be chosen of how a corpus is read; None is what is usual for the kind of source."""
+    """Reading options of a corpus; None is the default for the kind of source."""
 
     field: str | None = None
-    """Of JSONL, Parquet and datasets: the field that holds text or token ids; `text`, `input_ids` or `tokens`."""
+    """Field with the text or token ids in JSONL, Parquet and datasets; default: `text`, `input_ids` or `tokens`."""
     dataset_config: str | None = None
-    """Configuration of a dataset on the hub, or of a copy of its repository."""
+    """Configuration of a dataset on the hub, or of a local copy of its repository."""
     dataset_split: str = "train"
-    """Split of a dataset on the hub or in a folder, of which --split takes its share."""
+    """Split of a dataset on the hub or in a folder; --split selects a part of it."""
     dataset_revision: str | None = None
-    """Branch, tag or commit of a dataset on the hub; its newest state when it is first read, when not given."""
+    """Branch, tag or commit of a dataset on the hub; default: the newest at the first read."""
     document_line: str = "<|doc|>"
-    """The line that parts the documents of one text file."""
+    """Line that separates the documents of a single text file."""
     packing: Packing | None = None
-    """Documents one after another, cut into blocks (`packed`), or each from a block of its own on (`rows`)."""
+    """`packed`: documents concatenated and cut into blocks; `rows`: each document starts its own block."""
     bos_at: BosAt | None = None
-    """Put the BOS at the start of each block, of each document, of both, or nowhere; token files stay as they are."""
+    """Prepend BOS to each block, each document, both, or neither; files of token ids are left as they are."""
     separator: str | None = None
-    """A token of the vocabulary that is put after every document."""
+    """A token of the vocabulary that is appended to every document."""
     shuffle: CountFrom0 = 0
-    """Documents are drawn from a buffer of so many; in order when 0."""
+    """Size of the shuffle buffer, in documents; 0 keeps the order."""
     shuffle_seed: Seed = 0
-    """Of the order that --shuffle makes."""
+    """Seed of --shuffle."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be read so.
+        """Validate the options.
 
         Raises:
-            CorpusError: a number out of bounds, or a line that is none.
+            CorpusError: a number out of bounds, or an invalid document line.
         """
         check_fields(self, CorpusError)
         if not self.document_line or self.document_line.splitlines() != [self.document_line]:
@@ -53,15 +53,15 @@ class Reading:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """The choices as JSON, without those of a subclass."""
+        """Return the options as JSON types, without those of a subclass."""
         return {f.name: getattr(self, f.name) for f in fields(Reading)}
 
 
 def check_block_size(block_size: int, context: int, model: str) -> None:
-    """Refuse blocks longer than a model's context.
+    """Reject blocks longer than a model's context.
 
     Raises:
-        CorpusError: they are.
+        CorpusError: they are longer.
     """
     if block_size > context:
         raise CorpusError(
@@ -72,7 +72,7 @@ def check_block_size(block_size: int, context: int, model: str) -> None:
 
 
 def check_one_block(max_tokens: int | None, block_size: int) -> None:
-    """Refuse to read less than one block.
+    """Reject a limit of less than one block.
 
     Raises:
         CorpusError: it is less.
@@ -86,10 +86,10 @@ def check_one_block(max_tokens: int | None, block_size: int) -> None:
 
 
 def name_fraction(name: str) -> float:
-    """A fixed number in [0, 1) for a name: the first 64 bits of its SHA-256 as a fraction of 2^64."""
+    """Map a name to a fixed number in [0, 1): the first 64 bits of its SHA-256 as a fraction of 2^64."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def is_held_out(name: str) -> bool:
-    """Whether training never sees the document of this name: `name_fraction` below 0.4."""
+    """Whether the document of this name is held out from training: `name_fraction` below 0.4."""
     return name_fraction(name) < HELD_OUT

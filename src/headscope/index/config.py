@@ -1,4 +1,4 @@
-"""What an index holds; plain values, no torch."""
+"""Configuration of an index; plain values, no torch."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from headscope.limits import Count, From0, check_fields
 
 FORMAT_VERSION = 3
 CARRIED = "sae"
-"""The folder of an index that holds a copy of its SAE."""
+"""Folder within an index that holds a copy of its SAE."""
 N_BINS = 50
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 N_LOGITS = 20
@@ -52,16 +52,16 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """What an index keeps of each feature."""
+    """Configuration of what an index stores per feature."""
 
     n_sources: Count | None = 8
-    """Sources kept for each active token, by |DFA| summed over heads; None keeps all (exact, and slow)."""
+    """Sources stored per active token, by |DFA| summed over heads; None stores all (exact, but slow)."""
     thresholds: tuple[From0, ...] = (0.0,)
-    """Source tokens are told for the active tokens above each of these activations; the first is 0."""
+    """Source tokens are reported for the active tokens above each of these activations; the first is 0."""
     losses: bool = False
-    """Run the model to the logits, and keep the loss of each next token."""
+    """Run the model to the logits, and store the loss of each next token."""
     carry_sae: bool = True
-    """Put a copy of the SAE into the index, so that it needs no other folder but the model's."""
+    """Copy the SAE into the index, so that it needs no other folder but the model's."""
     top: Count = 12
     """Examples of each kind."""
     random: Count = 8
@@ -71,12 +71,12 @@ class IndexPlan:
     per_interval: Count = 4
     near_threshold: Count = 4
     part_tokens: Count = 1 << 16
-    """Tokens read before something is written: what a killed build loses at most."""
+    """Tokens read between writes: the most that a killed build loses."""
     range_rows: Count = 1 << 20
-    """Activations held at a time when those of a feature are brought together."""
+    """Activations in memory at a time when those of a feature are merged."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of bounds, and thresholds that do not increase from 0."""
+        """Reject numbers out of bounds, and thresholds that do not increase from 0."""
         check_fields(self, IndexFormatError)
         if not self.thresholds or self.thresholds[0] != 0 or list(self.thresholds) != sorted(set(self.thresholds)):
             raise IndexFormatError(
@@ -87,5 +87,5 @@ class IndexPlan:
                 raise IndexFormatError(f"{name} {value!r}", expected="true or false", do="pass one of these")
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the configuration as JSON types."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}

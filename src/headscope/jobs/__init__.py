@@ -1,7 +1,7 @@
 """The commands as functions: names and paths in, files out. `headscope.commands` is a thin layer over them.
 
-Each job checks where it will write before it computes anything, and what it writes is whole or absent. Heavy
-imports are inside the functions: `headscope --help` is quick, and a served page loads no torch.
+Each job validates its output path before it computes anything, and its output is whole or absent. Heavy imports
+are inside the functions: `headscope --help` is quick, and a served page loads no torch.
 """
 
 from headscope.jobs.indexes import index, live, survey, upstream_sae

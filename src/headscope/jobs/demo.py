@@ -20,14 +20,14 @@ MODEL, UPSTREAM_SAE = "tiny", "tiny-mlp0"
 HELD_OUT_TOKENS = 400_000
 """Tokens that the SAE is evaluated and indexed on."""
 LOSS_TOKENS = 120_000
-"""Of these, tokens on which the model's losses are measured: intervals are then a few tenths of a percent wide."""
+"""Tokens of these on which the model's losses are measured: intervals are then a few tenths of a percent wide."""
 _HEAD_SHARE = 0.6
 _OWN = ("sae", "sae.training", "index", "index.partial")
 
 
 @dataclass(frozen=True)
 class Copier:
-    """A feature of the kind "X is next by induction", by what is in the index."""
+    """A feature of the kind "X is next by induction", identified from the index."""
 
     latent: int
     token: str
@@ -39,17 +39,17 @@ class Copier:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Where the demo's files lie and what it found."""
+    """Locations of the demo's files, and its findings."""
 
     sae: Path
     index: Path
     quality: dict[str, Any] | None
     n_alive: int
     copiers: tuple[Copier, ...]
-    """By the product of head share and source share, largest first."""
+    """Copiers, sorted by the product of head share and source share, descending."""
 
     def lines(self) -> list[str]:
-        """What to print at the end."""
+        """Return the lines to print at the end."""
         found = len(self.copiers)
         lines = [
             f"{found:,} of {self.n_alive:,} live features look like 'X is next by induction' (top logit X, most DFA "
@@ -77,15 +77,15 @@ def run(
 
     Args:
         out: gets `sae/` and `index/`.
-        quick: few tokens, to see that everything works.
-        overwrite: start again, replacing what an earlier run left.
+        quick: a smoke test on few tokens.
+        overwrite: start from scratch, replacing the output of an earlier run.
         on_step: called with the status of every training step.
         on_progress: called with the progress of every other stage.
         say: called with messages, a line each.
 
     Raises:
         HeadscopeError: any of its kinds.
-        KeyboardInterrupt: Ctrl-C; what is finished is kept, and the next run resumes.
+        KeyboardInterrupt: Ctrl-C; finished work is kept, and the next run resumes.
     """
     check_holds_only(out, _OWN)
     sae, index = out / "sae", out / "index"
@@ -107,7 +107,7 @@ def run(
 
 
 def _check_recipe(sae: Path, config: TrainConfig) -> None:
-    """Refuse to resume with an SAE that this demo would not have trained."""
+    """Refuse to resume with an SAE of another recipe."""
     metadata = read_json(sae / "cfg.json").get("metadata", {})
     if metadata.get("training", {}).get("config") != config.as_dict():
         raise OutputError(
@@ -125,7 +125,7 @@ def _result(sae: Path, index: Path) -> DemoResult:
 
 
 def copiers(index: "FeatureIndex") -> tuple[Copier, ...]:
-    """Live features whose top logit is the token that most of their DFA comes from, through mostly one head."""
+    """Find live features whose top logit is the token with most of their DFA, mostly through one head."""
     vocabulary, _ = index.vocabulary
     rows = index.table().select(["latent", "top_logit", "top_source", "top_source_share", "top_head", "top_head_share"])
     found = []

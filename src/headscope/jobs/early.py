@@ -1,6 +1,6 @@
-"""What is wrong with the inputs of a job, as far as it can be said before torch is loaded, which takes seconds.
+"""Early validation of a job's inputs, before torch is loaded, which takes seconds.
 
-Everything is checked again, and more closely, where it is used: what cannot be known cheaply passes here.
+Everything is checked again, more thoroughly, where it is used: what cannot be checked cheaply passes here.
 """
 
 import re
@@ -27,7 +27,7 @@ _WIDTH = ("hidden_size", "n_embd", "d_model")
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _HEAD_WIDTH = ("head_dim", "d_head")
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx")
-"""What configurations call the sizes of a model: transformers', GPT-2's and TransformerLens'."""
+"""Keys for the sizes of a model in the configurations of transformers, GPT-2 and TransformerLens."""
 _OF_TRANSFORMER_LENS = re.compile(r"(gelu|solu|attn-only)-\d+l")
 _WEIGHTS = (".safetensors", ".pt", ".npz")
 _HUB_SECONDS = 5
@@ -35,7 +35,7 @@ _HUB_SECONDS = 5
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the configuration of a model on this machine says; None where it does not."""
+    """Sizes in a local model's configuration; None where it does not state them."""
 
     n_layers: int | None = None
     d_model: int | None = None
@@ -44,7 +44,7 @@ class _Sizes:
 
     @classmethod
     def of(cls, name: str) -> "_Sizes":
-        """Of a model by its name or folder."""
+        """Read the sizes of a model from its name or folder."""
         folder = bundled_model(name) or local(name)
         for config in ("tl_config.json", "config.json"):
             try:
@@ -64,7 +64,7 @@ class _Sizes:
 
 
 def check_model(name: str, layer: int | None = None) -> None:
-    """Refuse a model that is nowhere, and a layer that it does not have.
+    """Reject a missing model, and a layer that it does not have.
 
     Raises:
         ModelError: one of these.
@@ -87,7 +87,7 @@ def check_model(name: str, layer: int | None = None) -> None:
 
 @cache
 def _check_on_hub(name: str, repository: str) -> None:
-    """Ask the hub once: its client asks five times for each of several files before it gives up."""
+    """Query the hub once: its client tries five times for each of several files before it gives up."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
@@ -104,7 +104,7 @@ def _check_on_hub(name: str, repository: str) -> None:
 
 
 def check_sae(name: str | Path, *, of_z: bool = False) -> None:
-    """Refuse an SAE that is nowhere, a folder that holds none, and a configuration that cannot be read.
+    """Reject a missing SAE, a folder without one, and an unreadable configuration.
 
     With `of_z`, also an SAE of another site.
 
@@ -114,7 +114,7 @@ def check_sae(name: str | Path, *, of_z: bool = False) -> None:
     path = bundled_sae(str(name)) or local(name)
     if not exists(path):
         on_hub = "/" in str(name) and not is_path(name)
-        if not on_hub and not exists(Path(f"{path}.pt")):  # the post's authors' SAEs go by this name without its ending
+        if not on_hub and not exists(Path(f"{path}.pt")):  # the post's authors' SAEs are addressed without their suffix
             raise _no_sae(name, path)
         return
     if path.is_dir() and not any(file.suffix in _WEIGHTS for file in path.glob("*")):
@@ -132,14 +132,14 @@ def check_sae(name: str | Path, *, of_z: bool = False) -> None:
 
 
 def _metadata(sae: Path) -> dict[str, Any]:
-    """What the `cfg.json` of an SAE says of its origin; empty where there is none."""
+    """Return the metadata of origin in the `cfg.json` of an SAE; empty where there is none."""
     config: Any = read_json(sae / "cfg.json") if (sae / "cfg.json").is_file() else None
     metadata = config.get("metadata") if isinstance(config, dict) else None
     return metadata if isinstance(metadata, dict) else {}
 
 
 def _model_of(sae: str | Path) -> str | None:
-    """The bundled model that an SAE names; None of any other, which may have been moved."""
+    """Return the bundled model that an SAE names; None for any other, which may have been moved."""
     with suppress(OSError, ValueError):
         name = _metadata(bundled_sae(str(sae)) or local(sae)).get("model_name")
         return name if isinstance(name, str) and bundled_model(name) else None
@@ -158,7 +158,7 @@ def _no_sae(name: str | Path, path: Path) -> SAEError:
 
 
 def check_text(text: CorpusChoice, model: str | None = None, *, sae: str | Path | None = None) -> None:
-    """Refuse a text that is nowhere or empty, and blocks that the model, or the one the SAE names, cannot read.
+    """Reject a missing or empty text, and blocks longer than the context of the model (or of the one the SAE names).
 
     Raises:
         CorpusError: one of these.
@@ -176,7 +176,7 @@ def check_text(text: CorpusChoice, model: str | None = None, *, sae: str | Path 
 
 
 def check_size(configs: Iterable[TrainConfig], model: str, site: Kind, device: str) -> None:
-    """Refuse SAEs of a site that are trained together and need more than the memory of the machine.
+    """Reject SAEs of a site that, trained together, need more memory than the machine has.
 
     Raises:
         TrainingError: they do.
@@ -188,10 +188,10 @@ def check_size(configs: Iterable[TrainConfig], model: str, site: Kind, device: s
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not there, before anything but torch is loaded.
+    """Reject an unavailable device, before anything but torch is loaded.
 
     Raises:
-        ModelError: it is not.
+        ModelError: it is unavailable.
     """
     if device != "cpu":
         usable(device)

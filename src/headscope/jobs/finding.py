@@ -1,4 +1,4 @@
-"""Find the model and the SAE of an index, and the model of an SAE: where they were, or where they were moved."""
+"""Locate the model and the SAE of an index, and the model of an SAE, at their original or new paths."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,19 +21,19 @@ def find_of(
 ) -> T:
     """Load the model or the SAE that an index was built with.
 
-    Looked at are, in this order and until one is found: what the user names, and nothing else then; `model` or `sae` in
-    the folder of the index; the path it had when the index was built; the same path as seen from the index; what is
-    bundled under its name; the hub, unless it was a path.
+    Candidates, in this order, until one matches: the user's name, and then nothing else; `model` or `sae` in the
+    index folder; its path when the index was built; the same path relative to the index; the bundled one of its name;
+    the hub, unless it was a path.
 
     Args:
         index: open.
         what: which of the two.
         named: by the user.
-        load: is called with a name; raises HeadscopeError where that is not what the index was built with.
+        load: called with a name; raises HeadscopeError where that is not what the index was built with.
 
     Raises:
         ModelError, SAEError: none was found; all places are listed.
-        HeadscopeError: whatever `load` raises of what the user names.
+        HeadscopeError: whatever `load` raises for the user's name.
     """
     if named is not None:
         return load(str(named))
@@ -65,7 +65,7 @@ def _candidates(index: "FeatureIndex", what: str) -> list[str | Path]:
 
 
 def model_of(sae: "SAE", named: str | None, hardware: Hardware) -> "Model":
-    """Load the model that the user names, or else the one that an SAE names, which may have been moved with it.
+    """Load the model named by the user, or else by an SAE, whose model may have been moved with it.
 
     Raises:
         ModelError: the SAE names none, or it cannot be loaded.

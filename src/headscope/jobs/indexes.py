@@ -35,7 +35,7 @@ def index(  # noqa: PLR0913 - one argument an option of the command
 ) -> "tuple[FeatureIndex, ...]":
     """Index every feature of some z SAEs of one model on held-out text, in one pass, and open the indexes.
 
-    With `force`, also SAEs that were trained on other weights than the model's; the manifest says so.
+    With `force`, also SAEs that were trained on weights other than the model's; the manifest records this.
 
     Under `torchrun` the ranks share the work; all but the first return nothing.
 
@@ -85,7 +85,7 @@ def index(  # noqa: PLR0913 - one argument an option of the command
 
 
 def _check_remnant(out: Path, *, overwrite: bool) -> None:
-    """Name what a build left beside a finished index: one that replaces it, or its own, killed at its very end."""
+    """Report leftovers next to a finished index: of a build that replaces it, or its own, killed at the very end."""
     partial = out.with_name(f"{out.name}.partial")
     if not overwrite and (out / "manifest.json").is_file() and partial.is_dir():
         raise OutputError(
@@ -106,8 +106,8 @@ def live(
 ) -> "LiveIndex":
     """Open an index with the model and the SAE that it was built with.
 
-    Where they are not named, they are looked for beside the index, where they were, and by name (`finding.find_of`).
-    The model computes in the precision that the index was made in.
+    Unless named, they are searched for in the index, at their original paths, and by name (`finding.find_of`).
+    The model computes in the precision the index was built with.
 
     Raises:
         HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
@@ -143,7 +143,7 @@ def _live(opened: "FeatureIndex", model: str | None, sae: str | Path | None, dev
 
 
 def upstream_sae(opened: "LiveIndex", name: str) -> "SAE":
-    """An SAE of an earlier component of an index's model, as it reads this model's activations, and where it is.
+    """Load an SAE of an earlier component of an index's model, adapted to its activations, on its device.
 
     Raises:
         ModelError, SAEError: no such SAE, or one that does not fit the model.
@@ -156,10 +156,10 @@ def upstream_sae(opened: "LiveIndex", name: str) -> "SAE":
 
 @checked
 def survey(index: NameOrPath, *, sample: str = "first:50") -> "Survey":
-    """Tally what was said of a sample of an index's features: how many are alive, and how many interpretable.
+    """Tally the labels of a sample of an index's features: how many are alive, and how many interpretable.
 
     Raises:
-        IndexFormatError, LabelError: no index, no such sample, or a damaged file of labels.
+        IndexFormatError, LabelError: no index, no such sample, or a damaged label file.
     """
     from headscope.index.labels import LabelStore
     from headscope.index.store import FeatureIndex

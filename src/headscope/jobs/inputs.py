@@ -1,4 +1,4 @@
-"""What jobs are given: text, and a model on a device; and whom they tell how far they are."""
+"""Inputs shared by all jobs: corpus, device and dtype, progress callback."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from headscope.models.hf import Model
 
 Progress = Callable[[str, int, int], None]
-"""Called with the stage, the work done and the work in all, which is 0 where that is not known."""
+"""Progress callback: called with the stage, the work done and the total, which is 0 where it is unknown."""
 
 
 @contextmanager
@@ -33,23 +33,23 @@ def loading(what: str | Path, on_progress: Progress | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CorpusChoice(Reading):
-    """Which text is read, and how it is cut."""
+    """The text to read, and how it is cut into blocks."""
 
     corpus: Name = "python"
-    """`python` (the standard library of this interpreter); a file, folder or pattern of files: text, .jsonl, .parquet,
-    .npy; a folder that `datasets` saved, or a copy of a dataset's repository; or a dataset on the hub."""
+    """`python` (the standard library of this interpreter); a file, folder or glob of text, .jsonl, .parquet or .npy
+    files; a folder saved by `datasets`, or a copy of a dataset's repository; or a dataset on the hub."""
     split: Split = "heldout"
     """Documents to read: those for training (60 %), those held out (40 %, by hash of their name), or all."""
     block_size: BlockSize | None = None
-    """Tokens in a block, BOS included; 256, or the model's context if that is shorter, when not given."""
+    """Tokens per block, including BOS; default: 256, or the model's context if that is shorter."""
     max_tokens: Tokens | None = None
-    """Read at most this many tokens."""
+    """Maximum number of tokens to read."""
 
     def block_of(self, context: int, model: str) -> int:
-        """The size of the blocks that a model of this context and name reads.
+        """Return the block size for a model of this context and name.
 
         Raises:
-            CorpusError: they are longer than the context, or --max-tokens is less than one.
+            CorpusError: it exceeds the context, or --max-tokens is less than one block.
         """
         block_size = min(256, context) if self.block_size is None else self.block_size
         check_block_size(block_size, context, model)
@@ -57,7 +57,7 @@ class CorpusChoice(Reading):
         return block_size
 
     def load(self, model: "Model", on_progress: Progress | None = None) -> Corpus:
-        """Read, tokenise and pack the text into blocks, with progress where tokenising takes long.
+        """Read, tokenise and pack the text into blocks; reports progress while tokenising.
 
         Raises:
             CorpusError: no such text, or blocks that the model cannot read; the latter before any text is read.
@@ -77,18 +77,18 @@ class CorpusChoice(Reading):
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where and in what precision a model computes."""
+    """Device and precision of a model."""
 
     device: Device = "cpu"
-    """`cpu`, `cuda`, `cuda:1`."""
+    """Device of the model: `cpu`, `cuda`, `cuda:1`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the model. SAEs, losses, norms' scales and statistics are of float32; an index is only made in float32."""
+    """Precision of the model. SAEs, losses, norm scales and statistics are float32; indexes require a float32 model."""
 
     def __post_init__(self) -> None:
-        """Refuse devices that cannot compute.
+        """Reject invalid devices.
 
         Raises:
-            OptionError: one of them.
+            OptionError: an invalid device.
         """
         check_fields(self)
 
@@ -113,7 +113,7 @@ def load_on(name: str, device: "str | torch.device", dtype: str) -> "Model":
 
 
 def usable(device: "str | torch.device") -> "torch.device":
-    """The device of a name; `cuda` under `torchrun` is the GPU of the process's own.
+    """Resolve a device name; `cuda` under `torchrun` is the process's own GPU.
 
     Raises:
         ModelError: there is no such device.

@@ -1,4 +1,4 @@
-"""The pages of an index: served, exported, and the deep dive into one feature."""
+"""Serve and export the pages of an index, and the deep dive into one feature."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -76,7 +76,7 @@ def serve(  # noqa: PLR0913 - one argument an option of the command
 
 
 def _preload(index: "FeatureIndex") -> None:
-    with suppress(IndexFormatError):  # a card that needs what is damaged says so
+    with suppress(IndexFormatError):  # a card that needs damaged data reports it
         index.preload()
 
 
@@ -86,7 +86,7 @@ def export(
 ) -> Path:
     """Write the explorer as one HTML file, when `out` ends with .html, or as a folder for any static host.
 
-    Without `features`, the alive ones; in a file at most the 2,000 most active of them.
+    `features` defaults to the alive ones; in a file to at most the 2,000 most active of them.
 
     Raises:
         IndexFormatError, ExportError, OutputError: no index, no such feature, or no place to write.
@@ -113,7 +113,7 @@ def export(
 
 
 def _most_active(source: "IndexCards", n: int | None) -> list[int]:
-    """The n most active features, or all alive ones."""
+    """Return the n most active features, or all alive ones."""
     table = source.table()["rows"]
     alive = [i for i, active in zip(table["latent"], table["n_active"], strict=True) if active > 0]
     if not alive:

@@ -1,4 +1,4 @@
-"""An SAE that is there: measured, converted, described."""
+"""Evaluate, convert and describe an existing SAE."""
 
 import os
 import warnings
@@ -34,15 +34,15 @@ def eval(
     force: bool = False,
     on_progress: Progress | None = None,
 ) -> "Quality":
-    """Measure an SAE on held-out text, and write `quality.json` beside it unless it is bundled or on the hub.
+    """Measure an SAE on held-out text, and write `quality.json` into its folder unless it is bundled or on the hub.
 
     `loss_tokens` limits the tokens on which the model's losses are measured; see `headscope.sae.quality.evaluate`.
 
-    With `force`, also an SAE that was trained on other weights than the model's.
+    With `force`, also an SAE that was trained on weights other than the model's.
 
     Raises:
         HeadscopeError: any of its kinds.
-        OutputError: also where only `quality.json` could not be written; what was measured is its `found`.
+        OutputError: also where only `quality.json` could not be written; the measurements are in its `found`.
     """
     text = text or CorpusChoice()
     check_sae(sae)
@@ -74,7 +74,7 @@ def measure(
     *,
     loss_tokens: Tokens | None = None,
 ) -> "Quality":
-    """As `eval`, of an SAE, a model and text that are loaded; `name` is what the SAE was loaded from."""
+    """Measure as `eval` does, with the SAE, model and text already loaded; `name` is what the SAE was loaded from."""
     from headscope.sae.formats import locate
     from headscope.sae.quality import evaluate
 
@@ -99,7 +99,7 @@ def measure(
 
 
 def measured_quality(sae: str | Path, model: "Model", corpus: Corpus) -> dict[str, Any] | None:
-    """What `eval` found for exactly this SAE, model and text, if it was run."""
+    """Return the stored `eval` result for exactly this SAE, model and text, if there is one."""
     from headscope.sae.formats import locate, sae_hash
 
     path = locate(sae).quality
@@ -169,10 +169,10 @@ def convert(  # noqa: PLR0913 - one argument an option of the command
 def info(
     name: NameOrPath, *, model: Name | None = None, on_progress: Progress | None = None
 ) -> "tuple[Lines, Fit | None]":
-    """What an SAE or a model is; of an SAE, with a model, whether the two fit.
+    """Describe an SAE or a model; for an SAE, with a model, whether the two are compatible.
 
     Raises:
-        OptionError: neither is there, or it is an index.
+        OptionError: neither exists, or it is an index.
         SAEError, ModelError: it cannot be read.
     """
     _check_named(name)
@@ -198,7 +198,7 @@ def _info(name: str | Path, model: str | None) -> "tuple[Lines, Fit | None]":
 
 
 def _check_named(name: str | Path) -> None:
-    """Refuse a name of neither an SAE nor a model, and an index.
+    """Reject an index, and a name of neither an SAE nor a model.
 
     Raises:
         OptionError: it is one of these.

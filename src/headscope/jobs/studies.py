@@ -1,4 +1,4 @@
-"""Run studies of an index by name: of one feature, or of the whole dictionary and kept beside the index."""
+"""Run studies of an index by name: of one feature, or of the whole dictionary with results stored in the index."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -27,16 +27,16 @@ def subject(
     upstream_saes: Sequence[Name] = (),
     on_progress: Progress | None = None,
 ) -> "Subject":
-    """Open an index to be studied, with its model where that is asked for.
+    """Open an index for studies, with its model on request.
 
     Args:
         index: an index folder.
         with_model: load its model, found as `live` finds it; implied by naming it, its SAE or earlier SAEs.
         model: the index's.
         sae: the index's.
-        device: where the model runs.
+        device: device of the model.
         upstream_saes: SAEs of earlier components of the model.
-        on_progress: called with the stage, the work done and the work in all.
+        on_progress: called with the stage, the work done and the total.
 
     Raises:
         HeadscopeError: any of its kinds; weights that are not the index's are refused by their hash.
@@ -66,20 +66,20 @@ def study(
     """Run one study and return its record.
 
     Args:
-        name: of the study, as `headscope.studies.registry.STUDIES` has it.
+        name: a key of `headscope.studies.registry.STUDIES`.
         index: an index folder.
         latent: the feature, for a study of one.
         model: the index's, for a study that needs it.
         sae: the index's.
-        device: where the model runs.
-        on_progress: called with the stage, the work done and the work in all.
+        device: device of the model.
+        on_progress: called with the stage, the work done and the total.
         options: the fields of the study's options.
 
     Returns:
-        The study's record; what a study of the whole dictionary finds is also written beside the index.
+        The study's record; results of a study of the whole dictionary are also written into the index.
 
     Raises:
-        StudyError: no such study, or no latent for one that is of a feature.
+        StudyError: no such study, or no latent for a study of one feature.
         HeadscopeError: any of its kinds.
     """
     found = study_of(name)
@@ -102,21 +102,21 @@ def study_all(
     again: bool = False,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Run every study of the whole dictionary that was not run on an index yet, in order; a later run resumes.
+    """Run every study of the whole dictionary that has no results on an index yet, in order; a later run resumes.
 
     Args:
         index: an index folder.
         model: the index's.
         sae: the index's.
-        device: where the model runs.
-        again: run also those that were run before.
-        on_progress: called with the stage, the work done and the work in all.
+        device: device of the model.
+        again: also rerun the studies that have results.
+        on_progress: called with the stage, the work done and the total.
 
     Returns:
         The record of each study that was run, by name.
 
     Raises:
-        HeadscopeError: any of its kinds; what earlier studies found is kept.
+        HeadscopeError: any of its kinds; results of earlier studies are kept.
     """
     from headscope.index.columns import studies
 
@@ -128,7 +128,7 @@ def study_all(
 
 
 def study_of(name: str) -> Study:
-    """The study of a name.
+    """Return the study of a name.
 
     Raises:
         StudyError: there is none.

@@ -1,4 +1,4 @@
-"""Many SAEs on one stream of activations, each measured on held-out text: the Pareto curves of variants."""
+"""Train many SAEs on one stream of activations and evaluate each on held-out text: Pareto curves of variants."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep found; nothing yet where it was interrupted."""
+    """Result of a sweep; empty where it was interrupted."""
 
     pareto: Pareto | None
     interrupted: bool = False
@@ -35,10 +35,10 @@ class SweepResult:
 def recipes(
     config: TrainConfig, variants: Sequence[Variant], target_l0s: Sequence[float | int]
 ) -> dict[str, TrainConfig]:
-    """A recipe for each variant and target, by name: `relu-l0-8`.
+    """Make a recipe for each variant and target, by name: `relu-l0-8`.
 
     Raises:
-        TrainingError: no variant or target, a coefficient that is kept whatever the target, or what no recipe allows.
+        TrainingError: no variant or target, a fixed coefficient, which ignores the target, or an invalid recipe.
     """
     if not variants or not target_l0s:
         raise TrainingError(
@@ -74,23 +74,23 @@ def sweep(  # noqa: PLR0913 - one argument an option of the command
     on_steps: Callable[[Mapping[str, Status]], None] | None = None,
     on_progress: jobs.Progress | None = None,
 ) -> SweepResult:
-    """Train SAEs on one stream of activations, measure each on held-out text, and write `out/pareto.json`.
+    """Train SAEs on one stream of activations, evaluate each on held-out text, and write `out/pareto.json`.
 
     The SAE of each recipe becomes the SAELens folder `out/NAME`, with its metrics and its quality. Checkpoints are in
-    `out.training` until all are written: the same call goes on with what was cut off, and measures nothing twice.
+    `out.training` until all are written: the same call resumes an interrupted sweep, and repeats no evaluation.
 
     Args:
-        out: the folder of SAE folders.
-        configs: recipes by name; they differ in nothing that decides the stream. All are in memory together.
-        model: what is read.
+        out: the parent folder of the SAE folders.
+        configs: recipes by name, equal in everything that determines the stream. All are in memory together.
+        model: the model that is read.
         text: training text; the evaluated text is the held-out part of the same.
-        eval_tokens: how much of that; all when not given.
-        site: which activation.
-        layer: of the site; the last when not given.
-        hardware: where the model runs.
-        overwrite: start again, replacing the SAEs of an earlier sweep.
+        eval_tokens: number of tokens of that part; default: all.
+        site: kind of activation.
+        layer: layer of the site; default: the last.
+        hardware: device and precision of the model.
+        overwrite: start from scratch, replacing the SAEs of an earlier sweep.
         on_steps: called with the status of all SAEs after every step.
-        on_progress: called as text is read and SAEs are measured.
+        on_progress: called as text is read and SAEs are evaluated.
 
     Raises:
         HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free.
@@ -143,12 +143,12 @@ def sweep(  # noqa: PLR0913 - one argument an option of the command
 
 
 def _held(out: Path, configs: Mapping[str, TrainConfig], names: set[str]) -> dict[str, dict[str, Any]]:
-    """What the finished SAEs of some recipes say of themselves, by name."""
+    """Return the metadata of the finished SAEs of some recipes, by name."""
     return {name: metadata for name in names if (metadata := _trained(out / name, configs[name]))}
 
 
 def _trained(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
-    """What the finished SAE of a recipe in a folder says of itself; None where there is none."""
+    """Return the metadata of a recipe's finished SAE in a folder; None where there is none."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         metadata = read_json(folder / "cfg.json")["metadata"]
         training = metadata["training"]
@@ -158,7 +158,7 @@ def _trained(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
 
 
 def _check_same(folder: Path, metadata: Mapping[str, Any], model: "Model", corpus: "Corpus", site: Site) -> None:
-    """Make sure that an SAE of an earlier sweep was trained on what this one is."""
+    """Check that an SAE of an earlier sweep was trained on the same model, corpus and site."""
     same = {
         "model": model.matches(metadata["model_hash"]),
         "text": metadata["corpus"]["hash"] == corpus.fingerprint(),
@@ -187,7 +187,7 @@ def _train(
     on_steps: Callable[[Mapping[str, Status]], None] | None,
     on_progress: jobs.Progress | None,
 ) -> bool:
-    """Train all and write them; whether it was interrupted, and nothing written."""
+    """Train all SAEs and write them; return whether it was interrupted, and nothing was written."""
     from headscope.sae.formats import save_sae
     from headscope.sae.training.ranks import Ranks
     from headscope.sae.training.run import train_saes
@@ -210,7 +210,7 @@ def _measured(
     on_progress: jobs.Progress | None,
     stage: str,
 ) -> Point:
-    """A trained SAE as a point of the curve; what was measured of it on the same text is not measured again."""
+    """Evaluate a trained SAE as a point of the curve; an existing measurement on the same text is reused."""
     from headscope.sae.formats import load_sae
 
     quality = jobs.measured_quality(folder, model, corpus)

@@ -1,4 +1,4 @@
-"""Train an SAE: from names and paths to a folder that is whole, after interruptions too."""
+"""Train an SAE, from names and paths to a complete folder, resuming after interruptions."""
 
 import shutil
 import tempfile
@@ -36,13 +36,13 @@ def train(  # noqa: PLR0913 - one argument an option of the command
 ) -> "TrainResult":
     """Train an SAE and write it to `out`, a SAELens folder; `layer` None is the last.
 
-    Checkpoints are kept beside it, in `out.training`, until it is done: the same call goes on with a run that was cut
-    off. After Ctrl-C or SIGTERM what was trained is written too, and the result says `interrupted`; before the first
-    step, KeyboardInterrupt is raised. In a process group all ranks train one SAE, and the first writes it.
+    Checkpoints are kept in `out.training` until it is done: the same call resumes an interrupted run. After Ctrl-C or
+    SIGTERM the partly trained SAE is written too, and the result says `interrupted`; before the first step,
+    KeyboardInterrupt is raised. In a process group all ranks train one SAE, and the first writes it.
 
     Raises:
-        HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free, and no other process to
-            train into it.
+        HeadscopeError: any of its kinds; nothing is computed before `out` is known to be free and not being trained
+            into by another process.
     """
     text, config = text or CorpusChoice(split="train"), config or TrainConfig()
     with training_folder(out) as folder:
@@ -78,7 +78,7 @@ def train(  # noqa: PLR0913 - one argument an option of the command
 
 
 def _write(result: "TrainResult", folder: Path, out: Path, *, overwrite: bool) -> None:
-    """Write an SAE and its metrics to `out`, or else where temporary files go: a training is not to be lost.
+    """Write an SAE and its metrics to `out`, or else to the temporary folder, so that a training is not lost.
 
     Raises:
         OutputError: the latter; it says where the SAE is.

@@ -1,4 +1,4 @@
-"""How an SAE is trained; plain values, no torch."""
+"""Training configuration of an SAE; plain values, no torch."""
 
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -24,82 +24,83 @@ Resamplings = Annotated[int, Number(0, 1000, because="each starts latents that t
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What decides the training of an SAE, beside the activations it is trained on."""
+    """Configuration of SAE training, apart from the activations."""
 
     variant: Variant = "batchtopk"
-    """Of the activation function: batchtopk and topk keep a number of the largest pre-activations, relu (the post's),
-    jumprelu and gated are held down by a penalty. Saved as SAELens' kinds; batchtopk as jumprelu."""
+    """Activation function: batchtopk and topk keep a fixed number of the largest pre-activations; relu (the post's),
+    jumprelu and gated are sparsified by a penalty. Saved as SAELens' kinds; batchtopk as jumprelu."""
     d_sae: Count = 2048
-    """Latents."""
+    """Number of latents."""
     target_l0: Above0 = 12.0
-    """Mean number of active latents per token: k for topk and batchtopk; the others' penalty is steered towards it, for
-    jumprelu and gated from eight times as many."""
+    """Mean number of active latents per token: k for topk and batchtopk; for the others the penalty is steered towards
+    it, for jumprelu and gated starting from eight times as many."""
     coefficient: From0 | None = None
-    """Of the penalty; given, it is kept, and target_l0 has no part."""
+    """Penalty coefficient; if given, it is fixed and target_l0 is ignored."""
     coefficient_warmup: ShareBelow1 = 0.0
-    """Share of training over which a given coefficient rises from 0."""
+    """Fraction of training over which a given coefficient rises from 0."""
     prefixes: tuple[Count, ...] = ()
-    """Matryoshka: so many latents, for each number here, also reconstruct without those after them."""
+    """Matryoshka: prefix sizes; the latents of each prefix also reconstruct on their own."""
     decoder: Literal["unit", "free"] = "unit"
-    """Decoder rows of unit norm; free ones weigh relu's penalty, and jumprelu's with tanh, by their norm."""
+    """Decoder rows of unit norm, or free; free rows weight relu's penalty, and jumprelu's with tanh, by their norm."""
     auxiliary: From0 | None = None
-    """topk, batchtopk: coefficient of the error that dead latents reconstruct, 1/4 when not given. jumprelu: of what
-    they lack to fire, 1/32."""
+    """topk, batchtopk: coefficient of the auxiliary loss, in which dead latents reconstruct the error; default 1/4.
+    jumprelu: coefficient of the dead latents' pre-activation loss; default 1/32."""
     bandwidth: Above0 = 0.5
-    """jumprelu: width of the rectangle through which thresholds learn, in the units of scaled inputs."""
+    """jumprelu: width of the rectangular kernel for the threshold gradient, in units of scaled inputs."""
     tanh: Above0 | None = None
-    """jumprelu: penalise tanh(this * activation); else the number of active latents."""
+    """jumprelu: penalise tanh(this * activation) instead of the number of active latents."""
     error_in: Literal["site", "output"] = "site"
-    """Where errors are measured: `output`, for z, after W_O, as the residual stream gets them."""
+    """Where the error is measured: `output`, for z, after W_O, as it enters the residual stream."""
     scaling: Literal["site", "head", "norm", "none"] = "site"
-    """What inputs are divided by, so that their mean distance from their mean is sqrt(d_in): one number, one for each
-    head (and then sqrt(d_head)), or nothing; norm: one number, so that their mean norm is sqrt(d_in)."""
+    """Divisor of the inputs, chosen so that their mean distance from their mean is sqrt(d_in): one number, one per head
+    (then sqrt(d_head)), or none; norm: one number, so that their mean norm is sqrt(d_in)."""
     center: Literal["mean", "median", "zero", "none"] = "mean"
-    """Where b_dec starts: the mean of inputs, their geometric median, 0. none: at 0, and the encoder reads inputs as
-    they are, not less b_dec."""
+    """Initial b_dec: the inputs' mean, their geometric median, or 0. none: starts at 0, and the encoder reads the
+    inputs without subtracting b_dec."""
     start: Literal["data", "subspace", "random", "transpose"] = "data"
-    """The first dictionary: directions of inputs, random ones in the subspace where inputs vary (both with the encoder
-    tied), or random ones for encoder and decoder each; transpose: random ones for the decoder, at a norm of 0.1 where
-    it is free, and the encoder as its transpose."""
+    """Initial dictionary: input directions, or random directions in the subspace where inputs vary (both with a tied
+    encoder), or independent random encoder and decoder; transpose: random decoder, with norm 0.1 if free, and its
+    transpose as encoder."""
     tokens: Tokens = 4_500_000
-    """Activations to train on in all; the corpus is read as often as that takes."""
+    """Total activations to train on; the corpus is repeated as needed."""
     batch: Count = 2048
-    """Activations in a step."""
+    """Activations per step."""
     lr: Above0 = 2e-3
     """Adam's peak learning rate, for inputs scaled as above."""
     betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)
-    """Adam's."""
+    """Adam's beta1 and beta2."""
     warmup: Literal["linear", "cosine"] = "linear"
-    """From 0 in a line, or from a tenth in a cosine, which is repeated after each resampling."""
+    """Learning-rate warm-up: linear from 0, or cosine from a tenth, repeated after each resampling."""
     warmup_steps: CountFrom0 = 200
-    """How long."""
+    """Length of the warm-up, in steps."""
     decay: Share = 0.3
-    """Share of training, at its end, over which the learning rate falls to 0."""
+    """Fraction of training, at its end, over which the learning rate falls to 0."""
     clip: Above0 | None = None
-    """Largest norm of all gradients together."""
+    """Maximum norm of the gradients, over all parameters together."""
     resample: Resamplings | None = None
-    """How often dead latents are started anew; 3 times for relu and gated when not given, never for the others, whose
-    dead latents have the auxiliary loss."""
+    """Number of times dead latents are resampled; default: 3 for relu and gated, 0 for the others, whose dead latents
+    have the auxiliary loss."""
     resample_every: Count | None = None
-    """Steps between; without, resamplings are spread over the first 60 % of training."""
+    """Steps between resamplings; default: spread over the first 60 % of training."""
     resample_by: Literal["loss", "random"] = "loss"
-    """On inputs drawn by their squared loss (Bricken et al. 2023), or on random directions."""
+    """Resample on inputs drawn by their squared loss (Bricken et al. 2023), or on random directions."""
     dead_after: Tokens = 500_000
-    """Activations without firing after which a latent is dead; fewer than there are before the first resampling, and at
-    most an eighth of all, unless `resample_every` sets a pace of its own."""
+    """Activations without firing after which a latent is dead; capped below the activations before the first resampling
+    and at an eighth of all, the latter unless `resample_every` is given."""
     dead_below: ShareBelow1 = 0.0
-    """Share of the dead_after activations before a resampling; who fires on fewer is started anew. 0: who never did."""
+    """Firing rate over the dead_after activations before a resampling below which a latent is resampled; 0: only
+    latents that never fired."""
     exclude_bos: bool = True
-    """Leave BOS positions out of training."""
+    """Exclude BOS positions from training."""
     buffer: Count = 262_144
-    """Activations held at a time to be mixed."""
+    """Activations in the shuffle buffer."""
     cache: Name | None = None
-    """A folder that keeps the activations, for the next training on the same."""
+    """Folder in which activations are cached for later runs on the same ones."""
     seed: Seed = 0
-    """Decides the initial dictionary and the order of activations."""
+    """Seed of the initial dictionary and of the order of activations."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot train anything, or that would have no part in it."""
+        """Reject values that cannot train anything or would be ignored."""
         check_fields(self, TrainingError)
         self._check_words()
         self._check_parts()
@@ -143,7 +144,7 @@ class TrainConfig:
                 )
 
     def _check_parts(self) -> None:
-        """Options that are given to variants or recipes that have no use for them."""
+        """Reject options that the variant does not use."""
         idle = {
             "tanh": self.tanh is not None and self.variant != "jumprelu",
             "coefficient": bool(self.coefficient) and self.variant in ("topk", "batchtopk"),
@@ -157,7 +158,7 @@ class TrainConfig:
 
     @property
     def n_steps(self) -> int:
-        """Steps that `tokens` fill; the last one may run a little over."""
+        """Number of steps that cover `tokens`, rounded up."""
         return -(-self.tokens // self.batch)
 
     @property
@@ -167,7 +168,7 @@ class TrainConfig:
 
     @property
     def resampled_at(self) -> frozenset[int]:
-        """Steps after which dead latents are started anew."""
+        """Steps after which dead latents are resampled."""
         n = 3 * (self.variant in ("relu", "gated")) if self.resample is None else self.resample
         if self.resample_every is not None:
             return frozenset(self.resample_every * (i + 1) for i in range(n))
@@ -183,11 +184,11 @@ class TrainConfig:
 
     @property
     def auxiliary_coefficient(self) -> float:
-        """`auxiliary`, or what it is when it is not given."""
+        """`auxiliary`, or its default for the variant."""
         if self.auxiliary is not None:
             return self.auxiliary
         return 1 / 32 if self.variant == "jumprelu" else 0.25
 
     def as_dict(self) -> dict[str, Any]:
-        """For a file."""
+        """Return the configuration as JSON types."""
         return asdict(self) | {"betas": list(self.betas), "prefixes": list(self.prefixes)}

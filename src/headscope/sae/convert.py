@@ -1,13 +1,13 @@
-"""Put an SAE to a model: do they fit, and does it read the activations that the model gives?
+"""Fit an SAE to a model: check compatibility, and convert an SAE of processed weights to the model's own activations.
 
 TransformerLens folds constants and means out of a model's weights by default. With them folded, z is `z - c` with
 `c = b_V + b_ln1 @ W_V` (`Model.value_offset`), and what LayerNorm models write to the residual stream is less its mean.
-An SAE trained on that computes the same on the model's own activations after
+An SAE trained on these computes the same on the model's own activations after
 
     z             b_dec += c;   where b_dec is not applied to the input, b_enc -= c @ W_enc
     other sites   W_enc -= its mean over d_in;   where b_dec is applied, b_enc += b_dec @ (new W_enc - W_enc)
 
-and any scaling of activations is folded into the weights before, as the file is read.
+and any activation scaling is folded into the weights beforehand, when the file is read.
 """
 
 from dataclasses import replace
@@ -18,15 +18,15 @@ from headscope.names import short
 from headscope.sae.model import MODULE_OUTPUT, SAE
 
 FORCED = "forced_from"
-"""In the metadata of an SAE that was put to other weights than its files name: the hash that these name."""
+"""Metadata key of an SAE forced onto weights other than those its files name: the hash of the latter."""
 
 
 def check_shape(sae: SAE, model: Model) -> None:
-    """Refuse an SAE whose site or width the model does not have.
+    """Reject an SAE whose site or width the model does not have.
 
     Raises:
         ModelError: the model has no such site.
-        SAEError: the widths differ, or it reads a module whose output a norm follows.
+        SAEError: the widths differ, or it reads a module output that is followed by a norm.
     """
     model.check_site(sae.site)
     width, spec = model.width(sae.site), model.spec
@@ -46,7 +46,7 @@ def check_shape(sae: SAE, model: Model) -> None:
 
 
 def trained_on(sae: SAE) -> tuple[str, str] | None:
-    """(hash, dtype) of the model that an SAE was trained on, or converted with; None where its files do not say."""
+    """Return (hash, dtype) of the model that an SAE was trained on or converted with; None where not stated."""
     said, converted = sae.metadata, sae.metadata.get("converted")
     known, dtype = said.get("model_hash"), said.get("dtype", "float32")
     if known is None and isinstance(converted, dict):
@@ -55,10 +55,10 @@ def trained_on(sae: SAE) -> tuple[str, str] | None:
 
 
 def check_model(sae: SAE, model: Model) -> None:
-    """Refuse an SAE that was trained on other weights than the model's, as far as its files say.
+    """Reject an SAE whose files name weights other than the model's.
 
     Raises:
-        SAEError: the hash of the model is not the one that the SAE keeps.
+        SAEError: the hash of the model is not the one that the SAE stores.
     """
     known = trained_on(sae)
     if known is None or model.matches(*known):
@@ -74,7 +74,7 @@ def check_model(sae: SAE, model: Model) -> None:
 
 
 def check_fits(sae: SAE, model: Model) -> None:
-    """Refuse an SAE that cannot be put to a model as it is.
+    """Reject an SAE that does not fit a model without conversion.
 
     Raises:
         ModelError, SAEError: as `check_shape` and `check_model`; or it reads activations of processed weights.
@@ -85,14 +85,14 @@ def check_fits(sae: SAE, model: Model) -> None:
 
 
 def fitted(sae: SAE, model: Model, *, force: bool = False) -> SAE:
-    """The SAE as it reads this model's own activations: itself, or converted from processed weights.
+    """Return the SAE for this model's own activations: itself, or converted from processed weights.
 
     The conversion is recorded in its metadata.
 
     Args:
         sae: any.
         model: the one that it was trained on.
-        force: take it also if its files name other weights; its metadata then name these, and say so.
+        force: accept it even if its files name other weights; its metadata then name these, and record it.
 
     Raises:
         ModelError, SAEError: as `check_shape` and `check_model`.
@@ -117,7 +117,7 @@ def _forced(sae: SAE, model: Model) -> SAE:
 
 
 def _of_weights(model: Model) -> dict[str, str]:
-    """Which weights, as artefacts say it."""
+    """Identify the model's weights, as stored in artefacts."""
     return {"model_hash": model.fingerprint(), "dtype": str(model.module.dtype).removeprefix("torch.")}
 
 

@@ -1,4 +1,4 @@
-"""What an SAE or a model is, in lines for people, and whether the two fit."""
+"""Human-readable descriptions of SAEs and models, and whether the two are compatible."""
 
 from dataclasses import dataclass
 
@@ -11,19 +11,19 @@ from headscope.sae.model import SAE, JumpReLU, TopK
 from headscope.site import Site
 
 Lines = list[tuple[str, str]]
-"""What it is called, and what it is."""
+"""(label, value) pairs."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether an SAE can be put to a model."""
+    """Compatibility of an SAE with a model."""
 
     fits: bool
     lines: Lines
 
 
 def describe_sae(sae: SAE, files: Files) -> Lines:
-    """An SAE with its conventions."""
+    """Describe an SAE and its conventions."""
     said = sae.metadata
     corpus = said.get("corpus", said.get("dataset_path"))
     return [
@@ -71,7 +71,7 @@ _BOS_AT = {
 
 
 def _bos(sae: SAE) -> str:
-    """Where the text it was trained on had a BOS."""
+    """Describe where the training text had a BOS."""
     corpus = sae.metadata.get("corpus")
     said = corpus.get("bos") if isinstance(corpus, dict) else None
     if said is not None:
@@ -89,7 +89,7 @@ def _convention(sae: SAE) -> str:
 
 
 def describe_model(model: Model) -> Lines:
-    """A model with its sizes."""
+    """Describe a model and its sizes."""
     spec = model.spec
     offsets = [model.value_offset(layer).norm().item() for layer in range(spec.n_layers)]
     shared = "" if spec.n_kv_heads == spec.n_heads else f", {spec.n_kv_heads} of keys and values"
@@ -111,7 +111,7 @@ def describe_model(model: Model) -> Lines:
 
 
 def fit(sae: SAE, model: Model) -> Fit:
-    """Whether an SAE can be put to a model, and if not, why."""
+    """Check whether an SAE is compatible with a model, and if not, why."""
     try:
         check_shape(sae, model)
     except HeadscopeError as error:

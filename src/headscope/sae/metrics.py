@@ -1,4 +1,4 @@
-"""What a training run measures on its batches, in memory and as lines of JSON; no torch."""
+"""Metrics of a training run on its batches, in memory and as lines of JSON; no torch."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,12 +11,12 @@ _CURVE_POINTS, _METRIC_POINTS = 100, 2000
 _WRITTEN_TOGETHER = 50  # points
 
 Point = dict[str, Any]
-"""One line of a file of metrics: the values of a `Status` by name."""
+"""One line of a metrics file: the values of a `Status` by name."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """One moment of a training run; of several ranks, means over them."""
+    """State of a training run at one step; with several ranks, means over them."""
 
     step: int
     n_steps: int
@@ -30,34 +30,34 @@ class Status:
     dead: float
     """Share of latents that have not fired for `dead_after` activations."""
     coefficient: float
-    """Of the penalty."""
+    """Coefficient of the penalty."""
     penalty: float
     auxiliary: float
-    """What else was minimised, with its coefficient."""
+    """Additional loss, with its coefficient."""
     lr: float
 
     @property
     def loss(self) -> float:
-        """`squared_error + coefficient * penalty + auxiliary`: what is minimised, prefixes' errors left out."""
+        """`squared_error + coefficient * penalty + auxiliary`: the objective without the errors of prefixes."""
         return self.squared_error + self.coefficient * self.penalty + self.auxiliary
 
 
 class Metrics:
-    """What a run measured on its batches, in memory and as lines of JSON."""
+    """Metrics of a run on its batches, in memory and as lines of JSON."""
 
     def __init__(self, path: Path | None, n_steps: int) -> None:
-        """Measure a run of so many steps."""
+        """Start metrics for a run of `n_steps` steps."""
         self.path, self._n_steps = path, n_steps
         self._every = max(1, n_steps // _METRIC_POINTS)
         self.points: list[Point] = []
 
     def go_on(self, step: int) -> None:
-        """Take up the lines of the steps before one; those after it are measured again."""
+        """Restore the lines of the steps before `step`; later ones are recorded again."""
         if self.path is not None and self.path.is_file():
             self.points = [point for point in read_metrics(self.path) if point["step"] < step]
 
     def add(self, status: Status) -> None:
-        """Keep a step, if it is one of those that are kept."""
+        """Record a step, if it is due."""
         if status.step % self._every == 0 or status.step == self._n_steps - 1:
             self.points.append({name: _short(value) for name, value in asdict(status).items() if name != "n_steps"})
             if len(self.points) % _WRITTEN_TOGETHER == 0:
@@ -70,14 +70,14 @@ class Metrics:
                 file.write("".join(json.dumps(point) + "\n" for point in self.points).encode())
 
     def curve(self) -> list[Point]:
-        """At most about a hundred of them, the last included."""
+        """Return at most about a hundred points, including the last."""
         every = max(1, len(self.points) // _CURVE_POINTS)
         last = len(self.points) - 1
         return [point for i, point in enumerate(self.points) if i % every == 0 or i == last]
 
 
 def read_metrics(path: Path) -> list[Point]:
-    """The lines of a metrics file, as far as they are whole.
+    """Read the complete lines of a metrics file.
 
     Raises:
         OSError: it cannot be read.

@@ -1,11 +1,11 @@
-"""One sparse autoencoder; the activation function is a part of it.
+"""A sparse autoencoder, including its activation function.
 
     pre = (x - b_dec) @ W_enc + b_enc        (x @ W_enc + b_enc where apply_b_dec_to_input is false)
     f = activation(pre)
     x_hat = f @ W_dec + b_dec
 
 Names and layout are SAELens': `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]`. The pre-activation is linear in x for every
-activation here, which is what direct feature attribution asks for.
+activation here, as direct feature attribution requires.
 """
 
 from dataclasses import dataclass, field, replace
@@ -30,7 +30,7 @@ class ReLU:
     title = "ReLU"
 
     def __call__(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        """Apply."""
+        """Apply the activation function."""
         return pre.relu()
 
 
@@ -38,7 +38,7 @@ class ReLU:
 class JumpReLU:
     """f = pre where pre exceeds the latent's threshold, else 0; never negative.
 
-    BatchTopK and Matryoshka BatchTopK are this when they are not trained: one threshold for all latents.
+    Trained BatchTopK and Matryoshka BatchTopK SAEs have this form, with one threshold for all latents.
     """
 
     threshold: Float[Tensor, " d_sae"]
@@ -46,7 +46,7 @@ class JumpReLU:
     title = "JumpReLU"
 
     def __call__(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        """Apply."""
+        """Apply the activation function."""
         return torch.where(pre > self.threshold, pre, 0.0).relu()
 
 
@@ -66,7 +66,7 @@ class Gated(JumpReLU):
     def of_paths(
         cls, r_mag: Float[Tensor, " d_sae"], b_mag: Float[Tensor, " d_sae"], b_gate: Float[Tensor, " d_sae"]
     ) -> "Gated":
-        """From the parameters of the two paths, as files hold them."""
+        """Build from the parameters of the two paths, as stored in files."""
         return cls(b_mag - r_mag.exp() * b_gate)
 
 
@@ -74,7 +74,7 @@ class Gated(JumpReLU):
 class TopK:
     """f = the k largest of pre in each row, the rest 0; never negative.
 
-    Whether a latent is active depends on the others: what asks for a threshold of its own refuses it.
+    Whether a latent is active depends on the others: code that needs a threshold per latent rejects it.
     """
 
     k: int
@@ -82,7 +82,7 @@ class TopK:
     title = "TopK"
 
     def __call__(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        """Apply."""
+        """Apply the activation function."""
         values, latents = pre.topk(self.k, dim=-1)
         return torch.zeros_like(pre).scatter_(-1, latents, values.relu())
 
@@ -90,29 +90,29 @@ class TopK:
 Activation = ReLU | JumpReLU | TopK
 
 PROCESSED = "transformer_lens_processed"
-"""The `z_convention` of an SAE trained on the activations of a model whose weights TransformerLens had processed."""
+"""`z_convention` of an SAE trained on the activations of a model with weights processed by TransformerLens."""
 
 MODEL_PATH = "model_path"
-"""What an SAE's metadata calls the path of its model, where that is a folder, as seen from the SAE's own folder."""
+"""Metadata key for the path of the SAE's model folder, relative to the SAE's own folder."""
 
 MODULE_OUTPUT = "module output"
-"""What an SAE's metadata says it `reads` when that is a module's own output, before any norm that follows it."""
+"""Value of `reads` in an SAE's metadata for a module's own output, before any norm that follows it."""
 
 
 @dataclass(frozen=True)
 class HeadBlocks:
-    """The dictionary of a z SAE cut into heads: what each latent reads from and writes to each head's z."""
+    """The dictionary of a z SAE split by head: what each latent reads from and writes to each head's z."""
 
     encoder: Float[Tensor, "head d_sae d_head"]
     decoder: Float[Tensor, "head d_sae d_head"]
 
     def through(self, W_O: Float[Tensor, "z d_model"]) -> Float[Tensor, "head d_sae d_model"]:  # noqa: N803
-        """What each latent writes to the residual stream through each head, `W_dec[j, h, :] @ W_O[h]`."""
+        """Return what each latent writes to the residual stream through each head, `W_dec[j, h, :] @ W_O[h]`."""
         return self.decoder @ W_O.reshape(len(self.decoder), -1, W_O.shape[-1])
 
 
 def _trained_as(metadata: dict[str, Any]) -> str | None:
-    """What a BatchTopK SAE was trained as, by what its files say of its training; None for others.
+    """Return the training variant of a BatchTopK SAE according to its files; None for others.
 
     The names are those of headscope's `variant`, of dictionary_learning's `dict_class` and of SAELens' `architecture`.
     """
@@ -139,15 +139,15 @@ class SAE:
     activation: Activation
     site: Site
     model_name: str
-    """The model whose activations it was trained on, as `load_model` takes it."""
+    """The model whose activations it was trained on, in a form accepted by `load_model`."""
     apply_b_dec_to_input: bool = True
     metadata: dict[str, Any] = field(default_factory=dict)
-    """What else its files say: z convention, training run, corpus, context length, BOS handling."""
+    """Further properties from its files: z convention, training run, corpus, context length, BOS handling."""
     folder: Path | None = None
-    """Where its files are, if it has any: a model that was moved together with them is found from there."""
+    """The folder of its files, if any: used to find a model that was moved together with them."""
 
     def __post_init__(self) -> None:
-        """Check that the sizes fit one another and that all numbers are finite."""
+        """Check that shapes are consistent and all numbers finite."""
         d_in, d_sae = self.W_enc.shape
         tensors = {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
         shapes = {"b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,), "threshold": (d_sae,)}
@@ -174,50 +174,50 @@ class SAE:
 
     @property
     def d_in(self) -> int:
-        """Components of an input vector."""
+        """Width of an input vector."""
         return self.W_enc.shape[0]
 
     @property
     def d_sae(self) -> int:
-        """Latents."""
+        """Number of latents."""
         return self.W_enc.shape[1]
 
     @property
     def kind(self) -> str:
-        """Its activation function for people, with what it was trained as where that is another.
+        """Its activation function for display, with the training variant where that differs.
 
-        BatchTopK SAEs are JumpReLU ones once they are trained: `BatchTopK (k = 12), applied as JumpReLU`.
+        Trained BatchTopK SAEs are applied as JumpReLU: `BatchTopK (k = 12), applied as JumpReLU`.
         """
         k = f" (k = {self.activation.k})" if isinstance(self.activation, TopK) else ""
         applied, trained = f"{self.activation.title}{k}", _trained_as(self.metadata)
         return applied if trained is None else f"{trained}, applied as {applied}"
 
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """What the activation function is applied to; linear in x."""
+        """Return the input of the activation function; linear in x."""
         centred = x - self.b_dec if self.apply_b_dec_to_input else x
         return centred @ self.W_enc + self.b_enc
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Feature activations, never negative."""
+        """Return the feature activations, never negative."""
         return self.activation(self.pre_activations(x))
 
     def decode(self, f: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
-        """The reconstruction."""
+        """Return the reconstruction."""
         return f @ self.W_dec + self.b_dec
 
     def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """x_hat: encode, then decode."""
+        """Return x_hat: encode, then decode."""
         return self.decode(self.encode(x))
 
     def error(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """What it leaves out, `x - x_hat`."""
+        """Return the reconstruction error, `x - x_hat`."""
         return x - self(x)
 
     def head_blocks(self, n_heads: int) -> HeadBlocks:
-        """Encoder and decoder of each head.
+        """Split encoder and decoder by head.
 
         Raises:
-            SAEError: not an SAE of z, or its vectors cannot be cut into as many heads.
+            SAEError: not an SAE of z, or its vectors cannot be split into this many heads.
         """
         if self.site.kind != "z" or n_heads < 1 or self.d_in % n_heads:
             raise SAEError(
@@ -230,14 +230,14 @@ class SAE:
 
     @property
     def model_places(self) -> list[Path]:
-        """Paths at which its model may be: as its files say, or moved together with them (`names.places`)."""
+        """Candidate paths of its model: as stored, or moved together with its files (`names.places`)."""
         if self.folder is None or bundled_model(self.model_name):
             return []
         return places(self.model_name, self.metadata.get(MODEL_PATH), self.folder)
 
     @property
     def processed(self) -> bool:
-        """It reads activations as TransformerLens' processed weights give them (`headscope.sae.convert`)."""
+        """Whether it reads activations of TransformerLens' processed weights (`headscope.sae.convert`)."""
         return self.metadata.get("z_convention") == PROCESSED
 
     def check_raw(self) -> None:
@@ -255,7 +255,7 @@ class SAE:
         return self.b_enc - self.b_dec @ self.W_enc if self.apply_b_dec_to_input else self.b_enc
 
     def to(self, target: torch.device | torch.dtype | str) -> "SAE":
-        """The same SAE on another device or in another precision, by name or as torch has them.
+        """Return the SAE on another device or in another precision, by name or torch object.
 
         Raises:
             ModelError: there is no such device or precision.

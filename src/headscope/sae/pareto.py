@@ -1,4 +1,4 @@
-"""What a sweep found: for each SAE how sparse and how good it is on held-out text; no torch."""
+"""Results of a sweep: sparsity and quality of each SAE on held-out text; no torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,14 +16,14 @@ MEASURES = {
     "dead": "share of latents that never fire on the evaluated tokens",
     "reconstruction_bias": "mean ||x_hat||^2 / mean x . x_hat; below 1 is shrinkage",
 }
-"""What is drawn against L0, with its definition."""
+"""Measures plotted against L0, with their definitions."""
 DEFINITIONS = {
     "l0": "active latents per token, without BOS",
     **MEASURES,
     "explained_variance": "1 - sum ||x - x_hat||^2 / sum ||x - mean||^2, without BOS",
     "loss_recovered_by_mean": "null: what the mean activation alone recovers, without any SAE",
 }
-"""Of all figures; intervals are of 95 %, by resampling blocks, Wilson's for `dead`."""
+"""Definitions of all figures; 95 % intervals by resampling blocks, Wilson's for `dead`."""
 _CELLS = {
     "l0": "{:.2f}",
     "ce_loss_score": "{:.3f}",
@@ -32,22 +32,22 @@ _CELLS = {
     "dead": "{:.3f}",
     "reconstruction_bias": "{:.3f}",
 }
-_OF_EACH = ("variant", "target_l0")  # what a sweep is over
+_OF_EACH = ("variant", "target_l0")  # what a sweep varies
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One SAE, measured."""
+    """One SAE with its measurements."""
 
     name: str
-    """Its folder in the sweep's."""
+    """Its folder within the sweep's."""
     variant: str
     target_l0: float
     n_tokens: int
-    """Evaluated, BOS excluded: n of all figures but `dead`."""
+    """Evaluated tokens, without BOS: n of all figures but `dead`."""
     n_blocks: int
     d_sae: int
-    """Latents: n of `dead`."""
+    """Number of latents: n of `dead`."""
     l0: Estimate
     ce_loss_score: Estimate
     loss_recovered: Estimate
@@ -56,11 +56,11 @@ class Point:
     reconstruction_bias: Estimate
     loss_recovered_by_mean: Estimate
     recipe: Mapping[str, Any]
-    """As `TrainConfig.as_dict`, but for where activations were kept."""
+    """As `TrainConfig.as_dict`, without the activation cache."""
 
     @classmethod
     def of(cls, name: str, quality: Mapping[str, Any], recipe: Mapping[str, Any]) -> "Point":
-        """One of what `Quality.as_dict` says of an SAE, and of its recipe."""
+        """Make a point from an SAE's `Quality.as_dict` and its recipe."""
         return cls(
             name=name,
             variant=recipe["variant"],
@@ -75,12 +75,12 @@ class Point:
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> "Point":
-        """One of what `as_dict` made."""
+        """Read a point written by `as_dict`."""
         estimates = {f.name: _estimate(record[f.name]) for f in fields(cls) if f.type == Estimate}
         return cls(**{**{f.name: record[f.name] for f in fields(cls)}, **estimates})
 
     def as_dict(self) -> dict[str, Any]:
-        """For a file; what is not a number is None."""
+        """Return the point as JSON types; NaN becomes None."""
         record = asdict(self)
         estimates = {f.name: record[f.name] for f in fields(self) if f.type == Estimate}
         return record | {
@@ -89,7 +89,7 @@ class Point:
         }
 
     def cells(self) -> list[str]:
-        """A row under `HEADINGS`: values with their intervals."""
+        """Return a row under `HEADINGS`: values with their intervals."""
         return [self.variant, f"{self.target_l0:g}", *(_cell(getattr(self, n), form) for n, form in _CELLS.items())]
 
 
@@ -101,12 +101,12 @@ HEADINGS = (
         for name in _CELLS
     ),
 )
-"""Of a table of points."""
+"""Headings of a table of points."""
 
 
 @dataclass(frozen=True)
 class Pareto:
-    """All SAEs of a sweep, or of several."""
+    """All SAEs of one or several sweeps."""
 
     model: str
     site: str
@@ -117,10 +117,10 @@ class Pareto:
 
     @classmethod
     def joined(cls, sweeps: Sequence["Pareto"]) -> "Pareto":
-        """Several sweeps as one.
+        """Merge several sweeps.
 
         Raises:
-            SAEError: they were measured on another model, site or text, or have an SAE of the same recipe.
+            SAEError: they differ in model, site or text, or have an SAE of the same recipe.
         """
         first, *others = [{"model": s.model, "site": s.site, **s.corpus} for s in sweeps]
         for other in others:
@@ -143,18 +143,18 @@ class Pareto:
         return replace(sweeps[0], points=points)
 
     def common(self) -> dict[str, Any]:
-        """Options of the recipe that are the same for all SAEs, but for variant and target."""
+        """Recipe options shared by all SAEs, except variant and target."""
         return {option: value for option, value in self._options() if option not in self._differing()}
 
     def own(self) -> dict[str, dict[str, Any]]:
-        """The other options, by curve; None where an SAE is older than an option."""
+        """The other options, by curve; None where an SAE predates an option."""
         return {
             name: {option: points[0].recipe.get(option) for option in self._differing()}
             for name, points in self.curves().items()
         }
 
     def curves(self) -> dict[str, list[Point]]:
-        """Points by L0, of all recipes that differ in their target alone.
+        """Return the points sorted by L0, grouped by recipes that differ only in their target.
 
         A curve is named by its variant and what differs from the first SAE's recipe: `batchtopk, prefixes 64 512`.
         """
@@ -167,7 +167,7 @@ class Pareto:
         return {name: sorted(points, key=lambda point: point.l0.value) for name, points in found.items()}
 
     def _options(self) -> Iterable[tuple[str, Any]]:
-        """All there are, with the first value that is found of each."""
+        """Return all options, each with the first value found."""
         found: dict[str, Any] = {}
         for point in self.points:
             found = {**point.recipe, **found}
@@ -204,7 +204,7 @@ class Pareto:
 
 
 def said(value: object) -> str:
-    """A value of a recipe, as the command line takes it."""
+    """Format a recipe's value for the command line."""
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or "none"
     return str(value)

@@ -1,9 +1,9 @@
 """Published recipes, as values of `TrainConfig`; no torch.
 
 `seed-gelu-2l` and `kissane-gpt2` are those of Kissane et al. (2024), by their run names, code and configuration files;
-Adam's betas of the first are inferred from a run beside it. `anthropic-april-2024` is Conerly et al., "Update on how we
-train SAEs" (Transformer Circuits Thread, April 2024); its number of latents, batch, buffer, treatment of BOS and
-coefficient (5, of 2, 5 and 10) are choices of ours.
+Adam's betas of the first are inferred from a related run. `anthropic-april-2024` is Conerly et al., "Update on how we
+train SAEs" (Transformer Circuits Thread, April 2024); its number of latents, batch, buffer, BOS handling and
+coefficient (5, of 2, 5 and 10) are our choices.
 """
 
 from dataclasses import replace
@@ -67,16 +67,16 @@ PRESETS: dict[str, TrainConfig] = {
         resample=0,
     ),
 }
-"""By name; of `kissane-gpt2`, layer 2's."""
+"""Presets by name; `kissane-gpt2` is the one of layer 2."""
 
 KISSANE_GPT2_COEFFICIENTS = (1.8, 0.8, 1.0, 0.9, 1.1, 1.0, 1.1, 1.1, 1.3, 1.2, 1.3, 3.0)
 """L1 coefficient by layer of GPT-2 small."""
 _WIDE_LAYERS = (5, 7)  # of GPT-2 small, have twice as many latents
-_DEAD_BELOW = {8: 1e-5, 10: 1e-5, 11: 3.16e-6}  # of its layers whose cutoff is not that of the others
+_DEAD_BELOW = {8: 1e-5, 10: 1e-5, 11: 3.16e-6}  # layers whose cutoff differs from that of the others
 
 
 def preset(name: str, *, model: str | None = None, layer: int | None = None) -> TrainConfig:
-    """A published recipe; of `kissane-gpt2`, the layer's own where the model is GPT-2 small and its layer is named.
+    """Return a published recipe; for `kissane-gpt2`, that of the layer if GPT-2 small's layer is given.
 
     Raises:
         TrainingError: no preset has that name.
@@ -96,7 +96,7 @@ def preset(name: str, *, model: str | None = None, layer: int | None = None) -> 
 
 
 def preset_note(name: str, *, model: str | None = None, layer: int | None = None) -> str | None:
-    """What must be said of a preset: that it is of another layer or model than it is used for."""
+    """Return the note on a preset that is for another layer or model than it is used for."""
     if name != "kissane-gpt2" or (layer is not None and _has_own(model, layer)):
         return None
     return (

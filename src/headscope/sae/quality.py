@@ -1,10 +1,10 @@
-"""How good an SAE is, on text it was not trained on: the post's measures and SAELens', side by side.
+"""Quality of an SAE on held-out text: the post's measures and SAELens', side by side.
 
-Two conventions are kept apart, because they differ by several points on the same SAE:
+Two conventions are distinguished, because they differ by several points on the same SAE:
 
 * the post's `loss_recovered`: z is replaced at every position, BOS included, by the SAE's reconstruction or by the
   constant c = b_V + b_ln1 @ W_V (the zero of TransformerLens-processed z), and losses are averaged over all positions;
-* SAELens' `ce_loss_score`: raw zero, special tokens are neither replaced nor counted.
+* SAELens' `ce_loss_score`: raw zero; special tokens are neither replaced nor counted.
 
 Intervals are 95 % bootstrap intervals over blocks (Wilson for counts).
 """
@@ -31,7 +31,7 @@ from headscope.stats import Estimate, bootstrap_ratio, wilson
 
 DENSITY_EDGES = np.linspace(-7, 0, 43)
 """log10 of the share of tokens on which a latent is active."""
-_ROWS = 4096  # blocks looked at together
+_ROWS = 4096  # blocks processed together
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Quality:
     """The quality of one SAE on one corpus; each figure's definition is in `rows`."""
 
     site: AnyKind
-    """What the SAE reads, and is replaced."""
+    """The site that the SAE reads and that is replaced."""
     n_tokens: int
-    """Tokens read, BOS excluded."""
+    """Tokens read, without BOS."""
     n_blocks: int
     n_loss_tokens: int
-    """Predicting tokens that the losses are averaged over, BOS excluded."""
+    """Predicting tokens that the losses are averaged over, without BOS."""
     l0: Estimate
     l0_with_bos: float
     loss_recovered: Estimate
@@ -64,7 +64,7 @@ class Quality:
     """Alive latents by log10 density, edges DENSITY_EDGES."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For a file; what is not a number (a ratio of nothing) is None."""
+        """Return the record as JSON types; NaN (a ratio of nothing) becomes None."""
         return _without_nan(asdict(self))
 
 
@@ -79,7 +79,7 @@ class _Reconstruction:
     """Sums over the tokens of each block."""
 
     n: Float[np.ndarray, " block"]
-    """Tokens."""
+    """Number of tokens."""
     l0: Float[np.ndarray, " block"]
     l0_bos: float
     total: Float[np.ndarray, "block d"]
@@ -103,18 +103,18 @@ def evaluate(
     """Measure an SAE on a corpus: one pass over its activations, and one over the model's losses.
 
     The second pass runs the end of the model five times for each token, which is most of the work. `loss_tokens` limits
-    it; the intervals say what that costs.
+    it; the intervals show the cost.
 
     Args:
         model: the model it was trained on.
         sae: the SAE.
         corpus: documents it was not trained on.
-        on_tokens: called with (tokens done, tokens in all) over both passes.
-        loss_tokens: measure losses on blocks of about this many tokens in all, spread evenly over the corpus; on all
-            blocks if None.
+        on_tokens: called with (tokens done, total) over both passes.
+        loss_tokens: measure losses on blocks of about this many tokens in total, spread evenly over the corpus; None:
+            all blocks.
 
     Raises:
-        CorpusError, ModelError, SAEError: the three do not fit one another; no text token predicts another;
+        CorpusError, ModelError, SAEError: model, SAE and corpus are incompatible; no text token predicts another;
             activations, reconstructions or losses are not finite.
     """
     check_fits(sae, model)
@@ -142,7 +142,7 @@ def evaluate(
 
 
 def _spread(n_blocks: int, block_size: int, tokens: int | None) -> Int[np.ndarray, " block"]:
-    """Block numbers, evenly spaced, that hold about so many tokens: at least one, at most all."""
+    """Choose evenly spaced block numbers that hold about `tokens` tokens: at least one, at most all."""
     n = n_blocks if tokens is None else min(n_blocks, max(1, round(tokens / block_size)))
     return np.arange(n) * n_blocks // max(1, n)
 
@@ -202,7 +202,7 @@ def _measure_losses(
     mean: Float[Tensor, " d"],
     advance: Callable[[int], None],
 ) -> dict[str, Float[np.ndarray, " block"]]:
-    """Summed loss of each of some blocks by condition; `n` and `n_bos` are the numbers of positions summed."""
+    """Measure the summed loss of each block by condition; `n` and `n_bos` are the numbers of positions summed."""
     offset = model.value_offset(sae.site.layer) if sae.site.kind == "z" else torch.zeros_like(mean)
     sums: dict[str, np.ndarray] = {}
 
@@ -212,7 +212,7 @@ def _measure_losses(
 
     for numbers, tokens in token_batches(corpus, model.device, blocks):
         text, real = is_text(corpus, numbers, model.device), _not_padding(corpus, numbers, model.device)
-        counted = text[:, :-1] & real[:, 1:]  # of which the next token is predicted
+        counted = text[:, :-1] & real[:, 1:]  # positions whose next token is predicted
         add("n", numbers, counted)
         add("n_bos", numbers, real[:, 1:])
         for name, (everywhere, kept) in _conditions(model, sae, tokens, ~text, mean, offset).items():
@@ -234,9 +234,9 @@ def _conditions(
     mean: Float[Tensor, " d"],
     offset: Float[Tensor, " d"],
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Losses [batch, predicting] by condition: edited everywhere, and with the special positions left as they are.
+    """Compute losses [batch, predicting] by condition: edited everywhere, and with special positions left unedited.
 
-    After the last attention layer positions no longer mix, so there the two are equal at all that is counted.
+    After the last attention layer positions no longer mix, so the two agree at all counted positions.
     """
     local = sae.site.layer == model.spec.n_layers - 1 and sae.site.kind != "resid_pre"
 

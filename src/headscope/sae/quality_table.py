@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-_NONE = "-"  # where there is no number: a ratio of nothing, or losses that overflowed
+_NONE = "-"  # for NaN: a ratio of nothing, or losses that overflowed
 
 
 @dataclass(frozen=True)
 class Row:
-    """One printed figure: ours, the post's, and what it means."""
+    """One printed figure: ours, the post's, and its definition."""
 
     name: str
     value: str
@@ -17,9 +17,9 @@ class Row:
 
 
 def quality_rows(q: dict[str, Any]) -> list[Row]:
-    """The rows of `Quality.as_dict()`, beside the post's figures for gelu-2l layer 1 (Kissane et al., 2024)."""
+    """Make the rows of `Quality.as_dict()`, next to the post's figures for gelu-2l layer 1 (Kissane et al., 2024)."""
     n, ce = f"{q['n_tokens']:,} tokens", q["ce"]
-    site = q.get("site", "z")  # files written before sites were named in them are of z
+    site = q.get("site", "z")  # files written before sites were recorded are of z
     predicting = f"{q['n_loss_tokens']:,} predicting tokens" if "n_loss_tokens" in q else "all tokens"  # an older file
     c = "the constant c" if site == "z" else "c, which is zero at all sites but z"
     return [
@@ -91,7 +91,7 @@ def quality_rows(q: dict[str, Any]) -> list[Row]:
 
 
 def _sparkline(counts: list[int]) -> str:
-    """Three bins a character, a bar's height relative to the highest: [1, 0, 0, 4, 0, 0] -> ▂█."""
+    """Draw counts as text, three bins per character, relative to the highest: [1, 0, 0, 4, 0, 0] -> ▂█."""
     sums = [sum(counts[i : i + 3]) for i in range(0, len(counts), 3)]
     return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * n // max(*sums, 1))] for n in sums)
 

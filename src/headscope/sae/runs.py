@@ -1,4 +1,4 @@
-"""The training runs below some folders: finished SAEs, and what is in the folders of unfinished ones; no torch."""
+"""Find the training runs in folders: finished SAEs and unfinished runs; no torch."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,14 @@ from headscope.sae.metrics import Point, read_metrics
 from headscope.scratch import held
 
 METRICS = "metrics"
-"""Name of a run of one SAE, and of its file of metrics."""
+"""Name of a run of one SAE, and of its metrics file."""
 TRAINING = ".training"
-"""What the name of the folder of an unfinished run ends with, after that of its SAE."""
+"""Suffix that the folder of an unfinished run adds to the name of its SAE."""
 
 RUN = "run.json"
-"""In the folder of an unfinished run: what is trained, and on what."""
+"""File in the folder of an unfinished run: what is trained, and on what."""
 LOCK = ".lock"
-"""In the same folder: held by the process that trains."""
+"""File in the same folder: locked by the training process."""
 
 State = Literal["finished", "interrupted", "unfinished"]
 
@@ -30,28 +30,28 @@ class Run:
     """One SAE that was or is being trained."""
 
     name: str
-    """Its folder; in an unfinished sweep, with the name it will have there."""
+    """Its folder; in an unfinished sweep, including its future name there."""
     state: State
     """`interrupted`: the SAE was written when its training was ended early; `unfinished`: there is no SAE yet."""
     variant: str
     target_l0: float | None
-    """None where a given coefficient was kept."""
+    """None where the coefficient was fixed."""
     n_steps: int
     points: tuple[Point, ...]
-    """What was measured, in the order of steps."""
+    """Metrics, in the order of steps."""
 
     @property
     def last(self) -> Point:
-        """The last point, empty where nothing was measured yet."""
+        """The last point; empty where nothing was measured yet."""
         return self.points[-1] if self.points else {}
 
     @property
     def step(self) -> int:
-        """Steps that were taken, as far as they were measured."""
+        """Number of steps up to the last point."""
         return self.last.get("step", -1) + 1
 
     def cells(self) -> list[str]:
-        """A row under `HEADINGS`."""
+        """Return a row under `HEADINGS`."""
         last = self.last
         state = self.state if self.state == "finished" else f"{self.state} at step {self.step:,} of {self.n_steps:,}"
         return [
@@ -68,7 +68,7 @@ class Run:
 
 @contextmanager
 def training_folder(out: Path) -> Iterator[Path]:
-    """Hold the folder beside `out` where a training keeps its checkpoints; of several ranks, the first holds it.
+    """Lock the checkpoint folder of a training, next to `out`; of several ranks, the first holds the lock.
 
     Raises:
         OutputError: another process trains there, or the folder cannot be made.
@@ -91,7 +91,7 @@ def training_folder(out: Path) -> Iterator[Path]:
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """What the training whose checkpoints lie in a folder was begun with.
+    """Read the recipe that the training in a checkpoint folder was started with.
 
     Raises:
         TrainingError: it cannot be read.
@@ -112,7 +112,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 
 
 HEADINGS = ("run", "variant", "target L0", "L0", "explained variance", "dead", "activations", "state")
-"""Of a table of runs; figures are those of the last batch that was measured."""
+"""Headings of a table of runs; figures are those of the last measured batch."""
 
 
 def _shown(point: Point, name: str, form: str) -> str:
@@ -120,10 +120,10 @@ def _shown(point: Point, name: str, form: str) -> str:
 
 
 def find_runs(folders: Sequence[Path] = (Path(),)) -> tuple[Run, ...]:
-    """All runs below some folders, by name; those folders are runs themselves where they hold one.
+    """Find all runs in some folders, by name; a folder that is itself a run is included.
 
-    Of an SAE that was written early and is trained on, that which is further on is listed. What cannot be read is no
-    run.
+    Of an SAE that was written early and whose training was resumed, the one that is further on is listed. Unreadable
+    folders are skipped.
     """
     found: dict[str, Run] = {}
     for folder in folders:
@@ -136,7 +136,7 @@ def find_runs(folders: Sequence[Path] = (Path(),)) -> tuple[Run, ...]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """A folder and those in it, but for hidden ones."""
+    """Yield a folder and its subfolders, except hidden ones."""
     for path, children, _ in os.walk(folder):
         children[:] = sorted(child for child in children if not child.startswith("."))
         yield Path(path)
@@ -160,7 +160,7 @@ def _of_sae(folder: Path) -> Run:
 
 
 def _of_training(folder: Path) -> list[Run]:
-    """Of a training folder: one run for each SAE that is trained there."""
+    """Return one run for each SAE trained in a training folder."""
     recipe, out = read_recipe(folder), folder.with_name(folder.name.removesuffix(TRAINING))
     runs = []
     for name in recipe["names"]:

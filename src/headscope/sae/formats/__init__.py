@@ -1,8 +1,8 @@
-"""SAEs as files: what is read of each public format, and the one that is written (SAELens').
+"""SAE file formats: the public formats that are read, and the one that is written (SAELens').
 
 `load_sae` takes a bundled SAE by name, a folder or file, a release of SAELens' registry with an id
-(`gpt2-small-hook-z-kk/blocks.5.hook_z`), or a hub repository with a folder (`USER/REPOSITORY/FOLDER`). What is not
-understood is refused by name. Nothing is unpickled but tensors, and no code of a file is executed.
+(`gpt2-small-hook-z-kk/blocks.5.hook_z`), or a hub repository with a folder (`USER/REPOSITORY/FOLDER`). Unknown settings
+are rejected by name. Only tensors are unpickled, and no code in a file is executed.
 """
 
 from dataclasses import replace
@@ -49,13 +49,13 @@ def load_sae(name: str | Path, *, site: Site | None = None, model_name: str | No
     """Read an SAE; all numbers become float32.
 
     Args:
-        name: bundled, a path, or a name on the hub (see the module).
-        site: what it reads, for files that do not say.
-        model_name: of the model it was trained on, likewise.
+        name: a bundled SAE, a path, or a name on the hub (see the module).
+        site: the site it reads, for files that do not state it.
+        model_name: the model it was trained on, likewise.
 
     Raises:
-        SAEError: none there, no network, files that are damaged, weights that are not finite or do not fit one another,
-            or anything in them that is not understood.
+        SAEError: no SAE, no network, damaged files, weights that are not finite or of inconsistent shapes, or an
+            unknown setting.
     """
     files = locate(name)
     try:
@@ -74,7 +74,7 @@ def load_sae(name: str | Path, *, site: Site | None = None, model_name: str | No
 
 
 def locate(name: str | Path) -> Files:
-    """The files of an SAE, fetched from the hub where its name says so.
+    """Locate the files of an SAE, downloading them from the hub where its name says so.
 
     Raises:
         SAEError: there are none.
@@ -96,10 +96,10 @@ def locate(name: str | Path) -> Files:
 
 
 def find_sae(name: str | Path) -> Files | None:
-    """The files of a bundled SAE, or of a path on this machine, if there are any.
+    """Locate the files of a bundled SAE, or of a local path, if there are any.
 
     Raises:
-        SAEError: a folder with several, or a name that nothing can have.
+        SAEError: a folder with several, or an invalid name.
     """
     name = check("sae", name, NameOrPath, SAEError)
     bundled = bundled_sae(str(name))
@@ -111,7 +111,7 @@ def find_sae(name: str | Path) -> Files | None:
 
 
 def lasting_name(name: str | Path) -> str:
-    """A name by which the same SAE is found from any working directory: a path becomes absolute.
+    """Return a name that finds the same SAE from any working directory: a path becomes absolute.
 
     Raises:
         SAEError: a folder with several.
@@ -121,7 +121,7 @@ def lasting_name(name: str | Path) -> str:
 
 
 def is_sae(name: str | Path) -> bool:
-    """Whether a name is that of an SAE, here or on the hub, rather than of a model.
+    """Whether a name refers to an SAE, local or on the hub, rather than to a model.
 
     Raises:
         SAEError: a folder with several, or a release without this id.

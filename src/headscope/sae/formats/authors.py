@@ -1,4 +1,4 @@
-"""The post's authors' files: `NAME.pt`, a state dict, beside `NAME_cfg.json`; Neel Nanda's of gelu-2l are the same.
+"""The post's authors' files: `NAME.pt`, a state dict, and `NAME_cfg.json`; Neel Nanda's for gelu-2l are the same.
 
 They were trained on a `HookedTransformer` with its default processing, so on `z - c` and on a centred residual stream.
 """
@@ -27,7 +27,7 @@ _NAMES = {"W_enc", "b_enc", "W_dec", "b_dec"}
 
 
 def find(path: Path) -> tuple[Path, Path | None] | None:
-    """A `.pt` file, its name without the ending, or a folder with one such pair.
+    """Find a `.pt` file from its path, its name without the suffix, or a folder with one such pair.
 
     Raises:
         SAEError: a folder with several.
@@ -54,7 +54,7 @@ def read(files: Files, stated: Stated) -> SAE:
     """Read a pair of files.
 
     Raises:
-        SAEError: an SAE of one head, of a site where none can sit, or of other sizes than its configuration says.
+        SAEError: an SAE of one head, of an unsupported site, or of sizes other than in its configuration.
         UNREADABLE: damaged files.
     """
     config, tensors = files.settings(), tensors_of(files.weights)
@@ -89,10 +89,10 @@ def read(files: Files, stated: Stated) -> SAE:
 
 
 def _site(files: Files, config: Json) -> Site | None:
-    """By `act_name`, and by `site` and `layer`, which must agree.
+    """Return the site by `act_name`, and by `site` and `layer`, which must agree.
 
     Raises:
-        SAEError: they do not, or no SAE can sit there.
+        SAEError: they do not, or the site is unsupported.
     """
     kind, layer, name = config.get("site"), config.get("layer"), config.get("act_name")
     if kind is None or layer is None:

@@ -1,9 +1,9 @@
 """dictionary_learning (Marks, Karvonen, Mueller): a folder of `ae.pt`, a state dict, and `config.json`.
 
-What is computed is what its own `load_dictionary` computes: the decoder of an `AutoEncoder` is given unit norm as it is
-loaded, BatchTopK takes its threshold, `AutoEncoderTopK` the k largest of each token. Files of `AutoEncoderTopK` have a
-`threshold`, of which it makes no use, only since December 2024, and `k` beside the weights only since October 2024;
-the configuration has k in all of them.
+The result computes what its own `load_dictionary` gives: the decoder of an `AutoEncoder` is normalised on loading,
+BatchTopK takes its threshold, `AutoEncoderTopK` the k largest of each token. Files of `AutoEncoderTopK` have a
+`threshold`, which is unused, only since December 2024, and `k` among the weights only since October 2024; the
+configuration always has k.
 """
 
 import re
@@ -52,7 +52,7 @@ _DIRECT = {"W_enc", "b_enc", "W_dec", "b_dec"}
 
 
 def find(path: Path) -> tuple[Path, Path | None] | None:
-    """A folder with both files."""
+    """Find a folder with both files."""
     found = path / _WEIGHTS, path / _CONFIG
     return found if all(file.is_file() for file in found) else None
 
@@ -61,7 +61,7 @@ def read(files: Files, stated: Stated) -> SAE:
     """Read a folder.
 
     Raises:
-        SAEError: a class that is not read, a k or sizes that differ from the configuration's, or no known site.
+        SAEError: an unsupported class, a k or sizes that differ from the configuration's, or no known site.
         UNREADABLE: damaged files.
     """
     config, tensors = files.settings(), tensors_of(files.weights)
@@ -97,7 +97,7 @@ def read(files: Files, stated: Stated) -> SAE:
 
 
 def _k_of(files: Files, trainer: Json, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The number of active latents by the weights and by the configuration, which must agree; empty without one.
+    """Return the number of active latents by the weights and the configuration, which must agree; empty without one.
 
     Raises:
         SAEError: they do not, or it is not a whole number.
@@ -114,12 +114,12 @@ def _k_of(files: Files, trainer: Json, tensors: dict[str, Tensor]) -> dict[str, 
 
 
 def _is_hook(trainer: Json) -> bool:
-    """Whether what was read is named as a hook of TransformerLens, and not a module whose output was taken."""
+    """Whether the activation is named by a TransformerLens hook, rather than by a module whose output was taken."""
     return str(trainer.get("submodule_name") or "").startswith("blocks.")
 
 
 def _unit_norm(files: Files, sae: SAE) -> SAE:
-    """Decoder norms folded into the encoder, where they are not 1.
+    """Fold decoder norms other than 1 into the encoder.
 
     Raises:
         SAEError: a decoder row is 0.
@@ -138,7 +138,7 @@ def _unit_norm(files: Files, sae: SAE) -> SAE:
 
 
 def _site(files: Files, trainer: Json) -> Site | None:
-    """By `submodule_name`, which is the user's own word: None where it says nothing that is known."""
+    """Return the site by `submodule_name`, which users choose freely; None where it is unknown."""
     named, layer = str(trainer.get("submodule_name") or ""), trainer.get("layer")
     if _is_hook(trainer):
         return site_of(named, files)
@@ -209,13 +209,13 @@ _CLASSES: dict[str, tuple[set[str], Callable[[dict[str, Tensor]], Parts]]] = {
         lambda t: _direct(t) | {"activation": JumpReLU(t["threshold"]), "apply_b_dec_to_input": False},
     ),
 }
-"""By class: its tensors, and what they are here."""
+"""By class: its tensors, and their meaning here."""
 _OPTIONAL = {
     "AutoEncoderTopK": ("k", "threshold"),
     "BatchTopKSAE": ("k",),
     "MatryoshkaBatchTopKSAE": ("k",),
 }
-"""By class: tensors that files of some versions lack, and that the configuration has or that nothing needs."""
+"""By class: tensors that are missing in some versions, and are in the configuration or not needed."""
 
 FORMAT = Format(
     name="dictionary_learning",

@@ -1,4 +1,4 @@
-"""What readers of all formats share: files as tensors and configurations, and what is said where files are silent.
+"""Shared by the readers of all formats: tensors and configurations, and defaults for what files do not state.
 
 Nothing is executed: pickles are opened with `weights_only=True`, arrays without pickles.
 """
@@ -37,12 +37,12 @@ UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
 )
-"""What opening a damaged file can raise."""
+"""Exceptions that opening a damaged file can raise."""
 
 
 @dataclass(frozen=True)
 class Stated:
-    """What the user says of an SAE, for files that do not; it must not contradict them."""
+    """Properties of an SAE stated by the user, for files that lack them; they must not contradict the files."""
 
     site: Site | None = None
     model_name: str | None = None
@@ -50,26 +50,26 @@ class Stated:
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one SAE, and what a registry says beside them."""
+    """The files of one SAE, and a registry's additional settings."""
 
     format: "Format"
     weights: Path
     config: Path | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Of the configuration."""
+    """Overrides of the configuration."""
     scaling: float | None = None
-    """What activations were multiplied by in training, where that is not folded into the weights."""
+    """Factor on activations in training, where it is not folded into the weights."""
     own: bool = False
-    """They are the user's: neither the package's nor in the hub's cache."""
+    """Whether they are the user's: neither the package's nor in the hub's cache."""
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """The location, for messages."""
         return str(self.weights.parent if self.config and self.config.parent == self.weights.parent else self.weights)
 
     @property
     def quality(self) -> Path:
-        """Where its measured quality is kept."""
+        """The file of its measured quality."""
         if self.config is not None and self.config.name.endswith("_cfg.json"):  # one of several in a folder
             return self.config.with_name(f"{self.config.name.removesuffix('_cfg.json')}_quality.json")
         return self.weights.with_name("quality.json")
@@ -84,30 +84,30 @@ class Files:
 
 @dataclass(frozen=True)
 class Format:
-    """One way of keeping an SAE in files."""
+    """A file format for SAEs."""
 
     name: str
     layout: str
-    """The files it consists of."""
+    """Names of its files."""
     find: Callable[[Path], tuple[Path, Path | None] | None]
-    """(weights, configuration) of the SAE of this format at a path, or None."""
+    """Returns (weights, configuration) of the SAE of this format at a path, or None."""
     read: Callable[[Files, Stated], SAE]
     architectures: Mapping[str, str]
-    """By the format's own name: how it is read."""
+    """By the format's own name: the architecture it is read as."""
     refused: Mapping[str, str]
-    """By the format's own name: why it is not."""
+    """By the format's own name: why it is not supported."""
     convention: str
-    """Of the activations that its SAEs were trained on."""
+    """Convention of the activations that its SAEs were trained on."""
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, in float32; `.safetensors`, `.npz` or a state dict in a pickle.
+    """Read all tensors of a file, in float32; `.safetensors`, `.npz` or a state dict in a pickle.
 
     Raises:
-        SAEError: a pickle with code in it, with anything but tensors, or with tensors that hold no numbers.
+        SAEError: a pickle with code, non-tensors, or tensors that are not numeric.
         UNREADABLE: a damaged file.
     """
-    with path.open("rb"):  # safetensors says of a file without permission that it does not exist
+    with path.open("rb"):  # for an unreadable file, safetensors reports that it does not exist
         pass
     found = _tensors_of(path)
     if empty := sorted(name for name, tensor in found.items() if tensor.is_meta):
@@ -147,7 +147,7 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
 def check_names(
     tensors: Mapping[str, Tensor], expected: set[str], files: Files, *, optional: Collection[str] = ()
 ) -> None:
-    """Refuse tensors that the architecture does not have: what they do to the SAE is not known.
+    """Reject tensors that the architecture does not have: their effect on the SAE is unknown.
 
     Raises:
         SAEError: there are some.
@@ -165,7 +165,7 @@ def check_names(
 
 
 def refusal(files: Files, got: object) -> SAEError:
-    """An architecture that is not read, with the reason where one is known."""
+    """Make the error for an unsupported architecture, with the reason where one is known."""
     why = files.format.refused.get(str(got))
     known = ", ".join(files.format.architectures)
     return SAEError(
@@ -176,12 +176,12 @@ def refusal(files: Files, got: object) -> SAEError:
 
 
 def unsupported(files: Files, got: str, *, expected: str, do: str = "use another SAE") -> SAEError:
-    """Something in a configuration that is understood and not supported, or not understood."""
+    """Make the error for a setting that is unknown, or known and not supported."""
     return SAEError(f"{files.where}: {got}", expected=expected, do=do)
 
 
 def whole_number(files: Files, name: str, value: object) -> int:
-    """A number of a configuration, which must be whole.
+    """Return a number from a configuration, which must be whole.
 
     Raises:
         SAEError: it is not.
@@ -192,10 +192,10 @@ def whole_number(files: Files, name: str, value: object) -> int:
 
 
 def site_of(hook_name: str, files: Files) -> Site:
-    """The site a file names.
+    """Return the site that a file names.
 
     Raises:
-        SAEError: it is none where an SAE can sit here.
+        SAEError: it is no supported site.
     """
     try:
         return Site.from_hook_name(hook_name)
@@ -204,7 +204,7 @@ def site_of(hook_name: str, files: Files) -> Site:
 
 
 def chosen_site(files: Files, found: Site | None, stated: Stated) -> Site:
-    """The site by the files and by the user.
+    """Return the site stated by the files and the user.
 
     Raises:
         SAEError: neither names one, or they disagree.
@@ -225,5 +225,5 @@ def chosen_site(files: Files, found: Site | None, stated: Stated) -> Site:
 
 
 def chosen_model(found: str | None, stated: Stated) -> str:
-    """The model by the user, or else by the files; UNKNOWN where neither names one."""
+    """Return the model stated by the user, or else by the files; UNKNOWN where neither names one."""
     return stated.model_name or found or UNKNOWN

@@ -1,7 +1,7 @@
 """Gemma Scope (`params.npz`) and Gemma Scope 2 (`params.safetensors`, `config.json`): JumpReLU.
 
-The first keeps no configuration: model, site and layer are in the names of its repositories and folders, as in
-`gemma-scope-2b-pt-att/layer_12/width_16k/average_l0_85`, which a copy must keep, or the user must say them.
+The first has no configuration: model, site and layer are in the names of its repositories and folders, as in
+`gemma-scope-2b-pt-att/layer_12/width_16k/average_l0_85`; a copy must keep these names, or the user must state them.
 """
 
 import re
@@ -32,13 +32,13 @@ _NAMES = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
 
 
 def find_first(path: Path) -> tuple[Path, Path | None] | None:
-    """The file, or a folder with it."""
+    """Find the file, or a folder with it."""
     weights = path / _FIRST if path.is_dir() else path
     return (weights, None) if weights.name == _FIRST and weights.is_file() else None
 
 
 def find_second(path: Path) -> tuple[Path, Path | None] | None:
-    """A folder with both files."""
+    """Find a folder with both files."""
     found = path / _SECOND, path / _CONFIG
     return found if all(file.is_file() for file in found) else None
 
@@ -66,7 +66,7 @@ def read_second(files: Files, stated: Stated) -> SAE:
     """Read `params.safetensors` and its configuration.
 
     Raises:
-        SAEError: a transcoder, another architecture, or a place in the model where no SAE sits here.
+        SAEError: a transcoder, another architecture, or an unsupported site.
         UNREADABLE: damaged files.
     """
     config = files.settings()

@@ -25,24 +25,24 @@ _FOLDER_FILES = (
     "activation_scaler.json",
 )
 _READ_HERE = (None, "connor_rob_hook_z", "gemma_2", "gemma_3", "dictionary_learning_1", "sparsify")
-"""Those of the registry's loaders whose files have a format here."""
+"""Loaders in the registry whose files have a format here."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where on the hub an SAE lies."""
+    """Location of an SAE on the hub."""
 
     repository: str
     path: str
-    """Of its folder, or of its `.pt` file."""
+    """Path of its folder, or of its `.pt` file."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     scaling: float | None = None
     model: str | None = None
-    """As the registry has it."""
+    """The model according to the registry."""
 
 
 def entry_of(name: str) -> Entry | None:
-    """What `release/id` (by the registry) or `user/repository/folder` stands for; None for any other name.
+    """Resolve `release/id` (by the registry) or `user/repository/folder`; None for any other name.
 
     Raises:
         SAEError: a release without this id, or with a loader that has no format here.
@@ -81,7 +81,7 @@ def _listed(release: str, identifier: str, listed: Mapping[str, Any]) -> Entry:
 
 @cache
 def _registry() -> Mapping[str, Any]:
-    """SAELens' registry by release, from its own file where that package is installed; it is not imported."""
+    """Load SAELens' registry by release, from its file where that package is installed; it is not imported."""
     package = importlib.util.find_spec("sae_lens")
     for folder in (package.submodule_search_locations or ()) if package else ():
         path = Path(folder, "pretrained_saes.yaml")
@@ -102,18 +102,18 @@ def fetch(entry: Entry) -> Path:
             return Path(hf_hub_download(entry.repository, entry.path))
         wanted = [f"{entry.path}/{name}" for name in _FOLDER_FILES] + [f"{Path(entry.path).parent}/config.json"]
         folder = Path(snapshot_download(entry.repository, allow_patterns=wanted)) / entry.path
-    except Exception as error:  # of several libraries, by what is wrong with the name, the login or the network
+    except Exception as error:  # raised by several libraries, for an invalid name, login or network
         found = _trouble(entry, error)
         if found is None:
             raise
         raise found from error
-    if not folder.is_dir():  # a repository of which other files are in the cache
+    if not folder.is_dir():  # a repository of which other files are cached
         raise _offline(entry, "is not in the cache, and is not in the repository or the hub cannot be reached")
     return folder
 
 
 def _trouble(entry: Entry, error: Exception) -> SAEError | None:
-    """What is wrong with an entry of the hub; None where it is something else."""
+    """Describe the problem with an entry of the hub; None for other errors."""
     match trouble(error):
         case "gated":
             return SAEError(

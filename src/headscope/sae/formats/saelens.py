@@ -1,8 +1,8 @@
 """SAELens: a folder of `cfg.json` and `sae_weights.safetensors`, read and written without SAELens.
 
-`sae_lens.SAE.load_from_disk(folder)` opens what is written here. Read are the folders of versions 3 to 6, its training
-checkpoints among them. What decides the numbers is taken from its code (6.54): names of version 3 to 5 and their
-defaults, `rescale_acts_by_decoder_norm`, the scaling of activations that is folded in at the end of training.
+`sae_lens.SAE.load_from_disk(folder)` opens the folders written here. Folders of versions 3 to 6 can be read, including
+training checkpoints. All that affects the computation follows its code (6.54): names of version 3 to 5 and their
+defaults, `rescale_acts_by_decoder_norm`, and the activation scaling that is folded in at the end of training.
 """
 
 from dataclasses import replace
@@ -35,10 +35,10 @@ from headscope.sae.model import MODEL_PATH, PROCESSED, SAE, Activation, Gated, J
 WEIGHTS = "sae_weights.safetensors"
 CONFIG = "cfg.json"
 _LOADED_WITH = ("center_unembed", "center_writing_weights", "fold_ln", "fold_value_biases")
-"""What TransformerLens does to weights that z, or what is made of it, is known after."""
-_SCALER = "activation_scaler.json"  # beside a training checkpoint
-_VERSION = "6.54.12"  # the version of SAELens whose format is written
-_NORM_FLOOR = 1e-8  # of a decoder row that is divided by, as in SAELens
+"""TransformerLens' weight processing options whose effect on z, or on what is computed from z, is known."""
+_SCALER = "activation_scaler.json"  # in a training checkpoint
+_VERSION = "6.54.12"  # SAELens version of the format that is written
+_NORM_FLOOR = 1e-8  # lower bound of decoder norms that are divided by, as in SAELens
 
 _RENAMED = {  # version 3 to 5 -> 6
     "hook_point": "hook_name",
@@ -63,7 +63,7 @@ _OF_METADATA = (
 
 
 def find(path: Path) -> tuple[Path, Path | None] | None:
-    """A folder with both files."""
+    """Find a folder with both files."""
     found = path / WEIGHTS, path / CONFIG
     return found if all(file.is_file() for file in found) else None
 
@@ -80,14 +80,14 @@ def save_sae(
     """Write an SAE as a SAELens folder, atomically.
 
     Args:
-        sae: what to write.
+        sae: the SAE to write.
         folder: must be new or empty, unless `overwrite`.
-        overwrite: replace what is there.
-        dtype: of the numbers on disk, such as `bfloat16`; they are always read as float32.
-        place: where the folder will be moved, from which a model that is a folder too is found; `folder` by default.
+        overwrite: replace existing output.
+        dtype: dtype on disk, such as `bfloat16`; weights are always read as float32.
+        place: final location of the folder, to which the path of a model folder is relative; `folder` by default.
 
     Raises:
-        ModelError: no such precision.
+        ModelError: no such dtype.
         OutputError: the folder holds something, or cannot be written.
     """
     dtype = dtype_of(dtype)
@@ -102,7 +102,7 @@ def save_sae(
 def _tensors(sae: SAE) -> dict[str, Tensor]:
     tensors = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     match sae.activation:
-        case Gated(threshold):  # exp(r_mag) is in W_enc, so r_mag is 0
+        case Gated(threshold):  # exp(r_mag) is folded into W_enc, so r_mag is 0
             return tensors | {"b_mag": sae.b_enc, "b_gate": sae.b_enc - threshold, "r_mag": torch.zeros_like(threshold)}
         case JumpReLU(threshold):
             return tensors | {"b_enc": sae.b_enc, "threshold": threshold}
@@ -127,7 +127,7 @@ def _config(sae: SAE, folder: Path) -> Json:
 
 
 def _metadata(sae: SAE, folder: Path) -> Json:
-    """What is known of the SAE; a model that is a folder is named by where it is, and by that as seen from `folder`."""
+    """Return the SAE's metadata; a model folder is recorded by its path and by its path relative to `folder`."""
     name = sae.model_name
     if Path(name).is_absolute():
         name = str(next(filter(exists, sae.model_places), name))
@@ -141,7 +141,7 @@ def read(files: Files, stated: Stated) -> SAE:
     """Read a folder of SAELens 3 to 6.
 
     Raises:
-        SAEError: an architecture, a version or a setting that is not read.
+        SAEError: an unsupported architecture, version or setting.
         UNREADABLE: damaged files.
     """
     config, metadata = _modern(files)
@@ -176,10 +176,10 @@ def read(files: Files, stated: Stated) -> SAE:
 
 
 def _modern(files: Files) -> tuple[Json, Json]:
-    """The configuration in the words of version 6, and its metadata.
+    """Return the configuration in the terms of version 6, and its metadata.
 
     Raises:
-        SAEError: a version that is not known.
+        SAEError: an unknown version.
     """
     config = files.settings()
     nested = dict(config.get("metadata") or {})
@@ -208,7 +208,7 @@ def _modern(files: Files) -> tuple[Json, Json]:
 
 def _weights(files: Files, architecture: str) -> dict[str, Tensor]:
     tensors = tensors_of(files.weights)
-    scaling = tensors.pop("scaling_factor", None)  # of version 3 and 4: ones where it does nothing
+    scaling = tensors.pop("scaling_factor", None)  # versions 3 and 4: all ones if unused
     if scaling is not None and not (scaling == 1).all():
         raise unsupported(
             files, "a fine-tuned scaling_factor of each latent", expected="weights that have it folded in"
@@ -237,7 +237,7 @@ def _activation(files: Files, architecture: str, config: Json, tensors: dict[str
 
 
 def _trained(config: Json) -> Json:
-    """What the configuration of a training checkpoint says of an architecture that is read as another."""
+    """Return the training architecture named by a checkpoint's configuration, where it is read as another."""
     if config["architecture"] not in _BY_THRESHOLD:
         return {}
     return {"training": {"config": {key: config[key] for key in ("architecture", "k") if key in config}}}
@@ -251,10 +251,10 @@ def _applied(files: Files, config: Json) -> bool:
 
 
 def _convention(files: Files, loaded_with: Json, kind: str) -> Json:
-    """What the model's weights were like; SAELens leaves them as they are unless it is told otherwise.
+    """Return the convention of the model's weights; SAELens does not process them by default.
 
     Raises:
-        SAEError: a mixture whose constant is neither 0 nor c.
+        SAEError: a combination whose constant is neither 0 nor c.
     """
     for option in sorted(loaded_with):
         if option not in _LOADED_WITH and loaded_with[option] is True:
@@ -276,7 +276,7 @@ def _convention(files: Files, loaded_with: Json, kind: str) -> Json:
 
 
 def _folded(files: Files, sae: SAE, config: Json) -> SAE:
-    """Fold the scaling of activations, then `rescale_acts_by_decoder_norm`, into the weights.
+    """Fold the activation scaling, then `rescale_acts_by_decoder_norm`, into the weights.
 
     With the scaling s, `pre(s x)` as a function of x: W_enc s, W_dec / s, b_dec / s; b_enc stays.
     """
@@ -293,7 +293,7 @@ def _folded(files: Files, sae: SAE, config: Json) -> SAE:
 
 
 def _scaling(files: Files) -> float:
-    """What activations were multiplied by in training.
+    """Return the factor on activations in training.
 
     Raises:
         SAEError: it is not known.

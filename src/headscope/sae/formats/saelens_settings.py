@@ -1,6 +1,6 @@
-"""What a SAELens `cfg.json` may say: settings that are read, settings of training alone, and nothing else.
+"""Settings in a SAELens `cfg.json`: those that are read, those of training alone, and no others.
 
-A setting that is not known here may change what the SAE computes, so it is refused by name unless it is off.
+An unknown setting may change what the SAE computes, so it is rejected by name unless it is off.
 """
 
 from headscope.sae.formats.files import Files, Json, unsupported
@@ -17,7 +17,7 @@ hf_hook_name neuronpedia_id prepend_bos exclude_special_tokens context_size seqp
 dataset_trust_remote_code is_dataset_tokenized streaming disable_concat_sequences sequence_separator_token
 use_chat_formatting sae_lens_version sae_lens_training_version
 """
-"""Which activations the SAE is of; what of it counts here is read as metadata."""
+"""Which activations the SAE is of; the relevant ones are read as metadata."""
 
 _OF_TRAINING = """
 sae dtype device seed verbose logger output_path resume resume_from_checkpoint from_pretrained_path checkpoint_path
@@ -37,18 +37,18 @@ dead_feature_threshold dead_feature_estimation_method n_eval_batches eval_batch_
 log_activations_store_to_wandb log_optimizer_state_to_wandb log_weights_to_wandb wandb_project wandb_entity wandb_id
 wandb_log_frequency eval_every_n_wandb_logs run_name
 """
-"""How it was trained, and how it is computed fast: what it computes does not depend on it."""
+"""Settings of training and of speed, which do not affect what the SAE computes."""
 
 KNOWN = frozenset(f"{_READ} {_OF_THE_MODEL} {_OF_TRAINING}".split())
-"""Names of settings, in the words of version 6."""
+"""Names of settings, in the terms of version 6."""
 
 
 def check_settings(files: Files, config: Json, metadata: Json) -> None:
-    """Refuse what changes the numbers and is not understood.
+    """Reject settings that change the computation and are not supported.
 
     Args:
         files: for the message.
-        config: in the words of version 6, its architecture one that is read.
+        config: in the terms of version 6, with a supported architecture.
         metadata: of the same file.
 
     Raises:
@@ -80,7 +80,7 @@ def _check_activation(files: Files, config: Json) -> None:
 
 
 def _check_place(files: Files, config: Json, metadata: Json) -> None:
-    """Refuse an SAE of one head, and one that reconstructs another activation than it reads."""
+    """Reject an SAE of one head, and one that reconstructs an activation other than its input."""
     head = metadata.get("hook_head_index")
     if head is not None:
         raise unsupported(files, f"an SAE of head {head} alone", expected="one of all heads, concatenated")

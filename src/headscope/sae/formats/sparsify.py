@@ -1,6 +1,6 @@
 """sparsify (EleutherAI; `eai-sparsify`): a folder of `cfg.json` and `sae.safetensors`, named after a module.
 
-It reads module outputs, so its SAEs of attention are of attn_out. SAELens reads these files with the decoder turned
+It reads module outputs, so its SAEs of attention are of attn_out. SAELens reads these files with the decoder transposed
 and without b_dec at the input where the decoder is normalised; here they compute what sparsify's `SparseCoder` does.
 """
 
@@ -39,7 +39,7 @@ _KINDS: dict[str | None, Kind] = {
 
 
 def find(path: Path) -> tuple[Path, Path | None] | None:
-    """A folder with both files."""
+    """Find a folder with both files."""
     found = path / _WEIGHTS, path / _CONFIG
     return found if all(file.is_file() for file in found) else None
 
@@ -48,7 +48,7 @@ def read(files: Files, stated: Stated) -> SAE:
     """Read a folder; the model's name is in `config.json` of the folder above, if anywhere.
 
     Raises:
-        SAEError: a transcoder, another activation than topk, or a module whose output is no site of SAEs here.
+        SAEError: a transcoder, an activation other than topk, or a module whose output is no supported site.
         UNREADABLE: damaged files.
     """
     config = files.settings()
@@ -102,10 +102,10 @@ def _run(files: Files) -> Json:
 
 
 def _site(files: Files) -> Site | None:
-    """By the name of the folder, a module whose output was read.
+    """Return the site by the name of the folder, a module whose output was read.
 
     Raises:
-        SAEError: a module whose output is no site of SAEs here.
+        SAEError: a module whose output is no supported site.
     """
     placed = _HOOKPOINT.fullmatch(files.weights.parent.name)
     if placed is None:

@@ -1,7 +1,7 @@
-"""Activations on disk, so that a sweep reads the model once: one file a group of blocks, whole or absent.
+"""Activations cached on disk, so that a sweep runs the model once: one file per group of blocks, whole or absent.
 
 `<folder>/<key>/group-000000.safetensors` holds the tensor `rows` `[n, d_in]`, bfloat16, and in its metadata the key,
-the group's number and a SHA-256 of the rows. The key is a hash of all that decides them; `identity.json` spells it out.
+the group's number and a SHA-256 of the rows. The key is a hash of all that determines them; `identity.json` lists it.
 """
 
 import hashlib
@@ -23,19 +23,19 @@ _FILE_OVERHEAD = 4096  # bytes: header and the rounding up to whole blocks of th
 
 
 class ActivationCache:
-    """The groups of one corpus at one site of one model; any number of processes may read and write it at a time."""
+    """Cached groups of one corpus at one site of one model; several processes may read and write it concurrently."""
 
     def __init__(self, folder: str | Path, identity: dict[str, Any], *, n_groups: int, n_bytes: int) -> None:
-        """Open it, or begin it.
+        """Open the cache, or create it.
 
         Args:
-            folder: where caches are kept; each gets a folder of its own there.
-            identity: JSON that tells these activations from all others.
-            n_groups: in how many files.
-            n_bytes: of all rows together.
+            folder: parent folder of caches; each gets its own subfolder.
+            identity: JSON that identifies these activations.
+            n_groups: number of files.
+            n_bytes: size of all rows together.
 
         Raises:
-            OutputError: the folder cannot be written, or there is no room for all that is not there yet.
+            OutputError: the folder cannot be written, or the disk lacks space for the missing files.
         """
         text = json.dumps(identity, sort_keys=True)
         self._key = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -56,11 +56,11 @@ class ActivationCache:
             )
 
     def path(self, group: int) -> Path:
-        """The file of a group, whether or not it is there."""
+        """Return the path of a group's file, whether or not it exists."""
         return self.folder / f"group-{group:06d}.safetensors"
 
     def read(self, group: int) -> BFloat16[Tensor, "n d_in"] | None:
-        """Rows of a group, mapped from the disk, or None where they were not written yet.
+        """Return the rows of a group, memory-mapped, or None where they are not cached yet.
 
         Raises:
             TrainingError: the file is damaged, or holds other activations.
@@ -82,7 +82,7 @@ class ActivationCache:
         return rows
 
     def write(self, group: int, rows: BFloat16[Tensor, "n d_in"]) -> None:
-        """Keep the rows of a group.
+        """Store the rows of a group.
 
         Raises:
             OutputError: the disk is full; there is no file then.

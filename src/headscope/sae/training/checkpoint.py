@@ -1,13 +1,13 @@
-"""Exact checkpoints: a run that was killed goes on as if it had not been.
+"""Exact checkpoints: a killed run resumes bit for bit.
 
-    RUN/run.json             the recipe and what it trains on: another one does not go on here
-    RUN/NAME.jsonl           of each SAE trained, a line each few steps
-    RUN/step-00012000/       all that decides what comes next
+    RUN/run.json             the recipe and its inputs: another one cannot resume here
+    RUN/NAME.jsonl           metrics of each SAE, a line every few steps
+    RUN/step-00012000/       the complete state
         NAME.safetensors         weights, optimizer, counters, random state
-        stream-0.safetensors     of each rank: the buffer and the place in the corpus
+        stream-0.safetensors     of each rank: the buffer and the position in the corpus
         manifest.json            the plain numbers and a hash of each file, written last
 
-A folder becomes `step-...` when all of it is on disk; the last two stay.
+A folder is renamed to `step-...` when all of it is on disk; the last two are kept.
 """
 
 import re
@@ -31,28 +31,28 @@ _KEPT = 2
 _STEP = re.compile(r"step-(\d+)")
 _STREAM = "stream-{rank}"
 _OURS = re.compile(rf"{re.escape(RUN)}|\.?step-\d+|\..*|.*\.(jsonl|safetensors)")
-"""Names of what a training leaves in its folder."""
+"""Names of files that a training leaves in its folder."""
 
 
 class Checkpoints:
     """The folder of one training run."""
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
-        """Look at a folder, which need not exist."""
+        """Open a folder, which need not exist."""
         self.folder, self.ranks = Path(folder), ranks
 
     @property
     def begun(self) -> bool:
-        """Whether a run began here."""
+        """Whether a run was started here."""
         return (self.folder / RUN).is_file()
 
     def steps(self) -> list[int]:
-        """Numbers of the steps after which there is a checkpoint, the last first."""
+        """Steps that have a checkpoint, in descending order."""
         names = [_STEP.fullmatch(path.name) for path in self.folder.glob("step-*") if path.is_dir()]
         return sorted((int(name[1]) for name in names if name), reverse=True)
 
     def claim(self, recipe: Mapping[str, Any]) -> None:
-        """Begin a run here, or make sure that the one that began here is the same.
+        """Start a run here, or check that the existing one is the same.
 
         Raises:
             TrainingError: what is here is of another recipe.
@@ -73,20 +73,20 @@ class Checkpoints:
         elif self.ranks.rank == 0:
             write_json(file, dict(recipe))
         if self.ranks.rank == 0:
-            for unfinished in self.folder.glob(".step-*"):  # of a run that was killed while it wrote one
+            for unfinished in self.folder.glob(".step-*"):  # of a run that was killed while writing one
                 shutil.rmtree(unfinished)
         self.ranks.wait()
 
     def save(self, step: int, trainers: Mapping[str, Mapping[str, Any]], stream: Mapping[str, Any]) -> None:
-        """Write one, and remove all but the last two.
+        """Write a checkpoint, and remove all but the last two.
 
         Args:
-            step: how many were taken.
+            step: number of steps taken.
             trainers: state of each trainer, by name; the same on all ranks.
             stream: state of this rank's stream.
 
         Raises:
-            OutputError: it cannot be written; those there are stay.
+            OutputError: it cannot be written; existing ones are kept.
         """
         rank, scratch = self.ranks.rank, self.folder / f".step-{step:08}"
         try:
@@ -113,7 +113,7 @@ class Checkpoints:
         self.ranks.wait()
 
     def load(self, names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]] | None:
-        """State of each trainer and of the stream, of the last whole checkpoint; None where there is none.
+        """Load the state of each trainer and of the stream from the last valid checkpoint; None where there is none.
 
         Raises:
             TrainingError: there are some, and all are damaged; or the run had another number of ranks.
@@ -148,7 +148,7 @@ class Checkpoints:
         return {name: _read(path, name) for name in names}, _read(path, _STREAM.format(rank=self.ranks.rank))
 
     def keep(self, name: str, tensors: dict[str, Tensor]) -> Path:
-        """Write tensors of this rank for a look at them, to `NAME-RANK.safetensors`.
+        """Write tensors of this rank for inspection, to `NAME-RANK.safetensors`.
 
         Raises:
             OutputError: they cannot be written.
@@ -159,10 +159,10 @@ class Checkpoints:
         return path
 
     def clear(self) -> None:
-        """Remove what a training left in the folder, and the folder; a lock that a process holds there stays.
+        """Remove the training's files and the folder; a lock held by a process is kept.
 
         Raises:
-            OutputError: the folder holds something, and no training began in it.
+            OutputError: the folder is not empty, and no training was started in it.
         """
         if self.ranks.rank == 0 and self.folder.exists():
             self._check_ours()
@@ -194,7 +194,7 @@ def _write(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     file, plain = folder / f"{name}.safetensors", folder / f"{name}.json"
     save_file(tensors, file)
     write_json(plain, {key: value for key, value in state.items() if key not in tensors})
-    file.chmod(plain.stat().st_mode)  # safetensors lets only the owner read it, whatever the umask
+    file.chmod(plain.stat().st_mode)  # safetensors makes it readable to the owner only, whatever the umask
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The first dictionary, the units of inputs, and what is done about latents that are dead."""
+"""Initial dictionary, input scaling, and resampling of dead latents."""
 
 import math
 
@@ -10,36 +10,37 @@ from headscope.sae.config import TrainConfig
 from headscope.sae.training.objectives import Parameters
 
 _THRESHOLD = 0.1
-"""Where thresholds of jumprelu start on random directions, in the units of scaled inputs."""
+"""Initial jumprelu thresholds for random directions, in units of scaled inputs."""
 _THRESHOLD_INPUTS = 1024
-_SUBSPACE = 0.99  # of the variance is in the subspace where random directions are drawn
+_SUBSPACE = 0.99  # share of the variance in the subspace where random directions are drawn
 _MEDIAN_ROUNDS = 100
 _FREE_NORM = 0.1
-"""Of free decoder rows where the encoder starts as their transpose; of 0.05 to 1 (Conerly et al., April 2024)."""
+"""Norm of free decoder rows where the encoder starts as their transpose; within 0.05 to 1 (Conerly et al., April 2024).
+"""
 
 
 def unit(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Rows at unit norm."""
+    """Normalise rows."""
     return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def measured(x: Float[Tensor, "n d_in"], scaling: str) -> Float[Tensor, "n d_in"]:
-    """What scaling measures the length of: inputs less their mean, or with `norm` as they are."""
+    """Return the vectors whose length scaling measures: inputs minus their mean, or with `norm` the inputs."""
     return x if scaling == "norm" else x - x.mean(0)
 
 
 def scale_of(x: Float[Tensor, "n d_in"], scaling: str, d_head: int) -> Float[Tensor, " d_in"]:
-    """Factors on inputs, by component: afterwards the mean length of what is measured is sqrt(d), by head or in all."""
+    """Return factors on inputs, by component, that make the mean measured length sqrt(d), per head or overall."""
     d = x.shape[1]
     if scaling == "none":
         return torch.ones_like(x[0])
     parts = measured(x, scaling).unflatten(1, (-1, d_head if scaling == "head" else d))
-    length = torch.linalg.vector_norm(parts, dim=2).mean(0).clamp_min(1e-12)  # by head, or one
+    length = torch.linalg.vector_norm(parts, dim=2).mean(0).clamp_min(1e-12)  # per head, or one
     return (math.sqrt(parts.shape[2]) / length).repeat_interleave(parts.shape[2])
 
 
 def first_parameters(x: Float[Tensor, "n d_in"], config: TrainConfig, generator: torch.Generator) -> Parameters:
-    """Weights to start from, in the units of x."""
+    """Make the initial weights, in the units of x."""
     d_in, d_sae = x.shape[1], config.d_sae
 
     def normal(*shape: int) -> Tensor:
@@ -75,19 +76,19 @@ def _center(x: Float[Tensor, "n d_in"], center: str) -> Float[Tensor, " d_in"]:
 
 
 def kaiming(d_sae: int, d_in: int, generator: torch.Generator) -> Float[Tensor, "d_sae d_in"]:
-    """Uniform with variance 2 / d_in (He et al. 2015), for vectors that are dotted with inputs of d_in components."""
+    """Draw uniformly with variance 2 / d_in (He et al. 2015), for vectors multiplied with inputs of width d_in."""
     return (torch.rand(d_sae, d_in, generator=generator) * 2 - 1) * math.sqrt(6 / d_in)
 
 
 def first_threshold(p: Parameters, x: Float[Tensor, "n d_in"], l0: float) -> float:
-    """What as many pre-activations as are to be active exceed, above 0, on some inputs."""
+    """Return the threshold, above 0, that gives the wanted number of active latents on some inputs."""
     x = x[:_THRESHOLD_INPUTS] - p["b_dec"]
     pre = (x @ p["encoder"].T).flatten()
     return max(pre.topk(min(len(pre), round(l0 * len(x)))).values[-1].item(), 1e-6)
 
 
 def _subspace(centred: Float[Tensor, "n d_in"]) -> Float[Tensor, "rank d_in"]:
-    """The fewest principal directions that hold nearly all variance, each as long as inputs spread along it."""
+    """Return the fewest principal directions that hold nearly all variance, scaled to the inputs' spread."""
     variance, directions = torch.linalg.eigh((centred.T @ centred / len(centred)).double())
     share = variance.flip(0).cumsum(0) / variance.sum()
     rank = int((share < _SUBSPACE).sum()) + 1
@@ -96,7 +97,7 @@ def _subspace(centred: Float[Tensor, "n d_in"]) -> Float[Tensor, "rank d_in"]:
 
 
 def geometric_median(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
-    """The point with the least sum of distances, by Weiszfeld's iteration."""
+    """Find the point with the least sum of distances, by Weiszfeld's iteration."""
     point = x.mean(0)
     for _ in range(_MEDIAN_ROUNDS):
         weight = 1 / torch.linalg.vector_norm(x - point, dim=1).clamp_min(1e-9)
@@ -115,7 +116,7 @@ def started_anew(
     config: TrainConfig,
     generator: torch.Generator,
 ) -> Parameters:
-    """New rows for dead latents, by parameter; nothing else changes.
+    """Return new rows for dead latents, by parameter; nothing else changes.
 
     `loss` (Bricken et al. 2023): inputs are drawn without replacement with probability proportional to their squared
     loss; the decoder row is `unit(x - b_dec)`, the encoder row the same at a fifth of the mean norm of live rows.
@@ -142,7 +143,7 @@ def started_anew(
 
 
 def _drawn(weights: Float[Tensor, " n"], count: int, generator: torch.Generator) -> Tensor:
-    """Numbers drawn by weight, none twice while there are enough that can be drawn."""
+    """Draw indices by weight, without replacement while enough have a positive weight."""
     possible = int((weights > 0).sum())
     if not possible:
         weights, possible = torch.ones_like(weights), len(weights)

@@ -1,16 +1,16 @@
-"""The sparse arithmetic of SAE training: which latents are active, and products that touch only those.
+"""Sparse arithmetic of SAE training: selecting active latents, and products over active pairs only.
 
-With L0 active latents of d_sae on each input, one dense product is left in a step, the encoder's; decoding and all
+With L0 active latents of d_sae on each input, the only dense product in a step is the encoder's; decoding and all
 gradients are sums over the active (input, latent) pairs. Three operations cover every variant of the objective:
 
     products       p_i = a[latent_i] . b[row_i]                         values of pairs, gradients of activations
     sum_by_row     out[n] = sum over pairs of row n:    w_i a[latent_i]  decoding
     sum_by_latent  out[j] = sum over pairs of latent j: w_i b[row_i]     gradients of encoder and decoder
 
-A batch with a large share of active pairs takes dense products instead, with the same numbers.
+A batch with a large share of active pairs uses dense products instead, with the same results.
 
-Where the processor multiplies bytes quickly, the encoder's product is of rounded numbers and only proposes what is
-computed in float32 then (`headscope.sae.training.proposals`).
+Where the processor has fast int8 products, the encoder's product is quantised and only proposes candidates, which are
+then computed in float32 (`headscope.sae.training.proposals`).
 """
 
 import math
@@ -36,7 +36,7 @@ DENSE_ABOVE = 0.1
 
 @dataclass(frozen=True)
 class Pairs:
-    """The active (input, latent) pairs of a batch, sorted by latent, then by row."""
+    """Active (input, latent) pairs of a batch, sorted by latent, then by row."""
 
     row: Int[Tensor, " pair"]
     latent: Int[Tensor, " pair"]
@@ -44,12 +44,12 @@ class Pairs:
     d_sae: int
 
     def __len__(self) -> int:
-        """How many."""
+        """Return the number of pairs."""
         return len(self.row)
 
     @property
     def dense(self) -> bool:
-        """So many that dense products are faster."""
+        """Whether there are so many that dense products are faster."""
         return len(self) > DENSE_ABOVE * self.batch * self.d_sae
 
     @cached_property
@@ -70,25 +70,25 @@ class Pairs:
         return _offsets(self.row, self.batch)
 
     def kept(self, which: Tensor) -> "Pairs":
-        """Those where a mask is true, or of ascending numbers."""
+        """Select pairs by a mask, or by ascending indices."""
         return Pairs(self.row[which], self.latent[which], self.batch, self.d_sae)
 
     def between(self, first: int, end: int) -> tuple["Pairs", slice]:
-        """The pairs of a range of latents, which are counted from its start, and where they stand."""
+        """Return the pairs of a range of latents, numbered from its start, and their slice."""
         if (first, end) == (0, self.d_sae):
-            return self, slice(None)  # with what is known of them already
+            return self, slice(None)  # with cached properties
         at = slice(*self.latent_starts[[first, end]].tolist())
         return Pairs(self.row[at], self.latent[at] - first, self.batch, end - first), at
 
     def matrix(self, weights: Float[Tensor, " pair"]) -> Float[Tensor, "batch d_sae"]:
-        """The weights in a matrix that is zero elsewhere."""
+        """Return the weights as a matrix that is zero elsewhere."""
         full = weights.new_zeros(self.batch, self.d_sae)
         full[self.row, self.latent] = weights
         return full
 
     def latent_sums(self, weights: Float[Tensor, " pair"]) -> Float[Tensor, " d_sae"]:
-        """Sum of each latent's weights."""
-        if weights.is_cuda:  # adding there has no fixed order
+        """Return the sum of each latent's weights."""
+        if weights.is_cuda:  # addition there has no fixed order
             return sum_by_latent(self, weights, weights.new_ones(self.batch, 1))[:, 0]
         return weights.new_zeros(self.d_sae).index_add_(0, self.latent, weights)
 
@@ -102,7 +102,7 @@ def _offsets(sorted_or_not: Int[Tensor, " pair"], n: int) -> Int[Tensor, " start
 def products(
     pairs: Pairs, of_latents: Float[Tensor, "d_sae d"], of_rows: Float[Tensor, "batch d"]
 ) -> Float[Tensor, " pair"]:
-    """The dot product of each pair's two vectors."""
+    """Compute the dot product of each pair's two vectors."""
     if pairs.dense:
         return (of_latents @ of_rows.T)[pairs.latent, pairs.row]
     if (gpu := gpu_kernels(of_rows)) is not None:
@@ -119,7 +119,7 @@ def products(
 def sum_by_row(
     pairs: Pairs, weights: Float[Tensor, " pair"], of_latents: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "batch d"]:
-    """The weighted sum of the latents' vectors at each row; zero at rows without pairs."""
+    """Compute the weighted sum of the latents' vectors at each row; zero at rows without pairs."""
     if pairs.dense:
         return pairs.matrix(weights) @ of_latents
     if (gpu := gpu_kernels(of_latents)) is not None:
@@ -134,9 +134,9 @@ def sum_by_latent(
     of_rows: Float[Tensor, "batch d"],
     out: Float[Tensor, "d_sae d"] | None = None,
 ) -> Float[Tensor, "d_sae d"]:
-    """The weighted sum of the rows' vectors at each latent; zero at latents without pairs.
+    """Compute the weighted sum of the rows' vectors at each latent; zero at latents without pairs.
 
-    `out` is written and returned where it is given: fresh memory of this size costs the CPU more than the sum.
+    `out`, if given, is written and returned: allocating memory of this size costs the CPU more than the sum.
     """
     if pairs.dense:
         return torch.mm(pairs.matrix(weights).T, of_rows, out=out)
@@ -161,7 +161,7 @@ def _bags(indices: Tensor, starts: Tensor, weights: Tensor, vectors: Tensor, out
 
 
 def take_parallel(gradient: Float[Tensor, "d_sae d"], unit_vectors: Float[Tensor, "d_sae d"]) -> None:
-    """Take from each row of a gradient, in place, its part along the same row of vectors of unit norm."""
+    """Subtract from each row of a gradient, in place, its component along the same row of unit-norm vectors."""
     if c_kernels.fit(gradient, unit_vectors) and gradient.is_contiguous():
         c_kernels.take_parallel(gradient, unit_vectors)
         return
@@ -170,7 +170,7 @@ def take_parallel(gradient: Float[Tensor, "d_sae d"], unit_vectors: Float[Tensor
 
 
 def gpu_kernels(like: Tensor) -> ModuleType | None:
-    """The same functions as Triton kernels, for tensors that these can work on."""
+    """Return the same functions as Triton kernels, for tensors that these support."""
     if not like.is_cuda or like.dtype == torch.float64 or find_spec("triton") is None:
         return None
     from headscope.sae.training import triton_kernels
@@ -180,7 +180,7 @@ def gpu_kernels(like: Tensor) -> ModuleType | None:
 
 @cache
 def _quiet_csr() -> None:
-    """Take the note that compressed sparse tensors are in beta; torch gives it once a process."""
+    """Suppress the warning that compressed sparse tensors are in beta; torch issues it once per process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
@@ -193,9 +193,9 @@ def select_above(
     bias: Float[Tensor, " d_sae"],
     threshold: Float[Tensor, " batch"] | None = None,
 ) -> tuple[Pairs, Float[Tensor, " pair"]]:
-    """All pairs whose pre-activation `x . encoder_j + bias_j` is above 0, or above the row's threshold.
+    """Return all pairs whose pre-activation `x . encoder_j + bias_j` is above 0, or above the row's threshold.
 
-    The set is that of float32 arithmetic (float64 for such inputs), whichever way it is found.
+    The set is that of float32 arithmetic (float64 for such inputs), whatever the method.
 
     Returns:
         The pairs and their pre-activations.
@@ -217,7 +217,7 @@ def _bytes_do(x: Tensor) -> bool:
 
 
 def _decided(pairs: Pairs, x: Tensor, encoder: Tensor, bias: Tensor, limit: Tensor) -> tuple[Pairs, Tensor]:
-    """Those of some pairs that float32 finds above their limits, and their pre-activations."""
+    """Select the pairs that are above their limits in float32, and their pre-activations."""
     pre = products(pairs, encoder, x) + bias[pairs.latent]
     kept = (pre > limit[pairs.row]).nonzero()[:, 0]
     return pairs.kept(kept), pre[kept]
@@ -231,15 +231,15 @@ def select_batch_topk(
     guess: float | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Pairs, Float[Tensor, " pair"]]:
-    """The n largest pre-activations of the whole batch, less any that are not positive.
+    """Select the n largest pre-activations of the whole batch, without non-positive ones.
 
     Args:
         x: inputs.
         encoder: by latent.
         bias: of the latents.
-        n: how many.
-        guess: of the n-th largest value; a good one makes this faster, none changes the result.
-        ranks: whose inputs together are the batch.
+        n: number of pairs.
+        guess: of the n-th largest value; affects only speed.
+        ranks: the processes whose inputs together form the batch.
     """
     if guess is None:
         share = n / (len(x) * ranks.size * len(encoder))
@@ -265,15 +265,15 @@ def select_topk(
     k: int,
     guess: float | None = None,
 ) -> tuple[Pairs, Float[Tensor, " pair"]]:
-    """The k largest pre-activations of each row, less any that are not positive.
+    """Select the k largest pre-activations of each row, without non-positive ones.
 
     Args:
         x: inputs.
         encoder: by latent.
         bias: of the latents.
-        k: how many in a row.
-        guess: of the least, over rows, k-th largest value in units of the row's norm; a good one makes this faster
-            where limits are not found from products of bytes, none changes the result.
+        k: number per row.
+        guess: of the least, over rows, k-th largest value in units of the row's norm; affects only speed, and is unused
+            where limits come from int8 products.
     """
     if _bytes_do(x) and (proposals := proposed_topk(x, encoder, bias, k)) is not None:
         latent, row, limit = proposals
@@ -300,7 +300,7 @@ def select_topk(
 
 
 def _largest_of_rows(pairs: Pairs, pre: Tensor, k: int) -> Bool[Tensor, " pair"]:
-    """Which pairs are the k largest of their row; of equal ones the first."""
+    """Mark the k largest pairs of each row; of equal ones the first."""
     order = pairs.to_rows
     if c_kernels.fit(pre):
         return c_kernels.largest_of_pairs(pre, order, pairs.row_starts, k)
@@ -318,7 +318,7 @@ def _largest_of_rows(pairs: Pairs, pre: Tensor, k: int) -> Bool[Tensor, " pair"]
 
 
 def _guessed_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> float:
-    """A value that the k-th largest pre-activations of nearly all rows exceed, in units of their norms."""
+    """Estimate a value that the k-th largest pre-activations of nearly all rows exceed, in units of their norms."""
     rows = x[:: max(1, len(x) // 64)]
     least = torch.addmm(bias, rows, encoder.T).topk(min(k, len(encoder)), dim=1).values[:, -1]
     return 0.9 * (least / torch.linalg.vector_norm(rows, dim=1).clamp_min(1e-12)).min().item()
@@ -327,7 +327,7 @@ def _guessed_topk(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> float:
 def _topk_dense(
     x: Tensor, encoder: Tensor, bias: Tensor, k: int, which: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(latent, row, pre-activation) of the k largest of some rows, less any that are not positive."""
+    """Return (latent, row, pre-activation) of the k largest of some rows, without non-positive ones."""
     for rows in which.split(BLOCK):
         pre, latent = torch.addmm(bias, x[rows], encoder.T).topk(min(k, len(encoder)), dim=1)
         positive = pre > 0
@@ -335,12 +335,12 @@ def _topk_dense(
 
 
 def _usable(guess: float) -> float:
-    """A guess from which a search ends; weights that overflowed give others."""
+    """Whether a search terminates from this guess; overflowed weights give guesses from which it does not."""
     return guess if 0 < guess < math.inf else 0.0
 
 
 def _guessed(x: Tensor, encoder: Tensor, bias: Tensor, share: float) -> float:
-    """A value that somewhat more than a share of all pre-activations exceed, from some of the rows."""
+    """Estimate a value that slightly more than a share of all pre-activations exceed, from some of the rows."""
     rows = x[:: max(1, len(x) // 64)]
     pre = torch.addmm(bias, rows, encoder.T).flatten()
     n = min(len(pre), round(1.3 * share * len(pre)) + 8)

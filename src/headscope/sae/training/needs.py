@@ -1,4 +1,4 @@
-"""What a training needs at least, in memory and in passes over the text: refused before it begins, not hours later."""
+"""Minimum requirements of a training, in memory and passes over the text, checked before it starts."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
     import torch
 
 MOST_EPOCHS = 10_000
-"""Passes over the text; more are a number with too many zeros."""
-_BYTES_A_WEIGHT = 16  # itself, its gradient and Adam's two moments, in float32
+"""Maximum passes over the text; more suggest a typo."""
+_BYTES_A_WEIGHT = 16  # weight, gradient and Adam's two moments, in float32
 _BYTES_BUFFERED = 2  # bfloat16
-_LIKELY_SPEED = 1e6  # activations a second: more than a small model gives on one GPU
+_LIKELY_SPEED = 1e6  # activations per second: more than a small model gives on one GPU
 
 
 def check_memory(configs: Iterable[TrainConfig], d_in: int, device: "torch.device | str", n_available: int = 0) -> None:
-    """Refuse SAEs whose weights, gradients and moments, with the buffer, are more than the memory that is free.
+    """Reject SAEs whose weights, gradients, moments and buffer exceed the free memory.
 
     Args:
-        configs: recipes of all that are trained together.
-        d_in: components of an activation.
+        configs: recipes of all SAEs trained together.
+        d_in: width of an activation.
         device: where they are trained.
-        n_available: activations that the text gives, of which the buffer holds no more.
+        n_available: activations in the text; the buffer holds at most these.
 
     Raises:
         TrainingError: they do not fit.
@@ -44,7 +44,7 @@ def check_memory(configs: Iterable[TrainConfig], d_in: int, device: "torch.devic
 
 
 def check_epochs(config: TrainConfig, n_available: int) -> None:
-    """Refuse a training that reads the text more than `MOST_EPOCHS` times.
+    """Reject a training that reads the text more than `MOST_EPOCHS` times.
 
     Raises:
         TrainingError: it does.
@@ -60,7 +60,7 @@ def check_epochs(config: TrainConfig, n_available: int) -> None:
 
 
 def _free(device: "torch.device | str") -> int | None:
-    """Bytes that are free on a device; None where it is not known."""
+    """Return the free bytes of a device; None where unknown."""
     if str(device) == "cpu":
         return available_memory()
     if not str(device).startswith("cuda"):

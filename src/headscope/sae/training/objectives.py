@@ -1,4 +1,4 @@
-"""What is minimised, by variant, with gradients written out by hand.
+"""Training objectives by variant, with hand-written gradients.
 
 For a batch of B inputs x, pre-activations `p_j = (x - b_dec) . e_j + b_j`, activations f and `x_hat = f D + b_dec`,
 with `||e||^2_M = e M e^T`, where M is the identity unless errors are measured after W_O:
@@ -8,18 +8,18 @@ with `||e||^2_M = e M e^T`, where M is the identity unless errors are measured a
 relu      f = relu(p); the penalty is `sum_j f_j`, or `sum_j f_j ||D_j||` where decoder rows are free
           (Bricken et al. 2023; Conerly et al., April 2024).
 jumprelu  f = p where p > theta_j. The penalty is the number of active latents, or `sum_j tanh(c f_j ||D_j||)`;
-          thresholds learn by a rectangle of width epsilon in place of the step's derivative (Rajamanoharan et al.
+          the threshold gradient replaces the step's derivative by a rectangle of width epsilon (Rajamanoharan et al.
           2024b), and dead latents by `sum_j relu(theta_j - p_j) ||D_j||` (Conerly et al., January 2025).
 gated     f = relu(exp(r_j) s_j + m_j) where s_j + g_j > 0, `s_j = (x - b_dec) . e_j`. The penalty is
-          `sum_j relu(s_j + g_j)`; these also reconstruct x, through a decoder held fixed (Rajamanoharan et al. 2024a).
+          `sum_j relu(s_j + g_j)`; these also reconstruct x, through a frozen decoder (Rajamanoharan et al. 2024a).
 topk      f = the k largest p of a row (Gao et al. 2024).
 batchtopk f = the k B largest p of the batch (Bussmann et al. 2024).
 
 With prefixes `m_1 < ... < m_P = d_sae` the reconstruction error is the mean over them, each with the latents below m_i
-alone (matryoshka: Bussmann et al. 2025). For topk and batchtopk, dead latents get the largest of their own
-pre-activations to reconstruct what the others left out (Gao et al. 2024, auxiliary loss).
+alone (matryoshka: Bussmann et al. 2025). For topk and batchtopk, the dead latents with the largest pre-activations
+reconstruct the error of the others (Gao et al. 2024, auxiliary loss).
 
-Activity is sparse, so nearly all of it is sums over active pairs (`headscope.sae.training.kernels`).
+Activations are sparse, so nearly all computation is sums over active pairs (`headscope.sae.training.kernels`).
 """
 
 import math
@@ -43,12 +43,12 @@ from headscope.sae.training.kernels import (
 from headscope.sae.training.ranks import ALONE, Ranks
 
 Parameters = dict[str, Tensor]
-"""Weights by name: encoder and decoder `[d_sae, d_in]`, b_enc `[d_sae]`, b_dec `[d_in]`, and what a variant adds."""
+"""Weights by name: encoder and decoder `[d_sae, d_in]`, b_enc `[d_sae]`, b_dec `[d_in]`, and those of the variant."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One batch: its losses, what was active, and the gradient of the objective."""
+    """Result of one batch: its losses, active pairs, and the gradient of the objective."""
 
     active: Pairs
     values: Float[Tensor, " pair"]
@@ -60,13 +60,13 @@ class Outcome:
     penalty: float
     """Mean over inputs, without its coefficient."""
     auxiliary: float
-    """What else was added to the objective, with its coefficient."""
+    """Additional terms of the objective, with their coefficient."""
     gradients: Parameters
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well activations reconstruct the inputs, and the gradient of that."""
+    """Reconstruction of the inputs by activations, with its gradient."""
 
     squared_error: Float[Tensor, " batch"]
     error: Float[Tensor, "batch d_in"]
@@ -75,10 +75,11 @@ class Reconstruction:
     d_values: Float[Tensor, " pair"]
     d_b_dec: Float[Tensor, " d_in"]
     by_prefix: list[tuple[Pairs, Tensor, Tensor]]
-    """Of the latents that each prefix adds: pairs, activations [pair], and d of what they reconstruct [batch, d_in]."""
+    """For the latents that each prefix adds: pairs, activations [pair], and gradient of their reconstruction [batch,
+    d_in]."""
 
     def d_decoder(self, out: Float[Tensor, "d_sae d_in"] | None = None) -> Float[Tensor, "d_sae d_in"]:
-        """Of the decoder, computed when it is asked for; in `out` where that is given."""
+        """Compute the gradient of the decoder, in `out` where that is given."""
         if out is None:
             return _joined([sum_by_latent(*part) for part in self.by_prefix])
         for part, rows in zip(self.by_prefix, out.split([pairs.d_sae for pairs, _, _ in self.by_prefix]), strict=True):
@@ -88,21 +89,21 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Space:
-    """Where errors are measured, and how the encoder sees inputs."""
+    """Metric of the error, and how the encoder sees inputs."""
 
     metric: Float[Tensor, "d_in d_in"] | None = None
     """M, symmetric; None is the identity."""
     prefixes: Sequence[int] = ()
-    """Numbers of latents that reconstruct alone, below d_sae and rising; none of them for all latents together only."""
+    """Numbers of latents that also reconstruct alone, ascending, below d_sae; empty for all latents only."""
     centred: bool = True
-    """Whether the encoder sees inputs less b_dec, or as they are."""
+    """Whether b_dec is subtracted from the encoder's inputs."""
 
     def seen(self, x: Float[Tensor, "batch d_in"], p: Parameters) -> Float[Tensor, "batch d_in"]:
-        """Inputs as the encoder sees them."""
+        """Return inputs as the encoder sees them."""
         return x - p["b_dec"] if self.centred else x
 
     def through_encoder(self, d_b_enc: Float[Tensor, " n"], encoder: Float[Tensor, "n d_in"]) -> Float[Tensor, " d_in"]:
-        """What b_dec has of its gradient through the encoder."""
+        """Return the gradient of b_dec through the encoder."""
         return -(d_b_enc @ encoder) if self.centred else torch.zeros_like(encoder[0])
 
     def reconstruct(
@@ -123,14 +124,14 @@ class Space:
     def squared_error(
         self, x: Float[Tensor, "batch d_in"], active: Pairs, values: Float[Tensor, " pair"], p: Parameters
     ) -> Float[Tensor, " batch"]:
-        """That of `reconstruct`, bit for bit, without the gradients."""
+        """Return the squared error of `reconstruct`, bit for bit, without the gradients."""
         error = self._decoded(x, active, values, p)[2][-1]
         return (error * self._weighted(error)).sum(1)
 
     def _decoded(
         self, x: Tensor, active: Pairs, values: Tensor, p: Parameters
     ) -> tuple[list[int], list[tuple[Pairs, slice]], list[Tensor]]:
-        """Ends of prefixes, the pairs that each adds with where they stand, and what is left of x after each."""
+        """Return the ends of prefixes, the pairs that each adds with their slice, and the residual of x after each."""
         ends = [*self.prefixes, len(p["decoder"])]
         groups = [active.between(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
         error, errors = x - p["b_dec"], []
@@ -156,7 +157,7 @@ def backward(
     p: Parameters,
     into: Parameters,
 ) -> Parameters:
-    """Gradients of all weights from those of the reconstruction and of the pre-activations of pairs."""
+    """Compute gradients of all weights from those of the reconstruction and of the pairs' pre-activations."""
     d_b_enc = active.latent_sums(d_pre)
     return {
         "encoder": sum_by_latent(active, d_pre, seen, into.get("encoder")),
@@ -168,39 +169,39 @@ def backward(
 
 @dataclass(frozen=True)
 class Now:
-    """What changes from step to step beside the weights."""
+    """Inputs of a step other than weights and batch."""
 
     coefficient: float
     """lambda."""
     dead: Bool[Tensor, " d_sae"]
-    """Latents that have not fired for long."""
+    """Dead latents."""
     into: Parameters = field(default_factory=dict)
-    """Memory for the gradients of encoder and decoder, which are new without it."""
+    """Memory for the gradients of encoder and decoder; allocated where it is missing."""
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """A variant: how a batch is encoded, what is added to the error, and the gradient of the sum."""
+    """A variant: how a batch is encoded, the additional loss terms, and the gradient of the sum."""
 
     space: Space
 
     def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
-        """Losses and gradients of a batch.
+        """Compute losses and gradients of a batch.
 
         Args:
             p: the weights.
             x: inputs.
-            now: what else changes from step to step.
+            now: the other inputs of the step.
         """
         ...
 
     def encode(self, p: Parameters, seen: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
-        """Activations of inputs as the encoder sees them: pairs that hold all that are not 0, and their values."""
+        """Encode inputs as the encoder sees them: pairs that include all non-zero activations, and their values."""
         ...
 
 
 def squared_error(objective: Objective, p: Parameters, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, " batch"]:
-    """||x - x_hat||^2 of each input, bit for bit that of the objective's outcome, which has gradients as well."""
+    """Compute ||x - x_hat||^2 of each input, bit for bit that of the objective's outcome, without gradients."""
     return objective.space.squared_error(x, *objective.encode(p, objective.space.seen(x, p)), p)
 
 
@@ -232,7 +233,7 @@ class ReLU:
 
 @dataclass
 class JumpReLU:
-    """jumprelu: thresholds that are learned, on a penalty of what is active."""
+    """jumprelu: learned thresholds, with a penalty on active latents."""
 
     space: Space = field(default_factory=Space)
     bandwidth: float = 0.1
@@ -240,7 +241,7 @@ class JumpReLU:
     tanh: float | None = None
     """c of the tanh penalty; None penalises the number of active latents."""
     revive: float = 0.0
-    """Coefficient of what dead latents lack to fire."""
+    """Coefficient of the dead latents' pre-activation loss."""
 
     def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
         """See `Objective`; `log_threshold` is a weight too."""
@@ -260,7 +261,7 @@ class JumpReLU:
             d_pre = d_pre + slope * scale
             pull = near.latent_sums(slope * self.tanh * pre) / norm.clamp_min(1e-12)
             penalty, cost = bent.sum().item(), share * torch.tanh(scale * threshold)
-        # a latent on its threshold that fires adds theta to its activation, and costs what being active costs
+        # a latent that fires at its threshold adds theta to its activation, and costs the penalty of an active latent
         inside = ((pre - threshold).abs() < self.bandwidth / 2).to(pre.dtype)
         d_threshold = near.latent_sums((threshold * r.d_values + cost) * inside * (-1 / self.bandwidth))
         gradients = backward(self.space, r, seen, near, d_pre, p, now.into) | {"log_threshold": d_threshold * theta}
@@ -276,9 +277,9 @@ class JumpReLU:
         return near, pre * (pre > threshold)
 
     def _near(self, p: Parameters, seen: Tensor, theta: Tensor) -> tuple[Pairs, Tensor, Tensor]:
-        """All pairs that are active or within half a bandwidth of it, their pre-activations, and their thresholds.
+        """Return all pairs above threshold minus half a bandwidth, their pre-activations and thresholds.
 
-        The others have no part in any gradient.
+        The others do not contribute to any gradient.
         """
         low = theta - self.bandwidth / 2
         near, above = select_above(seen, p["encoder"], p["b_enc"] - low)
@@ -287,7 +288,7 @@ class JumpReLU:
     def _revive(
         self, seen: Tensor, p: Parameters, norm: Tensor, theta: Tensor, dead: Tensor, gradients: Parameters
     ) -> float:
-        """Add `revive / B sum_n sum_dead relu(theta_j - p_j) ||D_j||` to the gradients; returns it."""
+        """Add `revive / B sum_n sum_dead relu(theta_j - p_j) ||D_j||` to the gradients; return it."""
         which = dead.nonzero()[:, 0]
         if not self.revive or not len(which):
             return 0.0
@@ -308,7 +309,7 @@ class JumpReLU:
 
 @dataclass
 class Gated:
-    """gated: one path decides what is active and is penalised, another how much."""
+    """gated: one path decides what is active and is penalised, the other sets the magnitude."""
 
     space: Space = field(default_factory=Space)
 
@@ -318,7 +319,7 @@ class Gated:
         open_, gate, read, gain, magnitude = self._open(p, seen)
         on = (magnitude > 0).to(magnitude.dtype)
         r = self.space.reconstruct(x, open_, magnitude.relu(), p)
-        aside = self.space.reconstruct(x, open_, gate, p)  # the decoder is held fixed there, b_dec too
+        aside = self.space.reconstruct(x, open_, gate, p)  # the decoder is frozen there, b_dec too
         d_magnitude = r.d_values * on
         d_gate = aside.d_values + now.coefficient / len(x)
         d_read = d_magnitude * gain + d_gate
@@ -339,7 +340,7 @@ class Gated:
 
     @staticmethod
     def _open(p: Parameters, seen: Tensor) -> tuple[Pairs, Tensor, Tensor, Tensor, Tensor]:
-        """Pairs whose gate is open; by pair the gate, `s_j`, `exp(r_j)` and the activation before its relu."""
+        """Return the pairs whose gate is open, with the gate, `s_j`, `exp(r_j)` and the activation before its relu."""
         open_, gate = select_above(seen, p["encoder"], p["b_enc"])
         read = gate - p["b_enc"][open_.latent]
         gain = p["r_mag"].exp()[open_.latent]
@@ -348,7 +349,7 @@ class Gated:
 
 @dataclass
 class TopK:
-    """topk and batchtopk: a number of active latents, in each row or over the batch."""
+    """topk and batchtopk: a fixed number of active latents, per row or over the batch."""
 
     k: float
     space: Space = field(default_factory=Space)
@@ -356,14 +357,14 @@ class TopK:
     auxiliary: float = 0.0
     """Coefficient of the auxiliary loss."""
     auxiliary_k: int = 0
-    """Dead latents of a row that take part in it."""
+    """Number of dead latents per row that take part in it."""
     ranks: Ranks = ALONE
-    """Whose inputs together are the batch."""
+    """The processes whose inputs together form the batch."""
     guess: float | None = None
-    """Where the last batch's selection ended, from which the next starts, if it needs one; decides speed only."""
+    """Final limit of the last batch's selection, from which the next starts, if it needs one; affects only speed."""
 
     def __call__(self, p: Parameters, x: Float[Tensor, "batch d_in"], now: Now) -> Outcome:
-        """See `Objective`; the coefficient has nothing to weigh here."""
+        """See `Objective`; the coefficient is unused here."""
         seen = self.space.seen(x, p)
         active, values = self.encode(p, seen)
         r = self.space.reconstruct(x, active, values, p)
@@ -373,7 +374,7 @@ class TopK:
         return Outcome(active, values, r.squared_error, r.error, penalty, auxiliary, gradients)
 
     def encode(self, p: Parameters, seen: Float[Tensor, "batch d_in"]) -> tuple[Pairs, Float[Tensor, " pair"]]:
-        """See `Objective`; over a batch the inputs here are one."""
+        """See `Objective`; batchtopk treats these inputs as one batch."""
         if self.over_batch:
             n = round(self.k * len(seen) * self.ranks.size)
             active, values = select_batch_topk(seen, p["encoder"], p["b_enc"], n, self.guess, self.ranks)
@@ -389,7 +390,7 @@ class TopK:
         return active, values
 
     def _revive(self, seen: Tensor, error: Tensor, p: Parameters, dead: Tensor, gradients: Parameters) -> float:
-        """Let dead latents reconstruct the error, which is held fixed; adds to the gradients, returns the loss.
+        """Let dead latents reconstruct the error, which is held fixed; add to the gradients, return the loss.
 
         `auxiliary / B sum_n ||error_n - sum over the largest of the dead f_j D_j||^2_M`, scaled down while fewer are
         dead than take part.

@@ -1,14 +1,14 @@
-"""Which pairs of an input and a latent can be active at all, by a product of whole numbers of eight bits.
+"""Find candidate active (input, latent) pairs by an int8 matrix product.
 
-Processors multiply bytes several times as fast as float32. Each vector is divided by a scale of its own and rounded,
-`x / s = x^ + error` with components from -127 to 127, and the product of the whole numbers, which is exact, is raised
-by a bound on what rounding did to it. With `lost = |x / s - x^|` and `size = |x^| + lost`, of input and latent,
+Processors multiply int8 several times as fast as float32. Each vector is divided by a scale of its own and rounded, `x
+/ s = x^ + error` with components from -127 to 127, and the product of the integers, which is exact, is raised by a
+bound on the rounding error. With `lost = |x / s - x^|` and `size = |x^| + lost`, of input and latent,
 
     |x.w / (s t) - x^.w^|  <=  lost_x size_w + size_x lost_w            (Cauchy and Schwarz).
 
-Bound, bias and limit are added by a few more components, whole numbers too, rounded to the side that raises the sum. So
-whatever is above its limit has a product above zero; what has one is computed again in float32, which decides. Limits
-that are found from the products themselves, for the k largest of a row, are compared with them afterwards.
+Bound, bias and limit are added through a few more integer components, rounded in the direction that raises the sum. So
+any pair above its limit has a product above zero; those pairs are recomputed in float32, which decides. Limits derived
+from the products themselves, for the k largest of a row, are compared with them afterwards.
 """
 
 import math
@@ -26,12 +26,12 @@ from torch.nn.functional import pad
 from headscope.sae.training import c_kernels
 
 BLOCK = 1024
-"""Latents that are looked at together."""
-_PRODUCTS = 2**22  # that are in memory at a time, unless one part is more
-_ROWS = 1024  # inputs whose bytes a processor's cache holds, where products are made tile by tile
-_WIDEST = 2**13  # components of which 32 latents lie in a thread's stack there
-_PART = 64  # inputs, the least that are looked at together
-_GROUP = 8  # latents that are looked at together first
+"""Latents processed together."""
+_PRODUCTS = 2**22  # in memory at a time, unless one part is larger
+_ROWS = 1024  # inputs whose bytes fit the processor's cache, where products are computed tile by tile
+_WIDEST = 2**13  # components for which 32 latents fit a thread's stack there
+_PART = 64  # minimum number of inputs processed together
+_GROUP = 8  # latents in a group at first
 _SPREAD = 8  # times k: groups among which the k-th largest is looked for
 _MARGIN = 1.2  # times what was added to a product, that is taken off it where one below it is wanted
 _MOST = 127  # of a byte
@@ -45,38 +45,38 @@ _SLACK = 1e-4  # relative, for what float32 rounds in bounds and shares, and in 
 
 @cache
 def fast_bytes() -> bool:
-    """Whether this processor multiplies bytes faster than float32, and exactly."""
+    """Whether this processor multiplies int8 faster than float32, and exactly."""
     return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported()) and exact_bytes()
 
 
 def exact_bytes() -> bool:
-    """Whether products of bytes are exact here: older instructions saturate sums of two of them at 16 bits."""
+    """Whether int8 products are exact here: older instructions saturate sums of two of them at 16 bits."""
     most = torch.full((_GROUP, 64), _MOST, dtype=torch.int8)
     return bool((int_mm(most, most.T) == 64 * _MOST**2).all())
 
 
 class Side(NamedTuple):
-    """Inputs or latents, before they are rounded."""
+    """Inputs or latents, before rounding."""
 
     vectors: Float[Tensor, "n d"]
     largest: Float[Tensor, " n"]
-    """Component of each vector."""
+    """Largest component of each vector."""
     floor: float
-    """The least `largest` of which a scale is made: smaller vectors have fewer digits."""
+    """Lower bound of `largest` for the scale: smaller vectors have fewer digits."""
     offset: Float[Tensor, " n"]
     """Added to all products of a vector."""
 
     def part(self, start: int, end: int) -> "Side":
-        """Some of them."""
+        """Return a slice of the vectors."""
         return Side(self.vectors[start:end], self.largest[start:end], self.floor, self.offset[start:end])
 
     @property
     def scale(self) -> Float[Tensor, " n"]:
-        """What vectors are divided by."""
+        """The divisor of the vectors."""
         return self.largest.clamp_min(self.floor) / _MOST
 
     def digits(self, floor: float) -> Float[Tensor, " n"]:
-        """The offset where the other side's scale is that of its floor, for one component of `_SHARE` there.
+        """Return the offset where the other side's scale is that of its floor, for one component of `_SHARE` there.
 
         In float64, where the least float32 divided by a scale is not zero.
         """
@@ -85,7 +85,7 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How many components each term takes, and how it is divided between the two sides."""
+    """Number of components of each term, and how it is split between the two sides."""
 
     lost: float
     """Factor on `lost`, by which `size` is divided."""
@@ -103,32 +103,32 @@ class Layout:
 
 
 class Rounded(NamedTuple):
-    """Both sides in bytes, with the components that raise products."""
+    """Both sides as int8, with the components that raise products."""
 
     inputs: Int8[Tensor, "batch width"]
     latents: Int8[Tensor, "groups_of_8 width"]
-    """Filled up with zeros, whose products are never above zero."""
+    """Padded with zeros, whose products are never above zero."""
     everywhere: Int[Tensor, " some"]
-    """Latents whose biases no component can hold: their products count as above zero."""
+    """Latents whose biases exceed what components can hold: their products count as above zero."""
     bound: slice
-    """The two components that add what rounding can have taken."""
+    """The two components that add the bound of the rounding error."""
     times: int
-    """That each of the two stands there."""
+    """Repetitions of each of the two."""
     biases: int
     """Components of biases, which are the last of latents."""
 
     def added(self, n: int) -> Float[Tensor, "group batch"]:
-        """What bound and rounding of biases add to products of inputs, at most, with n latents at a time."""
+        """Return the most that bound and rounding of biases add to products of inputs, per group of n latents."""
         of_latents = self.latents[:, self.bound].view(-1, n, 2).amax(1).float()
         bound = of_latents @ self.inputs[:, self.bound].T.float() * self.times
         digits = self.latents[:, self.latents.shape[1] - self.biases :].abs().sum(1)
         return bound + digits.view(-1, n).amax(1)[:, None] + self.biases * _SHARE
 
     def parts(self, *, tiles: bool) -> Iterator[c_kernels.Products | c_kernels.Tiles]:
-        """The raised products of all latents with some inputs, in memory that the next take over.
+        """Yield the raised products of all latents with some inputs, in memory that the next part overwrites.
 
         Args:
-            tiles: products tile by tile are of use, where the processor has them.
+            tiles: use products tile by tile, where the processor supports them.
         """
         if tiles and self.latents.shape[1] <= _WIDEST and not len(self.everywhere) and c_kernels.tiles_fit():
             for start in range(0, len(self.inputs), _ROWS):
@@ -136,7 +136,7 @@ class Rounded(NamedTuple):
                 yield c_kernels.Tiles(slice(start, start + len(inputs)), self.latents, inputs)
             return
         n = max(1, _PRODUCTS // len(self.latents) // _PART) * _PART
-        memory = torch.empty(len(self.latents) * n, dtype=torch.int32)  # fresh memory costs a third of the product
+        memory = torch.empty(len(self.latents) * n, dtype=torch.int32)  # allocating memory costs a third of the product
         for start in range(0, len(self.inputs), n):
             inputs = self.inputs[start : start + n]
             raised = memory[: len(self.latents) * len(inputs)].view(len(self.latents), len(inputs))
@@ -152,9 +152,9 @@ def proposed(
     limit: Float[Tensor, " batch"],
     most: float = math.inf,
 ) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]] | None:
-    """(latent, row), in this order, of all pairs with `x . encoder_j + bias_j > limit` in float32, and of some others.
+    """Return (latent, row), sorted, of all pairs with `x . encoder_j + bias_j > limit` in float32, and of some others.
 
-    None where bytes cannot tell: numbers that are not finite or of extreme sizes, or limits far below zero; and where
+    None where int8 cannot decide: numbers that are not finite or of extreme sizes, or limits far below zero; and where
     there would be more than `most`. Latents whose biases are far larger than products are proposed for all inputs.
     """
     x, encoder = balanced(x, encoder)
@@ -176,12 +176,12 @@ def proposed_topk(
     bias: Float[Tensor, " d_sae"],
     k: int,
 ) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Float[Tensor, " batch"]] | None:
-    """(latent, row) as `proposed` for limits that are chosen here: likely just below each row's k-th largest, or 0.
+    """Return (latent, row) as `proposed` for limits chosen here: likely just below each row's k-th largest, or 0.
 
-    A row's limit is the k-th largest of maxima, each over some latents, of products less what was added to them. Units
-    of products are the latents' scales, so latents stand in the order of these. Where a limit is too high fewer than k
-    pairs turn out above it in float32, and the row has to be looked at again. None as `proposed`, and for a bias too
-    large for its components or fewer than 8 k latents.
+    A row's limit is the k-th largest of maxima, each over some latents, of products minus what was added to them. Units
+    of products are the latents' scales, so latents are sorted by these. Where a limit is too high, fewer than k pairs
+    turn out above it in float32, and the row must be processed again. None as in `proposed`, and for a bias too large
+    for its components or fewer than 8 k latents.
     """
     x, encoder = balanced(x, encoder)
     sides = _sides(x, encoder, bias, x.new_zeros(len(x)))
@@ -203,7 +203,7 @@ def proposed_topk(
 
 
 def _likely(largest: Tensor, margin: Tensor, unit: Tensor, k: int) -> Float[Tensor, " part"]:
-    """The k-th largest of each input's maxima, less what was added to them, or 0."""
+    """Return the k-th largest of each input's maxima, minus what was added to them, or 0."""
     if c_kernels.fit(unit):
         return c_kernels.limits_of_rows(largest, margin, unit, k)
     likely = (largest - margin) * unit[:, None]
@@ -211,7 +211,7 @@ def _likely(largest: Tensor, margin: Tensor, unit: Tensor, k: int) -> Float[Tens
 
 
 class _Places:
-    """As `c_kernels.Marks`, which (latent, row) have products above limits: groups of latents first, then each."""
+    """Like `c_kernels.Marks`: (latent, row) pairs with products above limits, found by group, then individually."""
 
     def __init__(self, latent: Tensor, scale: Tensor, batch: int) -> None:
         self._latent, self._scale, self._batch = latent, scale.view(-1, _GROUP), batch
@@ -222,7 +222,7 @@ class _Places:
         return sum(map(len, self._found))
 
     def add(self, part: c_kernels.Products | c_kernels.Tiles, limit: Tensor) -> None:
-        assert isinstance(part, c_kernels.Products)  # whoever has tiles has marks
+        assert isinstance(part, c_kernels.Products)  # tiles imply marks
         rows, products = part
         groups = products.view(-1, _GROUP, products.shape[1])
         group, row = (groups.amax(1) * self._most[:, None] > limit).nonzero(as_tuple=True)
@@ -239,9 +239,9 @@ def _marks(latent: Tensor, scale: Tensor, batch: int) -> "c_kernels.Marks | _Pla
 
 
 def _together(n_groups: int, k: int) -> int:
-    """How many groups to take the maximum of before the k-th largest is looked for, so that 8 k to 16 k are left.
+    """Return the number of groups per maximum before the k-th largest is selected, so that 8 k to 16 k are left.
 
-    That two of the k largest fall together is rare enough then, and fewer are sorted.
+    Two of the k largest then rarely fall together, and fewer are sorted.
     """
     n = 1
     while n_groups % (2 * n) == 0 and n_groups >= 2 * n * _SPREAD * k:
@@ -272,9 +272,9 @@ def _rounded(inputs: Side, latents: Side) -> Rounded | None:
 def balanced(
     x: Float[Tensor, "batch d_in"], encoder: Float[Tensor, "d_sae d_in"]
 ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "d_sae d_in"]]:
-    """The same products, with components that are far larger in inputs than the others shared out between both sides.
+    """Return equivalent operands in which outlier components of the inputs are shared between both sides.
 
-    By powers of two. Else bytes, whose steps are a share of the largest component, would have few left for the others.
+    By powers of two. Otherwise int8, whose steps are a share of the largest component, would leave few for the others.
     """
     shares = _shares(x)
     if not _OUTLYING < shares.max().item() < math.inf:
@@ -285,18 +285,18 @@ def balanced(
 
 
 def _shares(vectors: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
-    """Size of each component over the median of those that are not zero."""
+    """Return the size of each component over the median of the non-zero ones."""
     size = vectors.square().sum(0).sqrt()
     return size / size[size != 0].median() if size.any() else size
 
 
 def too_high(latents: Side, floor: float, layout: Layout) -> Bool[Tensor, " n"]:
-    """Which latents have biases that the components for them cannot hold."""
+    """Mark latents whose biases exceed what their components can hold."""
     return latents.digits(floor) > layout.raising[1] * _MOST
 
 
 def _side(vectors: Tensor, offset: Tensor) -> Side | None:
-    """None where they are not finite, zero, or of sizes whose products float32 may not hold."""
+    """Make a side; None where vectors are not finite, zero, or of sizes whose products float32 may not hold."""
     if c_kernels.fit(vectors):
         largest = c_kernels.largest_of_rows(vectors)
     else:
@@ -308,9 +308,9 @@ def _side(vectors: Tensor, offset: Tensor) -> Side | None:
 
 
 def _layout(inputs: Side, latents: Side) -> Layout | None:
-    """None where an input's positive offset needs too many components, or one is not a number.
+    """Choose the layout; None where an input's positive offset needs too many components, or one is NaN.
 
-    Those of latents that do are not taken into account; negative ones that do are taken for less than they are.
+    Latents whose offsets do are ignored; negative offsets that do are underestimated.
     """
     d = inputs.vectors.shape[1]
     lost = math.sqrt(d) / 2 + _accumulation(d) * (_MOST + 1) * math.sqrt(d)
@@ -328,7 +328,7 @@ def _layout(inputs: Side, latents: Side) -> Layout | None:
 
 
 def _accumulation(d: int) -> float:
-    """What float32 loses in a sum of d products, in units of the product of the norms."""
+    """Bound the rounding error of a float32 sum of d products, in units of the product of the norms."""
     return 2 * (d + 8) * _ACCUMULATION
 
 
@@ -340,21 +340,21 @@ def whole(
     of_latents: bool,
     out: Int8[Tensor, "n d_and_more"] | None = None,
 ) -> Int8[Tensor, "n d_and_more"]:
-    """Rounded vectors, and the components that add bound and offsets to their products with the other side's.
+    """Return rounded vectors, with the components that add bound and offsets to products with the other side.
 
     Args:
         side: inputs or latents.
         floor: the other side's.
         layout: of both.
         of_latents: which of the two they are.
-        out: where they are written; new memory when not given.
+        out: output memory; allocated when not given.
     """
     n, d = side.vectors.shape
     if out is None:
         out = torch.empty(n, d + layout.width, dtype=torch.int8, device=side.vectors.device)
     lost, size = _round(side, out[:, :d])
     lost = lost + _accumulation(d) * (size + lost)
-    lost = torch.where(side.largest > 0, lost.clamp_min(_LEAST), lost)  # squares of the least components are zero
+    lost = torch.where(side.largest > 0, lost.clamp_min(_LEAST), lost)  # squares of tiny ones are 0
     bound = [lost * layout.lost, (size + lost) / (layout.lost * layout.bound)]
     own, other = int(of_latents), 1 - int(of_latents)
     share, digits = side.floor / side.largest.clamp_min(side.floor) * _SHARE, side.digits(floor)
@@ -375,7 +375,7 @@ def whole(
 
 
 def _round(side: Side, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Write vectors over their scales, rounded; returns norms of what rounding took, and of what it left."""
+    """Write vectors divided by their scales, rounded; return norms of the errors and of the rounded vectors."""
     if c_kernels.fit(side.vectors):
         return c_kernels.round_rows(side.vectors, side.scale, out)
     scaled = side.vectors / side.scale[:, None]

@@ -1,4 +1,4 @@
-"""Data-parallel training: what several processes agree on in a step; alone, nothing is exchanged."""
+"""Data-parallel training: collective operations of a step; without a process group nothing is exchanged."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ class Ranks:
 
     @classmethod
     def joined(cls) -> "Ranks":
-        """Those of the default process group; alone without one."""
+        """Return the ranks of the default process group; a single one without it."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
@@ -33,7 +33,7 @@ class Ranks:
                 tensor /= self.size
 
     def mean(self, *numbers: int | float) -> list[float]:
-        """The mean of each number over ranks."""
+        """Return the mean of each number over ranks."""
         if self.size == 1:
             return [float(number) for number in numbers]
         together = torch.tensor(numbers, dtype=torch.float64)
@@ -46,12 +46,12 @@ class Ranks:
             dist.all_reduce(tensor)
 
     def largest(self, tensor: Tensor) -> None:
-        """Replace a tensor by its largest values over ranks."""
+        """Replace a tensor by its maximum over ranks."""
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
 
     def least(self, values: Float[Tensor, " n_own"]) -> float:
-        """The least value over all ranks; 0 where there is none."""
+        """Return the least value over all ranks; 0 where there is none."""
         own = torch.cat([values, values.new_full((1,), torch.inf)]).min()
         self.largest(own.neg_())
         return 0.0 if own == -torch.inf else -own.item()
@@ -63,12 +63,12 @@ class Ranks:
                 dist.broadcast(tensor, 0)
 
     def wait(self) -> None:
-        """Go on when all ranks are here."""
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
 
     def nth_largest(self, values: Float[Tensor, " n_own"], n: int) -> float:
-        """The n-th largest value over all ranks; minus infinity where there are fewer."""
+        """Return the n-th largest value over all ranks; minus infinity where there are fewer."""
         own = values.topk(min(n, len(values)), sorted=False).values
         padded = torch.cat([own, own.new_full((n - len(own),), -torch.inf)])
         every = [torch.empty_like(padded) for _ in range(self.size)]
@@ -81,10 +81,10 @@ ALONE = Ranks()
 
 @contextmanager
 def together(device: str) -> Iterator[Ranks]:
-    """Join the processes that `torchrun` started with this one; alone where it did not.
+    """Join the process group that `torchrun` started; a single process outside of it.
 
     Args:
-        device: where each trains; of several GPUs, `cuda` becomes each rank's own.
+        device: device of training; with several GPUs, `cuda` becomes each rank's own.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE

@@ -1,4 +1,4 @@
-"""An iterator that is run ahead of its reader, in a thread of its own."""
+"""Prefetch the items of an iterator in a thread."""
 
 import os
 import threading
@@ -12,21 +12,21 @@ import torch
 
 T = TypeVar("T")
 
-_DEPTH = 2  # items: one that is ready, and one being made
+_DEPTH = 2  # items: one that is ready, and one in preparation
 
 
 @dataclass(frozen=True)
 class _Raised:
-    """What ended the iterator, in the place of its next item."""
+    """The exception that ended the iterator, in place of its next item."""
 
     error: BaseException
 
 
 def reads_ahead(device: torch.device) -> bool:
-    """Whether reading a model beside other work on the same machine is worth a thread.
+    """Whether prefetching model activations in a thread pays off on this machine.
 
-    It uses what is idle otherwise: a GPU that waits for work, or cores that torch's threads leave free. Where
-    those are given all cores, a second team of them has none of its own; `benchmarks/stream.py` times both ways.
+    It uses idle resources: a GPU that waits for work, or cores that torch's threads leave free. Where torch uses all
+    cores, a second set of threads has none of its own; `benchmarks/stream.py` times both ways.
     """
     if device.type != "cpu":
         return True
@@ -35,14 +35,14 @@ def reads_ahead(device: torch.device) -> bool:
 
 
 class ReadAhead(Generic[T]):
-    """The items of an iterator, in its order; a thread makes the next one or two while the reader is busy.
+    """The items of an iterator, in its order; a thread prepares the next one or two while the consumer is busy.
 
-    What the iterator raises is raised where its next item is asked for. The thread ends when this object is closed or
-    no longer used, at the latest with the process, once the item it is at is made.
+    An exception of the iterator is raised where its next item is requested. The thread ends when this object is closed
+    or garbage-collected, at the latest with the process, after its current item.
     """
 
     def __init__(self, items: Iterator[T]) -> None:
-        """Begin; `items` is the thread's from now on, and must not lead back to this object."""
+        """Start; the thread owns `items`, which must not reference this object."""
         self._ready: SimpleQueue[T | _Raised] = SimpleQueue()
         self._room = threading.Semaphore(_DEPTH)
         stopped = threading.Event()
@@ -59,7 +59,7 @@ class ReadAhead(Generic[T]):
     def __next__(self) -> T:
         item = self._ready.get()
         if isinstance(item, _Raised):
-            self._ready.put(item)  # for whoever asks again
+            self._ready.put(item)  # for further calls
             raise item.error
         self._room.release()
         return item
@@ -72,7 +72,7 @@ def _work(
     stopped: threading.Event,
     n_threads: int,
 ) -> None:
-    torch.set_num_threads(n_threads)  # as the caller's: how a sum is divided among threads decides its last bits
+    torch.set_num_threads(n_threads)  # the caller's setting: how a sum is divided among threads affects its last bits
     while True:
         room.acquire()
         if stopped.is_set():
@@ -87,5 +87,5 @@ def _work(
 def _end(thread: threading.Thread, room: threading.Semaphore, stopped: threading.Event) -> None:
     stopped.set()
     room.release()
-    if thread is not threading.current_thread():  # whose garbage collection may have been what found this unused
+    if thread is not threading.current_thread():  # whose garbage collection may have collected this object
         thread.join()

@@ -27,17 +27,17 @@ from headscope.sae.training.trainer import Trainer
 from headscope.site import Site
 
 Progress = Callable[[str, int, int], None]
-"""Called with the stage, the work done and the work in all."""
+"""Progress callback: called with the stage, the work done and the total."""
 
 _SAMPLE = 65_536
-"""Activations that the scale and the first dictionary are taken from, at least."""
+"""Minimum number of activations for the scale and the initial dictionary."""
 _RESAMPLE_BATCHES = 100
-"""Batches among whose inputs dead latents are started anew (Kissane et al. 2024)."""
+"""Batches of inputs for resampling dead latents (Kissane et al. 2024)."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A trained SAE and how it went."""
+    """A trained SAE with statistics of its training."""
 
     sae: SAE
     curve: list[Point] = field(default_factory=list)
@@ -59,23 +59,23 @@ def train_sae(
 ) -> TrainResult:
     """Train an SAE on the activations of a site over a corpus; in a process group, together with the other ranks.
 
-    Ctrl-C or SIGTERM ends the training early; what was trained is returned, marked as interrupted. Before the first
+    Ctrl-C or SIGTERM ends the training early; the SAE so far is returned, marked as interrupted. Before the first
     step there is nothing to return, and KeyboardInterrupt is raised.
 
     Args:
         model: the model to read.
         corpus: its training documents.
-        site: where to read.
+        site: site to read.
         config: the recipe.
         on_step: called with the status of every step.
-        folder: where checkpoints and metrics are kept; a run that was cut off there goes on, bit for bit.
+        folder: folder of checkpoints and metrics; an interrupted run there resumes, bit for bit.
         checkpoint_every: steps between checkpoints.
-        on_progress: called as activations are read before a step: for the first dictionary, for the buffer, and to
-            start dead latents anew.
+        on_progress: called as activations are read outside of steps: for the initial dictionary, for the buffer, and
+            for resampling dead latents.
 
     Raises:
         CorpusError, ModelError: the corpus or the site does not fit the model.
-        TrainingError: too few activations, or values that are not finite; what is in the folder is of another run.
+        TrainingError: too few activations, or values that are not finite; the folder holds another run.
         OutputError: a checkpoint cannot be written.
     """
 
@@ -98,12 +98,12 @@ def train_saes(
     checkpoint_every: int = 2000,
     on_progress: Progress | None = None,
 ) -> dict[str, TrainResult]:
-    """Train several SAEs on one stream of activations; each comes out as if it were trained alone.
+    """Train several SAEs on one stream of activations; each result is the same as if trained alone.
 
     As `train_sae`, for recipes by name.
 
     Raises:
-        TrainingError: also where the recipes differ in what decides the stream.
+        TrainingError: also where the recipes differ in what determines the stream.
     """
     model.check_layer(site.layer)
     _check_one_stream(configs)
@@ -148,7 +148,7 @@ def _check_one_stream(configs: Mapping[str, TrainConfig]) -> None:
 
 
 class _Run:
-    """A training run and where it stands."""
+    """A training run and its state."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class _Run:
             self._restore(*saved)
         self.saved_at = self.step_number
         self.between_steps = True
-        """Nothing is half done, as where a second Ctrl-C ends a step."""
+        """Whether no step is in progress, as where a second Ctrl-C ends one."""
         self.metrics = {
             name: Metrics(None if folder is None or ranks.rank else folder / f"{name}.jsonl", config.n_steps)
             for name, config in configs.items()
@@ -191,10 +191,10 @@ class _Run:
             metrics.go_on(self.step_number)
 
     def _restore(self, trainers: Mapping[str, dict[str, Any]], stream: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Resume from a checkpoint.
 
         Raises:
-            TrainingError: what it holds is not of this training.
+            TrainingError: it is of another training.
         """
         try:
             for name, trainer in self.trainers.items():
@@ -218,7 +218,7 @@ class _Run:
         checkpoint_every: int,
         asked: Callable[[], bool],
     ) -> None:
-        """Take all steps that are left, unless it is asked to stop."""
+        """Take all remaining steps, unless asked to stop."""
         self.stream.fill(partial(self._on_fill, asked))
         n_steps, batches = self.config.n_steps, iter(self.stream)
         while self.step_number < n_steps:
@@ -248,7 +248,7 @@ class _Run:
         return self.stream.sample(n, partial(self.report, "read a sample"))
 
     def _on_fill(self, asked: Callable[[], bool], done: int, total: int) -> None:
-        """Report how far the buffer is filled, and stop where it is asked for; several ranks stop after a step."""
+        """Report how far the buffer is filled, and stop if asked to; several ranks stop after a step."""
         self.report("fill the buffer", done, total)
         if self.ranks.size == 1 and asked():
             raise KeyboardInterrupt
@@ -266,7 +266,7 @@ class _Run:
             raise TrainingError(error.got, expected=error.expected, do=f"{error.do}; {where}") from error
 
     def save(self) -> None:
-        """Write a checkpoint of where the run stands, unless there is one or a step was cut in two."""
+        """Write a checkpoint of the current state, unless there is one or a step was interrupted midway."""
         if self.checkpoints is not None and self.between_steps and self.step_number > self.saved_at:
             for metrics in self.metrics.values():
                 metrics.flush()
@@ -277,9 +277,9 @@ class _Run:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Make Ctrl-C, and SIGTERM, which clusters send before they kill, wait until a step is whole and saved.
+    """Make Ctrl-C, and SIGTERM, which clusters send before they kill, wait until a step is complete and saved.
 
-    A second Ctrl-C does not wait. A second SIGTERM, as torchrun and others send it, adds nothing to the first.
+    A second Ctrl-C does not wait. A second SIGTERM, as sent by torchrun and others, has no further effect.
     """
     asked = False
 
@@ -304,7 +304,7 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 
 
 def _recipe(model: Model, corpus: Corpus, site: Site, configs: Mapping[str, TrainConfig]) -> dict[str, Any]:
-    """What a run that is to go on must have been begun with."""
+    """Return the recipe and inputs that a resumable run must have been started with."""
     recipes = {
         f"{name} {option}": value
         for name, config in configs.items()
@@ -321,7 +321,7 @@ def _recipe(model: Model, corpus: Corpus, site: Site, configs: Mapping[str, Trai
 
 
 def _provenance(model: Model, corpus: Corpus, config: TrainConfig, result: TrainResult) -> dict[str, Any]:
-    """What every artefact states about how it was made."""
+    """Return the provenance that every artefact records."""
     return {
         "z_convention": "raw",
         "model_hash": model.fingerprint(),

@@ -1,18 +1,18 @@
-"""What changes as training goes on: the learning rate, and the penalty's coefficient."""
+"""Schedules of the learning rate and of the penalty's coefficient."""
 
 import math
 
 from headscope.sae.config import TrainConfig
 
-_GAIN = 0.01  # change of log lambda, a step and unit of log(L0 / target)
+_GAIN = 0.01  # change of log lambda per step and unit of log(L0 / target)
 _FIRST = 1.0
-"""Coefficient that steering starts from."""
+"""Initial coefficient for steering."""
 _DENSE_START = 8.0  # times the target L0
-_FALL = 0.6  # share of training over which the L0 that is steered to falls to the target
+_FALL = 0.6  # share of training over which the steering target falls to the final L0
 
 
 def rate(config: TrainConfig, step: int) -> float:
-    """Factor on the learning rate at a step: a warm-up, 1, a line to zero.
+    """Return the factor on the learning rate at a step: warm-up, 1, linear decay to zero.
 
     A cosine warm-up is `0.1 + 0.9 (1 - cos(pi t / warmup_steps)) / 2`, with t counted from the last resampling.
     """
@@ -28,12 +28,12 @@ def rate(config: TrainConfig, step: int) -> float:
 
 
 def first_coefficient(config: TrainConfig) -> float:
-    """The penalty's coefficient before the first step; 0 where a variant has none."""
+    """Return the penalty's coefficient before the first step; 0 where a variant has none."""
     return _FIRST if config.steered else (config.coefficient or 0.0)
 
 
 def likely_coefficient(config: TrainConfig, threshold: float) -> float:
-    """What the coefficient may come to where latents fire above a threshold; steering takes it from there.
+    """Estimate the coefficient that makes latents fire above a threshold; steering starts from it.
 
     With an orthogonal dictionary a penalty of `lambda f` keeps silent what is below `lambda / 2`, and one of `lambda`
     for each active latent what is below `sqrt(lambda)`.
@@ -42,17 +42,17 @@ def likely_coefficient(config: TrainConfig, threshold: float) -> float:
 
 
 def coefficient_at(config: TrainConfig, step: int, steered: float) -> float:
-    """The coefficient at a step: the steered one, or the one given, as far as it has risen."""
+    """Return the coefficient at a step: the steered one, or the given one times its warm-up."""
     if config.steered or not config.coefficient_warmup:
         return steered
     return steered * min(1.0, step / (config.coefficient_warmup * config.n_steps))
 
 
 def l0_at(config: TrainConfig, step: int) -> float:
-    """The number of active latents that is wanted at a step.
+    """Return the target number of active latents at a step.
 
     Jumprelu and gated start dense, and the number falls, each step by the same factor, to the target: a latent whose
-    threshold or gate is shut learns nothing, and one that starts open finds what it stands for before it must shut.
+    threshold or gate is closed learns nothing, and one that starts open can learn its feature before it must close.
     The penalty of relu would have to rise so far meanwhile that it ends with a worse dictionary.
     """
     if config.variant not in ("jumprelu", "gated"):
@@ -62,5 +62,5 @@ def l0_at(config: TrainConfig, step: int) -> float:
 
 
 def steer(config: TrainConfig, coefficient: float, l0: float, step: int) -> float:
-    """The coefficient after a step: raised where too many latents are active, lowered where too few are."""
+    """Return the coefficient after a step: raised where too many latents are active, lowered where too few are."""
     return coefficient * math.exp(_GAIN * math.log(max(l0, 1e-3) / l0_at(config, step)))

@@ -1,8 +1,8 @@
-"""What a stream of activations reads: groups of blocks, from the model or from a cache.
+"""Source of activations: groups of blocks, from the model or from a cache.
 
-A group is what one run of the model is given. Which blocks are together in one is drawn once for a corpus, whatever the
-seed of a training: the last bits of an activation may depend on what else was in the run, and so those read again, in a
-later pass, by a resumed training or from a cache, are the same bit for bit.
+A group is the input of one run of the model. Its blocks are drawn once per corpus, whatever the training seed: the last
+bits of an activation may depend on the rest of its batch, and so activations read again, in a later pass, by a resumed
+training or from a cache, are identical bit for bit.
 """
 
 import tempfile
@@ -26,20 +26,20 @@ from headscope.models.hf import Model
 from headscope.sae.training.cache import ActivationCache
 from headscope.site import Site
 
-_LEAST_GROUPS = 64  # of a small corpus: enough to be shuffled, and divided among ranks
+_LEAST_GROUPS = 64  # groups of a small corpus: enough to shuffle, and to divide among ranks
 _GROUPS, _ORDER = 1, 2  # tell these uses of a seed from others
-_VERSION = 1  # of what a cache holds: raised when the same identity would give other rows
+_VERSION = 1  # version of the cache content: raised when the same identity would give other rows
 
 
 class Place(NamedTuple):
-    """A row among all that are read, and all that decides what is read after it."""
+    """A row among all that are read; determines all that is read after it."""
 
     epoch: int
     """The pass over the corpus; the first is 1."""
     nth: int
-    """Of the groups of that pass that this rank reads."""
+    """Index among the groups of that pass that this rank reads."""
     row: int
-    """Of the counted activations of that group."""
+    """Index among the counted activations of that group."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,22 @@ class Source:
     corpus: Corpus
     site: Site
     exclude_bos: bool
-    """Leave BOS positions and other special tokens out; padding is left out in any case."""
+    """Exclude BOS positions and other special tokens; padding is always excluded."""
     cache: ActivationCache | None = None
 
     @property
     def n_available(self) -> int:
-        """Activations that one pass over the corpus gives."""
+        """Activations in one pass over the corpus."""
         return self.corpus.n_text_tokens if self.exclude_bos else self.corpus.n_tokens - self.corpus.n_padding
 
     @property
     def n_groups(self) -> int:
-        """Groups of blocks; the last may be smaller."""
+        """Number of groups of blocks; the last may be smaller."""
         return -(-len(self.corpus.blocks) // self.group_size)
 
     @property
     def group_size(self) -> int:
-        """Blocks in a group: what one run of the model takes, and less of a small corpus."""
+        """Blocks per group: one batch of the model, or fewer for a small corpus."""
         most = len(self.corpus.blocks) // _LEAST_GROUPS
         return max(1, min(BATCH_TOKENS // self.corpus.block_size, most))
 
@@ -75,7 +75,7 @@ class Source:
         return np.random.default_rng(_GROUPS).permutation(len(self.corpus.blocks))
 
     def identity(self) -> dict[str, object]:
-        """What decides the rows of every group, for a cache."""
+        """What determines the rows of every group, for a cache."""
         return {
             "version": _VERSION,
             "model": self.model.fingerprint(),
@@ -88,19 +88,19 @@ class Source:
         }
 
     def order(self, seed: int, epoch: int) -> Int[np.ndarray, " group"]:
-        """The order of all groups in a pass."""
+        """Return the order of all groups in a pass."""
         return np.random.default_rng([_ORDER, seed, epoch]).permutation(self.n_groups)
 
     def chunks(
         self, seed: int, start: Place, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[Place, BFloat16[Tensor, "n d_in"]]]:
-        """Rows of group after group without end, each with the place of its first row.
+        """Yield rows of group after group without end, each with the place of its first row.
 
         Args:
-            seed: decides the order of the groups.
-            start: the first row to be read.
+            seed: seed of the order of the groups.
+            start: the first row to read.
             rank: of the processes that read together, each its own groups of each pass.
-            ranks: how many those are.
+            ranks: number of those.
         """
         epoch, nth, row = start
         while True:
@@ -111,7 +111,7 @@ class Source:
             epoch, nth = epoch + 1, 0
 
     def read(self, group: int) -> BFloat16[Tensor, "n d_in"]:
-        """The counted activations of a group, block by block, on the model's device.
+        """Read the counted activations of a group, block by block, on the model's device.
 
         Raises:
             TrainingError: they are not finite, or the cache is damaged.
@@ -130,7 +130,7 @@ class Source:
         tokens = torch.from_numpy(self.corpus.blocks[numbers].astype(np.int64)).to(self.model.device)
         values = self.model.read(tokens, [self.site])[self.site]
         rows = values.to(torch.bfloat16)[self._counted(numbers, tokens)]
-        # A sum that is finite has no term that is not; it is a fraction of the price of looking at each.
+        # A finite sum has only finite terms; it costs a fraction of checking each.
         if not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():
             raise self._not_finite(numbers, tokens, values)
         return rows
@@ -164,11 +164,11 @@ class Source:
 
 
 def open_source(model: Model, corpus: Corpus, site: Site, *, exclude_bos: bool, cache: str | None) -> Source:
-    """A source, with a cache where a folder for one is named.
+    """Open a source, with a cache where its folder is given.
 
     Raises:
         CorpusError: the model cannot read the corpus.
-        ModelError: no SAE can sit at the site, or the layer does not exist.
+        ModelError: the site is unsupported for SAEs, or the layer does not exist.
         OutputError: the cache cannot be written, or does not fit the disk.
     """
     check_corpus(model, corpus)

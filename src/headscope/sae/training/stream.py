@@ -1,14 +1,14 @@
-"""An endless stream of mixed activations.
+"""An endless stream of shuffled activations.
 
 A preallocated buffer is filled once. Then, round after round, half of it is handed out in random order, batch by batch,
-and the rows of a batch are replaced by the next that are read, in place, when the one after it is asked for:
+and the rows of a batch are replaced in place by the next rows of the source when the following batch is requested:
 
     buffer   [ . . . . . . . . . . . . . . . . ]      a new permutation of all slots each round
     round    [ batch | batch | batch | batch ]        its first half, in that order
-                 ^ refilled      ^ handed out
+               ^ refilled      ^ handed out
 
-So the model works evenly all the time, ahead of the training in a thread where that is faster (`read_ahead.py`), and
-everything that happens to the buffer happens in the caller's thread: what is handed out does not depend on timing.
+So the model runs steadily, ahead of the training in a thread where that is faster (`read_ahead.py`), and all changes to
+the buffer happen in the caller's thread: the batches do not depend on timing.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,48 +28,48 @@ from headscope.sae.training.read_ahead import ReadAhead, reads_ahead
 from headscope.sae.training.source import Place, Source, open_source
 from headscope.site import Site
 
-_SLOTS = 3  # tells this use of the seed from others
+_SLOTS = 3  # distinguishes this use of the seed from others
 
 OnRows = Callable[[int, int], None]
-"""Called with the activations read so far and how many will be; what it raises ends the reading."""
+"""Progress callback: called with the activations read so far and their total; an exception ends the reading."""
 
 
 @runtime_checkable
 class StreamConfig(Protocol):
-    """What a stream takes from the recipe of a training (`headscope.sae.config.TrainConfig`)."""
+    """The parts of a training recipe used by a stream (`headscope.sae.config.TrainConfig`)."""
 
     @property
     def batch(self) -> int:
-        """Activations in a step, of all ranks together."""
+        """Activations per step, of all ranks together."""
         ...
 
     @property
     def buffer(self) -> int:
-        """Activations held at a time to be mixed, by all ranks together."""
+        """Activations in the shuffle buffers of all ranks."""
         ...
 
     @property
     def exclude_bos(self) -> bool:
-        """Leave BOS positions out."""
+        """Exclude BOS positions."""
         ...
 
     @property
     def seed(self) -> int:
-        """Decides the order of activations."""
+        """Seed of the order of activations."""
         ...
 
     @property
     def cache(self) -> str | None:
-        """Folder in which activations are kept for other trainings."""
+        """Folder of the activation cache."""
         ...
 
 
 @dataclass(frozen=True)
 class _Progress:
-    """All that decides what comes next, beside what the buffer holds; replaced as a whole once a batch is ready."""
+    """State of the stream besides the buffer; replaced as a whole once a batch is ready."""
 
     round: int
-    """Permutations of the buffer that were begun; 0 while it is not filled."""
+    """Number of buffer permutations started; 0 while it is not filled."""
     handed: int
     """Rows of the round that were handed out; those of the last batch are not refilled yet."""
     read: Place
@@ -77,29 +77,29 @@ class _Progress:
 
 
 class ActivationStream:
-    """An endless stream of mixed activations; iterating goes on where it was left, in whatever loop.
+    """An endless stream of shuffled activations; each new iteration continues where the last one stopped.
 
-    Activations are held in bfloat16: rounding moves a vector by about 0.2 % of its length, far less than what an SAE
-    leaves unexplained, and a buffer of twice as many mixes better.
+    Activations are held in bfloat16: rounding moves a vector by about 0.2 % of its length, far less than the error of
+    an SAE, and a buffer twice as large mixes better.
     """
 
     def __init__(
         self, model: Model, corpus: Corpus, site: Site, config: StreamConfig, *, rank: int = 0, ranks: int = 1
     ) -> None:
-        """Prepare to read; the model is run when the first batch or a sample is asked for.
+        """Prepare the stream; the model first runs when a batch or a sample is requested.
 
         Args:
             model: the model to read.
             corpus: its training documents.
-            site: where to read.
+            site: site to read.
             config: batch, buffer, exclude_bos, seed and cache.
             rank: of the processes that train together. Each reads its own groups of blocks of each pass over the
                 corpus, all of them once, and holds and hands out its share of `buffer` and `batch`.
-            ranks: how many those are.
+            ranks: number of those.
 
         Raises:
             CorpusError: the model cannot read the corpus.
-            ModelError: no SAE can sit at the site.
+            ModelError: the site is unsupported for SAEs.
             OutputError: the cache cannot be written, or does not fit the disk.
             TrainingError: the corpus holds fewer activations than two batches, or too few blocks for so many ranks;
                 or a batch cannot be divided among them.
@@ -107,9 +107,9 @@ class ActivationStream:
         self._source = open_source(model, corpus, site, exclude_bos=config.exclude_bos, cache=config.cache)
         self._seed, self._rank, self._ranks = config.seed, rank, ranks
         self.d_in = model.width(site)
-        """Components of an activation."""
+        """Width of an activation."""
         self.n_available = self._source.n_available
-        """Activations that one pass over the corpus gives, of all ranks together."""
+        """Activations in one pass over the corpus, of all ranks together."""
         self._check(config)
         n, capacity = config.batch // ranks, min(config.buffer, self.n_available) // ranks
         self._per_round = capacity // 2 // n * n
@@ -117,7 +117,7 @@ class ActivationStream:
         self._buffer = torch.empty(capacity, self.d_in, dtype=torch.bfloat16, device=device)
         self._rounded = torch.empty(n, self.d_in, dtype=torch.bfloat16, device=device)
         self._batch = torch.empty(n, self.d_in, device=device)
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # of a round
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # rows per round
         self._progress = _Progress(round=0, handed=0, read=Place(1, 0, 0))
         self._inlet: _Inlet | None = None
 
@@ -143,12 +143,12 @@ class ActivationStream:
 
     @property
     def epochs(self) -> int:
-        """Passes over the corpus that were started."""
+        """Number of passes over the corpus that were started."""
         return self._progress.read.epoch if self._progress.round else 0
 
     # ------------------------------------------------------------------------------------------------------- batches
     def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """Batches without end, in float32, on the model's device; each is valid until the next is asked for.
+        """Yield batches without end, in float32, on the model's device; each is valid until the next is requested.
 
         Raises:
             TrainingError: activations that are not finite; or a file of the cache is damaged.
@@ -158,7 +158,7 @@ class ActivationStream:
             yield self._next()
 
     def fill(self, on_rows: OnRows | None = None) -> None:
-        """Fill the buffer, unless it is filled; the first batch does so too, which may take minutes.
+        """Fill the buffer unless it is full; the first batch does this too, which may take minutes.
 
         Raises:
             TrainingError: as from iterating.
@@ -170,7 +170,7 @@ class ActivationStream:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Read again what was read when the block raises, so that progress and buffer still fit one another."""
+        """Restore the reading position if the block raises, so that progress and buffer stay consistent."""
         try:
             yield
         except BaseException:
@@ -192,7 +192,7 @@ class ActivationStream:
         return self._batch
 
     def _slots(self, number: int) -> Int[Tensor, " capacity"]:
-        """The order of a round; that of round 0 is the buffer's own."""
+        """Return the order of a round; that of round 0 is the buffer's own."""
         if self._order[0] != number:
             rng = np.random.default_rng([_SLOTS, self._seed, number, self._rank])
             order = rng.permutation(len(self._buffer)) if number else np.arange(len(self._buffer))
@@ -205,12 +205,12 @@ class ActivationStream:
         return self._inlet.into(self._buffer, slots, on_rows)
 
     def sample(self, n: int, on_rows: OnRows | None = None) -> Float[Tensor, "n d_in"]:
-        """The same activations whenever and by whichever rank they are asked for; the stream is where it was.
+        """Return the same activations at any time and on any rank; the stream is not advanced.
 
-        They are those of random groups of blocks, in an order that is the seed's and that of no pass.
+        They come from random groups of blocks, in an order determined by the seed and distinct from that of any pass.
 
         Args:
-            n: how many; all of the corpus if it has fewer.
+            n: number of activations; all of the corpus if it has fewer.
             on_rows: called as they are read.
 
         Raises:
@@ -230,10 +230,10 @@ class ActivationStream:
 
     # ---------------------------------------------------------------------------------------------------- to resume
     def state(self) -> dict[str, Tensor | int]:
-        """All that decides what comes next, as a copy on the CPU.
+        """Return the complete state, as a copy on the CPU.
 
-        The buffer is part of it. Half of it outlives each round, so that to read it again would take about
-        log2(capacity) / 2 times its size in activations, minutes of the model for what a disk holds in a second.
+        The buffer is included. Half of it outlives each round, so reading it again would take about log2(capacity) / 2
+        times its size in activations: minutes of the model for what a disk holds in a second.
         """
         done = self._progress
         filled = self._buffer if done.round else self._buffer[:0]
@@ -241,7 +241,7 @@ class ActivationStream:
         return {"buffer": filled.cpu().clone(), **place, **self._identity()}
 
     def restore(self, state: Mapping[str, Tensor | int]) -> None:
-        """Go on where a stream with the same arguments was when it gave `state`, bit for bit.
+        """Resume where a stream with the same arguments returned `state`, bit for bit.
 
         Raises:
             TrainingError: the state is of a stream with other arguments.
@@ -262,7 +262,7 @@ class ActivationStream:
         self._progress = _Progress(number["round"], number["handed"], read)
 
     def _identity(self) -> dict[str, int]:
-        """What the streams before and after an interruption must have in common, as far as numbers tell it."""
+        """Return what the streams before and after an interruption must share."""
         return {
             "seed": self._seed,
             "rank": self._rank,
@@ -274,19 +274,19 @@ class ActivationStream:
         }
 
     def close(self) -> None:
-        """End the reading ahead, if there is any, and forget what it read; the next batch begins it again."""
+        """Stop the prefetching, if any, and discard its items; the next batch restarts it."""
         if self._inlet is not None:
             self._inlet.close()
             self._inlet = None
 
 
 class _Inlet:
-    """Rows of a source one after another, from a place on."""
+    """Consecutive rows of a source, from a given place on."""
 
     def __init__(self, source: Source, seed: int, start: Place, rank: int, ranks: int) -> None:
         self._ahead: ReadAhead[Any] | None = None
         if reads_ahead(source.model.device):
-            own = replace(source, model=source.model.replica())  # the caller may run the model meanwhile
+            own = replace(source, model=source.model.replica())  # the caller may run the model in between
             self._ahead = ReadAhead(own.chunks(seed, start, rank, ranks))
         self._chunks = self._ahead or source.chunks(seed, start, rank, ranks)
         self._place, self._rows = start, torch.empty(0, 0)
@@ -297,7 +297,7 @@ class _Inlet:
         slots: Int[Tensor, " slot"],
         on_rows: OnRows | None = None,
     ) -> Place:
-        """Write the next rows to some slots of a buffer; returns the place of the row after them."""
+        """Write the next rows to some slots of a buffer; return the place of the row after them."""
         filled = 0
         while filled < len(slots):
             if len(self._rows) == 0:

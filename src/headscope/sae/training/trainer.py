@@ -1,4 +1,4 @@
-"""The state of a training run, and one step of it."""
+"""State of a training run, and its training step."""
 
 import math
 from typing import Any
@@ -30,10 +30,10 @@ from headscope.sae.training.ranks import ALONE, Ranks
 from headscope.sae.training.schedule import coefficient_at, first_coefficient, l0_at, likely_coefficient, rate, steer
 from headscope.site import Site
 
-_THRESHOLD_RATE = 0.01  # of the running mean of the least activation that is kept; more while the run is short
+_THRESHOLD_RATE = 0.01  # rate of the running mean of the least kept activation; larger early in the run
 _RESAMPLE_CHUNK = 8192
 _SPEED = {"log_threshold": 10.0}
-"""Factors on the learning rate, by weight: a threshold must keep up with encoder rows, whose components are small."""
+"""Factors on the learning rate, by weight: thresholds must keep up with encoder rows, whose components are small."""
 
 
 class Trainer:
@@ -49,17 +49,17 @@ class Trainer:
         d_head: int | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        """Set the scale and the first dictionary.
+        """Set the scale and the initial dictionary.
 
         Args:
-            samples: activations, as they come.
+            samples: raw activations.
             config: the recipe.
-            W_O: what follows the site, where errors are measured after it.
-            d_head: components of a head, where inputs are scaled by head.
+            W_O: the output matrix, where errors are measured after it.
+            d_head: width of a head, where inputs are scaled by head.
             ranks: the processes that train together.
 
         Raises:
-            TrainingError: samples that are not finite; a recipe that needs W_O or d_head without them.
+            TrainingError: samples that are not finite; W_O or d_head missing in a recipe that needs them.
         """
         if not samples.isfinite().all():
             raise TrainingError(
@@ -84,7 +84,7 @@ class Trainer:
         self.last_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=samples.device)
         """Step of each latent's last activation."""
         self.firings = torch.zeros_like(self.last_fired) if config.dead_below else None
-        """Inputs that each latent fired on since the window before a resampling began, where their share decides."""
+        """Inputs that each latent fired on in the current window before a resampling, where dead_below is set."""
         if config.start in ("data", "subspace"):
             self._fit_first_size(samples[:_RESAMPLE_CHUNK] * self.scale)
             ranks.share(self.p.values())
@@ -105,7 +105,7 @@ class Trainer:
 
     @property
     def replaceable(self) -> Bool[Tensor, " d_sae"]:
-        """Latents that a resampling starts anew: dead ones, or those that fired on too few inputs of the window."""
+        """Latents to resample: dead ones, or those that fired on too few inputs of the window."""
         if self.firings is None:
             return self.dead
         return self.firings < self.config.dead_below * self.config.dead_steps * self.config.batch
@@ -115,7 +115,7 @@ class Trainer:
         """Train on one batch of raw activations.
 
         Raises:
-            TrainingError: the loss is not finite; nothing was changed by the batch.
+            TrainingError: the loss is not finite; the batch has no effect.
         """
         x = x * self.scale
         dead = self.dead
@@ -133,7 +133,7 @@ class Trainer:
         return status
 
     def _apply(self, gradients: Parameters, lr: float) -> None:
-        """Adam on all weights; decoder rows that are to have unit norm keep it."""
+        """Apply Adam to all weights; decoder rows with unit norm keep it."""
         self.ranks.average(gradients.values())
         d_decoder, decoder = gradients["decoder"], self.p["decoder"]
         unit_rows = self.config.decoder == "unit"
@@ -165,7 +165,7 @@ class Trainer:
             self.threshold += share * (least - self.threshold)
 
     def _count_firings(self, firings: Tensor, outcome: Outcome) -> None:
-        """Add a batch, in the window before a resampling: the last `dead_steps` steps that it comes after."""
+        """Count the firings of a batch within the last `dead_steps` steps before a resampling."""
         left = min((at - self.step_number for at in self.config.resampled_at if at >= self.step_number), default=None)
         if left is None or left >= self.config.dead_steps:
             return
@@ -201,7 +201,7 @@ class Trainer:
         )
 
     def _fit_first_size(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Make about the wanted number of latents active, and scale the encoder to what reconstructs best.
+        """Set thresholds to give about the target L0, and scale the encoder for the best reconstruction.
 
         Latents that start on inputs overlap, and together give a multiple of what each would alone. For x_hat without
         b_dec, the factor is `sum x . x_hat / sum ||x_hat||^2`.
@@ -226,9 +226,9 @@ class Trainer:
 
     @torch.no_grad()
     def resample(self, x: Float[Tensor, "n d_in"]) -> int:
-        """Start `replaceable` latents anew, by what is reconstructed badly among raw activations; returns how many.
+        """Resample `replaceable` latents on raw activations with a large error; return their number.
 
-        Adam's moments of what is new are zero; nothing else changes.
+        Adam's moments of the new rows are zero; nothing else changes.
         """
         dead = self.replaceable
         if not dead.any():
@@ -246,14 +246,14 @@ class Trainer:
 
     @torch.no_grad()
     def finish(self, site: Site, model_name: str) -> SAE:
-        """The SAE for raw activations: scales folded in, decoder rows of unit norm.
+        """Return the SAE for raw activations: scales folded in, decoder rows of unit norm.
 
-        BatchTopK becomes a JumpReLU with the mean of the least activation that a batch kept as its threshold.
+        BatchTopK becomes a JumpReLU whose threshold is the mean, over batches, of the least kept activation.
         """
         scale, p = self.scale, self.p
-        decoder = p["decoder"] / scale  # by latent: x_hat = (f D + b_dec) / scale
+        decoder = p["decoder"] / scale  # per latent: x_hat = (f D + b_dec) / scale
         norm = torch.linalg.vector_norm(decoder, dim=1).clamp_min(1e-12)
-        if self.config.variant == "topk":  # which are the largest must not change
+        if self.config.variant == "topk":  # the set of the largest must not change
             norm = norm.mean().expand_as(norm)
         encoder, b_enc = p["encoder"] * scale * norm[:, None], p["b_enc"] * norm
         activation: sae_model.Activation = sae_model.ReLU()
@@ -279,7 +279,7 @@ class Trainer:
         )
 
     def state(self) -> dict[str, Any]:
-        """All that decides what comes next: tensors by name, and plain numbers."""
+        """Return the complete state: tensors by name, and plain numbers."""
         moments = {
             f"adam.{name}.{key}": value
             for name, weight in self.p.items()
@@ -299,7 +299,7 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Resume from the result of `state`."""
         for name, weight in self.p.items():
             weight.copy_(state[f"p.{name}"])
             start = f"adam.{name}."
@@ -317,7 +317,7 @@ class Trainer:
 
 
 def _metric(x: Tensor, W_O: Tensor, scale: Tensor, config: TrainConfig) -> Float[Tensor, "d_in d_in"]:  # noqa: N803
-    """`S^-1 W_O W_O^T S^-1` for inputs that were multiplied by S, in units in which they stay as long."""
+    """Compute `S^-1 W_O W_O^T S^-1` for inputs multiplied by S, in units that preserve their length."""
     read = W_O.to(scale) / scale[:, None]
     metric = read @ read.T
     if config.scaling == "none":

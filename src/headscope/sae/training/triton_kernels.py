@@ -1,10 +1,10 @@
-"""The kernels of SAE training on a GPU, in Triton: the functions of `kernels.py`, by the same names.
+"""SAE training kernels for GPUs, in Triton: the functions of `kernels.py`, under the same names.
 
 The encoder's product is the only dense one. `select_above` multiplies inputs and encoder rounded to bfloat16 on the
-tensor cores and keeps one bit a (latent, row): may the pre-activation be above the limit? Those bits (1/32 of the
-float32 matrix, which is never written), counted by `_CHUNK` rows, say where each candidate goes: a prefix sum of the
-counts, then each chunk writes its own. No atomics, no sort, no buffer whose size was guessed. Candidates are computed
-again in float32 by `products`, and its result decides.
+tensor cores and keeps one bit per (latent, row): may the pre-activation be above the limit? Those bits (1/32 of the
+float32 matrix, which is never written), counted by `_CHUNK` rows, give each candidate's position: a prefix sum of the
+counts, then each chunk writes its own. No atomics, no sort, no buffer of guessed size. Candidates are recomputed in
+float32 by `products`, and its result decides.
 
 With x~, w~ the rounded vectors, and d terms in a sum,
 
@@ -13,13 +13,13 @@ With x~, w~ the rounded vectors, and d terms in a sum,
                                                                          in the last place of the sum's largest)
     |float32 x.w - x.w| <= 1.01 d 2^-24 |x| |w|                         (any order of summation, d < 2^18)
 
-A pair is a candidate unless the rounded product with all three added, and what adding the bias can lose, is at most the
-limit. NaN is not, so an input that is not finite is decided in float32 as well. The second line is how tensor cores
-from Volta to Hopper were found to add (Fasi, Higham, Mikaitis & Pranesh 2021, https://doi.org/10.7717/peerj-cs.330);
-numbers below 2^-100 are left out of account.
+A pair is a candidate unless the rounded product plus all three bounds, and the rounding error of adding the bias, is at
+most the limit. NaN is not, so an input that is not finite is decided in float32 as well. The second line is how tensor
+cores from Volta to Hopper were found to add (Fasi, Higham, Mikaitis & Pranesh 2021,
+https://doi.org/10.7717/peerj-cs.330); numbers below 2^-100 are ignored.
 
-Sums are of float32 in an order that depends on the shapes alone, so that a run can be repeated bit for bit. Only the
-kernel that proposes is tuned by timing, since what it is tuned to cannot change a result.
+Sums are float32 in an order that depends on the shapes alone, so that a run is reproducible bit for bit. Only the
+proposing kernel is autotuned, since its tuning cannot change a result.
 
 Without a GPU everything runs in Triton's interpreter, with `TRITON_INTERPRET=1` set before triton is imported.
 """
@@ -48,18 +48,18 @@ except ImportError as error:
     ) from error
 
 _INTERPRETED = bool(knobs.runtime.interpret)
-_CHUNK = 128  # rows whose candidates are counted together, and of a tile of the proposing kernel
+_CHUNK = 128  # rows whose candidates are counted together; also the rows of a tile of the proposing kernel
 _WORD = 32  # bits
-_STEP = 64  # of the proposing kernel's loop over d_in
+_STEP = 64  # step of the proposing kernel's loop over d_in
 _ITEMS = 16  # (latent, chunk) items written by one program
-_ACCUMULATION = 2.0**-21  # a term and unit of |x||w|: the second and third line above, and half as much again
-_OFFSET = 2.0**-20  # share of the bias and of the limit that adding them can lose, several times over
-_NORM_UP = 1 + 2.0**-10  # a computed norm times this is not below the norm
-_OPTIONS = {"enable_fp_fusion": True}  # said, so that no version's default changes a sum
+_ACCUMULATION = 2.0**-21  # per term and unit of |x||w|: the second and third line above, with a margin of one half
+_OFFSET = 2.0**-20  # bound on the relative error of adding bias and limit, with a margin
+_NORM_UP = 1 + 2.0**-10  # a computed norm times this is an upper bound of the norm
+_OPTIONS = {"enable_fp_fusion": True}  # set explicitly, so that no version's default changes a sum
 
 
 def _configs() -> list[Any]:
-    """(latents of a tile, warps, stages) worth trying on Hopper and Ampere; the interpreter has nothing to tune."""
+    """Return (latents of a tile, warps, stages) to tune over on Hopper and Ampere; none to tune in the interpreter."""
     choices = [(256, 8, 3), (256, 8, 4), (128, 8, 3), (128, 8, 4), (64, 4, 3), (64, 4, 4)]
     made = [triton.Config({"block": block}, num_warps=warps, num_stages=stages) for block, warps, stages in choices]
     return made[-1:] if _INTERPRETED else made
@@ -69,7 +69,7 @@ def _configs() -> list[Any]:
 @triton.jit
 @no_type_check
 def _round_rows(vectors, rounded, size, lost, d, d_padded, norm_up, block: tl.constexpr):
-    """One row in bfloat16, zeros up to `d_padded`; the norms of what was kept and of what was lost, rounded upwards."""
+    """Round one row to bfloat16, zero-padded to `d_padded`; norms of the result and of the error, rounded upwards."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     x = tl.load(vectors + row * d + column, mask=column < d, other=0.0).to(tl.float32)
@@ -106,9 +106,9 @@ def _propose(
     widen: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A tile [block latents, chunk rows] of the rounded product, raised by its error bound, as bits and their counts.
+    """Compute a tile [block latents, chunk rows] of the rounded product, raised by its error bound, as bits and counts.
 
-    Chunks run fastest: the programs at work share a few tiles of latents, and all rows stay in the cache.
+    Chunks run fastest: concurrent programs share a few tiles of latents, and all rows stay in the cache.
     """
     n_chunks = tl.cdiv(batch, chunk)
     of_chunk = tl.program_id(0) % n_chunks
@@ -122,7 +122,7 @@ def _propose(
     score = tl.zeros((block, chunk), tl.float32)
     for _ in range(0, d_padded, step):
         w, x = tl.load(w_at), tl.load(x_at)
-        if widen:  # the interpreter would multiply the bits of bfloat16 as whole numbers
+        if widen:  # the interpreter would multiply the bits of bfloat16 as integers
             w, x = w.to(tl.float32), x.to(tl.float32)
         score = tl.dot(w, x, score)
         w_at += step
@@ -147,7 +147,7 @@ def _propose(
 def _write_pairs(
     bits, ends, row, latent, n_items, n_chunks, chunk: tl.constexpr, word: tl.constexpr, items: tl.constexpr
 ):
-    """The (row, latent) of each bit of some (latent, chunk) items, at the place that the counts before them give."""
+    """Write the (row, latent) of each bit of some (latent, chunk) items, at the offset given by earlier counts."""
     item = tl.program_id(0).to(tl.int64) * items + tl.arange(0, items)
     there = item < n_items
     end = tl.load(ends + item, mask=there, other=0)
@@ -164,7 +164,7 @@ def _write_pairs(
 @triton.jit
 @no_type_check
 def _dot_pairs(row, latent, of_latents, of_rows, out, n_pairs, d, pairs: tl.constexpr, block: tl.constexpr):
-    """Dot products of some pairs' two vectors."""
+    """Compute the dot products of some pairs' two vectors."""
     pair = tl.program_id(0).to(tl.int64) * pairs + tl.arange(0, pairs)
     there = pair < n_pairs
     n = tl.load(row + pair, mask=there, other=0).to(tl.int64)
@@ -184,7 +184,7 @@ def _dot_pairs(row, latent, of_latents, of_rows, out, n_pairs, d, pairs: tl.cons
 def _sum_bags(
     starts, order, index, weights, vectors, out, d, ordered: tl.constexpr, pairs: tl.constexpr, block: tl.constexpr
 ):
-    """One bag's weighted sum of vectors, `block` components of it: pairs `starts[bag]` to `starts[bag + 1]`."""
+    """Compute one bag's weighted sum of vectors, `block` components of it: pairs `starts[bag]` to `starts[bag + 1]`."""
     bag = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     start, end = tl.load(starts + bag), tl.load(starts + bag + 1)
@@ -247,7 +247,7 @@ def sum_by_latent(
 ) -> Float[Tensor, "d_sae d"]:
     """`headscope.sae.training.kernels.sum_by_latent`: the weighted sum of the rows' vectors at each latent, in float32.
 
-    `out`, contiguous and of float32, is written and returned where it is given.
+    `out`, contiguous and float32, is written and returned if given.
 
     Raises:
         TrainingError: the numbers are neither float32 nor bfloat16.
@@ -299,9 +299,9 @@ def candidates(
     bias: Float[Tensor, " d_sae"],
     limit: Float[Tensor, " batch"],
 ) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
-    """(row, latent) of all pairs whose pre-activation may be above the row's limit, by latent, then by row.
+    """Return (row, latent) of all pairs whose pre-activation may be above the row's limit, by latent, then by row.
 
-    By the rounded product and its error bound (see above); all that float32 finds are among them.
+    Uses the rounded product and its error bound (see above); the result includes all pairs that float32 finds.
     """
     batch, d_sae, device = len(x), len(encoder), x.device
     n_chunks = _parts(batch, _CHUNK)
@@ -326,7 +326,7 @@ def candidates(
 
 
 def _rounded(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors in bfloat16, padded to whole steps; the norms of the rounded vectors and of the rounding errors."""
+    """Round vectors to bfloat16, padded to whole steps; also return the norms of the results and of the errors."""
     n, d = vectors.shape
     d_padded = _parts(d, _STEP) * _STEP
     rounded = vectors.new_empty(n, d_padded, dtype=torch.bfloat16)
@@ -337,7 +337,7 @@ def _rounded(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _slack(offset: Tensor) -> Tensor:
-    """What adding an offset can lose; a limit of infinity loses nothing."""
+    """Bound the rounding error of adding an offset; an infinite limit loses nothing."""
     return (offset.abs() * _OFFSET).nan_to_num(posinf=0.0)
 
 
@@ -346,13 +346,13 @@ def _launch(kernel: Any, grid: tuple[int, ...] | Callable[..., tuple[int, ...]],
 
 
 def _power_of_two(d: int, *, at_most: int | None = None) -> int:
-    """The least that is not below d."""
+    """Return the least power of two that is not below d."""
     power = 1 << (d - 1).bit_length()
     return power if at_most is None else min(power, at_most)
 
 
 def _parts(n: int, size: int) -> int:
-    """How many parts of a size n has, the last one maybe smaller."""
+    """Return the number of parts of a size in n, the last one possibly smaller."""
     return -(-n // size)
 
 
