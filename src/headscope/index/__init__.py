@@ -1,1 +1,1 @@
-"""All that is known of every feature of an SAE on a corpus: built in one job, read without torch."""
+"""The index: everything known about every feature of an SAE on a corpus; built in one job, read without torch."""

@@ -1,17 +1,17 @@
-"""Build indexes: read a corpus in parts, bring the parts together, read the shown examples again for their sources.
+"""Build indexes: process a corpus in parts, merge the parts, and rerun the shown examples for their sources.
 
-Everything happens in a folder `<out>.partial` beside the index to come:
+The build takes place in a folder `<out>.partial` next to the future index:
 
-    plan.json              what is being built; a build that finds another plan there refuses to go on
+    plan.json              the configuration of the build; a build with another plan refuses to resume
     shared/                per part: token counts, losses
     <number>/pairs/        per part and SAE: active pairs sorted by latent, sums by latent (`passes.read_part`)
     <number>/sweep/        one part: distributions and the choice of examples (`sweep.sweep`)
     <number>/examples/     per part: DFA by head and source of the chosen examples (`passes.read_examples`)
     values-<layer>/        per part of the vocabulary: the value of each token alone (`vocabulary.read_values`)
-    final/                 the index; moved to its place when it is whole
+    final/                 the index; moved to its place when complete
 
-Ranks share the parts; the first brings them together. Killed at any moment, the same command goes on with the parts
-that stand. Memory is bounded whatever the corpus: a batch, a part, a range of rows, and tables with a row a latent.
+Ranks share the parts; the first merges them. If killed at any moment, the same command resumes from the finished parts.
+Memory is bounded for any corpus: a batch, a part, a range of rows, and tables with one row per latent.
 """
 
 import shutil
@@ -51,23 +51,23 @@ from headscope.tokens import Spelling
 
 _POLL_SECONDS = 0.2
 Progress = Callable[[str, int, int], None]
-"""Called with the stage, the work done and the work in all."""
+"""Progress callback: called with the stage, the work done and the total."""
 
 
 @dataclass(frozen=True)
 class SAERecord:
-    """What an index says of the SAE's file."""
+    """Record of the SAE's file in an index."""
 
     name: str
-    """By which it is found from any working directory: of a path, the absolute one."""
+    """Name that finds it from any working directory: a path is absolute."""
     hash: str
-    """Of its weights."""
+    """Hash of its weights."""
     quality: dict[str, Any] | None = None
     """`Quality.as_dict()`, if it was measured."""
 
 
 def check_indexable(model: Model) -> None:
-    """Refuse a model of whose z no index can be made.
+    """Reject a model whose z cannot be indexed.
 
     Raises:
         ModelError: it is in half precision, or its z is not `pattern @ v`.
@@ -96,22 +96,23 @@ def build_index(
 
     Args:
         model: the model the SAEs were trained on.
-        saes: SAEs of the z of its layers, with what the manifest says of their files.
+        saes: SAEs of the z of its layers, with the manifest's records of their files.
         corpus: what to read; statistics are over its text tokens.
-        folder: gets the index, or one folder for each SAE when there are several; it appears whole or not at all.
-        overwrite: replace what is there, and what an interrupted build of something else left; what one of the same
-            index left is gone on with.
-        plan: what to keep.
-        workers: which of how many processes this is; the first one returns when the index stands.
-        on_progress: called as the work goes on.
+        folder: the index, or the parent folder of one index per SAE when there are several; written whole or not at
+            all.
+        overwrite: replace existing output and the partial results of a different build; a build of the same index is
+            resumed.
+        plan: what to store.
+        workers: rank and number of processes; the first one returns when the index is complete.
+        on_progress: called with progress.
 
     Returns:
         The index folders, in the order of the SAEs.
 
     Raises:
-        SAEError: not a z SAE, or of another width than the model's z; or two of one name.
+        SAEError: not a z SAE, or of a width other than that of the model's z; or two of one name.
         CorpusError, ModelError: the corpus or the layer does not fit the model, which must be in float32 or float64.
-        OutputError: the folder holds something, cannot be written, or is being built by another process.
+        OutputError: the folder is not empty, cannot be written, or is being built by another process.
         IndexFormatError: DFA does not sum to the pre-activation, or activations are not finite.
     """
     check_indexable(model)
@@ -137,7 +138,7 @@ def build_index(
 
 
 class _Build:
-    """One build and its folder."""
+    """A build and its folder."""
 
     def __init__(
         self,
@@ -171,14 +172,14 @@ class _Build:
         return Parts(self.partial / str(number) / stage, 1 if stage == "sweep" else self.n_parts)
 
     def _pairs(self, number: int) -> SortedParts:
-        """All pairs of an SAE; their checksums are read once."""
+        """Return all pairs of an SAE; their checksums are read once."""
         if number not in self._checked:
             self._checked[number] = SortedParts(self._parts(number, "pairs"))
         return self._checked[number]
 
     # ---------------------------------------------------------------------------------------------------------- claim
     def claim(self, *, overwrite: bool) -> None:
-        """Make the build folder ours, or go on with what an interrupted build of the same plan left in it."""
+        """Claim the build folder, or resume an interrupted build of the same plan in it."""
         wanted = {
             "format_version": FORMAT_VERSION,
             "headscope": version("headscope"),
@@ -209,7 +210,7 @@ class _Build:
 
     # ------------------------------------------------------------------------------------------------------------ run
     def run(self, report: Progress, *, overwrite: bool) -> None:
-        """All stages; the first rank does what must be done once."""
+        """Run all stages; the first rank does what must be done once."""
         first = self.workers.rank == 0
         if not (self.final / "whole").is_file():
             subjects = subjects_of(self.model, self.saes, self.corpus)
@@ -234,10 +235,10 @@ class _Build:
 
     def _finish(self, *, overwrite: bool) -> None:
         """Move the index to its place and clear the build folder."""
-        check_output(self.folder, overwrite=overwrite)  # it may have been filled meanwhile
+        check_output(self.folder, overwrite=overwrite)  # it may have been filled in the meantime
         for name, output in zip(self.names, self.outputs, strict=True):
             said = output / labels.FILE
-            if said.is_file() and not said.is_symlink():  # by people, who are not to be asked again
+            if said.is_file() and not said.is_symlink():  # made by people, who must not be asked again
                 shutil.copyfile(said, self.final / name / labels.FILE)
         (self.final / "whole").unlink()
         try:
@@ -247,7 +248,7 @@ class _Build:
             raise
         for child in self.partial.iterdir():
             if child.is_dir():
-                shutil.rmtree(child, ignore_errors=True)  # before the plan, which says that a build left the rest
+                shutil.rmtree(child, ignore_errors=True)  # before the plan, which marks the rest as left by a build
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _blocks(self, part: int) -> np.ndarray:
@@ -268,11 +269,11 @@ class _Build:
             found, shared = read_part(model, subjects, self.corpus, self._blocks(part), self.plan, on_batch)
             for stage, arrays in zip(stages, found, strict=True):
                 stage.write(part, arrays)
-            self._shared.write(part, shared)  # last: it stands only when all of the part does
+            self._shared.write(part, shared)  # last: it exists only when all of the part does
 
         self._read("activations", self._shared, read, self._n_blocks, report)
         self._shared.wait()
-        if self.workers.world > 1:  # a part that another process found damaged is missing until it is made again
+        if self.workers.world > 1:  # a part found damaged by another process is missing until it is remade
             for stage in stages:
                 stage.wait()
 
@@ -287,7 +288,7 @@ class _Build:
         size: Callable[[int], int],
         report: Progress,
     ) -> None:
-        """Read the parts of a stage that are missing; `size` says how many blocks, or tokens, a part is."""
+        """Read the missing parts of a stage; `size` is the number of blocks, or tokens, of a part."""
         missing = stage.missing(self.workers)
         total = sum(map(size, missing))
         report(name, 0, total)
@@ -295,7 +296,7 @@ class _Build:
         report(name, total, total)  # blocks without an example are not read again
 
     def _sweep(self, number: int, report: Progress) -> None:
-        """Bring the pairs together: `final/activations`, distributions, and the choice of examples."""
+        """Merge the pairs: `final/activations`, distributions, and the choice of examples."""
         stage = self._parts(number, "sweep")
         stage.discard_damaged([0])
         folder = self.final / self.names[number] / "activations"
@@ -364,10 +365,10 @@ class _Build:
 
     # ---------------------------------------------------------------------------------------------------------- write
     def _write(self, number: int, subject: Subject, report: Progress) -> None:
-        """Write one index but for its activations, which the sweep wrote."""
+        """Write one index except for its activations, which the sweep wrote."""
         model, corpus, n_heads = self.model, self.corpus, self.model.spec.n_heads
         folder = self.final / self.names[number]
-        for path in folder.iterdir():  # what an interrupted build wrote here is not to be in the manifest
+        for path in folder.iterdir():  # leftovers of an interrupted build must not enter the manifest
             if path.is_file():
                 path.unlink()
         shutil.rmtree(folder / CARRIED, ignore_errors=True)
@@ -409,7 +410,7 @@ class _Build:
         return np.sum([self._shared.read(part, [name])[name] for part in range(self.n_parts)], axis=0)
 
     def _losses(self, start: int, stop: int) -> np.ndarray:
-        """Losses of blocks start to stop - 1."""
+        """Return the losses of blocks start to stop - 1."""
         size = self._blocks_a_part
         pieces = []
         for part in range(start // size, (stop - 1) // size + 1):
@@ -418,7 +419,7 @@ class _Build:
         return np.concatenate(pieces)
 
     def _manifest(self, number: int, subject: Subject, totals: tables.Totals) -> dict[str, Any]:
-        """What an index says of itself."""
+        """Make the manifest of an index."""
         model, corpus, record, sae = self.model, self.corpus, self.records[number], subject.sae
         n_pairs = int(totals.n_active.sum())
         active = int(self._pairs(number).totals("n_active_tokens").sum())
@@ -481,13 +482,13 @@ class _Build:
 
 
 def _convention(sae: SAE) -> str:
-    """What its activations are, as its files say."""
+    """Return the convention of its activations according to its files."""
     said = sae.metadata.get("z_convention", "not stated; read as raw")
     converted = sae.metadata.get("converted")
     return f"{said}, converted from {converted['from']}" if converted else said
 
 
 def _hashes(folder: Path) -> dict[str, list]:
-    """Bytes and SHA-256 of each file of a folder."""
+    """Return bytes and SHA-256 of each file of a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): [path.stat().st_size, file_hash(path)] for path in files}

@@ -1,8 +1,8 @@
-"""Columns that a study adds to an index: one row a latent, in a file of their own that says where they come from.
+"""Columns that a study adds to an index: one row per latent, in a separate file with provenance.
 
-The index itself never changes. What a study found of every latent is written to `<index>/columns/<study>.parquet`,
-whole or not at all, with its provenance as JSON in the file's metadata. Provenance names the index that was studied, so
-that columns of another one are refused and not shown. No torch, no model.
+The index itself never changes. Results of a study for every latent are written to `<index>/columns/<study>.parquet`,
+whole or not at all, with provenance as JSON in the file's metadata. Provenance identifies the studied index, so that
+columns of another index are rejected. No torch, no model.
 """
 
 import hashlib
@@ -33,20 +33,20 @@ _SAID = ("settings", "definitions", "n")
 
 
 def add_columns(index: "FeatureIndex", study: str, table: pa.Table, provenance: dict[str, Any]) -> Path:
-    """Write what a study found of every latent; what the same study wrote before is replaced.
+    """Write a study's results for every latent, replacing earlier ones of the same study.
 
     Args:
-        index: what was studied.
+        index: the studied index.
         study: names the file; lower-case letters, digits and underscores, as do the columns.
-        table: `latent`, equal to the row number, and the study's columns; what does not exist is null, never NaN.
-        provenance: JSON with `settings` (what was asked), `definitions` (each column in one line) and `n` (what was
-            studied: tokens, or what the study says). The index studied, the date and the version are added.
+        table: `latent`, equal to the row number, and the study's columns; missing values are null, never NaN.
+        provenance: JSON with `settings` (the options), `definitions` (one line per column) and `n` (the sample size:
+            tokens, or the study's own unit). The studied index, the date and the version are added.
 
     Returns:
         The file.
 
     Raises:
-        IndexFormatError: a name, a table or a provenance that is not as said.
+        IndexFormatError: an invalid name, table or provenance.
         OutputError: it cannot be written.
     """
     _check_name("study", study)
@@ -59,17 +59,17 @@ def add_columns(index: "FeatureIndex", study: str, table: pa.Table, provenance: 
 def write_with_origin(
     index: "FeatureIndex", path: Path, table: pa.Table, provenance: dict[str, Any], defined: Sequence[str]
 ) -> None:
-    """Write a table that a study of an index found, whole or not at all, with its provenance in the file's metadata.
+    """Write the result table of a study, whole or not at all, with its provenance in the file's metadata.
 
     Args:
-        index: what was studied.
-        path: the file; what is there is replaced.
-        table: what was found.
-        provenance: as of `add_columns`.
+        index: the studied index.
+        path: the file; an existing one is replaced.
+        table: the results.
+        provenance: as in `add_columns`.
         defined: the columns that must have a definition.
 
     Raises:
-        IndexFormatError: a provenance that is not as said.
+        IndexFormatError: an invalid provenance.
         OutputError: it cannot be written.
     """
     missing = [name for name in _SAID if name not in provenance]
@@ -95,10 +95,11 @@ def write_with_origin(
 
 
 def read_columns(folder: str | Path, study: str) -> tuple[pa.Table, dict[str, Any]]:
-    """The columns of a study of the index in a folder, and their provenance.
+    """Read the columns of a study of the index in a folder, and their provenance.
 
     Raises:
-        IndexFormatError: no index, no such study, a damaged file, or columns of another index: what differs is named.
+        IndexFormatError: no index, no such study, a damaged file, or columns of another index; the error names the
+            difference.
     """
     folder = local(folder)
     _check_name("study", study)
@@ -116,10 +117,10 @@ def read_columns(folder: str | Path, study: str) -> tuple[pa.Table, dict[str, An
 
 
 def read_with_origin(path: Path, manifest: dict[str, Any]) -> tuple[pa.Table, dict[str, Any]]:
-    """A table that a study wrote beside the index with this manifest, and its provenance.
+    """Read a table that a study added to the index with this manifest, and its provenance.
 
     Raises:
-        IndexFormatError: a damaged file, or a table of another index: what differs is named.
+        IndexFormatError: a damaged file, or a table of another index; the error names the difference.
     """
     table = read_table(path)
     try:
@@ -139,13 +140,13 @@ def read_with_origin(path: Path, manifest: dict[str, Any]) -> tuple[pa.Table, di
 
 
 def studies(folder: Path) -> tuple[str, ...]:
-    """The studies of which there are columns, by name."""
+    """Return the studies that have columns, by name."""
     names = [path.stem for path in (folder / FOLDER).glob("*.parquet") if path.is_file() and not path.is_symlink()]
     return tuple(sorted(name for name in names if _NAME.fullmatch(name)))
 
 
 def index_identity(manifest: dict[str, Any]) -> dict[str, str]:
-    """What makes an index the one it is: hashes of its model, SAE and corpus, and of the activations it holds."""
+    """Return the identity of an index: hashes of its model, SAE and corpus, and of its activations."""
     files = sorted((name, digest) for name, (_, digest) in manifest["files"].items() if name.startswith("activations/"))
     activations = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     named = {name: manifest[name]["hash"] for name in ("model", "sae", "corpus")}
@@ -158,7 +159,7 @@ def _check_name(what: str, name: str) -> None:
 
 
 def _check_table(study: str, table: pa.Table, n_latents: int) -> None:
-    """One row a latent in their order, no column twice, and nothing that is not a number where numbers are."""
+    """Check that there is one row per latent in order, no duplicate column, and finite values in numeric columns."""
     names = table.column_names
     if names[:1] != ["latent"] or table["latent"].to_pylist() != list(range(n_latents)):
         raise _refused(f"columns of {study!r} with {len(table)} rows", f"latent first, from 0 to {n_latents - 1}")

@@ -1,4 +1,4 @@
-"""Whether an index agrees with itself, which checksums that anyone can write do not tell. No torch."""
+"""Internal consistency of an index, which checksums alone do not guarantee. No torch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,14 +29,14 @@ _AGREE = {
     "examples and activations": """SELECT e.latent FROM examples e
         LEFT JOIN activations a USING (latent, position) WHERE a.activation IS DISTINCT FROM e.activation""",
 }
-"""What must agree, and the latents of which it does not."""
+"""Quantities that must agree, with the query for the latents where they do not."""
 
 
 def check_counts(manifest: dict[str, Any], features: pa.Table) -> None:
-    """Hold the manifest's count of text tokens against the table of features.
+    """Validate the manifest's count of text tokens against the table of features.
 
     Raises:
-        ValueError: there is no such count of tokens, or densities are not shares of it.
+        ValueError: there is no such count, or densities are not shares of it.
     """
     corpus = manifest["corpus"]
     n_tokens, n_blocks, size = corpus["n_tokens"], corpus["n_blocks"], corpus["block_size"]
@@ -48,7 +48,7 @@ def check_counts(manifest: dict[str, Any], features: pa.Table) -> None:
 
 
 def disagreements(sql: Callable[[str], pa.Table], manifest: dict[str, Any]) -> list[str]:
-    """Name what does not agree: counts and moments of features, totals, groups and examples with the activations.
+    """Return the names of inconsistencies: counts and moments of features, totals, groups and examples vs. activations.
 
     Args:
         sql: runs a query over the views of the index.

@@ -1,4 +1,4 @@
-"""Which latents are active together: Pearson correlations of all pairs over the whole corpus, in bounded memory."""
+"""Pearson correlations of all pairs of latents over the whole corpus, in bounded memory."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from scipy import sparse
 from headscope.index.parts import SortedParts
 
 _ROWS = 256  # latents compared with all others at a time
-_TILE_BYTES = 1 << 28  # of sums held at a time: a run of latents against all
+_TILE_BYTES = 1 << 28  # sums in memory at a time: a run of latents against all
 
 
 def most_correlated(
@@ -28,10 +28,10 @@ def most_correlated(
     Args:
         pairs: with the columns position and activation.
         mean: of each latent over all tokens.
-        std: likewise.
+        std: standard deviation, likewise.
         n_tokens: N.
-        k: how many.
-        on_latents: called with the latents done, and all of them.
+        k: number per latent.
+        on_latents: called with the latents done and the total.
     """
     d_sae = len(mean)
     k = min(k, d_sae - 1)
@@ -58,7 +58,7 @@ def _largest(
     std: np.ndarray,
     k: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k largest correlations of some latents with all others, and whose they are."""
+    """Return the k largest correlations of some latents with all others, and the other latents."""
     with np.errstate(divide="ignore", invalid="ignore"):
         r = (mean_product - mean[own, None] * mean) / (std[own, None] * std)
     r[(mean_product == 0) | ~np.isfinite(r)] = -np.inf
@@ -80,4 +80,4 @@ def _add_products(products: Float[np.ndarray, "own latent"], part: dict[str, np.
     values = part["activation"].astype(np.float64)
     f = sparse.csr_array((values, part["position"] - low, starts), (products.shape[1], high - low + 1))
     found = (f[first : first + len(products)] @ f.T).tocoo()
-    products[found.row, found.col] += found.data  # each place once
+    products[found.row, found.col] += found.data  # each index once

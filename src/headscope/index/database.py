@@ -1,4 +1,4 @@
-"""SQL over the tables of an index: one SELECT at a time, with its own files and nothing else of this machine."""
+"""SQL over the tables of an index: one SELECT at a time, restricted to the index's own files."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,15 +16,15 @@ from headscope.errors import IndexFormatError
 _ALONE: dict[str, Any] = {
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
-    "python_enable_replacements": False,  # a local variable is no table
+    "python_enable_replacements": False,  # local variables are not tables
 }
 
 
 class Database:
-    """DuckDB with a view of each table; safe to use from several threads."""
+    """DuckDB with a view of each table; thread-safe."""
 
     def __init__(self, tables: Mapping[str, list[Path] | pa.Table], derived: Mapping[str, str | None]) -> None:
-        """Let the database read these files, nothing else on this machine, and nothing off it.
+        """Open a database that can access these files only, and no network.
 
         Args:
             tables: the Parquet files of each table, or the table itself.
@@ -50,11 +50,11 @@ class Database:
     def select(
         self, query: str, parameters: list[Any] | None, more: Mapping[str, pa.Table], seconds: float | None
     ) -> pa.Table:
-        """Run one query over the views, and over `more` tables by their names, for at most so many seconds.
+        """Run one query over the views, and over `more` tables by name, with a time limit in seconds.
 
         Raises:
             IndexFormatError: it is not one SELECT, takes longer, or DuckDB cannot run it.
-            KeyboardInterrupt: Ctrl-C, which DuckDB answers with an error of its own.
+            KeyboardInterrupt: Ctrl-C, which DuckDB reports as its own error.
         """
         with self._lock, self._limit(seconds) as out_of_time:
             try:
@@ -76,7 +76,7 @@ class Database:
 
     @contextmanager
     def _limit(self, seconds: float | None) -> Iterator[Event]:
-        """Interrupt what runs after some seconds, and set the event."""
+        """Interrupt the running query after some seconds, and set the event."""
         out_of_time = Event()
 
         def interrupt() -> None:

@@ -1,4 +1,4 @@
-"""Stretches of an index's text as JSON, each token once."""
+"""Excerpts of an index's text as JSON, each token once."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,11 +10,11 @@ from headscope.encode import Json
 from headscope.index.store import FeatureIndex
 
 Runs = dict[int, list[tuple[int, int]]]
-"""Stretches [start, end) of blocks, by block, sorted and disjoint."""
+"""Ranges [start, end) of blocks, by block, sorted and disjoint."""
 
 
 def join_runs(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sort stretches and join those that meet, or leave out a single token."""
+    """Sort ranges and merge those that touch or are one token apart."""
     joined: list[tuple[int, int]] = []
     for start, end in sorted(runs):
         if joined and start <= joined[-1][1] + 1:
@@ -25,7 +25,7 @@ def join_runs(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def text_runs(blocks: Iterable[int], runs: Iterable[list[tuple[int, int]]]) -> Runs:
-    """All stretches of each block, each token once."""
+    """Yield all ranges of each block, each token once."""
     made: Runs = {}
     for block, own in zip(blocks, runs, strict=True):
         made.setdefault(block, []).extend(own)
@@ -33,7 +33,7 @@ def text_runs(blocks: Iterable[int], runs: Iterable[list[tuple[int, int]]]) -> R
 
 
 def text_json(runs: Runs, tokens_of: Callable[[int], Int[np.ndarray, " position"]]) -> list[list[Any]]:
-    """Write stretches of text as [block, start, ids]."""
+    """Write ranges of text as [block, start, ids]."""
     made = []
     for block, own in runs.items():
         tokens = tokens_of(block)
@@ -42,7 +42,7 @@ def text_json(runs: Runs, tokens_of: Callable[[int], Int[np.ndarray, " position"
 
 
 def corpus_json(runs: Runs, index: FeatureIndex) -> Json:
-    """The text of some stretches, and the document that each of their blocks' positions is from."""
+    """Return the text of some ranges, with the document at each of their positions."""
     where, names = {}, {}
     for block, own in runs.items():
         document = index.documents_of(block)

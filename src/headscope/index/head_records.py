@@ -1,4 +1,4 @@
-"""What studies found of heads, as records: read from the tables beside an index. No torch, no model."""
+"""Results of studies of heads, as records read from the tables of an index. No torch, no model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from headscope.stats import Estimate, Measure
 
 @dataclass(frozen=True)
 class RoleScore:
-    """One score of a head beside its nulls."""
+    """One score of a head with its nulls."""
 
     role: str
     value: float
     low: float | None
     high: float | None
     even: float | None
-    """Of a head that attends evenly; of a table without meaning, for copying."""
+    """For a head that attends uniformly; for copying, from a random table."""
     null: float | None
-    """Of this head with all weights shuffled: mean, and the largest."""
+    """For this head with all weights shuffled: mean, and maximum."""
     null_high: float | None
     p: float | None
     definition: str
@@ -36,32 +36,32 @@ class RoleScore:
 
 @dataclass(frozen=True)
 class PrefixCurve:
-    """Attention to what followed the first copy of 1, 2, ... tokens."""
+    """Induction attention by the number of repeated tokens, 1, 2, ..."""
 
     attention: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
     """Intervals; empty where there are none."""
     null: tuple[float, ...]
-    """Before anything is copied."""
+    """Before any token is repeated."""
 
 
 @dataclass(frozen=True)
 class HeadScore:
-    """What one head does on text without meaning."""
+    """Scores of one head on repeated random tokens."""
 
     layer: int
     head: int
     scores: tuple[RoleScore, ...]
-    """Of `head_table.ROLES`, those that were measured."""
+    """Measured scores, a subset of `head_table.ROLES`."""
     roles: tuple[str, ...]
-    """Which of them the tests give it."""
+    """Roles that the tests assign to it."""
     prefix: PrefixCurve
 
 
 @dataclass(frozen=True)
 class StoredCluster:
-    """Features of one head of one family."""
+    """Features of one head in one family."""
 
     family: str
     n: int
@@ -71,7 +71,7 @@ class StoredCluster:
 
 @dataclass(frozen=True)
 class StoredCard:
-    """How many things one head of the SAE's layer does, by one way to weigh its features."""
+    """Number of functions of one head of the SAE's layer, by one weighting of its features."""
 
     layer: int
     head: int
@@ -88,7 +88,7 @@ class StoredCard:
 
 @dataclass(frozen=True)
 class FeatureAblation:
-    """What is left of one feature when each head of its layer is ablated; None where there is no number."""
+    """What remains of one feature when each head of its layer is ablated; None where undefined."""
 
     kind: str
     latent: int
@@ -100,7 +100,7 @@ class FeatureAblation:
 
 @dataclass(frozen=True)
 class TurnedOff:
-    """The share of a family of features that ablating a head turns off, by one rule."""
+    """The share of a family of features that ablating a head silences, by one rule."""
 
     layer: int
     head: int
@@ -112,7 +112,7 @@ class TurnedOff:
 
 @dataclass(frozen=True)
 class AblatedHead:
-    """What fires on some blocks when a head is ablated, and the features outside of a family that it makes."""
+    """Features that fire on some blocks when a head is ablated, and the features outside of a family that it makes."""
 
     layer: int
     head: int
@@ -125,34 +125,34 @@ class AblatedHead:
     lost: tuple[int, ...]
     by_dfa: tuple[int, ...]
     family: str
-    """What the lists leave out."""
+    """Family that the lists exclude."""
 
 
 @dataclass(frozen=True)
 class StoredConcentration:
-    """On how few heads features, or directions without meaning, rest."""
+    """Concentration of features, or of null directions, on few heads."""
 
     weights: str
     of: str
     n: int
     top: tuple[int, ...]
-    """By largest share, in 20 equal bins from 0 to 1."""
+    """Counts by largest share, in 20 equal bins from 0 to 1."""
     participation: tuple[float, ...]
     """Quantiles 0, 0.1, ... 1."""
 
 
 @dataclass(frozen=True)
 class StoredRule:
-    """The post's selection by the decoder share of one head, held against the composite test."""
+    """The post's selection by the decoder share of one head, compared with the composite test."""
 
     head: int
     n: int
     n_true: int
-    """Induction features, of n."""
+    """Induction features, out of n."""
     at: float
     """The post's threshold."""
     threshold: tuple[float, ...]
-    """Falling; the next two are the ROC curve."""
+    """Descending; the next two are the ROC curve."""
     true_rate: tuple[float, ...]
     false_rate: tuple[float, ...]
     auc: Measure
@@ -179,16 +179,16 @@ _JOINTLY = {
 
 
 def in_words(measure: str) -> str:
-    """A measure of superposition, which tables name after its columns, in words."""
+    """Return the readable name of a superposition measure, which tables name after its columns."""
     by = measure.removeprefix("several heads by ")
     return f"several heads by {_BY.get(by, by)}" if by != measure else _JOINTLY.get(measure, measure)
 
 
 class HeadTables:
-    """What was found of the heads of an index; each table is read when it is first asked for."""
+    """Results of studies of heads of an index; each table is read on first use."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open those of the index in a folder.
+        """Open the tables of the index in a folder.
 
         Raises:
             IndexFormatError: no index.
@@ -199,11 +199,11 @@ class HeadTables:
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """Those that there are; empty where the heads were not studied."""
+        """Names of the existing tables; empty where the heads were not studied."""
         return head_tables(self.folder)
 
     def provenance(self, name: str) -> dict[str, Any]:
-        """Settings, definitions of all columns, n and date of a table.
+        """Return settings, definitions of all columns, n and date of a table.
 
         Raises:
             IndexFormatError: no such table, or one that is damaged or of another index.
@@ -212,7 +212,7 @@ class HeadTables:
 
     @cached_property
     def scores(self) -> tuple[HeadScore, ...]:
-        """Of all heads of all layers, by layer and head.
+        """Return the scores of all heads of all layers, by layer and head.
 
         Raises:
             IndexFormatError: as of `provenance`.
@@ -224,7 +224,7 @@ class HeadTables:
         )
 
     def score(self, layer: int, head: int) -> HeadScore:
-        """Of one head.
+        """Return the scores of one head.
 
         Raises:
             IndexFormatError: no such head, or as of `provenance`.
@@ -235,7 +235,7 @@ class HeadTables:
         raise self._no_head(layer, head)
 
     def cards(self, weights: str = "dfa") -> tuple[StoredCard, ...]:
-        """The catalogue: every head of the SAE's layer, by one way to weigh features.
+        """Return the catalogue of the heads of the SAE's layer, by one weighting of features.
 
         Raises:
             IndexFormatError: weights that were not catalogued, or as of `provenance`.
@@ -255,7 +255,7 @@ class HeadTables:
         return tuple(_card(row, of_head.get(row["head"], []), said["definitions"]) for row in _rows(own))
 
     def card(self, head: int, weights: str = "dfa") -> StoredCard:
-        """Of one head of the SAE's layer.
+        """Return the catalogue entry of one head of the SAE's layer.
 
         Raises:
             IndexFormatError: no such head, or as of `cards`.
@@ -266,7 +266,7 @@ class HeadTables:
         raise self._no_head(int(self._manifest["layer"]), head)
 
     def ablation(self, latent: int) -> tuple[FeatureAblation, ...]:
-        """What each head's ablation leaves of a feature, one record for each kind of ablation; none for a dead one.
+        """Return what remains of a feature under each head's ablation, one record per kind; none for a dead one.
 
         Raises:
             IndexFormatError: as of `provenance`.
@@ -280,7 +280,7 @@ class HeadTables:
         )
 
     def ablation_matrix(self, kind: str = "mean", column: str = "retained") -> Float[np.ndarray, "latent head"]:
-        """Features x heads of one kind of ablation: `retained` or `off`; NaN where there is no number.
+        """Return features x heads of one kind of ablation: `retained` or `off`; NaN where undefined.
 
         Raises:
             IndexFormatError: no such kind or column, or as of `provenance`.
@@ -301,7 +301,7 @@ class HeadTables:
         return whole
 
     def turned_off(self, head: int | None = None) -> tuple[TurnedOff, ...]:
-        """How many features of each family a head turns off; of all heads when None.
+        """Return how many features of each family are silenced by ablating a head; of all heads when None.
 
         Raises:
             IndexFormatError: as of `provenance`.
@@ -317,7 +317,7 @@ class HeadTables:
         )
 
     def ablated(self, head: int) -> AblatedHead:
-        """What fires when a head of the SAE's layer is ablated.
+        """Return the features that fire when a head of the SAE's layer is ablated.
 
         Raises:
             IndexFormatError: no such head, or as of `provenance`.
@@ -329,7 +329,7 @@ class HeadTables:
         raise self._no_head(int(self._manifest["layer"]), head)
 
     def measures(self, study: str) -> dict[str, Measure]:
-        """Measures of the whole dictionary by name: of `induction`, or of `superposition`.
+        """Return the measures of the whole dictionary by name: of `induction`, or of `superposition`.
 
         Raises:
             IndexFormatError: a study without any, or as of `provenance`.
@@ -340,7 +340,7 @@ class HeadTables:
         return {row["measure"]: measure_of(row, "value", row["definition"]) for row in _rows(self._read(path)[0])}
 
     def rules(self) -> tuple[StoredRule, ...]:
-        """The post's rule, by the decoder share of a head, held against the composite test: one record a head.
+        """Compare the post's rule, by the decoder share of a head, with the composite test: one record per head.
 
         Raises:
             IndexFormatError: as of `provenance`.
@@ -357,7 +357,7 @@ class HeadTables:
         )
 
     def concentration(self) -> tuple[StoredConcentration, ...]:
-        """Largest shares and participation, of features and of their nulls.
+        """Return largest shares and participation, of features and of their nulls.
 
         Raises:
             IndexFormatError: as of `provenance`.
@@ -369,7 +369,7 @@ class HeadTables:
         )
 
     def lines(self) -> list[str]:
-        """A summary in words.
+        """Return a summary as text.
 
         Raises:
             IndexFormatError: as of `provenance`.
@@ -406,7 +406,7 @@ class HeadTables:
 
 
 def measure_of(row: Mapping[str, Any], name: str, definition: str) -> Measure:
-    """The measure that `head_table.measure_row` laid out."""
+    """Read the measure written by `head_table.measure_row`."""
     null = row[f"{name}_null"]
     return Measure(
         definition,
@@ -421,7 +421,7 @@ def measure_of(row: Mapping[str, Any], name: str, definition: str) -> Measure:
 
 
 def _where(table: pa.Table, column: str, value: Any) -> pa.Table:
-    """The rows with a value in a column."""
+    """Return the rows with a value in a column."""
     return table.filter(np.array([own == value for own in table[column].to_pylist()], dtype=bool))
 
 

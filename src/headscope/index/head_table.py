@@ -1,7 +1,8 @@
-"""What studies found of heads, beside an index: tables with one row a head, a family of it, or a feature and all heads.
+"""Results of studies of heads: tables with one row per head, per head and family, or per feature over all heads.
 
-They lie in `<index>/heads/<table>.parquet` and are written, stamped and refused like columns (`index.columns`): whole
-or not at all, with the index that was studied in their metadata. `SCHEMAS` says what each holds. No torch, no model.
+They are stored in `<index>/heads/<table>.parquet` and are written, stamped and validated like columns
+(`index.columns`): whole or not at all, with the studied index in their metadata. `SCHEMAS` defines their columns. No
+torch, no model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ _ARROW = {
     "text": pa.string(),
     "ints": pa.list_(pa.int64()),
     "floats": pa.list_(pa.float64()),
-    "by head": pa.list_(pa.float64()),  # one number for each head of the layer
+    "by head": pa.list_(pa.float64()),  # one number per head of the layer
 }
 ROLES = ("previous_token", "induction", "duplicate_token", "copying")
 
@@ -39,23 +40,23 @@ class Schema:
     """The columns of a table."""
 
     key: Mapping[str, tuple[Type, str]]
-    """What tells its rows apart, each with its definition; never null."""
+    """Key columns, with their definitions; never null."""
     values: Mapping[str, tuple[Type, str]]
-    """The rest, which may be null; never NaN or infinite."""
+    """The other columns, which may be null; never NaN or infinite."""
 
     @property
     def columns(self) -> dict[str, tuple[Type, str]]:
-        """All, keys first."""
+        """All columns, keys first."""
         return {**self.key, **self.values}
 
     @property
     def arrow(self) -> pa.Schema:
-        """As Parquet holds it."""
+        """The Arrow schema."""
         return pa.schema([(name, _ARROW[kind]) for name, (kind, _) in self.columns.items()])
 
 
 def _measure(name: str, definition: str) -> dict[str, tuple[Type, str]]:
-    """The columns of a `stats.Measure`."""
+    """Return the columns of a `stats.Measure`."""
     return {
         name: ("float", definition),
         f"{name}_n": ("int", f"{name}: what it is a number of"),
@@ -70,7 +71,7 @@ def _measure(name: str, definition: str) -> dict[str, tuple[Type, str]]:
 
 
 def measure_row(name: str, measure: Measure) -> dict[str, Any]:
-    """The cells of a measure, for `add_head_table`."""
+    """Return the cells of a measure, for `add_head_table`."""
     null = measure.null
     return {
         name: measure.value,
@@ -215,20 +216,20 @@ SCHEMAS: dict[str, Schema] = {
 def add_head_table(
     index: "FeatureIndex", name: str, rows: Sequence[Mapping[str, Any]] | pa.Table, provenance: Mapping[str, Any]
 ) -> Path:
-    """Write a table of heads; what was there of that name is replaced.
+    """Write a table of heads, replacing an existing one of that name.
 
     Args:
-        index: what was studied.
+        index: the studied index.
         name: one of `SCHEMAS`.
-        rows: by column; what does not exist is None.
-        provenance: JSON with `settings` (what was asked) and `n` (what was studied). Definitions are the schema's; the
-            index studied, the date and the version are added.
+        rows: by column; missing values are None.
+        provenance: JSON with `settings` (the options) and `n` (the sample size). Definitions are the schema's; the
+            studied index, the date and the version are added.
 
     Returns:
         The file.
 
     Raises:
-        IndexFormatError: no such table, or rows that are not as its schema says.
+        IndexFormatError: no such table, or rows that violate its schema.
         OutputError: it cannot be written.
     """
     schema = _schema(name)
@@ -246,7 +247,7 @@ def add_head_table(
 
 
 def read_head_table(folder: str | Path, name: str) -> tuple[pa.Table, dict[str, Any]]:
-    """A table of the heads of the index in a folder, and its provenance.
+    """Read a table of the heads of the index in a folder, and its provenance.
 
     Raises:
         IndexFormatError: no such table, a damaged one, or one of another index.
@@ -266,7 +267,7 @@ def read_head_table(folder: str | Path, name: str) -> tuple[pa.Table, dict[str, 
 
 
 def head_tables(folder: Path) -> tuple[str, ...]:
-    """The tables that there are, by name."""
+    """Return the names of the existing tables."""
     paths = (folder / FOLDER).glob("*.parquet")
     return tuple(sorted(p.stem for p in paths if p.stem in SCHEMAS and p.is_file() and not p.is_symlink()))
 
@@ -278,7 +279,7 @@ def _schema(name: str) -> Schema:
 
 
 def _check(name: str, table: pa.Table, manifest: Mapping[str, Any]) -> None:
-    """Types, keys that are there once, numbers that are numbers, and heads and latents that there are."""
+    """Check column types, unique keys, finite values, and head and latent bounds."""
     schema = SCHEMAS[name]
     if not table.schema.equals(schema.arrow):
         raise _refused(f"{name} with columns {table.schema.to_string()}", schema.arrow.to_string())
@@ -300,7 +301,7 @@ def _check(name: str, table: pa.Table, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_numbers(what: str, values: pa.Array, kind: Type, n_heads: int) -> None:
-    """Lists are whole, and as long as there are heads where they are by head; floats are finite."""
+    """Check that lists have no nulls, per-head lists have one value per head, and floats are finite."""
     if pa.types.is_list(values.type):
         lengths = pc.list_value_length(values).drop_null()  # pyright: ignore[reportAttributeAccessIssue]
         if kind == "by head" and set(lengths.to_pylist()) - {n_heads}:

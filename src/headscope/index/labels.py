@@ -1,9 +1,9 @@
-"""What people say of features: `labels.jsonl` in the index folder, one JSON object a line, only ever appended to.
+"""Human labels of features: `labels.jsonl` in the index folder, one JSON object per line, append-only.
 
-A line is a label, or the retraction of one; of several labels by one annotator for one latent the last one counts. An
-append is one write under a lock, so several annotators can work at once; one that was cut off by a crash leaves a torn
-last line, which is left out by readers and removed by the next append. Any other line that is not a record is refused
-by its number. The file is as untrusted as the rest of the folder. No torch.
+A line is a label, or the retraction of one; the last label by an annotator for a latent counts. An append is one write
+under a lock, so several annotators can work at once; a crash may leave a truncated last line, which readers skip and
+the next append removes. Any other invalid line is rejected by its number. The file is as untrusted as the rest of the
+folder. No torch.
 """
 
 import fcntl
@@ -32,9 +32,9 @@ VERDICTS: tuple[str, ...] = get_args(Verdict)
 FAMILIES: tuple[str, ...] = get_args(Family)
 CONFIDENCES = {1: "low", 2: "medium", 3: "high"}
 LONGEST = {"annotator": 80, "text": 500, "notes": 5000, "queue": 80}
-"""Characters that a field may have."""
+"""Maximum number of characters of a field."""
 MAX_LINE = 1 << 16
-"""Bytes that a line may have, its end included."""
+"""Maximum number of bytes of a line, including its end."""
 
 FILE = "labels.jsonl"
 _ID = re.compile(r"[0-9a-f]{16}")
@@ -43,10 +43,10 @@ _CARD = re.compile(r"sha256:[0-9a-f]{64}")
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """What can be said of a feature.
+    """A judgement of a feature.
 
     Raises:
-        LabelError: a field says what it cannot; types are the caller's matter.
+        LabelError: a field has an invalid value; types are the caller's responsibility.
     """
 
     verdict: str
@@ -54,13 +54,13 @@ class Judgement:
     confidence: int = 2
     """1 low, 2 medium, 3 high."""
     family: str = ""
-    """One of `FAMILIES`: the post's three, others, or "" where none is said."""
+    """One of `FAMILIES`: the post's three, others, or "" for none."""
     text: str = ""
-    """What the feature is, in a few words."""
+    """Description of the feature in a few words."""
     notes: str = ""
 
     def __post_init__(self) -> None:
-        """Hold each field against what it may say."""
+        """Validate each field."""
         allowed = {"verdict": VERDICTS, "family": FAMILIES, "confidence": tuple(CONFIDENCES)}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -70,23 +70,23 @@ class Judgement:
 
 @dataclass(frozen=True, kw_only=True)
 class Label(Judgement):
-    """What one annotator says of one feature."""
+    """An annotator's label of one feature."""
 
     id: str
-    """16 hex digits, for a retraction to name."""
+    """16 hex digits, referenced by a retraction."""
     latent: int
     annotator: str
     blind: bool
     """Whether it was given without seeing attribution, logits and the labels of others."""
     queue: str
-    """The sample it was given in, as `studies.survey.Sample.name`; "" when the feature was looked up."""
+    """The sample it was given in, as `studies.survey.Sample.name`; "" outside of a sample."""
     card: str
-    """`card_hash` of what the annotator saw."""
+    """`card_hash` of the card shown to the annotator."""
     time: str
     """ISO 8601, UTC."""
 
     def __post_init__(self) -> None:
-        """Hold each field against what it may say."""
+        """Validate each field."""
         super().__post_init__()
         _check_texts(self, "annotator", "queue")
         if not self.annotator.strip() or not self.annotator.isprintable():
@@ -102,7 +102,7 @@ class Label(Judgement):
 
 @dataclass(frozen=True)
 class Retraction:
-    """An annotator takes a label of their own back; the one before it, if any, counts again."""
+    """An annotator's retraction of one of their labels; the previous one, if any, counts again."""
 
     label: str
     """`Label.id`."""
@@ -112,34 +112,34 @@ class Retraction:
 
 @dataclass(frozen=True)
 class Labels:
-    """What stands in a file of labels."""
+    """The content of a label file."""
 
     standing: tuple[Label, ...]
-    """Those not retracted, in the order in which they were given."""
+    """Labels that were not retracted, in order."""
     torn: str | None
-    """What was left out: a last line that a crash cut off."""
+    """Description of a truncated last line that was skipped."""
 
     def latest(self) -> dict[tuple[str, int], Label]:
-        """The label that counts, by annotator and latent."""
+        """Return the labels that count, by annotator and latent."""
         return {(label.annotator, label.latent): label for label in self.standing}
 
     def of(self, latent: int) -> tuple[Label, ...]:
-        """What counts for one latent, one label an annotator, in the order in which they were given."""
+        """Return the labels that count for one latent, one per annotator, in order."""
         return tuple(label for (_, own), label in self.latest().items() if own == latent)
 
 
 class LabelStore:
-    """The labels of an index: read, added to, never rewritten. Safe to use from several threads and processes."""
+    """The append-only labels of an index. Safe to use from several threads and processes."""
 
     def __init__(self, index: FeatureIndex) -> None:
-        """Nothing is read or created yet."""
+        """Prepare; nothing is read or created yet."""
         self.index, self.path = index, index.folder / FILE
 
     def read(self) -> Labels:
         """Read all labels.
 
         Raises:
-            LabelError: a line is not a record of this index, or the file is no regular file; it is said which.
+            LabelError: a line is not a record of this index, or the file is not a regular file; the error says which.
         """
         with _opened(self.path, os.O_RDONLY) as handle:
             if handle is None:
@@ -162,7 +162,7 @@ class LabelStore:
         return Labels(tuple(standing.values()), torn)
 
     def _take(self, record: Label | Retraction, labels: dict[str, Label], standing: dict[str, Label]) -> None:
-        """Let one record take effect."""
+        """Apply one record."""
         if isinstance(record, Label):
             if record.latent >= self.index.n_latents:
                 raise _refusal("latent", record.latent, f"0 to {self.index.n_latents - 1}")
@@ -176,12 +176,12 @@ class LabelStore:
         standing.pop(record.label, None)
 
     def add(self, latent: int, annotator: str, judgement: Judgement, *, blind: bool = False, queue: str = "") -> Label:
-        """Append what an annotator says of a feature, whose card is as it is now.
+        """Append an annotator's label of a feature and its current card.
 
         Raises:
             LabelError: no such name or queue.
             IndexFormatError: no such latent.
-            OutputError: the file cannot be written; it is as it was.
+            OutputError: the file cannot be written; it is unchanged.
         """
         label = Label(
             id=secrets.token_hex(8),
@@ -197,11 +197,11 @@ class LabelStore:
         return label
 
     def retract(self, annotator: str, label: str) -> Retraction:
-        """Take a label back by appending that it is.
+        """Append the retraction of a label.
 
         Raises:
-            LabelError: no label of this annotator that stands has this id, or the file is damaged.
-            OutputError: the file cannot be written; it is as it was.
+            LabelError: this annotator has no such label that is not retracted, or the file is damaged.
+            OutputError: the file cannot be written; it is unchanged.
         """
         if not any(own.id == label and own.annotator == annotator for own in self.read().standing):
             raise _refusal("retraction", label, f"the id of a standing label by {annotator!r}")
@@ -210,7 +210,7 @@ class LabelStore:
         return retraction
 
     def _append(self, record: dict[str, Any]) -> None:
-        """Write one line at the end, or nothing."""
+        """Append one line, or nothing."""
         line = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         assert len(line) <= MAX_LINE, "the limits of the fields keep a line below this"
         try:
@@ -235,11 +235,11 @@ class LabelStore:
 
 
 def card_hash(index: FeatureIndex, latent: int, *, blind: bool = False) -> str:
-    """SHA-256 of what a card says of a feature, as `sha256:<hex>`: another index of the same SAE may say otherwise.
+    """Hash the content of a feature's card, as `sha256:<hex>`: another index of the same SAE may have another card.
 
-    Over the SAE's hash, how often and how strongly the feature is active, and the text and activations of its
-    examples; and, where the card is not blind, over its logits, its source tokens and its examples' DFA by head.
-    Numbers count to three significant digits: what rounding does to the last ones changes no card.
+    Covers the SAE's hash, how often and how strongly the feature is active, and the text and activations of its
+    examples; and, where the card is not blind, its logits, its source tokens and its examples' DFA by head. Numbers
+    are taken to three significant digits, so that rounding errors do not change the hash.
 
     Raises:
         IndexFormatError: no such latent.
@@ -277,10 +277,10 @@ def _digits(value: float | None) -> str | None:
 # ------------------------------------------------------------------------------------------------------------ the file
 @contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int | None]:
-    """Open a regular file, not what a link leads to; None where there is none.
+    """Open a regular file without following links; None where there is none.
 
     Raises:
-        LabelError: something else stands there, or reading is not allowed.
+        LabelError: it is not a regular file, or reading is not allowed.
         OSError: it cannot be opened for writing.
     """
     writing = bool(flags & os.O_CREAT)
@@ -316,7 +316,7 @@ def _lines(handle: int, path: Path) -> Iterator[bytes]:
 
 
 def _mend_end(handle: int, path: Path) -> int:
-    """Let the file end with a whole line, and return where: a torn last line goes, a whole one gets its line break."""
+    """Repair the end of the file and return its position: remove a truncated last line, add a missing line break."""
     size = os.fstat(handle).st_size
     start = max(0, size - MAX_LINE)
     tail = os.pread(handle, size - start, start)
@@ -341,10 +341,10 @@ def _is_record(line: bytes) -> bool:
 
 
 def _parse(line: bytes) -> Label | Retraction:
-    """A record of a line.
+    """Parse a line.
 
     Raises:
-        LabelError: it is none.
+        LabelError: it is not a record.
     """
     try:
         fields = json.loads(line.decode())

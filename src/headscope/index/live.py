@@ -1,4 +1,4 @@
-"""An index with its model at hand: DFA by head and source of any token and feature, not only of the shown examples."""
+"""An index with its model loaded: DFA by head and source of any token and feature, not only of stored examples."""
 
 import numpy as np
 import torch
@@ -14,16 +14,16 @@ from headscope.sae.model import SAE
 
 
 class LiveIndex:
-    """An index, the model and the SAE it was built with."""
+    """An index with the model and the SAE it was built with."""
 
     def __init__(self, index: FeatureIndex, model: Model, sae: SAE, *, sae_hash: str | None = None) -> None:
-        """Put them together.
+        """Combine an index, a model and an SAE.
 
         Args:
             index: open.
-            model: the one it was built with; its weights are held against the index's.
-            sae: likewise.
-            sae_hash: of the SAE's file (`sae_hash`), held against the index's when given.
+            model: the one it was built with; its weights are checked against the index's.
+            sae: the one it was built with.
+            sae_hash: hash of the SAE's file (`sae_hash`), checked against the index's if given.
 
         Raises:
             IndexFormatError: another model or SAE.
@@ -41,11 +41,11 @@ class LiveIndex:
         self._weights = attribution.HeadWeights.of(self.sae, model)
 
     def dfa(self, position: int, latents: Int[np.ndarray, " n"] | list[int]) -> tuple[attribution.DFA, ...]:
-        """DFA by head and source of some features at one token of the corpus: one run of the model on its block.
+        """Compute DFA by head and source of some features at one token: one run of the model on its block.
 
         Args:
-            position: in the corpus, as in `Example.position` and `Activations.position`.
-            latents: which features.
+            position: position in the corpus, as in `Example.position` and `Activations.position`.
+            latents: the features.
 
         Raises:
             IndexFormatError: no such position or latent.

@@ -1,4 +1,4 @@
-"""Directions of z that mean nothing, active as often as real features: the control of every share by head."""
+"""Null directions of z (random or head-permuted), matched in density: the control of every share by head."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ KINDS = ("random", "permuted")
 
 @dataclass(frozen=True)
 class NullDirections:
-    """Directions w of z with a threshold: active where `(z - c) . w` exceeds it."""
+    """Null directions w of z with a threshold: active where `(z - c) . w` exceeds it."""
 
     kind: Int[Tensor, " null"]
-    """Into `KINDS`: a Gaussian direction, or a feature's encoder with its heads exchanged."""
+    """Index into `KINDS`: a Gaussian direction, or a feature's encoder with its heads permuted."""
     latent: Int[Tensor, " null"]
-    """The feature whose density it has."""
+    """The feature whose density it matches."""
     directions: Float[Tensor, "null head d_head"]
     threshold: Float[Tensor, " null"]
 
@@ -27,13 +27,13 @@ class NullDirections:
     def matched(
         cls, weights: HeadWeights, z: Float[Tensor, "token d_in"], density: Float[Tensor, " d_sae"], seed: int = 0
     ) -> "NullDirections":
-        """Draw directions, and set their thresholds on some tokens so that each has the density of a live feature.
+        """Draw directions, with thresholds set on some tokens so that each has the density of a live feature.
 
         Args:
-            weights: of the SAE.
-            z: a sample of the corpus, special tokens left out.
+            weights: the SAE's.
+            z: a sample of the corpus, without special tokens.
             density: of each latent on that sample.
-            seed: of the draw.
+            seed: seed of the draw.
         """
         generator = torch.Generator().manual_seed(seed)
         live = density.nonzero().flatten().cpu()
@@ -49,14 +49,14 @@ class NullDirections:
         n_active = (density[latent] * len(z)).round().long().clamp(1, max(1, len(z) - 1))
         ranked = p.sort(dim=0, descending=True).values
         around = ranked.gather(0, torch.stack([n_active - 1, n_active.clamp(max=len(z) - 1)]))
-        threshold = around.mean(0)  # between two tokens: rounding moves neither across
+        threshold = around.mean(0)  # between two tokens, so that rounding moves neither across
         kind = torch.arange(2, device=directions.device).repeat_interleave(len(latent) // 2)
         return cls(kind, latent, directions, threshold)
 
     def active(
         self, z: Float[Tensor, "token d_in"], offset: Float[Tensor, "head d_head"]
     ) -> tuple[Int[Tensor, " pair"], Float[Tensor, " pair"], Float[Tensor, "pair head"]]:
-        """(null, `(z - c) . w`, its part by head) of each active pair."""
+        """Return (null, `(z - c) . w`, its part by head) of each active pair."""
         centred = z - offset.flatten()
         p = centred @ self.directions.flatten(1).T
         token, null = (p > self.threshold).nonzero(as_tuple=True)
@@ -66,6 +66,6 @@ class NullDirections:
 
 
 def _moved(n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
-    """A cyclic order in which no head stays where it was (but an only one)."""
+    """Draw a cyclic permutation that moves every head (unless there is only one)."""
     shift = int(torch.randint(1, max(2, n), (1,), generator=generator))
     return (torch.arange(n) + shift) % n

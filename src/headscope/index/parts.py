@@ -1,7 +1,7 @@
-"""Work in parts on disk: each part is whole or absent, found by its checksum, and made once by whichever rank owns it.
+"""Resumable work in parts on disk: each part is whole or absent, identified by its checksum, and owned by one rank.
 
-A part is one safetensors file `<number>-<sha256, 16 digits>.safetensors`. Killed at any moment, a build goes on with
-the parts that stand. No torch here.
+A part is one safetensors file `<number>-<sha256, 16 digits>.safetensors`. A build killed at any moment resumes from the
+finished parts. No torch here.
 """
 
 import fcntl
@@ -33,27 +33,27 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Workers:
-    """Which of how many processes this is; each part belongs to one of them."""
+    """Rank and number of processes; each part belongs to one of them."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def of_environment(cls) -> "Workers":
-        """As `torchrun` says; alone without it."""
+        """Read them from `torchrun`'s environment; a single process without it."""
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
     def own(self, n_parts: int) -> range:
-        """The parts that this process makes."""
+        """Return the parts owned by this process."""
         return range(self.rank, n_parts, self.world)
 
 
 @contextmanager
 def locked(folder: Path, workers: Workers) -> Iterator[None]:
-    """Hold a build folder for this rank of one build.
+    """Lock a build folder for this rank of one build.
 
     Raises:
-        OutputError: another build holds it.
+        OutputError: another build holds the lock.
     """
     busy = OutputError(
         f"{folder} is being built by another process",
@@ -65,14 +65,14 @@ def locked(folder: Path, workers: Workers) -> Iterator[None]:
 
 
 def leave_first(folder: Path, workers: Workers) -> None:
-    """For the first rank: return once all others have done their work, so that none finds the folder gone."""
+    """On the first rank, wait until all others are done, so that none finds the folder removed."""
     for rank in range(1, workers.world):
         while not is_held(folder / f".lock-done-{rank}"):
             time.sleep(_POLL_SECONDS)
 
 
 def leave_after_first(folder: Path, workers: Workers, last: Path) -> None:
-    """For every other rank: say that its work is done, and return once the first has removed the file `last`."""
+    """On every other rank, report that its work is done, and wait until the first has removed the file `last`."""
     with (folder / f".lock-done-{workers.rank}").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         while last.exists():
@@ -80,10 +80,10 @@ def leave_after_first(folder: Path, workers: Workers, last: Path) -> None:
 
 
 def plan_of(partial: Path) -> dict[str, Any] | None:
-    """The plan of the interrupted build in a folder, None where there is none.
+    """Read the plan of the interrupted build in a folder, None where there is none.
 
     Raises:
-        OutputError: the folder holds something else.
+        OutputError: the folder has other content.
     """
     path = partial / "plan.json"
     if path.is_file():
@@ -106,11 +106,11 @@ class Parts:
     """A folder of numbered parts."""
 
     def __init__(self, folder: Path, n_parts: int) -> None:
-        """Nothing is created before the first part is written."""
+        """Prepare; nothing is created before the first part is written."""
         self.folder, self.n_parts = folder, n_parts
 
     def present(self) -> dict[int, Path]:
-        """The parts that stand, by number."""
+        """The finished parts, by number."""
         found = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             match = _NAME.fullmatch(path.name)
@@ -119,29 +119,29 @@ class Parts:
         return found
 
     def write(self, number: int, arrays: Arrays) -> None:
-        """Write one part, atomically, under its checksum."""
+        """Write one part atomically, named by its checksum."""
         content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
         digest = hashlib.sha256(content).hexdigest()[:16]
         with atomic_write(self.folder / f"{number:06d}-{digest}.safetensors") as file:
             file.write(content)
 
     def discard_damaged(self, numbers: Sequence[int]) -> None:
-        """Remove those of the present parts that do not have the checksum in their name, and say which."""
+        """Remove the present parts that do not match their checksums, and return their numbers."""
         for number, path in self.present().items():
             if number in numbers and not _intact(path):
                 warnings.warn(f"part {path} is damaged and is made again", stacklevel=2)
                 path.unlink()
 
     def discard(self, number: int) -> None:
-        """Remove a part if it stands."""
+        """Remove a part if it exists."""
         for path in self.folder.glob(f"{number:06d}-*.safetensors"):
             path.unlink()
 
     def read(self, number: int, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Arrays of one part, all when `names` is None.
+        """Read arrays of one part, all when `names` is None.
 
         Raises:
-            IndexFormatError: it does not stand, or cannot be read.
+            IndexFormatError: it does not exist, or cannot be read.
         """
         path = self.present().get(number)
         if path is None:
@@ -151,14 +151,14 @@ class Parts:
         return read_arrays(path, names)
 
     def missing(self, workers: Workers) -> list[int]:
-        """The parts that this process owns and that do not stand; a damaged one is removed."""
+        """Return this process's unfinished parts; a damaged one is removed."""
         own = workers.own(self.n_parts)
         self.discard_damaged(own)
         present = self.present()
         return [number for number in own if number not in present]
 
     def wait(self) -> None:
-        """Return once the parts of all processes stand, and none that another process is about to make again."""
+        """Wait until the parts of all processes exist, including those being remade."""
         intact: set[Path] = set()
         while len(intact) < self.n_parts:
             present = set(self.present().values())
@@ -172,18 +172,18 @@ def _intact(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return match is not None and hashlib.file_digest(file, "sha256").hexdigest()[:16] == match[2]
-    except FileNotFoundError:  # its process is making it again
+    except FileNotFoundError:  # its process is remaking it
         return False
 
 
 class SortedParts:
-    """Rows spread over parts, each sorted by latent: read as if they were one table sorted by latent, then part.
+    """Rows in several parts, each sorted by latent, read as one table sorted by latent, then part.
 
-    Each part holds `counts` [d_sae], its rows by latent, and columns of rows. Only what is asked for is read.
+    Each part holds `counts` [d_sae], its rows by latent, and columns of rows. Only requested data is read.
     """
 
     def __init__(self, parts: Parts) -> None:
-        """All parts must stand.
+        """Open the parts, which must all exist.
 
         Raises:
             IndexFormatError: a part is missing or damaged.
@@ -208,11 +208,11 @@ class SortedParts:
 
     @cached_property
     def counts(self) -> Int[np.ndarray, " latent"]:
-        """Rows by latent."""
+        """Rows per latent."""
         return np.diff(self._starts.sum(0, dtype=np.int64))
 
     def totals(self, name: str) -> np.ndarray:
-        """The sum over parts, in their order, of an array that each part holds."""
+        """Return the sum over parts, in their order, of an array that each part holds."""
         total = None
         for path in self._paths:
             own = read_arrays(path, [name])[name]
@@ -221,14 +221,14 @@ class SortedParts:
         return total
 
     def maxima(self, name: str) -> np.ndarray:
-        """The largest over parts, element by element."""
+        """Return the elementwise maximum over parts."""
         largest = read_arrays(self._paths[0], [name])[name]
         for path in self._paths[1:]:
             np.maximum(largest, read_arrays(path, [name])[name], out=largest)
         return largest
 
     def rows(self, first: int, last: int, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Columns of the rows of latents first to last - 1, and their `latent`, sorted by latent, then part."""
+        """Return columns of the rows of latents first to last - 1, and their `latent`, sorted by latent, then part."""
         pieces = []
         for path, starts in zip(self._paths, self._starts, strict=True):
             low, high = int(starts[first]), int(starts[last])
@@ -244,14 +244,14 @@ class SortedParts:
         return {name: column[order] for name, column in joined.items()}
 
     def slices(self, latent: int, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-        """Columns of one latent's rows, part by part."""
+        """Yield columns of one latent's rows, part by part."""
         for path, starts in zip(self._paths, self._starts, strict=True):
             low, high = int(starts[latent]), int(starts[latent + 1])
             if high > low:
                 yield {"latent": np.full(high - low, latent), **read_arrays(path, names, low, high)}
 
     def ranges(self, limit: int) -> Iterator[tuple[int, int]]:
-        """Consecutive ranges of latents of at most `limit` rows each; one latent alone may have more."""
+        """Yield consecutive ranges of latents of at most `limit` rows each; a single latent may have more."""
         first, ends = 0, np.cumsum(self.counts)
         while first < len(ends):
             before = ends[first - 1] if first else 0
@@ -260,7 +260,7 @@ class SortedParts:
             first = min(last, first + (1 << 16))
 
     def each(self, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-        """Whole columns and `counts`, part by part."""
+        """Yield whole columns and `counts`, part by part."""
         for path in self._paths:
             yield read_arrays(path, [*names, "counts"])
 
@@ -268,7 +268,7 @@ class SortedParts:
 def read_arrays(
     path: Path, names: Sequence[str] | None = None, low: int | None = None, high: int | None = None
 ) -> dict:
-    """Arrays of a safetensors file, or their rows low to high - 1.
+    """Read arrays of a safetensors file, or their rows low to high - 1.
 
     Raises:
         IndexFormatError: the file cannot be read.
@@ -276,7 +276,7 @@ def read_arrays(
     try:
         with safe_open(path, framework="numpy") as file:
             names = names or list(file.keys())
-            if low is None and high is None:  # of an array without rows there is no slice
+            if low is None and high is None:  # an array without rows cannot be sliced
                 return {name: file.get_tensor(name) for name in names}
             return {name: file.get_slice(name)[low:high] for name in names}
     except (OSError, SafetensorError) as error:

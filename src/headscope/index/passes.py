@@ -1,7 +1,7 @@
-"""What is read of the model: for every active (position, latent) its DFA by head and source, for a run of blocks.
+"""Model pass of an index build: DFA by head and source of every active (position, latent) in a run of blocks.
 
-One run of the model serves all SAEs of all its layers. Nothing here grows with the corpus: what is found in a run of
-blocks is returned as arrays (a part), sorted by latent, to be brought together later.
+One run of the model serves all SAEs of all its layers. Memory does not grow with the corpus: results of a run of blocks
+are returned as arrays (a part), sorted by latent, to be merged later.
 """
 
 from collections.abc import Sequence
@@ -25,27 +25,27 @@ from headscope.models.hf import Attention, Model
 from headscope.sae.model import SAE
 
 BATCH_TOKENS = 2048
-"""Tokens whose attention patterns are held at a time."""
-_ROWS = 256  # rows of pre-activations held at a time: they stay in the cache
-_PAIRS = 512  # pairs whose [head, pair, source] contributions are held at a time, likewise
-_EXAMPLE_SOURCES = 8  # sources shown of an example when all are counted
-_KEPT_ROWS = 1 << 18  # source tokens of all latents and thresholds together that a part keeps,
-_KEPT_TOKENS = 64  # but no fewer than this of each
+"""Tokens whose attention patterns are in memory at a time."""
+_ROWS = 256  # rows of pre-activations in memory at a time: they stay in the cache
+_PAIRS = 512  # pairs whose [head, pair, source] contributions are in memory at a time, likewise
+_EXAMPLE_SOURCES = 8  # sources shown per example when all are counted
+_KEPT_ROWS = 1 << 18  # source tokens of all latents and thresholds together that a part stores,
+_KEPT_TOKENS = 64  # but at least this many of each
 _CALIBRATION_TOKENS = 1 << 13
-_TOLERANCE = 1e-4  # of the summed |contributions|: float32 sums of a few hundred terms close better than this
+_TOLERANCE = 1e-4  # of the summed |contributions|: float32 sums of a few hundred terms are more precise than this
 
 MOMENTS = ("n", "f", "f2", "p", "p2")
-"""Sums over the active tokens of a latent; then, for each head, C_h, C_h^2 and C_h p."""
+"""Sums over the active tokens of a latent; then, per head, C_h, C_h^2 and C_h p."""
 SOURCE_TOTALS = ("n", "d2", "d", "kept", "bos")
-"""Sums over the active tokens of a latent and threshold; then, for each head, C^2 over all sources, over the kept ones,
-and over those at BOS."""
+"""Sums over the active tokens of a latent and threshold; then, per head, C^2 over all sources, over the kept ones, and
+over those at BOS."""
 SOURCE_COLUMNS = ("n", "d2", "d")
-"""Sums over the kept sources of a latent, threshold and token; then, for each head, C^2 and the attention."""
+"""Sums over the kept sources of a latent, threshold and token; then, per head, C^2 and the attention."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One SAE with what is computed from it once."""
+    """One SAE with precomputed quantities."""
 
     sae: SAE
     weights: attribution.HeadWeights
@@ -53,12 +53,12 @@ class Subject:
 
     @property
     def layer(self) -> int:
-        """Of its z."""
+        """The layer of its z."""
         return self.sae.site.layer
 
 
 def subjects_of(model: Model, saes: Sequence[SAE], corpus: Corpus) -> list[Subject]:
-    """Cut each SAE into heads, and set its null directions on the first blocks of the corpus.
+    """Split each SAE by head, and fit its null directions on the first blocks of the corpus.
 
     Raises:
         IndexFormatError: the model's unembedding is not finite.
@@ -91,12 +91,12 @@ def read_part(
     plan: IndexPlan,
     on_batch: OnBatch = lambda _n: None,
 ) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """Read some blocks: for each subject the arrays of its part, and what is the same for all.
+    """Process some blocks: return the arrays of each subject's part, and those shared by all.
 
     A subject's arrays: `counts` [d_sae] and, sorted by latent, then position, the columns `position`, `activation`,
     `heads` of its pairs; `moments`, `maximum`, `source_totals`, `source_keys`, `source_sums`, `null_moments`,
-    `attention` (from any token to each token type, by head). What all share: `n_tokens`, `token_counts` and
-    `source_pairs` by token type, and `losses` where the plan asks for them. Sources that are not text count as the BOS.
+    `attention` (from any token to each token type, by head). Shared by all: `n_tokens`, `token_counts` and
+    `source_pairs` by token type, and `losses` if planned. Sources that are not text count as the BOS.
 
     Raises:
         IndexFormatError: activations are not finite, or DFA does not sum to the pre-activation.
@@ -105,13 +105,13 @@ def read_part(
     attention_to = {s.layer: torch.zeros(model.spec.d_vocab, model.spec.n_heads).double() for s in subjects}
     n_tokens, losses = 0, []
     token_counts, source_pairs = (torch.zeros(model.spec.d_vocab, dtype=torch.int64) for _ in range(2))
-    batch_tokens = BATCH_TOKENS if plan.n_sources else BATCH_TOKENS // 16  # all sources take much room
+    batch_tokens = BATCH_TOKENS if plan.n_sources else BATCH_TOKENS // 16  # all sources need much memory
     for numbers, tokens in token_batches(corpus, model.device, blocks, batch_tokens=batch_tokens):
         text = is_text(corpus, numbers, model.device)
         n_tokens += int(text.sum())
         token_counts += torch.bincount(tokens[text], minlength=model.spec.d_vocab).cpu()
-        kinds = torch.where(text, tokens, model.bos)  # a separator of an ordinary id is no source of that token
-        later = text.flip(1).cumsum(1).flip(1)  # text tokens from each position on: destinations that can see it
+        kinds = torch.where(text, tokens, model.bos)  # a separator with an ordinary id is not a source of that token
+        later = text.flip(1).cumsum(1).flip(1)  # text tokens from each position on: destinations that can attend to it
         source_pairs.index_add_(0, kinds.flatten().cpu(), later.flatten().cpu())
         if plan.losses:
             own = model.losses(tokens)
@@ -145,13 +145,13 @@ def _check_finite(what: str, values: Tensor) -> None:
 
 
 def source_sums(d_vocab: int, n_owners: int, plan: IndexPlan) -> SourceSums:
-    """Sums by (latent, threshold) and source token, in bounded memory unless the plan is to keep all sources."""
+    """Make sums by (latent, threshold) and source token, in bounded memory unless the plan stores all sources."""
     kept = None if plan.n_sources is None else max(_KEPT_TOKENS, _KEPT_ROWS // n_owners)
     return SourceSums(d_vocab, SOURCE_COLUMNS.index("d2"), kept)
 
 
 class _Tally:
-    """What is found of one subject over a part."""
+    """Accumulated results of one subject over a part."""
 
     def __init__(self, model: Model, subject: Subject, plan: IndexPlan) -> None:
         self.subject, self._plan, self._bos = subject, plan, model.bos
@@ -166,13 +166,13 @@ class _Tally:
         self._nulls = sums(len(subject.nulls.kind), 3 + 3 * heads)
         self._sources = source_sums(self._d_vocab, len(self._totals), plan)
         self._pairs: list[tuple[Tensor, ...]] = []
-        self._n_active = 0  # counted apart from the pairs, to check them
+        self._n_active = 0  # counted independently of the pairs, to check them
         self._thresholds = torch.tensor(plan.thresholds[1:], device=device, dtype=subject.sae.W_enc.dtype)
 
     def add(
         self, numbers: Int[np.ndarray, " row"], tokens: Tensor, kinds: Tensor, text: Tensor, attention: Attention
     ) -> None:
-        """Add a batch; `kinds` are the tokens, the BOS where they are not text."""
+        """Add a batch; `kinds` are the tokens, with BOS in place of those that are not text."""
         row, query, latent, f, pre, n_active = _active(self.subject.sae, attention.z, text)
         self._n_active += n_active
         found = _contributions(self.subject.weights, attention, (row, query, latent), self._plan.n_sources)
@@ -189,10 +189,10 @@ class _Tally:
     def _add_sources(
         self, found: "_Contributions", token: Tensor, is_bos: Tensor, query: Tensor, latent: Tensor, f: Tensor
     ) -> None:
-        """Add the kept sources of the pairs of a batch, and their totals, by latent, threshold and token."""
+        """Add the kept sources of a batch's pairs, and their totals, by latent, threshold and token."""
         level = torch.searchsorted(self._thresholds, f) if self._levels > 1 else 0
         owner = latent * self._levels + level
-        exists = found.source <= query[:, None]  # all else is 0 where they do not: the padding of early queries
+        exists = found.source <= query[:, None]  # all others are 0 where they are not: the padding of early queries
         token = torch.where(exists, token, self._bos)
         squares, of_heads = found.summed.square(), found.by_head.square()
         at_bos = (squares * is_bos).sum(1)
@@ -204,7 +204,7 @@ class _Tally:
         self._sources.add((owner[:, None] * self._d_vocab + token).flatten(), values.flatten(0, 1))
 
     def result(self) -> dict[str, np.ndarray]:
-        """The arrays of the part."""
+        """Return the arrays of the part."""
         latent, position, f, heads = (torch.cat(column) for column in zip(*self._pairs, strict=True))
         latent, order = latent.sort(stable=True)
         d_sae = self.subject.sae.d_sae
@@ -244,7 +244,7 @@ class _Contributions(NamedTuple):
 
     @classmethod
     def none(cls, like: Attention, n_heads: int) -> "_Contributions":
-        """Of no pairs."""
+        """Make an empty record."""
         empty = like.z.new_empty
         columns = (empty(0, n_heads), empty(0, n_heads), empty(0), empty(0, 1, dtype=torch.int64), empty(0, 1))
         return cls(*columns, empty(0, 1, n_heads), empty(0, 1, n_heads))
@@ -253,9 +253,9 @@ class _Contributions(NamedTuple):
 def _contributions(
     weights: attribution.HeadWeights, attention: Attention, pairs: tuple[Tensor, Tensor, Tensor], k: int | None
 ) -> _Contributions:
-    """DFA of (row, query, latent), sorted by row, then query, with the k largest sources of each, all if k is None.
+    """Compute DFA of (row, query, latent), sorted by row, then query, with the k largest sources of each (None: all).
 
-    Some pairs are done at a time, so that [head, pair, source] stays in the cache.
+    Pairs are processed in chunks, so that [head, pair, source] stays in the cache.
     """
     row, query, latent = pairs
     n_positions = attention.pattern.shape[-1]
@@ -263,7 +263,7 @@ def _contributions(
     n_pairs = torch.bincount(row, minlength=len(attention.z)).tolist()
 
     def of_sequence(i: int, queries: Tensor, latents: Tensor) -> list[_Contributions]:
-        value = attention.value[i].transpose(0, 1).contiguous().transpose(0, 1)  # each head's values lie together
+        value = attention.value[i].transpose(0, 1).contiguous().transpose(0, 1)  # each head's values are contiguous
         found = []
         for q, j in zip(queries.split(_PAIRS), latents.split(_PAIRS), strict=True) if len(queries) else ():
             n = int(q[-1]) + 1  # later sources contribute 0
@@ -283,7 +283,7 @@ def _contributions_of(
     dfa: Float[Tensor, "head pair source"], pattern: Float[Tensor, "head pair source"], k: int
 ) -> _Contributions:
     summed, missing = dfa.sum(0), max(0, k - dfa.shape[2])
-    if missing:  # early queries have fewer sources than are kept: later ones, which contribute 0, fill up
+    if missing:  # early queries have fewer sources than are kept: filled up with later ones, which contribute 0
         summed, dfa, pattern = (torch.nn.functional.pad(t, (0, missing)) for t in (summed, dfa, pattern))
     top = largest_sources(summed, k)
     of_heads = top.expand(len(dfa), -1, -1)
@@ -300,7 +300,7 @@ def _contributions_of(
 def _active(
     sae: SAE, z: Float[Tensor, "row query d_in"], text: Bool[Tensor, "row query"]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """(row, query, latent, activation, pre-activation) of the active latents of text tokens in order; their number."""
+    """Return (row, query, latent, activation, pre-activation) of active latents at text tokens, and their number."""
     flat, is_text = z.flatten(0, 1), text.flatten()
 
     def of_rows(start: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
@@ -319,7 +319,7 @@ def _active(
 def _moment_rows(
     value: Float[Tensor, " pair"], heads: Float[Tensor, "pair head"] | None, powers: int
 ) -> Float[Tensor, "pair column"]:
-    """1, value, value^2, ... and, for each head, C, C^2, C value."""
+    """Return rows 1, value, value^2, ... and, per head, C, C^2, C value."""
     value = value.double()
     columns = [torch.stack([value**k for k in range(powers + 1)], 1)]
     if heads is not None:
@@ -329,10 +329,10 @@ def _moment_rows(
 
 
 def largest_sources(summed: Float[Tensor, "pair source"], k: int) -> Int[Tensor, "pair k"]:
-    """The k sources of largest |DFA|, in no order; |DFA| counts to about four digits, of equals the first come first.
+    """Return the k sources of largest |DFA|, unordered; |DFA| counts to about four digits, ties go to the first.
 
-    The source's index, counted from the last, takes the place of the last bits of the number, so that selecting numbers
-    selects indices. What contributes 0 as it comes after the query gives way to what contributes 0 before it.
+    The source's index, counted from the last, replaces the last bits of the number, so that selecting numbers selects
+    indices. Among zero contributions, sources before the query precede those after it.
     """
     n = summed.shape[1]
     if k >= n:
@@ -348,7 +348,7 @@ def largest_sources(summed: Float[Tensor, "pair source"], k: int) -> Int[Tensor,
 
 
 def check_sum(residual: Float[Tensor, " pair"], parts: Float[Tensor, "pair *parts"]) -> None:
-    """Parts must sum to the whole; if they do not, the numbers are wrong and nothing is written.
+    """Check that parts sum to the whole; otherwise the numbers are wrong and nothing is written.
 
     Raises:
         IndexFormatError: they do not.
@@ -375,7 +375,7 @@ def read_examples(
     plan: IndexPlan,
     on_batch: OnBatch = lambda _n: None,
 ) -> dict[str, np.ndarray]:
-    """DFA by head and source, and attention, of some (latent, position), sorted by position: columns sorted by latent.
+    """Compute DFA by head and source, and attention, of (latent, position) sorted by position; output is by latent.
 
     Raises:
         IndexFormatError: DFA does not sum to the pre-activation.

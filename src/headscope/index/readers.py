@@ -1,4 +1,4 @@
-"""Threads that read parts at once, each computing alone, with a model of its own that shares the weights."""
+"""Threads that process parts in parallel, each with a model of its own that shares the weights."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -9,9 +9,9 @@ import torch
 from headscope.models.hf import Model
 
 OnBatch = Callable[[int], None]
-"""Called with the number of blocks of each batch that was read; what it raises ends the reading."""
+"""Progress callback: called with the number of blocks of each batch; an exception ends the reading."""
 
-_MOST = 8  # each holds a part: more cores than this compute together instead
+_MOST = 8  # each holds a part in memory: more cores than this work together instead
 
 
 class _StoppedError(Exception):
@@ -22,19 +22,19 @@ class Readers:
     """As many threads as torch may use; on a GPU one, the caller's."""
 
     def __init__(self, model: Model) -> None:
-        """Copy the model, but for its weights, for all threads but the first."""
+        """Copy the model, except for its weights, for all threads but the first."""
         self._cores = torch.get_num_threads() if model.device.type == "cpu" else 1
         self._models = [model, *(model.replica() for _ in range(min(self._cores, _MOST) - 1))]
 
     def each(
         self, parts: Sequence[int], read: Callable[[Model, int, OnBatch], None], report: Callable[[int], None]
     ) -> None:
-        """Call `read(model, part, on_batch)` for each part; the first error, or Ctrl-C, ends all of them.
+        """Call `read(model, part, on_batch)` for each part; the first error, or Ctrl-C, stops all threads.
 
         Args:
-            parts: which.
+            parts: the parts.
             read: must call `on_batch`.
-            report: called with the blocks read so far.
+            report: called with the total of blocks so far.
         """
         stopped, lock, waiting, done = Event(), Lock(), iter(parts), 0
 
@@ -65,15 +65,15 @@ class Readers:
             raise error
 
     def _pool(self, n: int) -> ThreadPoolExecutor:
-        """Threads among which the cores are divided."""
+        """Make threads that share the cores."""
         together = Barrier(n)
 
         def alone() -> None:
-            torch.get_num_threads()  # asked for once, it is this thread's own: later the caller's does not reach it
+            torch.get_num_threads()  # reading it makes it this thread's own
             torch.set_num_threads(max(1, self._cores // n))
             together.wait()
 
         pool = ThreadPoolExecutor(n, initializer=alone)
         list(pool.map(int, range(n)))
-        torch.set_num_threads(self._cores)  # set by the last of them for threads to come, too
+        torch.set_num_threads(self._cores)  # the last of them also sets it for future threads
         return pool

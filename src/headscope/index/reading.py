@@ -1,4 +1,4 @@
-"""How the files of an index are opened and read a piece at a time; what is wrong with them is said. No torch."""
+"""Open, validate and read index files in chunks; errors name the damaged file. No torch."""
 
 import re
 from collections import OrderedDict
@@ -34,10 +34,10 @@ TABLES = (
     "groups",
     "examples",
 )
-_NUMBERED = ("features", "documents", "vocabulary")  # their first column is the number of the row
+_NUMBERED = ("features", "documents", "vocabulary")  # their first column is the row number
 _FILE = re.compile(r"(activations/)?[\w-]+\.\w+")
-_CACHED_TOKENS = 1 << 24  # tokens held at a time, 9 bytes each: a card shows text from all over the corpus
-_HELD_BYTES = 64 << 20  # of row groups of one table
+_CACHED_TOKENS = 1 << 24  # tokens in memory at a time, 9 bytes each: a card shows text from the whole corpus
+_HELD_BYTES = 64 << 20  # row groups of one table in memory
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _advice(folder: Path) -> str:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Say what is damaged, whatever it is that reading it breaks: nothing in a folder is trusted."""
+    """Report the damaged file, whatever exception reading it raises: a folder's content is untrusted."""
     try:
         yield
     except (duckdb.Error, pa.ArrowException, OSError, LookupError, TypeError, ValueError, ArithmeticError) as error:
@@ -97,10 +97,10 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """The tables' files: those that the manifest names, in the folder itself, of the size it says.
+    """Locate the tables' files: those named in the manifest, in the folder itself, of the stated size.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they are not there.
     """
     files = manifest["files"]
     wrong = [f"{name}.parquet is not in the manifest" for name in TABLES if f"{name}.parquet" not in files]
@@ -132,7 +132,7 @@ def read_table(path: Path) -> pa.Table:
 
 
 def read_own(path: Path, sizes: Sizes) -> pa.Table:
-    """Read a whole table of the index itself, and hold it against the sizes of the index.
+    """Read a whole table of the index itself, and validate it against the sizes of the index.
 
     Raises:
         IndexFormatError: it is damaged.
@@ -145,10 +145,10 @@ def read_own(path: Path, sizes: Sizes) -> pa.Table:
 
 
 class LatentRows:
-    """A table sorted by latent, of which a few rows are read at a time: row groups are found by their statistics."""
+    """A table sorted by latent, read a few rows at a time: row groups are found by their statistics."""
 
     def __init__(self, path: Path, sizes: Sizes) -> None:
-        """Open; nothing is read yet but the statistics of the row groups."""
+        """Open; only the statistics of the row groups are read."""
         self._path, self._sizes, self._file = path, sizes, pq.ParquetFile(path, page_checksum_verification=True)
         self._lock = RLock()
         self._held: OrderedDict[int, pa.Table] = OrderedDict()
@@ -163,7 +163,7 @@ class LatentRows:
             raise ValueError(f"{path.name} has rows that are not sorted by latent")
 
     def of(self, latent: int) -> pa.Table:
-        """The rows of one latent."""
+        """Return the rows of one latent."""
         first, last = np.searchsorted(self._last, latent), np.searchsorted(self._first, latent, side="right")
         numbers = self._numbers[first:last]
         if not numbers:
@@ -174,7 +174,7 @@ class LatentRows:
         return table.slice(low, high - low).combine_chunks()
 
     def preload(self) -> None:
-        """Read row groups in their order, as many as are held at a time."""
+        """Read row groups in order, up to the cache size."""
         for number in self._numbers:
             with self._lock, reading(self._path):
                 self._group(number)
@@ -182,7 +182,7 @@ class LatentRows:
                     return
 
     def _group(self, number: int) -> pa.Table:
-        """One row group, which stays in memory while those that were asked for last take little."""
+        """Return one row group, cached while the most recently used ones fit in memory."""
         if number not in self._held:
             table = self._sizes.check(self._file.read_row_group(number, use_threads=False))
             if (np.diff(table["latent"].to_numpy()) < 0).any():
@@ -196,10 +196,10 @@ class LatentRows:
 
 
 class ActivationRows:
-    """All active pairs: the rows of a latent begin where those of all earlier ones end."""
+    """All active pairs, with the rows of latents one after another."""
 
     def __init__(self, paths: list[Path], counts: Int[np.ndarray, " latent"], sizes: Sizes) -> None:
-        """Open all files; `counts` are the rows of each latent."""
+        """Open all files; `counts` is the number of rows per latent."""
         files = [pq.ParquetFile(path, page_checksum_verification=True) for path in paths]
         self._groups = [(file, i) for file in files for i in range(file.metadata.num_row_groups)]
         rows = [file.metadata.row_group(i).num_rows for file, i in self._groups]
@@ -210,7 +210,7 @@ class ActivationRows:
             raise ValueError(f"{self._group_starts[-1]} activations, {self._starts[-1]} in features.parquet")
 
     def of(self, latent: int) -> pa.Table:
-        """The rows of one latent."""
+        """Return the rows of one latent."""
         low, high = self._starts[latent], self._starts[latent + 1]
         first = int(np.searchsorted(self._group_starts, low, side="right")) - 1
         last = max(first, int(np.searchsorted(self._group_starts, high)))
@@ -223,7 +223,7 @@ class ActivationRows:
             return self._sizes.check(table)
 
     def each(self) -> Iterator[pa.Table]:
-        """The rows of each latent in turn; no row group is read twice, and few are held."""
+        """Yield the rows of each latent in turn; each row group is read once, and few are in memory."""
         groups, held, begins = iter(self._groups), None, 0
         for latent, (low, high) in enumerate(pairwise(self._starts)):
             while held is None or begins + len(held) < high:
@@ -239,7 +239,7 @@ class ActivationRows:
 
 
 class TokenBlocks:
-    """The token table, of which some row groups are held; a block never lies in two of them.
+    """The token table, with some row groups cached; a block never spans two of them.
 
     Safe to use from several threads.
     """
@@ -247,13 +247,13 @@ class TokenBlocks:
     COLUMNS = ("token", "document", "is_text")
 
     def __init__(self, path: Path, block_size: int, sizes: Sizes, texts: "TokenTexts") -> None:
-        """Open; nothing is read yet.
+        """Open the table; nothing is read yet.
 
         Args:
             path: the file.
-            block_size: tokens of a block.
-            sizes: of the index, which values are checked against.
-            texts: tell where a text begins, and which ids are never text where the table of an older index lacks
+            block_size: tokens per block.
+            sizes: sizes of the index, for validation.
+            texts: determine where a text starts, and which ids are never text where the table of an older index lacks
                 `is_text`.
         """
         self._path, self._sizes, self._file = path, sizes, pq.ParquetFile(path, page_checksum_verification=True)
@@ -270,26 +270,26 @@ class TokenBlocks:
         self._held: OrderedDict[tuple[int, _Before], tuple[dict[str, np.ndarray], _Before]] = OrderedDict()
 
     def end_with_blocks(self) -> bool:
-        """Whether the last token of each block, and no other, has no next one (in the first row group)."""
+        """Whether exactly the last tokens of blocks have no next token (in the first row group)."""
         following = self._file.read_row_group(0, columns=["next_token"], use_threads=False)["next_token"]
         last = following.is_null().to_numpy().reshape(-1, self._size)
         return bool((last == (np.arange(self._size) == self._size - 1)).all())
 
     @property
     def derived(self) -> str | None:
-        """In SQL, the column that an older table lacks: there, all but special tokens is text, decided by id alone."""
+        """The SQL for a column that an older table lacks: text is then all but special tokens, decided by id alone."""
         if self._special is None:
             return None
         return f"NOT list_contains({self._special}::INTEGER[], token) AS is_text"
 
     def of(self, block: int, column: str) -> np.ndarray:
-        """One of `COLUMNS` of one block."""
+        """Return one of `COLUMNS` of one block."""
         group, number = divmod(block, self._blocks)
         values, _ = self._group(group, _Before())
         return values[column][number * self._size : (number + 1) * self._size]
 
     def each(self) -> Iterator[dict[str, np.ndarray]]:
-        """All blocks, some at a time: `COLUMNS` and `starts`, where a text begins; each [block, position]."""
+        """Yield all blocks, some at a time: `COLUMNS` and `starts`, where a text starts; each [block, position]."""
         before = _Before()
         for group in range(self._file.metadata.num_row_groups):
             columns, before = self._group(group, before)
@@ -314,12 +314,12 @@ class TokenBlocks:
 
 
 class _Before(NamedTuple):
-    """What some tokens leave open of the document that goes on behind them."""
+    """State at the end of some tokens of the document that continues after them."""
 
     bare: bool = False
-    """All of its tokens so far are special ones."""
+    """Whether all of its tokens so far are special ones."""
     special: bool = False
-    """Its last token is one, and the tokenizer puts its prefix after these."""
+    """Whether its last token is special, and the tokenizer puts its prefix after special tokens."""
 
 
 def _starts(
@@ -330,20 +330,20 @@ def _starts(
     repeats: bool,
     before: _Before,
 ) -> tuple[Bool[np.ndarray, " position"], _Before]:
-    """Where a text begins: a document's, after any special tokens that it begins with; and what is left open.
+    """Find where texts start: at documents, after their leading special tokens; also return the final state.
 
-    If the tokenizer puts its prefix after special tokens too (`repeats`), also what follows one inside a document. What
-    follows the token for text that cannot be spelled (`unknown`) is inside a text.
+    If the tokenizer also puts its prefix after special tokens (`repeats`), a text also starts after one inside a
+    document, but not after the token for text that cannot be spelled (`unknown`).
     """
     place = np.flatnonzero(offset > 0)
     if not len(place):
         return np.zeros(len(token), bool), before
     within = is_text[place] | (token[place] == unknown if unknown is not None else False)
-    begins = np.diff(offset[place], prepend=0) != 1  # where a document does, or goes on at the very first token
+    begins = np.diff(offset[place], prepend=0) != 1  # where a document starts, or continues at the very first token
     begins[0] = True
     goes_on = offset[place[0]] > 1
     first = np.flatnonzero(begins)
-    earlier = np.cumsum(within) - within  # tokens of a text before each
+    earlier = np.cumsum(within) - within  # preceding tokens of the text
     earlier -= np.repeat(earlier[first], np.diff(np.append(first, len(place))))
     if goes_on and not before.bare:
         earlier[: first[1] if len(first) > 1 else None] += 1
@@ -357,13 +357,13 @@ def _starts(
 
 
 def flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """The values of a column of lists, and where each list begins and ends among them."""
+    """Flatten a column of lists; return its values with the start and end of each list."""
     array = one_array(lists)
     return array.values.to_numpy(), array.offsets.to_numpy()
 
 
 def matrix(lists: pa.ChunkedArray, width: int) -> np.ndarray:
-    """Lists of one length as rows; NaN where a list is null."""
+    """Stack lists of one length as rows; NaN where a list is null."""
     values, offsets = flat(lists)
     present = np.diff(offsets) > 0
     matrix = np.full((len(present), width), np.nan)

@@ -1,4 +1,4 @@
-"""What an index says, as records: plain values and numpy arrays, no torch."""
+"""Records of an index: plain values and numpy arrays, no torch."""
 
 from dataclasses import dataclass
 
@@ -8,20 +8,20 @@ from jaxtyping import Float, Int
 
 @dataclass(frozen=True)
 class Shares:
-    """How much of a feature each head makes, by several definitions; each sums to 1 over heads.
+    """Shares of a feature by head, by several definitions; each sums to 1 over heads.
 
-    The first four are of the weights, and every latent has them; the last three are of the active tokens, and are None
-    for a feature that is never active (`dfa_covariance` also for one that is active once or constant).
+    The first four depend on the weights, and every latent has them; the last three depend on the active tokens, and are
+    None for a feature that is never active (`dfa_covariance` also for one that is active once or constant).
     """
 
     decoder: Float[np.ndarray, " head"]
     """`||W_dec[j, h]||`, L1-normalised (the post's). It depends on the basis of z."""
     decoder_out: Float[np.ndarray, " head"]
-    """`||W_dec[j, h] W_O[h]||`, L1-normalised: free of the basis of z."""
+    """`||W_dec[j, h] W_O[h]||`, L1-normalised: independent of the basis of z."""
     encoder: Float[np.ndarray, " head"]
     """`||W_enc[h, :, j]||`, L1-normalised. It depends on the basis of z."""
     encoder_in: Float[np.ndarray, " head"]
-    """`||W_V[h] W_enc[h, :, j]||`, L1-normalised: free of the basis of z."""
+    """`||W_V[h] W_enc[h, :, j]||`, L1-normalised: independent of the basis of z."""
     dfa: Float[np.ndarray, " head"] | None
     """`sum C_h^2`, normalised (the post's fraction of variance)."""
     dfa_covariance: Float[np.ndarray, " head"] | None
@@ -41,9 +41,9 @@ class Shares:
 
     @property
     def disagreement(self) -> float | None:
-        """How far decoder and DFA shares are apart: half the summed |difference|, 0 to 1 (total variation).
+        """Distance of decoder and DFA shares: half the summed |difference|, 0 to 1 (total variation).
 
-        None where there are none: of a dead latent, or one whose decoder vector is 0.
+        None where they are undefined: for a dead latent, or one whose decoder vector is 0.
         """
         return None if self.dfa is None or not self.decoder.any() else float(np.abs(self.dfa - self.decoder).sum() / 2)
 
@@ -57,16 +57,16 @@ class SourceToken:
 
     token: int
     n: int
-    """Kept sources with this token; a part of the corpus where it is not among the largest 128 does not count."""
+    """Kept sources with this token; parts of the corpus where it is not among the largest 128 do not count."""
     share: float
-    """Of `sum_s (sum_h C[h, s])^2` over all sources (kept or not): heads summed, then squared."""
+    """Share of `sum_s (sum_h C[h, s])^2` over all sources (kept or not): heads summed, then squared."""
     share_by_head: Float[np.ndarray, " head"]
-    """Of `sum_s C[h, s]^2` over all sources, head by head; NaN for a head that contributes exactly nothing."""
+    """Share of `sum_s C[h, s]^2` over all sources, per head; NaN for a head that contributes exactly nothing."""
     share_linear: float
-    """Of `sum_s sum_h C[h, s]`; may be negative or above 1."""
+    """Share of `sum_s sum_h C[h, s]`; may be negative or above 1."""
     attention: Float[np.ndarray, " head"]
-    """Mean attention from the active token to such a kept source. Sources are kept for what they contribute, so this is
-    above the attention to any source with this token, by a factor of two or more; with all sources kept it is not."""
+    """Mean attention from the active token to such a kept source. Sources are selected by their contribution, so this
+    is above the attention to any source with this token, by a factor of two or more, unless all sources are kept."""
     attention_elsewhere: Float[np.ndarray, " head"]
     """The same for all other pairs of a destination and an earlier-or-same source with this token, whether the feature
     is active there or not; NaN where there are none. A fair baseline only when all sources are kept."""
@@ -86,8 +86,8 @@ class Sources:
     bos_share: float
     """Share of it at BOS sources, which are not in `tokens`."""
     kept_by_head: Float[np.ndarray, " head"]
-    """Share of `sum_s C[h, s]^2` that the kept sources hold. They are kept for their DFA with heads summed: where this
-    is small for a head, `share_by_head` says little of it. NaN for a head that contributes nothing."""
+    """Share of `sum_s C[h, s]^2` that the kept sources hold. They are selected by their DFA summed over heads: where
+    this is small for a head, its `share_by_head` is unreliable. NaN for a head that contributes nothing."""
     bos_share_by_head: Float[np.ndarray, " head"]
     tokens: tuple[SourceToken, ...]
     """Largest share first."""
@@ -95,7 +95,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Correlated:
-    """Another feature of the dictionary, active on the same tokens."""
+    """A feature of the dictionary whose activations correlate."""
 
     latent: int
     pearson: float
@@ -105,47 +105,47 @@ class Correlated:
 
 @dataclass(frozen=True)
 class Feature:
-    """One latent of an SAE and all that an index knows of it; the examples are asked for apart."""
+    """One latent of an SAE with everything in the index about it, except for examples."""
 
     latent: int
     n_active: int
     density: float
     """Share of text tokens on which it is active."""
     density_interval: tuple[float, float]
-    """95 %, Wilson; tokens of a document are not independent, so the true one is wider."""
+    """95 %, Wilson; tokens of a document are not independent, so the true interval is wider."""
     mean: float | None
     """Moments of the activation over active tokens; None for a feature that is never active."""
     std: float | None
     skew: float | None
     kurtosis: float | None
-    """Of a normal distribution: 3."""
+    """3 for a normal distribution."""
     maximum: float | None
     quantiles: Float[np.ndarray, " q"] | None
     """At `config.QUANTILES`."""
     histogram: Int[np.ndarray, " bin"] | None
-    """Active tokens by activation, equal bins from 0 to the maximum."""
+    """Active tokens by activation, in equal bins from 0 to the maximum."""
     mass: Float[np.ndarray, " bin"] | None
     """Summed activation in each bin."""
     shares: Shares
     bias: float
-    """The part of the pre-activation that no head makes."""
+    """Part of the pre-activation that is independent of the heads."""
     logit_top: tuple[tuple[int, float], ...]
     """(token, direct logit effect at activation 1), largest first."""
     logit_bottom: tuple[tuple[int, float], ...]
     logit_mean: float
-    """Moments of the effect over the vocabulary."""
+    """Moments of the logit effect over the vocabulary."""
     logit_std: float
     logit_skew: float
     logit_kurtosis: float
     copy_top: tuple[tuple[int, float], ...]
-    """(token, DFA through the top head if that token alone were attended to with weight 1): the static source table."""
+    """(token, DFA through the top head with attention 1 to that token alone): the static source table."""
     copy_rank: float | None
     """Share of the vocabulary with a larger entry in that table than the top logit token: 0 for a perfect copier."""
     correlated: tuple[Correlated, ...]
 
     @property
     def alive(self) -> bool:
-        """Active on at least one token of the corpus."""
+        """Whether it is active on at least one token of the corpus."""
         return self.n_active > 0
 
 
@@ -154,7 +154,7 @@ class Source:
     """One source position of an example."""
 
     position: int
-    """In the block."""
+    """Position in the block."""
     heads: Float[np.ndarray, " head"]
     """DFA of each head from this source."""
     pattern: Float[np.ndarray, " head"]
@@ -169,12 +169,12 @@ class Example:
     """
 
     position: int
-    """In the corpus: block number * block size + position in the block."""
+    """Position in the corpus: block number * block size + position in the block."""
     activation: float
     pre: float
     bias: float
     residual: float
-    """pre - (sum of all contributions + bias), as it was when written."""
+    """pre - (sum of all contributions + bias), when it was written."""
     heads: Float[np.ndarray, " head"]
     sources: tuple[Source, ...]
     """Largest first, by |DFA| summed over heads."""
@@ -186,14 +186,14 @@ class Example:
     """Positions in the block where this feature is active."""
     active_value: Float[np.ndarray, " n"]
     duplicates: int = 0
-    """Other tokens with the same text around them, not shown."""
+    """Other tokens with the same context, not shown."""
 
 
 @dataclass(frozen=True)
 class ExampleColumns:
-    """The examples of a feature by column, for a reader of many: `Example` says what each column is.
+    """The examples of a feature by column, for bulk readers; `Example` defines the columns.
 
-    The sources of one example follow those of the one before, and so do the active tokens around it.
+    The sources of an example follow those of the previous one, and so do the active tokens around it.
     """
 
     position: Int[np.ndarray, " example"]
@@ -212,7 +212,7 @@ class ExampleColumns:
     active_value: Float[np.ndarray, " active"]
 
     def __len__(self) -> int:
-        """How many examples there are."""
+        """Return the number of examples."""
         return len(self.position)
 
 
@@ -230,12 +230,12 @@ class DrawnGroup:
     sampled: bool
     positions: tuple[int, ...]
     duplicates: tuple[int, ...]
-    """Of each example."""
+    """Number of duplicates of each example."""
 
 
 @dataclass(frozen=True)
 class ExampleGroup:
-    """Some active tokens of a feature and the examples drawn from them."""
+    """A group of active tokens of a feature, with examples drawn from it."""
 
     kind: str
     """top, random, quantile, interval or threshold."""
@@ -245,11 +245,11 @@ class ExampleGroup:
     n: int
     """Active tokens in the group."""
     share_active: float
-    """Of the feature's active tokens."""
+    """Share of the feature's active tokens."""
     share_mass: float
-    """Of its summed activation."""
+    """Share of its summed activation."""
     sampled: bool
-    """The three are estimated from an even sample of its active tokens, which were too many to be held at once."""
+    """Whether the three are estimated from an even sample of its active tokens, because of their number."""
     examples: tuple[Example, ...]
 
 
@@ -265,12 +265,12 @@ class Activations:
 
 @dataclass(frozen=True)
 class Null:
-    """Shares of a direction that means nothing, active as often as a real feature: the control of `Shares`."""
+    """Shares of a null direction with a feature's density: the control of `Shares`."""
 
     kind: str
-    """`random`: a Gaussian direction of z; `permuted`: a feature's encoder with its heads exchanged."""
+    """`random`: a Gaussian direction of z; `permuted`: a feature's encoder with its heads permuted."""
     latent: int
-    """The feature whose density it has."""
+    """The feature whose density it matches."""
     n_active: int
     dfa: Float[np.ndarray, " head"] | None
     """None when it is never active: its threshold was set on a sample of the corpus."""

@@ -1,4 +1,4 @@
-"""What rows of an index's tables say, as its records."""
+"""Convert rows of an index's tables to records."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +28,7 @@ from headscope.stats import wilson
 
 
 def feature_of(row: dict[str, Any], n_tokens: int) -> Feature:
-    """A row of `features`, of a corpus of so many tokens."""
+    """Convert a row of `features`, of a corpus of `n_tokens` tokens."""
     density = wilson(row["n_active"], n_tokens)
     plain = ("latent", "n_active", "density", "mean", "std", "skew", "kurtosis", "maximum", "bias", "copy_rank")
     return Feature(
@@ -58,7 +58,7 @@ def feature_of(row: dict[str, Any], n_tokens: int) -> Feature:
 
 
 def sources_of(totals: pa.Table, tokens: pa.Table, threshold: float) -> Sources | None:
-    """One latent's rows of `source_totals` and `sources`; None where it is never active above the threshold."""
+    """Convert one latent's rows of `source_totals` and `sources`; None where it is never active above the threshold."""
     (total,) = (row for row in totals.to_pylist() if row["threshold"] == threshold)
     if not total["n_active"]:
         return None
@@ -82,16 +82,16 @@ def _source_token(row: dict[str, Any]) -> SourceToken:
 
 
 def activations_of(table: pa.Table, n_heads: int) -> Activations:
-    """Rows of `activations`."""
+    """Convert rows of `activations`."""
     heads = [table[f"head_{h}"].to_numpy() for h in range(n_heads)]
     return Activations(table["position"].to_numpy(), table["activation"].to_numpy(), np.stack(heads, axis=1))
 
 
 def drawn_groups(latent: int, groups: pa.Table, positions: Int[np.ndarray, " example"]) -> tuple[DrawnGroup, ...]:
-    """A latent's rows of `groups`; `positions` are those of its examples.
+    """Convert a latent's rows of `groups`; `positions` are those of its examples.
 
     Raises:
-        ValueError: a kind that is not known, or a group of examples that are not there.
+        ValueError: an unknown kind, or a group whose examples are missing.
     """
     rows = groups.to_pylist()
     unknown = {p for group in rows for p in group["positions"]} - set(positions.tolist())
@@ -111,7 +111,7 @@ def drawn_groups(latent: int, groups: pa.Table, positions: Int[np.ndarray, " exa
 
 
 def groups_of(groups: Sequence[DrawnGroup], examples: ExampleColumns) -> tuple[ExampleGroup, ...]:
-    """Groups with a record of each example."""
+    """Return groups with a record of each example."""
     by_position = {example.position: example for example in _records(examples)}
     plain = ("kind", "number", "low", "high", "n", "share_active", "share_mass", "sampled")
     return tuple(
@@ -127,12 +127,12 @@ def groups_of(groups: Sequence[DrawnGroup], examples: ExampleColumns) -> tuple[E
 
 
 def null_of(row: dict[str, Any]) -> Null:
-    """A row of `nulls`."""
+    """Convert a row of `nulls`."""
     return Null(row["kind"], row["latent"], row["n_active"], _array(row["dfa_share"]), _array(row["dfa_covariance"]))
 
 
 def example_columns(table: pa.Table, n_heads: int) -> ExampleColumns:
-    """Rows of `examples`."""
+    """Convert rows of `examples`."""
     numbers = {name: table[name].to_numpy() for name in ("position", "activation", "pre", "bias", "residual")}
     lists = {name: flat(table[name]) for name in table.column_names if pa.types.is_list(table[name].type)}
     values = {name: of[offsets[0] : offsets[-1]] for name, (of, offsets) in lists.items()}
@@ -147,7 +147,7 @@ def example_columns(table: pa.Table, n_heads: int) -> ExampleColumns:
 
 
 def taken(examples: ExampleColumns, rows: Int[np.ndarray, " taken"]) -> ExampleColumns:
-    """Some examples, in another order."""
+    """Select some examples in a new order."""
     source, active = (_places(n, rows) for n in (examples.n_sources, examples.n_active))
     where = {name: source for name in ("source", "source_heads", "source_pattern")}
     where |= {name: active for name in ("active_at", "active_value")}
@@ -155,13 +155,13 @@ def taken(examples: ExampleColumns, rows: Int[np.ndarray, " taken"]) -> ExampleC
 
 
 def _places(lengths: Int[np.ndarray, " row"], rows: Int[np.ndarray, " taken"]) -> Int[np.ndarray, " place"]:
-    """Where the lists of some rows stand among those of all, one after the other."""
+    """Return the indices of the list elements of some rows, one row after the other."""
     own = lengths[rows]
     return np.repeat((np.cumsum(lengths) - lengths)[rows] - (np.cumsum(own) - own), own) + np.arange(own.sum())
 
 
 def _records(examples: ExampleColumns) -> list[Example]:
-    """A record of each example; its arrays are parts of the columns."""
+    """Make a record of each example; its arrays are views of the columns."""
     source, active = np.cumsum(examples.n_sources), np.cumsum(examples.n_active)
     numbers = [getattr(examples, name).tolist() for name in ("position", "activation", "pre", "bias", "residual")]
     records = []

@@ -1,7 +1,7 @@
-"""What the files of an index must hold, and what a folder is refused for before it is read. No torch.
+"""Schema of the index files, and the checks before a folder is read. No torch.
 
-Columns mean the same in every table that has them (docs/index-format.md), so that one list by name says of each what
-it holds, whether it may be null, and what its numbers point into.
+A column name means the same in every table (docs/index-format.md), so that one list by name defines its type, whether
+it may be null, and the bounds of its numbers.
 """
 
 import json
@@ -25,7 +25,7 @@ _FIELDS: dict[type, str] = {
     list: "thresholds",
     dict: "plan files",
 }
-"""Fields of manifest.json, by the type of their value."""
+"""Fields of manifest.json, by type."""
 
 _KINDS = {
     "integers": "latent position token document offset next_token number n n_active",
@@ -42,7 +42,7 @@ _KINDS = {
     "source_pattern rest active_value",
 }
 COLUMNS = {name: kind for kind, names in _KINDS.items() for name in names.split()}
-"""What each column holds; `head_0` and so on hold numbers. Others are for later versions, and not looked at."""
+"""Type of each column; `head_0` and so on hold numbers. Others are for later versions, and ignored."""
 
 _NULLABLE = (
     "next_token loss mean std skew kurtosis maximum dfa_share dfa_covariance dfa_mean quantiles histogram mass "
@@ -59,7 +59,7 @@ _PAIRED = {
     "source_pattern": "source_heads",
     "active_value": "active_at",
 }
-"""Columns of lists, each as long as that of another column."""
+"""Columns of lists, each with the length of another column's lists."""
 
 _MAY_LACK = "share_linear share_by_head kept_by_head bos_share_by_head attention_elsewhere"
 """Columns of numbers that are NaN, or infinite, where the divisor of a share is 0; all others are finite."""
@@ -69,17 +69,17 @@ _SHARES = (
     "attention_elsewhere source_pattern"
 )
 _ROUNDING = 1e-3
-"""A share may exceed 1, or fall below 0, by so much."""
+"""Tolerance by which a share may exceed 1, or fall below 0."""
 
 _EXPANSION, _SMALL = 512, 1 << 27
-"""A file may unpack to so many times its size (what a build writes: 1 to 8 times), and to so many bytes in any case."""
+"""Maximum expansion factor of a file (what a build writes: 1 to 8 times), and a size in bytes allowed in any case."""
 
 
 def check_manifest(manifest: dict[str, Any]) -> None:
-    """Hold the manifest against its fields.
+    """Validate the fields of the manifest.
 
     Raises:
-        ValueError: one is missing or of another type, a count is negative, or a page cannot be sent it as JSON.
+        ValueError: one is missing or of another type, a count is negative, or it cannot be sent as JSON.
     """
     json.dumps(manifest, allow_nan=False, ensure_ascii=False).encode()
     for kind, names in _FIELDS.items():
@@ -93,18 +93,18 @@ def check_manifest(manifest: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many there are of what columns point into, and how long lists are."""
+    """Bounds of index columns, and lengths of lists."""
 
     rows: dict[str, int]
-    """Of each table of which that is known; of all activations together."""
+    """Rows of each table where known; of all activations together."""
     below: dict[str, int]
-    """Of a column, what its numbers are below; none is negative."""
+    """By column, the upper bound (exclusive) of its numbers; none is negative."""
     lengths: dict[str, int]
-    """Of a column, the length of its lists."""
+    """By column, the length of its lists."""
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> "Sizes":
-        """As a manifest says."""
+        """Read the sizes from a manifest."""
         corpus, n_heads = manifest["corpus"], manifest["model"]["n_heads"]
         d_vocab, d_sae = manifest["model"]["d_vocab"], manifest["sae"]["d_sae"]
         n_positions = corpus["n_blocks"] * corpus["block_size"]
@@ -137,10 +137,10 @@ class Sizes:
         )
 
     def check(self, table: pa.Table) -> pa.Table:
-        """Return a table, or the part of it that was read, if it holds what it can.
+        """Validate a table, or the part of it that was read, and return it.
 
         Raises:
-            ValueError: what is missing, points nowhere, is not finite, is no share, or is of another length.
+            ValueError: a value is missing, out of bounds, not finite, not a share, or of another length.
         """
         for name in table.column_names:
             column = one_array(table[name])
@@ -174,7 +174,7 @@ def _check_numbers(name: str, numbers: np.ndarray) -> None:
 
 
 def one_array(column: pa.ChunkedArray) -> Any:
-    """A column in one piece."""
+    """Return a column as one contiguous array."""
     array = column.combine_chunks()
     return array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
 
@@ -184,10 +184,10 @@ def _by_name(groups: list[tuple[int, str]]) -> dict[str, int]:
 
 
 def check_footers(folder: Path, names: list[str], sizes: Sizes) -> None:
-    """Hold the footers of the tables against the manifest and their own size, before anything of them is read.
+    """Validate the footers of the tables against the manifest and their own size, before their data is read.
 
     Raises:
-        ValueError: other columns or another number of rows, or more than a file of its size holds.
+        ValueError: other columns or another number of rows, or more data than plausible for the file size.
     """
     found = dict.fromkeys(sizes.rows, 0)
     for name in names:
@@ -206,11 +206,11 @@ def check_footers(folder: Path, names: list[str], sizes: Sizes) -> None:
 
 
 def read_footer(path: Path) -> pq.FileMetaData:
-    """The footer of a Parquet file that does not hold more than a file of its size can be meant to.
+    """Read the footer of a Parquet file, with a plausibility check of its content against the file size.
 
     Raises:
-        ValueError: it does.
-        OSError, pyarrow.ArrowException: it is no Parquet file.
+        ValueError: it is implausible.
+        OSError, pyarrow.ArrowException: it is not a Parquet file.
     """
     metadata = pq.read_metadata(path)
     rows, counts, unpacked = 0, [], 0

@@ -1,4 +1,4 @@
-"""Sums by (latent, threshold, source token), in bounded memory: rows are merged by key, and the smallest given up."""
+"""Sums by (latent, threshold, source token), in bounded memory: rows are merged by key, and the smallest dropped."""
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +10,7 @@ _COMPACT_ROWS = 1 << 19
 def merge_by_key(
     key: Int[Tensor, " row"], values: Float[Tensor, "row column"]
 ) -> tuple[Int[Tensor, " key"], Float[Tensor, "key column"]]:
-    """Sum the rows of each key, in their order; keys come out sorted."""
+    """Sum the rows of each key, in order; returned keys are sorted."""
     key, order = key.sort(stable=True)
     unique, which = torch.unique_consecutive(key, return_inverse=True)
     merged = torch.zeros(len(unique), values.shape[1], dtype=values.dtype, device=values.device)
@@ -20,7 +20,7 @@ def merge_by_key(
 def keep_largest(
     key: Int[Tensor, " key"], values: Float[Tensor, "key column"], owner: Int[Tensor, " key"], weight: int, n: int
 ) -> tuple[Int[Tensor, " kept"], Float[Tensor, "kept column"]]:
-    """Of each owner (sorted) the n keys with the largest value in the column `weight`."""
+    """Select the n keys of each owner (sorted) with the largest value in the column `weight`."""
     by_weight = values[:, weight].sort(descending=True, stable=True).indices
     by_owner = by_weight[owner[by_weight].sort(stable=True).indices]  # owner by owner, largest first
     starts = torch.cat([owner.new_zeros(1), torch.unique_consecutive(owner, return_counts=True)[1].cumsum(0)])
@@ -30,10 +30,10 @@ def keep_largest(
 
 
 class SourceSums:
-    """Sums by key over a stream of rows; of each owner only the `n` keys of largest weight are sure to stay."""
+    """Sums by key over a stream of rows; only the `n` keys of largest weight per owner are guaranteed to be kept."""
 
     def __init__(self, n_tokens: int, weight: int, n: int | None) -> None:
-        """Keys are `owner * n_tokens + token`; `weight` is the column to rank by; `n` None keeps every key."""
+        """Start empty. Keys are `owner * n_tokens + token`; `weight` is the column to rank by; `n` None: keep all."""
         self._n_tokens, self._weight, self._n = n_tokens, weight, n
         self._pieces: list[tuple[Tensor, Tensor]] = []
         self._rows, self._limit = 0, _COMPACT_ROWS
@@ -47,7 +47,7 @@ class SourceSums:
             self._compact()
 
     def _compact(self) -> None:
-        """Merge all pieces into one; the next time when as much has come again."""
+        """Merge all pieces into one; repeated each time the size has doubled."""
         key, values = (torch.cat(column) for column in zip(*self._pieces, strict=True))
         key, values = merge_by_key(key, values.double())
         if self._n is not None:
@@ -56,7 +56,7 @@ class SourceSums:
         self._limit = max(_COMPACT_ROWS, 2 * len(key))
 
     def result(self) -> tuple[Int[Tensor, " key"], Float[Tensor, "key column"]]:
-        """The keys, sorted, and their sums."""
+        """Return the sorted keys and their sums."""
         if not self._pieces:
             return torch.empty(0, dtype=torch.int64), torch.empty(0, 0, dtype=torch.float64)
         self._compact()

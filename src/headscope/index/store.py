@@ -1,6 +1,6 @@
 """Read an index: records for Python, SQL for everything else. No torch, no model.
 
-An index folder is untrusted: nothing in it is executed, nothing outside it is read, and what its manifest says is held
+An index folder is untrusted: nothing in it is executed, nothing outside it is read, and its manifest is validated
 against its tables.
 """
 
@@ -65,7 +65,7 @@ R = TypeVar("R")
 
 
 def _of_folder(reader: "Callable[Concatenate[FeatureIndex, P], R]") -> "Callable[Concatenate[FeatureIndex, P], R]":
-    """A method that reads: whatever breaks it, the folder is damaged."""
+    """Wrap a reading method: any exception means that the folder is damaged."""
 
     @wraps(reader)
     def reads(index: "FeatureIndex", *arguments: P.args, **named: P.kwargs) -> R:
@@ -76,10 +76,10 @@ def _of_folder(reader: "Callable[Concatenate[FeatureIndex, P], R]") -> "Callable
 
 
 class FeatureIndex:
-    """An index folder that is open for reading; safe to use from several threads."""
+    """An index folder opened for reading; thread-safe."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Use `FeatureIndex.open`."""
+        """Private; use `FeatureIndex.open`."""
         self.folder, self.manifest = folder, manifest
         self._sizes = Sizes.of(manifest)
         names = check_files(folder, manifest)
@@ -106,17 +106,17 @@ class FeatureIndex:
         Files are checked for their presence and size; `verify` also reads them.
 
         Raises:
-            IndexFormatError: there is none, it is not finished, damaged, or another version wrote it.
+            IndexFormatError: there is none, it is unfinished, damaged, or of another version.
         """
         folder = Path(check("index", folder, NameOrPath, IndexFormatError))
         with reading(folder):
             return cls(folder, read_manifest(folder))
 
     def verify(self) -> None:
-        """Read all files, the copy of the SAE included: do they have the manifest's checksums, do the tables agree?
+        """Read all files, including the copy of the SAE, and check checksums and the consistency of the tables.
 
         Raises:
-            IndexFormatError: some do not; they are named.
+            IndexFormatError: a check fails; the error names the files.
         """
         digests: dict[str, tuple] = {name: (digest,) for name, (_, digest) in self.manifest["files"].items()}
         carried, sae = f"{CARRIED}/sae_weights.safetensors", self.manifest["sae"]
@@ -136,15 +136,15 @@ class FeatureIndex:
     def check_same(
         self, *, model: Fingerprinted | None = None, sae_hash: str | None = None, sae_name: str = ""
     ) -> None:
-        """Refuse a model or an SAE other than those the index was built with; its own copy of the SAE is the same.
+        """Reject a model or an SAE other than those the index was built with; its own copy of the SAE is the same.
 
         Args:
             model: a model.
-            sae_hash: of the weights of an SAE.
-            sae_name: what an error calls it besides.
+            sae_hash: hash of an SAE's weights.
+            sae_name: its name in errors.
 
         Raises:
-            IndexFormatError: a hash differs; it is named.
+            IndexFormatError: a hash differs; the error names it.
         """
         sae = self.manifest["sae"]
         if model is not None and not model.matches(self.manifest["model"]["hash"]):
@@ -161,7 +161,7 @@ class FeatureIndex:
         )
 
     def _check_meaning(self) -> None:
-        """Hold what the manifest says of the tables' content against it: a wrong count must not be a wrong number."""
+        """Validate the manifest's statements about the tables: a wrong count must not yield a wrong number."""
         check_counts(self.manifest, self._features)
         if not self._tokens.end_with_blocks():
             raise ValueError(f"blocks that are not of {self.block_size} tokens")
@@ -171,7 +171,7 @@ class FeatureIndex:
             quality_rows(self.manifest["quality"])
         most = int(
             np.argmax(self._features["n_active"].to_numpy())
-        )  # each reader once: what a footer lacks is found here, not by the first to ask
+        )  # open each reader once: missing parts of a footer are found here, not on first use
         for read in (self.feature, self.examples, self.sources, self.activations):
             read(most)
         self.tokens_of(0)
@@ -179,22 +179,22 @@ class FeatureIndex:
     def sql(self, query: str, parameters: list[Any] | None = None, *, seconds: float | None = 60.0) -> pa.Table:
         """Run one query over the views named in docs/index-format.md: tokens, features, activations, sources, ...
 
-        What studies added is there as `<study>_columns`. The query reads the files of this index and no others, and
-        writes none. DuckDB does not look at the checksums of pages; `verify` does.
+        Columns of studies are there as `<study>_columns`. The query reads the files of this index and no others, and
+        writes none. DuckDB does not verify the checksums of pages; `verify` does.
 
         Args:
             query: one SELECT.
             parameters: values for its `?`.
-            seconds: after which it is interrupted; None lets it run to its end.
+            seconds: time limit; None for no limit.
 
         Raises:
-            IndexFormatError: it is not one query, takes longer, or DuckDB cannot run it.
+            IndexFormatError: it is not one query, exceeds the limit, or DuckDB cannot run it.
         """
         columns = {f"{study}_columns": own for study, own in tuple(self._studied())}
         return self._database.select(query, parameters, columns, seconds)
 
     def preload(self) -> None:
-        """Read ahead what records of features are read from, as far as it is held in memory.
+        """Preload the data of feature records, as far as it fits the cache.
 
         Raises:
             IndexFormatError: it is damaged.
@@ -205,7 +205,7 @@ class FeatureIndex:
     # -------------------------------------------------------------------------------------------------------- features
     @property
     def n_latents(self) -> int:
-        """Latents of the SAE, dead ones included."""
+        """Latents of the SAE, including dead ones."""
         return int(self.manifest["sae"]["d_sae"])
 
     @property
@@ -215,7 +215,7 @@ class FeatureIndex:
 
     @property
     def block_size(self) -> int:
-        """Tokens in a block."""
+        """Tokens per block."""
         return int(self.manifest["corpus"]["block_size"])
 
     @property
@@ -229,7 +229,7 @@ class FeatureIndex:
 
     @_of_folder
     def feature(self, latent: int) -> Feature:
-        """All that is known of one latent but its examples and source tokens.
+        """Return the record of one latent, without examples and source tokens.
 
         Raises:
             IndexFormatError: no such latent.
@@ -240,11 +240,11 @@ class FeatureIndex:
 
     @_of_folder
     def sources(self, latent: int, threshold: float | None = None) -> Sources | None:
-        """The source tokens that carry a feature's DFA, over its active tokens above a threshold of the index.
+        """Return the source tokens that carry a feature's DFA, over its active tokens above a threshold of the index.
 
         Args:
-            latent: which feature.
-            threshold: one of `manifest["thresholds"]`; the first, 0, when not given.
+            latent: the feature.
+            threshold: one of `manifest["thresholds"]`; default: the first, 0.
 
         Returns:
             None when the feature is never active above the threshold.
@@ -265,7 +265,7 @@ class FeatureIndex:
 
     @_of_folder
     def activations(self, latent: int) -> Activations:
-        """Every active token of a feature.
+        """Return every active token of a feature.
 
         Raises:
             IndexFormatError: no such latent.
@@ -274,9 +274,9 @@ class FeatureIndex:
         return activations_of(self._activations.of(latent), self.n_heads)
 
     def each_latent(self) -> Iterator[tuple[int, Activations]]:
-        """Every latent with its active tokens, dead ones too: for studies of the whole dictionary.
+        """Yield every latent with its active tokens, including dead ones: for studies of the whole dictionary.
 
-        The activations are read once, in their order, and those of one latent are held at a time.
+        The activations are read once, in order, one latent in memory at a time.
 
         Raises:
             IndexFormatError: they are damaged.
@@ -286,7 +286,7 @@ class FeatureIndex:
 
     @_of_folder
     def examples(self, latent: int) -> tuple[ExampleGroup, ...]:
-        """The example groups of a feature, in the order of its card; empty for a dead one.
+        """Return the example groups of a feature, in the order of its card; empty for a dead one.
 
         Raises:
             IndexFormatError: no such latent.
@@ -295,7 +295,7 @@ class FeatureIndex:
 
     @_of_folder
     def example_columns(self, latent: int) -> tuple[tuple[DrawnGroup, ...], ExampleColumns]:
-        """The same by column: the groups, and their examples, each once, in the order in which groups name them.
+        """Return the same by column: the groups, and their distinct examples, in the order of first use.
 
         Raises:
             IndexFormatError: no such latent.
@@ -310,7 +310,7 @@ class FeatureIndex:
     @cached_property
     @_of_folder
     def shares(self) -> dict[str, Float[np.ndarray, "latent head"]]:
-        """Of every latent, each share of `Shares`; NaN where there is none."""
+        """Return each share of `Shares` for every latent; NaN where undefined."""
         return {
             field.name: matrix(self._features[column], self.n_heads)
             for field in fields(Shares)
@@ -319,7 +319,7 @@ class FeatureIndex:
 
     @_of_folder
     def nulls(self) -> tuple[Null, ...]:
-        """Directions that mean nothing, active as often as real features: the control of `Shares`."""
+        """Return the null directions, matched in density with features: the control of `Shares`."""
         rows = read_own(self.folder / "nulls.parquet", self._sizes).to_pylist()
         return tuple(null_of(row) for row in rows)
 
@@ -363,10 +363,10 @@ class FeatureIndex:
         )
 
     def table(self) -> pa.Table:
-        """One row a latent, with the columns a list of features shows, and those of studies as `<study>.<column>`.
+        """Return one row per latent, with the columns of a feature list, and those of studies as `<study>.<column>`.
 
-        Columns that are damaged or of another index are left out, with a warning. What studies write while the index
-        is open is seen.
+        Columns that are damaged or of another index are skipped, with a warning. Columns that studies write while the
+        index is open are included.
         """
         stamp = stamp_of(self.folder / COLUMNS)
         if self._studied_table is None or self._studied_table[0] != stamp:
@@ -386,7 +386,7 @@ class FeatureIndex:
                 warnings.warn(f"columns of {study} are left out: {error}", stacklevel=3)
 
     def columns(self, study: str) -> pa.Table:
-        """What a study added, one row a latent; `study` also tells its provenance.
+        """Return the columns that a study added, one row per latent; `study` also returns its provenance.
 
         Raises:
             IndexFormatError: no such study, or of another index.
@@ -394,7 +394,7 @@ class FeatureIndex:
         return self.study(study)[0]
 
     def study(self, study: str) -> tuple[pa.Table, dict[str, Any]]:
-        """What a study added, one row a latent, and its provenance; a file is read again once it has changed.
+        """Return a study's columns, one row per latent, and its provenance; a file is reread once it has changed.
 
         Raises:
             IndexFormatError: no such study, or of another index.
@@ -406,7 +406,7 @@ class FeatureIndex:
         return held[1:]
 
     def stamp(self) -> Hashable:
-        """A value that changes when a study adds something to the folder, or writes anew what it had added."""
+        """Return a value that changes when a study adds or rewrites columns."""
         return tuple(stamp_of(self.folder / name) for name in (COLUMNS, HEADS))
 
     def search(
@@ -418,15 +418,15 @@ class FeatureIndex:
         min_density: float = 0.0,
         max_density: float = 1.0,
     ) -> tuple[int, ...]:
-        """Latents of live features that meet all conditions, largest share first.
+        """Return live latents that meet all conditions, largest share first.
 
         Args:
-            token: one of its ten top logits, its source tokens or the tokens of its top examples; an id, or its text
-                to the byte, leading space included.
-            head: the head whose share of squared DFA is looked at; the top head of each feature when not given.
-            min_share: of squared DFA, for that head.
-            min_density: share of tokens on which it is active.
-            max_density: likewise.
+            token: a token among its ten top logits, its source tokens or the tokens of its top examples; an id, or its
+                exact text, including a leading space.
+            head: the head of `min_share`; default: the top head of each feature.
+            min_share: minimum share of squared DFA of that head.
+            min_density: minimum share of active tokens.
+            max_density: maximum, likewise.
 
         Raises:
             IndexFormatError: no such token or head.
@@ -446,7 +446,7 @@ class FeatureIndex:
         return tuple(chosen[np.argsort(-share[chosen], kind="stable")].tolist())
 
     def _mentions(self, token: int) -> np.ndarray:
-        """Of each latent, whether a token is among its logits, sources or examples."""
+        """Mark the latents with a token among their logits, sources or examples."""
         sources = self.sql("SELECT DISTINCT latent FROM sources WHERE token = ?", [token])["latent"].to_numpy()
         found = np.zeros(self.n_latents, dtype=bool)
         found[sources] = True
@@ -458,7 +458,7 @@ class FeatureIndex:
 
     # ---------------------------------------------------------------------------------------------------------- corpus
     def tokens_of(self, block: int) -> Int[np.ndarray, " position"]:
-        """Token ids of one block.
+        """Return the token ids of one block.
 
         Raises:
             IndexFormatError: no such block.
@@ -466,7 +466,7 @@ class FeatureIndex:
         return self._block(block, "token")
 
     def documents_of(self, block: int) -> Int[np.ndarray, " position"]:
-        """Document number of each token of one block.
+        """Return the document number of each token of one block.
 
         Raises:
             IndexFormatError: no such block.
@@ -478,25 +478,25 @@ class FeatureIndex:
         return self._tokens.of(block, column)
 
     def each_blocks(self) -> Iterator[dict[str, np.ndarray]]:
-        """The corpus, some blocks at a time: `token`, `document`, `is_text`, `starts`, each [block, position].
+        """Yield the corpus, some blocks at a time: `token`, `document`, `is_text`, `starts`, each [block, position].
 
-        `starts` is where a text begins that was tokenised by itself. 17M tokens stay in memory, 10 bytes each.
+        `starts` marks the start of a text that was tokenised by itself. 17M tokens stay in memory, 10 bytes each.
         """
         return self._tokens.each()
 
     @cached_property
     @_of_folder
     def documents(self) -> list[str]:
-        """Names of the documents."""
+        """Return the names of the documents."""
         return read_own(self.folder / "documents.parquet", self._sizes)["name"].to_pylist()
 
     @property
     def vocabulary(self) -> tuple[list[bytes], list[int]]:
-        """Each token's bytes, and the ids of the special tokens."""
+        """Return each token's bytes, and the ids of the special tokens."""
         return self.token_texts.vocabulary
 
     def token_id(self, text: str) -> int:
-        """As `TokenTexts.token_id`."""
+        """Look up a token as `TokenTexts.token_id` does."""
         return self.token_texts.token_id(text)
 
 

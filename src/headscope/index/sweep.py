@@ -1,7 +1,7 @@
-"""One sweep over all activations, latent by latent: distributions, and the examples worth showing. Numpy only.
+"""One sweep over all activations, latent by latent: distributions, and the selection of examples. Numpy only.
 
-Latents are taken in ranges that fit in memory. A latent that alone does not fit is read in slices: what is counted is
-counted over all of its rows, and quantiles and examples come from an even sample of them, drawn by a hash of position.
+Latents are taken in ranges that fit in memory. A latent that alone does not fit is read in slices: counts cover all of
+its rows, while quantiles and examples come from an even sample of them, drawn by a hash of position.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from headscope.index.config import N_BINS, QUANTILES, IndexPlan
 from headscope.index.parts import SortedParts
 
-_CONTEXT = (10, 4)  # tokens before and after that decide whether two top examples are the same text
-_WEAKEST = (1 << 32) - 1  # less the bits of an activation: the strongest first
-_CANDIDATES = 20  # times the number of top examples: how many are searched for distinct ones
+_CONTEXT = (10, 4)  # tokens before and after that decide whether two top examples are duplicates
+_WEAKEST = (1 << 32) - 1  # minus the bits of an activation: the strongest first
+_CANDIDATES = 20  # multiple of the number of top examples that is searched for distinct ones
 
 Rows = dict[str, np.ndarray]
 Blocks = Int[np.ndarray, "block position"]
@@ -23,11 +23,11 @@ Blocks = Int[np.ndarray, "block position"]
 
 @dataclass(frozen=True)
 class Groups:
-    """Example groups of many latents, by columns; one row a group, in the order of a card."""
+    """Example groups of many latents, by columns; one row per group, in the order of a card."""
 
     latent: Int[np.ndarray, " group"]
     kind: Int[np.ndarray, " group"]
-    """Into `KINDS`."""
+    """Index into `KINDS`."""
     number: Int[np.ndarray, " group"]
     low: Float[np.ndarray, " group"]
     high: Float[np.ndarray, " group"]
@@ -36,12 +36,12 @@ class Groups:
     mass: Float[np.ndarray, " group"]
     """Their summed activation."""
     sampled: Bool[np.ndarray, " group"]
-    """Both are estimated from an even sample of the latent's active tokens."""
+    """Whether both are estimated from an even sample of the latent's active tokens."""
     n_chosen: Int[np.ndarray, " group"]
     position: Int[np.ndarray, " chosen"]
-    """Of the chosen examples, strongest first, group after group."""
+    """Positions of the chosen examples, strongest first, group after group."""
     duplicates: Int[np.ndarray, " chosen"]
-    """Further tokens with the same text around them, among the strongest searched; only `top` is searched."""
+    """Further tokens with the same context, among the strongest searched; only `top` is searched."""
 
 
 KINDS = ("top", "random", "quantile", "interval", "threshold")
@@ -49,13 +49,14 @@ KINDS = ("top", "random", "quantile", "interval", "threshold")
 
 @dataclass(frozen=True)
 class Distributions:
-    """Of the activations of each latent; zeros for one that is never active."""
+    """Distributions of the activations of each latent; zeros for one that is never active."""
 
     quantiles: Float[np.ndarray, "latent q"]
     histogram: Int[np.ndarray, "latent bin"]
     mass: Float[np.ndarray, "latent bin"]
     central: Float[np.ndarray, "latent power"]
-    """Sums of `(f - mean)^k` for k of 1 to 4: from sums of `f^k` little is left of them where the mean is large."""
+    """Sums of `(f - mean)^k` for k of 1 to 4: computing them from sums of `f^k` would cancel where the mean is large.
+    """
 
 
 def sweep(
@@ -67,14 +68,14 @@ def sweep(
     write: Callable[[Rows], None],
     report: Callable[[int], None],
 ) -> tuple[Distributions, Groups]:
-    """Bring the pairs of all parts together.
+    """Merge the pairs of all parts.
 
     Args:
         pairs: with the columns position, activation and heads.
         maximum: largest activation of each latent.
         mean: activation of each, over its active tokens.
         blocks: tokens of the corpus.
-        plan: how many examples, and how many rows to hold.
+        plan: number of examples, and of rows in memory.
         write: called with consecutive rows, sorted by latent, then position.
         report: called with the number of latents done.
     """
@@ -121,7 +122,7 @@ def _joined(pieces: list[Rows]) -> Rows:
 
 
 def priority(position: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """A number in [0, 1) by position alone (SplitMix64): what is drawn does not depend on how the work was cut."""
+    """Map a position to a number in [0, 1) (SplitMix64), so that draws do not depend on how the work was split."""
     x = position.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -157,7 +158,7 @@ def _count(found: Distributions, rows: Rows, maximum: np.ndarray, mean: np.ndarr
 
 
 def _quantiles(quantiles: np.ndarray, rows: Rows) -> None:
-    """Of each latent, with linear interpolation between order statistics."""
+    """Compute the quantiles of each latent, with linear interpolation between order statistics."""
     order = _sorted(rows["latent"], _bits(rows["activation"]))
     latent, f = rows["latent"][order], rows["activation"][order].astype(np.float64)
     present, start, n = np.unique(latent, return_index=True, return_counts=True)
@@ -172,15 +173,15 @@ def _quantiles(quantiles: np.ndarray, rows: Rows) -> None:
 def choose_groups(
     rows: Rows, ends: tuple[Rows, Rows], counts: np.ndarray, maximum: np.ndarray, blocks: Blocks, plan: IndexPlan
 ) -> list[Groups]:
-    """The groups of the cards of some latents: top, random, true quantiles, equal-width intervals, near threshold.
+    """Choose the card groups of some latents: top, random, true quantiles, equal-width intervals, near threshold.
 
     Args:
         rows: all pairs of these latents, or an even sample of them.
         ends: the same, or at least the strongest; and the same, or at least the weakest.
         counts: active tokens of each latent of the dictionary.
         maximum: largest activation of each.
-        blocks: tokens of the corpus.
-        plan: how many of each.
+        blocks: the tokens of the corpus.
+        plan: number of each.
     """
     top, low = ends
     drawn = (priority(rows["position"]) * 2**32).astype(np.int64)
@@ -205,23 +206,23 @@ def choose_groups(
 
 
 def _bits(f: Float[np.ndarray, " n"]) -> np.ndarray:
-    """Whole numbers below 2^32 in the order of non-negative float32."""
+    """Map non-negative float32 to integers below 2^32 in the same order."""
     return np.ascontiguousarray(f, dtype=np.float32).view(np.uint32).astype(np.int64)
 
 
 def _sorted(group: Int[np.ndarray, " n"], by: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """The order by group, then by a number below 2^32, then as they came; one key sorts faster than two."""
+    """Return the order by group, then by a number below 2^32, then stable; one key sorts faster than two."""
     return np.argsort((group.astype(np.int64) << 32) | by, kind="stable")
 
 
 def runs(values: Int[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " run"], Int[np.ndarray, " run"]]:
-    """Where each run of equal numbers begins, and how long it is; none is negative."""
+    """Return start and length of each run of equal numbers, which must not be negative."""
     starts = np.flatnonzero(np.diff(values, prepend=-1))
     return starts, np.diff(np.append(starts, len(values)))
 
 
 def _rank(latent: Int[np.ndarray, " n"], by: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-    """Rank of each row among those of its latent (0 is the smallest; ties as they came), and how many these are."""
+    """Return the rank of each row among those of its latent (0 is the smallest; stable), and the number of these."""
     order = _sorted(latent, by)
     starts, lengths = runs(latent[order])
     rank, n = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
@@ -231,7 +232,7 @@ def _rank(latent: Int[np.ndarray, " n"], by: Int[np.ndarray, " n"]) -> tuple[np.
 
 
 def _split(rank: np.ndarray, n: np.ndarray, parts: int) -> np.ndarray:
-    """Which of `parts` runs of nearly equal length each rank falls in; the first ones are longer (`np.array_split`)."""
+    """Return which of `parts` nearly equal runs each rank falls in; the first ones are longer (`np.array_split`)."""
     short, longer = np.divmod(n, parts)
     boundary = longer * (short + 1)
     late = longer + (rank - boundary) // np.maximum(short, 1)
@@ -246,7 +247,7 @@ def _groups(
     n: int,
     scale: np.ndarray,
 ) -> Groups:
-    """Groups by (latent, number), and of each the `n` rows that come first by `order_by`, strongest first."""
+    """Make groups by (latent, number), with the first `n` rows of each by `order_by`, strongest first."""
     group = rows["latent"] * (number.max(initial=0) + 1) + number
     order = _sorted(group, order_by)
     start, length = runs(group[order])
@@ -271,14 +272,14 @@ def _groups(
 
 
 def _whole(kind: str, rows: Rows, at: Int[np.ndarray, " chosen"]) -> Groups:
-    """A group of each latent that is all of some rows, and shows all of them."""
+    """Make one group per latent that contains and shows all of some rows."""
     chosen = {name: column[at] for name, column in rows.items()}
     none = np.zeros(len(at), np.int64)
     return _groups(kind, chosen, none, none, len(at), np.ones(len(at)))
 
 
 def _intervals(groups: Groups, width: np.ndarray, plan: IndexPlan) -> Groups:
-    """Numbered from the lowest, with the bounds of the interval, not of its members."""
+    """Number the groups from the lowest, with the bounds of the interval rather than of its members."""
     number = plan.intervals - 1 - groups.number
     low = number * width[groups.latent]
     fields = vars(groups) | {"number": number, "low": low, "high": low + width[groups.latent]}
@@ -286,7 +287,7 @@ def _intervals(groups: Groups, width: np.ndarray, plan: IndexPlan) -> Groups:
 
 
 def _top(rows: Rows, blocks: Blocks, n: int) -> Groups:
-    """The strongest active tokens, each text once."""
+    """Make the groups of the strongest active tokens, without duplicate contexts."""
     rank, _ = _rank(rows["latent"], _WEAKEST - _bits(rows["activation"]))
     candidates = np.flatnonzero(rank < n * _CANDIDATES)
     candidates = candidates[_sorted(rows["latent"][candidates], rank[candidates])]  # latent by latent, strongest first
@@ -302,7 +303,7 @@ def _top(rows: Rows, blocks: Blocks, n: int) -> Groups:
 
 
 def _text_hash(latent: Int[np.ndarray, " n"], position: Int[np.ndarray, " n"], blocks: Blocks) -> np.ndarray:
-    """A 64-bit number of a latent, the tokens around a position, and their order."""
+    """Hash a latent and the tokens around a position, in order, to 64 bits."""
     before, after = _CONTEXT
     block, query = np.divmod(position, blocks.shape[1])
     at = query[:, None] + np.arange(-before, after + 1)
@@ -324,7 +325,7 @@ def _concatenated(groups: list[Groups]) -> Groups:
 
 
 def _by_latent(groups: Groups) -> Groups:
-    """In the order of latents, and within one as they came."""
+    """Sort the groups by latent, stable within one."""
     order = np.argsort(groups.latent, kind="stable")
     start = np.cumsum(groups.n_chosen) - groups.n_chosen
     lengths = groups.n_chosen[order]
@@ -338,7 +339,7 @@ def _by_latent(groups: Groups) -> Groups:
 
 
 def chosen_pairs(groups: Groups) -> tuple[np.ndarray, np.ndarray]:
-    """(latent, position) of all examples, each once, by position."""
+    """Return (latent, position) of all examples, each once, by position."""
     latent = np.repeat(groups.latent, groups.n_chosen)
     order = np.lexsort((latent, groups.position))
     latent, position = latent[order].astype(np.int64), groups.position[order].astype(np.int64)
@@ -347,7 +348,7 @@ def chosen_pairs(groups: Groups) -> tuple[np.ndarray, np.ndarray]:
 
 
 def top_tokens(groups: Groups, blocks: Int[np.ndarray, "block position"], d_sae: int) -> list[list[int]]:
-    """The tokens at each feature's top examples."""
+    """Return the tokens at each feature's top examples."""
     found: list[list[int]] = [[] for _ in range(d_sae)]
     ends = np.cumsum(groups.n_chosen)
     for i in np.flatnonzero(groups.kind == 0):

@@ -1,4 +1,4 @@
-"""The tables of an index folder, from what the passes found."""
+"""Make the tables of an index folder from the results of the passes."""
 
 import glob
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class Totals:
 
     @classmethod
     def of(cls, pairs: SortedParts, n_heads: int, n_tokens: int) -> "Totals":
-        """Read them from the parts."""
+        """Read the totals from the parts."""
         moments = pairs.totals("moments")
         heads = moments[:, len(MOMENTS) :].reshape(len(moments), 3, n_heads)
         return cls(moments[:, : len(MOMENTS)], heads, pairs.maxima("maximum").astype(np.float64), n_tokens)
@@ -63,7 +63,7 @@ class Totals:
 
     @property
     def mean(self) -> Float[np.ndarray, " latent"]:
-        """Of the activation over active tokens; 0 for a dead latent."""
+        """Mean activation over active tokens; 0 for a dead latent."""
         return self._sum("f") / np.maximum(self._sum("n"), 1)
 
     @property
@@ -72,12 +72,12 @@ class Totals:
         return np.where(self.n_active > 0, np.argmax(self.heads[:, 1], axis=1), -1)
 
     def over_all_tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of the activation, zeros included."""
+        """Return mean and standard deviation of the activation, zeros included."""
         mean = self._sum("f") / self.n_tokens
         return mean, np.sqrt(np.maximum(self._sum("f2") / self.n_tokens - mean**2, 0))
 
     def columns(self, central: Float[np.ndarray, "latent power"]) -> dict[str, Any]:
-        """Moments and DFA shares of each latent; null where they do not exist. `central`: as `Distributions` has it."""
+        """Return moments and DFA shares of each latent; null where undefined. `central`: as in `Distributions`."""
         n = self._sum("n")
         dead = n == 0
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -100,7 +100,7 @@ class Totals:
 
 
 def _central(m1: np.ndarray, m2: np.ndarray, m3: np.ndarray, m4: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Variance, skew and kurtosis from moments about a point near the mean."""
+    """Compute variance, skew and kurtosis from moments about a point near the mean."""
     variance = m2 - m1**2
     third = m3 - 3 * m1 * m2 + 2 * m1**3
     fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
@@ -113,7 +113,7 @@ def head_shares(
     p2: Float[np.ndarray, " row"],
     heads: Float[np.ndarray, "row three head"],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The shares of squared DFA, of covariance with p, and of the mean, from sums; NaN where they do not exist."""
+    """Compute the shares of squared DFA, of covariance with p, and of the mean, from sums; NaN where undefined."""
     first, squares, products = heads[:, 0], heads[:, 1], heads[:, 2]
     n, p, p2 = n[:, None], p[:, None], p2[:, None]
     variance = p2 / n - (p / n) ** 2
@@ -131,7 +131,7 @@ def feature_table(
     values: TokenValues,
     report: Callable[[str, int, int], None],
 ) -> pa.Table:
-    """One row a latent; what only a live latent has is null for a dead one."""
+    """Make one row per latent; columns that only a live latent has are null for a dead one."""
     sae, weights, n_heads = subject.sae, subject.weights, model.spec.n_heads
     columns: dict[str, Any] = {
         "latent": pa.array(range(sae.d_sae), pa.int32()),
@@ -169,7 +169,7 @@ def feature_table(
 def _cosines(
     rows: Float[torch.Tensor, "latent d"], others: Int[np.ndarray, "latent k"]
 ) -> Float[np.ndarray, "latent k"]:
-    """Cosine of each row with some others; a chunk at a time, since their vectors take k times the room of the rows."""
+    """Compute the cosine of each row with some others, in chunks: their vectors take k times the memory of the rows."""
     unit = torch.nn.functional.normalize(rows, dim=1)
     chosen = torch.from_numpy(others).to(rows.device)
     pairs = zip(unit.split(_COSINE_ROWS), chosen.split(_COSINE_ROWS), strict=True)
@@ -180,7 +180,7 @@ def _cosines(
 def source_tables(
     model: Model, pairs: SortedParts, shared: dict[str, np.ndarray], plan: IndexPlan
 ) -> tuple[pa.Table, pa.Table]:
-    """The largest source tokens of each latent above each threshold, and the totals they are shares of."""
+    """Make the tables of each latent's largest source tokens above each threshold, and of the totals."""
     n_levels, n_heads, d_vocab = len(plan.thresholds), model.spec.n_heads, model.spec.d_vocab
     totals = pairs.totals("source_totals").reshape(-1, n_levels, len(SOURCE_TOTALS) + 3 * n_heads)
     sums = source_sums(d_vocab, len(totals) * n_levels, plan)
@@ -223,7 +223,7 @@ def source_tables(
 def _largest_tokens(
     key: torch.Tensor, values: torch.Tensor, d_vocab: int, bos: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(latent, token, sums) of the largest source tokens of each latent; what is not text, kept as BOS, is left out."""
+    """Return (latent, token, sums) of the largest source tokens of each latent, without non-text, stored as BOS."""
     latent, token, sums = (key // d_vocab).numpy(), (key % d_vocab).numpy(), values.numpy()
     text = token != bos
     latent, token, sums = latent[text], token[text], sums[text]
@@ -270,7 +270,7 @@ def _source_rows(
 
 
 def null_table(subject: Subject, pairs: SortedParts, n_heads: int) -> pa.Table:
-    """One row a null direction."""
+    """Make one row per null direction."""
     sums = pairs.totals("null_moments")
     n, p, p2 = sums[:, 0], sums[:, 1], sums[:, 2]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -288,7 +288,7 @@ def null_table(subject: Subject, pairs: SortedParts, n_heads: int) -> pa.Table:
 
 # ------------------------------------------------------------------------------------------------------------ examples
 def group_table(groups: Groups, totals: Totals) -> pa.Table:
-    """One row a group of examples."""
+    """Make one row per group of examples."""
     whole = totals.moments[groups.latent.astype(np.int64)]
     return pa.table(
         {
@@ -311,7 +311,7 @@ _EXAMPLE_COLUMNS = ("position", "pre", "bias", "residual", "heads", "source", "s
 
 
 def write_examples(folder: Path, examples: SortedParts, block_size: int, range_rows: int, n_heads: int) -> None:
-    """Write `examples.parquet` from its parts and the activations, which stand already."""
+    """Write `examples.parquet` from its parts and the activations, which are already written."""
     activations = f"{glob.escape(str(folder))}/activations/*.parquet".replace("'", "''")
     connection, writer = duckdb.connect(), None
     ranges = [(a, b) for a, b in examples.ranges(range_rows) if examples.counts[a:b].any()]

@@ -1,4 +1,4 @@
-"""The vocabulary of an index: the bytes of each token, and which tokens a text names. No torch."""
+"""The vocabulary of an index: the bytes of each token, and the tokens of a text. No torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -17,22 +17,22 @@ from headscope.tokens import Spelling, encode, unknown_id
 
 
 class TokenTexts:
-    """The vocabulary table of an index, read when it is first asked for.
+    """The vocabulary table of an index, read on first use.
 
-    Earlier indexes took every tokenizer for one of GPT-2's kind. They lack the column `byte_token`, and their tokens'
-    bytes are worked out again from their tokenizer.
+    Earlier versions treated every tokenizer as GPT-2's kind. Their indexes lack the column `byte_token`, and their
+    tokens' bytes are recomputed from their tokenizer.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], sizes: Sizes) -> None:
-        """Open; only an earlier index is read.
+        """Open the table; it is only read for an earlier index.
 
         Raises:
             IndexFormatError: it is an earlier index whose tokenizer cannot be read.
-            ValueError: the manifest does not say the spelling as it should.
+            ValueError: the manifest's spelling is invalid.
         """
         self._path, self._sizes = folder / "vocabulary.parquet", sizes
         self.respelled: dict[str, pa.Table] = {}
-        """The table by its name, where it is not what the file holds."""
+        """The recomputed table by its name, where it differs from the file."""
         said = manifest.get("spelling", {})
         self._tokenizer = folder / "tokenizer.json"
         if "byte_token" not in pq.read_schema(self._path).names:
@@ -43,14 +43,15 @@ class TokenTexts:
             raise ValueError(f"manifest.json says spelling = {str(said)[:50]!r}")
         self._said = said
         self.prefix = str(said.get("prefix", "")).encode()
-        """What the tokenizer puts before a text, a space or nothing: the first token of a document begins with it."""
+        """Prefix that the tokenizer puts before a text, a space or nothing: the first token of a document starts with
+        it."""
 
     @cached_property
     def segments(self) -> tuple[int | None, bool]:
-        """The token for text that cannot be spelled, and whether the prefix is put after other special tokens too.
+        """Return the token for text that cannot be spelled, and whether the prefix also follows other special tokens.
 
         Raises:
-            IndexFormatError: it is an earlier index, which does not say so, and its tokenizer cannot be read.
+            IndexFormatError: it is an earlier index, which lacks these, and its tokenizer cannot be read.
         """
         said = self._said
         if self.prefix and "repeats" not in said:
@@ -59,16 +60,16 @@ class TokenTexts:
 
     @cached_property
     def vocabulary(self) -> tuple[list[bytes], list[int]]:
-        """Each token's bytes, and the ids of the special tokens."""
+        """Return each token's bytes, and the ids of the special tokens."""
         return self._table["bytes"].to_pylist(), np.flatnonzero(self._table["special"].to_numpy()).tolist()
 
     @cached_property
     def byte_tokens(self) -> list[int]:
-        """The tokens that stand for one byte of what no other token spells, as `<0x0A>` of SentencePiece."""
+        """Return the tokens for single bytes that no other token spells, such as `<0x0A>` of SentencePiece."""
         return np.flatnonzero(self._table["byte_token"].to_numpy()).tolist()
 
     def token_id(self, text: str) -> int:
-        """The token with exactly this text, leading space included, or the special token of this name.
+        """Return the token with exactly this text, including a leading space, or the special token of this name.
 
         Raises:
             IndexFormatError: there is none.
@@ -82,10 +83,10 @@ class TokenTexts:
         return named[0]
 
     def pieces(self, text: str) -> list[str]:
-        """The tokens of a text, by their own texts.
+        """Return the tokens of a text, by their own texts.
 
         Raises:
-            IndexFormatError: the tokenizer cannot be read, or has tokens that the index does not have.
+            IndexFormatError: the tokenizer cannot be read, or has tokens missing in the index.
         """
         ids, (tokens, _) = encode(_tokenizer_of(self._tokenizer), [text])[0], self.vocabulary
         if ids and max(ids) >= len(tokens):
@@ -125,7 +126,7 @@ def _tokenizer_of(path: Path) -> Tokenizer:
 
 
 def vocabulary_table(spelling: Spelling, special: Sequence[bool]) -> pa.Table:
-    """One row a token: all of the model's, of which `special` tells the special ones."""
+    """Make one row per token of the model; `special` marks the special ones."""
     n = len(special)
     byte_tokens = set(spelling.byte_tokens(n))
     return pa.table(
@@ -139,7 +140,7 @@ def vocabulary_table(spelling: Spelling, special: Sequence[bool]) -> pa.Table:
 
 
 def described(spelling: Spelling) -> dict[str, Any]:
-    """What the manifest says of a spelling."""
+    """Return the manifest's entry for a spelling."""
     around = {"prefix": spelling.prefix.decode(), "suffix": spelling.suffix.decode()}
     return around | {
         "repeats": spelling.repeats,
@@ -151,9 +152,9 @@ def described(spelling: Spelling) -> dict[str, Any]:
 def ids_by_bytes(
     tokens: Sequence[bytes], special: Iterable[int], byte_tokens: Iterable[int]
 ) -> dict[bytes, tuple[int, ...]]:
-    """The tokens with exactly some bytes, special ones left out.
+    """Map bytes to the tokens with exactly these bytes, without special ones.
 
-    A byte token (`<0x61>`) comes last: where another token has the same bytes, a tokenizer makes that one.
+    A byte token (`<0x61>`) comes last: where another token has the same bytes, a tokenizer prefers that one.
     """
     left_out, last = set(special), set(byte_tokens)
     found: dict[bytes, tuple[int, ...]] = {}

@@ -1,8 +1,8 @@
-"""What each token of the vocabulary alone would contribute to a latent, read in parts, since vocabularies are large.
+"""Contribution of each vocabulary token alone to a latent, computed in parts, since vocabularies are large.
 
-The value vector of a token that is read alone takes a run of the layers before the SAE's: of 262,144 tokens that is
-as much work as so many tokens of text. The vectors go to disk in parts, as all that is read of the model does, so that
-a build that is interrupted keeps them and memory holds those of one head at a time.
+The value vector of a token alone takes a run of the layers before the SAE's: for 262,144 tokens as much work as that
+many tokens of text. The vectors are written to disk in parts, like all model outputs, so that an interrupted build
+keeps them and memory holds those of one head at a time.
 """
 
 from collections.abc import Callable
@@ -21,21 +21,21 @@ from headscope.index.writing import nullable, nullable_lists
 from headscope.models.hf import Model
 
 PART_TOKENS = 4096
-_ROWS = 256  # rows of the copying table held at a time, each as wide as the vocabulary
+_ROWS = 256  # rows of the copying table in memory at a time, each as wide as the vocabulary
 
 
 def n_parts_of(d_vocab: int) -> int:
-    """Of how many parts a vocabulary is."""
+    """Return the number of parts of a vocabulary."""
     return -(-d_vocab // PART_TOKENS)
 
 
 def tokens_of(part: int, d_vocab: int) -> range:
-    """The tokens of a part."""
+    """Return the tokens of a part."""
     return range(part * PART_TOKENS, min((part + 1) * PART_TOKENS, d_vocab))
 
 
 def read_values(model: Model, layer: int, part: int) -> Arrays:
-    """Read the value vectors of the tokens of a part, each alone: an array `[token, d_head]` for each query head."""
+    """Compute the value vectors of a part's tokens, each alone: an array `[token, d_head]` for each query head."""
     tokens = tokens_of(part, model.spec.d_vocab)
     values = model.token_values(layer, torch.arange(tokens.start, tokens.stop)).cpu().numpy()
     return {_name(head): values[:, head] for head in range(values.shape[1])}
@@ -43,12 +43,12 @@ def read_values(model: Model, layer: int, part: int) -> Arrays:
 
 @dataclass(frozen=True)
 class TokenValues:
-    """The value vectors of all tokens at one layer, in the parts that `read_values` made."""
+    """The value vectors of all tokens at one layer, in the parts made by `read_values`."""
 
     parts: Parts
 
     def of_head(self, head: int) -> Float[np.ndarray, "token d_head"]:
-        """Those of one query head.
+        """Return those of one query head.
 
         Raises:
             IndexFormatError: a part is missing or damaged.
@@ -65,15 +65,15 @@ def copying_columns(
     values: TokenValues,
     on_latents: Callable[[int, int], None],
 ) -> dict[str, pa.Array]:
-    """The largest entries of the static table of each live latent's top head, and where its top logit token stands.
+    """Return the top entries of the static table of each live latent's top head, and the rank of its top logit token.
 
     Args:
         model: the model.
         subject: the SAE.
-        heads: the head that makes most of each latent; -1 for a dead one, whose columns are null.
-        top_logit: the token that each latent raises most.
-        values: of all tokens at the SAE's layer.
-        on_latents: called with the live latents done, and all of them.
+        heads: the top head of each latent; -1 for a dead one, whose columns are null.
+        top_logit: the token whose logit each latent raises most.
+        values: values of all tokens at the SAE's layer.
+        on_latents: called with the live latents done and the total.
     """
     n, k, dead = len(heads), min(N_COPY, model.spec.d_vocab), heads < 0
     tokens, scores, rank = np.zeros((n, k), np.int64), np.zeros((n, k)), np.full(n, np.nan)

@@ -1,4 +1,4 @@
-"""Parquet files of an index: how each kind of column is kept, and the tables that can be large."""
+"""Write the Parquet files of an index: encoding of each kind of column, and the tables that can be large."""
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -18,41 +18,41 @@ from headscope.tokens import Spelling, special_ids
 _ROW_GROUP = 1 << 15
 _TOKEN_ROW_GROUP = 1 << 14
 SMALL_ROW_GROUP = 512
-"""Rows in a group of tables that a card reads a few rows of."""
+"""Row group size of tables of which a card reads a few rows."""
 _FILE_ROWS = 1 << 23  # rows of one file of activations
 
 
 def write_table(path: Path, table: pa.Table, *, small_groups: bool = False) -> None:
-    """Write a table, its rows in small groups when a card reads a few of them."""
+    """Write a table, with small row groups when a card reads a few of its rows."""
     with parquet_writer(path, table.schema) as writer:
         writer.write_table(table, row_group_size=SMALL_ROW_GROUP if small_groups else _ROW_GROUP)
 
 
 def parquet_writer(path: Path, schema: pa.Schema, **options: Any) -> pq.ParquetWriter:
-    """As all tables are written: compressed, each page with a checksum; more options are pyarrow's."""
+    """Open a writer as for all tables: compressed, with a checksum per page; more options are pyarrow's."""
     return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True, **options)
 
 
 def nullable(values: Float[np.ndarray, " row"], missing: np.ndarray) -> pa.Array:
-    """Numbers; null where they are missing or not finite."""
+    """Make a column of numbers; null where they are missing or not finite."""
     return pa.array(values, pa.float64(), mask=missing | ~np.isfinite(values))
 
 
 def nullable_lists(values: np.ndarray, missing: np.ndarray | None = None, kind: pa.DataType | None = None) -> pa.Array:
-    """Rows as lists; null where a row is missing or not finite."""
+    """Make a column of lists from rows; null where a row is missing or not finite."""
     present = np.asarray(np.isfinite(values).all(axis=1) if missing is None else ~missing)
     rows = [values[i] if present[i] else None for i in range(len(values))]
     return pa.array(rows, pa.list_(kind or pa.from_numpy_dtype(values.dtype)))
 
 
 def lists(values: np.ndarray, lengths: Sequence[int] | np.ndarray, kind: pa.DataType) -> pa.Array:
-    """Consecutive runs of values as lists."""
+    """Split consecutive values into lists."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, kind))
 
 
 def fixed_lists(values: np.ndarray) -> pa.Array:
-    """Rows of a matrix as lists of float32."""
+    """Make lists of float32 from the rows of a matrix."""
     return lists(values.reshape(-1), np.full(len(values), values.shape[1]), pa.float32())
 
 
@@ -81,7 +81,7 @@ def write_corpus(folder: Path, corpus: Corpus, model: Model, losses: Callable[[i
         }
         if losses is not None:
             loss = losses(chosen.start, chosen.stop).copy()
-            loss[:, :-1][corpus.offset[chosen, 1:] == PADDING] = np.nan  # padding is nothing to predict
+            loss[:, :-1][corpus.offset[chosen, 1:] == PADDING] = np.nan  # padding has no next token to predict
             columns["loss"] = pa.array(loss.reshape(-1), pa.float32(), mask=np.isnan(loss.reshape(-1)))
         table = pa.table(columns)
         writer = writer or parquet_writer(folder / "tokens.parquet", table.schema)
@@ -91,7 +91,7 @@ def write_corpus(folder: Path, corpus: Corpus, model: Model, losses: Callable[[i
 
 
 def _vocabulary_table(model: Model, special: Collection[int] | None = None) -> pa.Table:
-    """One row a token of the model; `special` are those of its tokenizer when not given."""
+    """Make one row per token of the model; `special` defaults to those of its tokenizer."""
     chosen = special_ids(model.tokenizer, model.bos) if special is None else special
     return vocabulary_table(Spelling.of(model.tokenizer), [i in chosen for i in range(model.spec.d_vocab)])
 
@@ -101,7 +101,7 @@ class ActivationWriter:
     """Files of activations, sorted by latent, then position; contributions keep 14 significant bits."""
 
     def __init__(self, folder: Path, n_heads: int) -> None:
-        """Files are opened as rows come."""
+        """Prepare; files are opened as rows come."""
         self._folder, self._n_heads = folder, n_heads
         self._file: pq.ParquetWriter | None = None
         self._n_files = self._rows = 0
@@ -131,7 +131,7 @@ class ActivationWriter:
             self.close()
 
     def close(self) -> None:
-        """Finish the present file; an index without activations has one empty file."""
+        """Close the current file; an index without activations has one empty file."""
         if self._file is not None:
             self._file.close()
             self._file, self._n_files, self._rows = None, self._n_files + 1, 0

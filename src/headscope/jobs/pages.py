@@ -35,12 +35,12 @@ def serve(  # noqa: PLR0913 - one argument an option of the command
 
     Args:
         index: an index folder.
-        model: the index's, to ablate its features, to say how they are computed, and to read prompts.
-        sae: the index's, where it is not found (`live`).
-        with_model: run the model, which is then found as `live` finds it; so it is where any other of these is named.
-        device: where the model runs.
-        upstream_saes: SAEs of earlier components of the model, whose features are told apart.
-        port: where to listen; None takes a free one.
+        model: the index's, to ablate its features, to attribute them, and to analyse prompts.
+        sae: the index's; default: found as `live` finds it.
+        with_model: run the model, found as `live` finds it; implied by naming any of these.
+        device: device of the model.
+        upstream_saes: SAEs of earlier components of the model, to attribute to their features.
+        port: port to listen on; None takes a free one.
         open_browser: open the page in the default browser.
         on_progress: called as the model is loaded.
 
@@ -142,12 +142,12 @@ def dive(  # noqa: PLR0913 - one argument an option of the command
         index: an index folder.
         feature: its latent.
         out: the file, whose name ends with .html.
-        proxies: those that the page suggests when none are given.
-        model: the index's, to remove the feature from it too.
-        sae: the index's, where it is not found (`live`).
-        with_model: run the model, which is then found as `live` finds it; so it is where one of these is named.
-        device: where the model runs.
-        overwrite: replace what is there.
+        proxies: default: those that the page suggests.
+        model: the index's, to also ablate the feature in it.
+        sae: the index's; default: found as `live` finds it.
+        with_model: run the model, found as `live` finds it; implied by naming any of these.
+        device: device of the model.
+        overwrite: replace existing output.
         on_progress: called as the model is loaded, and after each study of a proxy.
 
     Raises:

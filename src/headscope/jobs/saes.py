@@ -128,17 +128,17 @@ def convert(  # noqa: PLR0913 - one argument an option of the command
     force: bool = False,
     on_progress: Progress | None = None,
 ) -> "SAE":
-    """Write an SAE of any format as a SAELens folder that states all, and that reads the model's own activations.
+    """Convert an SAE of any format to a self-contained SAELens folder that reads the model's own activations.
 
     Args:
         sae: see `load_sae`.
         out: the folder.
-        model: to convert an SAE of processed weights with; the one the SAE names when not given.
-        site: what it reads, with `layer`, for files that do not say.
+        model: for converting an SAE of processed weights; default: the one named by the SAE.
+        site: the site it reads, with `layer`, for files that do not state it.
         layer: see `site`.
-        trained_on: the model's name, for files that do not say or say another program's.
-        overwrite: replace what `out` holds.
-        force: with a model, take an SAE whose files name other weights, and write that it is of these.
+        trained_on: the model's name, for files that omit it or use another program's name.
+        overwrite: replace the contents of `out`.
+        force: with a model, accept an SAE whose files name other weights, and record it as trained on these.
         on_progress: called as it is loaded.
 
     Raises:
