@@ -1,1 +1,1 @@
-"""The page that shows features: a local server, and the same page as one file."""
+"""The feature explorer: a local server, and the same page as one file."""

@@ -1,4 +1,4 @@
-"""Answers of the explorer's server: strict JSON, compressed once, entity tags, and failures that say what is wrong."""
+"""Responses of the explorer's server: strict JSON, compressed once, with entity tags, and error messages."""
 
 import gzip
 import hashlib
@@ -15,22 +15,22 @@ from headscope.encode import Json
 from headscope.errors import HeadscopeError
 
 JSON = "application/json"
-_LEVEL = 4  # of gzip: a card takes a seventh of the time of level 9, and is 5 % larger
-_SMALL = 1000  # bytes that are not worth compressing
+_LEVEL = 4  # gzip level: a card takes a seventh of the time of level 9, and is 5 % larger
+_SMALL = 1000  # bytes below which compression does not pay off
 
 
 def dump_json(content: Any) -> bytes:
-    """Encode as compact, strict JSON: a NaN is an error here, not in the reader's browser."""
+    """Encode as compact, strict JSON: NaN raises here, rather than in the browser."""
     return json.dumps(content, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 class NothingThereError(IndexError):
-    """There is no feature or block of this number; any other IndexError is a fault of the program."""
+    """No feature or block has this number; any other IndexError is a bug."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A body as it is sent, and the entity tag of its content."""
+    """A response body as sent, with the entity tag of its content."""
 
     body: bytes
     compressed: bool
@@ -43,7 +43,7 @@ class Packed:
 
 
 def pack(content: bytes) -> Packed:
-    """Compress a body; small ones stay as they are."""
+    """Compress a body; small ones are left uncompressed."""
     tag = f'W/"{hashlib.sha256(content).hexdigest()[:20]}"'
     if len(content) < _SMALL:
         return Packed(content, compressed=False, tag=tag)
@@ -51,30 +51,30 @@ def pack(content: bytes) -> Packed:
 
 
 def pack_json(content: Any) -> Packed:
-    """Encode and compress; a NaN is an error."""
+    """Encode and compress; NaN raises."""
     return pack(dump_json(content))
 
 
 class Kept:
-    """Packed answers by key; the ones that were not asked for longest make room beyond a number of bytes.
+    """LRU cache of packed responses, bounded in bytes.
 
-    For one thread, that of the event loop.
+    Used by one thread only, that of the event loop.
     """
 
     def __init__(self, most: int = 64 << 20) -> None:
-        """Keep at most `most` bytes of bodies."""
+        """Cache at most `most` bytes of bodies."""
         self.most, self.size = most, 0
         self._answers: OrderedDict[Hashable, Packed] = OrderedDict()
 
     def get(self, key: Hashable) -> Packed | None:
-        """What was put under a key, if it is still there."""
+        """Return the cached response of a key, if any."""
         found = self._answers.get(key)
         if found is not None:
             self._answers.move_to_end(key)
         return found
 
     def put(self, key: Hashable, packed: Packed) -> None:
-        """Keep an answer, unless it alone is too large."""
+        """Cache a response, unless it alone is too large."""
         self._drop(key)
         if len(packed.body) > self.most:
             return
@@ -89,7 +89,7 @@ class Kept:
 
 
 def answer(request: Request, packed: Packed, media: str = JSON) -> Response:
-    """Return a body as the browser takes it, or 304 when it holds the same content already."""
+    """Return a body in the encoding the browser accepts, or 304 if its copy is current."""
     headers = {"etag": packed.tag, "cache-control": "no-cache"}
     if packed.tag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
@@ -104,19 +104,19 @@ def answer(request: Request, packed: Packed, media: str = JSON) -> Response:
 
 
 def failure(status: int, message: str, **more: Any) -> Response:
-    """Say what is wrong, as JSON."""
+    """Return an error message as JSON."""
     return Response(dump_json({"error": message} | more), status_code=status, media_type=JSON)
 
 
 def busy(message: str, *, retry_s: int = 1) -> Response:
-    """Say that there is no time for an answer now; the page asks again by itself after a pause."""
+    """Return that the server is busy; the page retries after a pause."""
     response = failure(503, message)
     response.headers["retry-after"] = str(retry_s)
     return response
 
 
 def json_object(body: bytes, names: Collection[str], refused: type[HeadscopeError]) -> Json:
-    """A request's body, one object with exactly these fields; their types are for the caller to look at.
+    """Parse a request's body, one object with exactly these fields; the caller checks their types.
 
     Raises:
         HeadscopeError: of the kind `refused`: it is not.
@@ -131,7 +131,7 @@ def json_object(body: bytes, names: Collection[str], refused: type[HeadscopeErro
 
 
 def number_of(request: Request, name: str) -> int | Response:
-    """The number at the end of a path, or the 404 that says there is none."""
+    """Return the number at the end of a path, or raise 404."""
     text = request.path_params["number"]
     if text.isascii() and text.isdigit() and len(text) < 19:
         return int(text)

@@ -1,4 +1,4 @@
-"""From an index to what the page shows: records in, JSON-able dictionaries out. No torch."""
+"""Convert an index to the page's data: records in, JSON-able dictionaries out. No torch."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -19,7 +19,7 @@ from headscope.names import shown
 from headscope.sae.quality_table import quality_rows
 
 _MAX_SOURCES = 10  # source tokens of a card
-_FIRST = ("top", "random")  # the groups that a card opens with
+_FIRST = ("top", "random")  # the groups that a card shows first
 _TABLE_DIGITS = 4
 
 _GROUP_LABELS = {
@@ -42,7 +42,7 @@ class IndexCards:
         self._heads = [f"{manifest['layer']}.{h}" for h in range(manifest["model"]["n_heads"])]
 
     def about(self) -> Json:
-        """What is shown and where it comes from."""
+        """Return the description and provenance of the index."""
         m = self._index.manifest
         model = shown(m["model"])
         return {
@@ -64,7 +64,7 @@ class IndexCards:
         }
 
     def _nulls(self) -> list[Json]:
-        """The top head's share of DFA for directions that mean nothing, by kind of null."""
+        """Return the top head's share of DFA for null directions, by kind of null."""
         shares: dict[str, list[float]] = {}
         for null in self._index.nulls():
             if null.dfa is not None:
@@ -75,14 +75,14 @@ class IndexCards:
         ]
 
     def vocab(self) -> Json:
-        """Token bytes as strings of characters 0 to 255."""
+        """Return token bytes as strings of characters 0 to 255."""
         texts = self._index.token_texts
         content, special = texts.vocabulary
         own = {"special": special, "byte_tokens": texts.byte_tokens, "prefix": texts.prefix.decode()}
         return {"tokens": [b.decode("latin-1") for b in content], **own}
 
     def table(self) -> Json:
-        """One row a latent, by column."""
+        """Return one row per latent, by column."""
         table = self._index.table()
         shown = [name for name in table.column_names if "." not in name or name in _STUDY_COLUMNS]
         rows = {name: _values(table[name]) for name in shown}
@@ -97,7 +97,7 @@ class IndexCards:
         return {"columns": [*columns[:1], *listed, *columns[1:], *others], "rows": rows, "sort": f"-{sort}"}
 
     def _study_columns(self, table: pa.Table) -> list[Json]:
-        """What studies added, as far as the list and the dashboard's axes show it, in the words of the study."""
+        """Return the columns of studies shown in the list and the dashboard's axes, in the studies' terms."""
         made = []
         for name, (label, kind, listed) in _STUDY_COLUMNS.items():
             study, column = name.split(".")
@@ -107,7 +107,7 @@ class IndexCards:
         return made
 
     def feature(self, latent: int, *, lean: bool = False) -> Json:
-        """The card of one latent; a lean one is for a file, and leaves detail out of all but top and random examples.
+        """Return the card of one latent; a lean one, for a file, omits detail from all but top and random examples.
 
         Raises:
             NothingThereError: no such latent.
@@ -143,7 +143,7 @@ class IndexCards:
         }
 
     def context(self, block: int) -> Json:
-        """All tokens of one block, in the form of a card's text.
+        """Return all tokens of one block, in the form of a card's text.
 
         Raises:
             NothingThereError: no such block.
@@ -153,7 +153,7 @@ class IndexCards:
         return corpus_json({block: [(0, self._block_size)]}, self._index)
 
     def stamp(self) -> Hashable:
-        """What changes when a study adds to the index: nothing else of it does."""
+        """Return a value that changes when a study adds to the index, the only change possible."""
         return self._index.stamp()
 
     def _stats(self, feature: Feature) -> Json:
@@ -177,7 +177,7 @@ def _range(values: list[float]) -> list[float]:
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
-    """A column as JSON; floats rounded, what is missing or not finite None."""
+    """Convert a column to JSON; floats rounded, missing and non-finite values None."""
     if not pa.types.is_floating(column.type):
         return column.to_pylist()
     return significant(column.to_numpy(), _TABLE_DIGITS)
@@ -190,7 +190,7 @@ def _histogram(feature: Feature) -> Json | None:
 
 
 def _heads(shares: Shares) -> Json:
-    """Shares by head; None where the feature is never active."""
+    """Convert shares by head; None where the feature is never active."""
     rows = {"dfa": shares.dfa, "dfa_cov": shares.dfa_covariance, "dfa_mean": shares.dfa_mean}
     weights = ("decoder", "decoder_out", "encoder", "encoder_in")
     rows |= {name: getattr(shares, name) for name in weights}
@@ -215,7 +215,7 @@ def _pairs(pairs: tuple[tuple[int, float], ...]) -> list[list[Any]]:
 
 
 def _sources(sources: Sources) -> Json:
-    """Source tokens by column; lists by head within."""
+    """Convert source tokens to columns; lists by head within."""
     tokens = sources.tokens[:_MAX_SOURCES]
     numbers = {"share": "share", "linear": "share_linear", "frequency": "frequency"}
     by_head = {"by_head": "share_by_head", "attention": "attention", "elsewhere": "attention_elsewhere"}
@@ -248,7 +248,7 @@ def _group(group: DrawnGroup, number: dict[int, int]) -> Json:
 
 
 def _column(name: str, label: str, kind: str, definition: str = "", *, listed: bool = True) -> Json:
-    """A column of the table; without a definition, the index has it under the column's name."""
+    """Make a column of the table; without a definition, the index defines it under the column's name."""
     return {"name": name, "label": label, "kind": kind, "definition": definition, "listed": listed}
 
 
@@ -260,10 +260,10 @@ _STUDY_COLUMNS = {
     "effects.importance": ("loss effect", "float", True),
     "effects.top_share": ("effect on top logit", "percent", False),
 }
-"""Columns of studies in the table: label, kind and whether the list shows them; a card shows all of them."""
+"""Columns of studies in the table: label, kind and whether the list shows them; cards show all."""
 
 _SORTS = ("effects.importance", "n_active")
-"""What the list is sorted by at first, largest on top: the first of these that the index has."""
+"""Default sort keys of the list, descending: the first that the index has is used."""
 
 _COLUMNS = [
     _column("latent", "id", "int", "index of the dictionary entry"),

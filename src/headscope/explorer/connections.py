@@ -1,7 +1,7 @@
-"""Connections of the explorer's server whose clients stop talking: none is held for ever, and there are not too many.
+"""Timeouts and a limit for connections of the explorer's server whose clients are silent.
 
-uvicorn closes a connection that is quiet after an answer. Here also one is closed that never sends a whole request, or
-does not take its answer; and where there are many, the one that has waited for its client longest makes room.
+uvicorn closes idle keep-alive connections. This module also closes those that never send a complete request, or do not
+read the response; and at the limit, the one that has waited longest for its client.
 """
 
 import asyncio
@@ -13,22 +13,22 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from headscope.explorer.answers import busy, failure
 
 CLIENT_S = 30.0
-"""Seconds that a connection waits for its client: for the whole of a request to come, or for an answer to be taken."""
+"""Seconds that a connection waits for its client, to send a complete request or to read a response."""
 MOST_CONNECTIONS = 200
-"""Open at a time: well below the files that a process may have open (256 on macOS)."""
+"""Maximum number of open connections: well below the files that a process may open (256 on macOS)."""
 MOST_REQUESTS = 128
-"""Under way at a time; fewer than connections, so that there is always one to close."""
-_LOOK = 6  # how often CLIENT_S is looked after, in its parts
+"""Maximum number of concurrent requests; fewer than connections, so that there is always one to close."""
+_LOOK = 6  # checks per CLIENT_S
 
 
 class Connection(H11Protocol):
-    """HTTP/1.1 as uvicorn speaks it, with an end to a client's silence."""
+    """uvicorn's HTTP/1.1 protocol with a timeout for silent clients."""
 
     _since: float
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to look after a new connection; an older one may have to go for it."""
+        """Register a new connection; at the limit, close an older one."""
         super().connection_made(transport)
         self._since = self.loop.time()
         if len(self.connections) > MOST_CONNECTIONS:
@@ -36,18 +36,18 @@ class Connection(H11Protocol):
         self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End looking after it."""
+        """Unregister the connection."""
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """It is the client's turn from here on."""
+        """Start waiting for the client's next request."""
         self._since = self.loop.time()
         super().on_response_complete()
 
     def waits_since(self) -> float | None:
-        """Since when the connection waits for its client, by the loop's clock; None while the server is at work."""
+        """Time since which the connection waits for its client, by the loop's clock; None while the server works."""
         at_work = self.cycle is not None and not (self.cycle.response_complete or self.cycle.more_body)
         return None if at_work and not self.transport.get_write_buffer_size() else self._since
 
@@ -56,22 +56,22 @@ class Connection(H11Protocol):
         if since is None:
             self._since = now
         elif now - since >= CLIENT_S:
-            self.transport.abort()  # not close(), which first waits until all is taken
+            self.transport.abort()  # not close(), which first waits until everything is sent
             return
         self._timer = self.loop.call_later(CLIENT_S / _LOOK, self._look)
 
 
 def _make_room(connections: set[Any]) -> None:
-    """Close the connection that has waited for its client longest."""
+    """Close the connection that has waited longest for its client."""
     waiting = [(since, id(own), own) for own in connections if (since := own.waits_since()) is not None]
     if waiting:
         min(waiting)[2].transport.abort()
 
 
 class Crowd:
-    """Answer so many requests at a time; those beyond are told to ask again, and their connections closed.
+    """Limit concurrent requests; others get a retry response, and their connections are closed.
 
-    Those that wait when the server ends are told so.
+    So do requests that are waiting when the server stops.
     """
 
     def __init__(self, app: ASGIApp, most: int = MOST_REQUESTS) -> None:
@@ -91,7 +91,7 @@ class Crowd:
         self._n += 1
         try:
             await self.app(scope, receive, send)
-        except asyncio.CancelledError:  # the server ends, and waits no longer for what is computed
+        except asyncio.CancelledError:  # the server stops, and no longer waits for computations
             await failure(503, "the server has ended")(scope, receive, send)
         finally:
             self._n -= 1

@@ -1,4 +1,4 @@
-"""Where the server computes answers: off the event loop, a few at a time, each once however many ask for it."""
+"""Work queue of the server: runs computations off the event loop, a few at a time, sharing equal requests."""
 
 import asyncio
 import threading
@@ -12,19 +12,19 @@ from headscope.explorer.answers import Kept, Packed, answer, busy, failure, pack
 
 _THREAD = "headscope desk"
 _GIVE_WAY_S = 1.0
-"""The longest that the next computation is held back for what waits at another desk."""
+"""Maximum delay of a computation in favour of those waiting at another desk."""
 
 
 class BusyError(Exception):
-    """Too many computations wait already, or this one has waited too long."""
+    """Too many computations are queued, or this one has waited too long."""
 
 
 class TooSlowError(Exception):
-    """A computation did not end in time; it may still be at work, and keeps its place until it ends."""
+    """A computation exceeded its time limit; it may still run, and keeps its place until it ends."""
 
 
 class _Job:
-    """One computation, and all who wait for it."""
+    """One computation, and all requests waiting for it."""
 
     def __init__(self, work: Callable[[], Packed]) -> None:
         self.work = work
@@ -33,7 +33,7 @@ class _Job:
         self.task: asyncio.Task[Packed]
 
     async def is_wanted(self) -> bool:
-        """Whether anyone still waits; one who joins while the others are looked at is looked at too."""
+        """Whether any request still waits, including those that join during the check."""
         for asker in self.askers:
             if not await asker.is_disconnected():
                 return True
@@ -41,11 +41,11 @@ class _Job:
 
 
 class Desk:
-    """Runs functions in threads that do not keep the process from ending, in the order in which they are asked for.
+    """Runs functions in daemon threads, first come, first served.
 
-    A browser has at most six requests under way, so first come, first served is fair: no page can keep another from
-    its turn by asking for much. Who asks for what is being computed already waits for the same result; what nobody
-    waits for any longer is not begun.
+    A browser has at most six concurrent requests, so first come, first served is fair: no page can starve another. A
+    request for a computation in progress waits for the same result; one that no request waits for any longer is not
+    started.
     """
 
     def __init__(
@@ -59,16 +59,16 @@ class Desk:
         stamp: Callable[[], Hashable] = lambda: None,
         ahead: "Desk | None" = None,
     ) -> None:
-        """Take on work.
+        """Make an empty queue.
 
         Args:
-            places: computations at a time.
-            waiting: how many more may wait; beyond that `BusyError` is raised.
-            patience: how long one may wait for its turn, in seconds; after that `BusyError` is raised.
-            seconds: how long one may take from then on.
-            kept: where answers are kept; several desks may share it if their keys differ.
-            stamp: of what answers are made from: when it changes, those kept are out of date.
-            ahead: what waits at this desk is begun first; nothing here is held back for it by more than a second.
+            places: concurrent computations.
+            waiting: maximum queue length; beyond that `BusyError` is raised.
+            patience: maximum time in the queue, in seconds; after that `BusyError` is raised.
+            seconds: maximum time of a computation.
+            kept: cache of responses; several desks may share it if their keys differ.
+            stamp: version of the data: when it changes, cached responses are out of date.
+            ahead: a desk whose queue has priority; delays a computation here by at most a second.
         """
         self.places, self.waiting, self.patience, self.seconds = places, waiting, patience, seconds
         self._kept, self._stamp, self._ahead = kept or Kept(), stamp, ahead
@@ -76,11 +76,11 @@ class Desk:
         self._jobs: dict[Hashable, _Job] = {}
 
     async def run(self, key: tuple, work: Callable[[], Packed], request: Request) -> Packed:
-        """Do `work`, or return what it gave before under the same key.
+        """Run `work`, or return its cached result for the same key.
 
         Raises:
-            BusyError: as many as allowed wait already, its turn has not come in time, or the asker has gone.
-            TooSlowError: it did not end in time.
+            BusyError: the queue is full, the time in it has expired, or the client has gone.
+            TooSlowError: it exceeded its time limit.
             Exception: what `work` raises.
         """
         own = (self._stamp(), *key)
@@ -101,7 +101,7 @@ class Desk:
             raise TooSlowError from error
 
     async def answered(self, key: tuple, work: Callable[[], Json], request: Request, *, others: str) -> Response:
-        """What `work` gives, as JSON, or that there is no time for it; `others` are what the desk is busy with.
+        """Return the result of `work` as JSON, or a busy response; `others` names the desk's computations.
 
         Raises:
             Exception: what `work` raises.
@@ -115,20 +115,20 @@ class Desk:
         return answer(request, packed)
 
     def _take(self, key: Hashable, work: Callable[[], Packed]) -> _Job:
-        """Let `work` wait for its turn.
+        """Queue `work`.
 
         Raises:
-            BusyError: too many wait.
+            BusyError: the queue is full.
         """
         if len(self._jobs) >= self.places + self.waiting:
             raise BusyError
         job = self._jobs[key] = _Job(work)
         job.task = asyncio.create_task(self._do(key, job))
-        job.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # who asked may have given up
+        job.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # the client may have gone
         return job
 
     async def _do(self, key: Hashable, job: _Job) -> Packed:
-        """Do a job when its turn comes; its place stays taken until the work ends, whoever still waits."""
+        """Run a job in its turn; its place stays taken until the work ends, whether or not anyone still waits."""
         try:
             async with self._free:
                 await self._give_way()
@@ -143,7 +143,7 @@ class Desk:
             del self._jobs[key]
 
     async def _give_way(self) -> None:
-        """Wait while others wait at the desk ahead, whose computations are short."""
+        """Wait while the desk ahead, with its short computations, has a queue."""
         loop = asyncio.get_running_loop()
         end = loop.time() + _GIVE_WAY_S
         while self._ahead is not None and len(self._ahead._jobs) > self._ahead.places and loop.time() < end:
@@ -156,7 +156,7 @@ def _in_thread(work: Callable[[], Packed]) -> asyncio.Future[Packed]:
     future: asyncio.Future[Packed] = loop.create_future()
 
     def end(packed: Packed | None, error: BaseException | None) -> None:
-        if future.done():  # cancelled: the server ends
+        if future.done():  # cancelled: the server stops
             return
         if packed is None:
             future.set_exception(error or RuntimeError("no answer"))
@@ -167,7 +167,7 @@ def _in_thread(work: Callable[[], Packed]) -> asyncio.Future[Packed]:
         packed, raised = None, None
         try:
             packed = work()
-        except BaseException as error:  # handed to those who wait
+        except BaseException as error:  # passed on to those who wait
             raised = error
         if not loop.is_closed():
             loop.call_soon_threadsafe(end, packed, raised)
@@ -177,5 +177,5 @@ def _in_thread(work: Callable[[], Packed]) -> asyncio.Future[Packed]:
 
 
 def at_work() -> bool:
-    """Whether a computation goes on, as it may after the server has ended: a thread cannot be stopped."""
+    """Whether a computation is running, possibly after the server has stopped: threads cannot be killed."""
     return any(thread.name == _THREAD for thread in threading.enumerate())

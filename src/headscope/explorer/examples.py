@@ -1,6 +1,6 @@
-"""Examples as JSON: columns of small integers instead of decimals, each text once, and sums that still close.
+"""Examples as JSON: columns of small integers instead of decimals, each text once, with exact sums.
 
-A card has dozens of examples, each with the DFA of its sources by head. What the page could not show is left out: a
+A card has dozens of examples, each with the DFA of its sources by head. Invisible detail is omitted: a
 head's part of a source below `_SMALL` of the pre-activation joins the sum of all other sources, `rest`.
 """
 
@@ -15,28 +15,28 @@ from headscope.encode import Json
 from headscope.index.excerpts import join_runs
 from headscope.index.records import ExampleColumns
 
-_REACH, _REACH_TOP_SOURCE, _REACH_SOURCE = 16, 5, 1  # tokens kept on each side of the destination and of sources
+_REACH, _REACH_TOP_SOURCE, _REACH_SOURCE = 16, 5, 1  # tokens shown on each side of the destination and of sources
 
 
 @dataclass(frozen=True)
 class Detail:
-    """How much of an example is kept."""
+    """Level of detail of an example."""
 
     decimals: int
-    """Of DFA and activations where the pre-activation is from 1 to 10; one less from 10 to 100, and so on."""
+    """Decimals of DFA and activations where the pre-activation is from 1 to 10; one less from 10 to 100, and so on."""
     small: float
     """A head's part of a source below this share of the pre-activation joins `rest`."""
     attention: float
-    """Less attention than this is left out."""
+    """Less attention than this is omitted."""
     attended: float
-    """A source with this much attention from some head is kept, whatever its DFA."""
+    """A source with this much attention from some head is included, whatever its DFA."""
     n_sources: int
-    """At most, in examples that are brief."""
+    """Maximum number of sources, in brief examples."""
 
 
 WHOLE = Detail(decimals=3, small=0.004, attention=0.01, attended=0.05, n_sources=8)
 LEAN = Detail(decimals=2, small=0.01, attention=0.05, attended=0.2, n_sources=3)
-"""For a file: what the page shows of an example without being asked."""
+"""Detail for a file: what the page shows of an example by default."""
 
 
 def examples_json(
@@ -52,11 +52,11 @@ def examples_json(
     the bias sum to the pre-activation, within half a unit.
 
     Args:
-        examples: of one feature.
-        runs: of each, the text kept with it (`example_runs`).
-        brief: which ones keep `d.n_sources` sources and no attention.
-        block_size: tokens in a block.
-        d: how much to keep.
+        examples: the examples of one feature.
+        runs: the text ranges of each (`example_runs`).
+        brief: marks those with `d.n_sources` sources and no attention.
+        block_size: tokens per block.
+        d: the level of detail.
     """
     if not len(examples):
         return {}
@@ -97,7 +97,7 @@ def examples_json(
 
 
 def _sparse(name: str, values: Float[np.ndarray, "row head"], where: Bool[np.ndarray, "row head"]) -> dict[str, Any]:
-    """What stands `where`, row by row: how many in each, which heads, which values."""
+    """Encode the values at `where` row by row: number per row, heads, values."""
     return {f"n_{name}": where.sum(1), f"{name}_head": np.nonzero(where)[1], name: values[where]}
 
 
@@ -114,7 +114,7 @@ def _others(
     destination: np.ndarray,
     block_size: int,
 ) -> dict[str, Any]:
-    """Where else a feature is active in the text kept with each example, and how strongly."""
+    """Return the other active tokens of the feature in each example's text, with their activations."""
     shown = np.zeros((len(examples), block_size), dtype=bool)
     for row, own in zip(shown, runs, strict=True):
         for start, end in own:
@@ -132,14 +132,14 @@ def _others(
 
 # ------------------------------------------------------------------------------------------------------------ the text
 def example_runs(examples: ExampleColumns, block_size: int) -> list[list[tuple[int, int]]]:
-    """Of each example, the stretches of its block that its windows show: around the destination and each source."""
+    """Return for each example the ranges of its block shown around the destination and each source."""
     sources, ends = examples.source.tolist(), np.cumsum(examples.n_sources)
     places = np.stack([examples.position % block_size, ends - examples.n_sources, ends], axis=1).tolist()
     return [windows(destination, sources[start:end], block_size) for destination, start, end in places]
 
 
 def windows(destination: int, sources: Sequence[int], block_size: int) -> list[tuple[int, int]]:
-    """Stretches around a destination and its sources, the largest first."""
+    """Return the ranges around a destination and its sources, the largest first."""
     wanted = [(destination - _REACH, destination + _REACH + 1)]
     for rank, source in enumerate(sources):
         reach = _REACH_SOURCE if rank else _REACH_TOP_SOURCE

@@ -1,9 +1,9 @@
-"""The explorer without a server of its own: one HTML file, or a folder for any static host.
+"""Export of the explorer without a server: one HTML file, or a folder for any static host.
 
-Both hold the same modules, styles and JSON as the served page, the JSON compressed and features in packs, so that
-opening one unpacks only what is looked at. The file keeps it as base64 in script elements that no browser executes,
-needs no network, and holds each token of the corpus once, however many examples show it. A policy in the page allows
-its own script and style and nothing else.
+Both hold the same modules, styles and JSON as the served page, the JSON compressed and features in packs, so that only
+viewed data is unpacked. The file stores it as base64 in script elements that no browser executes, needs no network, and
+holds each token of the corpus once, however many examples show it. A content security policy allows the page's own
+script and style and nothing else.
 """
 
 import base64
@@ -24,7 +24,7 @@ from headscope.explorer.page_routes import PageRoutes
 from headscope.explorer.server import CardSource, about_of, static_files
 
 MAX_FEATURES = 2000
-"""More features than this make a file that is slow to open; `export_folder` has no such limit."""
+"""Maximum number of features in a file, beyond which it opens slowly; `export_folder` has no such limit."""
 
 _PACK = 64  # features unpacked together
 _IMPORT = re.compile(r'^import \{([^}]*)\} from "\./(\w+\.js)";\n', re.MULTILINE)
@@ -46,11 +46,11 @@ def export_html(
     """Write the explorer with the cards of `features` (all when None) into one HTML file.
 
     Args:
-        source: what to show.
+        source: the cards to show.
         path: the file.
         features: their latents.
-        studies: what the tabs of studies show of each of them (`headscope.explorer.studies.packed`); without, the
-            cards have no such tabs.
+        studies: data of each feature's study tabs (`headscope.explorer.studies.packed`); without it, the cards have no
+            such tabs.
 
     Raises:
         ExportError: more than `MAX_FEATURES` features, none, or a latent that does not exist.
@@ -90,14 +90,14 @@ def export_folder(
 ) -> Path:
     """Write the explorer with the cards of `features` (all when None) into a folder that any static host can serve.
 
-    `index.html`, `core.json.gz` (what is shown, the vocabulary and the table) and `packs/<number>.json.gz`, 64 features
-    each with the text they show; with `roles`, also `pages/`: the pages of families and heads, which tell of all
-    features, and link to those that are here. A browser does not let a page read files beside it, so it has to be
+    Contains `index.html`, `core.json.gz` (description, vocabulary and table) and `packs/<number>.json.gz`, 64 features
+    each with the text they show; with `roles`, also `pages/`: the pages of families and heads, which cover all
+    features, and link to the exported ones. Browsers do not let a page read local files, so the folder has to be
     served, if only by `python -m http.server`.
 
     Raises:
         ExportError: no features, or a latent that does not exist.
-        OutputError: the folder holds something and `overwrite` is false, or it cannot be written.
+        OutputError: the folder is not empty and `overwrite` is false, or it cannot be written.
     """
     chosen, core = _chosen(source, features, pages=roles is not None)
     has_pages = roles is not None
@@ -119,7 +119,7 @@ def export_folder(
 
 
 def _chosen(source: CardSource, features: Sequence[int] | None, **parts: bool) -> tuple[list[int], Json]:
-    """The features to export, and all that the page needs besides their cards."""
+    """Return the features to export, and all shared data of the page."""
     about, table = about_of(source, **parts), source.table()
     chosen = list(dict.fromkeys(table["rows"]["latent"] if features is None else features))
     if not chosen:
@@ -145,7 +145,7 @@ def _packs_of(chosen: Sequence[int]) -> list[Sequence[int]]:
 
 
 def _cards(source: CardSource, pack: Sequence[int], text: "_Text") -> Json:
-    """The cards of a pack; what they show of the corpus goes to `text`."""
+    """Return the cards of a pack; their corpus text is collected in `text`."""
     cards = {}
     for latent in pack:
         card = source.feature(latent, lean=True)
@@ -162,7 +162,7 @@ def _rows_of(table: Json, chosen: Sequence[int]) -> Json:
 
 
 class _Text:
-    """The text that some cards show, each token once, and the documents it is from."""
+    """The text shown by some cards, each token once, with its documents."""
 
     PARTS = ("text", "document_at", "documents")
 
@@ -172,7 +172,7 @@ class _Text:
         self._documents: Json = {"document_at": {}, "documents": {}}
 
     def add(self, card: Json) -> None:
-        """Take over what a card brings along."""
+        """Add the text of a card."""
         for block, start, ids in card["text"]:
             if block not in self._blocks:
                 self._blocks[block] = np.full(self._block_size, -1, dtype=np.int64)
@@ -187,11 +187,11 @@ class _Text:
                 yield block, int(run[0]), ids[run]
 
     def as_json(self) -> Json:
-        """The text as in a card."""
+        """Return the text in the form of a card's text."""
         return self._documents | {"text": [[block, start, ids.tolist()] for block, start, ids in self._runs()]}
 
     def as_bytes(self) -> tuple[Json, bytes]:
-        """The same with the token ids apart, as little-endian integers: smaller, and nothing to parse."""
+        """Return the same with the token ids apart, as little-endian integers: smaller, and without parsing."""
         runs = list(self._runs())
         ids = np.concatenate([ids for _, _, ids in runs]) if runs else np.zeros(0, dtype=np.int64)
         size = 2 if ids.max(initial=0) < 1 << 16 else 4
@@ -215,11 +215,11 @@ def _page_around(
     """Return the page before and after its data, style and script inlined and allowed by their hashes.
 
     Args:
-        title: of the page.
-        connect: what its policy lets it fetch.
-        mark: the element that tells the page where its data is, or with which view it opens.
-        studies: whether its cards have the tabs of studies, and so the scripts of these.
-        pages: whether it has the pages of families and heads, likewise.
+        title: title of the page.
+        connect: what its content security policy lets it fetch.
+        mark: the element with the location of the data, or the initial view.
+        studies: whether its cards have the tabs of studies, and so their scripts.
+        pages: whether it has the pages of families and heads, and so their scripts.
     """
     files = {name: body.decode() for name, body in static_files().items()}
     without = {*_SERVED, *(() if studies else _STUDIES), *(() if pages else _PAGES)}
@@ -248,10 +248,9 @@ def _hash(text: str) -> str:
 def _one_script(files: dict[str, str], without: set[str]) -> str:
     """Concatenate the modules that app.js needs, each after those it imports.
 
-    The modules import by plain name from their own folder and export declarations only, so that dropping
-    `import` and `export` leaves one module with the same meaning; one that is imported when it is first needed comes
-    like the others, unless the page is `without` it. No text of theirs spans lines, so that comments and indentation
-    can go too.
+    The modules import by plain name from their own folder and export declarations only, so that dropping `import` and
+    `export` leaves one equivalent module; lazily imported ones are included like the others, unless the page is
+    `without` them. No string literal spans lines, so that comments and indentation can be dropped too.
     """
     done: dict[str, str] = {}
 

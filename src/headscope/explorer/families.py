@@ -1,8 +1,8 @@
-"""Families of features as the columns of an index tell them: who belongs, and how well a simple rule would find them.
+"""Families of features from the columns of an index: their members, and how well a simple rule finds them.
 
-`induction` is held against the post's rule, the decoder share of one head (`studies.induction.store` writes its
+`induction` is compared with the post's rule, the decoder share of one head (`studies.induction.store` writes its
 columns); the families of proxies against the correlation of their best proxy (`proxies.search_table` does). No torch,
-no model: what no study has added to the index is said, with the command that adds it.
+no model: for missing columns the page names the command that adds them.
 """
 
 from collections.abc import Hashable, Iterable, Mapping
@@ -41,16 +41,16 @@ _DIGITS = 4
 
 
 def slug(kind: str) -> str:
-    """A family's name in an address: `high-level-context`."""
+    """Return a family's name in a URL: `high-level-context`."""
     return kind.replace(" ", "-")
 
 
 PROXY_FAMILIES = {slug(kind): kind for kind in FAMILIES if kind in _PROXY_COLUMN}
-"""The families that the columns `proxies` know besides induction, by their names in an address."""
+"""Families in the columns `proxies` besides induction, by their names in a URL."""
 
 
 class IndexFamilies:
-    """The families of one index; what studies add while it is open is seen."""
+    """The families of one index; columns that studies add while it is open are included."""
 
     def __init__(self, index: FeatureIndex) -> None:
         """Show an index."""
@@ -58,15 +58,15 @@ class IndexFamilies:
         self._heads = [f"{index.manifest['layer']}.{h}" for h in range(index.n_heads)]
 
     def families(self) -> Json:
-        """Every family: its members, or which command finds them."""
+        """Return every family: its members, or the command that finds them."""
         return {"families": [self._summary(name) for name in (INDUCTION, *PROXY_FAMILIES)]}
 
     def family(self, name: str, head: str | None = None) -> Json:
-        """One family: every feature that was judged, and the score of the rule that is held against the verdict.
+        """Return one family: every feature that was judged, and the score of the rule compared with the verdict.
 
         Args:
             name: `induction`, or one of `PROXY_FAMILIES`.
-            head: for induction, the head of the post's rule, as `1.6`; the one that brings most members when None.
+            head: for induction, the head of the post's rule, as `1.6`; the top head of most members when None.
 
         Raises:
             KeyError: there is no such family, or no such head for it.
@@ -86,7 +86,7 @@ class IndexFamilies:
         return {"name": name, "missing": None, "n": str(provenance["n"]), **said, **members}
 
     def stamp(self) -> Hashable:
-        """What changes when people label a feature; the index's own stamp, when a study looks for members."""
+        """Return a value that changes when people label a feature; the index has its own stamp for studies."""
         return stamp_of(LabelStore(self._index).path)
 
     def _summary(self, name: str) -> Json:
@@ -100,7 +100,7 @@ class IndexFamilies:
         return {"name": name, "missing": None, "n": n, "members": k, "share": share, "definition": columns.definition}
 
     def _columns(self, name: str) -> "_Columns":
-        """What was found of the features that were judged."""
+        """Return the results for the features that were judged."""
         study = INDUCTION if name == INDUCTION else "proxies"
         folder = self._index.folder
         command = f"headscope study {'families' if study == INDUCTION else study} INDEX"
@@ -177,14 +177,14 @@ class IndexFamilies:
         }
 
     def _measures(self) -> Json:
-        """The share of all live features that pass, beside its null, and the groups of the post's rule, if stored."""
+        """Return the share of all live features that pass, its null, and the groups of the post's rule, if stored."""
         tables = HeadTables(self._index.folder)
         if f"measures_{INDUCTION}" not in tables.tables:
             return {}
         try:
             return {name: encode(measure) for name, measure in tables.measures(INDUCTION).items()}
         except IndexFormatError:
-            return {}  # the columns stand by themselves
+            return {}  # the columns are useful without them
 
     # --------------------------------------------------------------------------------------------------------- proxies
     def _proxies(self, columns: "_Columns", name: str) -> Json:
@@ -237,7 +237,7 @@ class IndexFamilies:
 
     # ---------------------------------------------------------------------------------------------------------- labels
     def _labels(self, latents: Int[np.ndarray, " n"]) -> Json:
-        """What people say of each feature; nothing where their file cannot be read: the labelling page says why."""
+        """Return the labels of each feature; none where their file cannot be read, which the labelling page reports."""
         said: dict[int, list[str]] = {}
         try:
             for (_, latent), label in LabelStore(self._index).read().latest().items():
@@ -249,7 +249,7 @@ class IndexFamilies:
 
 @dataclass(frozen=True)
 class _Columns:
-    """What a study found of the features it could judge."""
+    """Results of a study for the features it could judge."""
 
     table: pa.Table
     provenance: dict[str, Any]
@@ -258,7 +258,7 @@ class _Columns:
 
 
 def _of_kind(kind: str, settings: Mapping[str, Any]) -> str:
-    """What makes a feature one of a kind that proxies tell."""
+    """Return the criteria for a kind of proxy family."""
     return (
         f"fires {_FIRES[kind]}: of all proxies the best is of this kind, correlates with the feature at "
         f"{settings['min_pearson']:g} or more in documents that did not choose it, its interval above all of the null, "
@@ -267,7 +267,7 @@ def _of_kind(kind: str, settings: Mapping[str, Any]) -> str:
 
 
 class _MissingError(Exception):
-    """No study has looked, or what it wrote is of no use."""
+    """No study was run, or its results are unusable."""
 
     def __init__(self, message: str, command: str) -> None:
         super().__init__(message)
@@ -278,7 +278,7 @@ class _MissingError(Exception):
 
 
 def member_of(table: pa.Table, latent: int) -> list[str]:
-    """The families that a feature belongs to, by their names in an address, from the columns of an index's table."""
+    """Return the families that a feature belongs to, by their names in a URL, from the columns of an index's table."""
     names = set(table.column_names)
     found = []
     if "induction.verdict" in names and table["induction.verdict"][latent].as_py():
@@ -289,19 +289,19 @@ def member_of(table: pa.Table, latent: int) -> list[str]:
 
 
 def _main_head(own: list[int | None], verdict: Bool[np.ndarray, " n"], shares: Float[np.ndarray, "n head"]) -> int:
-    """The head that brings most of the members; without any, that of which the post's rule selects most features."""
+    """Return the top head of most members; without any, the head for which the post's rule selects most features."""
     brought = _brought(own, verdict, shares.shape[1])
     return int(np.argmax(brought if any(brought) else (shares >= SELECTED).sum(0)))
 
 
 def _brought(own: list[int | None], verdict: Bool[np.ndarray, " n"], n_heads: int) -> list[int]:
-    """Of how many members each head brings most."""
+    """Count the members for which each head is the top head."""
     heads = [h for h, is_member in zip(own, verdict, strict=True) if is_member and h is not None]
     return np.bincount(np.array(heads, dtype=np.int64), minlength=n_heads).tolist()
 
 
 def _asked(criteria: dict[str, Any]) -> str:
-    """What makes an induction feature, in a line."""
+    """Describe the criteria for an induction feature, in one line."""
     off = criteria["off"]
     tests = [
         f"pass rate above {criteria['rate']:g} on at least {criteria['least']} later A's",
@@ -313,7 +313,7 @@ def _asked(criteria: dict[str, Any]) -> str:
 
 
 def _tests(table: pa.Table, asked: dict[str, Any]) -> dict[str, list[bool | None]]:
-    """Whether each feature passes each test that was asked, in the order in which they are made; None: not made."""
+    """Return whether each feature passes each requested test, in order; None: not tested."""
     n, rate = _floats(table["n_expected"]), _floats(table["rate"])
     sources, copying, off = (_floats(table[name]) for name in ("source_share", "copy_rank", "off"))
     with np.errstate(invalid="ignore"):
@@ -334,7 +334,7 @@ def _made(passes: Bool[np.ndarray, " n"], value: Float[np.ndarray, " n"]) -> lis
 def _rule(
     score: Float[np.ndarray, " n"], verdict: Bool[np.ndarray, " n"], at: float, *, label: str, definition: str
 ) -> Json:
-    """What the page needs to hold a score against the verdict at any threshold."""
+    """Return the data with which the page compares a score with the verdict at any threshold."""
     compared = compare_rule(score.astype(np.float64), verdict, at=at, definition=definition)
     return {
         "label": label,
@@ -351,7 +351,7 @@ def _column(name: str, label: str, kind: str, definition: str) -> Json:
 
 
 def _floats(column: pa.ChunkedArray) -> Float[np.ndarray, " n"]:
-    """NaN where there is nothing."""
+    """Convert to floats, NaN for null."""
     return np.array([np.nan if value is None else value for value in column.to_pylist()], dtype=np.float64)
 
 

@@ -1,7 +1,7 @@
-"""Heads as an index knows them: whose features they make, which they share, and what studies found of them.
+"""Heads of an index: the features they make, those they share, and the results of studies.
 
 Shares of features are the index's own. Scores on repeated random tokens, the catalogue and ablations are read from the
-tables that `headscope study heads` writes beside it (`index.head_records`); for one that is missing, the page names the
+tables that `headscope study heads` writes into it (`index.head_records`); for a missing one, the page names the
 command. No torch, no model.
 """
 
@@ -21,11 +21,11 @@ from headscope.index.head_table import ROLES, SCHEMAS
 from headscope.index.store import FeatureIndex
 
 CONTRIBUTES = 0.1
-"""A head makes a part of a feature from this share of squared DFA on, as in `studies.heads.superposition`."""
+"""Minimum share of squared DFA for a head to contribute to a feature, as in `studies.heads.superposition`."""
 WEIGHTS = ("dfa", "decoder")
-"""Ways to weigh the features of a head that a page shows side by side."""
-_TOP = 25  # features of a list
-_SHARED = 12  # features of a list of those that two heads make
+"""Weightings of a head's features that a page shows side by side."""
+_TOP = 25  # features in a list
+_SHARED = 12  # features in a list of those shared by two heads
 _BINS = 20
 _DIGITS = 4
 _CLUSTERS = 12
@@ -35,7 +35,7 @@ _COMMAND = "headscope study heads INDEX"
 
 
 class IndexHeads:
-    """The heads of one index; what studies add while it is open is seen."""
+    """The heads of one index; tables that studies add while it is open are included."""
 
     def __init__(self, index: FeatureIndex) -> None:
         """Show an index."""
@@ -43,7 +43,7 @@ class IndexHeads:
         self._layer: int = index.manifest["layer"]
 
     def heads(self) -> Json:
-        """Every head of every layer, with its scores where they were measured."""
+        """Return every head of every layer, with its scores where they were measured."""
         model = self._index.manifest["model"]
         found = self._section("scores", lambda tables: {"of": {(s.layer, s.head): s for s in tables.scores}})
         scores: dict[tuple[int, int], HeadScore] = found.pop("of", {})
@@ -71,7 +71,7 @@ class IndexHeads:
         }
 
     def head(self, name: str) -> Json:
-        """One head: its scores, and of the SAE's layer also its features.
+        """Return one head: its scores, and in the SAE's layer also its features.
 
         Raises:
             KeyError: there is no such head.
@@ -101,7 +101,7 @@ class IndexHeads:
         return int(layer), int(head)
 
     def _section(self, table: str, make: Callable[[HeadTables], Json]) -> Json:
-        """What was stored, or what is missing and the command that stores it."""
+        """Return the stored data, or what is missing and the command that adds it."""
         tables = HeadTables(self._index.folder)
         if table not in tables.tables:
             return {"missing": f"Not measured: this index has no table {table!r} of heads.", "command": _COMMAND}
@@ -121,7 +121,7 @@ class IndexHeads:
 
     @cached_property
     def _shares(self) -> dict[str, Float[np.ndarray, "latent head"]]:
-        """Of live features; 0 for dead ones, which no list has."""
+        """Shares of live features; 0 for dead ones, which no list has."""
         return {name: np.nan_to_num(self._index.shares[name]) * self._live[:, None] for name in WEIGHTS}
 
     @cached_property
@@ -132,7 +132,7 @@ class IndexHeads:
         return {name: np.bincount(of[live].argmax(1), minlength=n) for name, of in self._shares.items()}
 
     def _features(self, head: int) -> Json:
-        """The features with the largest shares of this head, one list for each way to weigh them."""
+        """Return the features with the largest shares of this head, one list per weighting."""
         live = np.flatnonzero(self._live)
         lists = {}
         for name, shares in self._shares.items():
@@ -144,7 +144,7 @@ class IndexHeads:
         return {"n": len(live), "n_both": int((top["dfa"] & top["decoder"]).sum()), "lists": lists}
 
     def _rows(self, latents: Int[np.ndarray, " n"], head: int) -> Json:
-        """What a list says of features, by column."""
+        """Return a list's data on features, by column."""
         known = self._table.take(latents)
         return {
             "latent": latents.tolist(),
@@ -156,7 +156,7 @@ class IndexHeads:
         }
 
     def _shared(self, head: int) -> Json:
-        """The features that this head and another make, by other head; most first."""
+        """Return the features shared with another head, by other head; most first."""
         makes = self._shares["dfa"] >= CONTRIBUTES
         own = makes[:, head]
         others = []
@@ -171,7 +171,7 @@ class IndexHeads:
         return {"n": int(own.sum()), "alone": alone, "least": CONTRIBUTES, "others": others}
 
     def _families(self, head: int) -> Json:
-        """What kinds of features this head has the largest share of, as far as studies say."""
+        """Count the kinds of features of which this head has the largest share, as far as studies determined them."""
         own = np.flatnonzero(self._live & (self._shares["dfa"].argmax(1) == head))
         names = self._table.column_names
         counts: dict[str, int] = {}
@@ -202,7 +202,7 @@ class IndexHeads:
         }
 
     def _most_lost(self, tables: HeadTables, kind: str, head: int) -> Json:
-        """The features of which least is left, those active most often first, and how much is left of all."""
+        """Return the features most suppressed, most frequent first, and how much of all features remains."""
         retained, off = (tables.ablation_matrix(kind, column)[:, head] for column in ("retained", "off"))
         known = np.flatnonzero(np.isfinite(retained))
         n_active = self._table["n_active"].to_numpy()[known]
@@ -212,7 +212,7 @@ class IndexHeads:
         return {"n": len(known), "histogram": counts.tolist(), **self._rows(order, head), **numbers}
 
     def _fires(self, tables: HeadTables, head: int) -> Json:
-        """What fires when the head is ablated, and the features outside of a family by several readings."""
+        """Return the features that fire when the head is ablated, and those outside of a family by several rules."""
         found = tables.ablated(head)
         counts = {name: getattr(found, name) for name in _COUNTS}
         readings = {name: self._rows(np.array(getattr(found, name), dtype=np.int64), head) for name in _READINGS}

@@ -1,4 +1,4 @@
-"""The routes of the labelling queue: which features to look at, what was said of them, and what that amounts to."""
+"""The routes of the labelling queue: features to label, their labels, and summary statistics."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -45,12 +45,12 @@ class LabelRoutes:
     """`/api/queue`, `/api/labels`, `/api/retractions` and `/api/survey` of an index."""
 
     def __init__(self, index: FeatureIndex) -> None:
-        """Labels go to the folder of `index`."""
+        """Labels are written to the folder of `index`."""
         self.index, self.store = index, LabelStore(index)
         self._cards: dict[tuple[int, bool], str] = {}  # hashes: the index does not change while it is served
 
     def routes(self) -> list[Route]:
-        """For the application, whose guard asks for the page's token where something is written."""
+        """Return the routes for the application, whose guard requires the page's token for writing."""
         return [
             Route("/api/queue", self._asked(self.queue)),
             Route("/api/survey", self._asked(self.survey)),
@@ -60,7 +60,7 @@ class LabelRoutes:
         ]
 
     def queue(self, sample: str = "", latent: str = "", annotator: str = "") -> Json:
-        """The features of a sample, or the one asked for, and the annotator's labels of them that count.
+        """Return the features of a sample, or a given one, and the annotator's current labels of them.
 
         Raises:
             LabelError: no such sample, latent or file of labels.
@@ -88,7 +88,7 @@ class LabelRoutes:
         }
 
     def survey(self, sample: str = "") -> Json:
-        """What the labels of a sample amount to.
+        """Return the statistics of a sample's labels.
 
         Raises:
             LabelError: no such sample or file of labels.
@@ -101,7 +101,7 @@ class LabelRoutes:
         """Append a label.
 
         Raises:
-            LabelError: it says what it cannot, or the feature is dead.
+            LabelError: it is invalid, or the feature is dead.
             OutputError: it cannot be written.
         """
         if queue:
@@ -112,10 +112,10 @@ class LabelRoutes:
         return self.store.add(latent, annotator, judgement, blind=blind, queue=queue)
 
     def retract(self, *, annotator: str, label: str) -> Retraction:
-        """Take a label back.
+        """Retract a label.
 
         Raises:
-            LabelError: it is none of this annotator's that stands.
+            LabelError: it is not a current label of this annotator.
             OutputError: it cannot be written.
         """
         return self.store.retract(annotator, label)
@@ -127,7 +127,7 @@ class LabelRoutes:
         return asdict(label) | {"stale": self._cards[seen] != label.card}
 
     def _number(self, text: str) -> int:
-        """A latent of the index."""
+        """Parse a latent of the index."""
         if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) < self.index.n_latents):
             raise LabelError(
                 f"feature {text[:80]!a}", expected=f"0 to {self.index.n_latents - 1}", do="ask for another"
@@ -135,7 +135,7 @@ class LabelRoutes:
         return int(text)
 
     def _asked(self, ask: Callable[..., Json]) -> Callable:
-        """An endpoint that answers a question; its words are the parameters of `ask`."""
+        """Make a GET endpoint; the URL parameters are the parameters of `ask`."""
         words = set(ask.__annotations__) - {"return"}
 
         async def endpoint(request: Request) -> Response:
@@ -147,14 +147,14 @@ class LabelRoutes:
         return endpoint
 
     async def _of(self, request: Request) -> Response:
-        """`/api/labels/18`: what counts of everyone's labels of one feature."""
+        """Answer `/api/labels/18`: all annotators' current labels of one feature."""
         number = number_of(request, "feature")
         if isinstance(number, Response):
             return number
         return await _answered(request, lambda: {"labels": [self._json(own) for own in self.store.read().of(number)]})
 
     def _told(self, types: dict[str, type], tell: Callable[..., Label | Retraction]) -> Callable:
-        """An endpoint that takes a JSON object with exactly the fields of `types`."""
+        """Make an endpoint that takes a JSON object with exactly the fields of `types`."""
 
         async def endpoint(request: Request) -> Response:
             body = b""
@@ -175,7 +175,7 @@ class LabelRoutes:
 
 
 async def _answered(request: Request, work: Callable[[], Json]) -> Response:
-    """What `work` gives, or what is wrong."""
+    """Return the result of `work`, or an error response."""
     try:
         packed = await run_in_threadpool(lambda: pack_json(work()))
     except LabelError as error:
@@ -186,7 +186,7 @@ async def _answered(request: Request, work: Callable[[], Json]) -> Response:
 
 
 def _object(body: bytes, types: dict[str, type]) -> Json:
-    """The fields of a request's body.
+    """Parse the fields of a request's body.
 
     Raises:
         LabelError: it is not an object of exactly these fields and types.

@@ -1,4 +1,4 @@
-"""The routes of the pages of families and heads. Each answer is a file of an exported folder too (`page_paths`)."""
+"""The routes of the pages of families and heads. Each response is also a file of an exported folder (`page_paths`)."""
 
 from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol, runtime_checkable
@@ -12,19 +12,19 @@ from headscope.errors import HeadscopeError
 from headscope.explorer.answers import failure
 from headscope.explorer.desk import Desk
 
-_LONGEST = 40  # characters of a name that is repeated in an answer
+_LONGEST = 40  # characters of a name that is repeated in a response
 
 
 @runtime_checkable
 class FamilySource(Protocol):
-    """What the family pages show, as JSON-able dictionaries (static/types.d.ts has their fields)."""
+    """Data of the family pages, as JSON-able dictionaries (static/types.d.ts has their fields)."""
 
     def families(self) -> Json:
-        """Every family, and how many belong to it."""
+        """Return every family, with its number of members."""
         ...
 
     def family(self, name: str, head: str | None = None) -> Json:
-        """One family, with the rule of one head where the rule names one.
+        """Return one family, with the rule of one head where the rule has a head.
 
         Raises:
             KeyError: there is no such family, or no such head for it.
@@ -32,20 +32,20 @@ class FamilySource(Protocol):
         ...
 
     def stamp(self) -> Hashable:
-        """A value that changes when people have labelled a feature; cheap, as every request asks for it."""
+        """Return a value that changes when people have labelled a feature; cheap, as every request needs it."""
         ...
 
 
 @runtime_checkable
 class HeadSource(Protocol):
-    """What the head pages show, as JSON-able dictionaries (static/types.d.ts has their fields)."""
+    """Data of the head pages, as JSON-able dictionaries (static/types.d.ts has their fields)."""
 
     def heads(self) -> Json:
-        """Every head of every layer."""
+        """Return every head of every layer."""
         ...
 
     def head(self, name: str) -> Json:
-        """One head, as `1.6`.
+        """Return one head by name, such as `1.6`.
 
         Raises:
             KeyError: there is no such head.
@@ -57,11 +57,11 @@ class PageRoutes:
     """`/api/families`, `/api/family/induction`, `/api/family/induction/1.6`, `/api/heads`, `/api/head/1.6`."""
 
     def __init__(self, families: FamilySource, heads: HeadSource) -> None:
-        """Answer from these."""
+        """Answer from these sources."""
         self._families, self._heads = families, heads
 
     def routes(self, shell: Callable, desk: Desk) -> list[Route]:
-        """For the application: the addresses of the pages, which `shell` answers, and their JSON, made at `desk`."""
+        """Return the routes for the application: the pages, answered by `shell`, and their JSON, computed at `desk`."""
         pages = ("/families", "/family/{name}", "/heads", "/head/{name}")
         made: dict[str, Callable[..., Json]] = {
             "/api/families": self._families.families,
@@ -74,7 +74,7 @@ class PageRoutes:
         return [*(Route(path, shell) for path in pages), *asked]
 
     def every(self) -> Iterator[tuple[str, Json]]:
-        """All answers, by the path of each below `/api/`: what an export holds."""
+        """Return all responses, by their paths below `/api/`, for an export."""
         listed, grid = self._families.families(), self._heads.heads()
         yield "families", listed
         for name in (family["name"] for family in listed["families"]):

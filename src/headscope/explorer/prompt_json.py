@@ -1,4 +1,4 @@
-"""The records of a prompt as JSON for the prompt explorer; static/types.d.ts has their fields."""
+"""Records of a prompt as JSON for the prompt explorer; static/types.d.ts has their fields."""
 
 from typing import TYPE_CHECKING
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from headscope.attribution import DFA
 
 MOST_ACTIVE = 64
-"""Features of one token that are named: the most active ones."""
+"""Maximum number of features listed per token: the most active ones."""
 MOST_SOURCES = 10
 
 
 def run_json(found: PromptRun, folder: str) -> Json:
-    """The whole prompt: columns of active features, `shown` of each token, and the losses."""
+    """Convert the whole prompt: columns of active features, `shown` of each token, and the losses."""
     starts = np.searchsorted(found.position, np.arange(len(found.tokens)))
     shown = np.arange(len(found.position)) - starts[found.position] < MOST_ACTIVE
     active = found.activation > 0
@@ -36,7 +36,7 @@ def run_json(found: PromptRun, folder: str) -> Json:
 
 
 def dfa_json(found: "DFA") -> Json:
-    """A feature at one token: its largest sources head by head, all others as one; `Example` in static/types.d.ts."""
+    """Convert a feature at one token: largest sources by head, others as one; `Example` in static/types.d.ts."""
     by_source, pattern = found.by_source.T, found.pattern.T
     order = np.argsort(-np.abs(by_source).max(1), kind="stable")
     largest, others = order[:MOST_SOURCES], order[MOST_SOURCES:]
@@ -63,7 +63,7 @@ def dfa_json(found: "DFA") -> Json:
 
 
 def _python(folder: str, found: PromptRun) -> str:
-    """The calls that make these numbers again."""
+    """Return the Python calls that reproduce the numbers."""
     return (
         "from headscope import jobs\n"
         "from headscope.studies.prompt.prompts import Prompts\n"

@@ -1,7 +1,7 @@
-"""The routes of the prompt explorer: a prompt, what is active in it and why, and what ablations change there.
+"""The routes of the prompt explorer: active features of a prompt, their attribution, and the effects of ablations.
 
-Each takes a JSON object by POST, with the page's token, and is computed at a desk of its own; answers are kept. A
-prompt is `{"text": "..."}` or `{"ids": [...]}`; the BOS that stands in front of it is added here, as an index does.
+Each takes a JSON object by POST, with the page's token, and is computed at a desk of its own; responses are cached. A
+prompt is `{"text": "..."}` or `{"ids": [...]}`; the BOS is prepended here, as in an index.
 """
 
 import json
@@ -22,9 +22,9 @@ from headscope.studies.prompt.records import parse_ablations
 from headscope.studies.subject import Subject
 
 MAX_BODY = 400_000
-"""Bytes of a request."""
+"""Maximum number of bytes of a request."""
 MAX_TEXT = 100_000
-"""Characters of a prompt that are given to the tokenizer."""
+"""Maximum number of characters of a prompt."""
 
 _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "run": {"prompt": (dict,), "ablations": (list,)},
@@ -36,45 +36,45 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 
 
 class PromptRoutes:
-    """`/api/prompt`, what can be asked, and `/api/prompt/run`, `token`, `dfa`, `level` and `scores`."""
+    """`/api/prompt`, the available options, and `/api/prompt/run`, `token`, `dfa`, `level` and `scores`."""
 
     def __init__(self, subject: Subject, desk: Desk | None = None) -> None:
         """Answer from the model of `subject`, computing at `desk`."""
         self.subject, self.desk = subject, desk or Desk()
 
     def routes(self) -> list[Route]:
-        """For the application, whose guard asks for the page's token."""
+        """Return the routes for the application, whose guard requires the page's token."""
         asked = [Route(f"/api/prompt/{name}", self._endpoint(name), methods=["POST"]) for name in _FIELDS]
         return [Route("/api/prompt", self.start), *asked]
 
     async def start(self, request: Request) -> Response:
-        """What can be asked."""
+        """Return the available options."""
         model = self.subject.live.model
         names = ("n_layers", "n_heads", "context")
         return answer(request, pack_json({"bos": model.bos} | {name: getattr(model.spec, name) for name in names}))
 
     # --------------------------------------------------------------------------------------------------------- answers
     def run(self, *, prompt: Json, ablations: list[str]) -> Json:
-        """The whole prompt.
+        """Return the whole prompt.
 
         Raises:
-            HeadscopeError: no such prompt, or an ablation that cannot be.
+            HeadscopeError: no such prompt, or an impossible ablation.
         """
         found = self.subject.prompts.run(self._tokens(prompt), parse_ablations(ablations))
         return run_json(found, str(self.subject.index.folder))
 
     def token(self, *, prompt: Json, ablations: list[str], query: int, target: int | None) -> Json:
-        """One token of it: its features, and what comes next.
+        """Return one token: its features, and the next-token prediction.
 
         Raises:
-            HeadscopeError: no such prompt, position or target, or an ablation that cannot be.
+            HeadscopeError: no such prompt, position or target, or an impossible ablation.
         """
         prompts, tokens = self.subject.prompts, self._tokens(prompt)
         found = prompts.next_tokens(tokens, query, parse_ablations(ablations))
         return {"features": encode(prompts.features(tokens, query, target)), "next": encode(found)}
 
     def dfa(self, *, prompt: Json, latent: int, query: int) -> Json:
-        """A feature at one token by head and source.
+        """Return a feature's DFA at one token by head and source.
 
         Raises:
             HeadscopeError: no such prompt, feature or position.
@@ -82,7 +82,7 @@ class PromptRoutes:
         return dfa_json(self.subject.prompts.dfa(self._tokens(prompt), latent, query))
 
     def level(self, *, prompt: Json, latent: int, query: int, path: str) -> Json:
-        """One level of its recursive DFA.
+        """Return one level of its recursive DFA.
 
         Raises:
             HeadscopeError: no such prompt, feature, position or node.
@@ -90,7 +90,7 @@ class PromptRoutes:
         return encode(Level.of(self.subject.circuits.level(self._tokens(prompt), latent, query, path_of(path))))
 
     def scores(self, *, prompt: Json, layer: int, head: int, query: int, key: int | None) -> Json:
-        """Why a head attends to a key.
+        """Return the attribution of a head's attention score for a key.
 
         Raises:
             HeadscopeError: no such prompt, head or position, or a model without an exact split.
@@ -150,7 +150,7 @@ def _check_text(text: str) -> None:
 
 
 def _object(body: bytes, fields: dict[str, tuple[type, ...]]) -> dict[str, Any]:
-    """The fields of a request's body.
+    """Parse the fields of a request's body.
 
     Raises:
         StudyError: it is not an object of exactly these fields and types.

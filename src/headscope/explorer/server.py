@@ -1,8 +1,7 @@
-"""The explorer as a web page on this machine: a shell, its scripts, and JSON from a `CardSource`.
+"""The explorer as a local web page: a shell, its scripts, and JSON from a `CardSource`.
 
-It binds 127.0.0.1 only, answers only requests addressed to this machine by name and made by no other site's page,
-refuses whatever could write without the token of this start, and knows a source of cards, not a model: no torch
-behind it.
+It binds 127.0.0.1 only, answers only requests to a local host name from no other site's page, rejects writing requests
+without the token of this run, and depends on a source of cards, not on a model: no torch.
 """
 
 import errno
@@ -38,10 +37,10 @@ from headscope.explorer.studies import StudyRoutes, studies_json
 from headscope.studies.subject import Subject
 
 TOKEN_HEADER = "x-headscope-token"
-"""Where a request that writes gives the token of the page."""
+"""Header in which a writing request passes the page's token."""
 
 _HOST = "127.0.0.1"
-_SWITCH_S = 0.0005  # after so long a thread that computes gives way to the event loop; else it is 5 ms
+_SWITCH_S = 0.0005  # switch interval after which a computing thread yields to the event loop; default 5 ms
 _TOKEN_MARK = b"{{token}}"
 _MEDIA = {".js": "text/javascript", ".css": "text/css", ".html": "text/html"}
 _POLICY = (
@@ -77,27 +76,27 @@ DEFINITIONS = {
     "density histogram": "Live features by the logarithm of their density.",
     "top head histogram": "Live features by their top head's share of squared DFA, beside the null.",
 }
-"""Words of the page alone; those of the index are defined in its manifest, and its definitions win."""
+"""Terms used by the page alone; those of the index are defined in its manifest, and take precedence."""
 
 
 @runtime_checkable
 class CardSource(Protocol):
-    """All that the page shows, as JSON-able dictionaries (static/types.d.ts has their fields)."""
+    """Data of the page, as JSON-able dictionaries (static/types.d.ts has their fields)."""
 
     def about(self) -> Json:
-        """Model, SAE, corpus, quality numbers and one-line definitions."""
+        """Return model, SAE, corpus, quality numbers and one-line definitions."""
         ...
 
     def vocab(self) -> Json:
-        """The bytes of every token (as latin-1 text), and which ids are special."""
+        """Return the bytes of every token (as latin-1 text), and the special ids."""
         ...
 
     def table(self) -> Json:
-        """One row a latent, by columns, and the token lists that a search looks through."""
+        """Return one row per latent, by columns, and the token lists used by the search."""
         ...
 
     def feature(self, latent: int, *, lean: bool = False) -> Json:
-        """The card of one latent; a lean one is smaller, for an export.
+        """Return the card of one latent; a lean one is smaller, for an export.
 
         Raises:
             NothingThereError: there is no such latent.
@@ -105,7 +104,7 @@ class CardSource(Protocol):
         ...
 
     def context(self, block: int) -> Json:
-        """All the tokens of one block of the corpus.
+        """Return all tokens of one block of the corpus.
 
         Raises:
             NothingThereError: there is no such block.
@@ -113,14 +112,14 @@ class CardSource(Protocol):
         ...
 
     def stamp(self) -> Hashable:
-        """A value that changes when any of the answers may have changed; cheap, as every request asks for it."""
+        """Return a value that changes when any of the responses may have changed; cheap, as every request needs it."""
         ...
 
 
 def about_of(
     source: CardSource, *, studies: bool = False, labels: bool = False, pages: bool = False, prompts: bool = False
 ) -> Json:
-    """Return what `source` says of itself, a definition for every word of the page, and what else the page has."""
+    """Return the description of `source`, definitions of every term on the page, and the page's other features."""
     about = source.about()
     definitions = DEFINITIONS | about.get("definitions", {})
     parts = {"studies": studies_json() if studies else [], "labels": labels, "pages": pages, "prompts": prompts}
@@ -138,10 +137,10 @@ def _suffix(name: str) -> str:
 
 
 class _Guard:
-    """Answer this page only; add safety headers to all answers.
+    """Accept requests of this page only; add security headers to all responses.
 
-    Refused are: another host name (DNS rebinding), another origin (a foreign page in the same browser), and every
-    method but GET and HEAD without the token, which only the page itself has been given.
+    Rejected are: another host name (DNS rebinding), another origin (a foreign page in the same browser), and every
+    method but GET and HEAD without the token, which only the page itself has.
     """
 
     def __init__(self, app: ASGIApp, token: str) -> None:
@@ -175,7 +174,7 @@ class _Guard:
 
 
 class _Pages:
-    """The answers to each route; what is asked of the source is computed at a desk."""
+    """The response of each route; data of the source is computed at a desk."""
 
     def __init__(self, source: CardSource, token: str, desk: Desk, **parts: bool) -> None:
         self.source, self.desk, self.about = source, desk, partial(about_of, source, **parts)
@@ -193,7 +192,7 @@ class _Pages:
         return answer(request, self.files[name], _MEDIA[_suffix(name)])
 
     async def whole(self, request: Request, *, name: str) -> Response:
-        """`/api/about`, `/api/vocab`, `/api/table`."""
+        """Answer `/api/about`, `/api/vocab`, `/api/table`."""
         made = self.about if name == "about" else getattr(self.source, name)
         try:
             return await self.desk.answered((name,), made, request, others="cards")
@@ -201,7 +200,7 @@ class _Pages:
             return failure(500, str(error))
 
     async def one(self, request: Request, *, name: str) -> Response:
-        """`/api/feature/{number}` and `/api/context/{number}`."""
+        """Answer `/api/feature/{number}` and `/api/context/{number}`."""
         number = number_of(request, name)
         if isinstance(number, Response):
             return number
@@ -215,7 +214,7 @@ class _Pages:
 
 
 async def _gone(_request: Request, _error: Exception) -> Response:
-    """Nothing can be said to a client that left before its request was whole; it is no fault of the server's either."""
+    """Ignore a client that disconnected before its request was complete; it is not an error of the server."""
     return failure(400, "the request was not whole")
 
 
@@ -234,18 +233,18 @@ def make_app(
     labelling queue; with `roles`, the pages of families and heads.
 
     Args:
-        source: what to show.
-        token: what a request that writes has to give.
-        subject: what studies are run on.
-        labels: where labels go.
-        roles: what the pages of families and heads show.
+        source: the cards to show.
+        token: token required of writing requests.
+        subject: subject of the studies.
+        labels: routes of the labelling queue.
+        roles: routes of the pages of families and heads.
     """
     token = token or secrets.token_urlsafe(32)
     prompts = PromptRoutes(subject) if subject is not None and subject.has_model else None
     parts = {"studies": subject, "labels": labels, "pages": roles, "prompts": prompts}
     kept = Kept()
     quick = Desk(waiting=MOST_REQUESTS, kept=kept, stamp=source.stamp)  # cards do not wait for studies
-    # one for all studies, as what runs at a time is of this machine and not of a tab
+    # one for all studies, since the limit is the machine's, not a tab's
     desk = Desk(kept=kept, stamp=source.stamp, ahead=quick)
     pages = _Pages(source, token, quick, **{name: part is not None for name, part in parts.items()})
     wholes = [Route(f"/api/{name}", partial(pages.whole, name=name)) for name in ("about", "vocab", "table")]
@@ -270,7 +269,7 @@ def make_app(
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that says when it listens."""
+    """A uvicorn server with a callback when it listens."""
 
     def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
         super().__init__(config)
@@ -292,13 +291,13 @@ def serve(
     """Serve the explorer on 127.0.0.1 until Ctrl-C.
 
     Args:
-        app: what `make_app` made.
-        port: where to listen; None takes a free port.
+        app: from `make_app`.
+        port: port to listen on; None takes a free port.
         open_browser: open the page in the default browser.
         ready: called with the URL once the page can be opened.
 
     Raises:
-        ServerError: the port cannot be had.
+        ServerError: the port is not available.
     """
     listener = _listen(port)
     url = f"http://{_HOST}:{listener.getsockname()[1]}/"
@@ -320,21 +319,21 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=1,
     )
-    # it says how many requests were under way when Ctrl-C ended it
+    # it reports the number of requests in progress when Ctrl-C stopped it
     logging.getLogger("uvicorn.error").addFilter(lambda record: not str(record.msg).startswith("Cancel "))
     before = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_S)
     try:
         _Server(config, listening).run(sockets=[listener])
     except KeyboardInterrupt:
-        pass  # the way to end it
+        pass  # the way to stop it
     finally:
         sys.setswitchinterval(before)
         listener.close()
 
 
 def _listen(port: int | None) -> socket.socket:
-    """Bind 127.0.0.1 at `port`, or at a free one."""
+    """Bind 127.0.0.1 at `port`, or at a free port."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     if sys.platform != "win32":  # there, this would let two servers share a port
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""What the tabs of studies begin with: proxies to try, columns of studies, and whether there is a model."""
+"""Initial data of the study tabs: proxies to try, columns of studies, and whether there is a model."""
 
 from collections.abc import Iterator
 
@@ -11,11 +11,11 @@ from headscope.studies.support.on_page import open_index
 
 _SUGGESTED = 5  # tokens of a suggested proxy
 _SEARCHED = ("proxy", "induction_proxy", "local_proxy", "context_proxy", "token_proxy")  # of the columns `proxies`
-_LARGE = 0.05  # of the squared DFA: a source token with less is not suggested
+_LARGE = 0.05  # minimum share of squared DFA for a source token to be suggested
 
 
 def start_json(subject: Subject, latent: int) -> Json:
-    """What there is to begin with for one feature.
+    """Return the initial data for one feature.
 
     Raises:
         IndexFormatError: no such latent, or a damaged index.
@@ -38,7 +38,7 @@ def start_json(subject: Subject, latent: int) -> Json:
 
 
 def _suggested(subject: Subject, latent: int) -> Iterator[Json]:
-    """Proxies to try: those that a search found, else what the card says of a feature."""
+    """Suggest proxies to try: those found by a search, else those suggested by the card."""
     if "proxies" in studies(subject.index.folder):
         found = _columns(subject, "proxies", latent).get("values", {})
         best = [found[name] for name in _SEARCHED if found.get(name)]
@@ -76,7 +76,7 @@ def _guessed(subject: Subject, latent: int) -> list[tuple[Proxy, str]]:
 
 
 def _columns(subject: Subject, study: str, latent: int) -> Json:
-    """What one study added for a feature; columns of another index are refused, and why is said."""
+    """Return the columns that one study added for a feature; columns of another index are rejected with the reason."""
     try:
         table, provenance = subject.index.study(study)
     except HeadscopeError as error:

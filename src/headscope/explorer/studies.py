@@ -1,6 +1,6 @@
-"""Studies on the page: `/api/study/<name>/<latent>?options`, and what a file holds of them.
+"""Studies on the page: `/api/study/<name>/<latent>?options`, and their data in an exported file.
 
-Every study of the registry has an address; the routes know none of them by name.
+Every study of the registry has a URL; the routes refer to none by name.
 """
 
 import json
@@ -25,7 +25,7 @@ from headscope.studies.subject import Subject
 
 
 def studies_json() -> list[Json]:
-    """Every study that the page may ask for, as it lists them."""
+    """Return every study available on the page, as the page lists them."""
     return [
         {
             "name": study.name,
@@ -43,20 +43,20 @@ def _on_page() -> tuple[FeatureStudy, ...]:
 
 
 class StudyRoutes:
-    """`/api/start/18`, and an address for each study: `/api/study/circuit/18?at=512&path=1.3`."""
+    """`/api/start/18`, and a URL for each study: `/api/study/circuit/18?at=512&path=1.3`."""
 
     def __init__(self, subject: Subject, desk: Desk | None = None, quick: Desk | None = None) -> None:
-        """Answer from `subject`, computing studies at `desk` and what only looks something up at `quick`."""
+        """Answer from `subject`, computing studies at `desk` and look-ups at `quick`."""
         self.subject, self.desk = subject, desk or Desk()
         self.quick = quick or self.desk
 
     def routes(self) -> list[Route]:
-        """For the application."""
+        """Return the routes for the application."""
         asked = [Route(f"/api/study/{study.name}/{{number}}", self._of(study)) for study in _on_page()]
         return [Route("/api/start/{number}", self.start), *asked]
 
     async def start(self, request: Request) -> Response:
-        """What the tabs begin with."""
+        """Return the initial data of the tabs."""
         return await self._answer(request, "start", self.quick, lambda _request: partial(start_json, self.subject))
 
     def _of(self, study: FeatureStudy) -> Callable:
@@ -88,7 +88,7 @@ class StudyRoutes:
 
 
 def _column(error: HeadscopeError) -> int | None:
-    """Where a proxy cannot be read, counted from 1."""
+    """Return the column of a proxy's syntax error, counted from 1."""
     found = re.match(r"column (\d+):", error.got)
     return int(found[1]) if found else None
 
@@ -97,13 +97,13 @@ def _column(error: HeadscopeError) -> int | None:
 def packed(
     subject: Subject, latent: int, proxies: Iterable[str] = (), on_study: Callable[[int, int], None] | None = None
 ) -> Json:
-    """What a file holds of the studies of one feature: those that it shows, for some proxies alone.
+    """Return the data of one feature's studies for a file: those that it shows, for some proxies only.
 
     Args:
         subject: the index, with its model where there is one.
-        latent: which feature.
-        proxies: the suggested ones when none are given.
-        on_study: called with the studies done and the studies in all.
+        latent: the feature.
+        proxies: default: the suggested ones.
+        on_study: called with the studies done and the total.
 
     Raises:
         IndexFormatError, ProxyError: no such feature, or no proxy.
@@ -125,7 +125,7 @@ def packed(
 
 
 def _askable(study: FeatureStudy, proxies: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The options with which a file holds a study: each proxy, or none; a study that asks for more is left out."""
+    """Return the options with which a file includes a study: each proxy, or none; None if it needs others."""
     try:
         parse_options(study, {})
     except HeadscopeError:
@@ -136,12 +136,12 @@ def _askable(study: FeatureStudy, proxies: list[dict[str, str]]) -> list[dict[st
 
 
 def _key(name: str, options: dict[str, Any]) -> str:
-    """The name of an answer in a file, as static/data.js asks for it."""
+    """Return the key of a response in a file, as requested by static/data.js."""
     return f"{name} {json.dumps(options, ensure_ascii=False, separators=(',', ':'))}"
 
 
 def _given(study: FeatureStudy, subject: Subject, latent: int, options: dict[str, str]) -> Json:
-    """What a study finds; where the model lacks what it needs, `missing` with the reason."""
+    """Return the result of a study; where the model lacks what it needs, `missing` with the reason."""
     try:
         return study.answer(subject, latent, parse_options(study, {name: [text] for name, text in options.items()}))
     except ModelError as error:

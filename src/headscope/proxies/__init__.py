@@ -1,4 +1,4 @@
-"""Proxies: a rule that says, of every token of a corpus, whether it holds there; to be held against a feature."""
+"""Proxies: rules that hold or not at every token of a corpus, for comparison with a feature."""
 
 from headscope.proxies.algebra import And, Not, Or, Proxy, Shift, Where, where
 from headscope.proxies.blocks import Blocks, Token, Vocabulary

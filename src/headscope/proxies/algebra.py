@@ -1,8 +1,8 @@
 """Proxies as values: a truth value for each token of a block, combined by `&`, `|`, `~` and `shift`.
 
-A proxy is a frozen record. Its `name` is the text that `headscope.proxies.parse` reads back as an equal record, and
-its `hash` is the SHA-256 of that. Evaluated on blocks it is false at special tokens, whatever it is made of, so `~p`
-is the complement over text tokens.
+A proxy is a frozen record. Its `name` is the text that `headscope.proxies.parse` reads back as an equal record, and its
+`hash` is the SHA-256 of that. Evaluated on blocks it is always false at special tokens, so `~p` is the complement over
+text tokens.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from headscope.proxies.blocks import Blocks, Token
 from headscope.tokens import is_visible
 
 MAX_DEPTH = 32
-"""Levels of `& | ~ shift` in one another."""
+"""Maximum nesting depth of `& | ~ shift`."""
 
 
 class Proxy(ABC):
@@ -32,12 +32,12 @@ class Proxy(ABC):
 
     @property
     def parts(self) -> tuple["Proxy", ...]:
-        """The proxies it is made of."""
+        """The proxies it is composed of."""
         return ()
 
     @property
     def depth(self) -> int:
-        """Levels of proxies in one another; 1 for one that is made of no other."""
+        """Nesting depth; 1 for a proxy without parts."""
         return 1 + max((p.depth for p in self.parts), default=0)
 
     @property
@@ -46,7 +46,7 @@ class Proxy(ABC):
         return f"sha256:{hashlib.sha256(self.name.encode()).hexdigest()}"
 
     def holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
-        """Whether it is true of each token; false at special tokens.
+        """Evaluate the proxy at each token; false at special tokens.
 
         Raises:
             ProxyError: it names a token that the vocabulary lacks, or cannot be evaluated.
@@ -55,22 +55,22 @@ class Proxy(ABC):
 
     @abstractmethod
     def _holds(self, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
-        """As `holds`; the values at special tokens do not matter."""
+        """Evaluate as `holds` does; the values at special tokens do not matter."""
 
     def __and__(self, other: "Proxy") -> "And":
-        """Both."""
+        """Return the conjunction."""
         return And((self, other))
 
     def __or__(self, other: "Proxy") -> "Or":
-        """Either, or both."""
+        """Return the disjunction."""
         return Or((self, other))
 
     def __invert__(self) -> "Not":
-        """Every other text token."""
+        """Return the complement over text tokens."""
         return Not(self)
 
     def shift(self, n: int) -> "Shift":
-        """True where this is true n tokens earlier in the block (-n: later); false where that is outside the block."""
+        """Return a proxy that is true where this is true n tokens earlier (-n: later); false outside the block."""
         return Shift(self, n)
 
     def __str__(self) -> str:
@@ -81,10 +81,10 @@ class Proxy(ABC):
 @dataclass(frozen=True)
 class _Many(Proxy):
     of: tuple[Proxy, ...]
-    """Two or more, in order; a conjunction in a conjunction is one conjunction, and so of disjunctions."""
+    """Two or more, in order; nested conjunctions are flattened, and so are disjunctions."""
 
     def __post_init__(self) -> None:
-        """Flatten."""
+        """Flatten the parts."""
         flat = [q for p in self.of for q in (p.of if type(p) is type(self) else (p,))]  # pyright: ignore
         if len(flat) < 2:
             raise ProxyError(f"{len(flat)} proxies joined", expected="two or more", do="use the one by itself")
@@ -99,7 +99,7 @@ class _Many(Proxy):
 
 @dataclass(frozen=True)
 class And(_Many):
-    """True where all are."""
+    """True where all parts are."""
 
     @property
     def name(self) -> str:
@@ -112,7 +112,7 @@ class And(_Many):
 
 @dataclass(frozen=True)
 class Or(_Many):
-    """True where any is."""
+    """True where any part is."""
 
     @property
     def name(self) -> str:
@@ -125,7 +125,7 @@ class Or(_Many):
 
 @dataclass(frozen=True)
 class Not(Proxy):
-    """True at the text tokens where another is not."""
+    """True at the text tokens where another proxy is false."""
 
     of: Proxy
 
@@ -149,7 +149,7 @@ class Not(Proxy):
 
 @dataclass(frozen=True)
 class Shift(Proxy):
-    """True where another is true n tokens earlier in the block."""
+    """True where another proxy is true n tokens earlier in the block."""
 
     of: Proxy
     n: int
@@ -174,7 +174,7 @@ class Shift(Proxy):
 
 @dataclass(frozen=True)
 class Where(Proxy):
-    """What a Python function says of the blocks; it has a name but no syntax that could be parsed."""
+    """A proxy defined by a Python function on blocks; it has a name but cannot be parsed."""
 
     function: Callable[[Blocks], np.ndarray]
     title: str
@@ -204,7 +204,7 @@ class Where(Proxy):
 
 
 def where(function: Callable[[Blocks], np.ndarray], name: str) -> Where:
-    """A proxy from any function: `Blocks` to a bool array `[block, position]`.
+    """Make a proxy from any function: `Blocks` to a bool array `[block, position]`.
 
     Blocks come in batches of whole blocks, so the function must not look across them. Two such proxies are equal when
     both function and name are; the name alone is what is stored.
@@ -213,7 +213,7 @@ def where(function: Callable[[Blocks], np.ndarray], name: str) -> Where:
 
 
 def moved(values: Bool[np.ndarray, "block position"], n: int) -> Bool[np.ndarray, "block position"]:
-    """Values n positions later in their block, false where nothing came."""
+    """Shift values n positions later in their block, filling with false."""
     found = np.zeros_like(values)
     size = values.shape[1]
     if 0 <= n < size:
@@ -224,7 +224,7 @@ def moved(values: Bool[np.ndarray, "block position"], n: int) -> Bool[np.ndarray
 
 
 def check_depth(proxy: Proxy) -> None:
-    """Refuse proxies too deep in one another.
+    """Reject proxies that are nested too deeply.
 
     Raises:
         ProxyError: deeper than `MAX_DEPTH`.
@@ -236,11 +236,11 @@ def check_depth(proxy: Proxy) -> None:
 
 
 def quoted(text: str) -> str:
-    """A JSON string in which everything that does not print is escaped."""
+    """Return a JSON string with all non-printing characters escaped."""
     inner = "".join(c if is_visible(c) and c not in '"\\' else json.dumps(c)[1:-1] for c in text)
     return f'"{inner}"'
 
 
 def token_name(token: Token) -> str:
-    """A token as proxies write it: `"text"` or `#id`."""
+    """Format a token for a proxy: `"text"` or `#id`."""
     return quoted(token) if isinstance(token, str) else f"#{token}"

@@ -1,7 +1,7 @@
-"""What a proxy looks at: token blocks, where their documents are, and what the tokens are called. No torch, no model.
+"""Input of a proxy: token blocks, their documents, and the vocabulary. No torch, no model.
 
-A block is what the model saw at once: nothing before its first token is visible, and earlier documents that were packed
-into the same block are, for attention reaches them too. A token has the text of its bytes; a special token has none.
+A block is one input of the model: nothing before its first token is visible, but earlier documents packed into the same
+block are, since attention reaches them too. A token has the text of its bytes; a special token has none.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ Token = str | int
 """A token by its text, leading space included, or by its id."""
 
 PUNCTUATION = ".,;:!?\n\r"
-"""What makes a token without letters and digits a stop: one of these characters."""
+"""Characters that make a token without letters and digits a stop."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,42 +30,42 @@ class Vocabulary:
     special: frozenset[int]
     """Ids without a text."""
     split: Callable[[str], list[str]]
-    """The pieces a text is cut into by the tokenizer: what is said of a text that is no token."""
+    """Splits a text into the tokenizer's pieces, for error messages about a text that is not a token."""
     byte_tokens: frozenset[int] = frozenset()
-    """Ids that stand for one byte of what no other token spells."""
+    """Ids for single bytes that no other token spells."""
     prefix: bytes = b""
-    """What the tokenizer puts before a text: the first token of one begins with it."""
+    """Prefix that the tokenizer puts before a text: the first token of a text starts with it."""
 
     def ids(self, tokens: Iterable[Token]) -> Int[np.ndarray, " id"]:
-        """All ids that are meant: those with exactly the bytes of a text (rarely more than one), or the given ones.
+        """Return all matching ids: those with exactly the bytes of a text (rarely more than one), or the given ones.
 
         Raises:
-            ProxyError: a text is several tokens (its pieces are named), or there is no such id.
+            ProxyError: a text is several tokens (the error names them), or there is no such id.
         """
         return np.array([i for token in tokens for i in self._of(token)], dtype=np.int64)
 
     def table(self, tokens: Iterable[Token]) -> Bool[np.ndarray, " vocabulary"]:
-        """Of each id, whether it is meant; errors as `ids`."""
+        """Mark the matching ids; errors as in `ids`."""
         table = np.zeros(len(self.tokens), dtype=bool)
         table[self.ids(tokens)] = True
         return table
 
     def name(self, token: int) -> Token:
-        """The text of an id if that names it alone (or it and a byte token, which is never made then), else the id."""
+        """Return the text of an id if it is unique (apart from a byte token, which is then never used), else the id."""
         text, named = _decoded(self.tokens[token]), self._by_bytes.get(self.tokens[token], ())
         alone = named[:1] == (token,) and self.byte_tokens.issuperset(named[1:])
         return token if text is None or not alone else text
 
     @cached_property
     def stops(self) -> Bool[np.ndarray, " vocabulary"]:
-        """Tokens with a character of `PUNCTUATION` and no letter or digit; and special tokens."""
+        """The tokens with a character of `PUNCTUATION` and no letter or digit; and special tokens."""
         return np.array([i in self.special or _is_stop(t) for i, t in enumerate(self.tokens)])
 
     @cached_property
     def variants(self) -> Int[np.ndarray, "edit vocabulary"]:
-        """Each id under single edits of its text: itself, a space before it, stripped, capitalised, lower case.
+        """Return each id under single edits of its text: itself, with a space, stripped, capitalised, lower case.
 
-        An edit that makes no token leaves the id as it is. Edits are not composed.
+        An edit that does not give a token leaves the id unchanged. Edits are not composed.
         """
         edits: list[Callable[[str], str]] = [" {}".format, str.strip, str.capitalize, str.lower]
         table = np.tile(np.arange(len(self.tokens), dtype=np.int64), (1 + len(edits), 1))
@@ -78,7 +78,7 @@ class Vocabulary:
 
     @cached_property
     def texts(self) -> pa.Array:
-        """The bytes of each token, none for special ones; then the same where a text begins: without the prefix."""
+        """The bytes of each token, none for special ones; then the same at the start of a text, without the prefix."""
         inside = [b"" if i in self.special else t for i, t in enumerate(self.tokens)]
         return pa.array([*inside, *(t.removeprefix(self.prefix) for t in inside)], pa.large_binary())
 
@@ -127,7 +127,7 @@ class Blocks:
     documents: Sequence[str]
     """Names of the documents of the corpus."""
     starts: Bool[np.ndarray, "block position"] | None = None
-    """Where a text begins; nowhere if None."""
+    """Where a text starts; nowhere if None."""
 
     @cached_property
     def stopped(self) -> Int[np.ndarray, "block position"]:
@@ -135,7 +135,7 @@ class Blocks:
         return self.last(self.vocabulary.stops)
 
     def last(self, stops: Bool[np.ndarray, " vocabulary"]) -> Int[np.ndarray, "block position"]:
-        """The last of some tokens, or of special ones, up to each position of a block; -1 if there is none."""
+        """Return the last of some tokens, or of special ones, up to each position of a block; -1 if there is none."""
         is_stop = stops[self.tokens] | ~self.text
         positions = np.where(is_stop, np.arange(self.tokens.shape[1], dtype=np.int32), np.int32(-1))
         return np.maximum.accumulate(positions, axis=1)

@@ -14,7 +14,7 @@ from headscope.proxies.matching import check_pattern, match_tokens, matches
 
 Stop = Literal["punctuation"] | tuple[Token, ...]
 
-_PART = 1 << 15  # positions looked at together where tables grow with what stands in them
+_PART = 1 << 15  # positions processed together where tables grow with their tokens
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class WithinAfter(Proxy):
     stop: Stop = "punctuation"
 
     def __post_init__(self) -> None:
-        """Check, and put tokens in order."""
+        """Check, and sort the tokens."""
         _set_tokens(self)
         _at_least_one("n", self.n)
         if self.stop != "punctuation":
@@ -77,7 +77,7 @@ class WithinAfter(Proxy):
         found = np.zeros(blocks.tokens.size, dtype=bool)
         trigger = np.flatnonzero(is_trigger[blocks.tokens])
         position = (trigger % size).astype(np.int32)
-        for step in range(1, min(self.n, size - 1) + 1):  # what a stop has ended goes on nowhere
+        for step in range(1, min(self.n, size - 1) + 1):  # a stop ends the context
             open_ = position < size - step
             open_[open_] = stopped[trigger[open_] + step] <= position[open_]
             trigger, position = trigger[open_], position[open_]
@@ -92,7 +92,7 @@ class AfterAny(Proxy):
     tokens: tuple[Token, ...]
 
     def __post_init__(self) -> None:
-        """Check, and put tokens in order."""
+        """Check, and sort the tokens."""
         _set_tokens(self)
 
     @property
@@ -113,7 +113,7 @@ class TokenIn(Proxy):
     tokens: tuple[Token, ...]
 
     def __post_init__(self) -> None:
-        """Check, and put tokens in order."""
+        """Check, and sort the tokens."""
         _set_tokens(self)
 
     @property
@@ -132,7 +132,7 @@ class NextTokenIn(Proxy):
     tokens: tuple[Token, ...]
 
     def __post_init__(self) -> None:
-        """Check, and put tokens in order."""
+        """Check, and sort the tokens."""
         _set_tokens(self)
 
     @property
@@ -184,8 +184,8 @@ class InRepeat(Proxy):
         n_blocks, size = blocks.tokens.shape
         found = np.zeros((n_blocks, size), dtype=bool)
         if self.k < size:
-            number, length = _numbered(blocks.tokens), 1  # of the run of `length` tokens that begins at each position
-            while length < self.k:  # a run is two shorter ones that may overlap
+            number, length = _numbered(blocks.tokens), 1  # of the run of `length` tokens that starts at each position
+            while length < self.k:  # a run is the union of two shorter ones that may overlap
                 step = min(length, self.k - length)
                 number = _numbered(number[:, :-step] << _bits(size) | number[:, step:])
                 length += step
@@ -254,11 +254,11 @@ class DocumentRegex(Proxy):
 
 # ---------------------------------------------------------------------------------------------------------- by hand
 def induction_of(token: Token, *, fuzzy: bool = False) -> Induction:
-    """Whether `token` is next by induction: `... A token ... A` is true at the last A.
+    """True where induction predicts `token`: at the last A of `... A token ... A`.
 
     True at t if some earlier t' < t in the block has `tokens[t' + 1] == token` and `tokens[t'] == tokens[t]`; t' + 1
-    may be t. `fuzzy`: `tokens[t']` may be any of five single edits of the present token (`Vocabulary.variants`), as the
-    post's authors (Kissane et al., 2024) have it.
+    may be t. `fuzzy`: `tokens[t']` may be any of five single edits of the current token (`Vocabulary.variants`), as
+    defined by the post's authors (Kissane et al., 2024).
     """
     return Induction(token, fuzzy)
 
@@ -266,37 +266,37 @@ def induction_of(token: Token, *, fuzzy: bool = False) -> Induction:
 def within_after(
     tokens: Iterable[Token], n: int = 10, stop: Literal["punctuation"] | Iterable[Token] = "punctuation"
 ) -> WithinAfter:
-    """Whether one of `tokens` stands 1 to n tokens earlier in the block, and nothing stopped it since.
+    """True where one of `tokens` occurs 1 to n tokens earlier in the block, with no stop in between.
 
-    The token itself does not count (`| token_in(tokens)` adds it). A stop ends the run and is not in it; stops are the
-    tokens given, or those with one of `PUNCTUATION` and no letter or digit, and always special tokens: a window never
-    leaves its document.
+    The token itself does not count (`| token_in(tokens)` adds it). A stop ends the window and is not in it; stops are
+    the given tokens, or those with one of `PUNCTUATION` and no letter or digit, and always special tokens: a window
+    never leaves its document.
     """
     return WithinAfter(tuple(tokens), n, stop if stop == "punctuation" else tuple(stop))  # pyright: ignore
 
 
 def after_any(tokens: Iterable[Token]) -> AfterAny:
-    """Whether one of `tokens` stands anywhere earlier in the block, in an earlier document of it too."""
+    """True where one of `tokens` occurs anywhere earlier in the block, in an earlier document of it too."""
     return AfterAny(tuple(tokens))
 
 
 def token_in(tokens: Iterable[Token]) -> TokenIn:
-    """Whether the token is one of these."""
+    """True where the token is one of these."""
     return TokenIn(tuple(tokens))
 
 
 def next_token_in(tokens: Iterable[Token]) -> NextTokenIn:
-    """Whether the next token of the block is one of these; false at the last of a block."""
+    """True where the next token of the block is one of these; false at the last token of a block."""
     return NextTokenIn(tuple(tokens))
 
 
 def bigram(previous: Token, token: Token) -> Bigram:
-    """Whether the token is `token` and the one before it in the block is `previous`."""
+    """True where the token is `token` and the previous one in the block is `previous`."""
     return Bigram(previous, token)
 
 
 def in_repeat(k: int) -> InRepeat:
-    """Whether this token and the k - 1 before it stood earlier in the block, in this order and together.
+    """True where this token and the k - 1 before it occurred earlier in the block as a contiguous run.
 
     The two runs may overlap; special tokens are compared like others.
     """
@@ -304,22 +304,22 @@ def in_repeat(k: int) -> InRepeat:
 
 
 def regex(pattern: str) -> Regex:
-    r"""Whether the token's text overlaps a match of a regular expression.
+    r"""True where the token's text overlaps a match of a regular expression.
 
-    Searched is the text between special tokens, block by block, so `^` is where a document, or what of it stands in the
-    block, begins. Matches are RE2's (https://github.com/google/re2/wiki/Syntax), leftmost and without overlap; they may
+    The text between special tokens is searched block by block, so `^` matches the start of a document, or of its part
+    in the block. Matches are RE2's (https://github.com/google/re2/wiki/Syntax), leftmost and without overlap; they may
     end after the token. Bytes that are not UTF-8 (a character cut by a block) match nothing.
     """
     return Regex(pattern)
 
 
 def document(glob: str) -> Document:
-    """Whether the document's whole name matches: `*` is any text, `?` any character, all else itself."""
+    """True where the document's whole name matches: `*` is any text, `?` any character, all else literal."""
     return Document(glob)
 
 
 def document_regex(pattern: str) -> DocumentRegex:
-    """Whether a regular expression (RE2's syntax) matches anywhere in the document's name."""
+    """True where a regular expression (RE2's syntax) matches anywhere in the document's name."""
     return DocumentRegex(pattern)
 
 
@@ -329,10 +329,10 @@ def _follows(
     is_target: Bool[np.ndarray, " vocabulary"],
     variants: Int[np.ndarray, "edit vocabulary"],
 ) -> Bool[np.ndarray, "block position"]:
-    """Whether a variant of the token stood earlier in the block, with the target after it."""
+    """Mark positions where a variant of the token occurred earlier in the block, followed by the target."""
     block, before = np.nonzero(is_target[tokens[:, 1:]])
     sources, number = np.unique(tokens[block, before], return_inverse=True)
-    column = np.full(variants.shape[1], len(sources), dtype=np.int32)  # of a token that is no source: the last, empty
+    column = np.full(variants.shape[1], len(sources), dtype=np.int32)  # the last token is not a source: leave it empty
     column[sources] = np.arange(len(sources))
     earliest = np.full((len(tokens), len(sources) + 1), tokens.shape[1], dtype=np.int32)
     np.minimum.at(earliest, (block, number), before)
@@ -343,7 +343,7 @@ def _follows(
 
 
 def _numbered(values: Int[np.ndarray, "block position"]) -> Int[np.ndarray, "block position"]:
-    """Of each value, the first position of its block that holds it. Values are below 2^63 / block size, from 0."""
+    """Return for each value the first position in its block that holds it. Values are from 0 to 2^63 / block size."""
     size = values.shape[1]
     bits = _bits(size)
     keys = values.astype(np.int64) << bits | np.arange(size)
@@ -358,7 +358,7 @@ def _numbered(values: Int[np.ndarray, "block position"]) -> Int[np.ndarray, "blo
 
 
 def _bits(size: int) -> int:
-    """Enough to number positions."""
+    """Return the number of bits for positions."""
     return max(1, (size - 1).bit_length())
 
 
@@ -374,7 +374,7 @@ def _set_tokens(proxy: WithinAfter | AfterAny | TokenIn | NextTokenIn) -> None:
 
 
 def _ordered(tokens: tuple[Token, ...]) -> tuple[Token, ...]:
-    """Each once, texts before ids."""
+    """Remove duplicates and sort, texts before ids."""
     return tuple(sorted(set(tokens), key=lambda t: (isinstance(t, int), t)))
 
 

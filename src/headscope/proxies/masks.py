@@ -1,4 +1,4 @@
-"""Proxies over the corpus of an index."""
+"""Evaluation of proxies over the corpus of an index."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from headscope.proxies.blocks import Blocks, Vocabulary
 from headscope.proxies.parse import parse
 
 _CHUNK = 1 << 20  # positions evaluated at a time
-_CACHED = 1 << 25  # bytes of masks held for an index, a bit a position
+_CACHED = 1 << 25  # bytes of cached masks per index, one bit per position
 
 
 class _Text:
-    """What is kept of an index between two proxies: its vocabulary, and the last masks."""
+    """Cached data of an index: its vocabulary, and the last masks."""
 
     def __init__(self, index: FeatureIndex) -> None:
         texts, special = index.vocabulary
@@ -33,12 +33,12 @@ _LOCK = RLock()
 
 
 def evaluate(proxy: Proxy | str, index: FeatureIndex) -> Bool[np.ndarray, " token"]:
-    """Whether a proxy is true of each position of an index's corpus; false at what is not text.
+    """Evaluate a proxy at each position of an index's corpus; false at positions that are not text.
 
-    The last masks of an index are kept, 32 MB of them at a bit a position.
+    The last masks of an index are cached, 32 MB at one bit per position.
 
     Args:
-        proxy: or its text, which is parsed.
+        proxy: a proxy, or its text, which is parsed.
         index: position = block * block_size + offset in the block.
 
     Raises:
@@ -62,17 +62,17 @@ def evaluate(proxy: Proxy | str, index: FeatureIndex) -> Bool[np.ndarray, " toke
 
 
 def text_mask(index: FeatureIndex) -> Bool[np.ndarray, " token"]:
-    """The positions of an index's corpus that are text: what all statistics are over."""
+    """Return the positions of an index's corpus that are text, on which all statistics are based."""
     return np.concatenate([blocks.text.ravel() for blocks in read_blocks(index)])
 
 
 def vocabulary_of(index: FeatureIndex) -> Vocabulary:
-    """The vocabulary of an index, made once."""
+    """Return the vocabulary of an index, cached."""
     return _text(index).vocabulary
 
 
 def read_blocks(index: FeatureIndex) -> Iterator[Blocks]:
-    """The corpus of an index, about a million positions at a time."""
+    """Yield the corpus of an index, about a million positions at a time."""
     vocabulary, names, parts = vocabulary_of(index), index.documents, index.each_blocks()
     special = sorted(vocabulary.special)
     for first in parts:
@@ -80,7 +80,7 @@ def read_blocks(index: FeatureIndex) -> Iterator[Blocks]:
         token, document, is_text, starts = (
             np.concatenate([part[name] for part in several]) for name in ("token", "document", "is_text", "starts")
         )
-        # Padding and separators may have the ids of ordinary tokens; to a proxy they are special tokens.
+        # Padding and separators may have the ids of ordinary tokens; proxies treat them as special tokens.
         disguised = ~is_text & ~np.isin(token, special)
         if disguised.any():
             token[disguised] = special[0]

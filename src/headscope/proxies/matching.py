@@ -12,16 +12,16 @@ from headscope.errors import ProxyError
 from headscope.proxies.blocks import Blocks
 
 MAX_PATTERN = 1_000
-"""Characters of a pattern."""
+"""Maximum number of characters of a pattern."""
 SECONDS = 10.0
-"""After this long a search is given up: a pattern of many counted repetitions can be slow, though never exponential."""
+"""Time limit of a search: a pattern of many counted repetitions can be slow, though never exponential."""
 
-_BATCH = 1 << 16  # tokens between two looks at the clock
-_BEGIN, _END, _INVALID = b"\xfe", b"\xff", 0xF8  # bytes that no UTF-8 text has
+_BATCH = 1 << 16  # tokens between two checks of the time limit
+_BEGIN, _END, _INVALID = b"\xfe", b"\xff", 0xF8  # bytes that do not occur in UTF-8
 
 
 def check_pattern(pattern: str) -> None:
-    """Refuse what RE2 cannot read.
+    """Reject patterns that RE2 does not support.
 
     Raises:
         ProxyError: a syntax error, a backreference or lookaround (RE2 has none), or too long.
@@ -43,17 +43,17 @@ def check_pattern(pattern: str) -> None:
 
 
 def matches(pattern: str, texts: Sequence[str]) -> Bool[np.ndarray, " text"]:
-    """Of each text, whether a pattern that `check_pattern` passed matches anywhere in it."""
+    """Return for each text whether a checked pattern (`check_pattern`) matches anywhere in it."""
     array = pa.array(texts, pa.large_string())
     found = pc.call_function("match_substring_regex", [array], pc.MatchSubstringOptions(pattern))
     return found.to_numpy(zero_copy_only=False)
 
 
 def match_tokens(pattern: str, blocks: Blocks) -> Bool[np.ndarray, "block position"]:
-    """Tokens whose bytes overlap a match, searched between special tokens, block by block.
+    """Mark tokens whose bytes overlap a match, searched between special tokens, block by block.
 
     Raises:
-        ProxyError: it took longer than `SECONDS`.
+        ProxyError: it exceeded `SECONDS`.
     """
     n_blocks, size = blocks.tokens.shape
     step = max(1, _BATCH // size)
@@ -77,15 +77,15 @@ def _match(pattern: str, blocks: Blocks, part: slice) -> Bool[np.ndarray, "block
     if blocks.starts is not None:
         row[blocks.starts[part]] += len(blocks.vocabulary.tokens)
     pieces = blocks.vocabulary.texts.take(pa.array(row.ravel()))
-    ends = np.frombuffer(pieces.buffers()[1], np.int64)[: tokens.size + 1]  # of each token in the bytes, after a 0
+    ends = np.frombuffer(pieces.buffers()[1], np.int64)[: tokens.size + 1]  # end of each token, after a 0
     raw = pieces.buffers()[2]
     data = np.frombuffer(raw, np.uint8).copy() if raw is not None and raw.size else np.zeros(0, np.uint8)
     data[(data == _BEGIN[0]) | (data == _END[0])] = _INVALID  # these match nothing either
-    begins = text.copy()  # of segments: the first text token of a block or after a special one
+    begins = text.copy()  # starts of segments: the first text token of a block or after a special one
     begins[:, 1:] &= ~text[:, :-1]
     bounds = np.concatenate([ends[:-1][begins.ravel()], ends[-1:]])
     low, high = _spans(pattern, data, bounds)
-    # a token overlaps [low, high) if it ends after low and begins before high
+    # a token overlaps [low, high) if it ends after low and starts before high
     change = np.zeros(tokens.size + 1, dtype=np.int64)
     np.add.at(change, np.searchsorted(ends[1:], low, side="right"), 1)
     np.add.at(change, np.searchsorted(ends[:-1], high, side="left"), -1)
@@ -96,9 +96,10 @@ def _match(pattern: str, blocks: Blocks, part: slice) -> Bool[np.ndarray, "block
 def _spans(
     pattern: str, data: np.ndarray, bounds: Int[np.ndarray, " bound"]
 ) -> tuple[Int[np.ndarray, " match"], Int[np.ndarray, " match"]]:
-    """Where non-empty matches begin and end in `data`, of which each piece between two bounds is a text of its own.
+    """Return start and end of non-empty matches in `data`, in which each piece between two bounds is a separate text.
 
-    Arrow replaces matches but does not say where they are, so each is put between two bytes that no text has.
+    Arrow replaces matches but does not report their positions, so each is put between two marker bytes that no text
+    has.
     """
     if len(bounds) < 2:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -108,5 +109,5 @@ def _spans(
     shown = np.frombuffer(marked.buffers()[2], np.uint8) if marked.buffers()[2] is not None else data[:0]
     low, high = np.flatnonzero(shown == _BEGIN[0]), np.flatnonzero(shown == _END[0])
     before = np.arange(len(low))
-    low, high = low - 2 * before, high - 2 * before - 1  # the marks themselves take a byte each
+    low, high = low - 2 * before, high - 2 * before - 1  # the markers themselves take a byte each
     return low[high > low], high[high > low]

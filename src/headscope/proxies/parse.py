@@ -1,4 +1,4 @@
-"""The text of a proxy to the proxy: `within_after(["Which", " Which"], n=10) & ~token_in([","])`.
+"""Parser of proxies: `within_after(["Which", " Which"], n=10) & ~token_in([","])`.
 
     proxy   = term { "|" term }
     term    = factor { "&" factor }
@@ -21,7 +21,7 @@ from headscope.proxies.algebra import MAX_DEPTH, And, Not, Or, Proxy, Shift
 from headscope.proxies.blocks import Token
 
 MAX_LENGTH = 20_000
-"""Characters of a proxy."""
+"""Maximum number of characters of a proxy."""
 
 _LEXEME = re.compile(
     r"""(?P<space>\s+) | (?P<string>"(?:[^"\\]|\\.)*") | (?P<id>\#\d{1,18}) | (?P<int>-?\d{1,18})
@@ -40,7 +40,7 @@ class _Lexeme:
 
 @dataclass(frozen=True)
 class _Family:
-    """How a function is called: its positional parameters, those by name, and which may be left out."""
+    """Signature of a function: its positional parameters, keyword parameters, and the optional ones."""
 
     make: Callable[..., Proxy]
     positional: tuple[tuple[str, str], ...]
@@ -72,10 +72,10 @@ _KINDS = {
 
 
 def parse(text: str) -> Proxy:
-    """Read a proxy from its text.
+    """Parse the text of a proxy.
 
     Raises:
-        ProxyError: it cannot be read; the column and what was expected there are named.
+        ProxyError: a syntax error; it names the column and what was expected there.
     """
     if len(text) > MAX_LENGTH:
         raise ProxyError(f"a proxy of {len(text)} characters", expected=f"at most {MAX_LENGTH}", do="shorten it")
@@ -121,7 +121,7 @@ class _Parser:
         return False
 
     def expect(self, what: str, said: str) -> None:
-        """Take a mark, or see the end."""
+        """Consume a symbol, or check for the end."""
         lexeme = self._next
         if (lexeme.kind if what == "end" else lexeme.text) != what or (what != "end" and lexeme.kind != "mark"):
             raise self._unexpected(said)
@@ -141,7 +141,7 @@ class _Parser:
 
     # ---------------------------------------------------------------------------------------------------- grammar
     def proxy(self) -> Proxy:
-        """Terms joined by |."""
+        """Parse terms joined by |."""
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise self._error(self._next.column, "too many levels of ( and shift", f"at most {MAX_DEPTH}")

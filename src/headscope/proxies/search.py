@@ -1,8 +1,8 @@
-"""The proxy that goes best with a feature, for all features: chosen on one half of the documents, scored on the other.
+"""Search for the best proxy of every feature: chosen on one half of the documents, scored on the other.
 
-Tried are, of each feature: induction of its top logit token and of its top source token; the ten tokens after a source
-token; everything after one of its source tokens; and sets of present tokens, next tokens and bigrams. Work is on active
-tokens and on counts, never on an array of features by tokens; a mask is made once for all features that need it.
+Candidates for each feature: induction of its top logit token and of its top source token; the ten tokens after a source
+token; everything after one of its source tokens; and sets of current tokens, next tokens and bigrams. The search uses
+active tokens and counts, never an array of features by tokens; a mask is computed once for all features that need it.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from headscope.proxies.search_records import FAMILIES, Family, FamilyScores, Fea
 from headscope.proxies.token_sets import Activation, best_set
 from headscope.stats import MINIMUM_UNITS, PairSums, Ranking, clustered_auc, resampled, unit_draws
 
-_CACHED = 1 << 29  # bytes of masks held
+_CACHED = 1 << 29  # bytes of cached masks
 _MAX_THREADS = 8
 
 
 def in_fitting_half(name: str) -> bool:
-    """Whether proxies are chosen on the document of this name, by another hash than the SAE's split."""
+    """Whether proxies are chosen on the document of this name; uses a different hash than the SAE's split."""
     return hashlib.sha256(f"proxies {name}".encode()).digest()[0] < 128
 
 
@@ -42,13 +42,13 @@ def search(
     """Find the best proxies of features.
 
     Args:
-        index: where the features are.
-        latents: which, in which order; all live ones, those with the same top logit token together, when not given.
-        plan: what to try.
+        index: the index of the features.
+        latents: features in order; default: all live ones, grouped by their top logit token.
+        plan: the search settings.
 
     Yields:
-        What was found of each, in order; several are searched at a time, each in a thread. Memory is about 30 bytes a
-        position of the corpus, some 20 more for each thread, and 512 MB of masks.
+        The result of each feature, in order; several are searched at a time, each in a thread. Memory is about 30 bytes
+            per position of the corpus, some 20 more per thread, and 512 MB of masks.
 
     Raises:
         IndexFormatError: no such latent.
@@ -72,7 +72,7 @@ def search(
 
 
 def live_latents(index: FeatureIndex) -> list[int]:
-    """The latents that are active somewhere, those with the same top logit token together."""
+    """Return the live latents, grouped by their top logit token."""
     table = index.table()
     logit, n_active = table["top_logit"].to_numpy(), table["n_active"].to_numpy()
     order = np.argsort(logit, kind="stable")
@@ -110,7 +110,7 @@ class _Corpus:
 
     @cached_property
     def unit(self) -> Int[np.ndarray, " token"]:
-        """Of each scored token, the number of its document among those scored; -1 elsewhere."""
+        """Document number, among those scored, of each scored token; -1 elsewhere."""
         unit = np.full(self.text.size, -1, dtype=np.int32)
         unit[self.scored] = np.unique(self.document[self.scored], return_inverse=True)[1]
         return unit
@@ -120,12 +120,12 @@ class _Corpus:
         return self.by_unit(self.scored)
 
     def by_unit(self, mask: Bool[np.ndarray, " token"]) -> Int[np.ndarray, " unit"]:
-        """Scored tokens of each unit where a mask holds."""
+        """Return the number of scored tokens of each unit where a mask holds."""
         n_units = int(self.unit.max(initial=-1)) + 1
         return np.bincount(self.unit[mask & self.scored], minlength=n_units)
 
     def neighbour(self, by: int) -> Int[np.ndarray, " token"]:
-        """The token so many later in the block; -1 outside it."""
+        """Return the token `by` positions later in the block; -1 outside it."""
         tokens = self.tokens.reshape(-1, self.block_size)
         found = np.full_like(tokens, -1)
         if by > 0:
@@ -136,7 +136,7 @@ class _Corpus:
 
 
 class _Keys:
-    """A number for each token of the corpus, such as its token id, and how often each is there in the fitting half."""
+    """A key for each token of the corpus, such as its token id, with its counts in the fitting half."""
 
     def __init__(self, of_token: Int[np.ndarray, " token"], corpus: _Corpus, plan: SearchPlan) -> None:
         self.of_token, self._document, self._plan = of_token, corpus.document, plan
@@ -147,7 +147,7 @@ class _Keys:
     def best(
         self, position: Int[np.ndarray, " active"], f: Float[np.ndarray, " active"], of: Activation, limit: int
     ) -> tuple[list[int], float]:
-        """The keys whose presence goes best with f, and the correlation."""
+        """Return the keys whose presence correlates best with f, and the correlation."""
         present = self.of_token[position] >= 0
         position, f = position[present], f[present]
         key = np.searchsorted(self.keys, self.of_token[position])
@@ -157,7 +157,7 @@ class _Keys:
     def _seen_often(
         self, key: Int[np.ndarray, " active"], position: Int[np.ndarray, " active"]
     ) -> Bool[np.ndarray, " key"]:
-        """Keys active often enough, in documents enough, to be more than the accident of a few tokens."""
+        """Return keys active on enough tokens and documents not to be accidental."""
         n_documents = int(self._document.max()) + 1
         of_key = np.unique(key * n_documents + self._document[position]) // n_documents
         often = np.bincount(key, minlength=len(self.keys)) >= self._plan.min_repeats
@@ -176,7 +176,7 @@ class _Pairs:
 
 
 class _Search:
-    """What features share: the corpus, masks, counts of tokens, and how documents are drawn."""
+    """State shared by features: the corpus, masks, counts of tokens, and resampled documents."""
 
     def __init__(self, index: FeatureIndex, plan: SearchPlan) -> None:
         self._index, self._plan = index, plan
@@ -241,7 +241,7 @@ class _Search:
 
     # ------------------------------------------------------------------------------------------------------ choosing
     def _fitted(self, latent: int, fit: _Pairs) -> dict[Family, tuple[Proxy, float]]:
-        """The best proxy of each family on the fitting half, with its correlation there."""
+        """Return the best proxy of each family on the fitting half, with its correlation there."""
         of = Activation(self._n_fit, float(fit.f.sum()), float((fit.f**2).sum()))
         candidates: dict[Family, list[tuple[Proxy, float]]] = {"token": self._token_sets(fit, of)}
         for family, proxies in self._context(latent).items():
@@ -253,7 +253,7 @@ class _Search:
         return best
 
     def _context(self, latent: int) -> dict[Family, list[Proxy]]:
-        """What a feature's weights and source tokens propose."""
+        """Return the candidates from a feature's weights and source tokens."""
         plan, name = self._plan, self._vocabulary.name
         sources = self._index.sources(latent)
         tokens = [name(s.token) for s in sources.tokens if s.token not in self._vocabulary.special] if sources else []
@@ -329,7 +329,7 @@ class _Search:
         if not 0 < true.sum() < self._n_scored:
             return Score(None)
         of_true, of_false = ranking.placements()
-        # the group of each active token; the silent ones are the last
+        # the group of each active token; the inactive ones are last
         group = np.searchsorted(-ranking.threshold, -scored.f)
         unit = self._corpus.unit[scored.position]
         totals = []
@@ -341,7 +341,7 @@ class _Search:
         return Score(auc) if interval is None else Score(auc, *interval)
 
     def _with_null(self, found: FamilyScores, pairs: _Pairs) -> tuple[FamilyScores, float | None]:
-        """Add what the same proxy scores when activations stand elsewhere: moved by whole blocks, on all the text."""
+        """Add the null scores: of the same proxy with activations rotated by whole blocks, on all the text."""
         corpus, mask = self._corpus, self._mask(found.proxy)
         n_text, n_true = int(corpus.text.sum()), int(mask.sum())
         order = np.argsort(-pairs.f, kind="stable")
@@ -366,7 +366,7 @@ class _Search:
 
 
 def _statistics(sums: PairSums) -> dict[str, np.ndarray]:
-    """All but the AUC, of each row of sums."""
+    """Return all statistics but the AUC, for each row of sums."""
     with np.errstate(divide="ignore", invalid="ignore"):
         f1 = 2 * sums["both"] / (sums["active"] + sums["true"])
     return {
@@ -383,5 +383,5 @@ def _number(value: float) -> float | None:
 
 
 def _different(lists: Sequence[Sequence[Token]]) -> list[list[Token]]:
-    """Each once, in their order, without empty ones."""
+    """Return the distinct non-empty lists, in order."""
     return [list(of) for of in dict.fromkeys(map(tuple, lists)) if of]

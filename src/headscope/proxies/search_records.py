@@ -1,4 +1,4 @@
-"""What a search for proxies is asked and what it found."""
+"""Settings and results of a proxy search."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -24,42 +24,42 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What is tried, and what counts as an explanation."""
+    """Settings of the search, and the criteria for an explanation."""
 
     window: int = 10
     """Tokens after a source token, for local context."""
     n_sources: int = 3
-    """Source tokens of a feature that are tried one by one, largest share of squared DFA first."""
+    """Source tokens of a feature that are tried individually, largest share of squared DFA first."""
     source_sets: tuple[int, ...] = (3, 10)
-    """And together, this many of them."""
+    """Sizes of sets of source tokens that are tried together."""
     max_tokens: int = 16
-    """Tokens in a set of present, or next, tokens."""
+    """Maximum number of tokens in a set of current, or next, tokens."""
     max_bigrams: int = 4
     min_repeats: int = 5
-    """Active tokens of the fitting half that a token or bigram needs to be put in a set,"""
+    """Active tokens of the fitting half that a token or bigram needs to enter a set,"""
     min_documents: int = 2
-    """and documents that these are in."""
+    """and the number of documents that these must come from."""
     min_active: int = 30
     """A feature with fewer active tokens in one of the halves is not classified."""
     min_pearson: float = 0.3
-    """The smallest correlation that explains."""
+    """Minimum correlation of an explanation."""
     n_rotations: int = 20
-    """Of the activations against the text, for the null."""
+    """Rotations of the activations against the text, for the null."""
     n_resamples: int = 200
-    """Of documents, for intervals."""
+    """Resamples of documents, for intervals."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Score:
-    """A number on the scoring half; None where it does not exist."""
+    """A statistic on the scoring half; None where undefined."""
 
     value: float | None
     low: float | None = None
     """95 % interval by documents; None with fewer than ten."""
     high: float | None = None
     null: float | None = None
-    """Its mean when the activations are moved along the corpus by a random number of blocks."""
+    """Its mean when the activations are rotated along the corpus by a random number of blocks."""
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,23 @@ class FamilyScores:
     fit_pearson: float
     """The correlation it was chosen by."""
     n_proxy: int
-    """Tokens of the scoring half at which it holds."""
+    """Tokens of the scoring half at which the proxy holds."""
     n_both: int
-    """Of these, with the feature active."""
+    """Tokens of these at which the feature is active."""
     n_documents: int
-    """Documents of the scoring half in which it holds somewhere."""
+    """Documents of the scoring half in which the proxy holds somewhere."""
     scores: dict[str, Score]
     """By `STATISTICS`."""
 
 
 @dataclass(frozen=True)
 class FeatureProxies:
-    """What was found of a feature.
+    """Result of the search for a feature.
 
-    `kind` is the family whose best proxy correlates most with the activation on the fitting half, if on the scoring
-    half it still does: at least `min_pearson`, the lower end of its interval (the value itself, where no document moves
-    it) above all rotations, and on `min_active` tokens of ten documents. Else it is `unexplained`, and None with fewer
-    than `min_active` active tokens in a half.
+    `kind` is the family whose best proxy correlates most with the activation on the fitting half, if this holds on the
+    scoring half: at least `min_pearson`, the lower end of its interval (the value itself, where no document moves it)
+    above all rotations, and on `min_active` tokens of ten documents. Else it is `unexplained`, and None with fewer than
+    `min_active` active tokens in a half.
     """
 
     latent: int
@@ -95,16 +95,16 @@ class FeatureProxies:
     n: int
     """Text tokens of the scoring half."""
     n_active: int
-    """Of these, with the feature active."""
+    """Tokens of these at which the feature is active."""
     n_active_fit: int
-    """In the fitting half."""
+    """Active tokens in the fitting half."""
     null_high: float | None
     """The largest correlation of the best proxy with rotated activations."""
     families: tuple[FamilyScores, ...]
     """Best on the fitting half first."""
 
     def lines(self) -> list[str]:
-        """What was found, in words: the feature, then a line a family."""
+        """Return the result as text: the feature, then one line per family."""
         kind = self.kind or "too rare to be classified"
         lines = [f"feature {self.latent}: {kind}; active on {self.n_active:,} of {self.n:,} tokens of the scoring half"]
         for family in self.families:

@@ -1,4 +1,4 @@
-"""The search as columns of an index, made a few hundred features at a time: what a killed run left is gone on with."""
+"""Write the proxy search as index columns, in batches; an interrupted run resumes."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from headscope.stats import MINIMUM_UNITS
 
 STUDY = "proxies"
 _PART = 64  # features between two files
-_VERSION = 2  # of the parts: raised when a search finds something else than before
+_VERSION = 2  # version of the parts: raised when a search gives other results
 _SHORT = {"induction": "induction", "local context": "local", "high-level context": "context", "token": "token"}
 _BY_FAMILY = ("precision", "recall", "auc", "pearson")
 _COUNTS = {
@@ -35,7 +35,7 @@ _COUNTS = {
 
 
 def _definitions(plan: SearchPlan) -> dict[str, str]:
-    """Each column in a line."""
+    """Return the definition of each column."""
     said = {
         "kind": f"the family of the best proxy if its correlation in the scoring half is at least {plan.min_pearson:g},"
         " the lower end of the interval above the whole null, and the proxy true on "
@@ -65,7 +65,7 @@ def _schema(plan: SearchPlan) -> pa.Schema:
 
 
 def row_of(found: FeatureProxies) -> dict[str, Any]:
-    """The columns of one feature, null where there is nothing."""
+    """Return the columns of one feature, null where undefined."""
     row: dict[str, Any] = {name: getattr(found, name) for name in ("latent", "kind", "n", "n_active", "n_active_fit")}
     row["pearson_null_high"] = found.null_high
     for family in found.families:
@@ -83,13 +83,13 @@ def row_of(found: FeatureProxies) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Summary:
-    """How many live features each kind has."""
+    """Number of live features of each kind."""
 
     kinds: dict[str, int]
-    """By kind, those too rare to be classified under `too rare`."""
+    """Numbers by kind, with those too rare to be classified under `too rare`."""
     n_alive: int
     path: Path
-    """The columns."""
+    """Path of the columns."""
 
 
 def add_proxies(
@@ -99,7 +99,7 @@ def add_proxies(
 ) -> Summary:
     """Search for the best proxies of all live features, and add them to the index as the columns `proxies`.
 
-    Features that an interrupted search with the same plan has finished are not searched again.
+    Features finished by an interrupted search with the same plan are skipped.
 
     Raises:
         OutputError: the columns cannot be written.
@@ -134,7 +134,7 @@ def add_proxies(
 
 
 def _read(path: Path, latents: Sequence[int], schema: pa.Schema) -> pa.Table | None:
-    """A part that stands, if it is whole."""
+    """Read an existing part, if it is complete."""
     try:
         table = pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException):
@@ -144,7 +144,7 @@ def _read(path: Path, latents: Sequence[int], schema: pa.Schema) -> pa.Table | N
 
 
 def _whole(index: FeatureIndex, tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:
-    """One row a latent, dead ones included."""
+    """Merge tables to one row per latent, including dead ones."""
     rows: list[dict[str, Any]] = [{"latent": latent} for latent in range(index.n_latents)]
     for table in tables:
         for row in table.to_pylist():

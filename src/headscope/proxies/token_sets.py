@@ -1,16 +1,16 @@
-"""The few tokens, or other keys, whose presence goes best with an activation."""
+"""Find the few tokens, or other keys, whose presence correlates best with an activation."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-_GRID = 12  # means at which a set too large is cut
+_GRID = 12  # number of means at which an oversized set is cut
 
 
 @dataclass(frozen=True)
 class Activation:
-    """What a correlation with an activation f needs to know of it: sums over n tokens, zeros included."""
+    """Sums of an activation f over n tokens, zeros included, for correlations."""
 
     n: int
     mass: float
@@ -21,7 +21,7 @@ class Activation:
     def pearson(
         self, n_true: Float[np.ndarray, " mask"], mass_true: Float[np.ndarray, " mask"]
     ) -> Float[np.ndarray, " mask"]:
-        """Correlation of f with masks true at `n_true` tokens, over which f sums to `mass_true`; NaN if constant.
+        """Correlate f with masks true at `n_true` tokens, over which f sums to `mass_true`; NaN if constant.
 
         `(sum f y - sum f sum y / n) / sqrt((sum f^2 - (sum f)^2 / n) (sum y - (sum y)^2 / n))`.
         """
@@ -39,19 +39,19 @@ def best_set(
     of: Activation,
     limit: int,
 ) -> tuple[Int[np.ndarray, " chosen"], float]:
-    """The set of at most `limit` keys whose mask has the largest correlation with f.
+    """Find the set of at most `limit` keys whose mask has the largest correlation with f.
 
-    Without a limit the best set holds the keys of largest mean f, up to some mean (Fisher 1958; Breiman et al. 1984,
-    theorem 4.5): it is found by sorting. A larger set is cut, for several means m, to the keys with the largest
+    Without a limit the best set consists of the keys of largest mean f, down to some mean (Fisher 1958; Breiman et al.
+    1984, theorem 4.5): it is found by sorting. A larger set is cut, for several means m, to the keys with the largest
     `sum f - m n`, and the best of these by the same sorting is taken; this may miss the best by a little.
 
     Args:
         key: of each active token, from 0.
         f: its activation.
-        n_of: tokens, active or not, with each key.
+        n_of: number of tokens, active or not, with each key.
         allowed: keys that may be chosen.
         of: sums over all tokens.
-        limit: of keys.
+        limit: maximum number of keys.
 
     Returns:
         The keys, best first, and the correlation; no keys and -1 where there is none.

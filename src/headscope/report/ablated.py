@@ -1,11 +1,11 @@
-"""What replaces the z of an ablated head, read once for all sections of a subject."""
+"""Replacement for the z of an ablated head, computed once for all sections of a subject."""
 
 from headscope.report.subject import Subject
 from headscope.studies.support.replacement import Kind, Replacement
 
 
 def replacement(subject: Subject, kind: Kind = "mean") -> Replacement:
-    """Read the replacement for z from as many blocks as the settings have sequences; by default its mean over text."""
+    """Compute the replacement for z from as many blocks as `settings.sequences`; by default its mean over text."""
     live, settings = subject.live, subject.settings
     return subject.once(
         ("replacement", kind),

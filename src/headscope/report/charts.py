@@ -1,7 +1,7 @@
-"""Figures of a report as inline SVG, built as elements: text in them is text, whatever it says.
+"""Figures of a report as inline SVG, built as elements, so that text in them cannot become markup.
 
-Colours are Okabe and Ito's, told apart with any kind of colour vision; order, legend and the table of numbers under a
-figure say the same without colour.
+Colours are Okabe and Ito's, distinguishable with any colour vision; order, legend and the table of numbers under a
+figure convey the same without colour.
 """
 
 import math
@@ -15,7 +15,7 @@ from headscope.report.records import Figure
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
 _WIDTH, _HEIGHT = 420, 215
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 8, 8, 40
-_TURNED = 64  # pixels under the axis for labels that stand aslant
+_TURNED = 64  # pixels below the axis for rotated labels
 _MOST_LABELS = 7
 _MOST_WORDS = 26
 _MOST_SHORT, _SHORT = 12, 4
@@ -32,7 +32,7 @@ def svg(figure: Figure) -> Element:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where values and places are drawn."""
+    """Coordinate system of a figure."""
 
     low: int | float
     high: int | float
@@ -68,7 +68,7 @@ class _Frame:
 
     @property
     def zero(self) -> float:
-        """Where bars stand."""
+        """Vertical position of the base of bars."""
         return self.bottom if self.log else self.y(0)
 
     @property
@@ -76,11 +76,11 @@ class _Frame:
         return (_WIDTH - _LEFT - _RIGHT) / max(self.n, 1)
 
     def x(self, place: int | float) -> float:
-        """Of the middle of a place."""
+        """Return the horizontal position of a place's centre."""
         return _LEFT + (place + 0.5) * self.step
 
     def ticks(self) -> list[int | float]:
-        """Round values of the vertical axis."""
+        """Return round values for the vertical axis."""
         if self.log:
             return [10.0**e for e in range(math.ceil(self.low), math.floor(self.high) + 1)]
         unit = 10.0 ** math.floor(math.log10(self.high - self.low))
@@ -90,7 +90,7 @@ class _Frame:
 
 
 def _extent(figure: Figure) -> list[int | float]:
-    """Values that the axis must hold."""
+    """Return the range of values on the axis."""
     series = [*figure.series.values(), *figure.low.values(), *figure.high.values()]
     values = [v for own in series for v in own if v is not None] or [0.0]
     if figure.drawn == "stacked":
@@ -142,7 +142,7 @@ def _text(root: Element, text: str, x: int | float, y: int | float, *, anchor: s
 
 # ---------------------------------------------------------------------------------------------------------------- marks
 def _bars(root: Element, figure: Figure, frame: _Frame) -> None:
-    """One bar a label and series, side by side, with whiskers where there are intervals."""
+    """Draw one bar per label and series, side by side, with whiskers where there are intervals."""
     width = 0.84 * frame.step / max(len(figure.series), 1)
     for number, (name, values) in enumerate(figure.series.items()):
         for place, value in enumerate(values):
@@ -219,7 +219,7 @@ def _points(values: Sequence[int | float | None], frame: _Frame, places: Sequenc
 
 
 def _runs(values: Sequence[int | float | None]) -> list[list[int]]:
-    """Places without a gap between them."""
+    """Split into runs of places without a gap between them."""
     runs: list[list[int]] = [[]]
     for place, value in enumerate(values):
         if value is not None:

@@ -1,4 +1,4 @@
-"""Claims on ablating the induction head: which features turn off, what it does to the loss, what else the head does."""
+"""Claims on ablating the induction head: features it silences, effect on the loss, other functions of the head."""
 
 from dataclasses import replace
 from typing import get_args
@@ -94,7 +94,7 @@ _OFF: Rows = {name: replace(row, null=_OTHER_HEADS if name != "any head" else ""
 
 
 def turned_off(subject: Subject) -> tuple[Finding, ...]:
-    """M29: which features ablating the induction head turns off, by all readings, beside other heads and features."""
+    """M29: features silenced by ablating the induction head, by all definitions, vs. other heads and features."""
     return fill(_OFF, lambda: _turned_off(subject))
 
 
@@ -133,7 +133,7 @@ def _off_share(effects: HeadEffects, latents: np.ndarray, head: int, rule: OffRu
 
 
 def _elsewhere(off: Bool[np.ndarray, "n head"], head: int) -> Estimate | None:
-    """The same with each of the other heads ablated: mean and range."""
+    """Return mean and range of the same for each of the other heads."""
     rates = np.delete(off, head, axis=1).mean(0) if len(off) else np.zeros(0)
     return Estimate(float(rates.mean()), float(rates.min()), float(rates.max())) if len(rates) else None
 
@@ -325,7 +325,7 @@ _POLYSEMANTIC = {
 
 
 def polysemanticity(subject: Subject) -> tuple[Finding, ...]:
-    """M31 and 4.4: what else the induction head does, and how many things each head does."""
+    """M31 and 4.4: other functions of the induction head, and the number of functions of each head."""
     return fill(_POLYSEMANTIC, lambda: _polysemanticity(subject))
 
 
@@ -368,7 +368,7 @@ def _shares(total: Float[np.ndarray, "latent head"], inside: Bool[np.ndarray, " 
 def _resampled(
     values: Float[np.ndarray, "unit latent head"], inside: Bool[np.ndarray, " latent"], head: int
 ) -> Measure:
-    """A share of the head's mass, groups of documents resampled."""
+    """Bootstrap a share of the head's mass over groups of documents."""
     own, whole = values[:, inside, head].sum(1), values[:, :, head].sum(1)
     n = int((values[:, :, head].sum(0) > 0).sum())
     if not whole.sum() > 0:

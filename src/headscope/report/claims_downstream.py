@@ -1,4 +1,4 @@
-"""M14 and M15: what the model loses without an exemplar, in all and by each path."""
+"""M14 and M15: the model's loss increase without an exemplar, in total and by path."""
 
 from dataclasses import replace
 
@@ -12,14 +12,14 @@ from headscope.studies.what.ablation import downstream
 from headscope.studies.what.downstream import Downstream
 
 N_TOKENS = 10
-"""Tokens that a context feature raises most: what its loss increase is looked for on."""
+"""Tokens whose logit a context feature raises most: its loss increase is measured on these."""
 _POST = {"total": 0.82, "direct": 0.84, "mlp": 0.55}
 _BASELINE = "the error of the SAE is kept (the post does not say); tokens whose loss falls count as 0"
 _BINS = 60
 
 
 def ablated(subject: Subject) -> tuple[Finding, ...]:
-    """M14, M15: each exemplar removed where it is active."""
+    """M14, M15: each exemplar ablated where it is active."""
     exemplars = subject.some_exemplars()
     latents = [e.latent for e in exemplars]
     settings = subject.settings
@@ -57,7 +57,7 @@ def _findings(subject: Subject, exemplar: Exemplar, record: Downstream) -> list[
 
 
 def _tokens(subject: Subject, exemplar: Exemplar, record: Downstream) -> tuple[Bool[np.ndarray, " token"], str]:
-    """Where the next token is one that the feature should predict, and how that is said."""
+    """Return where the next token is one that the feature should predict, with a description."""
     if exemplar.kind == "induction":
         return record.next_is(list(exemplar.sources)), "tokens whose next one is the token that the proxy names"
     top = [token for token, _ in subject.index.feature(exemplar.latent).logit_top[:N_TOKENS]]

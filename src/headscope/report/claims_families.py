@@ -1,4 +1,4 @@
-"""Claims on the induction family: by the post's selection and behaviour, and by a rule that names no head."""
+"""Claims on the induction family: by the post's selection and behaviour, and by a rule independent of heads."""
 
 import numpy as np
 
@@ -59,7 +59,7 @@ _SELECTION = {
 
 
 def selection(subject: Subject) -> tuple[Finding, ...]:
-    """M27: features by their share in the induction head, in all definitions of a share."""
+    """M27: features by their share in the induction head, by all definitions of a share."""
     return fill(_SELECTION, lambda: _selection(subject))
 
 
@@ -129,7 +129,7 @@ _BEHAVIOUR = {
 
 
 def behaviours(subject: Subject) -> tuple[Finding, ...]:
-    """M28: whether the selected features are on where induction would have them, beside control groups."""
+    """M28: whether the selected features are active where induction predicts them, vs. control groups."""
     return fill(_BEHAVIOUR, lambda: _behaviours(subject))
 
 
@@ -250,7 +250,7 @@ _OF_HEAD = ("head", "auc", "precision", "recall")
 
 
 def composites(subject: Subject) -> tuple[Finding, ...]:
-    """M28, the post's footnote 9: induction features without naming a head, and the old rule held against them."""
+    """M28, the post's footnote 9: induction features without choosing a head, compared with the old rule."""
     return fill(_COMPOSITE, lambda: _composites(subject))
 
 

@@ -1,4 +1,4 @@
-"""M7 to M13b: each exemplar as it is found in the index. What it writes, where it fires, and whether it fires there."""
+"""M7 to M13b: each exemplar in the index: its examples, logit effects, heads, and specificity."""
 
 from dataclasses import replace
 
@@ -20,11 +20,11 @@ OWN_RULE = "the post: a proxy written by hand; here one found by search, of the 
 _NO_NUMBER = "the post gives no number"
 _SHOWN = 5  # examples
 _WINDOW = 12  # tokens of an example before its active token
-_N_RANDOM = 64  # directions of the nulls of logit effects and of shares
+_N_RANDOM = 64  # null directions for logit effects and shares
 
 
 def exemplars(subject: Subject) -> tuple[Finding, ...]:
-    """M7 and M10: what the exemplars look like, and the kinds that have none."""
+    """M7 and M10: examples of the exemplars, and the kinds that have none."""
     missing = [
         Claim(
             "M10",
@@ -40,7 +40,7 @@ def exemplars(subject: Subject) -> tuple[Finding, ...]:
 
 
 def _shown(subject: Subject, exemplar: Exemplar) -> Claim:
-    """Of the strongest examples of a card, those at which its proxy is true."""
+    """Return the strongest examples of a card at which the exemplar's proxy is true."""
     groups = subject.index.examples(exemplar.latent)
     positions = [e.position for group in groups if group.kind == "top" for e in group.examples]
     holds = evaluate(exemplar.proxy, subject.index)
@@ -79,19 +79,19 @@ def _examples(subject: Subject, exemplar: Exemplar) -> Listing:
 
 
 def _written(tokens: list[bytes]) -> str:
-    """On one line, with the ends of lines visible."""
+    """Format on one line, with line breaks visible."""
     return visible(b"".join(tokens).decode(errors="replace").replace("\n", "\u21b5").replace("\t", "\u2192"))
 
 
 # --------------------------------------------------------------------------------------------------------------- logits
 def logits(subject: Subject) -> tuple[Finding, ...]:
-    """M8: the direct logit effect of each exemplar, beside random directions of z."""
+    """M8: the direct logit effect of each exemplar, vs. random directions of z."""
     null = _random_prominence(subject)
     return tuple(f for e in subject.some_exemplars() for f in _logit_findings(subject, e, null))
 
 
 def _random_prominence(subject: Subject) -> float:
-    """Mean prominence of the top token of random directions of z."""
+    """Return the mean prominence of the top token of random directions of z."""
     rng = np.random.default_rng(subject.settings.seed)
     z = torch.from_numpy(rng.standard_normal((_N_RANDOM, subject.sae.d_in))).to(subject.sae.W_dec)
     effects = z @ subject.model.output_directions(subject.sae.site.layer) @ subject.model.logit_directions
@@ -125,7 +125,7 @@ def _logit_findings(subject: Subject, exemplar: Exemplar, null: float) -> list[F
 
 
 def _names_top(subject: Subject, exemplar: Exemplar, effect: LogitEffect) -> Claim:
-    """Of an induction feature: whether the token it copies is the one it raises most."""
+    """Whether the token that an induction feature copies is the one whose logit it raises most."""
     copied = effect.top[0][0] in exemplar.sources
     return Claim(
         "M8",
@@ -143,13 +143,13 @@ def _names_top(subject: Subject, exemplar: Exemplar, effect: LogitEffect) -> Cla
 
 # ---------------------------------------------------------------------------------------------------------------- heads
 def weights(subject: Subject) -> tuple[Finding, ...]:
-    """M9: how much of each exemplar's decoder each head has, in the post's definition and in those free of a basis."""
+    """M9: the share of each head in each exemplar's decoder, by the post's definition and basis-independent ones."""
     nulls = _random_top_shares(subject)
     return tuple(f for e in subject.some_exemplars() for f in _share_findings(subject, e, nulls))
 
 
 def _random_top_shares(subject: Subject) -> tuple[float, float]:
-    """Mean largest share of a head in random directions of z: in z, and in what they write into the residual stream."""
+    """Return the mean largest share of a head in random directions of z: in z, and in their output to the stream."""
     n_heads, rng = subject.index.n_heads, np.random.default_rng(subject.settings.seed)
     z = torch.from_numpy(rng.standard_normal((_N_RANDOM, n_heads, subject.sae.d_in // n_heads))).to(subject.sae.W_dec)
     directions = subject.model.output_directions(subject.sae.site.layer)
@@ -205,7 +205,7 @@ def _share_findings(subject: Subject, exemplar: Exemplar, nulls: tuple[float, fl
 
 # ---------------------------------------------------------------------------------------------------------- specificity
 def fires(subject: Subject) -> tuple[Finding, ...]:
-    """M10 to M13b: each exemplar against its proxy, over all text tokens of the index."""
+    """M10 to M13b: each exemplar vs. its proxy, over all text tokens of the index."""
     plan = SpecificityPlan(n_samples=subject.settings.samples, seed=subject.settings.seed)
     found: list[Finding] = []
     for done, exemplar in enumerate(subject.some_exemplars()):
@@ -251,7 +251,7 @@ def _ends(rate) -> tuple[float, float, float]:
 
 
 def _upper(study: Specificity) -> Measure:
-    """Precision in the upper half of the range of activations."""
+    """Return the precision in the upper half of the range of activations."""
     half = study.histogram.edges[:-1] >= study.maximum / 2 if study.maximum else np.zeros(0, bool)
     true, false = (int(counts[half].sum()) for counts in (study.histogram.true, study.histogram.false))
     definition = "share of tokens with f >= max / 2 at which the proxy is true; Wilson; null: of all active tokens"

@@ -1,4 +1,4 @@
-"""Claims on the heads themselves: on how few features rest, and which are induction and previous-token heads."""
+"""Claims on the heads: concentration of features on few heads, and induction and previous-token heads."""
 
 from dataclasses import replace
 
@@ -49,7 +49,7 @@ _OF_HEADS = {
 
 
 def concentrations(subject: Subject) -> tuple[Finding, ...]:
-    """M21: on how few heads features rest, beside directions that mean nothing."""
+    """M21: concentration of features on few heads, vs. null directions."""
     return fill(_OF_HEADS, lambda: _concentrations(subject))
 
 
@@ -153,7 +153,7 @@ _SCORES = {
 
 
 def scores(subject: Subject) -> tuple[Finding, ...]:
-    """M22, M23 and prefix curves: what the heads do on random tokens, beside shuffled weights."""
+    """M22, M23 and prefix curves: head scores on repeated random tokens, vs. shuffled weights."""
     return fill(_SCORES, lambda: _scores(subject))
 
 

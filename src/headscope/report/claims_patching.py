@@ -1,4 +1,4 @@
-"""Claims on what computes an exemplar upstream, by patching between prompts of the corpus and their corruptions."""
+"""Claims on the upstream causes of an exemplar, by patching between prompts of the corpus and their corruptions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,12 +26,12 @@ _FEATURE_PROMPTS = 16
 
 Direction = Literal["noising", "denoising"]
 _NOTHING: dict[Direction, float] = {"noising": 1.0, "denoising": 0.0}
-"""The scores of what does not matter."""
+"""The scores of patches without effect."""
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Scores of the same patches between all pairs."""
+    """Scores of the same patches for all pairs."""
 
     documents: tuple[int, ...]
     values: dict[tuple[Direction, str], Float[np.ndarray, "pair patch"]]
@@ -245,7 +245,7 @@ _ELSEWHERE = ("loss elsewhere", "gain elsewhere", "and elsewhere", "joint")
 
 
 def components(subject: Subject) -> tuple[Finding, ...]:
-    """M25: attn_out and mlp_out of the layer below, at all positions and one by one, and AND or OR."""
+    """M25: attn_out and mlp_out of the layer below, at all positions and individually, and AND or OR."""
     return fill_each(subject, _CONTEXT, _COMPONENTS, partial(_components, subject))
 
 
@@ -273,7 +273,7 @@ def _components(subject: Subject, exemplar: Exemplar) -> Filled:
 
 
 def _elsewhere(pairs: Pairs, below: int) -> dict[str, Claim]:
-    """What mlp_out does at positions that are no source, one at a time; the largest loss of each prompt."""
+    """Return the effect of mlp_out at single non-source positions; the largest loss of each prompt."""
     losses, gains, roles, joint, documents = [], [], [], [], []
     for pair in pairs.found:
         places = [p for p in range(pair.replaced[0] + 1, pair.pair.query + 1) if p not in pair.sources]
@@ -363,7 +363,7 @@ _FEATURES = {
 
 
 def features(subject: Subject) -> tuple[Finding, ...]:
-    """M26: which features of an SAE of an earlier component an exemplar is computed from."""
+    """M26: the features of an SAE of an earlier component that an exemplar is computed from."""
     return fill_each(subject, _CONTEXT, _FEATURES, partial(_features, subject))
 
 
@@ -402,7 +402,7 @@ def _features(subject: Subject, exemplar: Exemplar) -> Filled:
 
 
 def _top(row: str, direction: Direction, best: int, known: Sequence[tuple[CorpusPair, FeaturePatching]]) -> Claim:
-    """One feature's score, 1 (noising) or 0 (denoising) in prompts where it does not differ; beside the middle one."""
+    """Return one feature's score, 1 (noising) or 0 (denoising) where the prompts do not differ, with the median one."""
     own, middle = [], []
     for _, each in known:
         scores = getattr(each, direction).pre_score

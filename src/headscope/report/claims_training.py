@@ -1,4 +1,4 @@
-"""M1 to M6: the SAE as a whole. Its size, quality on held-out text, densities, and the survey of its features."""
+"""M1 to M6: the SAE as a whole: size, quality on held-out text, densities, and the survey of its features."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ _DENSE = 1e-5
 
 
 def training(subject: Subject) -> tuple[Finding, ...]:
-    """M1: what was trained."""
+    """M1: the trained SAE."""
     sae = subject.sae
     claim = Claim("M1", "", "d_sae", ours=sae.d_sae, differs=OTHER_MODEL)
     config = sae.metadata.get("training", {}).get("config", {})
@@ -155,7 +155,7 @@ def _density_figure(density: np.ndarray) -> Figure:
 
 
 def corpus_of(index: FeatureIndex, most: int | None) -> Corpus:
-    """The corpus of an index, or its first blocks that hold so many tokens."""
+    """Return the corpus of an index, or its first blocks with about `most` tokens."""
     size = index.block_size
     n = index.n_blocks if most is None else max(1, min(index.n_blocks, most // size))
     blocks = np.stack([index.tokens_of(block) for block in range(n)]).astype(np.int32)
@@ -170,14 +170,14 @@ def corpus_of(index: FeatureIndex, most: int | None) -> Corpus:
         documents=tuple(index.documents),
         document=document,
         offset=offsets.to_numpy().reshape(blocks.shape).astype(np.int32),
-        bos=int(bos["id"] if isinstance(bos, dict) else blocks[0, 0]),  # older indexes always began with it
+        bos=int(bos["id"] if isinstance(bos, dict) else blocks[0, 0]),  # older indexes always started with it
         special=frozenset(index.vocabulary[1]),
         reading=manifest.get("reading", {}),
     )
 
 
 def interpretable(subject: Subject) -> tuple[Finding, ...]:
-    """M6: of the first 50 features, those alive, and those that people found interpretable."""
+    """M6: of the first 50 features, the alive ones, and those that people found interpretable."""
     n = min(_SURVEYED, subject.index.n_latents)
     found = survey(subject.index, LabelStore(subject.index).read(), Sample("first", n))
     alive = Claim(

@@ -1,4 +1,4 @@
-"""Claims on what computes an exemplar: heads, source tokens, attention, the static table, and the stream before."""
+"""Claims on the causes of an exemplar: heads, source tokens, attention, the static table, and the residual stream."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from headscope.studies.induction.composite import copy_ranks
 from headscope.studies.support.active import Text, drawn
 
 _THRESHOLDS = (0.0, 0.25, 0.5, 0.75)
-"""Of the largest activation."""
+"""Fractions of the largest activation."""
 _SOURCE_BLOCKS, _CIRCUIT_TOKENS, _EXAMPLES = 160, 160, 32
 _BY_DECODER = {
     "decoder": "||W_dec[j, h]||",
@@ -64,7 +64,7 @@ _HEADS = {
 
 
 def shares_by_head(subject: Subject) -> tuple[Finding, ...]:
-    """M16, M17: which heads make each exemplar, in all definitions of a share."""
+    """M16, M17: the heads that make each exemplar, by all definitions of a share."""
     return fill_each(subject, KINDS, _HEADS, partial(_shares_by_head, subject))
 
 
@@ -190,7 +190,7 @@ _SOURCES = {
 
 
 def sources(subject: Subject) -> tuple[Finding, ...]:
-    """M18 to M20: how much of each exemplar comes from its source tokens, and how much they are attended to."""
+    """M18 to M20: the share of each exemplar that comes from its source tokens, and the attention to them."""
     return fill_each(subject, KINDS, _SOURCES, partial(_sources, subject))
 
 
@@ -278,7 +278,7 @@ _COMPARED = {
 
 
 def compared(subject: Subject) -> tuple[Finding, ...]:
-    """M18: whether the two top heads of an exemplar bring it from the same sources, token by token."""
+    """M18: whether the two top heads of an exemplar read it from the same sources, token by token."""
     return fill_each(subject, KINDS, _COMPARED, partial(_compared, subject))
 
 
@@ -325,7 +325,7 @@ _COPYING = {
 
 
 def static_table(subject: Subject) -> tuple[Finding, ...]:
-    """M32: whether the weights alone say which source token drives a feature."""
+    """M32: whether the weights alone identify the source token that drives a feature."""
     of_exemplars = fill_each(subject, KINDS, _STATIC, partial(_static, subject))
     return (*of_exemplars, *fill(_COPYING, lambda: _copying(subject)))
 
@@ -388,7 +388,7 @@ _CIRCUIT = {
 
 
 def circuit(subject: Subject) -> tuple[Finding, ...]:
-    """4.1: which parts of the stream at its sources an exemplar is made of."""
+    """4.1: the parts of the residual stream at its sources that make up an exemplar."""
     return fill_each(subject, KINDS, _CIRCUIT, partial(_circuit, subject))
 
 

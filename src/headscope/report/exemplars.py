@@ -1,4 +1,4 @@
-"""The feature of each family that is looked at closely, chosen by a rule and not by hand. No torch."""
+"""Exemplars: the feature of each family that is studied closely, chosen by a rule and not by hand. No torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from headscope.proxies.search_table import STUDY, add_proxies, row_of
 from headscope.report.records import KINDS, Exemplar, Kind, Settings
 
 MIN_ACTIVE = 100
-"""Active tokens on the scoring half that an exemplar needs: with fewer its numbers say little."""
+"""Minimum number of active tokens of an exemplar on the scoring half: fewer give unreliable numbers."""
 _COLUMN: dict[Kind, str] = {"induction": "induction", "local context": "local", "high-level context": "context"}
 
 Progress = Callable[[str, int, int], None]
@@ -32,25 +32,25 @@ class _Candidate:
     proxy: str
     pearson: float
     sure: bool
-    """The search found enough to put the feature into the family."""
+    """Whether the search found enough to classify the feature into the family."""
     row: dict[str, Any]
 
 
 def choose(index: FeatureIndex, settings: Settings, on_progress: Progress | None = None) -> tuple[Exemplar, ...]:
-    """The exemplars of an index: of each kind the feature whose best proxy correlates most with it.
+    """Choose the exemplars of an index: for each kind the feature whose best proxy correlates most with it.
 
-    The proxy is chosen on one half of the documents and scored on the other (`proxies.search`). A feature stands for
-    a family when its best proxy is of that family, correlates with it at 0.3 or more, and with the lower end of its
-    interval above all rotations. One that
-    the search itself put into the family goes before one for which there were too few documents to be sure.
+    The proxy is chosen on one half of the documents and scored on the other (`proxies.search`). A feature stands for a
+    family when its best proxy is of that family, correlates with it at 0.3 or more, and with the lower end of its
+    interval above all rotations. Features that the search classified into the family take precedence over those with
+    too few documents to be sure.
 
     Args:
         index: open; with `settings.search` None it gets the columns `proxies`, unless it has them.
-        settings: how many features to search.
+        settings: number of features to search.
         on_progress: called as features are searched.
 
     Returns:
-        At most one of each kind, in their order; a kind of which no feature is has none.
+        At most one of each kind, in their order.
     """
     rows = _rows(index, settings, on_progress)
     found = [candidate for row in rows for candidate in _candidates(row)]
@@ -64,7 +64,7 @@ def choose(index: FeatureIndex, settings: Settings, on_progress: Progress | None
 
 
 def _rows(index: FeatureIndex, settings: Settings, on_progress: Progress | None) -> list[dict[str, Any]]:
-    """What is known of the proxies of features."""
+    """Return the proxy results of features."""
     if settings.search is None:
         try:
             table = index.columns(STUDY)
@@ -82,14 +82,14 @@ def _rows(index: FeatureIndex, settings: Settings, on_progress: Progress | None)
 
 
 def _heaviest(index: FeatureIndex, n: int) -> list[int]:
-    """The live features with the largest summed activation."""
+    """Return the live features with the largest summed activation."""
     table = index.sql("SELECT latent, n_active * mean AS mass FROM features WHERE n_active > 0")
     latent, mass = table["latent"].to_numpy(), table["mass"].to_numpy()
     return latent[np.argsort(-mass, kind="stable")[:n]].tolist()
 
 
 def _candidates(row: dict[str, Any]) -> list[_Candidate]:
-    """What a feature may stand for: the family of its best proxy, if that is one of the post's three."""
+    """Return the candidates of a feature: the family of its best proxy, if that is one of the post's three."""
     if row["n_active"] < MIN_ACTIVE or row.get("pearson") is None:
         return []
     null, low = row["pearson_null_high"], row["pearson_low"]
@@ -114,7 +114,7 @@ def _exemplar(index: FeatureIndex, best: _Candidate, n_family: int, n_searched: 
 
 
 def _sources(index: FeatureIndex, best: _Candidate) -> tuple[int, ...]:
-    """The tokens the proxy names, which should be what the heads read."""
+    """Return the tokens the proxy names, which should be the source tokens."""
     match parse(best.proxy):
         case Induction(token=token):
             named = [token]

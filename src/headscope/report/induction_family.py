@@ -1,4 +1,4 @@
-"""The induction features of a subject by the post's rule and by the composite one, found once for all its studies."""
+"""The induction features of a subject by the post's rule and by the composite one, computed once for all sections."""
 
 from dataclasses import dataclass
 
@@ -21,27 +21,27 @@ class PostFamily:
     """Features with most of their decoder in the induction head, and those of them that behave like induction."""
 
     head: int
-    """Of the SAE's layer."""
+    """Head of the SAE's layer."""
     selected: Int[np.ndarray, " n"]
     behaviour: Behaviour
-    """Of the selected ones."""
+    """Behaviour of the selected features."""
     control: Behaviour
-    """Of features that have little of their decoder there, drawn evenly."""
+    """Behaviour of features with a small decoder share there, evenly sampled."""
     finder: BigramFinder
 
     @property
     def members(self) -> Int[np.ndarray, " m"]:
-        """Those that pass, by the strictest token-level reading."""
+        """Features that pass, by the strictest token-level definition."""
         return self.selected[self.behaviour.passes()]
 
     @property
     def others(self) -> Int[np.ndarray, " m"]:
-        """Selected features that do not pass: what else the head does."""
+        """Selected features that do not pass: other functions of the head."""
         return self.selected[~self.behaviour.passes()]
 
 
 def post_family(subject: Subject) -> PostFamily:
-    """Select and test, as the post does.
+    """Select and test features as the post does.
 
     Raises:
         StudyError: the layer has no induction head.
@@ -59,7 +59,7 @@ def _post_family(live: LiveIndex, settings: Settings, head: int) -> PostFamily:
 
 
 def composite(subject: Subject) -> InductionFeatures:
-    """Judge features by behaviour, sources, copying and corruption, with no head named; done once for all studies."""
+    """Judge features by behaviour, sources, copying and corruption, without choosing a head; once for all sections."""
     return subject.once("composite", lambda: _composite(subject.live, subject.settings))
 
 
@@ -69,7 +69,7 @@ def _composite(live: LiveIndex, settings: Settings) -> InductionFeatures:
 
 
 def is_member(judged: InductionFeatures, n_latents: int) -> Bool[np.ndarray, " latent"]:
-    """Whether each latent is an induction feature by the composite rule."""
+    """Return whether each latent is an induction feature by the composite rule."""
     found = np.zeros(n_latents, dtype=bool)
     found[judged.found] = True
     return found

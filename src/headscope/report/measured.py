@@ -1,4 +1,4 @@
-"""Rows of the report for a study of the registry: one for each measure of its record, of every exemplar."""
+"""Report rows for a study of the registry: one for each measure of its record, for every exemplar."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -13,7 +13,7 @@ from headscope.studies.subject import Subject as Studied
 
 
 def section_of(study: FeatureStudy) -> Section:
-    """The section of a study, which is run on every exemplar with its proxy where the study asks for one."""
+    """Make the section of a study, which is run on every exemplar, with its proxy where the study needs one."""
 
     def run(subject: Subject) -> tuple[Claim, ...]:
         studied = Studied(subject.index, subject.live)
@@ -37,7 +37,7 @@ def _claims(study: FeatureStudy, studied: Studied, exemplar: Exemplar) -> Iterat
 
 
 def _measures(name: str, value: Any) -> Iterator[tuple[str, Measure]]:
-    """Every measure of a record, by the names of the fields that lead to it."""
+    """Yield every measure of a record, named by the path of fields that leads to it."""
     inside: list[tuple[str, Any]] = []
     if isinstance(value, Measure):
         yield name, value

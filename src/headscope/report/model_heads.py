@@ -1,4 +1,4 @@
-"""Which heads of the model are induction and previous-token heads, held against models with shuffled weights."""
+"""Identify induction and previous-token heads of the model, by comparison with shuffled weights."""
 
 import copy
 from dataclasses import dataclass
@@ -13,34 +13,34 @@ from headscope.report.subject import Subject
 from headscope.studies.heads.scores import HeadScores, ScoreName, head_scores
 
 N_SHUFFLED = 4
-"""Models with shuffled weights beside the true one."""
+"""Number of models with shuffled weights."""
 LEAST = 0.1
-"""A head with a lower score has no such role, whatever chance is."""
-_COPY = 100  # tokens in each of the two copies, where the context holds them
+"""Minimum score of a head with such a role, regardless of chance."""
+_COPY = 100  # tokens in each of the two copies, where the context is long enough
 
 
 @dataclass(frozen=True)
 class ModelHeads:
-    """Scores of all heads, and the largest that a head of a model with shuffled weights has."""
+    """Scores of all heads, and the largest ones in models with shuffled weights."""
 
     scores: HeadScores
     layer: int
-    """Of the SAE."""
+    """Layer of the SAE."""
     chance: dict[ScoreName, tuple[float, ...]]
     """For each model with shuffled weights, the largest score of any of its heads."""
 
     def holds(self, name: ScoreName) -> Float[Tensor, "layer head"]:
-        """Scores of the heads that have this role, 0 for the others.
+        """Return the scores of the heads that have this role, 0 for the others.
 
         A head has it when its score is at least 0.1 and above that of every head of every model with shuffled weights:
-        by chance some head of a model has the largest of all in one of `N_SHUFFLED + 1` models, and fewer have 0.1.
+        by chance, the largest score of all is the true model's in one of `N_SHUFFLED + 1` cases, and fewer reach 0.1.
         """
         found: Tensor = getattr(self.scores, name)
         return torch.where((found >= LEAST) & (found > max(self.chance[name])), found, 0)
 
     @property
     def induction(self) -> int:
-        """The induction head of the SAE's layer.
+        """Return the induction head of the SAE's layer.
 
         Raises:
             StudyError: it has none.
@@ -58,7 +58,7 @@ class ModelHeads:
 
     @property
     def previous_token(self) -> tuple[int, int]:
-        """Layer and head of the best previous-token head before the SAE's layer.
+        """Return layer and head of the best previous-token head before the SAE's layer.
 
         Raises:
             StudyError: there is none, or no layer before it.
@@ -75,7 +75,7 @@ class ModelHeads:
 
 
 def shuffled_weights(model: Model, seed: int) -> Model:
-    """The model with the numbers of each of its weights in another order: as large, without meaning."""
+    """Return the model with the entries of each weight permuted: equal in size, but meaningless."""
     module = copy.deepcopy(model.module)
     generator = torch.Generator().manual_seed(seed)
     for parameter in dict.fromkeys(module.parameters()):  # tied weights once
@@ -86,7 +86,7 @@ def shuffled_weights(model: Model, seed: int) -> Model:
 
 
 def model_heads(subject: Subject) -> ModelHeads:
-    """Score the heads of the subject's model; done once for all studies of it.
+    """Score the heads of the subject's model; done once for all sections.
 
     Raises:
         StudyError: the context is too short for two copies of two tokens.

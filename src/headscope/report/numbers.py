@@ -1,13 +1,13 @@
-"""Numbers of a report as they are printed."""
+"""Formatting of a report's numbers."""
 
 from headscope.report.records import Claim, Unit
 
 DASH = "\u2013"
-"""Where there is nothing."""
+"""Placeholder for missing numbers."""
 
 
 def said(value: int | float | str | None, unit: Unit = "") -> str:
-    """`0.873`, `87.3 %` of a share, `+0.012` of a small loss; a dash where there is nothing."""
+    """Format a value: `0.873`, `87.3 %` for a share, `+0.012` for a small loss; a dash if missing."""
     if value is None:
         return DASH
     if isinstance(value, str):
@@ -20,12 +20,12 @@ def said(value: int | float | str | None, unit: Unit = "") -> str:
 
 
 def number(claim: Claim) -> str:
-    """Ours, or why there is none."""
+    """Format our number, or the reason why there is none."""
     return claim.missing or DASH if claim.ours is None else said(claim.ours, claim.unit)
 
 
 def interval(claim: Claim) -> str:
-    """`[0.86, 0.88]`; empty where there is none."""
+    """Format the interval: `[0.86, 0.88]`; empty if missing."""
     if claim.interval is None:
         return ""
     low, high = (said(end, claim.unit) for end in claim.interval)
@@ -33,7 +33,7 @@ def interval(claim: Claim) -> str:
 
 
 def beside(claim: Claim) -> str:
-    """`n 1,024; null 0.01`; empty where there is neither."""
+    """Format n and null: `n 1,024; null 0.01`; empty if both are missing."""
     parts = [f"n {claim.n:,}"] if claim.n is not None else []
     if claim.null is not None:
         parts.append(f"null {said(claim.null, claim.unit)}")
@@ -41,5 +41,5 @@ def beside(claim: Claim) -> str:
 
 
 def duration(seconds: int | float) -> str:
-    """`42 s`, `7.1 min`."""
+    """Format a duration: `42 s`, `7.1 min`."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

@@ -1,7 +1,7 @@
-"""Prompts from the corpus in which a feature fires, each with a corruption that takes it away.
+"""Prompts from the corpus in which a feature fires, each with a corruption that silences it.
 
-A prompt is cut out around its feature: the BOS, the text from a little before the source tokens on, up to the active
-token. Those that the feature does not survive, and those whose corruption it does, are counted and left out.
+A prompt is an excerpt: the BOS, then the text from shortly before the source tokens to the active token. Prompts in
+which the feature no longer fires, and those in whose corruption it still does, are counted and excluded.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from headscope.studies.support.active import Text
 _LONGEST = 64
 _BEFORE = 4
 _TRIED = 8
-"""Candidates for each pair that is wanted."""
+"""Candidates per wanted pair."""
 
 
 @dataclass(frozen=True)
@@ -31,29 +31,29 @@ class CorpusPair:
     pair: PromptPair
     document: int
     replaced: tuple[int, ...]
-    """Positions of the prompt whose tokens are others in the corruption."""
+    """Positions of the prompt whose tokens are replaced in the corruption."""
     sources: tuple[int, ...]
     """Positions of its source tokens: for induction the B after each replaced A, else the replaced ones."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What was found of an exemplar."""
+    """Pairs of an exemplar, with statistics of the candidates."""
 
     found: tuple[CorpusPair, ...]
     died: tuple[bool, ...]
-    """For each prompt in which the feature fires, whether the corruption turned it off."""
+    """For each prompt in which the feature fires, whether the corruption silenced it."""
     control: tuple[bool, ...]
-    """Whether as many other tokens replaced did."""
+    """Whether replacing as many other tokens did."""
 
 
 def pairs_of(subject: Subject, exemplar: Exemplar) -> Pairs:
-    """Cut prompts out of the corpus, and corrupt them: for induction the earlier A's, else the source tokens.
+    """Extract prompts from the corpus, and corrupt them: for induction the earlier A's, else the source tokens.
 
     Done once for all sections about an exemplar.
 
     Raises:
-        StudyError: the feature survives every corruption, or nowhere has what is to be replaced before it.
+        StudyError: the feature survives every corruption, or nowhere has tokens to replace before it.
     """
     return subject.once(("pairs", exemplar), lambda: _pairs(subject.live, subject.settings, exemplar))
 
@@ -105,13 +105,13 @@ class _Candidate:
     sources: Int[np.ndarray, " n"]
 
     def others(self) -> Int[np.ndarray, " m"]:
-        """Positions before the query that are neither replaced nor sources, nor the BOS."""
+        """Return the positions before the query that are neither replaced nor sources, nor the BOS."""
         every = np.arange(1, len(self.tokens) - 1)
         return every[~np.isin(every, self.replaced) & ~np.isin(every, self.sources)]
 
 
 def _candidates(live: LiveIndex, seed: int, exemplar: Exemplar, text: Text) -> Iterator[_Candidate]:
-    """Active tokens with what is to be replaced before them, one of each document in turn, drawn at random."""
+    """Yield active tokens preceded by tokens to replace, one per document in turn, drawn at random."""
     size = live.index.block_size
     position = live.index.activations(exemplar.latent).position
     position = position[text.is_text.reshape(-1)[position]]
@@ -134,12 +134,12 @@ def _candidates(live: LiveIndex, seed: int, exemplar: Exemplar, text: Text) -> I
 def _cut(
     exemplar: Exemplar, row: np.ndarray, is_text: np.ndarray, query: int, bos: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """The prompt, what is replaced in it, and its sources; None where nothing is to be replaced."""
+    """Return the prompt, the replaced positions, and its sources; None where nothing is to be replaced."""
     special = np.flatnonzero(~is_text[:query])
     first = max(query - _LONGEST + 2, int(special[-1]) + 1 if len(special) else 0)  # of the same document
     before = np.arange(first, query)
     if exemplar.kind == "induction":
-        before = before[:-1]  # of an A just before the query, B would be the query
+        before = before[:-1]  # for an A just before the query, B would be the query
         replaced = before[(row[before] == row[query]) & np.isin(row[before + 1], exemplar.sources)]
         sources = replaced + 1
     else:
@@ -152,7 +152,7 @@ def _cut(
 
 
 def _corrupt(tokens: torch.Tensor, at: np.ndarray, pool: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-    """Tokens drawn from the text, none of which is in the prompt, in the place of some."""
+    """Replace some tokens by tokens drawn from the text that are not in the prompt."""
     inside = set(tokens.tolist())
     new: dict[int, int] = {}
     for place in at.tolist():

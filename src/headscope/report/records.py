@@ -1,4 +1,4 @@
-"""What a report says: claims with their numbers, and what is drawn beside them. Plain values; no torch."""
+"""Records of a report: claims with their numbers, and figures. Plain values; no torch."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from headscope.stats import Estimate, Measure
 
 Kind = Literal["induction", "local context", "high-level context"]
 Unit = Literal["", "share", "nats"]
-"""A plain number, a part of 1 (shown in percent), or a loss."""
+"""A plain number, a share of 1 (shown in percent), or a loss."""
 
 KINDS: tuple[Kind, ...] = ("induction", "local context", "high-level context")
 """The post's three deep dives, in its order."""
@@ -17,39 +17,39 @@ KINDS: tuple[Kind, ...] = ("induction", "local context", "high-level context")
 
 @dataclass(frozen=True)
 class Claim:
-    """One number of the post (Kissane et al., 2024), or one that it needs beside it, and ours.
+    """One number of the post (Kissane et al., 2024), or a related one, and ours.
 
     Rows of several SAEs stand side by side when `id`, `claim` and `kind` are equal: a feature's number belongs to
-    `feature`, not to the words of the claim.
+    `feature`, not to the wording of the claim.
     """
 
     id: str
     """`M2` ... `M31`: the method; several claims may share one."""
     claim: str
-    """What is said, in our words."""
+    """The claim, in our words."""
     definition: str
-    """How the number is made, in one line."""
+    """Definition of the number, in one line."""
     post: int | float | str | None = None
-    """The number in the post; a share is a part of 1. None where it gives none."""
+    """The number in the post; shares as a part of 1. None where it gives none."""
     ours: int | float | None = None
     n: int | None = None
-    """What it is a number of; the definition says of which things."""
+    """Sample size; the definition states its unit."""
     interval: tuple[int | float, int | float] | None = None
-    """95 %."""
+    """95 % interval."""
     null: int | float | str | None = None
-    """The same number where there is nothing to find, or what stands for it."""
+    """The same number under the null, or what stands for it."""
     differs: str = ""
-    """What differs from the post: model, corpus, rule."""
+    """Differences from the post: model, corpus, rule."""
     unit: Unit = ""
     feature: int | None = None
     """The latent, for a claim about one."""
     kind: Kind | None = None
-    """Which exemplar it is, for a claim about one."""
+    """The kind of exemplar, for a claim about one."""
     missing: str | None = None
-    """Why `ours` is None."""
+    """Reason why `ours` is None."""
 
     def __post_init__(self) -> None:
-        """Turn what is no number into None with its reason: a report holds no NaN."""
+        """Convert NaN to None with its reason: a report contains no NaN."""
         if self.ours is not None and not math.isfinite(self.ours):
             object.__setattr__(self, "ours", None)
             object.__setattr__(self, "missing", self.missing or "it does not exist: a ratio of nothing")
@@ -61,13 +61,13 @@ class Claim:
             object.__setattr__(self, "null", None)
 
     def with_estimate(self, found: Estimate, n: int | None = None) -> "Claim":
-        """The same claim with a number and its interval."""
+        """Return the same claim with a number and its interval."""
         return replace(self, ours=found.value, interval=(found.low, found.high), n=n, missing=None)
 
     def with_measure(self, found: Measure) -> "Claim":
-        """The same claim with what a study measured: its n, null and definition too."""
+        """Return the same claim with a study's measure, including its n, null and definition."""
         differs = self.differs
-        if found.value is not None and found.missing is not None:  # why there is a number and no interval
+        if found.value is not None and found.missing is not None:  # the reason for a number without an interval
             differs = "; ".join(part for part in (differs, found.missing) if part)
         bounds = None if found.low is None or found.high is None else (found.low, found.high)
         return replace(
@@ -82,7 +82,7 @@ class Claim:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For `report.json`; the key of the post's number is `seed`."""
+        """Return the record for `report.json`; the key of the post's number is `seed`."""
         values = asdict(self)
         values["interval"] = None if self.interval is None else list(self.interval)
         values["seed"] = values.pop("post")
@@ -91,7 +91,7 @@ class Claim:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Claim":
-        """The inverse of `as_dict`."""
+        """Read the result of `as_dict`."""
         own: dict[str, Any] = dict(values)
         own["post"] = own.pop("seed")
         own["interval"] = None if own["interval"] is None else tuple(own["interval"])
@@ -100,28 +100,28 @@ class Claim:
 
 @dataclass(frozen=True)
 class Figure:
-    """Something to draw: series over the same places."""
+    """A figure: series over the same places."""
 
     title: str
     drawn: Literal["bars", "stacked", "grouped", "lines"]
-    """One bar a label; bars on one another; bars side by side; lines through points."""
+    """One bar per label; stacked bars; grouped bars; lines through points."""
     labels: tuple[str, ...]
-    """Of the places: heads, tokens, thresholds, bins (lower edges)."""
+    """Labels of the places: heads, tokens, thresholds, bins (lower edges)."""
     series: dict[str, tuple[int | float | None, ...]]
-    """By name; one value a label."""
+    """Series by name; one value per label."""
     definition: str
     x: str = ""
     y: str = ""
     log: bool = False
-    """The vertical axis is logarithmic; 0 is drawn as nothing."""
+    """Whether the vertical axis is logarithmic; 0 is not drawn."""
     low: dict[str, tuple[int | float | None, ...]] = field(default_factory=dict)
-    """Lower ends of intervals, of the series that have them."""
+    """Lower ends of intervals, for the series that have them."""
     high: dict[str, tuple[int | float | None, ...]] = field(default_factory=dict)
     feature: int | None = None
     kind: Kind | None = None
 
     def __post_init__(self) -> None:
-        """Make every series as long as the labels, and of numbers or None."""
+        """Check that every series is as long as the labels, and of numbers or None."""
         for group in (self.series, self.low, self.high):
             for name, values in group.items():
                 if len(values) != len(self.labels):
@@ -129,12 +129,12 @@ class Figure:
                 group[name] = tuple(None if v is None or not math.isfinite(v) else float(v) for v in values)
 
     def as_dict(self) -> dict[str, Any]:
-        """For a file."""
+        """Return the record as JSON types."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Figure":
-        """The inverse of `as_dict`."""
+        """Read the result of `as_dict`."""
         own: dict[str, Any] = dict(values)
         for name in ("series", "low", "high"):
             own[name] = {key: tuple(of) for key, of in own[name].items()}
@@ -144,7 +144,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Listing:
-    """A small table in words: false negatives, features of a head, edges of a circuit. Its cells are untrusted text."""
+    """A small text table: false negatives, features of a head, edges of a circuit. Its cells are untrusted text."""
 
     title: str
     headings: tuple[str, ...]
@@ -154,12 +154,12 @@ class Listing:
     kind: Kind | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For a file."""
+        """Return the record as JSON types."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Listing":
-        """The inverse of `as_dict`."""
+        """Read the result of `as_dict`."""
         own: dict[str, Any] = dict(values)
         own |= {"headings": tuple(own["headings"]), "rows": tuple(map(tuple, own["rows"]))}
         return cls(**own)
@@ -170,24 +170,24 @@ Finding = Claim | Figure | Listing
 
 @dataclass(frozen=True)
 class Exemplar:
-    """The feature that stands for a family."""
+    """The feature that represents a family."""
 
     kind: Kind
     latent: int
     proxy: str
-    """When it should fire, as `proxies.parse` reads it."""
+    """Rule for where it should fire, in the syntax of `proxies.parse`."""
     pearson: float
-    """Of the activation and the proxy on the half of the documents that the proxy was not chosen on."""
+    """Correlation of activation and proxy on the half of the documents that the proxy was not chosen on."""
     token: int
     """The token with the largest direct logit effect."""
     sources: tuple[int, ...]
-    """Source tokens that the proxy names; with none, those with the largest share of DFA."""
+    """Source tokens that the proxy names; if none, those with the largest share of DFA."""
     why: str
-    """How it was chosen."""
+    """Reason for the choice."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Exemplar":
-        """The inverse of `asdict`."""
+        """Read the result of `asdict`."""
         own: dict[str, Any] = dict(values)
         own["sources"] = tuple(own["sources"])
         return cls(**own)
@@ -195,11 +195,11 @@ class Exemplar:
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is looked at; two presets, `QUICK` and `FULL`."""
+    """Sample sizes of the report; two presets, `QUICK` and `FULL`."""
 
     name: str
     corpus_tokens: int | None
-    """Of the corpus that is indexed; None is all of it."""
+    """Tokens of the corpus that are indexed; None is all of it."""
     search: int | None
     """Features whose proxies are searched for, largest share of the summed activation first; None is all live ones."""
     quality: int | None
@@ -207,11 +207,11 @@ class Settings:
     tokens: int
     """Active tokens of a feature at which it is ablated."""
     sequences: int
-    """Blocks or made-up sequences that head scores, head ablation and patching run over."""
+    """Blocks or synthetic sequences for head scores, head ablation and patching."""
     prompts: int
     """Dataset examples of an exemplar that are corrupted and patched."""
     features: int | None
-    """Features of a family that a test with runs of the model looks at; None is all."""
+    """Features of a family for tests that run the model; None is all."""
     samples: int = 1000
     """Resamples of documents."""
     seed: int = 0
@@ -227,16 +227,16 @@ SectionFunction = Callable[..., tuple[Finding, ...]]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: runs on one SAE, is kept when it is done, and may fail without the others."""
+    """A part of the report: runs on one SAE, is stored when it is done, and may fail without affecting the others."""
 
     name: str
-    """Of its file; lower-case letters, digits and underscores."""
+    """Name of its file; lower-case letters, digits and underscores."""
     ids: tuple[str, ...]
-    """The claims it is asked for; when it fails, each becomes a row with the reason."""
+    """The claims it covers; when it fails, each becomes a row with the reason."""
     question: str
-    """In one line; the words of these rows."""
+    """Its question in one line, used as the text of these rows."""
     run: SectionFunction
     version: int = 1
-    """Raised when the same subject gives another result: what was kept is then made again."""
+    """Raised when the same subject gives another result: stored results are then recomputed."""
     kept: bool = True
-    """Whether what it finds stands for the next run too; not for one that reads what people write."""
+    """Whether its results are reused by the next run; not for one that depends on people's labels."""

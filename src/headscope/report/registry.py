@@ -1,4 +1,4 @@
-"""The sections of a report, in order: those of the post's claims, then a row for each measure of other studies."""
+"""The sections of a report, in order: those of the post's claims, then rows for the measures of other studies."""
 
 from headscope.report import (
     claims_ablation,
@@ -27,5 +27,5 @@ SECTIONS: tuple[Section, ...] = (
 
 
 def sections() -> tuple[Section, ...]:
-    """All of them; studies that were registered since are among them."""
+    """Return all sections, including those of studies registered later."""
     return (*SECTIONS, *(section_of(study) for study in feature_studies() if study.in_report))

@@ -1,7 +1,7 @@
 """A report as one HTML file that needs no script, no server and no network.
 
-The page is built as elements, never as text: what a corpus or a model says cannot become markup. A policy in the page
-allows its own style and nothing else.
+The page is built as elements, never as text, so that corpus and model text cannot become markup. A content security
+policy allows its own style and nothing else.
 """
 
 import base64
@@ -30,7 +30,7 @@ _POST_FEATURE: dict[Kind, str] = {
 
 
 def html(report: Report) -> str:
-    """The whole report."""
+    """Render the whole report."""
     page = Element("html", lang="en")
     _head(SubElement(page, "head"), f"Replication report: {', '.join(s.name for s in report.subjects)}")
     body = SubElement(page, "body")
@@ -91,7 +91,7 @@ def _top(main: Element, report: Report) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- claims
 def _table(main: Element, rows: Sequence[Row], names: Sequence[str]) -> None:
-    """Claims of all SAEs side by side."""
+    """Add the claims of all SAEs side by side."""
     if not rows:
         _add(main, "p", "No claims.", "missing")
         return
@@ -162,7 +162,7 @@ def _exemplar_facts(subject: SubjectResult, chosen: Exemplar) -> dict[str, str]:
 
 
 def _drawn(main: Element, subject: SubjectResult, kind: Kind | None) -> None:
-    """Figures and listings of one SAE: of an exemplar, or of the whole."""
+    """Add figures and listings of one SAE: of an exemplar, or of the whole."""
     found = [f for study in subject.studies for f in study.findings if not isinstance(f, Claim) and f.kind == kind]
     if not found:
         return
@@ -242,7 +242,7 @@ def _provenance(main: Element, report: Report) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- elements
 def _section(main: Element, anchor: str, title: str, *, is_open: bool = False) -> Element:
-    """What a section holds, under a heading that folds it; a link to what is folded opens it."""
+    """Add a section under a heading that folds it; a link to folded content opens it."""
     frame = SubElement(main, "details", {"class": "section"} | ({"open": "open"} if is_open else {}))
     _add(SubElement(frame, "summary"), "h2", title)
     return SubElement(frame, "div", {"id": anchor})

@@ -1,4 +1,4 @@
-"""A report as Markdown: one table, each of whose rows begins with the id of its claim."""
+"""Render a report as Markdown: one table, each of whose rows starts with the id of its claim."""
 
 import re
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 
 
 def markdown(report: Report) -> str:
-    """The whole report, without its figures."""
+    """Render the whole report, without its figures."""
     names = [subject.name for subject in report.subjects]
     lines = [
         "# The post's claims, measured",
@@ -97,7 +97,7 @@ def _number(claim: Claim | None) -> str:
 
 
 def _differs(row: Row) -> str:
-    """What differs from the post, SAE by SAE where they do not say the same."""
+    """Return the differences from the post, by SAE where they disagree."""
     said_by = {name: claim.differs for name, claim in row.by_sae.items() if claim.differs}
     if len(set(said_by.values())) <= 1:
         return next(iter(said_by.values()), "")
@@ -121,7 +121,7 @@ def _line(cells: list[str]) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line: corpus text is not markup."""
+    """Escape text for Markdown, on one line: corpus text is not markup."""
     return _SPECIAL.sub(r"\\\1", visible(text))
 
 

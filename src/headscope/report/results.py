@@ -1,4 +1,4 @@
-"""What a report found, whole: of each SAE its facts, exemplars and studies. To strict JSON and back; no torch."""
+"""Complete results of a report: facts, exemplars and studies of each SAE. To strict JSON and back; no torch."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -6,34 +6,34 @@ from typing import Any
 from headscope.report.records import Claim, Exemplar, Figure, Finding, Listing
 
 FORMAT = 1
-"""Of `report.json`."""
+"""Format version of `report.json`."""
 _TYPES: dict[str, type[Claim] | type[Figure] | type[Listing]] = {"claim": Claim, "figure": Figure, "listing": Listing}
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What one study found on one SAE."""
+    """Results of one study on one SAE."""
 
     study: str
     seconds: int | float
     findings: tuple[Finding, ...]
     failed: str | None = None
-    """Why it found nothing; its claims are then rows with this reason."""
+    """Reason of a failure; its claims are then rows with this reason."""
 
     @property
     def claims(self) -> tuple[Claim, ...]:
-        """Its rows."""
+        """Its claims."""
         return tuple(f for f in self.findings if isinstance(f, Claim))
 
     def as_dict(self) -> dict[str, Any]:
-        """For a file."""
+        """Return the record as JSON types."""
         named = {kind: name for name, kind in _TYPES.items()}
         found = [{"type": named[type(f)]} | f.as_dict() for f in self.findings]
         return {"study": self.study, "seconds": self.seconds, "failed": self.failed, "findings": found}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "StudyResult":
-        """The inverse of `as_dict`."""
+        """Read the result of `as_dict`."""
         found = []
         for own in values["findings"]:
             kind = _TYPES[own["type"]]
@@ -43,19 +43,19 @@ class StudyResult:
 
 @dataclass(frozen=True)
 class SubjectResult:
-    """What was found on one SAE."""
+    """Results for one SAE."""
 
     name: str
     facts: dict[str, Any]
-    """Of the SAE, its corpus and its index: names, hashes and sizes."""
+    """Facts on the SAE, its corpus and its index: names, hashes and sizes."""
     exemplars: tuple[Exemplar, ...]
     studies: tuple[StudyResult, ...]
     tokens: dict[int, str]
-    """How the tokens of the exemplars are written."""
+    """Text of the exemplars' tokens."""
 
     @property
     def claims(self) -> tuple[Claim, ...]:
-        """All rows, by the number of their id, and as the studies gave them."""
+        """All claims, sorted by the number of their id, then in the studies' order."""
         return tuple(sorted((c for s in self.studies for c in s.claims), key=lambda c: id_order(c.id)))
 
 
@@ -64,7 +64,7 @@ class Report:
     """A whole report."""
 
     version: str
-    """Of headscope."""
+    """Version of headscope."""
     created: str
     settings: dict[str, Any]
     model: dict[str, Any]
@@ -72,11 +72,11 @@ class Report:
 
     @property
     def seconds(self) -> int | float:
-        """That the studies took, in all; those that were kept from an earlier run included."""
+        """Total time of the studies, including those reused from an earlier run."""
         return sum(study.seconds for subject in self.subjects for study in subject.studies)
 
     def as_dict(self) -> dict[str, Any]:
-        """`report.json`: `claims` has one entry for each number and SAE."""
+        """Return `report.json`: `claims` has one entry per number and SAE."""
         return {
             "format_version": FORMAT,
             "headscope": self.version,
@@ -98,7 +98,7 @@ class Report:
         }
 
     def lines(self) -> list[str]:
-        """What to print at the end."""
+        """Return the lines to print at the end."""
         lines = []
         for subject in self.subjects:
             measured = sum(claim.ours is not None for claim in subject.claims)
@@ -108,13 +108,13 @@ class Report:
         return lines
 
     def rows(self) -> "list[Row]":
-        """Claims with the numbers of all SAEs side by side, in the order of ids."""
+        """Return claims with the numbers of all SAEs side by side, in the order of ids."""
         rows: dict[tuple, dict[str, Claim]] = {}
         for subject in self.subjects:
             seen: dict[tuple, int] = {}
             for claim in subject.claims:
                 same = (claim.id, claim.kind or "", claim.claim)
-                seen[same] = seen.get(same, 0) + 1  # the same words twice in one SAE are two rows
+                seen[same] = seen.get(same, 0) + 1  # equal claims of one SAE are separate rows
                 rows.setdefault((*same, seen[same]), {})[subject.name] = claim
         ordered = sorted(rows.values(), key=lambda own: id_order(next(iter(own.values())).id))
         return [Row(next(iter(own.values())), own) for own in ordered]
@@ -122,15 +122,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Row:
-    """One claim, with what each SAE says of it."""
+    """One claim, with the result of each SAE."""
 
     said: Claim
-    """By the first SAE that has it: its words, definition and the post's number."""
+    """The claim of the first SAE that has it: wording, definition and the post's number."""
     by_sae: dict[str, Claim]
 
 
 def id_order(name: str) -> tuple[int, str]:
-    """`M2` before `M13` before `M13b`."""
+    """Return a sort key: `M2` before `M13` before `M13b`."""
     digits = "".join(c for c in name if c.isdigit())
     return int(digits or 0), name
 

@@ -1,4 +1,4 @@
-"""Rows of the report before they have a number: a study fills those that it can, and gives the others their reason."""
+"""Report rows without numbers yet: a study fills in those it can, and gives the reason for the others."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,15 +23,15 @@ class Row:
     unit: Unit = "share"
     differs: str = ""
     null: str = ""
-    """What the null is, in words; added to the definition."""
+    """Description of the null; added to the definition."""
 
     def of(self, found: Measure | Estimate | int | float, *, n: int | None = None, note: str = "") -> Claim:
-        """The claim with what was measured.
+        """Return the claim with a measurement.
 
         Args:
             found: the number.
-            n: what it is of, where `found` does not say.
-            note: what is particular to this SAE: which head, how many prompts.
+            n: sample size, where `found` has none.
+            note: specifics of this SAE: the head, the number of prompts.
         """
         empty = self._claim(note, missing="not measured")
         if isinstance(found, Measure):
@@ -41,7 +41,7 @@ class Row:
         return replace(empty, ours=float(found), n=n, missing=None)
 
     def without(self, reason: str) -> Claim:
-        """The claim with the reason why there is no number."""
+        """Return the claim with the reason why there is no number."""
         return self._claim("", missing=reason)
 
     def _claim(self, note: str, *, missing: str) -> Claim:
@@ -52,11 +52,11 @@ class Row:
 
 Rows = Mapping[str, Row]
 Filled = tuple[Mapping[str, Claim], tuple[Finding, ...]]
-"""The claims by the name of their row, and what is drawn beside them."""
+"""The claims by the name of their row, and the figures with them."""
 
 
 def fill(rows: Rows, compute: Callable[[], Filled]) -> tuple[Finding, ...]:
-    """Every row once: with its number, or with the reason why it has none."""
+    """Return every row once: with its number, or with the reason why it has none."""
     try:
         claims, others = compute()
     except HeadscopeError as error:
@@ -68,14 +68,14 @@ def fill(rows: Rows, compute: Callable[[], Filled]) -> tuple[Finding, ...]:
 
 
 def why(error: HeadscopeError) -> str:
-    """An error as the reason of a row, in one line."""
+    """Format an error as the reason of a row, in one line."""
     return f"{error.got}; expected: {error.expected}"
 
 
 def fill_each(
     subject: Subject, kinds: Iterable[Kind], rows: Rows, compute: Callable[[Exemplar], Filled]
 ) -> tuple[Finding, ...]:
-    """Every row for the exemplar of each kind; a kind without one has its rows too, with the reason."""
+    """Return every row for the exemplar of each kind; for a kind without one, with the reason."""
     found: list[Finding] = []
     for kind in kinds:
         latent = next((e.latent for e in subject.exemplars if e.kind == kind), None)
@@ -86,7 +86,7 @@ def fill_each(
 
 # -------------------------------------------------------------------------------------------------------------- numbers
 def share_that(holds: Bool[np.ndarray, " n"] | Sequence[bool], null: Estimate | None = None) -> Measure:
-    """The share for which something holds, Wilson 95 %, however few they are."""
+    """Return the share for which something holds, with its Wilson 95 % interval at any n."""
     n, k = len(holds), int(np.sum(holds))
     if n == 0:
         return Measure("", 0, null=null, missing="there is nothing to take a share of")
@@ -102,7 +102,7 @@ def mean_by(
     null: float | None = None,
     samples: int = 1000,
 ) -> Measure:
-    """A mean with its interval by resampling units, which are `of` a kind; none with fewer than 10 or all alike."""
+    """Return a mean with its interval by resampling units (`of` names them); none with fewer than 10 or all alike."""
     n = len(values)
     expected = None if null is None else Estimate(null, null, null)
     if n == 0:

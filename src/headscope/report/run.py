@@ -1,7 +1,7 @@
-"""The whole replication: index SAEs of one model, choose exemplars, run every study on each, write the report.
+"""Run the whole replication: index SAEs of one model, choose exemplars, run every study on each, write the report.
 
-What is finished is kept in the folder of the report, index by index and study by study, and is not made again by the
-same command. A study that fails becomes a row that says why.
+Finished work is stored in the folder of the report, index by index and study by study, and reused by the same command.
+A study that fails becomes a row with the reason.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from headscope.sae.model import SAE
 
 TINY = ("tiny-z1", "tiny-z1-relu")
-"""Of the bundled model: its best SAE, and the ReLU SAE, of the post's kind."""
+"""SAEs of the bundled model: its best one, and the ReLU SAE, the kind used in the post."""
 TINY_UPSTREAM = "tiny-mlp0"
 _PLAN = "plan.json"
 _KEPT = ("indexes", "studies", _PLAN, "report.json", "report.html", "report.md")
@@ -40,21 +40,21 @@ _KEPT = ("indexes", "studies", _PLAN, "report.json", "report.html", "report.md")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a report is of."""
+    """Inputs of a report."""
 
     model: str | None = None
-    """The one that the first SAE names when not given."""
+    """The model; default: the one named by the first SAE."""
     saes: tuple[str, ...] = ()
-    """SAE folders, or bundled ones by name; they are indexed in the folder of the report."""
+    """SAE folders, or names of bundled ones; they are indexed in the folder of the report."""
     indexes: tuple[Path, ...] = ()
-    """Index folders, which are used as they are; with neither, the bundled SAEs of `tiny`."""
+    """Index folders to use as they are; default, if `saes` is empty too: the bundled SAEs of `tiny`."""
     upstream: str | None = None
     """An SAE of an earlier layer's MLP."""
     text: jobs.CorpusChoice = field(default_factory=jobs.CorpusChoice)
-    """What is read for `saes`."""
+    """The text that `saes` are indexed on."""
 
     def completed(self) -> "Inputs":
-        """With the bundled subjects where nothing is named."""
+        """Return the inputs with the bundled subjects where nothing is named."""
         named = self if self.saes or self.indexes else replace(self, saes=TINY)
         if named.upstream is None and set(named.saes) & set(TINY):
             return replace(named, upstream=TINY_UPSTREAM)
@@ -76,18 +76,18 @@ def run(
     """Run all studies on all SAEs, and write `report.json`, `report.html` and `report.md`.
 
     Args:
-        out: a folder; gets the report, and keeps what was done for the next run of the same command.
-        inputs: the model, the SAEs and the corpus; the bundled ones when not given.
-        quick: look at little of everything: whether it works, not what is so.
-        device: where the model runs.
-        overwrite: give up what an earlier run with other inputs left in `out`.
-        studies: to run; all of the registry when not given.
-        on_progress: called as the work goes on.
-        say: called with a line now and then.
+        out: folder of the report, and of finished work for the next run of the same command.
+        inputs: the model, the SAEs and the corpus; default: the bundled ones.
+        quick: a smoke test on small samples.
+        device: device of the model.
+        overwrite: discard the results of a run with other inputs in `out`.
+        studies: studies to run; default: all of the registry.
+        on_progress: called with progress.
+        say: called with messages, a line each.
 
     Raises:
-        HeadscopeError: of the inputs or the folder; a study's own errors become rows.
-        KeyboardInterrupt: Ctrl-C; what was finished is kept.
+        HeadscopeError: for the inputs or the folder; a study's own errors become rows.
+        KeyboardInterrupt: Ctrl-C; finished work is kept.
     """
     out, inputs = Path(out), (inputs or Inputs()).completed()
     settings = QUICK if quick else FULL
@@ -108,7 +108,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Work:
-    """The folder of a report and what is to be done in it."""
+    """The folder of a report and the work to do in it."""
 
     out: Path
     inputs: Inputs
@@ -119,7 +119,7 @@ class _Work:
 
     # ---------------------------------------------------------------------------------------------------------- folder
     def claim(self, *, overwrite: bool) -> None:
-        """Make the folder this report's own, or refuse it."""
+        """Claim the folder for this report, or refuse it."""
         standing = (self.out / _PLAN).is_file()
         if not standing and self.out.exists() and not _is_empty(self.out):
             raise OutputError(
@@ -143,13 +143,13 @@ class _Work:
         write_json(self.out / _PLAN, plan)
 
     def give_up(self) -> None:
-        """Leave a folder in which nothing was done as it was found: a mistake in the command claims none."""
+        """Restore a folder in which nothing was done: a mistake in the command does not claim it."""
         if not any(path.is_file() for name in ("indexes", "studies") for path in (self.out / name).rglob("*")):
             for name in _KEPT:
                 _remove(self.out / name)
 
     def _check_inputs(self) -> None:
-        """Refuse what is wrong with the inputs as far as it is known without torch."""
+        """Validate the inputs as far as possible without torch."""
         model, saes, upstream = self.inputs.model, self.inputs.saes, self.inputs.upstream
         if model:
             check_model(model)
@@ -162,7 +162,7 @@ class _Work:
         check_device(self.device)
 
     def _plan(self) -> dict[str, Any]:
-        """What must be equal for a run to reuse the work of another, whatever their working directories."""
+        """Return what must be equal for a run to reuse the work of another, whatever their working directories."""
         from headscope.index.columns import index_identity
         from headscope.index.reading import read_manifest
         from headscope.sae.formats import lasting_name, sae_hash
@@ -178,7 +178,7 @@ class _Work:
         }
 
     def named(self) -> list[tuple[str, str | Path]]:
-        """A name for each SAE that no other has and that is good for a file, and where it or its index is.
+        """Name each SAE uniquely, in a form valid for files, with the location of it or its index.
 
         Raises:
             SAEError: the same one twice.
@@ -216,7 +216,7 @@ class _Work:
         return SubjectResult(name, _facts(live.index), chosen, results, tokens)
 
     def _index(self, name: str, of: str | Path) -> Path:
-        """The index of an SAE: the one given, or one that is built here unless it stands."""
+        """Open the index of an SAE: the given one, or one that is built here unless it exists."""
         if isinstance(of, Path):
             return of
         index = self.out / "indexes" / name
@@ -238,12 +238,12 @@ class _Work:
         return None if self.inputs.upstream is None else jobs.upstream_sae(live, self.inputs.upstream)
 
     def _study(self, subject: "Subject", study: Section, kept: Path, identity: str) -> StudyResult:
-        """What one study finds, unless it is known."""
+        """Return the results of one study, stored or computed."""
         own = _hash({"identity": identity, "study": study.name, "version": study.version})
         path = kept / f"{study.name}.json"
         standing = _kept(path, own) if study.kept else None
         if standing is not None:
-            with suppress(KeyError, TypeError, ValueError):  # of another version: made again
+            with suppress(KeyError, TypeError, ValueError):  # of another version: recomputed
                 return StudyResult.from_dict(standing["result"])
         stage = f"{subject.name}: {study.name}"
         self.progress(stage, 0, 1)
@@ -251,7 +251,7 @@ class _Work:
         subject = replace(subject, progress=lambda done, total: self.progress(stage, done, total))
         try:
             found = study.run(subject)
-        except Exception as error:  # whatever it is: one study must not lose the others
+        except Exception as error:  # any exception: one study must not lose the others
             return self._failed(study, error, time.monotonic() - started)
         result = StudyResult(study.name, round(time.monotonic() - started, 2), tuple(found))
         self.progress(stage, 1, 1)
@@ -259,7 +259,7 @@ class _Work:
         return result
 
     def _failed(self, study: Section, error: Exception, seconds: float) -> StudyResult:
-        """Rows that say why there is nothing; the next run tries again."""
+        """Return rows with the reason of a failure; the next run tries again."""
         if isinstance(error, HeadscopeError):
             why = f"{error.got}; expected: {error.expected}"
         else:
@@ -270,7 +270,7 @@ class _Work:
 
     # ---------------------------------------------------------------------------------------------------------- output
     def write(self, subjects: tuple[SubjectResult, ...]) -> Report:
-        """Put the report together and write its three files."""
+        """Assemble the report and write its three files."""
         from headscope.report.render_html import html
         from headscope.report.render_markdown import markdown
 
@@ -290,7 +290,7 @@ class _Work:
 
 # -------------------------------------------------------------------------------------------------------------- keeping
 def _identity(index: "FeatureIndex", settings: Settings) -> str:
-    """What a study's result depends on, besides the study itself."""
+    """Return all that a study's result depends on, besides the study itself."""
     from headscope.index.columns import index_identity
 
     return _hash({"index": index_identity(index.manifest), "settings": asdict(settings)})
@@ -301,13 +301,13 @@ def _hash(content: Any) -> str:
 
 
 def _kept(path: Path, identity: str) -> dict[str, Any] | None:
-    """What an earlier run left, if it is of the same."""
+    """Read the results of an earlier run, if they are for the same inputs."""
     content = _read(path)
     return content if isinstance(content, dict) and content.get("identity") == identity else None
 
 
 def _read(path: Path) -> Any:
-    """The content of a file of ours; None where there is none that can be read."""
+    """Read one of our files; None where it is missing or unreadable."""
     try:
         return read_json(path)
     except (OSError, ValueError):
@@ -326,7 +326,7 @@ def _remove(path: Path) -> None:
 
 
 def _facts(index: "FeatureIndex") -> dict[str, Any]:
-    """Of an index, what a report says of it."""
+    """Return the facts on an index for the report."""
     manifest = index.manifest
     names = ("site", "layer", "z_convention", "dtype", "n_alive", "n_pairs", "l0")
     facts = {name: manifest[name] for name in names} | {"index_created": manifest["created"]}

@@ -1,4 +1,4 @@
-"""The one SAE under study: what every study of the report is given."""
+"""The SAE under study: the input of every section of the report."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -16,15 +16,15 @@ T = TypeVar("T")
 
 
 def _silent(_done: int, _total: int) -> None:
-    """Report to no one."""
+    """Ignore progress."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An index with its model and SAE, the exemplars chosen from it, and how much to look at."""
+    """An index with its model and SAE, the exemplars chosen from it, and the sample sizes."""
 
     name: str
-    """Of the SAE, as the report calls it."""
+    """Name of the SAE in the report."""
     live: LiveIndex
     exemplars: tuple[Exemplar, ...] = ()
     """At most one of each kind; a kind without a feature has none."""
@@ -32,19 +32,19 @@ class Subject:
     upstream_sae: SAE | None = None
     """An `mlp_out` SAE of an earlier layer, whose features are nodes of the circuit; None where there is none."""
     progress: Callable[[int, int], None] = field(default=_silent, compare=False)
-    """Called with the work done and the work in all, of the section that runs."""
+    """Progress callback of the running section: called with the work done and the total."""
     found: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
-    """Results that several sections need, by name; they go when the subject does."""
+    """Results shared by several sections, by name; they live as long as the subject."""
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what `make` computed for a key before, or computes now."""
+        """Return the result of `make` for a key, computed once."""
         if key not in self.found:
             self.found[key] = make()
         return self.found[key]  # pyright: ignore[reportReturnType] - a key has one kind of value
 
     @property
     def index(self) -> FeatureIndex:
-        """What is known of every feature."""
+        """The index."""
         return self.live.index
 
     @property
@@ -58,7 +58,7 @@ class Subject:
         return self.live.sae
 
     def exemplar(self, kind: Kind) -> Exemplar:
-        """The exemplar of a kind.
+        """Return the exemplar of a kind.
 
         Raises:
             StudyError: there is none.
@@ -73,7 +73,7 @@ class Subject:
         )
 
     def some_exemplars(self) -> tuple[Exemplar, ...]:
-        """All exemplars.
+        """Return all exemplars.
 
         Raises:
             StudyError: there is none of any kind.
@@ -87,9 +87,9 @@ class Subject:
         return self.exemplars
 
     def text(self, token: int) -> str:
-        """A token as it is written, spaces made visible in quotes."""
+        """Format a token, in quotes with visible spaces."""
         return visible(repr(self.index.vocabulary[0][token].decode(errors="replace")))
 
     def head_name(self, head: int) -> str:
-        """`1.6`: layer and head."""
+        """Format a head as layer and head: `1.6`."""
         return f"{self.sae.site.layer}.{head}"
