@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     """
     keep_freed_memory()
     _print_in_any_encoding()
-    command, arguments = None, sys.argv[1:] if arguments is None else arguments
+    is_process, command = arguments is None, None
+    arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in _STUDIES:
         arguments = ["study", *arguments]
     try:
@@ -54,6 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
             check_fields(command)
             command.run()
         sys.stdout.flush()
+        if is_process and getattr(command, "serves", False):
+            # a computation may go on in a thread: torch aborts, and DuckDB complains, if they are torn down under it
+            os._exit(0)
     except HeadscopeError as error:
         sys.stderr.write(f"headscope: {error}\n")
         sys.exit(2)

@@ -9,7 +9,6 @@ import tyro
 from headscope import jobs
 from headscope.commands.display import Display
 from headscope.commands.options import FLAT, OnDevice
-from headscope.commands.pages import end_computing
 from headscope.jobs import demo
 from headscope.limits import Input, Name, Output, Port
 from headscope.report import run as report
@@ -32,6 +31,11 @@ class Demo:
     overwrite: bool = False
     """Start from scratch, replacing the output of an earlier run."""
 
+    @property
+    def serves(self) -> bool:
+        """Whether it ends as a server."""
+        return self.serve
+
     def run(self) -> None:
         """Run the stages that are missing, print the results, and serve."""
         with Display() as display:
@@ -49,7 +53,6 @@ class Demo:
             display.say(line)
         if self.serve:
             jobs.serve(result.index, model=demo.MODEL, upstream_saes=(demo.UPSTREAM_SAE,), port=self.port)
-            end_computing()
 
 
 @dataclass(frozen=True, kw_only=True)

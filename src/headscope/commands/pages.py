@@ -1,9 +1,8 @@
 """Commands that show an index: the explorer, and pages exported as files."""
 
-import os
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -16,6 +15,8 @@ from headscope.limits import Input, Latent, Name, Output, Port
 @dataclass(frozen=True, kw_only=True)
 class Serve(MayRunModel):
     """Serve the explorer of an index on 127.0.0.1 until Ctrl-C."""
+
+    serves: ClassVar[bool] = True
 
     index: Input
     """An index folder."""
@@ -40,23 +41,12 @@ class Serve(MayRunModel):
             open_browser=self.open,
             on_progress=_say_stage,
         )
-        end_computing()
 
 
 def _say_stage(stage: str, done: int, _total: int) -> None:
     """Say that a model is loaded; a bar would stay on the terminal for as long as the page is served."""
     if done == 0 and stage.startswith("load "):
         sys.stderr.write(f"{stage} ...\n")
-
-
-def end_computing() -> None:
-    """Exit at once if the stopped server left a computation running: torch aborts if it is torn down under one."""
-    from headscope.explorer.desk import at_work
-
-    if at_work():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 @dataclass(frozen=True, kw_only=True)

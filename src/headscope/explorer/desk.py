@@ -10,7 +10,6 @@ from starlette.responses import Response
 from headscope.encode import Json
 from headscope.explorer.answers import Kept, Packed, answer, busy, failure, pack_json
 
-_THREAD = "headscope desk"
 _GIVE_WAY_S = 1.0
 """Maximum delay of a computation in favour of those waiting at another desk."""
 
@@ -172,10 +171,5 @@ def _in_thread(work: Callable[[], Packed]) -> asyncio.Future[Packed]:
         if not loop.is_closed():
             loop.call_soon_threadsafe(end, packed, raised)
 
-    threading.Thread(target=begin, name=_THREAD, daemon=True).start()
+    threading.Thread(target=begin, daemon=True).start()
     return future
-
-
-def at_work() -> bool:
-    """Whether a computation is running, possibly after the server has stopped: threads cannot be killed."""
-    return any(thread.name == _THREAD for thread in threading.enumerate())
