@@ -87,9 +87,9 @@ def words(text: str) -> str:
     return " ".join(re.sub(r"[^\w]+", " ", text).split())
 
 
-def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def help_of(capsys: pytest.CaptureFixture[str], *arguments: str, option: str = "--help") -> str:
     with pytest.raises(SystemExit) as ended:
-        run(*arguments, "--help")
+        run(*arguments, option)
     assert ended.value.code == 0
     return capsys.readouterr().out
 
@@ -99,11 +99,36 @@ def test_the_help_of_a_command_shows_every_field_with_its_docstring(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: type
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
-    shown = help_of(capsys, command.__name__.lower())
+    shown = help_of(capsys, command.__name__.lower(), option="--help-all")
     for name, doc in documented_fields(command):
         assert re.search(rf"--(no-)?{name.replace('_', '-')}\b|\b{name.upper()}\b", shown), name
         assert doc, f"{command.__name__}.{name} has no docstring"
         assert words(doc) in words(shown), name
+
+
+@pytest.mark.parametrize("name", ["train", "sweep", "index", "eval", "report"])
+def test_the_help_of_a_command_with_many_options_fits_two_screens(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    short, whole = help_of(capsys, name), help_of(capsys, name, option="--help-all")
+    assert len(short.splitlines()) <= 80
+    assert f"more: headscope {name} --help-all" in short
+    listed, every = (set(re.findall(r"^\W+(--[a-z0-9-]+)", text, re.MULTILINE)) for text in (short, whole))
+    assert listed < every
+    assert int(re.search(r"(\d+) more", short)[1]) == len(every - listed)
+
+
+def test_the_short_help_shows_the_defaults_of_the_command_and_of_the_preset(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    default_of = r"--{} [^-].*?\(default: (\w+)\)"
+    shown = help_of(capsys, "train")
+    assert re.search(default_of.format("split"), shown, re.DOTALL)[1] == "train"
+    assert re.search(default_of.format("variant"), shown, re.DOTALL)[1] == "batchtopk"
+    shown = help_of(capsys, "train", "--preset", "anthropic-april-2024")
+    assert re.search(default_of.format("variant"), shown, re.DOTALL)[1] == "relu"
 
 
 def test_the_help_lists_the_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

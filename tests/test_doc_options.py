@@ -15,7 +15,7 @@ FOREIGN = {
     *("--nproc-per-node", "--shutdown-timeout"),  # torchrun
     *("--repo-type", "--local-dir", "--include"),  # hf download
     *("--to",),  # jupyter nbconvert
-    *("--version",),  # of headscope itself, without a command
+    *("--version", "--help-all"),  # of headscope itself, without a command
     *("--compile", "--data", "--json", "--rounds", "--shapes", "--steps"),  # benchmarks
 }
 OF_COMMAND = {command.__name__.lower(): options_of(command) for command in COMMANDS}

@@ -1,5 +1,6 @@
 """The command line: parses it and runs one of the `commands`."""
 
+import inspect
 import io
 import os
 import re
@@ -20,6 +21,8 @@ from headscope.commands.end_to_end import Demo, Report
 from headscope.commands.indexes import Index, Survey
 from headscope.commands.pages import Dive, Export, Serve
 from headscope.commands.saes import Convert, Eval, Info
+from headscope.commands.short_help import ALL as ALL_HELP
+from headscope.commands.short_help import shortened
 from headscope.commands.studies import Study
 from headscope.commands.training import Runs, Sweep, Train, preset_of
 from headscope.errors import INTERRUPTED, HeadscopeError, OptionError
@@ -72,10 +75,23 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parsed(arguments: list[str]) -> Any:
     """The command that the arguments name, with its options."""
-    if arguments[:1] == ["study"] and len(arguments) > 1:
-        return studies.parse(arguments[1:], registry=_numbers())
     with preset_of(arguments):
+        if {"-h", "--help"} & set(arguments[1:]):
+            _print_short_help(arguments[0])
+        arguments = ["--help" if argument == ALL_HELP else argument for argument in arguments]
+        if arguments[:1] == ["study"] and len(arguments) > 1:
+            return studies.parse(arguments[1:], registry=_numbers())
         return tyro.cli(Command, args=arguments, prog="headscope", description=_DESCRIPTION, registry=_numbers())
+
+
+def _print_short_help(name: str) -> None:
+    """Print the main options of a command that has many, and exit; otherwise return."""
+    command = next((command for command in get_args(Command) if command.__name__.lower() == name), None)
+    short = command and shortened(command)
+    if short and short.n_hidden:
+        more = f"The main options; {short.n_hidden} more: headscope {name} {ALL_HELP}"
+        said = f"{inspect.getdoc(short.command)}\n\n{more}"
+        tyro.cli(short.command, args=["--help"], prog=f"headscope {name}", description=said)
 
 
 def _check_not_empty(arguments: list[str]) -> None:
