@@ -1,1 +1,1 @@
-"""Studies of features and heads, by the question that they answer; each returns frozen records."""
+"""Studies of features and heads, grouped by the question that they answer; each returns frozen records."""

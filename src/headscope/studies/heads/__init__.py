@@ -1,1 +1,1 @@
-"""What the heads of a model do, and which features each of them makes."""
+"""Studies of heads: their functions, and the features each of them makes."""

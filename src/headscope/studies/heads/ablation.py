@@ -1,9 +1,9 @@
-"""Ablate each head of an SAE's layer, and see which features turn off, which turn on, and what it does to the loss.
+"""Ablate each head of an SAE's layer: features it silences, features it switches on, and the effect on the loss.
 
-The pre-activation is a sum over heads, so putting a constant part r_h of z in the place of head h's changes it by what
-is stored: `p' = p - (C_h - R_h)` with `C_h` the head's DFA and `R_h = (r_h - c_h) . W_enc[h, :, j]`. What turns off is
-therefore read off the index, for every head and feature, without a run of the model (`head_effects`). What turns on is
-active nowhere in the index, and takes one reading of z (`firing_under_ablation`); losses take a run for each head
+The pre-activation is a sum over heads, so replacing head h's z by a constant r_h changes it by stored quantities: `p' =
+p - (C_h - R_h)` with `C_h` the head's DFA and `R_h = (r_h - c_h) . W_enc[h, :, j]`. Silenced features are therefore
+computed from the index, for every head and feature, without running the model (`head_effects`). Features switched on
+are not active in the index, and need one pass over z (`firing_under_ablation`); losses need a run per head
 (`loss_table`).
 """
 
@@ -27,18 +27,18 @@ from headscope.studies.support.replacement import Kind, Progress, Replacement, b
 
 OffRule = Literal["every token", "most tokens", "most activation"]
 """When a feature counts as off: at every token where it was active; at more than half of them; or when its summed
-activation is less than half of what it was."""
+activation falls below half."""
 
 STORED_BITS = 14
-"""Significant bits of the contributions that an index stores: the error of each is at most 2^-14 of it."""
-_ROWS = 256  # rows of pre-activations of all latents held at a time
+"""Significant bits of the contributions stored in an index: their relative error is at most 2^-14."""
+_ROWS = 256  # rows of pre-activations of all latents in memory at a time
 
 
 def activation_thresholds(sae: SAE) -> Float[np.ndarray, " latent"]:
-    """The pre-activation above which each latent is active, whatever the others do.
+    """Return the pre-activation above which each latent is active, independent of the others.
 
     Raises:
-        StudyError: a TopK SAE, in which it depends on the others.
+        StudyError: a TopK SAE, where it depends on the others.
     """
     if isinstance(sae.activation, TopK):
         raise StudyError(
@@ -54,7 +54,7 @@ def activation_thresholds(sae: SAE) -> Float[np.ndarray, " latent"]:
 # ------------------------------------------------------------------------------------------------------- what turns off
 @dataclass(frozen=True)
 class HeadEffects:
-    """What is left of each feature, at the tokens where it is active, when one head is ablated: features x heads."""
+    """Remainder of each feature, at its active tokens, when one head is ablated: features x heads."""
 
     kind: Kind
     layer: int
@@ -77,12 +77,12 @@ class HeadEffects:
 
     @property
     def fraction_off(self) -> Float[np.ndarray, "latent head"]:
-        """Share of the active tokens at which it turns off; NaN for dead features."""
+        """Share of the active tokens at which it is silenced; NaN for dead features."""
         with np.errstate(invalid="ignore"):
             return self.n_off / self.n_active[:, None]
 
     def is_off(self, rule: OffRule = "every token") -> Bool[np.ndarray, "latent head"]:
-        """Whether ablating each head counts as turning each feature off; never for a dead one.
+        """Return whether ablating each head counts as silencing each feature; never for a dead one.
 
         Raises:
             StudyError: an unknown rule.
@@ -99,12 +99,12 @@ class HeadEffects:
         raise StudyError(f"rule {rule!r}", expected=f"one of {', '.join(get_args(OffRule))}", do="name one of these")
 
     def turned_off(self, latents: Int[np.ndarray, " n"] | Sequence[int], head: int, rule: OffRule) -> Measure:
-        """The share of some features that ablating a head turns off (the post's 443/450), dead ones left out.
+        """Measure the share of some features that ablating a head silences (the post's 443/450), without dead ones.
 
         Interval: Wilson, 95 %. Null: the same for each of the other heads, mean and range.
 
         Raises:
-            StudyError: a head or latent that there is not, or an unknown rule.
+            StudyError: no such head or latent, or an unknown rule.
         """
         chosen = self._live(latents)
         check_head(head, self.n_heads)
@@ -122,7 +122,7 @@ class HeadEffects:
 def share_of(
     definition: str, holds: Bool[np.ndarray, " n"], elsewhere: Bool[np.ndarray, "n other"] | None = None
 ) -> Measure:
-    """The share of features for which something holds; Wilson 95 %. The null is the same elsewhere: mean and range."""
+    """Measure the share of features for which something holds, Wilson 95 %; null: mean and range elsewhere."""
     n = len(holds)
     null = None
     if n and elsewhere is not None and elsewhere.shape[1]:
@@ -135,10 +135,10 @@ def share_of(
 
 
 def check_latents(latents: Int[np.ndarray, " n"] | Sequence[int], n_latents: int) -> Int[np.ndarray, " n"]:
-    """Latents as an array.
+    """Return latents as an array.
 
     Raises:
-        StudyError: there is none, or one that there is not.
+        StudyError: there are none, or one is invalid.
     """
     chosen = np.asarray(latents, dtype=np.int64)
     wrong = chosen[(chosen < 0) | (chosen >= n_latents)]
@@ -160,7 +160,7 @@ def check_head(head: int, n_heads: int) -> None:
 
 
 def head_effects(live: LiveIndex, replacement: Replacement) -> HeadEffects:
-    """What ablating each head of the SAE's layer leaves of each feature, from the index: the activations are read once.
+    """Compute from the index what remains of each feature when each head of the SAE's layer is ablated, in one pass.
 
     Raises:
         StudyError: a TopK SAE.
@@ -172,7 +172,7 @@ def head_effects(live: LiveIndex, replacement: Replacement) -> HeadEffects:
 def effects_of(
     live: LiveIndex, replacements: Sequence[Replacement], on_progress: Progress | None = None
 ) -> tuple[HeadEffects, ...]:
-    """`head_effects` for several replacements; the activations are still read once. Progress is in latents.
+    """Compute `head_effects` for several replacements, still in one pass. Progress is in latents.
 
     Raises:
         StudyError: a TopK SAE.
@@ -204,14 +204,14 @@ def effects_of(
 
 
 def _rounding(f: Float[np.ndarray, "n 1"], heads: Float[np.ndarray, "n head"]) -> Float[np.ndarray, "n head"]:
-    """How far a stored f - C_h can be from the true one: C_h has 14 bits, f the 24 of float32."""
+    """Bound the error of a stored f - C_h: C_h has 14 bits, f the 24 of float32."""
     return np.abs(heads) * 2.0**-STORED_BITS + np.abs(f) * 2.0**-22
 
 
 # -------------------------------------------------------------------------------------------------------- what turns on
 @dataclass(frozen=True)
 class AblatedFiring:
-    """Where each feature is active when one head is ablated, over all text tokens of some blocks: features x heads."""
+    """Activity of each feature when one head is ablated, over all text tokens of some blocks: features x heads."""
 
     kind: Kind
     layer: int
@@ -230,12 +230,12 @@ class AblatedFiring:
         return self.n_ablated - self.n_both
 
     def silenced(self, latents: Int[np.ndarray, " n"] | Sequence[int], head: int) -> Measure:
-        """The share of some features that are active in this sample, and nowhere in it when a head is ablated.
+        """Measure the share of some features active in this sample that are nowhere active when a head is ablated.
 
-        The strictest reading of the post's "turned off". Interval: Wilson. Null: the other heads, mean and range.
+        The strictest definition of the post's "turned off". Interval: Wilson. Null: the other heads, mean and range.
 
         Raises:
-            StudyError: a head or latent that there is not.
+            StudyError: no such head or latent.
         """
         chosen = check_latents(latents, len(self.n_clean))
         check_head(head, self.n_ablated.shape[1])
@@ -253,13 +253,13 @@ def firing_under_ablation(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> AblatedFiring:
-    """Where every feature is active when each head is ablated: one reading of z, whatever the number of heads.
+    """Measure where every feature is active when each head is ablated, in one pass over z for all heads.
 
     Args:
         live: the index with its model and SAE; any activation function.
-        replacement: what stands in the place of a head.
-        max_blocks: read this many blocks, drawn evenly; all when None.
-        seed: of the draw.
+        replacement: replacement for a head's z.
+        max_blocks: maximum number of blocks, sampled uniformly; None: all.
+        seed: seed of the sample.
         on_progress: called as blocks are done.
     """
     report = on_progress or (lambda _done, _total: None)
@@ -307,13 +307,13 @@ def _add(counts: Tensor, mass: Tensor, row: int, f: Float[Tensor, "row latent"])
 # ------------------------------------------------------------------------------------------- other features of a head
 @dataclass(frozen=True)
 class OtherFeatures:
-    """Features of a head that are not of a family, such as induction, by the two readings of the post."""
+    """Features of a head outside of a family, such as induction, by the two definitions of the post."""
 
     head: int
     firing: Int[np.ndarray, " n_firing"]
-    """Those that are active most often when the head is ablated (the letter of the post), most first."""
+    """Those most often active when the head is ablated (the post, taken literally), most first."""
     lost: Int[np.ndarray, " n_lost"]
-    """Those that lose most active tokens when the head is ablated."""
+    """Those that lose the most active tokens when the head is ablated."""
     by_dfa: Int[np.ndarray, " n_by_dfa"]
     """Those with the largest summed positive DFA of the head over their active tokens."""
 
@@ -328,14 +328,14 @@ def other_features(
     """Rank the features outside a family.
 
     Args:
-        firing: under ablation of each head.
+        firing: activity under ablation of each head.
         mass: `sum max(C_h, 0)` over the active tokens (`catalogue.head_mass`).
         family: whether each latent belongs to it.
-        head: which.
-        k: of each list.
+        head: the head.
+        k: length of each list.
 
     Raises:
-        StudyError: no such head, or arrays of other latents.
+        StudyError: no such head, or arrays of different numbers of latents.
     """
     check_head(head, firing.n_ablated.shape[1])
     if mass.shape != firing.n_ablated.shape or family.shape != firing.n_clean.shape:
@@ -356,7 +356,7 @@ def other_features(
 # ---------------------------------------------------------------------------------------------------------- loss table
 @dataclass(frozen=True)
 class LossRow:
-    """The mean loss where a feature is active, and what ablating each head adds to it."""
+    """Mean loss where a feature is active, and its increase under ablation of each head."""
 
     latent: int
     n: int
@@ -374,7 +374,7 @@ class LossTable:
     heads: tuple[int, ...]
     rows: tuple[LossRow, ...]
     n_tokens: int
-    """Text tokens of the blocks read, whose next token is text."""
+    """Text tokens of these blocks whose next token is text."""
 
 
 def loss_table(
@@ -387,19 +387,19 @@ def loss_table(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> LossTable:
-    """The mean loss of the next token where each feature is active: clean, and with each head ablated.
+    """Measure the mean next-token loss where each feature is active: clean, and with each head ablated.
 
     Args:
         live: the index with its model and SAE.
-        latents: which features.
-        heads: of the SAE's layer; the induction head and a control, say.
-        replacement: what stands in the place of a head, at all positions.
-        max_blocks: read this many of the blocks in which a feature is active, drawn evenly; all when None.
-        seed: of the draw.
+        latents: the features.
+        heads: heads of the SAE's layer, for example the induction head and a control.
+        replacement: replacement for a head's z, at all positions.
+        max_blocks: maximum number of blocks in which a feature is active, sampled uniformly; None: all.
+        seed: seed of the sample.
         on_progress: called as blocks are done.
 
     Raises:
-        StudyError: a latent or head that there is not.
+        StudyError: no such latent or head.
     """
     report = on_progress or (lambda _done, _total: None)
     for head in heads:
@@ -446,5 +446,5 @@ def loss_table(
 
 
 def _null(document: Int[np.ndarray, " token"], change: Float[np.ndarray, " token"]) -> Estimate | None:
-    """The mean change over all tokens, with its interval; the value alone stands for it where there is none."""
+    """Return the mean change over all tokens, with its interval; without the interval where it is undefined."""
     return estimate_of(ratio(document, change, np.ones(len(change)), definition=""))

@@ -1,8 +1,8 @@
-"""What each head does, by the features it makes: how many, how alike, how much of one family. No torch, no model.
+"""Functions of each head, by the features it makes: number, similarity, share of one family. No torch, no model.
 
-A head's features are weighed by the DFA it gives them, `q_j = sum over active tokens of max(C_h, 0)`, or by weight
-alone. Features with the same (source class, output class) are a cluster; the classes are of tokens: that from which
-the head brings most, and that whose logit the feature raises most.
+A head's features are weighted by its DFA in them, `q_j = sum over active tokens of max(C_h, 0)`, or by the SAE's
+weights alone. Features with the same (source class, output class) form a cluster; the classes are of tokens: the head's
+top source, and the token whose logit the feature raises most.
 """
 
 import re
@@ -18,7 +18,7 @@ from headscope.stats import Estimate, Measure, resampled, unit_draws
 from headscope.studies.when.split import TextTokens
 
 N_TOP = 10
-"""Features of a head that are read in the literature: those with the most weight."""
+"""Features of a head that the literature inspects: those with the most weight."""
 _UNITS = 64  # groups of neighbouring documents that are resampled
 _SAMPLES = 200
 _SHUFFLES = 200
@@ -36,7 +36,7 @@ _CLASSES = (
 
 
 def token_class(token: bytes, *, special: bool = False) -> str:
-    """What kind of token it is, by its bytes: one of ten classes, `special`, or `other`."""
+    """Classify a token by its bytes: one of ten classes, `special`, or `other`."""
     if special:
         return "special"
     return next((name for name, pattern in _CLASSES if pattern.fullmatch(token)), "other")
@@ -51,12 +51,12 @@ class HeadMass:
 
     @property
     def total(self) -> Float[np.ndarray, "latent head"]:
-        """Over all documents."""
+        """The sum over all documents."""
         return self.values.sum(0)
 
 
 def head_mass(index: FeatureIndex) -> HeadMass:
-    """Sum the stored contributions: the activations are read once.
+    """Sum the stored contributions, in one pass over the activations.
 
     Raises:
         IndexFormatError: a damaged index.
@@ -80,40 +80,41 @@ class Cluster:
     family: str
     n: int
     share: float
-    """Of the head's weight."""
+    """Share of the head's weight."""
     latents: Int[np.ndarray, " k"]
-    """The heaviest, most first."""
+    """The latents with the most weight, most first."""
 
 
 @dataclass(frozen=True)
 class HeadCard:
-    """How many things a head does, with one way to weigh its features."""
+    """Number of functions of a head, by one weighting of its features."""
 
     head: int
     by: str
     """`dfa` or the name of a share of `records.Shares`."""
     n_features: int
-    """With any weight in this head."""
+    """Number of features with any weight in this head."""
     effective_features: Measure
     """exp(entropy) of the weights."""
     effective_families: Measure
-    """exp(entropy) of the weights of clusters; below its null where the head's features are more alike than any."""
+    """exp(entropy) of the weights of clusters; below its null where the head's features are more similar than average.
+    """
     largest: Measure
-    """The share of the largest family; above its null where the head has a speciality."""
+    """The share of the largest family; above its null where the head is specialised."""
     clusters: tuple[Cluster, ...]
     """Largest share first."""
     top: Int[np.ndarray, " k"]
-    """The heaviest features, most first."""
+    """The features with the most weight, most first."""
     top_in_one: int
-    """Of them, those of the commonest family among them: all, where a head looks monosemantic in its top features."""
+    """Number of these in their most common family: all, where a head looks monosemantic in its top features."""
 
 
 def families(index: FeatureIndex, head: int) -> list[str]:
-    """The (source class, output class) of each latent at one head, as `source > output`.
+    """Return the (source class, output class) of each latent at one head, as `source > output`.
 
-    The source is the token type from which the head brings most of its squared DFA, among the sources that the index
-    keeps, or the BOS. Where it is the very token that the feature predicts, the family is `copies ...`. A latent
-    without sources at this head is of no family: an empty name.
+    The source is the token type with most of the head's squared DFA, among the sources stored in the index, or the BOS.
+    Where it is the token that the feature predicts, the family is `copies ...`. A latent without sources at this head
+    has no family: an empty name.
 
     Raises:
         StudyError: no such head.
@@ -151,22 +152,22 @@ def catalogue(
     mass: HeadMass | None = None,
     seed: int = 0,
 ) -> tuple[HeadCard, ...]:
-    """Each head of the layer, by the features it makes.
+    """Catalogue each head of the layer by the features it makes.
 
     Intervals of the weights by DFA: percentile bootstrap over groups of documents, 95 %. Weights have none. Nulls: for
     families, their names shuffled among the head's features, mean and range of 200 shuffles; for the number of
-    features, each feature's weights moved to other heads in a cycle, likewise.
+    features, each feature's weights rotated over heads, likewise.
 
     Args:
         index: open.
         by: `dfa`, or a share of `records.Shares` of the weights.
-        family: of each latent, the same for all heads: `induction` and what it is not, say. `families` when None.
+        family: family of each latent, the same for all heads, for example `induction` or not; default: `families`.
             Latents with an empty name are in no cluster.
-        mass: what `head_mass` found, when it is at hand; for `dfa` alone.
-        seed: of the resamples and shuffles.
+        mass: result of `head_mass`, if available; for `dfa` only.
+        seed: seed of the resamples and shuffles.
 
     Raises:
-        StudyError: an unknown share, or families of other latents.
+        StudyError: an unknown share, or a different number of families.
     """
     if family is not None and len(family) != index.n_latents:
         raise StudyError(f"{len(family)} families", expected=f"{index.n_latents}, one a latent", do="name one of each")
@@ -214,14 +215,14 @@ def _card(values: Float[np.ndarray, "unit latent head"], head: int, by: str, fam
 
 
 def _moved(values: Float[np.ndarray, "unit latent head"], head: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """The weights that this head would have if each feature's heads were exchanged in a cycle of its own."""
+    """Return the weights of this head after a random rotation of each feature's heads."""
     total = values.sum(0)
     rows, n_heads = np.arange(len(total)), total.shape[1]
     return [total[rows, (head + rng.integers(0, n_heads, len(rows))) % n_heads][None] for _ in range(_SHUFFLES)]
 
 
 def _effective(weights: Float[np.ndarray, "sample item"]) -> Float[np.ndarray, " sample"]:
-    """exp(entropy) of each row; NaN for one without weight."""
+    """Compute exp(entropy) of each row; NaN for a row without weight."""
     with np.errstate(invalid="ignore", divide="ignore"):
         share = weights / weights.sum(1, keepdims=True)
         entropy = -np.sum(np.where(share > 0, share * np.log(share), 0), axis=1)
@@ -239,7 +240,7 @@ def _measure(
     sums: Float[np.ndarray, "unit item"],
     nulls: list[np.ndarray],
 ) -> Measure:
-    """A statistic of weights summed over documents, resampled, beside its nulls."""
+    """Measure a statistic of weights summed over documents, with bootstrap interval and nulls."""
     n = sums.shape[1]
     if n == 0 or not sums.sum() > 0:
         return Measure(definition, n, missing="no feature has any weight in this head")

@@ -1,9 +1,9 @@
-"""Which heads have a role, told from what the same architecture does with weights that mean nothing.
+"""Test which heads have a role, against the same architecture with shuffled weights.
 
-A head of a model at random also attends a little more here than there, so "more than evenly" is no test. The null is
-the model itself with the entries of each of its weights shuffled, many times over: for weights that are drawn
-independently, the model is one draw among its shuffles, and the rank of a head's score among theirs is a p-value that
-is exact whatever the architecture (a permutation test; Fisher 1935).
+Heads of a random model do not attend uniformly either, so "more than uniform" is no test. The null is the model itself
+with the entries of each weight shuffled, many times: for independently drawn weights the model is exchangeable with its
+shuffles, and the rank of a head's score among theirs is an exact p-value for any architecture (a permutation test;
+Fisher 1935).
 """
 
 import copy
@@ -24,37 +24,37 @@ from headscope.studies.heads.scores import repeated_tokens, scores_by_sequence
 Role = Literal["previous_token", "induction", "duplicate_token", "copying"]
 COPIES = "share of tokens whose own logit the head's output raises more than those of 99 % of the vocabulary"
 ALPHA = 0.01
-"""A test of one role of one head finds one where there is nothing in at most this share of cases."""
+"""Significance level of a test of one role of one head."""
 LEAST = 0.25
-"""A role also takes this much: of the attention, or of the tokens copied."""
+"""Minimum score of a role: share of the attention, or of the tokens copied."""
 _TOP = 0.01
 _OTHERS = 1024  # tokens of the vocabulary against which copying is tested
 
 Progress = Callable[[int, int], None]
-"""Called with the shuffled models done and all of them."""
+"""Progress callback: called with the shuffled models done and the total."""
 
 
 # ------------------------------------------------------------------------------------------------------------- copying
 @dataclass(frozen=True)
 class Copying:
-    """How far each head's output raises the logit of the token it reads: `LN(e_t) W_V W_O` through the final norm."""
+    """How far each head raises the logit of the token it attends to: `LN(e_t) W_V W_O` through the final norm."""
 
     share: Float[Tensor, "layer head"]
-    """Of tokens whose own logit it raises more than those of 99 % of all; 1 % for a table without meaning."""
+    """Share of tokens whose own logit it raises more than those of 99 % of all; 1 % for a random table."""
     interval: Float[Tensor, "end layer head"]
     """95 %, tokens resampled; NaN with fewer than 10 tokens."""
     n: int
-    """Tokens looked at."""
+    """Number of tokens."""
     definition: str = COPIES
 
 
 def copying(model: Model, *, n_tokens: int = 512, seed: int = 0) -> Copying:
-    """Score every head of every layer: each token is read alone, and what the head writes goes straight to the logits.
+    """Score every head of every layer: each token alone, with the head's output going straight to the logits.
 
     Args:
-        model: whose heads.
-        n_tokens: look at so many tokens, drawn without replacement; at all when the vocabulary has no more.
-        seed: of the draw.
+        model: the model.
+        n_tokens: number of tokens, drawn without replacement; at most the vocabulary.
+        seed: seed of the draw.
     """
     copied = _copied(model, n_tokens, seed)
     share = copied.mean(0)
@@ -70,9 +70,9 @@ def copying(model: Model, *, n_tokens: int = 512, seed: int = 0) -> Copying:
 
 
 def _copied(model: Model, n_tokens: int, seed: int, n_others: int | None = None) -> Float[Tensor, "token layer head"]:
-    """Whether each head raises the logit of each of some tokens more than those of 99 % of the vocabulary: 0 or 1.
+    """Test whether each head raises a token's own logit more than those of 99 % of the vocabulary: 0 or 1 per token.
 
-    Equal logits count a half. With `n_others` the vocabulary is that many tokens of it, drawn evenly.
+    Equal logits count a half. With `n_others` the vocabulary is a uniform sample of that size.
     """
     spec, generator = model.spec, torch.Generator().manual_seed(seed)
     tokens = torch.randperm(spec.d_vocab, generator=generator)[:n_tokens].to(model.device)
@@ -82,7 +82,7 @@ def _copied(model: Model, n_tokens: int, seed: int, n_others: int | None = None)
     copied = torch.zeros(len(tokens), spec.n_layers, spec.n_heads, dtype=torch.float64)
     for layer in range(spec.n_layers):
         values = model.token_values(layer, tokens)
-        outputs = model.output_directions(layer).reshape(spec.n_heads, spec.d_head, -1)  # a scale changes no rank
+        outputs = model.output_directions(layer).reshape(spec.n_heads, spec.d_head, -1)  # a scale does not change ranks
         for head in range(spec.n_heads):
             written = values[:, head] @ outputs[head]
             own = (written * of_own).sum(1, keepdim=True)
@@ -96,20 +96,20 @@ def _copied(model: Model, n_tokens: int, seed: int, n_others: int | None = None)
 # --------------------------------------------------------------------------------------------------------------- roles
 @dataclass(frozen=True)
 class RoleTest:
-    """One role of every head, against the same head of the model with its weights shuffled."""
+    """Test of one role of every head, against the same head of the model with shuffled weights."""
 
     role: Role
     statistic: Float[np.ndarray, "layer head"]
-    """The score, on the same text as the null; a smaller sample than that of `heads.head_scores`."""
+    """The score, on the same text as the null; a smaller sample than in `heads.head_scores`."""
     null: Float[np.ndarray, "shuffle layer head"]
 
     @property
     def p(self) -> Float[np.ndarray, "layer head"]:
-        """`(1 + shuffles with this score or more) / (1 + shuffles)`: at most alpha in a share alpha of cases."""
+        """The p-values `(1 + shuffles with at least this score) / (1 + shuffles)`: valid at any level alpha."""
         return (1 + (self.null >= self.statistic).sum(0)) / (1 + len(self.null))
 
     def found(self, alpha: float = ALPHA, least: float = LEAST) -> Bool[np.ndarray, "layer head"]:
-        """Which heads have the role: p at most alpha and a score of at least `least`."""
+        """Mark the heads that have the role: p at most alpha and a score of at least `least`."""
         return (self.p <= alpha) & (self.statistic >= least)
 
 
@@ -122,11 +122,11 @@ class HeadRoles:
     definition: str = "score of a head beside those of the same head with all entries of each weight shuffled"
 
     def of(self, role: Role) -> RoleTest:
-        """The test of one role."""
+        """Return the test of one role."""
         return next(test for test in self.tests if test.role == role)
 
     def names(self, layer: int, head: int, alpha: float = ALPHA, least: float = LEAST) -> tuple[Role, ...]:
-        """The roles of one head; none where the tests find nothing.
+        """Return the roles of one head; none where no test is significant.
 
         Raises:
             HeadscopeError: no such head.
@@ -152,12 +152,13 @@ def head_roles(
     """Test every role of every head of every layer.
 
     Args:
-        model: whose heads.
+        model: the model.
         n: tokens of each copy of the repeated text; 32, or what fits the context, when None.
-        n_sequences: of repeated tokens, the same for the model and its shuffles.
-        n_tokens: of the copying table.
-        n_shuffles: of the weights. The smallest p is 1 / (1 + n_shuffles): with fewer than 99 no role is found at 1 %.
-        seed: of the text and the shuffles.
+        n_sequences: sequences of repeated tokens, the same for the model and its shuffles.
+        n_tokens: tokens of the copying table.
+        n_shuffles: shuffles of the weights. The smallest p is 1 / (1 + n_shuffles): with fewer than 99 no role is found
+            at 1 %.
+        seed: seed of the text and the shuffles.
         on_progress: called after each shuffle.
 
     Raises:
@@ -190,7 +191,7 @@ def head_roles(
 
 
 def shuffles(model: Model, n: int, seed: int) -> Iterator[Model]:
-    """The model with the entries of each of its parameters in another order, n times; each ends the one before it."""
+    """Yield the model with the entries of each parameter shuffled, n times; each invalidates the previous one."""
     module = copy.deepcopy(model.module)
     held = Model(module, model.tokenizer, model.bos, f"{model.spec.name}, weights shuffled")
     generator = torch.Generator().manual_seed(seed)
@@ -198,4 +199,4 @@ def shuffles(model: Model, n: int, seed: int) -> Iterator[Model]:
         for own, shuffled in zip(model.module.parameters(), module.parameters(), strict=True):
             order = torch.randperm(own.numel(), generator=generator).to(own.device)
             shuffled.data = own.data.flatten()[order].view_as(own)
-        yield held.replica()  # nothing that a model keeps of its weights is left of the one before
+        yield held.replica()  # clears all cached data of the previous weights

@@ -1,4 +1,4 @@
-"""What the heads of a model do on text without meaning: previous-token, induction and duplicate-token scores.
+"""Head scores on repeated random tokens: previous-token, induction and duplicate-token.
 
 Olsson et al. (2022), https://transformer-circuits.pub/2022/in-context-learning-and-induction-heads. Prefix curves are
 those of Kissane et al. (2024), https://arxiv.org/abs/2406.17759, for all heads at once.
@@ -43,22 +43,22 @@ class HeadScores:
     intervals: dict[ScoreName, Float[Tensor, "end layer head"]]
     """95 %, sequences resampled; NaN with fewer than 10 sequences."""
     even: dict[ScoreName, float]
-    """The same scores of a head that spreads its attention evenly over all it can see: what chance is."""
+    """The same scores of a head with uniform attention over all visible tokens: the chance level."""
     copy_loss: float
-    """Nats a token on the second copy, from its second token on."""
+    """Nats per token on the second copy, from its second token on."""
     n_sequences: int
     n: int
-    """Tokens in each copy."""
+    """Tokens per copy."""
 
     def best(self, name: str) -> tuple[str, float]:
-        """The head with the largest score, e.g. `("1.3", 0.84)`; name is one of `DEFINITIONS`."""
+        """Return the head with the largest score, e.g. `("1.3", 0.84)`; name is one of `DEFINITIONS`."""
         scores: Tensor = getattr(self, name)
         layer, head = divmod(int(scores.argmax()), scores.shape[1])
         return f"{layer}.{head}", float(scores[layer, head])
 
 
 def repeated_tokens(model: Model, n: int, n_sequences: int, seed: int = 0) -> Int[Tensor, "sequence position"]:
-    """`[BOS, r(n), r(n)]` for random r; no token of r is the BOS."""
+    """Return `[BOS, r(n), r(n)]` for random r; no token of r is the BOS."""
     generator = torch.Generator().manual_seed(seed)
     half = torch.randint(0, model.spec.d_vocab - 1, (n_sequences, n), generator=generator)
     half += half >= model.bos
@@ -102,7 +102,7 @@ def head_scores(model: Model, *, n: int = 100, n_sequences: int = 32, seed: int 
 def scores_by_sequence(
     model: Model, tokens: Int[Tensor, "sequence position"]
 ) -> dict[ScoreName, Float[Tensor, "sequence layer head"]]:
-    """The scores of every head on each of some sequences of `repeated_tokens`."""
+    """Return the scores of every head on each of some sequences of `repeated_tokens`."""
     places = _where((tokens.shape[1] - 1) // 2)
     found: dict[ScoreName, list[Tensor]] = {name: [] for name in places}
     for pattern in _patterns(model, tokens):
@@ -112,7 +112,7 @@ def scores_by_sequence(
 
 
 def _where(n: int) -> dict[ScoreName, tuple[Int[Tensor, " query"], Int[Tensor, " query"]]]:
-    """The queries and the source of each that a score is the mean attention of."""
+    """Return the queries and their sources whose mean attention each score is."""
     later, second = torch.arange(2, 2 * n + 1), torch.arange(n + 1, 2 * n + 1)
     return {
         "previous_token": (later, later - 1),
@@ -124,7 +124,7 @@ def _where(n: int) -> dict[ScoreName, tuple[Int[Tensor, " query"], Int[Tensor, "
 def _patterns(
     model: Model, tokens: Int[Tensor, "sequence position"]
 ) -> Iterator[Float[Tensor, "sequence layer head query source"]]:
-    """Attention of all heads of all layers, some sequences at a time."""
+    """Yield the attention of all heads of all layers, some sequences at a time."""
     layers = range(model.spec.n_layers)
     for rows in tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])):
         found = model.attentions(rows, layers)
@@ -132,7 +132,7 @@ def _patterns(
 
 
 def _interval(values: Float[Tensor, "unit *axes"], draws: Float[Tensor, "sample unit"]) -> Float[Tensor, "end *axes"]:
-    """95 % percentile interval of means over units; NaN for too few."""
+    """Return the 95 % percentile interval of means over units; NaN for too few."""
     if len(values) < MINIMUM_UNITS:
         return values.new_full((2, *values.shape[1:]), torch.nan)
     means = torch.tensordot(draws, values.double().cpu(), dims=1)
@@ -143,7 +143,7 @@ def _interval(values: Float[Tensor, "unit *axes"], draws: Float[Tensor, "sample 
 # ------------------------------------------------------------------------------------------------------- prefix curves
 @dataclass(frozen=True)
 class PrefixCurves:
-    """How long a repeated prefix each head needs to attend to what followed it the first time.
+    """Induction attention of each head by the length of the repeated prefix.
 
     In random text without repetition, p tokens are copied to a later place; from the last of them, attention is
     measured to the token after the first copy. A head that needs one matching token (short prefix) has the same curve
@@ -151,19 +151,19 @@ class PrefixCurves:
     """
 
     attention: Float[Tensor, "prefix layer head"]
-    """Mean, for p = 1, 2, ..."""
+    """Mean attention, for p = 1, 2, ..."""
     interval: Float[Tensor, "end prefix layer head"]
     """95 %, sequences resampled; NaN with fewer than 10 sequences."""
     null: Float[Tensor, "prefix layer head"]
-    """The same places of the same text before anything is copied."""
+    """The same positions of the same text before anything is copied."""
     n_sequences: int
     n_pairs: int
-    """Copied prefixes in each sequence; no two share a token."""
+    """Copied prefixes per sequence; no two share a token."""
     definition: str = "mean attention from the last of p copied tokens to the token after their first copy"
 
     @property
     def gain(self) -> Float[Tensor, "layer head"]:
-        """Attention at the longest prefix less that at the shortest: 0 for a head that needs one token."""
+        """Attention at the longest prefix minus that at the shortest: 0 for a head that needs one token."""
         return self.attention[-1] - self.attention[0]
 
 
@@ -172,15 +172,15 @@ def prefix_curves(
 ) -> PrefixCurves:
     """Measure every head of every layer for prefixes of 1 to `longest` tokens.
 
-    Each sequence is the BOS and distinct random tokens, cut in slots of `longest + 1`; slots of the first half are
-    copied from, those of the second are copied to, so that many pairs share a run.
+    Each sequence is the BOS and distinct random tokens, split into slots of `longest + 1`; slots of the first half are
+    copied to slots of the second, so that many pairs share a run.
 
     Args:
-        model: whose heads.
-        longest: prefix.
-        length: of a sequence, the BOS included.
-        n_sequences: for each prefix length, the same ones.
-        seed: of the tokens and of which slot is copied to which.
+        model: the model.
+        longest: longest prefix.
+        length: length of a sequence, including the BOS.
+        n_sequences: number of sequences, shared by all prefix lengths.
+        seed: seed of the tokens and of the assignment of slots.
 
     Raises:
         ModelError: the sequences do not fit the context, or the vocabulary is too small for distinct tokens.
@@ -202,7 +202,7 @@ def prefix_curves(
         )
     generator = torch.Generator().manual_seed(seed)
     plain = _distinct(model, length, n_sequences, generator)
-    first = 1 + slot * torch.arange(n_pairs)  # where the slots copied from begin
+    first = 1 + slot * torch.arange(n_pairs)  # start of the slots copied from
     order = torch.stack([torch.randperm(n_pairs, generator=generator) for _ in range(n_sequences)])
     second = 1 + slot * (n_pairs + order)  # [sequence, pair]
     curves, nulls = [], []
@@ -224,7 +224,7 @@ def prefix_curves(
 def _distinct(
     model: Model, length: int, n_sequences: int, generator: torch.Generator
 ) -> Int[Tensor, "sequence position"]:
-    """The BOS, then random tokens of which no two are the same, nor the BOS."""
+    """Return the BOS, then random tokens, all distinct."""
     rows = torch.stack([torch.randperm(model.spec.d_vocab - 1, generator=generator) for _ in range(n_sequences)])
     rows = rows[:, : length - 1]
     start = torch.full((n_sequences, 1), model.bos)
@@ -238,7 +238,7 @@ def _places(
     second: Int[Tensor, "sequence pair"],
     prefixes: "range | list[int]",
 ) -> list[Float[Tensor, "sequence layer head"]]:
-    """For each p, mean over pairs of the attention from the p-th token of a slot to the token after p in its source."""
+    """Return for each p the mean attention from the p-th token of a slot to the token after p in its source."""
     parts: list[list[Tensor]] = [[] for _ in prefixes]
     low = 0
     for pattern in _patterns(model, tokens.to(model.device)):

@@ -1,4 +1,4 @@
-"""Everything that is told of every head and of all features by head, found at once and kept beside the index."""
+"""Run all studies of heads, and write their results into the index."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,29 +32,29 @@ from headscope.studies.support.replacement import Kind, Replacement
 WEIGHTS = ("dfa", "decoder", "decoder_out", "encoder", "encoder_in")
 
 Progress = Callable[[str, int, int], None]
-"""Called with the stage, what is done of it and all of it."""
+"""Progress callback: called with the stage, the work done and the total."""
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """How much of the corpus, and how much text without meaning, the studies of heads read."""
+    """Sample sizes of the studies of heads, on the corpus and on random tokens."""
 
     n_shuffles: Shuffles = 99
     """Models with shuffled weights, for the roles of heads; with fewer than 99 no role is found at 1 %."""
     mean_blocks: Count | None = 1024
-    """Blocks of which the mean and the resampled z are taken; all when none is given."""
+    """Blocks for the mean and the resampled z; None: all."""
     fire_blocks: Count | None = 96
-    """Blocks on which features are encoded anew under ablation of each head."""
+    """Blocks on which features are encoded under ablation of each head."""
     source_blocks: Count | None = 1024
-    """Blocks on which the sources of heads of one feature are compared."""
+    """Blocks on which the sources of a feature's heads are compared."""
     seed: Seed = 0
-    """Of all draws."""
+    """Seed of all random draws."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of bounds.
+        """Reject numbers out of bounds.
 
         Raises:
-            StudyError: about the first of them.
+            StudyError: for the first of them.
         """
         check_fields(self, StudyError)
 
@@ -75,16 +75,16 @@ class _Study:
         return self.live.sae.site.layer
 
     def of(self, stage: str) -> Callable[[int, int], None]:
-        """Progress of one stage."""
+        """Make the progress callback of one stage."""
         return lambda done, total: self.report(stage, done, total)
 
     def write(self, name: str, rows: Sequence[dict[str, Any]] | pa.Table) -> None:
-        """One of the tables of heads."""
+        """Write one of the tables of heads."""
         add_head_table(self.index, name, rows, self.said)
 
     # ---------------------------------------------------------------------------------------------------------- scores
     def scores(self) -> None:
-        """All heads of all layers, on text without meaning."""
+        """Score all heads of all layers, on repeated random tokens."""
         model, seed = self.live.model, self.plan.seed
         n = min(100, (model.spec.context - 1) // 2)
         scored, copied = head_scores(model, n=n, seed=seed), copying(model, seed=seed)
@@ -112,7 +112,7 @@ class _Study:
 
     # ------------------------------------------------------------------------------------------------------- catalogue
     def catalogue(self, mass: HeadMass) -> None:
-        """The features of each head of the SAE's layer, in families."""
+        """Group the features of each head of the SAE's layer into families."""
         cards, clusters = [], []
         for i, by in enumerate(WEIGHTS):
             self.report("catalogue", i, len(WEIGHTS))
@@ -133,7 +133,7 @@ class _Study:
 
     # -------------------------------------------------------------------------------------------------------- ablation
     def ablation(self, replacements: dict[Kind, Replacement]) -> HeadEffects:
-        """Features x heads, exact from the index; and how many features of each family each head turns off."""
+        """Write features x heads, exact from the index, and the features of each family that each head silences."""
         effects = effects_of(self.live, list(replacements.values()), self.of("ablation"))
         tables, rows = [], []
         for found in effects:
@@ -174,7 +174,7 @@ class _Study:
         return rows
 
     def induction(self) -> Bool[np.ndarray, " latent"] | None:
-        """The verdicts of the composite test, where there are any."""
+        """Return the verdicts of the composite test, if there are any."""
         try:
             verdict = self.index.columns("induction")["verdict"]
         except IndexFormatError:
@@ -182,7 +182,7 @@ class _Study:
         return verdict.fill_null(False).to_numpy(zero_copy_only=False).astype(bool)
 
     def firing(self, replacement: Replacement, mass: HeadMass) -> None:
-        """What turns on and off on some blocks, and the features of each head that are not induction."""
+        """Find features switched on and off on some blocks, and the features of each head that are not induction."""
         found = firing_under_ablation(
             self.live,
             replacement,
@@ -212,7 +212,7 @@ class _Study:
 
     # --------------------------------------------------------------------------------------------------- superposition
     def superposition(self, replacement: Replacement, effects: HeadEffects) -> None:
-        """How many heads each feature rests on, and whether it needs them all: a column each, and the nulls."""
+        """Write the number of heads each feature rests on and whether it needs them all, one column each, and nulls."""
         index, seed = self.index, self.plan.seed
         columns: dict[str, np.ndarray] = {}
         definitions: dict[str, str] = {}
@@ -269,11 +269,11 @@ class _Study:
 
 
 def study_heads(live: LiveIndex, plan: HeadPlan | None = None, on_progress: Progress | None = None) -> None:
-    """Study every head of the model and all features by head, and keep it beside the index.
+    """Run all studies of heads of the model and of all features by head, and write them into the index.
 
-    Written are the tables `scores`, `catalogue`, `clusters`, `ablation`, `turned_off`, `ablated`, `concentration` and
+    Writes the tables `scores`, `catalogue`, `clusters`, `ablation`, `turned_off`, `ablated`, `concentration` and
     `measures_superposition` of `index.head_table`, and the columns `heads.*`. Each is whole or absent; induction
-    features are told apart where `induction_store.save_family` has been here before.
+    features are distinguished if `induction_store.save_family` has run before.
 
     Raises:
         StudyError: a TopK SAE.

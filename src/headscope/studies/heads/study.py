@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsOptions:
-    """The null of the roles, and what random draws start from."""
+    """Settings of the null of the roles and of random draws."""
 
     n_shuffles: Shuffles = 99
-    """Models with shuffled weights that roles are compared with; with fewer than 99 none is found at 1 %."""
+    """Models with shuffled weights that roles are compared with; fewer than 99 cannot give significance at 1 %."""
     seed: Seed = 0
-    """Of random draws."""
+    """Seed of random draws."""
 
 
 def _run(subject: "Subject", options: HeadsOptions) -> "HeadTables":

@@ -1,8 +1,8 @@
-"""Features of several heads: how many, whether they read the same sources, whether each of them is needed.
+"""Features made by several heads: how many, whether the heads read the same sources, whether each is needed.
 
-The pre-activation is linear in the heads, so on it several ablations add up exactly. On the activation, which is 0
-below a threshold, they do not: heads that are each enough alone are redundant, and heads that are all needed are an
-AND. Each figure stands beside that of directions of z that mean nothing and are active as often (`index.nulls`).
+The pre-activation is linear in the heads, so effects of several ablations on it add up exactly. On the activation,
+which is 0 below a threshold, they do not: heads that each suffice are redundant, and heads that are all needed are an
+AND. Each figure is compared with that of null directions, matched in density (`index.nulls`).
 """
 
 from collections.abc import Iterator
@@ -27,23 +27,23 @@ from headscope.studies.support.replacement import Progress, Replacement, batches
 
 DEFINITIONS = tuple(field.name for field in fields(Shares))
 CONTRIBUTES = 0.1
-"""A head makes a part of a feature when its share of squared DFA is at least this."""
+"""Minimum share of squared DFA for a head to contribute to a feature."""
 N_BINS = 20
 _NULL_BLOCKS = 192
 _GAUSSIAN = 512  # directions whose norms by head are the null of shares of weights
 _PAIRS = 512
 
 Outcome = Literal["redundant", "and", "some", "not needed", "opposed"]
-"""What happens to a feature at one token when the heads that make it are ablated. Jointly off: `redundant` (on with any
-one of them ablated), `and` (off with any one), `some` (off with some of them). Jointly on: `not needed` (and on with
-any one ablated), `opposed` (off with some one, which the others would outweigh)."""
+"""Outcome for a feature at one token when the heads that make it are ablated. Jointly off: `redundant` (on with any
+one ablated), `and` (off with any one ablated), `some` (off with some of them ablated). Jointly on: `not needed` (and
+on with any one ablated), `opposed` (off with some one ablated, which the others would outweigh)."""
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
 # -------------------------------------------------------------------------------------------------------- concentration
 @dataclass(frozen=True)
 class Concentration:
-    """On how few heads each feature rests, by one definition of shares."""
+    """Concentration of each feature on few heads, by one definition of shares."""
 
     by: str
     """A field of `records.Shares`."""
@@ -52,17 +52,17 @@ class Concentration:
     top: Float[np.ndarray, " n"]
     """The largest share of a head; for squared DFA the post's "fraction of variance" of the top head."""
     participation: Float[np.ndarray, " n"]
-    """`1 / sum share^2`: 1 for one head, n_heads for all alike. With negative shares it may be below 1."""
+    """`1 / sum share^2`: 1 for one head, n_heads for equal shares. With negative shares it may be below 1."""
     top_null: dict[str, Float[np.ndarray, " m"]]
-    """The largest share of directions that mean nothing, by kind; empty where there is no null."""
+    """The largest share of null directions, by kind; empty where there is no null."""
     participation_null: dict[str, Float[np.ndarray, " m"]]
     several: Measure
-    """The share of features with a participation of 2 or more. Its null is of all null directions."""
+    """Share of features with a participation of 2 or more. Its null is over all null directions."""
 
     def histogram(
         self, n_bins: int = N_BINS
     ) -> tuple[Float[np.ndarray, " edge"], Int[np.ndarray, " bin"], dict[str, Int[np.ndarray, " bin"]]]:
-        """Edges from 0 to 1; features by their largest share (the post's histogram); null directions likewise."""
+        """Return edges from 0 to 1, features by largest share (the post's histogram), and null directions likewise."""
         edges = np.linspace(0, 1, n_bins + 1)
 
         def counts(values: np.ndarray) -> np.ndarray:
@@ -72,17 +72,17 @@ class Concentration:
 
 
 def concentration(index: FeatureIndex, by: str = "dfa", *, least: int = MINIMUM, seed: int = 0) -> Concentration:
-    """On how few heads features rest.
+    """Measure the concentration of features on few heads.
 
     The nulls of squared DFA and of covariance are those of the index. For `decoder` and `encoder` they are Gaussian
-    directions of z; exchanging heads changes nothing there. The other definitions have none.
+    directions of z; permuting heads has no effect there. The other definitions have none.
 
     Args:
         index: open.
         by: a field of `records.Shares`.
-        least: active tokens that a feature must have, and a null direction. A feature without shares, of weights that
-            are 0, is left out.
-        seed: of the Gaussian directions.
+        least: minimum number of active tokens of a feature or null direction. A feature without shares, because its
+            weights are 0, is excluded.
+        seed: seed of the Gaussian directions.
 
     Raises:
         StudyError: an unknown definition.
@@ -133,20 +133,20 @@ def _share(definition: str, holds: Bool[np.ndarray, " n"], null_holds: Bool[np.n
 # ---------------------------------------------------------------------------------------------------- joint ablation
 @dataclass(frozen=True)
 class JointAblation:
-    """What ablating the heads of each feature does, one at a time and together; one row a feature or null direction."""
+    """Effects of ablating the heads of each feature, singly and jointly; one row per feature or null direction."""
 
     latents: Int[np.ndarray, " n"]
-    """Features that two or more heads make; for null directions, the features whose density they have."""
+    """Features that two or more heads make; for null directions, the features whose density they match."""
     heads: Bool[np.ndarray, "n head"]
     """Those that make it: with a share of squared DFA of at least `CONTRIBUTES`."""
     n: Int[np.ndarray, " n"]
     """Active tokens."""
     counts: Int[np.ndarray, "n outcome"]
-    """Of them, by `OUTCOMES`."""
+    """Number of these, by `OUTCOMES`."""
     lost_jointly: Float[np.ndarray, " n"]
     """Summed activation lost with all of them ablated."""
     lost_singly: Float[np.ndarray, " n"]
-    """Summed over them, the activation lost with that one ablated."""
+    """Activation lost with one of them ablated, summed over them."""
     correlation: Float[np.ndarray, " n"]
     """Mean Pearson correlation of C_h and C_h' over the active tokens, over pairs of these heads; NaN where constant.
     Tokens are chosen by the sum, which alone makes parts of it go against each other: see the null."""
@@ -155,34 +155,34 @@ class JointAblation:
     def super_additivity(self) -> Float[np.ndarray, " n"]:
         """`(lost jointly - lost singly) / lost jointly`; NaN where nothing is lost.
 
-        Above 0 where heads stand in for each other, below 0 where each alone is needed.
+        Above 0 where heads compensate for each other, below 0 where each is needed.
         """
         with np.errstate(invalid="ignore", divide="ignore"):
             found = (self.lost_jointly - self.lost_singly) / self.lost_jointly
         return np.where(self.lost_jointly > 0, found, np.nan)
 
     def mostly(self, outcome: Outcome) -> Bool[np.ndarray, " n"]:
-        """Which have this outcome at more than half of their active tokens."""
+        """Mark those with this outcome at more than half of their active tokens."""
         return 2 * self.counts[:, OUTCOMES.index(outcome)] > self.n
 
 
 @dataclass(frozen=True)
 class Redundancy:
-    """Joint ablation of features and of directions that mean nothing."""
+    """Joint ablation of features and of null directions."""
 
     features: JointAblation
     nulls: JointAblation
     n_features: int
-    """With enough active tokens, made by however many heads."""
+    """Features with enough active tokens, whatever their number of heads."""
     n_nulls: int
 
     def share(self, outcome: Outcome) -> Measure:
-        """The share of features made by several heads that have an outcome at most of their tokens; null likewise."""
+        """Measure the share of features of several heads that mostly have an outcome; null: of null directions."""
         definition = f"share of features made by two or more heads that are '{outcome}' at most of their active tokens"
         return _share(definition, self.features.mostly(outcome), self.nulls.mostly(outcome))
 
     def several(self) -> Measure:
-        """The share of features that two or more heads make; the null is that of null directions."""
+        """Measure the share of features that two or more heads make; the null is that of null directions."""
         own, null = (
             np.arange(n) < len(found.latents)
             for n, found in ((self.n_features, self.features), (self.n_nulls, self.nulls))
@@ -195,9 +195,9 @@ def redundancy(live: LiveIndex, replacement: Replacement, *, least: int = MINIMU
 
     Args:
         live: the index with its model and SAE.
-        replacement: what stands in the place of a head: `mean` or `zero`.
-        least: active tokens that a feature must have.
-        seed: of the null directions, and of the blocks that they are read on (192).
+        replacement: replacement for a head's z: `mean` or `zero`.
+        least: minimum number of active tokens of a feature.
+        seed: seed of the null directions, and of their sample of blocks (192).
 
     Raises:
         StudyError: a TopK SAE, or a replacement that differs between tokens.
@@ -221,7 +221,7 @@ def redundancy(live: LiveIndex, replacement: Replacement, *, least: int = MINIMU
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The active tokens of a feature, and what takes the place of each head's contribution."""
+    """The active tokens of a feature, and the replacement of each head's contribution."""
 
     latent: int
     f: Float[np.ndarray, " n"]
@@ -233,7 +233,7 @@ class _Pairs:
 def _null_pairs(
     live: LiveIndex, weights: attribution.HeadWeights, replacement: Replacement, least: int, seed: int
 ) -> Iterator[_Pairs]:
-    """The same of directions without meaning, on some blocks of the corpus."""
+    """Return the same for null directions, on some blocks of the corpus."""
     text, size = Text.of(live.index), live.index.block_size
     blocks = drawn(live.index.n_blocks, _NULL_BLOCKS, (seed, 1))
     z = torch.cat(
@@ -278,7 +278,7 @@ def _jointly(of: Iterator[_Pairs], n_heads: int) -> tuple[JointAblation, int]:
 
 
 def _outcomes(pairs: _Pairs, chosen: Int[np.ndarray, " k"]) -> tuple[np.ndarray, float, float, float]:
-    """Tokens by outcome, activation lost jointly and singly, correlation."""
+    """Return tokens by outcome, activation lost jointly and singly, and correlation."""
     change = pairs.heads[:, chosen] - pairs.replaced[chosen]
 
     def left(removed: np.ndarray) -> np.ndarray:
@@ -294,7 +294,7 @@ def _outcomes(pairs: _Pairs, chosen: Int[np.ndarray, " k"]) -> tuple[np.ndarray,
 
 
 def _correlation(heads: Float[np.ndarray, "n k"]) -> float:
-    """The mean correlation of pairs of columns that vary; NaN without such a pair."""
+    """Return the mean correlation of pairs of non-constant columns; NaN without such a pair."""
     varied = heads[:, heads.std(0) > 1e-9 * np.abs(heads).max()]
     if varied.shape[1] < 2:
         return float("nan")
@@ -305,19 +305,19 @@ def _correlation(heads: Float[np.ndarray, "n k"]) -> float:
 # ------------------------------------------------------------------------------------------------------------- sources
 @dataclass(frozen=True)
 class SourceAgreement:
-    """Whether the heads that make a feature get it from the same source tokens."""
+    """Whether the heads that make a feature read it from the same source tokens."""
 
     latents: Int[np.ndarray, " n"]
     """Features that two or more heads make."""
     n: Int[np.ndarray, " n"]
-    """Active tokens looked at."""
+    """Active tokens sampled."""
     divergence: Float[np.ndarray, " n"]
     """Mean Jensen-Shannon divergence, in bits, of `|C[h, s]| / sum_s |C[h, s]|` between two of these heads: 0 where
     they read the same sources alike, 1 where they share none."""
     elsewhere: Float[np.ndarray, " n"]
     """The same between one of these heads and one that does not make the feature: the null. NaN where all do."""
     mean: Measure
-    """Of `divergence` over features; its null is that of `elsewhere`."""
+    """Mean of `divergence` over features; its null is that of `elsewhere`."""
 
 
 def source_agreement(
@@ -333,10 +333,10 @@ def source_agreement(
 
     Args:
         live: the index with its model and SAE.
-        found: `Redundancy.features`: which features, and which heads of each.
-        n_places: active tokens of each.
-        max_blocks: look at this many blocks of the corpus alone, drawn evenly; at all when None.
-        seed: of the draws.
+        found: `Redundancy.features`: the features, with the heads of each.
+        n_places: active tokens per feature.
+        max_blocks: maximum number of blocks, sampled uniformly; None: all.
+        seed: seed of the samples.
         on_progress: called as blocks are done.
     """
     report = on_progress or (lambda _done, _total: None)
@@ -376,7 +376,7 @@ def source_agreement(
 def _divergences(
     dfa: Float[np.ndarray, "pair head source"], chosen: Bool[np.ndarray, "pair head"]
 ) -> Float[np.ndarray, "pair 2"]:
-    """Mean over pairs of chosen heads, and over pairs of a chosen and another one."""
+    """Return the mean over pairs of chosen heads, and over pairs of a chosen and another one."""
     size = np.abs(dfa)
     total = size.sum(2)
     with np.errstate(invalid="ignore"):

@@ -1,13 +1,12 @@
-"""Recursive DFA: a feature's pre-activation, taken apart into heads, sources, the parts of the stream there, and so on.
+"""Recursive DFA: a feature's pre-activation, split into heads, sources, the parts of the stream there, and so on.
 
-With patterns and norms held at what they are, the pre-activation is linear in the residual stream at each source:
+With patterns and norms held fixed, the pre-activation is linear in the residual stream at each source:
 
     pre_j[q] = bias_j + sum over h, s, r of  R[h, s, r]
     R[h, s, r] = pattern[h, q, s] / scale_s  *  centre(r_s) . W_V[h] W_enc[h, :, j]
 
-r over the parts of `headscope.decomposition`. A part that is an earlier head is in turn a sum over its own sources and
-over the parts of the stream there; MLPs are leaves, or their SAE's features are. Children sum to their parent at every
-level.
+r over the parts of `headscope.decomposition`. An earlier head as a part is in turn a sum over its own sources and the
+parts of the stream there; leaves are MLPs, or the features of their SAEs. Children sum to their parent at every level.
 """
 
 from collections.abc import Sequence
@@ -39,19 +38,19 @@ class Hop:
 
 @dataclass(frozen=True)
 class Node:
-    """One term of the pre-activation of a feature. Plain values: a node can be stored and expanded later."""
+    """One term of the pre-activation of a feature. A plain value: a node can be stored and expanded later."""
 
     kind: NodeKind
     latent: int
     query: int
     """Position of the feature."""
     hops: tuple[Hop, ...]
-    """From the feature to where this node is; a source's own hop is the last."""
+    """Path from the feature to this node; a source's own hop is the last."""
     position: int
     value: float
-    """What it contributes to the pre-activation; of the feature itself, the pre-activation."""
+    """Contribution to the pre-activation; for the feature itself, the pre-activation."""
     part: Part | None = None
-    """Of a head or a part of the stream."""
+    """A head or a part of the stream."""
 
     @property
     def name(self) -> str:
@@ -67,27 +66,27 @@ class Node:
 
 @dataclass(frozen=True)
 class Tree:
-    """A node with the larger of its children; those and the rest sum to it."""
+    """A node with its larger children; those and the rest sum to it."""
 
     node: Node
     children: tuple["Tree", ...]
-    """Largest first, by |value|; none for a leaf and where the depth ends."""
+    """Largest first, by |value|; none for a leaf and at the maximum depth."""
     rest: float
-    """Sum of the children that are not shown."""
+    """Sum of the omitted children."""
     n_rest: int
 
 
 class PromptCircuit:
-    """One sequence, and what makes the features of a z SAE there: nodes are expanded as they are asked for."""
+    """Recursive DFA of a z SAE's features on one sequence; nodes are expanded on request."""
 
     def __init__(self, model: Model, sae: SAE, tokens: Int[Tensor, " position"], *, saes: Sequence[SAE] = ()) -> None:
         """Run the model once.
 
         Args:
             model: within an `edit` block, the edited one.
-            sae: of z.
+            sae: a z SAE.
             tokens: the sequence, BOS included.
-            saes: of earlier components, whose features are to be told apart (`decomposition.Stream`).
+            saes: SAEs of earlier components, to attribute to their features (`decomposition.Stream`).
 
         Raises:
             SAEError: the SAE is not one of z, or one of `saes` does not fit.
@@ -104,7 +103,7 @@ class PromptCircuit:
         self.activations: Float[Tensor, "position d_sae"] = self.sae.activation(self._pre)
 
     def root(self, latent: int, query: int) -> Node:
-        """A feature at a token, active there or not.
+        """Return the node of a feature at a token, active there or not.
 
         Raises:
             HeadscopeError: no such latent or position.
@@ -115,9 +114,9 @@ class PromptCircuit:
         return Node("feature", latent, query, (), query, self._pre[query, latent].item())
 
     def expand(self, node: Node) -> tuple[Node, ...]:
-        """What a node is the sum of; nothing for a leaf.
+        """Return the children of a node; nothing for a leaf.
 
-        Of a feature, its heads and its constant; of a head, sources; of a source, the parts of the stream there.
+        A feature has its heads and its constant; a head, sources; a source, the parts of the stream there.
         """
         if node.kind == "feature":
             return (*self._heads(node), self._child(node, "constant", self._weights.bias[node.latent].item()))
@@ -133,10 +132,10 @@ class PromptCircuit:
 
         Args:
             latent: the feature.
-            query: where.
+            query: its position.
             depth: levels below the feature: 1 is its heads, 2 their sources, 3 the parts there, 4 the sources of those
                 that are heads, ...
-            threshold: children smaller than this share of `sum over heads |C_h|` are left in the rest.
+            threshold: children smaller than this share of `sum over heads |C_h|` go to the rest.
 
         Raises:
             HeadscopeError: no such latent or position.
@@ -146,7 +145,7 @@ class PromptCircuit:
         return self._grown(root, depth, least)
 
     def split(self, latent: int, query: int) -> Float[Tensor, "head source part"]:
-        """R[h, s, r] for all heads, sources and parts (`self.stream.parts()`, all features of an SAE left out)."""
+        """Return R[h, s, r] for all heads, sources and parts (`self.stream.parts()`, without the features of SAEs)."""
         self.root(latent, query)
         read = directions_read(self.stream.upstream, self._weights.encoder[:, latent])
         along = self.stream.along(read)[:, 0] / self.stream.scale[self.layer][0]  # [part, source, head]
@@ -193,13 +192,13 @@ class PromptCircuit:
         return tuple(self._child(node, "part", value, part) for part, value in found)
 
     def _read_of_z(self, node: Node, hops: tuple[Hop, ...], layer: int, head: int) -> Float[Tensor, " d_head"]:
-        """The direction in which a node that is some hops away from its feature reads a head's z."""
+        """Return the direction in which a node, some hops away from its feature, reads a head's z."""
         if not hops:
             return self._weights.encoder[head, node.latent]
         return self.stream.upstream.output[layer][head] @ self._read_of_stream(node, hops)
 
     def _read_of_stream(self, node: Node, hops: tuple[Hop, ...]) -> Float[Tensor, " d_model"]:
-        """The direction in which it reads the stream at the source of the last hop."""
+        """Return the direction in which it reads the stream at the source of the last hop."""
         *earlier, hop = hops
         at = earlier[-1].source if earlier else node.query
         of_z = self._read_of_z(node, tuple(earlier), hop.layer, hop.head)
@@ -211,11 +210,11 @@ class PromptCircuit:
 def directions_read(
     upstream: Upstream, of_z: Float[Tensor, "head *direction d_head"]
 ) -> Float[Tensor, "head *direction d_model"]:
-    """The directions of the stream that each head's values carry to directions of its z."""
+    """Return the directions of the stream that each head's values map to directions of its z."""
     return torch.stack([upstream.read_by(upstream.layer, head, w) for head, w in enumerate(of_z)])
 
 
 def check_z(sae: SAE) -> None:
-    """Raise SAEError unless an SAE reads z: only of z is the pre-activation a sum over heads and sources."""
+    """Raise SAEError unless an SAE reads z: only for z is the pre-activation a sum over heads and sources."""
     if sae.site.kind != "z":
         raise SAEError(f"an SAE of {sae.site.kind}", expected="one of z", do="pass an SAE of attention's z")

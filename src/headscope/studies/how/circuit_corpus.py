@@ -1,8 +1,8 @@
-"""Recursive DFA of a feature over the corpus: which parts of the stream at its sources make it, and what those read.
+"""Recursive DFA of a feature over the corpus: parts of the stream at its sources, and their own inputs.
 
-At each active token looked at, `R[s, r] = sum_h R[h, s, r]` is what part r of the stream at source s adds to the
-pre-activation, by whatever heads (`studies.how.circuit`). A part that is an earlier head is followed one step further,
-to the tokens it read and the parts of the stream there.
+At each sampled active token, `R[s, r] = sum_h R[h, s, r]` is the contribution of part r of the stream at source s to
+the pre-activation, through all heads (`studies.how.circuit`). An earlier head as a part is followed one step further,
+to its source tokens and the parts of the stream there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,67 +28,67 @@ OF_SUM = "share of this token in the part's sum"
 _BLOCKS = 8  # in one run
 
 Progress = Callable[[int, int], None]
-"""Called with the blocks done and the blocks in all."""
+"""Progress callback: called with the blocks done and the total."""
 
 
 @dataclass(frozen=True)
 class TokenShare:
-    """One token type among the tokens that a part's contribution comes from."""
+    """One token type among the sources of a part's contribution."""
 
     token: int
     share: Measure
-    """Of a part's sum of squares."""
+    """Share of a part's sum of squares."""
     linear: Measure
-    """Of its sum; may be negative or above 1."""
+    """Share of its sum; may be negative or above 1."""
 
 
 @dataclass(frozen=True)
 class PartShare:
-    """How much of a feature one part of the stream makes, over the tokens looked at."""
+    """Share of a feature made by one part of the stream, over the sampled tokens."""
 
     part: Part
     share: Measure
-    """By squares. Its null, of parts that are no single feature: the same share of directions of z that are random
-    within each head and as long there as the feature's, at the same tokens; mean and range."""
+    """By squares. Its null, for parts other than single features: the same share of directions of z that are random
+    within each head with the feature's norm there, at the same tokens; mean and range."""
     linear: Measure
     by_head: Float[np.ndarray, " head"] | None
-    """Mean contribution a token through each head of the feature's layer; None for a single feature."""
+    """Mean contribution per token through each head of the feature's layer; None for a single feature."""
     sources: tuple[TokenShare, ...]
     """Tokens at the sources where it is read, largest share first."""
     origins: tuple[TokenShare, ...] = ()
-    """For an earlier head: the tokens that it read itself, by what each of its sources adds, all paths summed."""
+    """For an earlier head: its own source tokens, by the contribution of each of its sources, summed over paths."""
     through: tuple[tuple[Part, float], ...] = ()
-    """For an earlier head: the parts of the stream that it read, by mean contribution a token, largest |mean| first."""
+    """For an earlier head: its input parts of the stream, by mean contribution per token, largest |mean| first."""
 
 
 @dataclass(frozen=True)
 class FeatureCircuit:
-    """What the parts of the stream contribute to one feature over its active tokens, or a sample of them."""
+    """Contributions of the parts of the stream to one feature over its active tokens, or a sample of them."""
 
     latent: int
     layer: int
     n_active: int
     """Active tokens in the index."""
     position: Int[np.ndarray, " token"]
-    """Looked at, in the corpus."""
+    """Sampled positions of the corpus."""
     document: Int[np.ndarray, " token"]
     pre: Float[np.ndarray, " token"]
     constant: float
-    """The part of the pre-activation that no head makes. It and the parts sum to `pre`."""
+    """Part of the pre-activation independent of the heads. It and the parts sum to `pre`."""
     residual: float
-    """The largest |pre - (constant + sum of parts)|: what rounding leaves."""
+    """The largest |pre - (constant + sum of parts)|: the rounding error."""
     parts: tuple[PartShare, ...]
-    """All parts, single features apart, largest share first."""
+    """All parts except single features, largest share first."""
     features: tuple[PartShare, ...]
     """The features of the given SAEs with the largest shares."""
     contributions: Float[np.ndarray, "token part"]
-    """Of each of `parts`, in their order, at each token: summed over sources."""
+    """Contribution of each of `parts` at each token, summed over sources."""
     of_features: Float[np.ndarray, " token"]
-    """Of all features of the given SAEs together."""
+    """Contribution of all features of the given SAEs together."""
 
     @property
     def n(self) -> int:
-        """Tokens looked at."""
+        """Number of sampled tokens."""
         return len(self.position)
 
 
@@ -103,17 +103,17 @@ def feature_circuit(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> FeatureCircuit:
-    """Which parts of the stream at its sources make a feature, over its active tokens.
+    """Attribute a feature to parts of the stream at its sources, over its active tokens.
 
     Args:
         live: the index with its model and SAE.
-        latent: which feature.
-        saes: of earlier components, whose features are told apart.
-        max_tokens: look at this many active tokens, drawn evenly; at all when None. What is held in memory is
-            `max_tokens * parts * block size` numbers.
-        n_null: random directions; 0 for none.
-        k: token types of each part, and single features, that are told.
-        seed: of the draws.
+        latent: the feature.
+        saes: SAEs of earlier components, to attribute to their features.
+        max_tokens: maximum number of active tokens, sampled uniformly; None: all. Memory: `max_tokens * parts * block
+            size` numbers.
+        n_null: number of random directions; 0 for none.
+        k: number of token types per part, and of single features, to report.
+        seed: seed of the samples.
         on_progress: called as blocks are done.
 
     Raises:
@@ -131,7 +131,7 @@ def feature_circuit(
 
 @dataclass
 class _Found:
-    """What is kept of each token looked at."""
+    """Results of each sampled token."""
 
     by_part: list[np.ndarray] = field(default_factory=list)  # [token, part, source]
     by_origin: list[np.ndarray] = field(default_factory=list)  # [token, earlier head, source]
@@ -162,7 +162,7 @@ class _Work:
 
     # ------------------------------------------------------------------------------------------------------------ runs
     def run(self, text: Text, position: Int[np.ndarray, " token"], report: Progress) -> _Found:
-        """Look at some tokens, a few blocks at a time."""
+        """Process the sampled tokens, a few blocks at a time."""
         found = _Found()
         blocks, first = np.unique(position // self.size, return_index=True)
         queries = np.split(position % self.size, first[1:])
@@ -180,12 +180,12 @@ class _Work:
         return found
 
     def _along(self, stream: Stream) -> Float[Tensor, "part batch source direction head"]:
-        """What each part at each source adds to each head's z along each direction, if attended to with weight 1."""
+        """Return the contribution of each part at each source to each head's z along each direction, at attention 1."""
         along = stream.along(self.read.flatten(0, 1)) / stream.scale[self.layer]
         return along.unflatten(-1, self.read.shape[:2])
 
     def _look(self, found: _Found, stream: Stream, along: Tensor, row: int, query: Int[Tensor, " token"]) -> None:
-        """The tokens of one block."""
+        """Process the tokens of one block."""
         pattern = stream.attention[self.layer].pattern[row, :, query]  # [head, token, source]
         pairs = [each.active(row) for each in stream.written.values()]
         written = [each.directions for each in stream.written.values()]  # [latent, d_model]
@@ -212,7 +212,7 @@ class _Work:
     def _keep_features(
         self, found: _Found, pairs: list[tuple[Tensor, Tensor, Tensor]], by_feature: list[Tensor]
     ) -> None:
-        """An entry for each token looked at and each feature that adds to it at a source."""
+        """Add an entry for each sampled token and each feature that contributes to it at a source."""
         for number, (pair, added) in enumerate(zip(pairs, by_feature, strict=True)):
             source, latent = (each.cpu().numpy() for each in pair[:2])
             values = added.cpu().numpy()
@@ -222,7 +222,7 @@ class _Work:
             found.feature_values.append(values[token, i])
 
     def _origins(self, found: _Found, stream: Stream, queries: list[Tensor]) -> None:
-        """What each source of each earlier head adds, by all paths that lead through the head."""
+        """Return the contribution of each source of each earlier head, by all paths through the head."""
         own: list[list[Tensor]] = [[] for _ in queries]
         top = stream.attention[self.layer].pattern / stream.scale[self.layer][:, None, None, :, 0]
         for part in self._earlier():
@@ -240,13 +240,13 @@ class _Work:
         found.by_origin += [torch.stack(row, dim=1).cpu().numpy() for row in own if row]
 
     def _earlier(self) -> list[Part]:
-        """The parts that are heads."""
+        """Return the parts that are heads."""
         return [part for part in self.parts if part.kind == "head"]
 
     def _through(
         self, stream: Stream, reached: Float[Tensor, "row top_head source"], part: Part, of_z: Tensor
     ) -> dict[Part, float]:
-        """What each part of the stream before an earlier head adds through it."""
+        """Return the contribution of each part of the stream before an earlier head through it."""
         l, head = part.layer or 0, part.head or 0
         read = self.upstream.read_by(l, head, of_z)  # [top head, d_model]
         weight = reached / stream.scale[l][:, None, :, 0]
@@ -259,7 +259,7 @@ class _Work:
 
     # --------------------------------------------------------------------------------------------------------- records
     def record(self, text: Text, active: ActiveTokens, found: _Found, k: int) -> FeatureCircuit:
-        """Of all tokens looked at."""
+        """Make the record of all sampled tokens."""
         position, size = active.position, self.size
         kept = _Kept.of(found, (len(position), len(self.parts), size))
         of_features = kept.of_features()
@@ -289,7 +289,7 @@ class _Work:
         )
 
     def _part(self, measures: "_Measures", found: _Found, kept: "_Kept", i: int) -> PartShare:
-        """One of `self.parts`."""
+        """Make the record of one of `self.parts`."""
         part = self.parts[i]
         result = measures.part(part, kept.by_part[:, i])
         null = np.array([squares[i] / squares.sum() for squares in found.null.values() if squares.sum()])
@@ -305,7 +305,7 @@ class _Work:
         return result
 
     def _single(self, measures: "_Measures", kept: "_Kept", k: int) -> Iterator[PartShare]:
-        """The features of the SAEs with the largest shares."""
+        """Return the features of the SAEs with the largest shares."""
         which, inverse = np.unique(kept.entry[:, 1:3], axis=0, return_inverse=True)
         inverse = inverse.reshape(-1)
         squares = np.bincount(inverse, kept.value**2, len(which))
@@ -319,7 +319,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What was kept, joined."""
+    """The stored results, concatenated."""
 
     by_part: np.ndarray  # [token, part, source]
     by_origin: np.ndarray  # [token, earlier head, source]
@@ -338,13 +338,13 @@ class _Kept:
         )
 
     def of_features(self, power: int = 1) -> Float[np.ndarray, " token"]:
-        """Sums over the entries of each token."""
+        """Return sums over the entries of each token."""
         return np.bincount(self.entry[:, 0], self.value**power, len(self.by_part)).astype(np.float64)
 
 
 @dataclass(frozen=True)
 class _Measures:
-    """Makes measures of what is added at each source of each token looked at."""
+    """Makes measures of contributions at each source of each sampled token."""
 
     document: np.ndarray  # [token]
     tokens: np.ndarray  # [token, source]
@@ -353,7 +353,7 @@ class _Measures:
     k: int
 
     def part(self, part: Part, by_source: Float[np.ndarray, "token source"]) -> PartShare:
-        """Share and source tokens."""
+        """Return share and source tokens."""
         return PartShare(
             part=part,
             share=ratio(self.document, np.square(by_source).sum(1), self.squares, definition=SQUARES),
@@ -363,7 +363,7 @@ class _Measures:
         )
 
     def tokens_of(self, by_source: Float[np.ndarray, "token source"]) -> tuple[TokenShare, ...]:
-        """The token types that hold most of a sum of squares."""
+        """Return the token types with the largest shares of a sum of squares."""
         squares, linear = np.square(by_source), by_source.sum(1)
         token, inverse = np.unique(self.tokens, return_inverse=True)
         inverse = inverse.reshape(self.tokens.shape)

@@ -1,4 +1,4 @@
-"""The studies "circuit" and "qk": what a feature is the sum of at one token, and why a head attends where it does."""
+"""The studies "circuit" and "qk": attribution tree of a feature at one token, and of a head's attention scores."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +18,8 @@ class CircuitOptions(AtToken):
     """A node of recursive DFA."""
 
     path: Annotated[str, Text(1000, blank=True)] = ""
-    """The names of the nodes from the feature to it, as `1.3/source 12/0.2`; the feature itself when blank."""
+    """Names of the nodes from the feature down to this one, such as `1.3/source 12/0.2`; the feature itself when blank.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +27,13 @@ class QkOptions(AtToken):
     """A head, and the two tokens that it attends between."""
 
     layer: CountFrom0
-    """Of the head."""
+    """Layer of the head."""
     head: CountFrom0
-    """Of the layer."""
+    """Head within the layer."""
     query: CountFrom0
-    """The position it attends from."""
+    """Position of the query."""
     key: CountFrom0
-    """The position it attends to."""
+    """Position of the key."""
 
 
 def _circuit(subject: "Subject", latent: int, options: CircuitOptions) -> "Level":

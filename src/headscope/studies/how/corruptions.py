@@ -1,7 +1,6 @@
-"""A feature read at one token, and pairs of prompts of which one has it on and the other off.
+"""Features at one token as a metric, and pairs of prompts with the feature on in one and off in the other.
 
-A corruption is of any use for patching only if it takes the feature away: `pair` reads both prompts and refuses one
-that does not.
+A corruption is useful for patching only if it silences the feature: `pair` checks both prompts and rejects others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,21 +22,21 @@ class Reading:
     """A feature at one token."""
 
     pre: float
-    """The pre-activation, which moves below the threshold too: the graded metric."""
+    """The pre-activation, which also varies below the threshold: the graded metric."""
     activation: float
-    """What the activation function makes of it."""
+    """The activation."""
 
 
 @dataclass(frozen=True)
 class FeatureMetric:
-    """One feature of an SAE, read at one token of a prompt: what a run is measured by."""
+    """One feature of an SAE, read at one token of a prompt: the metric of a run."""
 
     model: Model
     sae: SAE
     latent: int
 
     def __post_init__(self) -> None:
-        """Refuse an SAE of another model, or a latent that it does not have."""
+        """Reject an SAE of another model, or an invalid latent."""
         check_fits(self.sae, self.model)
         if not 0 <= self.latent < self.sae.d_sae:
             raise HeadscopeError(
@@ -45,22 +44,22 @@ class FeatureMetric:
             )
 
     def of(self, x: Float[Tensor, "row d_in"]) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-        """Pre-activation and activation for values at the SAE's site."""
+        """Return pre-activation and activation for values at the SAE's site."""
         pre = self.sae.pre_activations(x)
         return pre[:, self.latent], self.sae.activation(pre)[:, self.latent]
 
     def read(self, tokens: Int[Tensor, " position"], query: int) -> Reading:
-        """The feature at one token of a prompt: one run, up to the SAE's site."""
+        """Read the feature at one token of a prompt: one run, up to the SAE's site."""
         site = self.sae.site
         pre, activation = self.of(self.model.read(tokens[None], [site])[site][:, query])
         return Reading(pre.item(), activation.item())
 
 
 def prompt(model: Model, text: str | Sequence[int] | Int[Tensor, " position"]) -> Int[Tensor, " position"]:
-    """The tokens of a prompt. Text is given the BOS in front; tokens are taken as they are.
+    """Return the tokens of a prompt. BOS is prepended to text; token ids are used unchanged.
 
     Raises:
-        CorpusError: nothing in it, tokens that the model does not have, or more of them than its context.
+        CorpusError: it is empty, has tokens that the model does not have, or exceeds its context.
     """
     tokens = [model.bos, *encode(model.tokenizer, [text])[0]] if isinstance(text, str) else [int(t) for t in text]
     if not tokens or tokens == [model.bos]:
@@ -88,15 +87,15 @@ class PromptPair:
     query: int
     """The token at which the feature is read, in the clean prompt."""
     counterpart: Int[Tensor, " position"]
-    """The position of the corrupted prompt that stands for each one of the clean prompt; -1 where none does."""
+    """Corresponding position of the corrupted prompt for each one of the clean prompt; -1 where there is none."""
     on: Reading
-    """In the clean prompt."""
+    """The reading in the clean prompt."""
     off: Reading
-    """In the corrupted prompt."""
+    """The reading in the corrupted prompt."""
 
     @property
     def aligned(self) -> bool:
-        """Each position stands for itself."""
+        """Whether each position corresponds to itself."""
         return torch.equal(self.counterpart, torch.arange(len(self.corrupted), device=self.counterpart.device))
 
 
@@ -108,20 +107,20 @@ def pair(
     query: int = -1,
     align: bool = False,
 ) -> PromptPair:
-    """Put two prompts together, once it is seen that the feature is on in one and off in the other.
+    """Pair two prompts, after checking that the feature is on in one and off in the other.
 
     Args:
-        metric: which feature.
+        metric: the feature.
         clean: tokens of the prompt in which it is on.
         corrupted: those of the one in which it is off.
-        query: where it is read in the clean prompt; negative numbers count from the end.
-        align: let the prompts be of different lengths. What they share at the beginning and at the end is aligned;
-            what lies between has no counterpart, and nothing is patched there.
+        query: its position in the clean prompt; negative numbers count from the end.
+        align: allow prompts of different lengths. Their common prefix and suffix are aligned; positions in between have
+            no counterpart, and are not patched.
 
     Raises:
         CorpusError: an empty prompt, or one past the context.
-        HeadscopeError: different lengths without `align`; a query that there is not; the same prompt twice; a feature
-            that is off in the clean prompt or stays on in the corrupted one.
+        HeadscopeError: different lengths without `align`; no such query; equal prompts; a feature that is off in the
+            clean prompt or on in the corrupted one.
     """
     clean, corrupted = prompt(metric.model, clean), prompt(metric.model, corrupted)
     if not -len(clean) <= query < len(clean):
@@ -163,7 +162,7 @@ def pair(
 
 
 def _counterpart(clean: Tensor, corrupted: Tensor) -> Int[Tensor, " position"]:
-    """Each position's own where the lengths are equal; else by what both begin with, then by what both end with."""
+    """Align positions one to one if the lengths are equal; else by the common prefix, then the common suffix."""
     n, m = len(clean), len(corrupted)
     own = torch.arange(n, device=clean.device)
     if n == m:
@@ -180,10 +179,10 @@ def _counterpart(clean: Tensor, corrupted: Tensor) -> Int[Tensor, " position"]:
 
 # ---------------------------------------------------------------------------------------------------------- corruptions
 def replace_tokens(tokens: Int[Tensor, " position"], at: Mapping[int, int]) -> Int[Tensor, " position"]:
-    """The prompt with other tokens at some positions.
+    """Replace the tokens at some positions of a prompt.
 
     Raises:
-        HeadscopeError: a position that there is not.
+        HeadscopeError: no such position.
     """
     outside = [p for p in at if not -len(tokens) <= p < len(tokens)]
     if outside:
@@ -197,7 +196,7 @@ def replace_tokens(tokens: Int[Tensor, " position"], at: Mapping[int, int]) -> I
 
 
 def earlier_copies(tokens: Int[Tensor, " position"], query: int = -1) -> Int[Tensor, " copy"]:
-    """Where the token at the query stands before the query."""
+    """Return the earlier positions of the token at the query."""
     query %= len(tokens)
     return (tokens[:query] == tokens[query]).nonzero()[:, 0]
 
@@ -205,16 +204,16 @@ def earlier_copies(tokens: Int[Tensor, " position"], query: int = -1) -> Int[Ten
 def swap_earlier(
     tokens: Int[Tensor, " position"], replacement: int, *, query: int = -1, only: int | None = None
 ) -> Int[Tensor, " position"]:
-    """The prompt `A B ... A` with the earlier A replaced: what an induction head looks for is gone, B is not.
+    """Replace the earlier A in a prompt `A B ... A`: removes what an induction head matches, but not B.
 
     Args:
         tokens: the prompt.
         replacement: takes the place of each earlier A.
-        query: of the last A.
+        query: position of the last A.
         only: replace the earlier A at this position alone.
 
     Raises:
-        HeadscopeError: the token at the query does not stand earlier, or not at `only`, or it is the replacement.
+        HeadscopeError: the token at the query does not occur earlier, or not at `only`, or it is the replacement.
     """
     found = earlier_copies(tokens, query).tolist()
     where = found if only is None else [p for p in found if p == only]
@@ -228,10 +227,10 @@ def swap_earlier(
 
 
 def shuffle(tokens: Int[Tensor, " position"], *, query: int = -1, seed: int = 0) -> Int[Tensor, " position"]:
-    """The prompt with the tokens between its first and the query in another order, drawn at random.
+    """Shuffle the tokens between the first and the query of a prompt.
 
     Raises:
-        HeadscopeError: there is no other order: fewer than two different tokens lie there.
+        HeadscopeError: there is no other order: fewer than two distinct tokens.
     """
     query %= len(tokens)
     between = tokens[1:query]
@@ -249,7 +248,7 @@ def shuffle(tokens: Int[Tensor, " position"], *, query: int = -1, seed: int = 0)
 
 
 def unused_token(model: Model, tokens: Int[Tensor, " position"], *, seed: int = 0) -> int:
-    """A token drawn evenly from those that are not in the prompt; never the BOS.
+    """Draw a token uniformly from those that are not in the prompt; never the BOS.
 
     Raises:
         HeadscopeError: the prompt has them all.

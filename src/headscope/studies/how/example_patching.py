@@ -1,4 +1,4 @@
-"""Patching between an example of the corpus and a corruption of it that turns the feature off."""
+"""Patching between an example of the corpus and a corruption of it that silences the feature."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +25,11 @@ from headscope.studies.subject import Subject
 from headscope.studies.support.on_page import prompt_at
 
 MAX_COLUMNS = 48
-"""Positions at which components are patched one by one: the last ones before the feature."""
+"""Maximum number of positions at which components are patched individually: the last ones before the feature."""
 _WINDOWS = (32, 64, 128)
 _KEPT_SHARE = 0.8
-"""A prompt is cut to its end where the feature keeps this share of its activation: it is run hundreds of times."""
+"""A prompt is shortened to its end where the feature keeps this share of its activation: it is run hundreds of times.
+"""
 _REPLACED = (1, 2, 3, 5)  # largest source tokens that `sources` replaces, until the feature is off
 NODES: dict[str, tuple[NodeKind, ...]] = {
     "components": ("token", "resid_pre", "attn_out", "mlp_out"),
@@ -45,26 +46,26 @@ class ExamplePatching:
     """Components patched between an example and its corruption."""
 
     found: Patching
-    """Of patches of one node each."""
+    """Results of patches of one node each."""
     columns: tuple[int, ...]
-    """Positions at which components are patched one by one."""
+    """Positions at which components are patched individually."""
     nodes: tuple[Node, ...]
     joint: Interaction | None
-    """The two components side by side that do most, alone and together."""
+    """The two parallel components with the largest effects, singly and jointly."""
 
 
 def patch_example(subject: Subject, latent: int, at: int, how: str, nodes: str) -> ExamplePatching:
-    """Patch the components of an example of a feature, at each position and at all.
+    """Patch the components of an example of a feature, at each position and at all positions.
 
     Args:
-        subject: with its model.
+        subject: the index with its model.
         latent: the feature.
         at: a token of the corpus at which it is active.
         how: one of `CORRUPTIONS`.
         nodes: one of `NODES`.
 
     Raises:
-        StudyError: no such nodes or corruption, or one that does not apply.
+        StudyError: no such nodes or corruption, or an inapplicable one.
         HeadscopeError: the corruption leaves the feature on.
     """
     if nodes not in NODES:
@@ -82,7 +83,7 @@ def patch_example_features(subject: Subject, latent: int, at: int, how: str, sae
     """Patch the features of an earlier SAE between an example of a feature and its corruption.
 
     Raises:
-        StudyError: no such SAE or corruption, or one that does not apply.
+        StudyError: no such SAE or corruption, or an inapplicable one.
         HeadscopeError: the corruption leaves the feature on.
     """
     if sae not in subject.saes:
@@ -95,10 +96,10 @@ def patch_example_features(subject: Subject, latent: int, at: int, how: str, sae
 
 
 def example_pair(subject: Subject, latent: int, at: int, how: str) -> PromptPair:
-    """An example as a prompt, and its corruption.
+    """Return an example as a prompt, with its corruption.
 
     Raises:
-        StudyError: no such corruption, or one that does not apply.
+        StudyError: no such corruption, or an inapplicable one.
         HeadscopeError: the corruption leaves the feature on.
     """
     name, _, number = how.partition(".")
@@ -112,7 +113,7 @@ def example_pair(subject: Subject, latent: int, at: int, how: str) -> PromptPair
 
 
 def _clean(subject: Subject, metric: FeatureMetric, at: int, *, needs_copy: bool) -> Int[Tensor, " position"]:
-    """The block up to a token, or less of it if the feature is about as active there."""
+    """Return the block up to a token, or less of it if the feature remains about as active there."""
     block, query = prompt_at(subject.index, at)
     tokens = torch.tensor(block, device=subject.live.model.device)
     on = metric.read(tokens, query).activation
@@ -135,7 +136,7 @@ def _clean(subject: Subject, metric: FeatureMetric, at: int, *, needs_copy: bool
 def _corrupt(
     subject: Subject, metric: FeatureMetric, clean: Int[Tensor, " position"], name: str, seed: int
 ) -> PromptPair:
-    """A corruption that turns the feature off, or the reason why there is none."""
+    """Return a corruption that silences the feature, or raise the reason why there is none."""
     free = unused_token(subject.live.model, clean, seed=seed)
     if name == "swap":
         if len(earlier_copies(clean)) == 0:
@@ -151,13 +152,13 @@ def _corrupt(
     for n in _REPLACED[:-1]:
         try:
             return pair(metric, clean, replace_tokens(clean, dict.fromkeys(largest[:n], free)))
-        except HeadscopeError:  # still on: more of them
+        except HeadscopeError:  # still on: replace more of them
             continue
     return pair(metric, clean, replace_tokens(clean, dict.fromkeys(largest[: _REPLACED[-1]], free)))
 
 
 def _largest_sources(subject: Subject, metric: FeatureMetric, clean: Int[Tensor, " position"]) -> list[int]:
-    """Positions before the last, the BOS left out, by what comes from there: heads summed."""
+    """Return positions before the last, without the BOS, sorted by their contribution, summed over heads."""
     query = len(clean) - 1
     split = subject.circuits.by_source(tuple(clean.tolist()), metric.latent, query)
     order = split[1:query].argsort(descending=True) + 1
@@ -173,16 +174,16 @@ def _nodes(subject: Subject, prompts: PromptPair, kinds: Sequence[NodeKind]) -> 
 
 
 def _columns(prompts: PromptPair) -> list[int]:
-    """Positions worth patching: from the first that differs on, since what comes before is the same in both runs."""
+    """Return the positions to patch: from the first difference on, since both runs are equal before it."""
     first = int((prompts.clean != prompts.corrupted).nonzero()[0, 0])
     return list(range(prompts.query + 1))[first:][-MAX_COLUMNS:]
 
 
 def _joint(prompts: PromptPair, found: Patching) -> Interaction | None:
-    """The two components side by side that do most, alone and together; None where there are no two.
+    """Patch the two parallel components with the largest effects, singly and jointly; None without two.
 
-    Side by side are heads of one layer, or the attention and the MLP of one: of two in a row, the second carries what
-    the first does.
+    Parallel are heads of one layer, or the attention and the MLP of one: of two consecutive ones, the second carries
+    the effect of the first.
     """
     effect = (1 - found.noising.pre_score) + found.denoising.pre_score
     together: dict[tuple, list[tuple[float, Node]]] = {}

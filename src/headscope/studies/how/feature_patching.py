@@ -1,8 +1,8 @@
-"""Features of an SAE earlier in the model as nodes of patching: which of them a later feature is computed from.
+"""Patching of features of an earlier SAE: which of them a later feature is computed from.
 
-One upstream feature takes its activation from the other run, `x + (f_other - f)_i W_dec[i]`: the rest of x, the SAE's
-error included, stays. Beside the single features stand the whole site, all features together, and the error alone
-`(x - x_hat)_other - (x - x_hat)`, so that it is seen how much of the path the SAE has.
+One upstream feature takes its activation from the other run, `x + (f_other - f)_i W_dec[i]`: the rest of x, including
+the SAE's error, is unchanged. For comparison the whole site, all features together, and the error alone `(x -
+x_hat)_other - (x - x_hat)` are patched, to show how much of the path the SAE captures.
 """
 
 from collections.abc import Sequence
@@ -26,52 +26,52 @@ from headscope.studies.how.patching import THRESHOLD, Scores, scored
 BarName = Literal["site", "features", "error"]
 BARS: tuple[BarName, ...] = ("site", "features", "error")
 MOST = 32
-"""Features that are patched together, at most, to find the few that matter."""
+"""Maximum number of features patched together when searching for a sufficient few."""
 ENOUGH = 0.9
-"""The few are those whose joint effect is this share of that of all features."""
+"""Share of the effect of all features that the few must reach jointly."""
 
 
 @dataclass(frozen=True)
 class FeaturePatching:
-    """Upstream features patched between two prompts, each alone; arrays are in the order of `latents`."""
+    """Upstream features patched between two prompts, one at a time; arrays are in the order of `latents`."""
 
     pair: PromptPair
     site: Site
     positions: tuple[int, ...]
-    """Of the clean prompt, at which they are patched together."""
+    """Positions of the clean prompt at which they are patched together."""
     latents: Int[np.ndarray, " latent"]
-    """Those with another activation in the two runs at these positions, largest effect first (the mean of both
-    directions, on the pre-activation). All others do exactly nothing."""
+    """Latents whose activations differ between the runs at these positions, largest effect first (the mean of both
+    directions, on the pre-activation). All others have exactly no effect."""
     change: Float[np.ndarray, " latent"]
-    """Activation in the clean run less that in the corrupted run, summed over the positions."""
+    """Activation in the clean run minus that in the corrupted run, summed over the positions."""
     noising: Scores
     denoising: Scores
     bars_noising: Scores
-    """Of the whole site, all features together, and the error alone: `BARS`."""
+    """Scores of the whole site, all features together, and the error alone: `BARS`."""
     bars_denoising: Scores
     together_noising: Scores
-    """Of the first 1, 2, 3, ... of the latents together."""
+    """Scores of the first 1, 2, 3, ... of the latents together."""
     together_denoising: Scores
     null_noising: Scores
-    """Of directions of the site without meaning: each adds, at each position, a random vector as long as what the first
-    of the latents adds there. Empty where no latent changes."""
+    """Scores of random directions of the site: each adds, at each position, a random vector with the norm of the first
+    latent's. Empty where no latent changes."""
     null_denoising: Scores
     definition: str = "x + (f_other - f)_i W_dec[i] at the positions, the SAE's error kept"
 
     @property
     def null_effect(self) -> Estimate | None:
-        """The effect by which latents are ranked, of directions without meaning: mean and range."""
+        """Return the effect by which latents are ranked for random directions: mean and range."""
         effect = ((1 - self.null_noising.pre_score) + self.null_denoising.pre_score) / 2
         return Estimate(float(effect.mean()), float(effect.min()), float(effect.max())) if len(effect) else None
 
     def bar(self, name: BarName) -> tuple[float, float]:
-        """Noising and denoising score of the pre-activation."""
+        """Return noising and denoising score of the pre-activation."""
         at = BARS.index(name)
         return float(self.bars_noising.pre_score[at]), float(self.bars_denoising.pre_score[at])
 
     @property
     def few(self) -> int | None:
-        """How many of the first latents have, together, 90 % of the effect of all features in both directions.
+        """Number of first latents that jointly have 90 % of the effect of all features in both directions.
 
         None when all features together have no effect of 0.1 in one of the directions, or more than 32 are needed.
         """
@@ -91,13 +91,14 @@ def patch_features(
     Args:
         pair: the prompts, with the later feature as the metric.
         upstream: an SAE of the same model.
-        positions: of the clean prompt, patched together; all up to the query that have a counterpart when None.
-        n_null: random directions, as long as what the feature with the largest effect adds.
-        seed: of these.
+        positions: positions of the clean prompt, patched together; default: all up to the query that have a
+            counterpart.
+        n_null: number of random directions, with the norm of the largest-effect feature's change.
+        seed: seed of these.
 
     Raises:
         SAEError: an SAE of another model.
-        HeadscopeError: an SAE that does not stand before the feature's, or a position that cannot be patched.
+        HeadscopeError: an SAE that is not before the feature's, or a position that cannot be patched.
     """
     check_fits(upstream, pair.metric.model)
     last = pair.metric.sae.site
@@ -151,7 +152,7 @@ def _ordered(scores: Scores, order: Int[np.ndarray, " patch"]) -> Scores:
 
 
 class _Moves:
-    """Runs of one prompt with something added at some positions of a site."""
+    """Runs of one prompt with vectors added at some positions of a site."""
 
     def __init__(
         self,
@@ -168,12 +169,12 @@ class _Moves:
         self.change = sae.encode(x_other) - sae.encode(x)  # [chosen, latent]
 
     def read(self, sets: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        """The feature with each of some sets of upstream features as in the other run."""
+        """Read the feature with some sets of upstream features as in the other run."""
         moved = [self.change[:, latents] @ self.sae.W_dec[latents] for latents in sets]
         return self._added(torch.stack(moved) if moved else self.whole[None][:0])
 
     def random(self, latents: list[int], n: int, seed: int) -> tuple[Tensor, Tensor]:
-        """The feature with random vectors added, as long at each position as what a latent would add; of none, none."""
+        """Read the feature with random vectors added, of the norm of a latent's change at each position."""
         if not latents or not n:
             return self._added(self.whole[None][:0])
         length = (self.change[:, latents] @ self.sae.W_dec[latents]).norm(dim=-1, keepdim=True)
@@ -182,7 +183,7 @@ class _Moves:
         return self._added(length * direction / direction.norm(dim=-1, keepdim=True))
 
     def bars(self) -> tuple[Tensor, Tensor]:
-        """The feature with the whole site, all upstream features, and the error alone as in the other run."""
+        """Read the feature with the whole site, all upstream features, and the error alone as in the other run."""
         features = self.change @ self.sae.W_dec
         return self._added(torch.stack([self.whole, features, self.whole - features]))
 

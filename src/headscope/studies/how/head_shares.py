@@ -1,4 +1,4 @@
-"""Which heads make a feature over a corpus, by direct feature attribution (DFA): read off the index, no model run."""
+"""Head shares of a feature over a corpus, by direct feature attribution (DFA): from the index, without the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,20 +13,20 @@ from headscope.studies.support.active import Text
 
 @dataclass(frozen=True)
 class HeadShare:
-    """How much of a feature one head makes. Each of the three sums to 1 over heads."""
+    """Share of a feature that one head makes. Each of the three sums to 1 over heads."""
 
     head: int
     squared: Measure
     """`sum C_h^2`, normalised (the post's fraction of variance)."""
     covariance: Measure
-    """`Cov(C_h, pre) / Var(pre)`: blind to a head that adds a constant; may be negative."""
+    """`Cov(C_h, pre) / Var(pre)`: insensitive to a head with a constant contribution; may be negative."""
     linear: Measure
     """`sum C_h`, normalised; may be negative."""
 
 
 @dataclass(frozen=True)
 class HeadShares:
-    """What each head contributes to a feature over its active tokens above a threshold."""
+    """Contribution of each head to a feature over its active tokens above a threshold."""
 
     latent: int
     threshold: float
@@ -36,17 +36,17 @@ class HeadShares:
 
     @property
     def top(self) -> tuple[HeadShare, ...]:
-        """Largest squared share first; empty where there are too few tokens for shares."""
+        """Heads by squared share, largest first; empty where there are too few tokens for shares."""
         known = [share for share in self.heads if share.squared.value is not None]
         return tuple(sorted(known, key=lambda share: -(share.squared.value or 0.0)))
 
 
 def head_shares(index: FeatureIndex, latent: int, thresholds: Sequence[float] = (0.0,)) -> tuple[HeadShares, ...]:
-    """DFA by head of a feature over all its active tokens above each threshold; no model run.
+    """Compute DFA by head of a feature over all its active tokens above each threshold, without running the model.
 
-    The null of the squared and the covariance share is that of the index's random directions, active as often as real
-    features: mean and range over them. That of the linear share is the linear shares of all live features with their
-    heads exchanged at random: 1 / n_heads, and the range that holds 95 % of them.
+    The null of the squared and the covariance share is that of the index's null directions, matched in density: mean
+    and range over them. That of the linear share is the linear shares of all live features with their heads randomly
+    permuted: 1 / n_heads, and the range that holds 95 % of them.
 
     Raises:
         IndexFormatError: no such latent.

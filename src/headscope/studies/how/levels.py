@@ -1,8 +1,7 @@
-"""Recursive DFA and QK attribution of a prompt, cut to what a page shows: the largest terms, and the rest as one.
+"""Recursive DFA and QK attribution of a prompt, truncated for a page: the largest terms, and the rest as one.
 
 A node of recursive DFA is addressed by the names of the nodes from the feature to it, as `1.3/source 12/0.2`, so
-nothing has to be kept between two requests. What is left out for its size is counted and summed, so that what is shown
-still adds up.
+requests are stateless. Omitted small terms are counted and summed, so that the terms still add up.
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 MOST_CHILDREN, MOST_PARTS, MOST_READ = 12, 6, 3
 MAX_PATH = 1000
-"""Characters of a path that are read."""
+"""Maximum number of characters of a path."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class PartView:
 
 @dataclass(frozen=True)
 class Attended:
-    """Which head attended to a source, and from where."""
+    """The head that attended to a source, and its query."""
 
     layer: int
     head: int
@@ -62,7 +61,7 @@ class NodeView:
     part: PartView | None
     expands: bool
     attended: Attended | None
-    """Of a source."""
+    """Present for a source."""
 
     @classmethod
     def of(cls, node: "Node") -> "NodeView":
@@ -85,7 +84,7 @@ class NodeView:
 
 @dataclass(frozen=True)
 class Rest:
-    """Terms that are not named."""
+    """The omitted terms."""
 
     n: int
     value: float
@@ -101,7 +100,7 @@ class Level:
     rest: Rest
     sum: float
     residual: float | None
-    """What rounding leaves."""
+    """The rounding error."""
 
     @classmethod
     def of(cls, found: "tuple[Node, Sequence[Node]]", *, most: int = MOST_CHILDREN) -> "Level":
@@ -121,17 +120,17 @@ class Level:
 
 @dataclass(frozen=True)
 class ReadBy:
-    """The tokens that an earlier head read, by what they add to a score through it."""
+    """Source tokens of an earlier head, by their contribution to a score through it."""
 
     part: str
     value: float
     sources: tuple[tuple[int, float], ...]
-    """(position, what it adds), largest first."""
+    """(position, contribution), largest first."""
 
 
 @dataclass(frozen=True)
 class WhyAttended:
-    """Why a head attends to one key: its score there above the mean over keys, by pairs of parts."""
+    """Attribution of a head's attention to one key: its score there minus the mean over keys, by pairs of parts."""
 
     layer: int
     head: int
@@ -142,19 +141,19 @@ class WhyAttended:
     pattern: Float[np.ndarray, " key"]
     score: float
     mean: float
-    """Of the scores of all keys."""
+    """Mean of the scores of all keys."""
     residual: float | None
     query_parts: tuple[PartView, ...]
     key_parts: tuple[PartView, ...]
     contrast: Float[np.ndarray, "query_part key_part"]
-    """Sums to the score less the mean; the last row and column are all other parts."""
+    """Sums to the score minus the mean; the last row and column are all other parts."""
     attention: Float[np.ndarray, "query_part key_part"]
     """The first-order part of each pair in the attention."""
     read: tuple[ReadBy, ...]
 
 
 def path_of(text: str) -> tuple[str, ...]:
-    """Read the path of a node; empty for the feature itself.
+    """Parse the path of a node; empty for the feature itself.
 
     Raises:
         StudyError: it is too long.
@@ -169,15 +168,15 @@ def path_of(text: str) -> tuple[str, ...]:
 def why_attended(
     source: "PromptCircuits", tokens: tuple[int, ...], layer: int, head: int, query: int, key: int | None
 ) -> WhyAttended:
-    """Split the score of a head between two tokens over the larger parts at the query and at the key.
+    """Split a head's score between two tokens over the larger parts at the query and at the key.
 
     Args:
         source: runs the model.
         tokens: the prompt, BOS included.
-        layer: of the head.
-        head: which.
-        query: from which token.
-        key: to which; the most attended when None.
+        layer: layer of the head.
+        head: the head.
+        query: position of the query.
+        key: position of the key; default: the most attended one.
 
     Raises:
         HeadscopeError: no such prompt, head or token, or a model without an exact split.
@@ -212,7 +211,7 @@ def _largest(size: Float[np.ndarray, " part"]) -> list[int]:
 
 
 def _named(parts: "Sequence[Part]", chosen: Sequence[int]) -> tuple[PartView, ...]:
-    """The chosen parts, and one for all others where there are any."""
+    """Return the chosen parts, and one for all others if there are any."""
     n = len(parts) - len(chosen)
     named = tuple(PartView.of(parts[i]) for i in chosen)
     return (*named, PartView(f"{n} others", "others")) if n else named
@@ -221,7 +220,7 @@ def _named(parts: "Sequence[Part]", chosen: Sequence[int]) -> tuple[PartView, ..
 def _gathered(
     values: Float[np.ndarray, "query_part key_part"], rows: Sequence[int], columns: Sequence[int]
 ) -> Float[np.ndarray, "row column"]:
-    """The chosen rows and columns, and the sums over all others at the ends."""
+    """Return the chosen rows and columns, with the sums over all others at the ends."""
     for chosen in (rows, columns):
         others = np.delete(values, chosen, axis=0)
         kept = [values[list(chosen)], others.sum(0, keepdims=True)] if len(others) else [values[list(chosen)]]

@@ -1,4 +1,4 @@
-"""What can be patched: the nodes of a model."""
+"""Nodes of a model that can be patched."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -23,8 +23,7 @@ NodeKind = Literal[
     "mlp_out",
     "resid_post",
 ]
-"""What can be patched: the embedding of the token; that of its position, where positions are embedded; or the value at
-a site of this name."""
+"""Kinds of nodes: the token embedding; the position embedding, if there is one; or the value at a site of this name."""
 
 BY_HEAD = ("q", "k", "v", "pattern", "z")
 INPUTS = ("token", "position")
@@ -32,7 +31,7 @@ INPUTS = ("token", "position")
 
 @dataclass(frozen=True)
 class Node:
-    """A component at one position, or at all.
+    """A component at one position, or at all positions.
 
     For pattern a position is a query; for k and v it is a source, and a head is a key-value head.
     """
@@ -42,7 +41,7 @@ class Node:
     head: int | None = None
     """All heads when None."""
     position: int | None = None
-    """Of the clean prompt; all positions when None."""
+    """Position of the clean prompt; all positions when None."""
 
     def __str__(self) -> str:
         """`z 0.2 @5`: kind, layer and head, position."""
@@ -51,22 +50,22 @@ class Node:
 
     @property
     def site(self) -> Site:
-        """Where it is edited."""
+        """The site that is edited."""
         if self.kind == "token" or self.kind == "position":
             return Site("resid_pre", 0)
         return Site(self.kind, self.layer)
 
 
 Patch = tuple[Node, ...]
-"""Nodes that are patched together in one run; none leaves the run as it is."""
+"""Nodes that are patched together in one run; empty for an unpatched run."""
 
 
 def n_heads(model: Model, kind: NodeKind) -> int:
-    """Heads at a site of this kind."""
+    """Return the number of heads at a site of this kind."""
     return model.spec.n_kv_heads if kind in ("k", "v") else model.spec.n_heads
 
 
 def position_embedding(model: Model, tokens: Int[Tensor, " position"]) -> Float[Tensor, "position d_model"]:
-    """What is added to the token embeddings."""
+    """Return the position embeddings added to the token embeddings."""
     site = Site("resid_pre", 0)
     return model.read(tokens[None], [site])[site][0] - model.module.get_input_embeddings()(tokens)

@@ -1,4 +1,4 @@
-"""Runs of one prompt with values from the run of another: many patches are the rows of one batch."""
+"""Runs of one prompt with values from another prompt's run: patches are the rows of a batch."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,26 +18,26 @@ _BATCH_TOKENS = 8192
 
 
 class _Read(Exception):  # noqa: N818 - control flow, not an error
-    """The feature has been read: nothing after it is computed."""
+    """The feature has been read: the rest of the run is skipped."""
 
 
 class BaseRun:
-    """One prompt, unedited: what is at some sites, and what its blocks were called with, to be run again from there."""
+    """The unedited run of a prompt: values at some sites, and the inputs of its blocks, to resume from there."""
 
     def __init__(self, metric: FeatureMetric, tokens: Int[Tensor, " position"], sites: Sequence[Site]) -> None:
-        """Run it once, up to the feature."""
+        """Run the prompt once, up to the feature."""
         self.metric, self.tokens = metric, tokens
         with metric.model.restartable(0) as self._restart:
             self.found = metric.model.read(tokens[None], [*sites, metric.sae.site])
 
     def rows_at_once(self) -> int:
-        """How many runs fit in a batch."""
+        """Number of runs that fit in a batch."""
         return max(1, _BATCH_TOKENS // len(self.tokens))
 
     def again(
         self, n_rows: int, edits: Mapping[Site, Edit], layer: int, query: int
     ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-        """Pre-activation and activation at the query of n_rows runs with edits, from a layer on."""
+        """Return pre-activation and activation at the query of n_rows runs with edits, from a layer on."""
         rows = self.tokens.expand(n_rows, -1)
         calls = [((args[0].expand(n_rows, -1, -1), *args[1:]), named) for args, named in self._restart.calls[layer:]]
         return self._feature(rows, edits, query, Restart(layer, calls))
@@ -45,7 +45,7 @@ class BaseRun:
     def with_tokens(
         self, rows: Int[Tensor, "row position"], edits: Mapping[Site, Edit], query: int
     ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-        """The same from the first layer on, with other tokens."""
+        """Return the same from the first layer on, with other tokens."""
         return self._feature(rows, edits, query, None)
 
     def _feature(
@@ -65,17 +65,17 @@ class BaseRun:
 
 @dataclass(frozen=True)
 class Transplant:
-    """Runs of one prompt with values from the run of another."""
+    """Runs of one prompt with values from another prompt's run."""
 
     base: BaseRun
     other: BaseRun
     source: Int[Tensor, " position"]
-    """Of each position of the base prompt, that of the other; -1 where there is none."""
+    """Position of the other prompt for each position of the base prompt; -1 where there is none."""
     of_clean: Int[Tensor, " clean"]
-    """Of each position of the clean prompt, that of the base prompt; -1 where there is none."""
+    """Position of the base prompt for each position of the clean prompt; -1 where there is none."""
 
     def read(self, patches: Sequence[Patch], query: int) -> tuple[Tensor, Tensor]:
-        """Pre-activation and activation at the query, one run for each patch."""
+        """Return pre-activation and activation at the query, one run per patch."""
         starts = [self._start(patch) for patch in patches]
         order = sorted(range(len(patches)), key=starts.__getitem__)
         step = self.base.rows_at_once()
@@ -88,7 +88,7 @@ class Transplant:
         return pre, activation
 
     def _start(self, patch: Patch) -> int:
-        """The layer from which a run must be made again; -1 where its tokens change."""
+        """Return the layer from which a run must be repeated; -1 where its tokens change."""
         if any(node.kind == "token" for node in patch):
             return -1
         return min((node.site.layer for node in patch), default=self.base.metric.sae.site.layer)
@@ -99,7 +99,7 @@ class Transplant:
             for node in nodes:
                 groups.setdefault(node.kind, {}).setdefault(node.site, []).append((row, node))
         edits: dict[Site, Edit] = {}
-        for kind in get_args(NodeKind)[1:]:  # an embedded position comes before what else is at its site
+        for kind in get_args(NodeKind)[1:]:  # an embedded position precedes everything else at its site
             for site, chosen in groups.get(kind, {}).items():
                 edit = self._edit(kind, site, self._mask(chosen, len(patches), kind))
                 edits[site] = edit if site not in edits else _then(edits[site], edit)
@@ -113,7 +113,7 @@ class Transplant:
     def _mask(
         self, chosen: Sequence[tuple[int, Node]], n_rows: int, kind: NodeKind
     ) -> Bool[Tensor, "row position head"]:
-        """Where a site is patched, in each row; one head where a site has none."""
+        """Mark where a site is patched, in each row; one head where a site has none."""
         heads = n_heads(self.base.metric.model, kind) if kind in BY_HEAD else 1
         mask = torch.zeros(n_rows, len(self.source), heads, dtype=torch.bool, device=self.source.device)
         for row, node in chosen:
@@ -122,7 +122,7 @@ class Transplant:
         return mask & (self.source >= 0)[:, None]
 
     def _taken(self, values: Tensor, axis: int) -> Tensor:
-        """Values of the other run, at the positions of this one; any where a position has no counterpart."""
+        """Return values of the other run, at the positions of this one; arbitrary without a counterpart."""
         return values.index_select(axis, self.source.clamp_min(0))
 
     def _edit(self, kind: NodeKind, site: Site, mask: Bool[Tensor, "row position head"]) -> Edit:

@@ -1,14 +1,14 @@
-"""Activation patching with a feature as the metric: what is moved from one run to another, and what it does to it.
+"""Activation patching with a feature as the metric.
 
 Two prompts, in one of which the feature is on (clean) and in the other off (corrupted). *Noising* runs the clean prompt
 with some components as in the corrupted run, *denoising* the corrupted prompt with them as in the clean run. Both are
 scaled so that the corrupted run is 0 and the clean run is 1, for the pre-activation (graded) and for the activation
-(cut off where the feature is off):
+(0 where the feature is off):
 
     score = (m - m_corrupted) / (m_clean - m_corrupted)
 
-Noising what does not matter scores 1, what is necessary 0; denoising what does not matter 0, what is sufficient 1. Many
-patches are the rows of one batch, each batch run from the layer of its first patch on.
+Noising an irrelevant component scores 1, a necessary one 0; denoising an irrelevant one 0, a sufficient one 1. Patches
+are the rows of a batch, and each batch is run from the layer of its first patch on.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,12 +27,12 @@ from headscope.studies.how.nodes import BY_HEAD, INPUTS, Node, NodeKind, Patch, 
 from headscope.studies.how.patch_runs import BaseRun, Transplant
 
 THRESHOLD = 0.1
-"""Effects below this are none, when roles are told."""
+"""Threshold below which an effect counts as none, for roles."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What patches do, in one of the two directions; arrays are in the order of the patches."""
+    """Scores of patches in one of the two directions; arrays are in the order of the patches."""
 
     pre: Float[np.ndarray, " patch"]
     """The pre-activation in the patched run."""
@@ -40,12 +40,12 @@ class Scores:
     pre_score: Float[np.ndarray, " patch"]
     """0 as in the corrupted run, 1 as in the clean one."""
     activation_score: Float[np.ndarray, " patch"]
-    """The same of the activation: what happens while the feature is off does not show."""
+    """The same for the activation: changes while the feature is off do not show."""
 
 
 @dataclass(frozen=True)
 class Patching:
-    """Patches between two prompts, one run each way for each."""
+    """Patches between two prompts, one run in each direction per patch."""
 
     pair: PromptPair
     patches: tuple[Patch, ...]
@@ -61,10 +61,10 @@ class Patching:
         return 1
 
     def number(self, *nodes: Node) -> int:
-        """Which patch consists of these nodes.
+        """Return the index of the patch that consists of these nodes.
 
         Raises:
-            HeadscopeError: none.
+            HeadscopeError: there is none.
         """
         for number, patch in enumerate(self.patches):
             if set(patch) == set(nodes):
@@ -74,7 +74,7 @@ class Patching:
         )
 
     def roles(self, threshold: float = THRESHOLD) -> tuple["Role", ...]:
-        """The role of each patch, by its activation scores."""
+        """Return the role of each patch, by its activation scores."""
         losses, gains = 1 - self.noising.activation_score, self.denoising.activation_score
         return tuple(role(loss, gain, threshold) for loss, gain in zip(losses.tolist(), gains.tolist(), strict=True))
 
@@ -83,17 +83,17 @@ Role = Literal["no effect", "AND", "OR", "necessary and sufficient", "part"]
 
 
 def role(loss: float, gain: float, threshold: float = THRESHOLD) -> Role:
-    """What the two directions together say of a component.
+    """Classify the role of a component from both directions.
 
     Args:
-        loss: `1 - score` of noising: what is lost without it.
-        gain: the score of denoising: what it alone brings back.
-        threshold: effects below it are none; those above 1 less it are whole.
+        loss: `1 - score` of noising: the effect of removing it.
+        gain: the score of denoising: the effect of restoring it alone.
+        threshold: effects below it count as none; those above 1 minus it as complete.
 
     Returns:
-        `no effect` below the threshold both ways; `AND` if it is lost without it and not brought back by it (it takes
-        others too); `OR` if it is brought back by it and not lost without it (others stand in for it); `necessary and
-        sufficient` if both are whole; else `part`.
+        `no effect` below the threshold both ways; `AND` if removing it has an effect and restoring it has none (others
+            are needed too); `OR` if restoring it has an effect and removing it has none (others compensate); `necessary
+            and sufficient` if both are complete; else `part`.
     """
     if loss < threshold and gain < threshold:
         return "no effect"
@@ -108,11 +108,11 @@ def role(loss: float, gain: float, threshold: float = THRESHOLD) -> Role:
 def nodes_of(
     pair: PromptPair, kinds: Sequence[NodeKind], *, layers: Iterable[int] | None = None, by_position: bool = False
 ) -> tuple[Node, ...]:
-    """All nodes of some kinds that are computed before the feature: one a head where there are heads.
+    """Return all nodes of some kinds that are computed before the feature: one per head where there are heads.
 
     Args:
         pair: the prompts.
-        kinds: of the nodes.
+        kinds: kinds of nodes.
         layers: only these.
         by_position: one for each position up to the query that has a counterpart, instead of one for all.
 
@@ -133,7 +133,7 @@ def nodes_of(
 
 
 def _check(pair: PromptPair, node: Node) -> None:
-    """Refuse a node that there is not, or that cannot be patched between these prompts."""
+    """Reject a node that does not exist, or that cannot be patched between these prompts."""
     model, last = pair.metric.model, pair.metric.sae.site
     if node.kind not in get_args(NodeKind):
         raise HeadscopeError(f"a node {node.kind!r}", expected=f"one of {', '.join(get_args(NodeKind))}", do="name one")
@@ -175,14 +175,14 @@ def _check(pair: PromptPair, node: Node) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- patch
 def patch(pair: PromptPair, patches: Sequence[Node | Patch]) -> Patching:
-    """Patch each of some nodes, or sets of nodes, between two prompts, both ways.
+    """Patch each of some nodes, or sets of nodes, between two prompts, in both directions.
 
     Args:
         pair: the prompts.
         patches: each a node, or a tuple of nodes that are patched together.
 
     Raises:
-        ModelError: a layer, site or head that there is not; position embeddings of a model without them.
+        ModelError: no such layer, site or head; position embeddings of a model without them.
         HeadscopeError: a node that is computed after the feature, or a position without counterpart.
     """
     sets = tuple(p if isinstance(p, tuple) else (p,) for p in patches)
@@ -204,7 +204,7 @@ def patch(pair: PromptPair, patches: Sequence[Node | Patch]) -> Patching:
 
 
 def scored(pair: PromptPair, pre: Float[Tensor, " patch"], activation: Float[Tensor, " patch"]) -> Scores:
-    """Scale what patched runs give: 0 as in the corrupted run, 1 as in the clean run."""
+    """Scale the results of patched runs: 0 as in the corrupted run, 1 as in the clean run."""
     on, off = pair.on, pair.off
     return Scores(
         pre=_numpy(pre),
@@ -225,19 +225,19 @@ class AverageEffect:
 
     patch: Patch
     noising: Measure
-    """Of the pre-activation scores."""
+    """Mean of the pre-activation scores."""
     denoising: Measure
     noising_activation: Measure
     denoising_activation: Measure
 
 
 def average(results: Sequence[Patching], *, n_samples: int = 1000, seed: int = 0) -> tuple[AverageEffect, ...]:
-    """Mean scores of the same patches over pairs of prompts, with intervals by resampling the pairs.
+    """Average scores of the same patches over pairs of prompts, with intervals by resampling the pairs.
 
-    The null of a score is what a patch that nothing depends on has: exactly 1 for noising and 0 for denoising.
+    The null of a score is that of an irrelevant patch: exactly 1 for noising and 0 for denoising.
 
     Raises:
-        HeadscopeError: no result, or results of other patches.
+        HeadscopeError: no results, or results of different patches.
     """
     if not results or any(result.patches != results[0].patches for result in results):
         raise HeadscopeError(
@@ -282,14 +282,14 @@ Joint = Literal["AND", "OR", "neither", "mixed"]
 
 @dataclass(frozen=True)
 class Interaction:
-    """Two patches alone and together."""
+    """Two patches, singly and jointly."""
 
     first: Patch
     second: Patch
     patching: Patching
-    """Of the first, the second, and both."""
+    """Patches of the first, the second, and both."""
     threshold: float
-    """On is an activation score above this."""
+    """Activation score above which the feature counts as on."""
 
     @property
     def on_without(self) -> tuple[bool, bool, bool]:
@@ -298,15 +298,16 @@ class Interaction:
 
     @property
     def on_with(self) -> tuple[bool, bool, bool]:
-        """Whether the feature comes on when the first, the second, both are denoised."""
+        """Whether the feature switches on when the first, the second, both are denoised."""
         return self._on(self.patching.denoising)
 
     @property
     def kind(self) -> Joint:
-        """By which of these the feature is on.
+        """Logical relation of the two patches.
 
-        `AND`: noising either turns it off, and only both together bring it back. `OR`: either brings it back, and only
-        noising both turns it off. `neither`: both together do nothing either way. `mixed`: anything else.
+        `AND`: noising either switches it off, and only denoising both switches it on. `OR`: denoising either switches
+        it on, and only noising both switches it off. `neither`: both together have no effect in either direction.
+        `mixed`: anything else.
         """
         match self.on_without, self.on_with:
             case (False, False, False), (False, False, True):
@@ -320,10 +321,10 @@ class Interaction:
 
     @property
     def excess(self) -> tuple[float, float]:
-        """Of noising and of denoising: the joint effect on the activation less the sum of the two alone.
+        """Joint effect on the activation minus the sum of the single effects, for noising and for denoising.
 
-        Effects are `1 - score` for noising and the score for denoising; 0 where effects add up. It says how much the
-        two need or replace each other in size, `kind` what that does to the feature being on.
+        Effects are `1 - score` for noising and the score for denoising; 0 where effects add up. It measures how much
+        the two need or replace each other; `kind` whether that switches the feature.
         """
         loss, gain = 1 - self.patching.noising.activation_score, self.patching.denoising.activation_score
         return float(loss[2] - loss[0] - loss[1]), float(gain[2] - gain[0] - gain[1])
@@ -334,17 +335,16 @@ class Interaction:
 
 
 def interaction(pair: PromptPair, first: Node | Patch, second: Node | Patch, *, threshold: float = 0.0) -> Interaction:
-    """Patch two components alone and together, both ways: do both have to be there, or does either do?
+    """Patch two components singly and jointly, in both directions, to distinguish AND from OR.
 
     Args:
         pair: the prompts.
-        first: a node, or some together.
+        first: a node, or several together.
         second: likewise.
         threshold: the feature is on where its activation score is above this; 0 is any activation.
 
     Raises:
-        ModelError: as of `patch`.
-        HeadscopeError: likewise.
+        ModelError, HeadscopeError: as in `patch`.
     """
     one, two = (p if isinstance(p, tuple) else (p,) for p in (first, second))
     return Interaction(one, two, patch(pair, [one, two, (*one, *two)]), threshold)

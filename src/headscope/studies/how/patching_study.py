@@ -22,11 +22,11 @@ _TOP_LATENTS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class PatchingOptions(AtToken):
-    """An example, its corruption and what is patched."""
+    """An example, its corruption and the patched nodes."""
 
     how: Annotated[str, Text(40)] = "sources"
-    """The corruption: `sources` replaces the largest source tokens, `swap` earlier copies of the token, `shuffle` the
-    order; a number after a dot is another draw: `shuffle.1`."""
+    """The corruption: `sources` replaces the largest source tokens, `swap` earlier copies of the token, `shuffle`
+    permutes the tokens; a number after a dot is the seed: `shuffle.1`."""
     nodes: Annotated[str, Text(20)] = "components"
     """`components`, `heads`, or `qkv` (queries, keys, values and patterns of the SAE's layer)."""
 
@@ -38,7 +38,7 @@ class FeaturePatchingOptions(AtToken):
     features_of: Annotated[str, Text(400)]
     """The SAE of an earlier component, one of those given with --upstream-sae."""
     how: Annotated[str, Text(40)] = "sources"
-    """The corruption, as of patching."""
+    """The corruption, as in `patching`."""
 
 
 # ----------------------------------------------------------------------------------------------------------- components
@@ -49,7 +49,7 @@ def _run(subject: "Subject", latent: int, options: PatchingOptions) -> "ExampleP
 
 
 def _show(_subject: "Subject", _latent: int, options: PatchingOptions, record: "ExamplePatching") -> "Json":
-    """Components (rows) patched at all positions (the first column) and at single ones."""
+    """Return components (rows) patched at all positions (the first column) and at single ones."""
     found = record.found
     number = {nodes[0]: i for i, nodes in enumerate(found.patches)}
     whole = list(dict.fromkeys(replace(node, position=None) for node in number))
@@ -104,7 +104,7 @@ def _run_features(subject: "Subject", latent: int, options: FeaturePatchingOptio
 def _show_features(
     _subject: "Subject", _latent: int, options: FeaturePatchingOptions, found: "FeaturePatching"
 ) -> "Json":
-    """Features of an earlier SAE: bars of all, of the error alone, and the few that matter."""
+    """Return features of an earlier SAE: scores of all, of the error alone, and of the few that matter."""
     from headscope.encode import encode
     from headscope.studies.how.feature_patching import BARS
 
@@ -175,7 +175,7 @@ def _prompts(pair: "PromptPair") -> "Json":
 
 
 def _matrices(scores: "Scores", at: Sequence[Sequence[int | None]]) -> "Json":
-    """Scores by component and position; None where nothing was patched."""
+    """Return scores by component and position; None where nothing was patched."""
     from headscope.encode import DIGITS, significant
 
     picked = {name: getattr(scores, name) for name in _SCORES}

@@ -1,4 +1,4 @@
-"""Recursive DFA of prompts node by node, and the scores of heads by pairs of parts, as a page asks for them."""
+"""Recursive DFA of prompts node by node, and attention scores by pairs of parts, on request."""
 
 from collections.abc import Sequence
 
@@ -19,15 +19,15 @@ _KEPT = 4  # prompts
 
 
 class PromptCircuits:
-    """Runs of one model; those of the last few prompts are kept. Not for several threads at once."""
+    """Cached runs of one model on the last few prompts. Not thread-safe."""
 
     def __init__(self, model: Model, sae: SAE, *, saes: Sequence[SAE] = ()) -> None:
         """Decompose prompts of a model.
 
         Args:
-            model: which model.
-            sae: of z, whose features are followed.
-            saes: of earlier components, whose features are told apart where they stand before what is read.
+            model: the model.
+            sae: the z SAE whose features are attributed.
+            saes: SAEs of earlier components, to attribute to their features where they precede the reading component.
         """
         self.model, self.sae, self.saes = model, sae, tuple(saes)
         self._circuits = Recent[tuple[int, ...], PromptCircuit](_KEPT)
@@ -36,13 +36,13 @@ class PromptCircuits:
     def level(
         self, tokens: tuple[int, ...], latent: int, query: int, path: tuple[str, ...]
     ) -> tuple[Node, tuple[Node, ...]]:
-        """A node of the recursive DFA of a feature at a token, and all of its children.
+        """Return a node of the recursive DFA of a feature at a token, with all of its children.
 
         Args:
             tokens: the prompt, BOS included.
             latent: the feature.
-            query: where.
-            path: the names of the nodes from the feature to the node, that of the feature left out.
+            query: its position.
+            path: the names of the nodes from the feature, exclusive, to the node.
 
         Raises:
             HeadscopeError: no such prompt, latent, token or node.
@@ -56,21 +56,21 @@ class PromptCircuits:
         return node, children
 
     def scores(self, tokens: tuple[int, ...], layer: int, head: int, query: int) -> ScoreSplit:
-        """The scores of a head at a token, by pairs of parts.
+        """Return the scores of a head at a token, by pairs of parts.
 
         Raises:
             HeadscopeError: no such prompt, head or token.
-            ModelError: no such layer, or scores that have no exact split.
+            ModelError: no such layer, or scores without an exact split.
         """
         return self._prompt_scores(tokens, layer).split(head, query)
 
     def read(
         self, tokens: tuple[int, ...], layer: int, head: int, query: int, key: int, part: str
     ) -> Float[np.ndarray, " source"]:
-        """What an earlier head, as a part of the key, adds to its score, by the tokens that it read itself.
+        """Return the contribution of an earlier head, as a part of the key, to a score, by its own source tokens.
 
         Raises:
-            HeadscopeError: no such prompt, head or token, or the part is no earlier head.
+            HeadscopeError: no such prompt, head or token, or the part is not an earlier head.
         """
         found = self._prompt_scores(tokens, layer)
         chosen = next((p for p in found.parts if p.name == part), None)
@@ -80,7 +80,7 @@ class PromptCircuits:
         return by_source.sum(0).double().cpu().numpy()
 
     def by_source(self, tokens: tuple[int, ...], latent: int, query: int) -> Float[Tensor, " source"]:
-        """What comes to a feature at a token from each source: heads and parts summed.
+        """Return the contribution of each source to a feature at a token, summed over heads and parts.
 
         Raises:
             HeadscopeError: no such prompt, latent or token.

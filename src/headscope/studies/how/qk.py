@@ -1,12 +1,12 @@
-"""Why a head attends where it does: its scores, split over parts of the stream at the query and at the key.
+"""QK attribution: a head's attention scores, split over parts of the stream at the query and at the key.
 
-A score is bilinear in what the query and the key read, norms held at what they are, so it splits exactly:
+A score is bilinear in the inputs of query and key with norms held fixed, so it splits exactly:
 
     scores[h, d, k] = scaling  sum over a, b of  q_a[d, h] . k_b[k, h]
 
-`a` and `b` over the parts of `headscope.decomposition` and the constant, which is what the biases of the norm and of
-the projections make. Rotation by position is linear, so those of each part are rotated, by the model's own code.
-Softmax is blind to what is the same for all keys, so a part says why a key is attended to only by contrast with others.
+`a` and `b` range over the parts of `headscope.decomposition` and the constant, from the biases of the norm and of the
+projections. Rotary embedding is linear, so it is applied to each part, by the model's own code. Terms equal for all
+keys cancel in the softmax, so a part explains attention to a key only by contrast with others.
 """
 
 from collections.abc import Sequence
@@ -36,49 +36,49 @@ class ScoreSplit:
     head: int
     query: int
     parts: tuple[Part, ...]
-    """Of the query and of the key; the last is the constant."""
+    """Parts of the query and of the key; the last is the constant."""
     keys: Int[np.ndarray, " key"]
-    """Positions."""
+    """Positions of the keys."""
     scores: Float[np.ndarray, " key"]
-    """As the model computed them: what softmax is applied to."""
+    """Scores as the model computed them, before the softmax."""
     pattern: Float[np.ndarray, " key"]
     pairs: Float[np.ndarray, "query_part key_part key"]
-    """What each pair adds to each score: sums to `scores` over both parts."""
+    """Contribution of each pair to each score: sums to `scores` over both parts."""
 
     @property
     def n(self) -> int:
-        """Keys."""
+        """Number of keys."""
         return len(self.keys)
 
     @property
     def residual(self) -> float:
-        """The largest |score - sum of its pairs|: what rounding leaves."""
+        """The largest |score - sum of its pairs|: the rounding error."""
         return float(np.abs(self.scores - self.pairs.sum((0, 1))).max())
 
     def contrast(self, key: int) -> Float[np.ndarray, "query_part key_part"]:
-        """What each pair adds to the score of a key, above its mean over all keys: why this one.
+        """Return each pair's contribution to the score of a key, minus its mean over all keys.
 
-        Sums to the score less the mean score.
+        Sums to the score minus the mean score.
 
         Raises:
-            HeadscopeError: a key that the query does not see.
+            HeadscopeError: a key that is not visible to the query.
         """
         return self.pairs[..., self._number(key)] - self.pairs.mean(-1)
 
     def attention(self, key: int) -> Float[np.ndarray, "query_part key_part"]:
-        """The first-order part of each pair in the attention to a key: `A_k (pair_k - sum over k' of A_k' pair_k')`.
+        """Return each pair's first-order part in the attention to a key: `A_k (pair_k - sum over k' of A_k' pair_k')`.
 
-        What the pattern there would lose if a small share of the pair were taken out of all scores, by that share: the
-        derivative of softmax, `dA_k / ds_k' = A_k ([k = k'] - A_k')`. Near 0 where attention is nearly all on one key.
+        The loss of attention per share of the pair removed from all scores, for small shares: the derivative of
+        softmax, `dA_k / ds_k' = A_k ([k = k'] - A_k')`. Near 0 where attention is nearly all on one key.
 
         Raises:
-            HeadscopeError: a key that the query does not see.
+            HeadscopeError: a key that is not visible to the query.
         """
         i = self._number(key)
         return self.pattern[i] * (self.pairs[..., i] - self.pairs @ self.pattern)
 
     def top(self, key: int, k: int = 10) -> tuple[tuple[Part, Part, float], ...]:
-        """The pairs with the largest |contrast| at a key: (part of the query, part of the key, contrast)."""
+        """Return the pairs with the largest |contrast| at a key: (part of the query, part of the key, contrast)."""
         contrast = self.contrast(key)
         order = np.argsort(-np.abs(contrast).reshape(-1), kind="stable")[:k]
         rows, columns = np.unravel_index(order, contrast.shape)
@@ -94,7 +94,7 @@ class ScoreSplit:
 
 
 class PromptScores:
-    """One sequence, and the scores of a layer's heads there by pairs of parts."""
+    """The scores of a layer's heads on one sequence, by pairs of parts."""
 
     def __init__(
         self,
@@ -109,11 +109,11 @@ class PromptScores:
 
         Args:
             model: within an `edit` block, the edited one.
-            layer: whose heads.
+            layer: layer of the heads.
             tokens: the sequence, BOS included.
-            saes: of earlier components, whose features are parts (`decomposition.Upstream`).
-            max_features: features of each SAE that are parts of their own: those that write the longest vector
-                anywhere. The others are one part together, and the sum stays exact.
+            saes: SAEs of earlier components, whose features are parts (`decomposition.Upstream`).
+            max_features: number of features per SAE that are separate parts: those with the largest output norm at any
+                position. The others form one part, and the sum stays exact.
 
         Raises:
             ModelError: no such layer; scores that are not bilinear, as with a norm of queries or keys, or a cap.
@@ -137,7 +137,7 @@ class PromptScores:
         check_closes(self.scores, self._scaling * dots, what="scores", do=_REFUSED)
 
     def split(self, head: int, query: int) -> ScoreSplit:
-        """The scores of a head at a query.
+        """Return the scores of a head at a query.
 
         Raises:
             HeadscopeError: no such head or position.
@@ -159,19 +159,19 @@ class PromptScores:
     def sources(
         self, head: int, query: int, key: int, part: Part, *, side: Literal["query", "key"] = "key"
     ) -> Float[Tensor, "other_part source"]:
-        """Where an earlier head got what it adds to a score: its part of the key (or query), by that head's sources.
+        """Split an earlier head's contribution to a score, as a part of the key (or query), by its own sources.
 
-        Sums over sources to what the part adds to the score of the key, by part of the other side.
+        Sums over sources to the part's contribution to the score of the key, by part of the other side.
 
         Args:
-            head: whose score.
-            query: at which query.
-            key: of which key.
+            head: the head of the score.
+            query: position of the query.
+            key: position of the key.
             part: an earlier head, one of `parts`.
-            side: where it stands.
+            side: its side.
 
         Raises:
-            HeadscopeError: no such head or position, or the part is no head.
+            HeadscopeError: no such head or position, or the part is not a head.
         """
         self._check(head=head, query=query, key=key)
         if part.kind != "head" or part not in self.parts or part.layer is None or part.head is None:
@@ -198,5 +198,5 @@ class PromptScores:
 
 
 def _slope(scores: Float[Tensor, " entry"], dots: Float[Tensor, " entry"]) -> Float[Tensor, ""]:
-    """The scaling of scores: read off them, since families keep it in different places."""
+    """Return the scaling of scores, inferred from them, since model families store it in different places."""
     return (scores @ dots) / (dots @ dots).clamp_min(torch.finfo(dots.dtype).tiny)

@@ -1,4 +1,4 @@
-"""Measures of the share of a feature that one head makes, and what they are where there is nothing to find."""
+"""Measures of a head's share of a feature, with their nulls."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ _COVARIANCE = "Cov(C_h, pre) / Var(pre)"
 
 
 def head_ranges(shares: Sequence[Float[np.ndarray, " head"]], n_heads: int) -> list[Estimate | None]:
-    """Mean over null directions and the range that holds 95 % of them, head by head."""
+    """Return the mean over null directions and the range that holds 95 % of them, head by head."""
     if not shares:
         return [None] * n_heads
     stacked = np.stack(shares)
@@ -20,7 +20,7 @@ def head_ranges(shares: Sequence[Float[np.ndarray, " head"]], n_heads: int) -> l
 
 
 def exchanged(shares: Float[np.ndarray, "latent head"]) -> Estimate | None:
-    """What the share of a head may be where heads are exchanged: those of all heads alike; None without any."""
+    """Return the null of a head's share when heads are permuted: over the shares of all heads; None without any."""
     known = shares[np.isfinite(shares).all(1)]
     if not len(known):
         return None
@@ -31,7 +31,7 @@ def exchanged(shares: Float[np.ndarray, "latent head"]) -> Estimate | None:
 def covariance(
     document: Int[np.ndarray, " token"], part: Float[np.ndarray, " token"], whole: Float[np.ndarray, " token"]
 ) -> Measure:
-    """Cov(part, whole) / Var(whole), with its interval by document."""
+    """Measure Cov(part, whole) / Var(whole), with its interval by document."""
     n = len(part)
     if n < MINIMUM:
         return Measure(_COVARIANCE, n, missing=f"{n} tokens; at least {MINIMUM} are needed")

@@ -1,7 +1,7 @@
-"""Which heads and source tokens make a feature over a corpus, by direct feature attribution (DFA).
+"""Source tokens of a feature over a corpus, by direct feature attribution (DFA).
 
-Heads are read off the index by `studies.how.head_shares`, without torch. Sources take the model: it runs once on each
-block looked at, and every source of every active token counts, not only the largest.
+Head shares come from the index (`studies.how.head_shares`), without torch. Sources need the model: it runs once on each
+sampled block, and every source of every active token counts, not only the largest.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,38 +22,38 @@ _BATCH_TOKENS = 2048
 _TOP_TOKENS = 20
 _SQUARED = "sum C_h^2 / sum over heads"
 N_NULL = 4
-"""Random directions beside a feature."""
-_NULL_KEY, _ELSEWHERE_KEY = 1, 2  # tell the random numbers of nulls and of other blocks from those of samples
+"""Number of random directions to compare with."""
+_NULL_KEY, _ELSEWHERE_KEY = 1, 2  # distinguish the random numbers of nulls and of other blocks from those of samples
 
 
 # -------------------------------------------------------------------------------------------------------------- sources
 @dataclass(frozen=True)
 class AttentionTo:
-    """Mean attention of one head from a text token d to all sources s <= d that are in a set of tokens.
+    """Mean attention of one head from a text token d to all sources s <= d in a set of tokens.
 
-    The first two are over tokens where the feature is active, the last two its baselines where it is not and the set
-    stands at or before d.
+    The first two are over tokens where the feature is active, the last two its baselines where it is not and a token of
+    the set is at or before d.
     """
 
     active: Measure
     """Over all active tokens (the post's)."""
     visible: Measure
-    """Over those of them at or before which a token of the set stands: what the baselines are to be held against."""
+    """Over those with a token of the set at or before them: to be compared with the baselines."""
     inactive: Measure
     """Over inactive tokens of the same blocks."""
     elsewhere: Measure
-    """Over tokens of other blocks, in which the feature is never active; drawn, at most as many blocks."""
+    """Over tokens of other blocks, in which the feature is never active; sampled, at most as many blocks."""
 
 
 @dataclass(frozen=True)
 class HeadSources:
-    """What one head brings from a set of source tokens."""
+    """Contribution of one head from a set of source tokens."""
 
     head: int
     squared: Measure
-    """Of `sum_s C[h, s]^2`."""
+    """Share of `sum_s C[h, s]^2`."""
     linear: Measure
-    """Of `sum_s C[h, s]`; may be negative or above 1."""
+    """Share of `sum_s C[h, s]`; may be negative or above 1."""
     attention: AttentionTo
 
 
@@ -66,41 +66,41 @@ class TokenShare:
     separate: float
     linear: float
     heads: Float[np.ndarray, " head"]
-    """Of `sum_s C[h, s]^2` of each head; NaN for a head that contributes nothing."""
+    """Share of `sum_s C[h, s]^2` of each head; NaN for a head that contributes nothing."""
 
 
 @dataclass(frozen=True)
 class SourceShares:
-    """How much of a feature comes from a set of source tokens, over its active tokens above a threshold."""
+    """Share of a feature that comes from a set of source tokens, over its active tokens above a threshold."""
 
     latent: int
     tokens: tuple[int, ...]
     """The set."""
     threshold: float
     n: int
-    """Active tokens looked at."""
+    """Active tokens sampled."""
     n_active: int
     """Active tokens above the threshold in the index."""
     n_blocks: int
     """Blocks read for them."""
     summed: Measure
-    """Of `sum_s (sum_h C[h, s])^2`: heads are summed, then squared."""
+    """Share of `sum_s (sum_h C[h, s])^2`: heads are summed, then squared."""
     separate: Measure
-    """Of `sum_s sum_h C[h, s]^2`: squared, then summed over heads."""
+    """Share of `sum_s sum_h C[h, s]^2`: squared, then summed over heads."""
     linear: Measure
-    """Of `sum_s sum_h C[h, s]`; may be negative or above 1."""
+    """Share of `sum_s sum_h C[h, s]`; may be negative or above 1."""
     bos: Measure
     """The share of the special tokens in the same sum as `summed`: they are in all denominators."""
     frequency: Measure
-    """Sources in the set among all sources of these tokens: the share if all sources did alike."""
+    """Sources in the set among all sources of these tokens: the share if all sources contributed equally."""
     heads: tuple[HeadSources, ...]
     top: tuple[TokenShare, ...]
-    """Of all token types, the 20 of the largest share with heads summed."""
+    """The 20 token types of the largest share, with heads summed."""
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Numbers of destinations, one row each."""
+    """Numbers per destination, one row each."""
 
     document: np.ndarray
     activation: np.ndarray
@@ -141,21 +141,21 @@ def source_shares(
     n_null: int = N_NULL,
     seed: int = 0,
 ) -> tuple[SourceShares, ...]:
-    """How much of a feature comes from source tokens of a set, and how much attention they are paid.
+    """Measure the share of a feature that comes from source tokens of a set, and the attention to them.
 
     Runs the model over the blocks in which the feature is active, and over as many others that hold the set. The null
-    of a share of squares is that of random directions of z at the same tokens: mean and range over them. What such
-    directions sum to is near 0, and its ratios are anything, so the null of a linear share is `frequency`: that of
-    sources which all do alike.
+    of a share of squares is that of random directions of z at the same tokens: mean and range over them. The sums of
+    such directions are near 0, and their ratios arbitrary, so the null of a linear share is `frequency`: that of equal
+    contributions.
 
     Args:
         live: the index with its model and SAE.
-        latent: which feature.
+        latent: the feature.
         tokens: the set, as token ids.
         thresholds: one record for each, over active tokens with an activation above it.
-        max_blocks: look at this many of the feature's blocks, drawn evenly; at all when None.
-        n_null: random directions.
-        seed: of the draws.
+        max_blocks: maximum number of the feature's blocks, sampled uniformly; None: all.
+        n_null: number of random directions.
+        seed: seed of the samples.
 
     Raises:
         IndexFormatError: no such latent.
@@ -166,7 +166,7 @@ def source_shares(
 
 
 class _Sources:
-    """The runs that source shares take, and the sums they leave."""
+    """The runs for source shares, and their sums."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class _Sources:
         self.table = torch.zeros(shape, dtype=torch.float64, device=own.device)
 
     def run(self, max_blocks: int | None) -> tuple[SourceShares, ...]:
-        """All runs, then the records."""
+        """Do all runs, then make the records."""
         own = np.unique(self.found.position // self.size)
         chosen = own[drawn(len(own), max_blocks, (self.seed, self.latent))]
         holds = np.isin(self.text.tokens, self.tokens) & self.text.is_text
@@ -219,7 +219,7 @@ class _Sources:
 
     # ------------------------------------------------------------------------------------------------------------ runs
     def _attention(self, blocks: np.ndarray) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Each block with its tokens, its pattern `[head, query, source]` and its values `[source, head, d_head]`."""
+        """Yield each block with tokens, pattern `[head, query, source]` and values `[source, head, d_head]`."""
         step = max(1, _BATCH_TOKENS // self.size)
         for start in range(0, len(blocks), step):
             own = blocks[start : start + step]
@@ -259,11 +259,11 @@ class _Sources:
         return rows, self._baseline(block, tokens, whole, quiet)
 
     def _inside(self, block: int, tokens: Tensor) -> Bool[Tensor, " position"]:
-        """Which tokens of a block are text and of the set."""
+        """Mark the tokens of a block that are text and in the set."""
         return self.in_set[tokens] & torch.from_numpy(self.text.is_text[block]).to(tokens.device)
 
     def _baseline(self, block: int, tokens: Tensor, pattern: Tensor, quiet: Bool[np.ndarray, " position"]) -> _Baseline:
-        """Attention to the set from text tokens where the feature is off and a token of the set can be seen."""
+        """Add attention to the set from text tokens where the feature is inactive and a token of the set is visible."""
         inside = self._inside(block, tokens)
         chosen = quiet & inside.cumsum(0).bool().cpu().numpy()
         attended = pattern[..., inside].double().sum(-1).T  # [query, head]
@@ -362,7 +362,7 @@ def _check_set(tokens: Sequence[int], d_vocab: int, special: Sequence[int]) -> N
 
 
 def _quantities(dfa: Float[Tensor, "head row direction source"]) -> Float[Tensor, "quantity row direction source"]:
-    """What shares are taken of: heads summed and squared; squared and summed; summed; each head squared; each head."""
+    """Return sums of shares: heads summed and squared; squared and summed; summed; by head squared; by head."""
     summed, squares = dfa.sum(0), dfa.square()
     return torch.cat([torch.stack([summed.square(), squares.sum(0), summed]), squares, dfa])
 
@@ -374,48 +374,48 @@ def _array(values: Tensor) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- one example
 @dataclass(frozen=True)
 class HeadOnExample:
-    """What one head does for a feature at one token."""
+    """Contribution of one head to a feature at one token."""
 
     head: int
     contribution: float
     """C_h."""
     share: float
-    """Of the sum over all heads; may be negative or above 1."""
+    """Share of the sum over all heads; may be negative or above 1."""
     sources: Int[np.ndarray, " source"]
     """Positions in the block, largest |C[h, s]| first."""
     dfa: Float[np.ndarray, " source"]
     """C[h, s] of each."""
     attention: Float[np.ndarray, " source"]
-    """Of this head to each."""
+    """Attention of this head to each."""
 
 
 @dataclass(frozen=True)
 class HeadComparison:
-    """Heads beside each other at one token of the corpus."""
+    """Comparison of heads at one token of the corpus."""
 
     dfa: DFA
     heads: tuple[HeadOnExample, ...]
     """Largest |C_h| first."""
     agreement: Float[np.ndarray, "head head"]
-    """`1 - JSD` in bits of the |C[h, s]| over sources, normalised, in the order of `heads`: 1 where two heads bring the
+    """`1 - JSD` in bits of the |C[h, s]| over sources, normalised, in the order of `heads`: 1 where two heads read the
     feature from the same sources, 0 where they share none; NaN for a head that contributes nothing."""
 
 
 def compare_heads(
     live: LiveIndex, position: int, latent: int, heads: Sequence[int] | None = None, *, k: int = 5
 ) -> HeadComparison:
-    """Put heads beside each other at one token: how much each adds, from which sources, and whether from the same.
+    """Compare heads at one token: their contributions, their sources, and the agreement of these.
 
     Args:
         live: the index with its model and SAE.
-        position: of the token in the corpus.
-        latent: which feature, active there or not.
-        heads: which; all when None.
-        k: sources to name for each head.
+        position: position of the token in the corpus.
+        latent: the feature, active there or not.
+        heads: the heads; default: all.
+        k: number of sources to list per head.
 
     Raises:
         IndexFormatError: no such position or latent.
-        ModelError: a head that there is not.
+        ModelError: no such head.
     """
     n_heads = live.model.spec.n_heads
     chosen = list(range(n_heads) if heads is None else heads)
@@ -443,7 +443,7 @@ def compare_heads(
 
 
 def _agreement(mass: Float[np.ndarray, "head source"]) -> Float[np.ndarray, "head head"]:
-    """1 - Jensen-Shannon divergence in bits between rows."""
+    """Compute 1 - Jensen-Shannon divergence in bits between rows."""
     with np.errstate(divide="ignore", invalid="ignore"):
         p = mass / mass.sum(1, keepdims=True)
     return 1 - jensen_shannon(*np.broadcast_arrays(p[:, None], p[None]))

@@ -1,4 +1,4 @@
-"""The studies of source tokens: which sets to look at, what comes from one, and how heads compare at one token."""
+"""The studies of source tokens: suggested sets, the contribution of one, and head comparison at one token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from headscope.studies.subject import Subject
 
 MAX_TOKENS = 64
-"""Source tokens in a set."""
-_MAX_BLOCKS = 24  # blocks of a feature that are read for its source tokens
+"""Maximum number of source tokens in a set."""
+_MAX_BLOCKS = 24  # blocks of a feature that are processed for its source tokens
 _N_THRESHOLDS = 5
-_LARGE = 0.05  # of the squared DFA: a source token with less is not suggested
+_LARGE = 0.05  # minimum share of squared DFA for a source token to be suggested
 _TOP_TOKENS = 12
 
 
@@ -29,12 +29,12 @@ class SetsOptions:
     """The proxy whose source tokens are one of the sets."""
 
     proxy: Annotated[str, Text(MAX_PROXY, blank=True)] = ""
-    """None when blank."""
+    """A proxy; none when blank."""
 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Source tokens worth looking at together."""
+    """Source tokens that form a set."""
 
     name: str
     tokens: tuple[int, ...]
@@ -48,7 +48,7 @@ class SourceSets:
 
 
 def _sets(subject: "Subject", latent: int, options: SetsOptions) -> SourceSets:
-    """Source tokens that a proxy names; those with the largest shares; the one that the feature writes."""
+    """Return source tokens that a proxy names; those with the largest shares; the one that the feature writes."""
     index = subject.index
     found: list[tuple[str, Sequence[int]]] = [("of the proxy", _of_proxy(index, options.proxy))]
     sources, feature = index.sources(latent), index.feature(latent)
@@ -64,7 +64,7 @@ def _sets(subject: "Subject", latent: int, options: SetsOptions) -> SourceSets:
 
 
 def _of_proxy(index: "FeatureIndex", text: str) -> list[int]:
-    """The tokens that a proxy expects at the source, if it is of a kind that names them."""
+    """Return the tokens that a proxy expects at the source, if it is of a kind that names them."""
     from headscope.proxies import parse
     from headscope.proxies.families import AfterAny, Induction, WithinAfter
 
@@ -79,7 +79,7 @@ def _of_proxy(index: "FeatureIndex", text: str) -> list[int]:
             case AfterAny() | WithinAfter():
                 return [number(token) for token in proxy.tokens][:MAX_TOKENS]
     except (ProxyError, IndexFormatError):
-        pass  # a proxy that cannot be read suggests nothing; the tabs of proxies say why
+        pass  # an unreadable proxy suggests nothing; the proxy tabs report the reason
     return []
 
 
@@ -99,7 +99,7 @@ class SourcesOptions:
     """The set of source tokens."""
 
     tokens: tuple[CountFrom0, ...]
-    """Their ids."""
+    """Token ids of the set."""
 
 
 def _sources(subject: "Subject", latent: int, options: SourcesOptions) -> "tuple[SourceShares, ...]":
