@@ -9,7 +9,7 @@ import torch
 from families_table import families_table, filled
 from headscope.models.families import FAMILIES
 
-DOCUMENT = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
 
 
 def test_the_tables_are_what_the_code_says():

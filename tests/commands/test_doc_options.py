@@ -9,7 +9,7 @@ from command_options import COMMANDS, options_of
 from headscope.commands.studies import All, command_of
 from headscope.studies.registry import STUDIES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("src/headscope/**/*.md")]
 FOREIGN = {
     *("--nproc-per-node", "--shutdown-timeout"),  # torchrun

@@ -383,7 +383,7 @@ def test_a_process_that_comes_late_to_work_that_is_done(job, whole, tmp_path, la
 @pytest.mark.slow
 def test_torchrun_writes_the_same_index(job, whole, tmp_path):
     path = save_job(tmp_path / "job", *job, PLAN)
-    worker = Path(__file__).with_name("index_worker.py")
+    worker = Path(__file__).parents[1] / "support" / "index_worker.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(path), str(tmp_path / "index")], check=True, timeout=300, env=environment)

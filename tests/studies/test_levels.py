@@ -12,7 +12,7 @@ from headscope.studies.how.circuit import PromptCircuit
 from headscope.studies.how.levels import Level, path_of, why_attended
 from headscope.studies.how.prompt_circuits import PromptCircuits
 from headscope.studies.how.qk import PromptScores
-from test_circuit import precise, text
+from precise import precise, text
 
 LATENT, QUERY = 3, 11
 

@@ -471,7 +471,7 @@ def test_truncated_weights_are_refused(
 
 
 def test_the_documents_list_of_formats_is_current() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "saes.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "saes.md").read_text(encoding="utf-8")
     listed = page.split("<!-- formats -->\n")[1].split("\n<!-- end of formats -->")[0]
     assert listed == supported(), "run: python scripts/saes_table.py"
 

@@ -12,7 +12,7 @@ from headscope.stats import Measure
 from headscope.studies.what.downstream import Downstream, LogitEffect, PathEffect
 from headscope.studies.when.records import PredictionGroup, Predictions
 from headscope.studies.when.specificity import SpecificityPlan, expected_value
-from test_specificity import Case
+from specificity_case import Case
 
 OF_A_STUDY = {
     "specificity": figures.specificity,

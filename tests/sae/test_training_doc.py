@@ -10,7 +10,7 @@ from headscope.sae.metrics import Status
 from headscope.sae.pareto import DEFINITIONS
 from headscope.sae.presets import PRESETS
 
-PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 
 
 def first_cells(heading: str) -> set[str]:

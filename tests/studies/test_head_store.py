@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from columns_index import D_SAE, built
 from headscope import jobs
 from headscope.errors import IndexFormatError
 from headscope.index.head_records import HeadTables
@@ -16,7 +17,6 @@ from headscope.studies.heads.ablation import head_effects
 from headscope.studies.support.replacement import Replacement
 from induction_index import planted_live
 from planted import V
-from test_columns import D_SAE, built
 
 
 @pytest.fixture(scope="module")

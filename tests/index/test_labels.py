@@ -25,7 +25,7 @@ from headscope.index.store import FeatureIndex
 
 D_SAE, DEAD, LIVE = 20, 7, 5
 YES, NO, UNSURE = (Judgement(verdict=verdict) for verdict in ("interpretable", "not interpretable", "unsure"))
-FORMAT = Path(__file__).parents[1] / "docs" / "index-format.md"
+FORMAT = Path(__file__).parents[2] / "docs" / "index-format.md"
 CARD = "sha256:" + 64 * "0"
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from cases import each
+from families import FAMILIES, build
 from headscope.errors import ModelError
 from headscope.models import attention as attention_function
 from headscope.models.attention import ATTENTION_KINDS, repeat_heads
@@ -15,19 +16,7 @@ from headscope.site import KINDS, Site
 from naive_model import capped, hidden, naive, parts, scaling
 from unchanged import left_unchanged
 
-PYTHIAS = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
-FAMILIES = {
-    "gpt_neox": ("gpt_neox", {}),
-    "gpt_neox-parallel": ("gpt_neox", {"use_parallel_residual": True, "rope_parameters": PYTHIAS}),
-    "gpt2": ("gpt2", {}),
-    **{name: (name, {}) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")},
-}
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
-
-
-def build(make, name, **options):
-    family, changes = FAMILIES[name]
-    return make(family, **changes, **options)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -225,7 +225,7 @@ def test_a_port_that_cannot_be_is_a_clear_error() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
 def test_it_prints_one_line_and_ends_quietly_on_ctrl_c() -> None:
     code = "import explorer_source as s, headscope.explorer.server as e; e.serve(e.make_app(s.FakeSource()))"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1] / "support"), *sys.path])}
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,

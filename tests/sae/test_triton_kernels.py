@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from headscope.errors import TrainingError
 from headscope.sae.training import kernels
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "support"
 KERNELS = {"_round_rows", "_propose", "_write_pairs", "_dot_pairs", "_sum_bags"}
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed (it exists for Linux alone)"
@@ -63,7 +63,7 @@ def test_without_triton_the_error_says_what_to_install(monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_benchmark_says_that_it_needs_a_gpu() -> None:
-    script = HERE.parent / "benchmarks" / "gpu_step.py"
+    script = HERE.parents[1] / "benchmarks" / "gpu_step.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 1
     assert done.stderr.startswith("no GPU\n  expected:")

@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 from tokenizers import Tokenizer
 from torch.testing import assert_close
 
+from families import FAMILIES, build
 from headscope import jobs
 from headscope.cli import main
 from headscope.explorer.cards import IndexCards
@@ -25,7 +26,6 @@ from headscope.models.hf import Model
 from headscope.models.load import load_model
 from headscope.sae.formats import save_sae
 from headscope.sae.model import SAE
-from test_models import FAMILIES, build
 from tl_files import configuration, write_checkpoint
 
 POST_NORM = {"gemma2", "gemma3_text"}

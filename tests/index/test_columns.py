@@ -8,20 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from columns_index import D_SAE, built
 from headscope.errors import IndexFormatError, OutputError
-from headscope.index.build import SAERecord, build_index
 from headscope.index.columns import add_columns, read_columns, studies
 from headscope.index.store import FeatureIndex
 
-D_SAE = 20
 SAID = {"settings": {"k": 3}, "definitions": {"score": "a number", "count": "how many"}, "n": 90}
-
-
-def built(random_model, random_corpus, random_sae, folder, *, seed=0):
-    model = random_model("gpt_neox")
-    sae = random_sae(model, D_SAE)
-    build_index(model, [(sae, SAERecord("s", f"sha256:{seed}"))], random_corpus(model, 6, 16, seed=seed), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

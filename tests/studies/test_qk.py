@@ -16,7 +16,7 @@ from headscope.models.hf import Model
 from headscope.site import Site
 from headscope.studies.how.qk import CONSTANT, PromptScores
 from judging import assert_same_scale, judged_by, named, of_transformerlens  # noqa: F401 - a fixture
-from test_circuit import EXACT, SETTINGS, precise, text
+from precise import EXACT, SETTINGS, precise, text
 
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}}
 

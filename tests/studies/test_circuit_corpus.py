@@ -17,7 +17,7 @@ from headscope.site import Site
 from headscope.studies.how import circuit_corpus
 from headscope.studies.how.circuit import PromptCircuit
 from headscope.studies.how.circuit_corpus import feature_circuit
-from test_circuit import precise
+from precise import precise
 
 LATENT = 3
 EXACT = {"rtol": 1e-9, "atol": 1e-9}

@@ -6,13 +6,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from columns_index import built
 from headscope.errors import IndexFormatError
 from headscope.index.head_records import HeadTables, in_words, measure_of
 from headscope.index.head_table import SCHEMAS, add_head_table, head_tables, measure_row, read_head_table
 from headscope.index.store import FeatureIndex
 from headscope.stats import Estimate, Measure
 from headscope.studies.heads import superposition
-from test_columns import built
 
 SAID = {"settings": {"seed": 0}, "n": "90 text tokens"}
 MEASURES = (
@@ -134,7 +134,7 @@ def test_every_column_has_a_definition_and_every_key_is_a_column():
 
 
 def test_the_format_names_every_table_and_column():
-    text = (Path(__file__).parents[1] / "docs" / "index-format.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "index-format.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     for name, schema in SCHEMAS.items():
         (row,) = (line for line in rows if f"`{name}`" in line.split("|")[1])

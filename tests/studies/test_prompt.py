@@ -24,7 +24,7 @@ from headscope.studies.prompt import prompts as study
 from headscope.studies.prompt.prompts import Prompts
 from headscope.studies.prompt.records import FeatureAblation, HeadAblation, parse_ablation, parse_ablations
 from headscope.studies.support.replacement import Replacement
-from test_circuit import PreciseRMSNorm
+from precise import PreciseRMSNorm
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
 TEXT = "def add(one, two):\n    return one + two"

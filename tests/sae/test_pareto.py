@@ -18,7 +18,7 @@ from headscope.sae.pareto import HEADINGS, MEASURES, Pareto, Point
 from headscope.stats import Estimate
 from pareto_page import nice_ticks, page, svg
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def estimate(value: float) -> Estimate:

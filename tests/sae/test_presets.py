@@ -88,5 +88,5 @@ def test_the_help_names_all_presets_and_shows_their_values(capsys, monkeypatch) 
 
 
 def test_the_page_on_training_lists_the_presets() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in PRESETS)

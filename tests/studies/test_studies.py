@@ -33,7 +33,7 @@ from headscope.studies.study import DictionaryStudy, FeatureStudy, NoOptions, Ta
 from headscope.studies.subject import Subject
 
 BASE = "http://127.0.0.1:8000"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "headscope"
 EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 
