@@ -22,15 +22,19 @@ from headscope.explorer.export import export_html
 from headscope.explorer.server import make_app
 from headscope.explorer.studies import packed
 from headscope.index.columns import add_columns, studies
+from headscope.index.head_records import HeadTables
 from headscope.index.live import LiveIndex
 from headscope.limits import Count
+from headscope.proxies.search_table import Summary
 from headscope.report.records import QUICK, Exemplar
 from headscope.report.registry import sections
 from headscope.report.subject import Subject as ReportSubject
 from headscope.stats import Measure
+from headscope.studies.induction.store import InductionFamily
 from headscope.studies.registry import STUDIES, dictionary_studies, feature_studies, register
 from headscope.studies.study import DictionaryStudy, FeatureStudy, NoOptions, Tab
 from headscope.studies.subject import Subject
+from headscope.studies.what.effects import DirectEffects
 
 BASE = "http://127.0.0.1:8000"
 ROOT = Path(__file__).parents[2]
@@ -172,6 +176,11 @@ def test_the_report_has_a_row_for_each_of_its_measures(live: LiveIndex, toys: No
 def test_a_name_is_given_once(toys: None) -> None:
     with pytest.raises(StudyError, match="two studies called 'toy'"):
         register(TOY)
+
+
+@pytest.mark.parametrize("record", [InductionFamily, DirectEffects, HeadTables, Summary])
+def test_studies_of_a_dictionary_end_with_a_summary_in_words(record: type) -> None:
+    assert callable(record.lines)
 
 
 def test_what_cannot_be_asked_is_refused(live: LiveIndex, toys: None) -> None:

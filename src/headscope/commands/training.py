@@ -74,7 +74,7 @@ class Train:
     """Layer of the site; default: the last layer."""
     preset: str = "default"
     """A published recipe that sets the defaults of all recipe options: default, seed-gelu-2l, kissane-gpt2 (per layer
-    of gpt2), anthropic-april-2024. With --help, prints those values."""
+    of gpt2), anthropic-april-2024. With --help-all, prints those values."""
     config: Annotated[TrainConfig, FLAT] = field(default_factory=recipe)
     hardware: Annotated[jobs.Hardware, FLAT] = field(default_factory=jobs.Hardware)
     overwrite: bool = False

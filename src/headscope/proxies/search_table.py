@@ -91,6 +91,10 @@ class Summary:
     path: Path
     """Path of the columns."""
 
+    def lines(self) -> list[str]:
+        """A summary in words, a line per kind."""
+        return [f"{kind:<20} {n:>7,} of {self.n_alive:,} live features" for kind, n in self.kinds.items()]
+
 
 def add_proxies(
     index: FeatureIndex,

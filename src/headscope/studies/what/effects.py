@@ -80,6 +80,11 @@ class DirectEffects:
     values: dict[str, Float[np.ndarray, " latent"]]
     """The other columns of `DEFINITIONS`, by name."""
 
+    def lines(self) -> list[str]:
+        """A summary in words."""
+        which = "all" if self.most is None else f"at most {self.most:,} of each feature"
+        return [f"effects: {self.n_pairs:,} active tokens ({which}) of {int((self.n > 0).sum()):,} features"]
+
     def table(self) -> pa.Table:
         """One row a latent, null where there is no number."""
         columns: dict[str, pa.Array] = {"latent": pa.array(range(len(self.n)), pa.int32())}
