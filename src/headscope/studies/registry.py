@@ -1,4 +1,4 @@
-"""All studies, by name. A package adds its own with an entry point of the group `headscope.studies`.
+"""All studies, by name. A package registers its own with an entry point of the group `headscope.studies`.
 
 [project.entry-points."headscope.studies"]
 my_study = "my_package.my_study:STUDY"
@@ -22,7 +22,7 @@ from headscope.studies.when.proxies_study import BEST_PROXIES, PROXIES
 from headscope.studies.when.specificity_study import SPECIFICITY
 
 STUDIES: dict[str, Study] = {}
-"""By name, in the order of the page and of `headscope study all`."""
+"""Studies by name, in the order of the page and of `headscope study all`."""
 
 
 def register(study: Study) -> None:
@@ -37,12 +37,12 @@ def register(study: Study) -> None:
 
 
 def feature_studies() -> tuple[FeatureStudy, ...]:
-    """Studies of one feature."""
+    """Return the studies of one feature."""
     return tuple(study for study in STUDIES.values() if isinstance(study, FeatureStudy))
 
 
 def dictionary_studies() -> tuple[DictionaryStudy, ...]:
-    """Studies of all features, in the order in which they are run: later ones read what earlier ones found."""
+    """Return the studies of all features in running order: later ones use the results of earlier ones."""
     return tuple(study for study in STUDIES.values() if isinstance(study, DictionaryStudy))
 
 

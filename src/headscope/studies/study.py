@@ -1,7 +1,7 @@
-"""A study as a value: a question about a feature or a dictionary, its options, and how it is run and shown.
+"""A study as a value: a question about a feature or a dictionary, its options, and how to run and show it.
 
-The page, the command line and the report read studies from `studies.registry`; none of them knows a study by name. A
-study's own file imports what computes it inside `run`, so that a page without a model, and `--help`, load no torch.
+The page, the command line and the report get studies from `studies.registry`; none refers to a study by name. A study's
+file imports its computation inside `run`, so that a page without a model, and `--help`, load no torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from headscope.studies.subject import Subject
 
 Group = Literal["when", "what", "how", "heads", "induction"]
-"""The question that a study helps to answer: when a feature fires, what it does, how it is computed; or about heads
-and induction."""
+"""Group of a study by its question: when a feature fires, what it does, how it is computed; or about heads and
+induction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,44 +30,44 @@ class Tab:
     """A tab of a feature's card."""
 
     name: str
-    """In the page's address; static/tabs/<name>.js draws it, or the page's table of a record where there is none."""
+    """Name in the page's URL; static/tabs/<name>.js draws it, or the page's table of a record if there is none."""
     label: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStudy:
-    """A study of one feature of an index: an address of the page, `headscope study NAME INDEX LATENT`."""
+    """A study of one feature of an index: a URL of the page, `headscope study NAME INDEX LATENT`."""
 
     name: str
     """Lower-case letters, digits and underscores; unique among all studies."""
     group: Group
     question: str
-    """What it answers, in one line."""
+    """Its question, in one line."""
     run: "Callable[[Subject, int, Any], Any]"
-    """`(subject, latent, options) -> record`, a frozen dataclass that `encode` takes."""
+    """`(subject, latent, options) -> record`, a frozen dataclass supported by `encode`."""
     options: type = NoOptions
-    """A frozen dataclass; its fields are the parameters of the address and the options of the command."""
+    """A frozen dataclass; its fields are the parameters of the URL and the options of the command."""
     needs_model: bool = False
     quick: bool = False
-    """Only looks something up: it does not wait for studies that compute."""
+    """Whether it is a look-up that does not wait for studies that compute."""
     tabs: tuple[Tab, ...] = ()
     """The tabs that show its record."""
     show: "Callable[[Subject, int, Any, Any], Json] | None" = None
-    """`(subject, latent, options, record) -> JSON`, where a page needs more than the record; else its fields."""
+    """`(subject, latent, options, record) -> JSON`, where a page needs more than the record; default: its fields."""
     python: "Callable[[Subject, int, Any, Any], str | dict[str, str]] | None" = None
-    """`(subject, latent, options, record) ->` the calls that compute the record again; one text for each of several
-    parts."""
+    """`(subject, latent, options, record) ->` the calls that reproduce the record; one text for each of several parts.
+    """
     on_page: bool = True
-    """Whether the page may ask for it, and a file of one feature holds it."""
+    """Whether the page may request it, and a file of one feature includes it."""
     in_report: bool = False
-    """Whether a report has a row for each `Measure` of its record, of every exemplar."""
+    """Whether a report has a row for each `Measure` of its record, for every exemplar."""
 
     def record(self, subject: "Subject", latent: int, options: Any = None) -> Any:
-        """Run it on one feature, one run of the model at a time.
+        """Run the study on one feature, one run of the model at a time.
 
         Raises:
             IndexFormatError: no such latent.
-            HeadscopeError: what the study refuses; a StudyError where it needs a model and the subject has none.
+            HeadscopeError: invalid input of the study; a StudyError where it needs a model and the subject has none.
         """
         subject.index.check_latent(latent)
         options = self.options() if options is None else options
@@ -79,10 +79,10 @@ class FeatureStudy:
             return self.run(subject, latent, options)
 
     def answer(self, subject: "Subject", latent: int, options: Any = None) -> "Json":
-        """What a page is told: the record, which feature and corpus it is of, and the Python that computes it again.
+        """Return the page's data: the record, its feature and corpus, and the Python that reproduces it.
 
         Raises:
-            HeadscopeError: as of `record`.
+            HeadscopeError: as in `record`.
         """
         from headscope.encode import encode
 
@@ -96,26 +96,26 @@ class FeatureStudy:
 
 @dataclass(frozen=True, kw_only=True)
 class DictionaryStudy:
-    """A study of all features of an index, kept beside it: `headscope study NAME INDEX`."""
+    """A study of all features of an index, with results stored in it: `headscope study NAME INDEX`."""
 
     name: str
-    """As of a `FeatureStudy`."""
+    """As in `FeatureStudy`."""
     group: Group
     question: str
     run: "Callable[[Subject, Any], Any]"
-    """`(subject, options) -> record`; it writes the columns. A record with `lines()` says what to print."""
+    """`(subject, options) -> record`; it writes the columns. A record with `lines()` defines its printed form."""
     columns: str
-    """The columns that it adds to the index, by name (`index.columns`): when they are there, the study is done."""
+    """Name of the columns that it adds to the index (`index.columns`): when they exist, the study is done."""
     resumes: bool = False
-    """Whether an interrupted run keeps what it has finished."""
+    """Whether an interrupted run keeps its finished work."""
     options: type = NoOptions
     needs_model: bool = False
 
     def record(self, subject: "Subject", options: Any = None) -> Any:
-        """Run it, one run of the model at a time, and write what it finds.
+        """Run the study, one run of the model at a time, and write its results.
 
         Raises:
-            HeadscopeError: as of a `FeatureStudy`; an OutputError where the columns cannot be written.
+            HeadscopeError: as in `FeatureStudy`; an OutputError where the columns cannot be written.
         """
         options = self.options() if options is None else options
         check_fields(options, StudyError)
@@ -131,10 +131,10 @@ Study = FeatureStudy | DictionaryStudy
 
 # ------------------------------------------------------------------------------------------------ options of an address
 def parse_options(study: FeatureStudy, given: Mapping[str, Sequence[str]]) -> Any:
-    """Options from the parameters of an address, as `at=512&path=1.3`.
+    """Parse options from URL parameters, such as `at=512&path=1.3`.
 
     Raises:
-        StudyError: an unknown parameter, one given twice, one that is missing, or no number where one is expected.
+        StudyError: an unknown, repeated, missing or non-numeric parameter.
     """
     known = {field.name: field for field in fields(study.options)}
     unknown = sorted(set(given) - set(known))
@@ -151,10 +151,10 @@ def parse_options(study: FeatureStudy, given: Mapping[str, Sequence[str]]) -> An
 
 
 def _parsed(name: str, texts: Sequence[str], annotation: Any) -> Any:
-    """One parameter: a whole number, whole numbers separated by commas, or text.
+    """Parse one parameter: a whole number, whole numbers separated by commas, or text.
 
     Raises:
-        StudyError: it is given more than once, or is no number where one is expected.
+        StudyError: it is repeated, or not a number where one is expected.
     """
     if len(texts) != 1:
         raise StudyError(f"{len(texts)} values of {name}", expected="one", do="give one")

@@ -1,4 +1,4 @@
-"""The index that studies are run on, with its model and SAE where they are loaded."""
+"""The index under study, with its model and SAE if loaded."""
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
@@ -21,11 +21,11 @@ _REMEMBERED = 8
 
 
 def _silent(_stage: str, _done: int, _total: int) -> None:
-    """Report to no one."""
+    """Ignore progress."""
 
 
 class Subject:
-    """An index, and the model behind it: one question at a time runs it, so any thread may ask."""
+    """An index with its model; one computation at a time runs the model, so any thread may call it."""
 
     def __init__(
         self,
@@ -35,16 +35,16 @@ class Subject:
         saes: "Mapping[str, SAE] | None" = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        """Study an index.
+        """Make the subject of studies.
 
         Args:
             index: open.
             live: the same index with its model and SAE; None where no model is loaded.
             saes: SAEs of earlier components of the model, by name.
-            progress: called with the stage, the work done and the work in all.
+            progress: called with the stage, the work done and the total.
 
         Raises:
-            SAEError: an SAE of no earlier component, or two of one component.
+            SAEError: an SAE that is not of an earlier component, or two of one component.
         """
         self.index, self.progress = index, progress or _silent
         self.lock = RLock()
@@ -66,7 +66,7 @@ class Subject:
 
     @property
     def live(self) -> "LiveIndex":
-        """The index with its model and SAE.
+        """Return the index with its model and SAE.
 
         Raises:
             StudyError: none is loaded.
@@ -81,7 +81,7 @@ class Subject:
 
     @cached_property
     def circuits(self) -> "PromptCircuits":
-        """Recursive DFA and scores of prompts; those of the last few prompts are kept.
+        """Return the recursive DFA and scores of prompts, cached for the last few prompts.
 
         Raises:
             StudyError: no model is loaded.
@@ -92,7 +92,7 @@ class Subject:
 
     @cached_property
     def prompts(self) -> "Prompts":
-        """Runs of prompts; those of the last few are kept.
+        """Return the runs of prompts, cached for the last few.
 
         Raises:
             StudyError: no model is loaded.
@@ -102,5 +102,5 @@ class Subject:
         return Prompts(self.live)
 
     def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` computed for a key not long ago, or computes now."""
+        """Return the cached result of `make` for a recent key, or compute it."""
         return self._recent.get(key, make)  # pyright: ignore[reportReturnType] - a key has one kind of value

@@ -1,7 +1,7 @@
-"""How many features are alive, and how many of those people can interpret: a sample, its labels, and their agreement.
+"""Survey of features: the share of alive and of interpretable ones in a sample, and annotator agreement.
 
 The post (Kissane et al., 2024) looked at the first 50 features: 76 % alive, 82 % of those interpretable. Here a sample
-is drawn so that any machine draws the same one, and every share has its interval. No torch.
+is reproducible on any machine, and every share has its interval. No torch.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from headscope.stats import Estimate, wilson
 
 N_STRATA = 5
 MIN_PAIRS = 10
-"""Features that two annotators must both have judged for an interval of kappa."""
+"""Minimum number of features that two annotators must both have judged for an interval of kappa."""
 
 DEFINITIONS = {
     "alive": "Latents active on at least one token of the corpus; 95 % Wilson interval.",
@@ -46,14 +46,14 @@ _NAME = re.compile(r"(first):([1-9]\d{0,8})|(random|stratified):([1-9]\d{0,8}):(
 
 @dataclass(frozen=True)
 class Sample:
-    """Which features are looked at; `Sample.parse(sample.name) == sample`."""
+    """Design of a sample of features; `Sample.parse(sample.name) == sample`."""
 
     design: Design
-    """`first`: latents 0 to n - 1, dead ones too (the post's). `random`: live features, drawn evenly. `stratified`:
-    live features, as many from each of five equal ranges of the logarithm of density as it has, or an equal part."""
+    """`first`: latents 0 to n - 1, including dead ones (the post's). `random`: a uniform sample of live features.
+    `stratified`: live features from five equal ranges of log density, as many as each has, or an equal part."""
     n: int
     seed: int = 0
-    """Nothing to do with `first`."""
+    """Unused with `first`."""
 
     @property
     def name(self) -> str:
@@ -62,10 +62,10 @@ class Sample:
 
     @classmethod
     def parse(cls, text: str) -> "Sample":
-        """Read a name.
+        """Parse a name.
 
         Raises:
-            LabelError: it is none.
+            LabelError: it is invalid.
         """
         match = _NAME.fullmatch(text)
         if match is None or not text.isascii():
@@ -81,10 +81,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Stratum:
-    """Live features of like density, and those of them in the sample."""
+    """Live features of similar density, and their number in the sample."""
 
     low: float
-    """Density; the first stratum includes it, the others do not."""
+    """Range of density; the first stratum includes its lower end, the others do not."""
     high: float
     population: int
     """Live features in the stratum."""
@@ -93,33 +93,33 @@ class Stratum:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A sample of an index."""
+    """The sample of an index."""
 
     sample: Sample
     latents: tuple[int, ...]
-    """In the order in which to look at them: what stands first is a sample of the same kind, but smaller."""
+    """In labelling order: any first part is a smaller sample of the same kind."""
     alive: tuple[bool, ...]
-    """Of each latent."""
+    """Whether each latent is alive."""
     strata: tuple[Stratum, ...]
-    """One of all live features where the design is not stratified."""
+    """A single stratum of all live features unless the design is stratified."""
     n_latents: int
     n_alive: int
-    """In the whole dictionary."""
+    """Number in the whole dictionary."""
     definition: str
 
     @property
     def live(self) -> tuple[int, ...]:
-        """Those to judge."""
+        """The features to judge."""
         return tuple(latent for latent, alive in zip(self.latents, self.alive, strict=True) if alive)
 
 
 def draw(index: FeatureIndex, sample: Sample) -> Drawn:
-    """Draw a sample; the same from the same index, on any machine.
+    """Draw a sample, reproducible on any machine.
 
     A random order is that of SHA-256("seed:latent"), so that a larger sample of the same seed holds the smaller.
 
     Raises:
-        LabelError: the index has fewer features than asked for.
+        LabelError: the index has fewer features than requested.
     """
     density = index.table()["density"].to_numpy()
     live = np.flatnonzero(density > 0)
@@ -156,7 +156,7 @@ def draw(index: FeatureIndex, sample: Sample) -> Drawn:
 
 
 def _shuffled(latents: np.ndarray, seed: int) -> list[int]:
-    """In an order of no meaning that no library's generator has a part in."""
+    """Shuffle without depending on any library's generator."""
     return sorted(latents.tolist(), key=lambda latent: hashlib.sha256(f"{seed}:{latent}".encode()).digest())
 
 
@@ -167,7 +167,7 @@ def _stratum(density: np.ndarray, members: np.ndarray, latents: Sequence[int]) -
 
 
 def _strata(density: np.ndarray, live: np.ndarray, sample: Sample) -> list[Stratum]:
-    """Ranges of density that have features, and the sample's share of each."""
+    """Return the ranges of density that have features, and the sample's share of each."""
     logs = np.log(density[live])
     edges = np.linspace(logs.min(), logs.max(), N_STRATA + 1)
     number = np.clip(np.searchsorted(edges, logs, side="left") - 1, 0, N_STRATA - 1)
@@ -180,7 +180,7 @@ def _strata(density: np.ndarray, live: np.ndarray, sample: Sample) -> list[Strat
 
 
 def _shares(sizes: Sequence[int], n: int) -> list[int]:
-    """Deal n out one by one, in turn, to those that have room, the densest first."""
+    """Distribute n one by one, in turn, over strata with features left, the densest first."""
     given = [0] * len(sizes)
     while n:
         for k in reversed(range(len(sizes))):
@@ -193,27 +193,27 @@ def _shares(sizes: Sequence[int], n: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------------------- results
 @dataclass(frozen=True)
 class Tally:
-    """What one annotator found in a sample."""
+    """Results of one annotator on a sample."""
 
     annotator: str
     n: int
     """Live features judged, by labels that are not stale."""
     n_blind: int
-    """Of these, judged blind."""
+    """Number of these judged blind."""
     n_stale: int
-    """Labels not counted, because the card says otherwise now."""
+    """Labels not counted because the card has changed since."""
     counts: dict[str, int]
     """By verdict."""
     n_by_stratum: tuple[int, ...]
     interpretable: Estimate
-    """Not a number where nothing is judged."""
+    """NaN where nothing is judged."""
     decided: Estimate
     """The same without those judged unsure."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two annotators agree."""
+    """Agreement of two annotators."""
 
     annotators: tuple[str, str]
     n: int
@@ -223,26 +223,26 @@ class Agreement:
     agreement: Estimate
     chance: float
     kappa: Estimate | None
-    """None where it does not exist (all verdicts alike). With fewer than `MIN_PAIRS` features its interval is the whole
-    range."""
+    """None where undefined (all verdicts equal). With fewer than `MIN_PAIRS` features its interval is the whole range.
+    """
 
 
 @dataclass(frozen=True)
 class Survey:
-    """A sample and what people said of it; `DEFINITIONS` says what the figures are."""
+    """A sample and its labels; `DEFINITIONS` defines the figures."""
 
     drawn: Drawn
     alive: Estimate | None
-    """In the sample; None where only live features were drawn."""
+    """Share in the sample; None where only live features were drawn."""
     tallies: tuple[Tally, ...]
-    """By annotator, those who judged anything in the sample, in the order of their names."""
+    """By annotator who judged anything in the sample, sorted by name."""
     agreements: tuple[Agreement, ...]
-    """By pair of annotators who judged a feature both."""
+    """By pair of annotators with a jointly judged feature."""
     notes: tuple[str, ...]
-    """What to bear in mind."""
+    """Caveats."""
 
     def rows(self) -> list[Row]:
-        """The figures as a printed table, beside the post's for gelu-2l layer 1, with intervals of its counts."""
+        """Return the figures as a printed table, next to the post's for gelu-2l layer 1, with its counts' intervals."""
         drawn = self.drawn
         share = drawn.n_alive / drawn.n_latents
         everywhere = f"{drawn.n_alive:,} of {drawn.n_latents:,} ({100 * share:.1f} %)"
@@ -278,7 +278,7 @@ class Survey:
 
 
 def survey(index: FeatureIndex, labels: Labels, sample: Sample) -> Survey:
-    """Tally the labels of a sample, whichever queue they were given in; the latest of each annotator counts.
+    """Tally the labels of a sample, from any queue; the latest of each annotator counts.
 
     Raises:
         LabelError: the index has fewer features than the sample.
@@ -306,7 +306,7 @@ def survey(index: FeatureIndex, labels: Labels, sample: Sample) -> Survey:
 
 
 def _is_stale(index: FeatureIndex, label: Label) -> bool:
-    """Whether the card says otherwise than what the annotator saw."""
+    """Whether the card has changed since it was labelled."""
     return card_hash(index, label.latent, blind=label.blind) != label.card
 
 
@@ -326,10 +326,10 @@ def _tally(annotator: str, labels: dict[int, Label], n_stale: int, strata: Seque
 
 
 def _weighted(verdicts: dict[int, str], strata: Sequence[Stratum]) -> Estimate:
-    """The share of interpretable features, each judged one weighing population / judged of its stratum.
+    """Estimate the share of interpretable features, each judged one with weight population / judged of its stratum.
 
     The interval is Wilson's at the effective n, (sum w)^2 / sum w^2 (Kish 1965): n itself where all weigh the same. It
-    leaves out what stratification gains, and so is rather too wide than too narrow.
+    ignores the gain from stratification, and so is conservative.
     """
     weight, yes = [], []
     for stratum in strata:
@@ -367,9 +367,9 @@ def _chance(table: Int[np.ndarray, "first second"]) -> float:
 
 
 def cohens_kappa(table: Int[np.ndarray, "first second"]) -> float | None:
-    """(agreement - chance) / (1 - chance) of a table of counts (Cohen 1960); None where both always say the same."""
+    """Compute (agreement - chance) / (1 - chance) of a table of counts (Cohen 1960); None where both are constant."""
     n = int(table.sum())
-    expected = int(table.sum(1) @ table.sum(0))  # n^2 times the agreement by chance: whole numbers, no rounding
+    expected = int(table.sum(1) @ table.sum(0))  # n^2 times the agreement by chance: integers, no rounding
     if expected == n * n:
         return None
     return (n * int(np.trace(table)) - expected) / (n * n - expected)
@@ -378,7 +378,7 @@ def cohens_kappa(table: Int[np.ndarray, "first second"]) -> float | None:
 def _bootstrapped(
     pairs: Int[np.ndarray, "feature annotator"], value: float, *, n_samples: int = 2000, seed: int = 0
 ) -> Estimate:
-    """Kappa with a percentile interval over features drawn anew; draws in which it does not exist are left out."""
+    """Compute kappa with a bootstrap percentile interval over features; draws where it is undefined are skipped."""
     if len(pairs) < MIN_PAIRS:
         return Estimate(value, -1.0, 1.0)
     rng = np.random.default_rng(seed)
@@ -415,7 +415,7 @@ def _notes(drawn: Drawn, tallies: Sequence[Tally], labels: Labels) -> Iterator[s
 
 # --------------------------------------------------------------------------------------------------------------- table
 def _percent(share: Estimate) -> str:
-    """`81.6 % [66.6, 90.8]`; a dash where nothing was judged."""
+    """Format `81.6 % [66.6, 90.8]`; a dash where nothing was judged."""
     if np.isnan(share.value):
         return "-"
     return f"{100 * share.value:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]"

@@ -1,1 +1,1 @@
-"""Which features do induction, with and without choosing a head."""
+"""Induction features, with and without choosing a head."""

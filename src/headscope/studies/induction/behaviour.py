@@ -1,9 +1,9 @@
 """Induction features by the post's rules, from an index alone: selection, behaviour, control groups. No torch.
 
-A feature is selected when its decoder has most of its weight in an induction head. Its behaviour is judged on bigrams:
+A feature is selected when its decoder has most of its weight in an induction head. Its behaviour is tested on bigrams:
 B is the token whose logit it raises most, and in a block with the bigrams A B ... A B it should be off at the first A
-and on at those that follow. The post leaves open how this is counted, so all readings are counted at once
-(`Reading`), and each is a property of the same record.
+and on at later ones. The post does not specify the counting, so all definitions are counted at once (`Reading`), and
+each is a property of the same record.
 """
 
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ from headscope.stats import MINIMUM, Estimate, Measure, Ranking, clustered_auc, 
 from headscope.studies.support.active import Text, drawn
 
 Unit = Literal["token", "bigram", "block"]
-"""What a rate is the share of: single A's, groups of equal bigrams of a block, or blocks with all their groups."""
+"""Unit of a rate: single A's, groups of equal bigrams of a block, or blocks with all their groups."""
 First = Literal["ignored", "fails", "void"]
-"""Where the feature is on at the first A of a group: that does not matter; the group's later A's count as failed; or
-the group does not count at all."""
+"""Treatment of groups with the feature on at the first A: ignore that; count the group's later A's as failed; or
+exclude the group."""
 Expected = Literal["before B", "every A"]
-"""At which later A's it should be on: those that B follows, or all of them."""
+"""Later A's at which it should be on: those followed by B, or all of them."""
 
 SELECTED = 0.6
-"""The post's least decoder share of the induction head."""
+"""Minimum decoder share of the induction head in the post."""
 CONTROL = 0.1
-"""Its control group has less than this."""
+"""Maximum decoder share in its control group (exclusive)."""
 PASS = 0.6
 """A feature passes above this rate."""
 _WEIGHTS = ("decoder", "decoder_out", "encoder", "encoder_in", "dfa")
@@ -39,7 +39,7 @@ _COUNTS = ("n", "on", "first off", "on, first off")
 
 @dataclass(frozen=True)
 class Reading:
-    """How the pass rate of the post is read; the default is the strictest that keeps its token-level rate."""
+    """Definition of the post's pass rate; the default is the strictest that keeps its token-level rate."""
 
     unit: Unit = "token"
     first: First = "fails"
@@ -47,7 +47,7 @@ class Reading:
 
     @classmethod
     def all(cls) -> "tuple[Reading, ...]":
-        """All 18."""
+        """Return all 18."""
         return tuple(cls(*of) for of in product(get_args(Unit), get_args(First), get_args(Expected)))
 
 
@@ -55,12 +55,12 @@ class Reading:
 def selected(
     index: FeatureIndex, head: int, *, threshold: float = SELECTED, share: str = "decoder"
 ) -> Int[np.ndarray, " n"]:
-    """Live latents of which a head has at least this share: the post's Induction Selection Heuristic.
+    """Return live latents with at least this share in a head: the post's Induction Selection Heuristic.
 
     Args:
         index: open.
-        head: the induction head, say.
-        threshold: the least share.
+        head: for example the induction head.
+        threshold: minimum share.
         share: one of `records.Shares`: `decoder`, the post's, `decoder_out`, `encoder`, `encoder_in` or `dfa`.
 
     Raises:
@@ -70,7 +70,7 @@ def selected(
 
 
 def head_share(index: FeatureIndex, head: int, share: str = "decoder") -> Float[np.ndarray, " latent"]:
-    """The share of one head in each latent; NaN where there is none.
+    """Return the share of one head in each latent; NaN where undefined.
 
     Raises:
         StudyError: no such head or share.
@@ -87,7 +87,7 @@ def _live(index: FeatureIndex) -> Bool[np.ndarray, " latent"]:
 
 
 def targets(index: FeatureIndex) -> Int[np.ndarray, " latent"]:
-    """B of each latent: the token whose logit it raises most."""
+    """Return B of each latent: the token whose logit it raises most."""
     return index.table()["top_logit"].to_numpy()
 
 
@@ -100,19 +100,19 @@ def control_group(
     below: float = CONTROL,
     seed: int = 0,
 ) -> Int[np.ndarray, " m"]:
-    """Live latents of which the head has a decoder share below `below`.
+    """Return live latents in which the head has a decoder share below `below`.
 
     Args:
         index: open.
         head: the induction head.
         like: features to match one to one, without replacement, by the logarithms of density and of the frequency of B
-            in the text (nearest in units of their standard deviations). When not given, n are drawn evenly: the post's.
-        n: how many, without `like`.
-        below: the share.
-        seed: of the draw, or of the order of matching.
+            in the text (nearest in units of their standard deviations). Default: a uniform sample of n, as in the post.
+        n: their number, without `like`.
+        below: maximum share (exclusive).
+        seed: seed of the sample, or of the matching order.
 
     Raises:
-        StudyError: no such head, or fewer such features than are to be matched.
+        StudyError: no such head, or too few such features to match.
     """
     pool = np.flatnonzero(_live(index) & (head_share(index, head) < below))
     if like is None:
@@ -138,21 +138,21 @@ def control_group(
 # ----------------------------------------------------------------------------------------------------------- bigrams
 @dataclass(frozen=True)
 class Bigrams:
-    """The bigrams A B of one B in some blocks: groups of equal A in a block, and the A's after the first of each.
+    """The bigrams A B of one B in some blocks: groups of equal A in a block, and the later A's of each.
 
-    A and B are text, next to each other in a block. Positions are of the corpus.
+    A and B are adjacent text tokens in a block. Positions are of the corpus.
     """
 
     token: int
     """B."""
     blocks: Int[np.ndarray, " block"]
-    """Those looked at, rising; some may hold no bigram that repeats."""
+    """Sampled blocks, ascending; some may hold no repeated bigram."""
     first: Int[np.ndarray, " group"]
     """Position of the first A of each group."""
     later: Int[np.ndarray, " later"]
-    """Later A's, whatever follows them."""
+    """Later A's, followed by any token."""
     group: Int[np.ndarray, " later"]
-    """Of each later A, its group."""
+    """Group of each later A."""
     before_b: Bool[np.ndarray, " later"]
     """Whether B follows it."""
 
@@ -161,7 +161,7 @@ class BigramFinder:
     """Finds the bigrams of any B in a text."""
 
     def __init__(self, text: Text) -> None:
-        """Put the text in order: 24 bytes a token are held."""
+        """Sort the text; uses 24 bytes per token."""
         self.tokens = text.text_tokens.reshape(-1)
         self.size = text.tokens.shape[1]
         self._precedes = text.counted.reshape(-1)  # text before text: the A's there are
@@ -170,13 +170,13 @@ class BigramFinder:
         self._keys = self.tokens[self._order].astype(np.int64) * len(self.tokens) + self._order  # rising
 
     def at(self, token: int) -> Int[np.ndarray, " n"]:
-        """All positions of a token."""
+        """Return all positions of a token."""
         if not 0 <= token < len(self._starts) - 1:
             return self._order[:0]
         return self._order[self._starts[token] : self._starts[token + 1]]
 
     def of(self, token: int, *, most: int | None = 200, seed: int = 0) -> Bigrams:
-        """The bigrams that end with a token, in at most so many of the blocks that hold it, drawn evenly."""
+        """Return the bigrams that end with a token, in a uniform sample of at most `most` blocks that contain it."""
         before = self.at(token) - 1
         before = before[before >= 0]
         before = before[self._precedes[before]]
@@ -191,7 +191,7 @@ class BigramFinder:
         return Bigrams(token, blocks, first, later, group, np.isin(later, before))
 
     def _later(self, first: Int[np.ndarray, " group"]) -> tuple[Int[np.ndarray, " later"], Int[np.ndarray, " later"]]:
-        """Positions of each first A's token after it in its block."""
+        """Return positions of each first A's token after it in its block."""
         token, end = self.tokens[first].astype(np.int64) * len(self.tokens), (first // self.size + 1) * self.size
         low, high = np.searchsorted(self._keys, token + first, side="right"), np.searchsorted(self._keys, token + end)
         n = high - low
@@ -202,7 +202,7 @@ class BigramFinder:
 # --------------------------------------------------------------------------------------------------------- behaviour
 @dataclass(frozen=True)
 class Behaviour:
-    """How often each of some features is on where induction of its token would have it on, by all readings."""
+    """Activation rates of some features where induction of their token predicts them, by all definitions."""
 
     latents: Int[np.ndarray, " latent"]
     token: Int[np.ndarray, " latent"]
@@ -210,26 +210,26 @@ class Behaviour:
     n_blocks: Int[np.ndarray, " latent"]
     """Blocks with a bigram that ends with B."""
     counts: Int[np.ndarray, "latent expected unit count"]
-    """By `Expected` and `Unit`: those expected; of them on; with the first A off; both."""
+    """By `Expected` and `Unit`: expected ones; of these on; with the first A off; both."""
     first: Int[np.ndarray, "latent 2"]
-    """First A's, and how many the feature is on at: its base rate."""
+    """First A's, and those at which the feature is on: its base rate."""
     definition: str = (
         "share of what a reading expects to be on that is: later A's of groups A B ... A B of a block, with B the "
         "token whose logit the feature raises most"
     )
 
     def rate(self, reading: Reading | None = None) -> Float[np.ndarray, " latent"]:
-        """The pass rate of each feature; NaN where nothing is expected."""
+        """Return the pass rate of each feature; NaN where nothing is expected."""
         on, n = self._of(reading or Reading())
         with np.errstate(invalid="ignore"):
             return on / n
 
     def n_expected(self, reading: Reading | None = None) -> Int[np.ndarray, " latent"]:
-        """What the rates are shares of."""
+        """Return the denominators of the rates."""
         return self._of(reading or Reading())[1]
 
     def estimate(self, latent: int, reading: Reading | None = None) -> Estimate:
-        """The pass rate of one of the features, Wilson 95 %."""
+        """Return the pass rate of one of the features, Wilson 95 %."""
         (row,) = np.flatnonzero(self.latents == latent)[:1]
         on, n = self._of(reading or Reading())
         return wilson(int(on[row]), int(n[row]))
@@ -237,16 +237,16 @@ class Behaviour:
     def passes(
         self, reading: Reading | None = None, *, above: float = PASS, least: int = 1
     ) -> Bool[np.ndarray, " latent"]:
-        """Whether each feature passes: its rate is above a bound, and of no fewer than `least`."""
+        """Return whether each feature passes: its rate is above a bound, over at least `least` cases."""
         on, n = self._of(reading or Reading())
         return (n >= least) & (on > above * n)
 
     def passing(
         self, reading: Reading | None = None, *, above: float = PASS, least: int = 1, null: "Behaviour | None" = None
     ) -> Measure:
-        """The share of the features that pass, Wilson 95 %; the null is that of a control group.
+        """Return the share of the features that pass, Wilson 95 %; the null is that of a control group.
 
-        Features of which nothing is expected count as not passing, as in the post.
+        Features without expected activations count as not passing, as in the post.
         """
         passes = self.passes(reading, above=above, least=least)
         control = None if null is None else null.passes(reading, above=above, least=least)
@@ -273,19 +273,19 @@ def behaviour(
     seed: int = 0,
     finder: BigramFinder | None = None,
 ) -> Behaviour:
-    """The post's Induction Behavior Heuristic, on the tokens of the index.
+    """Test the post's Induction Behavior Heuristic on the tokens of the index.
 
     Args:
         index: open.
-        latents: which features; all live ones when None.
+        latents: the features; default: all live ones.
         tokens: B of each, instead of its top logit: another feature's, for a null.
-        n_blocks: look at so many of the blocks that hold B, drawn evenly (the post's 200); at all when None.
-        seed: of the draw.
-        finder: of the text of the index, when there is one already.
+        n_blocks: maximum number of blocks that contain B, sampled uniformly (the post's 200); None: all.
+        seed: seed of the sample.
+        finder: finder of the index's text, if available.
 
     Raises:
         IndexFormatError: no such latent.
-        StudyError: other numbers of tokens and latents.
+        StudyError: different numbers of tokens and latents.
     """
     chosen = np.flatnonzero(_live(index)) if latents is None else np.asarray(latents, dtype=np.int64)
     for latent in chosen.tolist():
@@ -318,7 +318,7 @@ def behaviour(
 
 @dataclass
 class _Cache:
-    """Bigrams of tokens asked for before: many features share a B."""
+    """Cached bigrams of tokens: many features share a B."""
 
     finder: BigramFinder
     most: int | None
@@ -355,22 +355,22 @@ def _counted(bigrams: Bigrams, on: Bool[np.ndarray, " position"], size: int) -> 
 # ---------------------------------------------------------------------------------------------------- one rule, another
 @dataclass(frozen=True)
 class RuleComparison:
-    """A score of features held against a verdict on them: the post's share against what was found by other means."""
+    """Comparison of a score of features with a verdict on them: the post's share against another method's result."""
 
     definition: str
     n: int
     """Features."""
     n_true: int
-    """With the verdict: n_true / n is the base rate."""
+    """Features with the verdict: n_true / n is the base rate."""
     threshold: Float[np.ndarray, " point"]
-    """Falling; at each, features with the score or a larger one are chosen."""
+    """Descending; at each, features with at least this score are chosen."""
     true_rate: Float[np.ndarray, " point"]
-    """Of the features with the verdict, the share chosen."""
+    """Share chosen of the features with the verdict."""
     false_rate: Float[np.ndarray, " point"]
-    """Of those without it."""
+    """Share chosen of those without it."""
     auc: Measure
     at: float
-    """The threshold of the rule itself, and there: chosen ones with the verdict, and those with it that are chosen."""
+    """The rule's own threshold, and there: chosen ones with the verdict, and those with it that are chosen."""
     precision: Measure
     recall: Measure
 
@@ -382,13 +382,13 @@ def compare_rule(
     at: float = SELECTED,
     definition: str = "decoder share of one head against the composite verdict",
 ) -> RuleComparison:
-    """ROC curve, AUC (0.5 by chance), and precision and recall at the rule's own threshold.
+    """Compute ROC curve, AUC (0.5 by chance), and precision and recall at the rule's own threshold.
 
     The null of precision is the base rate of the verdict; that of recall the share of all features that are chosen.
     Features are the units of the interval of the AUC (DeLong, as the case of `clustered_auc` with one member a unit).
 
     Raises:
-        StudyError: arrays of other sizes, or scores that are NaN.
+        StudyError: arrays of different sizes, or NaN scores.
     """
     if score.shape != verdict.shape or np.isnan(score).any():
         raise StudyError(

@@ -1,9 +1,9 @@
-"""Induction features found without naming a head: behaviour, DFA from earlier B's, copying, and a corrupted A.
+"""Induction features, found without choosing a head: behaviour, DFA from earlier B's, copying, and a corrupted A.
 
 The post's footnote 9 asks that "most information is sourced from prior B tokens". Here every live feature is judged by
-four tests, each on its own: behaviour (`induction`), the share of DFA that comes from earlier B's, whether a head would
-raise the feature for B alone (copying), and whether the feature turns off when the A's before earlier B's are replaced.
-Which heads do it is then read off, not assumed.
+four independent tests: behaviour (`induction`), the share of DFA that comes from earlier B's, whether a head would
+raise the feature for B alone (copying), and whether replacing the A's before earlier B's silences the feature. The
+heads responsible are a result, not an assumption.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,32 +23,33 @@ from headscope.studies.induction.behaviour import PASS, Behaviour, BigramFinder,
 from headscope.studies.support.active import Text, drawn
 from headscope.studies.support.replacement import batches, tokens_of
 
-_PAIRS = 512  # pairs whose [head, source] contributions are held at a time
+_PAIRS = 512  # pairs whose [head, source] contributions are in memory at a time
 _RUNS = 16  # corrupted blocks in one run
-_TABLE = 1 << 24  # entries of the copying table held at a time
+_TABLE = 1 << 24  # entries of the copying table in memory at a time
 
 Progress = Callable[[str, int, int], None]
-"""Called with the stage, what is done of it and all of it."""
+"""Progress callback: called with the stage, the work done and the total."""
 
 
 @dataclass(frozen=True)
 class Criteria:
-    """What makes an induction feature; all that are asked must hold."""
+    """Criteria for an induction feature; all that are set must hold."""
 
     rate: float = PASS
     """The pass rate is above this,"""
     reading: Reading = Reading()  # noqa: RUF009 - frozen
     least: int = 10
-    """of at least so many expected A's."""
+    """over at least this many expected A's."""
     source_share: float = 0.5
-    """The median share of positive DFA that comes from earlier B's is at least this."""
+    """Minimum of the median share of positive DFA that comes from earlier B's."""
     copy_rank: float = 0.01
-    """The share of the vocabulary that raises the feature more than B does, through the head that brings most of it."""
+    """Maximum share of the vocabulary that raises the feature more than B does, through its top head."""
     off: float | None = 0.5
-    """With the A's before earlier B's replaced, the feature is off in more than this share; None: not asked."""
+    """With the A's before earlier B's replaced, minimum share (exclusive) at which the feature is off; None: not
+    tested."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no share."""
+        """Reject invalid shares."""
         shares = {"rate": self.rate, "source_share": self.source_share, "copy_rank": self.copy_rank, "off": self.off}
         for name, value in shares.items():
             if value is not None and not 0 <= value <= 1:
@@ -58,23 +59,23 @@ class Criteria:
 # ------------------------------------------------------------------------------------------------------------- sources
 @dataclass(frozen=True)
 class PriorSources:
-    """Where the DFA of each feature comes from at later A's where it is active."""
+    """Sources of the DFA of each feature at later A's where it is active."""
 
     n: Int[np.ndarray, " latent"]
-    """Later A's looked at."""
+    """Later A's sampled."""
     share: Float[np.ndarray, " latent"]
     """The median over them of `sum over s with token B, s < q, of d(s) / sum_s max(d(s), 0)`, `d(s) = sum_h C[h, s]`;
     NaN without any."""
     chance: Float[np.ndarray, " latent"]
-    """The median share of such s among all s <= q: what sources that are all alike would give."""
+    """The median share of such s among all s <= q: the value for equally contributing sources."""
     from_a: Float[np.ndarray, " latent"]
-    """The median of the same with A in the place of B, q itself included: what a feature of its own token has."""
+    """The median of the same with A in place of B, including q itself: large for a feature of its own token."""
     by_head: Float[np.ndarray, "latent head"]
     """The DFA from those B's, summed over the A's, by head; its shares over heads. NaN without any."""
 
     @property
     def head(self) -> Int[np.ndarray, " latent"]:
-        """The head that brings most of it; -1 without any."""
+        """The top head for this DFA; -1 without any."""
         return np.where(np.isnan(self.by_head).any(1), -1, np.nan_to_num(self.by_head).argmax(1))
 
 
@@ -83,7 +84,7 @@ class _Places:
     """(latent, position) pairs: later A's at which a feature is active."""
 
     row: Int[np.ndarray, " pair"]
-    """Of the latent among those asked for."""
+    """Index of the latent among the requested ones."""
     latent: Int[np.ndarray, " pair"]
     token: Int[np.ndarray, " pair"]
     """B."""
@@ -95,7 +96,7 @@ class _Places:
 
 
 def _places(index: FeatureIndex, found: Behaviour, finder: BigramFinder, plan: "_Plan") -> _Places:
-    """At most so many of each feature, drawn evenly from the same blocks as its behaviour; by position."""
+    """Sample positions of each feature from the same blocks as its behaviour; sorted by position."""
     parts: list[list[np.ndarray]] = [[np.zeros(0, np.int64)] * 4 + [np.zeros(0)]]
     before_b = plan.criteria.reading.expected == "before B"
     row_of = {int(latent): row for row, latent in enumerate(found.latents)}
@@ -155,7 +156,7 @@ def _from_tokens(
     query: Int[np.ndarray, " pair"],
     b: Int[np.ndarray, " pair"],
 ) -> tuple[Float[np.ndarray, "pair 3"], Float[np.ndarray, "pair head"]]:
-    """Share from B, share of B among sources, share from A; and the DFA from B by head."""
+    """Return share from B, share of B among sources, share from A; and the DFA from B by head."""
     source = np.arange(tokens.shape[1])
     seen, before = source <= query[:, None], source < query[:, None]
     is_b = (tokens == b[:, None]) & before
@@ -176,10 +177,10 @@ def copy_ranks(
     heads: Sequence[int] | Int[np.ndarray, " n"],
     report: Progress = lambda _stage, _done, _total: None,
 ) -> Float[np.ndarray, " n"]:
-    """The share of the vocabulary that would raise a feature more than its token does, read alone through a head.
+    """Return the share of the vocabulary that would raise a feature more than its token does, alone through a head.
 
-    0 for a head that raises the feature most for exactly that token, about 1/2 for one that has nothing to do with it.
-    No text is read. NaN for head -1.
+    0 for a head that raises the feature most for exactly that token, about 1/2 for an unrelated one. Uses no text. NaN
+    for head -1.
     """
     latent, token, head = (np.asarray(values, dtype=np.int64) for values in (latents, tokens, heads))
     ranks, step = np.full(len(latent), np.nan), max(1, _TABLE // live.model.spec.d_vocab)
@@ -200,16 +201,17 @@ def copy_ranks(
 # -------------------------------------------------------------------------------------------------------------- causal
 @dataclass(frozen=True)
 class Corruption:
-    """What is left of each feature at later A's when earlier tokens are replaced by others of the text."""
+    """Remaining activation of each feature at later A's when earlier tokens are replaced by others of the text."""
 
     n: Int[np.ndarray, " latent"]
-    """Later A's looked at; 0 for features that were not tested."""
+    """Later A's sampled; 0 for features that were not tested."""
     n_off: Int[np.ndarray, " latent"]
-    """Off when all A's before earlier B's are replaced."""
+    """Number at which it is off when all A's before earlier B's are replaced."""
     kept: Float[np.ndarray, " latent"]
     """`sum f' / sum f` then; NaN without any."""
     n_off_control: Int[np.ndarray, " latent"]
-    """Off when as many other earlier tokens are replaced that are not B and not before B: the null."""
+    """Number at which it is off when as many other earlier tokens are replaced that are not B and not before B: the
+    null."""
     kept_control: Float[np.ndarray, " latent"]
 
 
@@ -253,7 +255,7 @@ def _replace(
     pool: Int[np.ndarray, " text"],
     rng: np.random.Generator,
 ) -> bool:
-    """Replace the A's before earlier B's in the first version, as many other tokens in the second; False if too few."""
+    """Replace the A's before earlier B's in version one, as many other tokens in version two; False if too few."""
     tokens = versions[0].copy()
     a = tokens[query]
     places = np.arange(query)
@@ -282,13 +284,13 @@ class InductionFeatures:
     sources: PriorSources
     copy_rank: Float[np.ndarray, " latent"]
     corruption: Corruption
-    """Of those that pass the other three tests; `n` is 0 for all others, and for all where it is not asked."""
+    """For those that pass the other three tests; `n` is 0 for all others, and for all if not tested."""
     n_null: int | None
-    """Features that pass all tests for the B of another feature; None where that was not asked."""
+    """Features that pass all tests for the B of another feature; None if not tested."""
     null_tests: dict[str, int] | None = None
-    """Likewise for each test alone; that of copying is the null of the static tables of tokens."""
+    """Likewise for each test alone; the one for copying is the null of the static token tables."""
     n_other: int = 0
-    """Features that were given a B other than their own: what the two nulls are counted among."""
+    """Features that were tested with a B other than their own: the denominator of the two nulls."""
     definition: str = (
         "live features with a pass rate, a share of DFA from earlier B's, a copying rank and a share off with A's "
         "before earlier B's replaced as the criteria ask"
@@ -296,7 +298,7 @@ class InductionFeatures:
 
     @property
     def latents(self) -> Int[np.ndarray, " latent"]:
-        """Those judged; arrays are in their order."""
+        """The judged features; arrays are in their order."""
         return self.behaviour.latents
 
     @property
@@ -324,9 +326,9 @@ class InductionFeatures:
         return self.latents[self.verdict]
 
     def share(self) -> Measure:
-        """The share of live features that are induction features, Wilson 95 %.
+        """Return the share of live features that are induction features, Wilson 95 %.
 
-        The null is the share that passes when each feature is given the B of another one, with its interval.
+        The null is the share that passes when each feature is tested with the B of another one, with its interval.
         """
         n, k = len(self.latents), int(self.verdict.sum())
         null = self.by_chance()
@@ -336,15 +338,15 @@ class InductionFeatures:
         return Measure(self.definition, n, found.value, found.low, found.high, "Wilson 95 %", null=null)
 
     def by_chance(self, test: str | None = None) -> Estimate | None:
-        """The share that passes all tests, or one of them, for the B of another feature; None where not asked."""
+        """Return the share that passes all tests, or one of them, for the B of another feature; None if not tested."""
         if self.n_null is None or self.null_tests is None or not self.n_other:
             return None
         return wilson(self.n_null if test is None else self.null_tests[test], self.n_other)
 
     def passing(self, test: str) -> Measure:
-        """The share of live features that pass one of `tests`; the null is as of `share`.
+        """Return the share of live features that pass one of `tests`; the null is as in `share`.
 
-        Only features that pass the other tests are put to that of corruption: its share is of them, without a null.
+        Only features that pass the other tests are tested for corruption: its share is of them, without a null.
         """
         asked, null = np.ones(len(self.latents), bool), self.by_chance(test)
         definition = f"share of live features that pass the test of {test}"
@@ -358,7 +360,7 @@ class InductionFeatures:
         return Measure(definition, n, found.value, found.low, found.high, "Wilson 95 %", null=null)
 
     def heads(self) -> Int[np.ndarray, " head"]:
-        """How many induction features each head brings most of."""
+        """Return the number of induction features by their top head."""
         head = self.sources.head[self.verdict]
         return np.bincount(head[head >= 0], minlength=self.sources.by_head.shape[1])
 
@@ -375,18 +377,18 @@ def induction_features(  # noqa: PLR0913 - what is judged, by what, how much of 
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> InductionFeatures:
-    """Judge features by all four tests, with no head named beforehand.
+    """Judge features by all four tests, without choosing a head beforehand.
 
     Args:
         live: the index with its model and SAE.
-        latents: which; all live ones when None.
-        criteria: what makes an induction feature.
-        n_blocks: look at so many of the blocks that hold B (`behaviour`).
-        n_places: later A's of each feature whose DFA is looked at.
+        latents: the features; default: all live ones.
+        criteria: criteria for an induction feature.
+        n_blocks: maximum number of blocks that contain B (`behaviour`).
+        n_places: later A's of each feature sampled for DFA.
         n_corrupted: later A's at which earlier ones are replaced.
-        null: also judge each feature by the B of another, to say how many pass by chance.
-        seed: of all draws.
-        on_progress: called as blocks are read.
+        null: also test each feature with the B of another, to estimate how many pass by chance.
+        seed: seed of all samples.
+        on_progress: called as blocks are processed.
 
     Raises:
         IndexFormatError: no such latent.

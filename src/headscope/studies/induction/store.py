@@ -1,4 +1,4 @@
-"""All live features judged for induction, the post's rule beside it, and control groups; kept beside the index."""
+"""Judge all live features for induction, compare with the post's rule and control groups, and store the results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from headscope.studies.induction.behaviour import (
 from headscope.studies.induction.composite import InductionFeatures, induction_features
 
 Progress = Callable[[str, int, int], None]
-"""Called with the stage, what is done of it and all of it."""
+"""Progress callback: called with the stage, the work done and the total."""
 
 _COLUMNS = {
     "token": "B: the token whose logit the feature raises most",
@@ -43,19 +43,19 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class InductionFamily:
-    """The induction features of a dictionary, found without naming a head, and what the post's rule makes of them."""
+    """The induction features of a dictionary, found without choosing a head, compared with the post's rule."""
 
     judged: InductionFeatures
     layer: int
     head: int | None
-    """That brings most of the most induction features; None where there are none: the family has no member."""
+    """Top head of the most induction features; None where there are none: the family has no member."""
     rules: dict[int, RuleComparison]
-    """By head: its decoder share held against the composite test, for heads that bring most of some."""
+    """By head: its decoder share compared with the composite test, for heads that are the top head of some."""
     measures: dict[str, Measure]
-    """By name: the composite test and each of its parts, and the post's rates for its groups."""
+    """By name: the composite test with each of its parts, and the post's rates for its groups."""
 
     def lines(self) -> list[str]:
-        """A summary in words, a number a line."""
+        """Return a summary as text, one number per line."""
         found = [f"{name}: {measure}" for name, measure in self.measures.items()]
         counts = self.judged.heads()
         heads = ", ".join(f"{self.layer}.{h}: {counts[h]}" for h in np.argsort(-counts, kind="stable") if counts[h])
@@ -67,9 +67,9 @@ class InductionFamily:
 
 
 def induction_family(live: LiveIndex, *, seed: int = 0, on_progress: Progress | None = None) -> InductionFamily:
-    """Judge all live features, then apply the post's rule to the heads that emerge.
+    """Judge all live features, then apply the post's rule to the top heads found.
 
-    The post's groups are of the head that brings most induction features: selected (decoder share of at least 0.6),
+    The post's groups are for the top head of most induction features: selected (decoder share of at least 0.6),
     control (500 with less than 0.1), and control matched to the selected in density and in the frequency of B.
 
     Raises:
@@ -93,7 +93,7 @@ def induction_family(live: LiveIndex, *, seed: int = 0, on_progress: Progress | 
 
 
 def _groups(live: LiveIndex, head: int, seed: int) -> dict[str, Measure]:
-    """The post's pass rates for features selected by one head, and for two control groups."""
+    """Return the post's pass rates for features selected by one head, and for two control groups."""
     index = live.index
     chosen = selected(index, head)
     if not len(chosen):
@@ -111,16 +111,16 @@ def _groups(live: LiveIndex, head: int, seed: int) -> dict[str, Measure]:
 
 
 def _some(live: LiveIndex, head: int, n: int) -> bool:
-    """Whether there are so many features to make a control group of."""
+    """Whether there are enough features for a control group."""
     share = head_share(live.index, head)
     return int(((live.index.table()["n_active"].to_numpy() > 0) & (share < CONTROL)).sum()) >= n
 
 
 def save_family(live: LiveIndex, found: InductionFamily) -> None:
-    """Keep it: the columns `induction.*`, and the tables of heads `measures_induction` and `rules`.
+    """Store the result: the columns `induction.*`, and the tables of heads `measures_induction` and `rules`.
 
     Raises:
-        IndexFormatError: found in another index.
+        IndexFormatError: it is of another index.
         OutputError: it cannot be written.
     """
     index = live.index
@@ -146,10 +146,10 @@ def _rule_row(rule: RuleComparison) -> dict:
 
 
 def save_columns(index: FeatureIndex, judged: InductionFeatures) -> None:
-    """Add what was found to the index as the columns `induction.*`; see `index.columns`.
+    """Add the verdicts to the index as the columns `induction.*`; see `index.columns`.
 
     Raises:
-        IndexFormatError: of another index.
+        IndexFormatError: they are of another index.
     """
     reading = judged.criteria.reading
     n, first, corruption = judged.behaviour.n_expected(reading), judged.behaviour.first, judged.corruption
@@ -178,7 +178,7 @@ def save_columns(index: FeatureIndex, judged: InductionFeatures) -> None:
 
 
 def _spread(values: np.ndarray, latents: np.ndarray, n: int) -> pa.Array:
-    """A value for each latent, null where there is none."""
+    """Expand values to all latents, null where there is none."""
     whole, missing = np.zeros(n, dtype=values.dtype), np.ones(n, dtype=bool)
     whole[latents] = values
     missing[latents] = (

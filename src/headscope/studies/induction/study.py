@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FamiliesOptions:
-    """What random draws start from."""
+    """Settings of random draws."""
 
     seed: Seed = 0
-    """Of random draws."""
+    """Seed of random draws."""
 
 
 def _run(subject: "Subject", options: FamiliesOptions) -> "InductionFamily":

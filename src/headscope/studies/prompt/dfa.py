@@ -1,4 +1,4 @@
-"""DFA of a feature on a text, in one call."""
+"""Direct feature attribution (DFA) of a feature on a text, in one call."""
 
 from collections.abc import Sequence
 
@@ -26,9 +26,9 @@ def dfa(
     Args:
         model: a model, or the name that `load_model` takes.
         sae: a z SAE of the model, or the name that `load_sae` takes.
-        text: a text, which is given the BOS in front, or token ids, which are taken as they are.
+        text: a text, to which BOS is prepended, or token ids, which are used unchanged.
         latent: the feature.
-        position: the token; the one at which the pre-activation is largest when None.
+        position: the token; default: the one with the largest pre-activation.
 
     Returns:
         A record with `.by_source` [head, source], `.by_head` [head], `.sources` [source], `.bias` and `.pre`.

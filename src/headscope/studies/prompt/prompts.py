@@ -1,11 +1,11 @@
-"""A prompt taken under the glass: its active features, their DFA, and what ablating features and heads changes there.
+"""Analyse one prompt: its active features, their DFA, and the effects of ablating features and heads.
 
-Ablations are made together, in the order of the model: at each layer heads first, then the features of what is left of
-z. Features at one token are all read before any of them is taken out, so that
+Ablations are joint, in the order of the model: at each layer heads first, then the features of the remaining z.
+Features at one token are all read before any of them is removed, so that
 
     z' = z - sum over ablated j of  f_j(z) W_dec[j]
 
-with z as the ablated heads leave it. The model is run twice, with and without them.
+with z after the ablation of heads. The model is run twice, with and without them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,16 +39,16 @@ from headscope.studies.support.active import Text, drawn
 from headscope.studies.support.replacement import batches, tokens_of
 
 MEAN_BLOCKS = 64
-"""Blocks of the corpus, drawn evenly, over whose text tokens a head's mean z is taken."""
+"""Blocks of the corpus, sampled uniformly, for the mean z of a head over their text tokens."""
 MOST_LISTED = 64
-"""Features listed of one token: the most active ones."""
+"""Maximum number of features listed per token: the most active ones."""
 _KEPT = 4  # prompts
 _LIKELIEST = 12  # of each of the two runs
 
 
 @dataclass(frozen=True)
 class _Read:
-    """A prompt read by the model as it is."""
+    """The unedited run of a prompt."""
 
     tokens: Int[Tensor, " position"]
     attention: Attention
@@ -56,10 +56,10 @@ class _Read:
 
 
 class Prompts:
-    """Runs of prompts by the model of an index; the last few are kept. Not for several threads at once."""
+    """Cached runs of prompts by the model of an index. Not thread-safe."""
 
     def __init__(self, live: LiveIndex) -> None:
-        """Run prompts through the model of an index, with its SAE of z."""
+        """Run prompts through the model of an index, with its z SAE."""
         self.live, self.model, self.sae = live, live.model, live.sae
         self._layer = live.sae.site.layer
         self._weights = HeadWeights.of(live.sae, live.model)
@@ -68,21 +68,21 @@ class Prompts:
 
     @property
     def bos(self) -> int:
-        """The token that stands in front of every prompt."""
+        """The token prepended to every prompt."""
         return self.model.bos
 
     @property
     def heads(self) -> tuple[int, int]:
-        """Layers, and heads of each."""
+        """Number of layers, and of heads in each."""
         return self.model.spec.n_layers, self.model.spec.n_heads
 
     @property
     def context(self) -> int:
-        """Tokens of the longest prompt, BOS included."""
+        """Maximum length of a prompt, including the BOS."""
         return self.model.spec.context
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text, BOS in front; the spelling of a special token is text.
+        """Tokenise a text, with BOS prepended; the spelling of a special token is text.
 
         Raises:
             CorpusError: no text, or too much of it.
@@ -90,15 +90,15 @@ class Prompts:
         return tuple(prompt(self.model, text).tolist())
 
     def run(self, tokens: Sequence[int], ablations: Sequence[Ablation] = ()) -> PromptRun:
-        """Where features are active and what each next token costs, with and without ablations.
+        """Return active features and the loss of each next token, with and without ablations.
 
         Args:
             tokens: the prompt, BOS included.
-            ablations: made all at once.
+            ablations: applied jointly.
 
         Raises:
             CorpusError: no tokens, unknown ones, or too many.
-            StudyError: an ablation of a feature, head or token that there is not.
+            StudyError: an ablation of a feature, head or token that does not exist.
         """
         with torch.no_grad():
             read = self._read(tokens)
@@ -127,12 +127,12 @@ class Prompts:
         )
 
     def features(self, tokens: Sequence[int], query: int, target: int | None = None) -> ActiveFeatures:
-        """The features of the model as it is at one token: who makes each, and what it does to one logit.
+        """Return the features active at one token of the unedited model: their DFA by head, and effect on one logit.
 
         Args:
             tokens: the prompt, BOS included.
             query: the token.
-            target: the token whose logit; the one that comes next when None, at the end the likeliest.
+            target: the token of the logit; default: the next one, at the end the likeliest.
 
         Raises:
             CorpusError: no tokens, unknown ones, or too many.
@@ -163,11 +163,11 @@ class Prompts:
             )
 
     def next_tokens(self, tokens: Sequence[int], query: int, ablations: Sequence[Ablation] = ()) -> NextTokens:
-        """What the model predicts after one token, with and without ablations.
+        """Return the model's predictions after one token, with and without ablations.
 
         Raises:
             CorpusError: no tokens, unknown ones, or too many.
-            StudyError: no such position, or an ablation of a feature, head or token that there is not.
+            StudyError: no such position, or an ablation of a feature, head or token that does not exist.
         """
         with torch.no_grad():
             known = prompt(self.model, tokens)
@@ -198,7 +198,7 @@ class Prompts:
         )
 
     def dfa(self, tokens: Sequence[int], latent: int, query: int) -> DFA:
-        """The pre-activation of a feature at one token, active there or not, by head and source.
+        """Return the pre-activation of a feature at one token, active there or not, by head and source.
 
         Raises:
             CorpusError: no tokens, unknown ones, or too many.
@@ -212,7 +212,7 @@ class Prompts:
             return found
 
     def mean(self, layer: int) -> tuple[Float[Tensor, "head d_head"], int]:
-        """The mean z of each head of a layer over text tokens of `MEAN_BLOCKS` blocks of the corpus, and their number.
+        """Return the mean z of each head of a layer over text tokens of `MEAN_BLOCKS` blocks, and their number.
 
         Raises:
             StudyError: no such layer, or no text in these blocks.
@@ -235,7 +235,7 @@ class Prompts:
         return self.model.losses(tokens[None])[0]
 
     def _logits(self, tokens: Int[Tensor, " position"]) -> Float[Tensor, " d_vocab"]:
-        """At the last token."""
+        """Return the logits at the last token."""
         return self.model.logits(tokens[None])[0, -1].double()
 
     def _target(self, tokens: Int[Tensor, " position"], query: int) -> int:
@@ -259,7 +259,7 @@ class Prompts:
 
     # ------------------------------------------------------------------------------------------------------- ablations
     def _checked(self, ablations: Sequence[Ablation], n: int) -> list[Ablation]:
-        """Raise StudyError unless all of them can be made in a prompt of n tokens."""
+        """Raise StudyError unless all of them apply to a prompt of n tokens."""
         for ablation in ablations:
             match ablation:
                 case FeatureAblation(latent):
@@ -273,8 +273,8 @@ class Prompts:
 
     @contextmanager
     def _ablated(self, ablations: Sequence[Ablation], n: int, *, features: bool = True) -> Iterator[None]:
-        """Within the block, runs on n tokens have the ablations made; those of features if asked for."""
-        edits: list[tuple[Site, Edit | SiteEdit]] = []  # all made before any holds: a mean is of the model as it is
+        """Within the block, apply the ablations to runs on n tokens, those of features on request."""
+        edits: list[tuple[Site, Edit | SiteEdit]] = []  # all computed first: a mean is of the unedited model
         for a in ablations:
             if isinstance(a, HeadAblation):
                 where = None if a.position is None else [a.position]
@@ -290,7 +290,7 @@ class Prompts:
             yield
 
     def _mask(self, ablations: Sequence[Ablation], n: int) -> Tensor:
-        """Which features are ablated where: `[position, d_sae]`."""
+        """Return which features are ablated where: `[position, d_sae]`."""
         mask = torch.zeros(n, self.sae.d_sae, dtype=torch.bool, device=self.model.device)
         for a in ablations:
             if isinstance(a, FeatureAblation):
@@ -298,11 +298,11 @@ class Prompts:
         return mask
 
     def _instead(self, layer: int, by: By) -> Float[Tensor, " z"]:
-        """What stands in the place of the z of a layer's heads."""
+        """Return the replacement for the z of a layer's heads."""
         return self.model.value_offset(layer) if by == "zero" else self._mean(layer)[0].flatten()
 
     def _mean(self, layer: int) -> tuple[Tensor, int]:
-        """Of all layers at once, when one is first asked for."""
+        """Return the mean of a layer; computed for all layers on first use."""
         if self._means is None:
             self._means, self._n_mean = self._means_of_corpus()
         return self._means[layer].unflatten(0, (self.model.spec.n_heads, -1)), self._n_mean

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from headscope.errors import StudyError
 
 By = Literal["zero", "mean"]
-"""What stands in the place of a head's z: the constant c of z, by which its DFA is 0 (the post's zero), or its mean
-over text tokens of the index's corpus."""
+"""Replacement for a head's z: the constant c of z, at which its DFA is 0 (the post's zero), or its mean over text
+tokens of the index's corpus."""
 
 MAX_ABLATIONS = 64
 _FEATURE = re.compile(r"f(\d{1,9})(?:@(\d{1,9}))?", re.ASCII)
@@ -25,11 +25,11 @@ _HEAD = re.compile(r"h(\d{1,4})\.(\d{1,4})=([a-z]+)(?:@(\d{1,9}))?", re.ASCII)
 
 @dataclass(frozen=True, order=True)
 class FeatureAblation:
-    """A feature of the SAE taken out: `z - f_j W_dec[j]`, the SAE's error kept."""
+    """Ablation of a feature of the SAE: `z - f_j W_dec[j]`, keeping the SAE's error."""
 
     latent: int
     position: int | None = None
-    """At one token; at all when None."""
+    """The token; all tokens when None."""
 
     @property
     def name(self) -> str:
@@ -39,13 +39,13 @@ class FeatureAblation:
 
 @dataclass(frozen=True, order=True)
 class HeadAblation:
-    """Something else in the place of a head's z."""
+    """Replacement of a head's z."""
 
     layer: int
     head: int
     by: By
     position: int | None = None
-    """At one token; at all when None."""
+    """The token; all tokens when None."""
 
     @property
     def name(self) -> str:
@@ -61,10 +61,10 @@ def _at(position: int | None) -> str:
 
 
 def parse_ablation(text: str) -> Ablation:
-    """Read an ablation from its name.
+    """Parse the name of an ablation.
 
     Raises:
-        StudyError: it is none.
+        StudyError: it is invalid.
     """
     if found := _FEATURE.fullmatch(text):
         return FeatureAblation(int(found[1]), _number(found[2]))
@@ -84,10 +84,10 @@ def _number(text: str | None) -> int | None:
 
 
 def parse_ablations(texts: Sequence[str]) -> tuple[Ablation, ...]:
-    """Read several, each once, in a fixed order.
+    """Parse several ablations, without duplicates, in a fixed order.
 
     Raises:
-        StudyError: one that is none, over `MAX_ABLATIONS`, or two that put different things in the place of a head.
+        StudyError: an invalid one, more than `MAX_ABLATIONS`, or two different replacements of one head.
     """
     if len(texts) > MAX_ABLATIONS:
         raise StudyError(f"{len(texts)} ablations", expected=f"at most {MAX_ABLATIONS}", do="remove some")
@@ -118,53 +118,55 @@ def _place(ablation: Ablation) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class PromptRun:
-    """A prompt read by the model as it is, and with the ablations made."""
+    """Run of a prompt by the unedited model, and with ablations."""
 
     tokens: Int[np.ndarray, " position"]
-    """The BOS in front, as in the blocks of an index."""
+    """Tokens including the BOS, as in the blocks of an index."""
     ablations: tuple[Ablation, ...]
     position: Int[np.ndarray, " active"]
-    """With `latent`: where which feature is active, with or without the ablations; by position, the largest first."""
+    """With `latent`: active features with their positions, with or without ablations; by position, the largest first.
+    """
     latent: Int[np.ndarray, " active"]
     activation: Float[np.ndarray, " active"]
-    """In the model as it is."""
+    """In the unedited model."""
     ablated: Float[np.ndarray, " active"]
-    """With the ablations: heads first, then the features of what is left; 0 of a feature that is ablated itself."""
+    """With ablations: heads first, then the features of the remaining z; 0 for a feature that is ablated itself."""
     loss: Float[np.ndarray, " predicting"]
-    """Of each next token, in nats: of token p + 1 at position p."""
+    """Loss of each next token, in nats: of token p + 1 at position p."""
     ablated_loss: Float[np.ndarray, " predicting"]
 
 
 @dataclass(frozen=True)
 class ActiveFeatures:
-    """The features that are active at one token of the model as it is, the largest first."""
+    """Features active at one token of the unedited model, the largest first."""
 
     query: int
     latent: Int[np.ndarray, " feature"]
     activation: Float[np.ndarray, " feature"]
     by_head: Float[np.ndarray, "feature head"]
-    """DFA of each head: with the bias they sum to the pre-activation."""
+    """DFA of each head: sums to the pre-activation with the bias."""
     source: Int[np.ndarray, " feature"]
     """The token with the largest |DFA|, summed over heads."""
     source_dfa: Float[np.ndarray, " feature"]
     target: int
-    """The token whose logit `effect` is of."""
+    """The token of the logit in `effect`."""
     effect: Float[np.ndarray, " feature"] | None
-    """What the feature's direct path adds to that logit above its mean over the vocabulary, the final norm's scale as
-    it is: `f_j centre(W_dec[j] W_O) . logit_directions[:, target] / sigma`. None where the model has no such path."""
+    """Effect of the feature's direct path on that logit relative to the vocabulary mean, with the final norm's scale
+    held
+    fixed: `f_j centre(W_dec[j] W_O) . logit_directions[:, target] / sigma`. None where the model has no such path."""
     effect_missing: str | None
-    """Why there is no `effect`."""
+    """Reason why there is no `effect`."""
 
 
 @dataclass(frozen=True)
 class NextTokens:
-    """What the model predicts after one token, as it is and with the ablations made: the likeliest tokens of both."""
+    """Predictions after one token, without and with the ablations: the likeliest tokens of both."""
 
     query: int
     actual: int | None
-    """The token that comes next; None at the end of the prompt."""
+    """The actual next token; None at the end of the prompt."""
     token: Int[np.ndarray, " token"]
-    """The likeliest first, as the model is."""
+    """The likeliest of the unedited model first."""
     probability: Float[np.ndarray, " token"]
     logit: Float[np.ndarray, " token"]
     rank: Int[np.ndarray, " token"]
@@ -173,4 +175,4 @@ class NextTokens:
     ablated_logit: Float[np.ndarray, " token"]
     ablated_rank: Int[np.ndarray, " token"]
     divergence: float
-    """KL(as it is || with the ablations), in nats."""
+    """KL(unedited || with ablations), in nats."""

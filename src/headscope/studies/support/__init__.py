@@ -1,1 +1,1 @@
-"""What several studies share: active text tokens, and what replaces the z of an ablated head."""
+"""Shared by several studies: active text tokens, and replacements for the z of an ablated head."""

@@ -1,4 +1,4 @@
-"""Where a feature is active and what comes next is text: the tokens at which the loss can say what the feature does."""
+"""Active tokens of a feature whose next token is text: those where the loss measures its effect."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,33 +16,33 @@ class Text:
     tokens: Int[np.ndarray, "block position"]
     document: Int[np.ndarray, "block position"]
     is_text: Bool[np.ndarray, "block position"]
-    """As `Corpus.is_text` has it."""
+    """As `Corpus.is_text`."""
 
     @classmethod
     def of(cls, index: FeatureIndex) -> "Text":
-        """Read it: 9 bytes a token are held."""
+        """Read the tokens; uses 9 bytes per token."""
         parts = list(index.each_blocks())
         return cls(*(np.concatenate([part[name] for part in parts]) for name in ("token", "document", "is_text")))
 
     @cached_property
     def text_tokens(self) -> Int[np.ndarray, "block position"]:
-        """The tokens where they are text, -1 elsewhere: padding and separators may have the id of a token of text."""
+        """The tokens where they are text, -1 elsewhere: padding and separators may have the id of a text token."""
         return np.where(self.is_text, self.tokens, np.int32(-1))
 
     @property
     def counted(self) -> Bool[np.ndarray, "block position"]:
-        """Text whose next token is text of the same block: the loss there is that of a token of the text."""
+        """Text tokens whose next token is text of the same block: their loss is that of a text token."""
         counted = np.zeros_like(self.is_text)
         counted[:, :-1] = self.is_text[:, :-1] & self.is_text[:, 1:]
         return counted
 
     def next_token(self, position: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """The tokens after some counted positions."""
+        """Return the tokens after some counted positions."""
         return self.tokens.reshape(-1)[position + 1]
 
 
 def drawn(n: int, most: int | None, key: tuple[int, ...]) -> Int[np.ndarray, " drawn"]:
-    """Numbers below n, rising: all of them, or `most` drawn without replacement; the same for the same key."""
+    """Sample indices below n, ascending: all, or `most` without replacement; reproducible by key."""
     if most is None or n <= most:
         return np.arange(n)
     return np.sort(np.random.default_rng(key).choice(n, most, replace=False))
@@ -53,7 +53,7 @@ class ActiveTokens:
     """The counted active tokens of a feature, or a sample of them."""
 
     n: int
-    """In all."""
+    """Their total number."""
     position: Int[np.ndarray, " token"]
     activation: Float[np.ndarray, " token"]
 
@@ -67,7 +67,7 @@ class ActiveTokens:
         most: int | None = None,
         seed: int = 0,
     ) -> "ActiveTokens":
-        """Of one latent; with `most`, that many drawn evenly if there are more.
+        """Return the active tokens of one latent, or a uniform sample of `most` of them.
 
         Raises:
             IndexFormatError: no such latent.

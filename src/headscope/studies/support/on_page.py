@@ -1,4 +1,4 @@
-"""What studies of one feature share on the page: options, positions of the corpus, and the Python shown beside them."""
+"""Shared by studies of one feature on the page: options, corpus positions, and the Python shown next to them."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from headscope.studies.subject import Subject
 
 MAX_PROXY = 2000
-"""Characters of a proxy that a page may ask about."""
+"""Maximum number of characters of a proxy on the page."""
 ProxyText = Annotated[str, Text(MAX_PROXY)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfProxy:
-    """Options of a study that holds a feature against a proxy."""
+    """Options of a study that compares a feature with a proxy."""
 
     proxy: ProxyText
-    """A rule that says of each token whether the feature should fire there, such as 'token_in([" the"])'."""
+    """A rule for the tokens where the feature should fire, such as 'token_in([" the"])'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,11 @@ class AtToken:
     """Options of a study of a feature at one token of the corpus."""
 
     at: CountFrom0
-    """The token: block number x block size + position in the block."""
+    """Position of the token: block number x block size + position in the block."""
 
 
 def prompt_at(index: "FeatureIndex", at: int) -> tuple[tuple[int, ...], int]:
-    """The tokens of a block of the corpus up to one of its tokens, and the position of that token in the block.
+    """Return the tokens of a block of the corpus up to one of its tokens, and that token's position in the block.
 
     Raises:
         StudyError: the corpus has no such token.
@@ -43,24 +43,24 @@ def prompt_at(index: "FeatureIndex", at: int) -> tuple[tuple[int, ...], int]:
 
 
 def check_token(index: "FeatureIndex", at: int) -> None:
-    """Raise StudyError unless the corpus of an index has a token of this number."""
+    """Raise StudyError unless the corpus of an index has this position."""
     n = index.n_blocks * index.block_size
     if not 0 <= at < n:
         raise StudyError(f"position {at}", expected=f"0 to {n - 1}", do="name a token of this corpus")
 
 
 def thresholds(index: "FeatureIndex", latent: int, n: int) -> tuple[float, ...]:
-    """0 and equal steps of a feature's largest activation: n in all, or 0 alone for a feature that never fires."""
+    """Return n thresholds from 0 in equal steps of a feature's largest activation; only 0 for a dead feature."""
     maximum = index.feature(latent).maximum or 0.0
     return tuple(float(f"{maximum * k / n:.3g}") for k in range(n)) if maximum > 0 else (0.0,)
 
 
 def open_index(subject: "Subject", imports: str) -> str:
-    """Python that imports, and opens the index as `index`."""
+    """Return Python code that imports, and opens the index as `index`."""
     folder = str(subject.index.folder)
     return f"from headscope import FeatureIndex\n{imports}\n\nindex = FeatureIndex.open({folder!r})\n"
 
 
 def open_live(subject: "Subject", imports: str) -> str:
-    """Python that imports, and opens the index with its model as `live`."""
+    """Return Python code that imports, and opens the index with its model as `live`."""
     return f"from headscope import jobs\n{imports}\n\nlive = jobs.live({str(subject.index.folder)!r})\n"

@@ -1,4 +1,4 @@
-"""Positions of the corpus that a study shows, with the text around them."""
+"""Corpus positions shown by a study, with the text around them."""
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -8,17 +8,17 @@ from headscope.index.excerpts import corpus_json, text_runs
 from headscope.index.records import Activations
 from headscope.index.store import FeatureIndex
 
-_REACH = 16  # tokens shown on each side of a place
+_REACH = 16  # tokens shown on each side of a position
 
 
 class Places:
-    """Positions of the corpus, each once, with what is true around them."""
+    """Distinct positions of the corpus, with the feature's and proxy's values around them."""
 
     def __init__(self, index: FeatureIndex, active: Activations, mask: Bool[np.ndarray, " token"]) -> None:
-        """Start with none.
+        """Start empty.
 
         Args:
-            index: of the corpus.
+            index: the index of the corpus.
             active: where the feature is active.
             mask: where its proxy is true, over the whole corpus.
         """
@@ -26,11 +26,11 @@ class Places:
         self._row: dict[int, int] = {}
 
     def rows(self, positions: Int[np.ndarray, " place"]) -> list[int]:
-        """Add positions; their numbers in `as_json()["contexts"]`."""
+        """Add positions; return their indices in `as_json()["contexts"]`."""
         return [self._row.setdefault(position, len(self._row)) for position in positions.tolist()]
 
     def as_json(self, changes: dict[int, float] | None = None) -> Json:
-        """The places in order, the text around them, and what changes at the positions there."""
+        """Return the positions in order, the text around them, and the changes at the positions there."""
         size = self._index.block_size
         contexts, runs = [], []
         for position in self._row:

@@ -1,6 +1,6 @@
-"""What stands in the place of a head's z when the head is ablated: a mean, the constant part, another token's.
+"""Replacement for an ablated head's z: a mean, the constant part, or another token's z.
 
-One record serves runs of the model (`edit`) and sums read off an index (`contributions`), so that both ablate alike.
+One record serves runs of the model (`edit`) and sums over an index (`contributions`), so that both ablate identically.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,32 +20,32 @@ from headscope.models.hf import SiteEdit
 from headscope.studies.support.active import Text, drawn
 
 Kind = Literal["mean", "position mean", "zero", "resample"]
-"""What stands in the place of a head's z: its mean over text tokens, its mean at that position of a block, the constant
-c (so that its DFA is 0, the post's zero), or its z at another text token, drawn at random."""
+"""Replacement for a head's z: its mean over text tokens, its mean at that position of a block, the constant c (so that
+its DFA is 0, the post's zero), or its z at another text token, drawn at random."""
 
 Progress = Callable[[int, int], None]
-"""Called with the blocks done and the blocks in all."""
+"""Progress callback: called with the blocks done and the total."""
 
 N_RESAMPLED = 4096
-"""Text tokens from which those of `resample` are drawn."""
+"""Text tokens to draw from for `resample`."""
 _BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """What stands in the place of each head's z."""
+    """Replacement for each head's z."""
 
     kind: Kind
     z: Float[Tensor, "row head d_head"]
-    """One row for all tokens; one for each position of a block (`position mean`); those drawn from (`resample`)."""
+    """One row for all tokens; one per position of a block (`position mean`); those to draw from (`resample`)."""
     n: int
-    """Text tokens they are from; 0 for `zero`."""
+    """Number of text tokens they are from; 0 for `zero`."""
     row: Int[np.ndarray, " position"]
-    """Which row each position of the corpus takes."""
+    """The row for each position of the corpus."""
 
     @classmethod
     def of(cls, live: LiveIndex, kind: Kind = "mean", *, max_blocks: int | None = None, seed: int = 0) -> "Replacement":
-        """Of one kind; see `several`."""
+        """Make one kind; see `several`."""
         return cls.several(live, [kind], max_blocks=max_blocks, seed=seed)[kind]
 
     @classmethod
@@ -60,7 +60,7 @@ class Replacement:
     ) -> "dict[Kind, Replacement]":
         """Read z of the whole corpus, or of some blocks of it, once for all kinds; `zero` alone needs none.
 
-        The means are over text tokens. A position at which there is no text takes the mean over all positions.
+        The means are over text tokens. A position without text takes the mean over all positions.
 
         Raises:
             StudyError: an unknown kind.
@@ -102,29 +102,29 @@ class Replacement:
     def contributions(
         self, weights: HeadWeights, latent: int, position: Int[np.ndarray, " n"]
     ) -> Float[np.ndarray, "n head"]:
-        """R_h, which takes the place of C_h, at some positions of the corpus."""
+        """Return R_h, which replaces C_h, at some positions of the corpus."""
         by_row = torch.einsum("rhe,he->rh", self.z - weights.offset, weights.encoder[:, latent])
         return by_row.double().cpu().numpy()[self.row[position]]
 
     def values(self, blocks: Int[np.ndarray, " block"], size: int) -> Float[Tensor, "block position z"]:
-        """What stands in the place of z in some blocks."""
+        """Return the replacement for z in some blocks."""
         rows = self.row.reshape(-1, size)[blocks]
         return self.z[torch.from_numpy(rows.astype(np.int64)).to(self.z.device)].flatten(2)
 
     def edit(self, blocks: Int[np.ndarray, " block"], size: int, heads: Sequence[int]) -> SiteEdit:
-        """For `Model.edit` of z in a run on some blocks: put it in the place of some heads, at all positions."""
+        """Make an edit of z for `Model.edit` in a run on some blocks: replaces some heads, at all positions."""
         values = self.values(blocks, size)
         return at(lambda z: values.to(z), heads=list(heads))
 
 
 @dataclass(frozen=True)
 class _ZSums:
-    """Of z over text tokens."""
+    """Sums of z over text tokens."""
 
     sums: Float[Tensor, "position z"]
     counts: Float[Tensor, " position"]
     sample: Float[Tensor, "sample z"]
-    """At some text tokens."""
+    """z at some text tokens."""
 
 
 def _z_sums(
@@ -153,11 +153,11 @@ def _z_sums(
 
 
 def batches(blocks: Int[np.ndarray, " block"], size: int) -> list[tuple[int, Int[np.ndarray, " own"]]]:
-    """Blocks a few at a time: how many came before, and their numbers."""
+    """Yield blocks a few at a time: the number of earlier ones, and their numbers."""
     step = max(1, _BATCH_TOKENS // size)
     return [(start, blocks[start : start + step]) for start in range(0, len(blocks), step)]
 
 
 def tokens_of(live: LiveIndex, text: Text, blocks: Int[np.ndarray, " block"]) -> Int[Tensor, "block position"]:
-    """The tokens of some blocks, where the model is."""
+    """Return the tokens of some blocks, on the model's device."""
     return torch.from_numpy(text.tokens[blocks].astype(np.int64)).to(live.model.device)

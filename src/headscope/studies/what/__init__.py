@@ -1,1 +1,1 @@
-"""What a feature does: to the logits and to the loss, by path."""
+"""Effects of a feature: on the logits and on the loss, by path."""

@@ -1,8 +1,8 @@
-"""Ablate features at the tokens where they are active, and measure what it does to the loss, by path.
+"""Ablate features at their active tokens, and measure the effect on the loss, by path.
 
 In the last layer no attention comes after the feature, so ablating it at a token changes the logits there and nowhere
-else: many (token, feature) pairs are one batch of rows through the last MLP and the unembedding, and no block is run
-more than once. Before the last layer each ablation is an edited run.
+else: many (token, feature) pairs form one batch of rows through the last MLP and the unembedding, and each block is run
+once. Before the last layer each ablation is an edited run.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,12 +34,12 @@ from headscope.studies.what.paths import BaselineRun, path_definition, path_name
 
 N_NULL = 16
 """Tokens of each feature at which a random direction is ablated instead."""
-_BATCH_TOKENS = 2048  # read in one run
+_BATCH_TOKENS = 2048  # processed in one run
 _RERUN_TOKENS = 8192  # in one edited run
-_NULL_KEY = 1  # tells the random numbers of null directions from those of samples
+_NULL_KEY = 1  # distinguishes the random numbers of null directions from those of samples
 
 Progress = Callable[[int, int], None]
-"""Called with the blocks done and the blocks in all."""
+"""Progress callback: called with the blocks done and the total."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ class _Setting:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Tokens looked at: one row for each (feature or null, token)."""
+    """Rows of results: one per (feature or null, token)."""
 
-    number: np.ndarray  # of the feature among those asked for
-    null: np.ndarray  # a random direction stands for the feature
+    number: np.ndarray  # index among the requested features
+    null: np.ndarray  # whether a random direction replaces the feature
     position: np.ndarray
     activation: np.ndarray
     loss: np.ndarray
@@ -82,7 +82,7 @@ class _Rows:
         return cls(*(np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
     def of(self, number: int, *, null: bool) -> "_Rows":
-        """Those of one feature, by position."""
+        """Return the rows of one feature, by position."""
         own = np.flatnonzero((self.number == number) & (self.null == null))
         own = own[np.argsort(self.position[own], kind="stable")]
         return _Rows(*(values[own] for values in vars(self).values()))
@@ -99,25 +99,25 @@ def downstream(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> tuple[Downstream, ...]:
-    """What ablating each of some features does to the loss of each next token: in all, and by each path.
+    """Measure the effect of ablating each of some features on the loss of each next token: in total, and by path.
 
     Args:
         live: the index with its model and SAE.
-        latents: which features; each is ablated alone.
+        latents: the features; each is ablated alone.
         baseline: keep the SAE's error (the default), or run inside its reconstruction.
-        where: ablate a feature at all its active tokens of a block at once, or at one. The same in the last layer.
+        where: ablate a feature at all its active tokens of a block at once, or at one. Equivalent in the last layer.
         norms: recomputed after the ablation (the default), or frozen.
-        max_tokens: look at this many active tokens of each feature, drawn evenly; at all when None. Off the last layer,
-            everywhere, blocks are drawn that together hold at least so many.
-        seed: of the draws.
+        max_tokens: maximum number of active tokens per feature, sampled uniformly; None: all. Before the last layer
+            with `everywhere`, blocks are sampled that together contain at least this many.
+        seed: seed of the samples.
         on_progress: called as blocks are done.
 
     Returns:
-        A record for each latent, in their order; one without tokens for a feature that is active nowhere.
+        A record for each latent, in order; one without tokens for a dead feature.
 
     Raises:
         IndexFormatError: no such latent.
-        HeadscopeError: a baseline, where or norms that is none of those above.
+        HeadscopeError: an invalid baseline, where or norms.
     """
     setting = _Setting(baseline, where, norms, max_tokens, seed)
     work = _Ablation(live, list(latents), setting)
@@ -126,7 +126,7 @@ def downstream(
 
 
 class _Ablation:
-    """Which tokens of which features are looked at, and the runs that this takes."""
+    """The sampled tokens of features, and the necessary runs."""
 
     def __init__(self, live: LiveIndex, latents: list[int], setting: _Setting) -> None:
         self.model, self.sae, self.setting = live.model, live.sae, setting
@@ -144,7 +144,7 @@ class _Ablation:
         self.number, self.null, self.position = self._chosen()
 
     def _chosen(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(number, null, position) of what is ablated, by position; of whole blocks, the position is their first."""
+        """Return (number, null, position) of the ablations, by position; for whole blocks, of their first."""
         found = []
         for number, (latent, active) in enumerate(zip(self.latents, self.active, strict=True)):
             if self.whole_blocks:
@@ -161,7 +161,7 @@ class _Ablation:
         return number[order], null[order], position[order]
 
     def _blocks(self, latent: int, block: np.ndarray) -> np.ndarray:
-        """Blocks that hold enough active tokens."""
+        """Return blocks with enough active tokens."""
         blocks, n = np.unique(block, return_counts=True)
         order = np.random.default_rng((self.setting.seed, latent)).permutation(len(blocks))
         most = self.setting.most
@@ -170,7 +170,7 @@ class _Ablation:
 
     # ------------------------------------------------------------------------------------------------------------ runs
     def run(self, report: Progress) -> _Rows:
-        """All runs, a few blocks at a time."""
+        """Do all runs, a few blocks at a time."""
         blocks = np.unique(self.position // self.size)
         step, parts = max(1, _BATCH_TOKENS // self.size), []
         edits: dict[Site, Edit] = {}
@@ -216,7 +216,7 @@ class _Ablation:
                 yield self._rows_of_blocks(own, blocks, run, block[part], activation, changes)
 
     def _directions(self, chosen: slice) -> Float[Tensor, "row d_model"]:
-        """What each row writes at activation 1; a null writes as much in a random direction that heads can write."""
+        """Return the output of each row at activation 1; for a null, as long in a random direction heads can write."""
         number, null, position = self.number[chosen], self.null[chosen], self.position[chosen]
         directions = self.directions[torch.from_numpy(number).to(self.model.device)]
         for i in np.flatnonzero(null):
@@ -237,7 +237,7 @@ class _Ablation:
         changes: dict[str, Tensor],
         later: dict[str, Tensor] | None = None,
     ) -> _Rows:
-        """Rows of some (number, null, position)."""
+        """Make rows of some (number, null, position)."""
         by_path = torch.stack([changes[path] for path in self.paths], dim=1)
         after = torch.zeros_like(by_path) if later is None else torch.stack([later[p] for p in self.paths], dim=1)
         measured = (values.double().cpu().numpy() for values in (activation, loss, by_path, after))
@@ -267,7 +267,7 @@ class _Ablation:
         activation: Float[Tensor, "row position"],
         changes: dict[str, Float[Tensor, "row predicting"]],
     ) -> _Rows:
-        """The counted tokens of each row's block."""
+        """Make rows of the counted tokens of each row's block."""
         row, query = np.nonzero(self.text.counted[blocks[block.cpu().numpy()]])
         r, q = torch.from_numpy(row).to(block.device), torch.from_numpy(query).to(block.device)
         at = {path: change[r, q] for path, change in changes.items()}
@@ -276,7 +276,7 @@ class _Ablation:
 
     # --------------------------------------------------------------------------------------------------------- records
     def record(self, number: int, rows: _Rows) -> Downstream:
-        """Of one feature."""
+        """Make the record of one feature."""
         own, null = rows.of(number, null=False), rows.of(number, null=True)
         document = self.text.document.reshape(-1)[own.position]
         later = self.setting.where == "one" and not self.last
@@ -324,7 +324,7 @@ _NONE = (np.empty(0, np.int64), np.empty(0, bool), np.empty(0, np.int64))
 
 
 def _range(changes: np.ndarray) -> Estimate | None:
-    """Mean, and the range that holds 95 %."""
+    """Return the mean, and the range that holds 95 %."""
     if not len(changes):
         return None
     low, high = np.percentile(changes, [2.5, 97.5])

@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from headscope.studies.support.places import Places
     from headscope.studies.what.downstream import Downstream, PathEffect
 
-_MOST = 500  # tokens at which a feature is removed, each in a block of its own that the model must read
+_MOST = 500  # tokens at which a feature is ablated, each in a block of its own that the model must process
 _BINS = 60  # of loss changes
 
 
 def _run(subject: "Subject", latent: int, options: OfProxy) -> "Downstream":
-    """The proxy only says which tokens are told apart, so that the next proxy needs no run of the model."""
+    """Run without the proxy, which only splits the tokens, so that another proxy needs no further run of the model."""
     from headscope.proxies import evaluate, parse
     from headscope.studies.what.ablation import downstream
 
-    evaluate(parse(options.proxy), subject.index)  # a proxy that cannot be evaluated is refused before the model runs
+    evaluate(parse(options.proxy), subject.index)  # an invalid proxy is rejected before the model runs
     return subject.remembered(("ablation", latent), lambda: downstream(subject.live, [latent], max_tokens=_MOST)[0])
 
 
 def _show(subject: "Subject", latent: int, options: OfProxy, found: "Downstream") -> "Json":
-    """By path, at the feature's top logit token, and where the proxy is true; and the extremes."""
+    """Return results by path, at the feature's top logit token, and where the proxy is true; and the extremes."""
     import numpy as np
 
     from headscope.encode import encode, significant
@@ -75,7 +75,7 @@ def _path(found: "Downstream", effect: "PathEffect", chosen: "dict[str, np.ndarr
 
 
 def _extremes(found: "Downstream", which: "Int[np.ndarray, ' k']", places: "Places") -> "Json":
-    """Tokens of a record, with the change by each path there and the token that came next."""
+    """Return tokens of a record, with the change by each path and the actual next token."""
     from headscope.encode import significant
 
     return {

@@ -1,15 +1,15 @@
-"""What a feature's direct path to the logits does to the loss, exactly and without running the model again.
+"""Exact effect of a feature's direct path to the logits on the loss, without rerunning the model.
 
-Ablating latent j at one token takes `f u_j` from the final residual stream r there, `u_j = W_dec[j] @ W_O`, and leaves
-every other component as it was. The final norm divides c, r itself or (LayerNorm) r centred, by sigma, so with
-`g_j = u_j @ logit_directions` the logits become, but for a constant over the vocabulary,
+Ablating latent j at one token subtracts `f u_j` from the final residual stream r there, `u_j = W_dec[j] @ W_O`, and
+leaves every other component unchanged. The final norm divides c, r itself or (LayerNorm) r centred, by sigma, so with
+`g_j = u_j @ logit_directions` the logits become, up to a constant over the vocabulary,
 
     logits' = sigma / sigma' * (logits - b) - f / sigma' * g_j + b
     sigma'^2 = sigma^2 - 2 f mean(c(r) c(u_j)) + f^2 mean(c(u_j)^2)
 
-b is the part that no residual stream makes. That is one operation of the vocabulary's size for each pair of a token and
-a latent, and no matrix product. It is exact where attention writes linearly to the residual stream, as in all families
-of `models.families`, and of the logits before any soft cap.
+b is the part independent of the residual stream. This takes one operation of the vocabulary's size per pair of a token
+and a latent, and no matrix product. It is exact where attention writes linearly to the residual stream, as in all
+families of `models.families`, and of the logits before any soft cap.
 """
 
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ from torch import Tensor
 
 from headscope.models.hf import Model
 
-_TABLE = 1 << 26  # numbers held at a time for a stretch of the vocabulary: logits of tokens, and effects of directions
-_CHUNK = {"cpu": 1 << 18}  # numbers of logits' computed at a time: those of a processor's cache
+_TABLE = 1 << 26  # numbers in memory at a time for a vocabulary chunk: logits of tokens, and effects of directions
+_CHUNK = {"cpu": 1 << 18}  # numbers of logits' computed at a time: what fits a processor's cache
 _CHUNK_ELSEWHERE = 1 << 26
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Tokens paired with directions that are taken from the residual stream there."""
+    """Tokens paired with directions that are subtracted from their residual streams."""
 
     token: Int[Tensor, " pair"]
     """Row of the residual streams."""
     direction: Int[Tensor, " pair"]
     """Row of the directions."""
     activation: Float[Tensor, " pair"]
-    """How much of it is taken."""
+    """Coefficient of the direction."""
 
 
 @torch.no_grad()
@@ -45,17 +45,18 @@ def direct_loss_changes(
     target: Int[Tensor, " token"],
     pairs: Pairs,
 ) -> Float[Tensor, " pair"]:
-    """Loss with `activation * direction` taken from the final residual stream of a token, less the loss as it is.
+    """Compute the loss change when `activation * direction` is subtracted from a token's final residual stream.
 
     Args:
-        model: whose final norm and unembedding are used.
-        directions: u; what a latent writes at activation 1.
+        model: the model of the final norm and unembedding.
+        directions: u; the output of a latent at activation 1.
         residual: `resid_post` of the last layer, before the final norm.
-        target: the token that follows each.
-        pairs: what to take where.
+        target: the next token of each.
+        pairs: the subtractions.
 
     Returns:
-        In nats, in the model's precision and at least float32; positive where what was taken predicted the target.
+        In nats, in the model's precision and at least float32; positive where the subtracted vector predicted the
+            target.
     """
     end = _End(model, directions, residual, target)
     keep, take = end.factors(pairs)
@@ -79,10 +80,10 @@ def direct_loss_changes(
 
 
 class _End:
-    """The end of the model at some tokens: everything that the formula takes from there."""
+    """Final norm and unembedding at some tokens: all model-dependent terms of the formula."""
 
     def __init__(self, model: Model, directions: Tensor, residual: Tensor, target: Tensor) -> None:
-        """Norm the streams, and centre the directions as the norm does."""
+        """Normalise the streams, and centre the directions as the norm does."""
         self.centred, self.scale = model.final_parts(residual)  # [token, d_model], [token, 1]
         self.directions = model.final_parts(directions)[0]
         self.to_logits = model.logit_directions.to(self.centred)
@@ -91,7 +92,7 @@ class _End:
         self.width = max(1, min(model.spec.d_vocab, _TABLE // (len(residual) + len(directions) + 1)))
 
     def factors(self, pairs: Pairs) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
-        """`sigma / sigma'` and `f / sigma'`."""
+        """Compute `sigma / sigma'` and `f / sigma'`."""
         f = pairs.activation.to(self.centred)
         scale = self.scale[:, 0]
         common = torch.cat(
@@ -105,17 +106,17 @@ class _End:
         return scale[pairs.token] / after, f / after
 
     def target_logits(self) -> Float[Tensor, " token"]:
-        """Of each token, the logit of what follows it, without the bias."""
+        """The next token's logit at each token, without the bias."""
         return ((self.centred / self.scale) * self.to_logits.T[self.target]).sum(1)
 
     def target_effects(self, pairs: Pairs) -> Float[Tensor, " pair"]:
-        """Of each pair, the direction's effect on the logit of what follows."""
+        """Return the direction's effect on the next token's logit, for each pair."""
         target = self.target[pairs.token]
         parts = zip(pairs.direction.split(_TABLE >> 12), target.split(_TABLE >> 12), strict=True)
         return torch.cat([(self.directions[d] * self.to_logits.T[t]).sum(1) for d, t in parts])
 
     def stretch(self, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of the tokens without the bias, effects of the directions, and the bias, on a stretch of tokens."""
+        """Return logits without the bias, effects of the directions, and the bias, on a vocabulary chunk."""
         own = slice(start, start + self.width)
         to_logits = self.to_logits[:, own]
         return (self.centred / self.scale) @ to_logits, self.directions @ to_logits, self.bias[own]

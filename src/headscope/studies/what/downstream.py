@@ -1,7 +1,7 @@
-"""The effect of ablating a feature on the loss of each next token, by path: records, and what is read off them.
+"""Records of the effect of ablating a feature on the loss of each next token, by path, with derived quantities.
 
-`studies.what.ablation` runs the model and makes them; no torch here. A change is the loss with the feature ablated less
-the loss of the baseline, in nats: positive where the feature helped to predict the token that came.
+`studies.what.ablation` runs the model and makes them; no torch here. A change is the loss with the feature ablated
+minus the baseline loss, in nats: positive where the feature helped to predict the next token.
 """
 
 from dataclasses import dataclass
@@ -34,33 +34,34 @@ NORMS: dict[Norms, str] = {
 
 @dataclass(frozen=True)
 class PathEffect:
-    """What the ablation does by one path, other paths held at the baseline."""
+    """Effect of the ablation by one path, with other paths held at the baseline."""
 
     path: str
     """`total`; `direct`, to the logits; `mlp.L` or `attn.L`, through that component alone and from it to the logits."""
     definition: str
     change: Float[np.ndarray, " token"]
-    """Of the loss at each token of the record."""
+    """Change of the loss at each token of the record."""
     later: Float[np.ndarray, " token"] | None
-    """Summed over the later tokens of the block, where one token is ablated and later ones can see it; else None."""
+    """Summed over the later tokens of the block, where one token is ablated and later ones can attend to it; else None.
+    """
     mean: Measure
-    """Of `change`. Its null is what directions of the same norm do at some of these tokens: mean, and the range that
-    holds 95 % of them."""
+    """Mean of `change`. Its null is the effect of directions of the same norm at some of these tokens: mean, and the
+    range that holds 95 % of them."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """How much of a path's effect falls on some of the tokens."""
+    """Share of a path's effect at some of the tokens."""
 
     positive: Measure
-    """Of the loss increase: tokens whose loss falls count as 0."""
+    """Share of the loss increase: tokens whose loss falls count as 0."""
     net: Measure
-    """Of the summed change; may be negative or above 1."""
+    """Share of the summed change; may be negative or above 1."""
 
 
 @dataclass(frozen=True)
 class Downstream:
-    """What ablating one feature does, token by token; all arrays are in the order of `position`."""
+    """Effects of ablating one feature, token by token; all arrays are in the order of `position`."""
 
     latent: int
     layer: int
@@ -68,41 +69,41 @@ class Downstream:
     where: Where
     norms: Norms
     n_active: int
-    """Active tokens in the index whose next token is text in the same block: those that can be looked at."""
+    """Active tokens in the index whose next token is text in the same block: the population."""
     position: Int[np.ndarray, " token"]
-    """Looked at: active tokens, all or a sample; off the last layer, all tokens of blocks if ablated everywhere."""
+    """Sampled active tokens, or all; before the last layer with `everywhere`, all tokens of blocks."""
     activation: Float[np.ndarray, " token"]
     next_token: Int[np.ndarray, " token"]
     document: Int[np.ndarray, " token"]
     loss: Float[np.ndarray, " token"]
-    """Of the baseline."""
+    """Baseline loss."""
     paths: dict[str, PathEffect]
     """`total` first, then `direct`, then components in the order of the model."""
     notes: tuple[str, ...]
-    """What there is to know of these paths in this model."""
+    """Notes on these paths in this model."""
 
     @property
     def n(self) -> int:
-        """Tokens looked at."""
+        """Number of sampled tokens."""
         return len(self.position)
 
     @property
     def definition(self) -> str:
-        """What was done, in one line."""
+        """Definition of the ablation, in one line."""
         return f"baseline: {BASELINES[self.baseline]}; {WHERES[self.where]}; {NORMS[self.norms]}"
 
     @property
     def interaction(self) -> Float[np.ndarray, " token"]:
-        """Total less the sum of the other paths: losses are not additive, though what paths write to the stream is."""
+        """Total minus the sum of the other paths: losses are not additive, though paths' outputs to the stream are."""
         parts = [effect.change for name, effect in self.paths.items() if name != "total"]
         return self.paths["total"].change - np.sum(parts, axis=0)
 
     def next_is(self, tokens: int | list[int]) -> Bool[np.ndarray, " token"]:
-        """Where one of these is the right next token."""
+        """Mark tokens whose actual next token is one of these."""
         return np.isin(self.next_token, tokens)
 
     def holds(self, mask: Bool[np.ndarray, " position"]) -> Bool[np.ndarray, " token"]:
-        """Where a mask over the positions of the corpus, such as that of a proxy, is true."""
+        """Mark tokens where a mask over the positions of the corpus, such as that of a proxy, is true."""
         if self.n and len(mask) <= self.position.max():
             raise HeadscopeError(
                 f"a mask of {len(mask)} positions", expected="one of all positions of the corpus", do="pass that"
@@ -110,13 +111,13 @@ class Downstream:
         return mask[self.position]
 
     def share(self, path: str, chosen: Bool[np.ndarray, " token"]) -> Share:
-        """How much of a path's effect falls on the chosen tokens; the null is their share of all tokens looked at.
+        """Measure the share of a path's effect at the chosen tokens; the null is their share of all sampled tokens.
 
         The null's interval is by document, and Wilson's where documents are too few for that.
 
         Args:
             path: one of `paths`.
-            chosen: which tokens of the record: `next_is` or `holds` make it.
+            chosen: mask of the record's tokens, from `next_is` or `holds`.
 
         Raises:
             HeadscopeError: no such path.
@@ -145,17 +146,17 @@ class Downstream:
         )
 
     def worst(self, path: str = "total", k: int = 20) -> Int[np.ndarray, " k"]:
-        """Where the loss rises most, most first: numbers of tokens of this record."""
+        """Return indices of this record's tokens with the largest loss increase, descending."""
         order = np.argsort(-self._effect(path).change, kind="stable")[:k]
         return order[self._effect(path).change[order] > 0]
 
     def best(self, path: str = "total", k: int = 20) -> Int[np.ndarray, " k"]:
-        """Where the loss falls most: where the feature misled."""
+        """Return indices of the largest loss decrease: where the feature was misleading."""
         order = np.argsort(self._effect(path).change, kind="stable")[:k]
         return order[self._effect(path).change[order] < 0]
 
     def histogram(self, bins: int = 100) -> tuple[Float[np.ndarray, " edge"], dict[str, Int[np.ndarray, " bin"]]]:
-        """Edges of bins that hold the changes of all paths, and how many tokens each path has in each."""
+        """Return bin edges over the changes of all paths, and each path's token counts."""
         everything = np.concatenate([effect.change for effect in self.paths.values()])
         edges = np.histogram_bin_edges(everything, bins)
         return edges, {name: np.histogram(effect.change, edges)[0] for name, effect in self.paths.items()}
@@ -168,7 +169,7 @@ class Downstream:
 
 @dataclass(frozen=True)
 class LogitEffect:
-    """What a feature writes to the logits by the direct path, at activation 1 and scale 1 of the final norm."""
+    """Direct-path output of a feature to the logits, at activation 1 and scale 1 of the final norm."""
 
     definition = "W_dec W_O W_U, the final norm's gain and centring folded in, its scale left out, centred"
     latent: int
@@ -176,19 +177,20 @@ class LogitEffect:
     """(token, logits), largest first."""
     bottom: tuple[tuple[int, float], ...]
     prominence: float
-    """Standard deviations over the vocabulary by which the top token stands above the mean."""
+    """Distance of the top token from the mean, in standard deviations over the vocabulary."""
     kurtosis: float
-    """Over the vocabulary: 3 where nothing stands out."""
+    """Kurtosis over the vocabulary: 3 where nothing stands out."""
     top_source: int | None
     """The source token with the largest share of DFA; None for a dead feature."""
     copied: bool | None
-    """Whether the top token is that source token: what an induction feature copies."""
+    """Whether the top token is that source token, as for an induction feature that copies."""
     copy_rank: float | None
-    """Share of the vocabulary above the top token in the copying table of the feature's head: 0 for a copier."""
+    """Share of the vocabulary above the top token in the copying table of the feature's head: 0 for a perfect copier.
+    """
 
 
 def logit_effect(index: FeatureIndex, latent: int) -> LogitEffect:
-    """The direct logit effect of a feature, from the index alone.
+    """Return the direct logit effect of a feature, from the index alone.
 
     Raises:
         IndexFormatError: no such latent.

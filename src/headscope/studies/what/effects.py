@@ -1,8 +1,8 @@
 """The exact direct-path effect of every live feature of an index on the loss, as columns of the index.
 
 The model is run once over the text, for its final residual streams; each active pair then takes one operation of the
-vocabulary's size (`studies.what.direct_path`). Features with many active tokens are sampled evenly, each at most
-`max_tokens` of them and fewer where all pairs times the vocabulary would pass `max_work`; totals are scaled up to n.
+vocabulary's size (`studies.what.direct_path`). Features with many active tokens are sampled uniformly, at most
+`max_tokens` each, and fewer where pairs times vocabulary would exceed `max_work`; totals are scaled up to n.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,14 +25,14 @@ from headscope.studies.what.direct_path import Pairs, direct_loss_changes
 
 STUDY = "effects"
 MAX_WORK = 1e11
-"""Pairs times vocabulary, at most."""
+"""Maximum of pairs times vocabulary."""
 MAX_TOKENS = 2_000
-"""Active tokens of each feature, at most: a mean over so many is known to about 2 % of its standard deviation."""
+"""Maximum active tokens per feature: the mean is then known to about 2 % of its standard deviation."""
 N_NULL = 32
-"""Tokens of each feature at which a random direction is taken instead."""
+"""Tokens of each feature at which a random direction is subtracted instead."""
 N_SAMPLES = 500
-_PART_POSITIONS = 1 << 14  # final residual streams held at a time
-_BATCH_TOKENS = 2048  # read in one run
+_PART_POSITIONS = 1 << 14  # final residual streams in memory at a time
+_BATCH_TOKENS = 2048  # processed in one run
 _NULL_KEY = 2
 
 DEFINITIONS = {
@@ -59,20 +59,20 @@ DEFINITIONS = {
 }
 
 Progress = Callable[[int, int], None]
-"""Called with the pairs done and the pairs in all."""
+"""Progress callback: called with the pairs done and the total."""
 
 
 @dataclass(frozen=True)
 class DirectEffects:
-    """The direct-path effect of every latent; arrays have one entry a latent, NaN where there is none."""
+    """Direct-path effect of every latent; arrays have one entry per latent, NaN where undefined."""
 
     n_tokens: int
     """Text tokens of the corpus."""
     n_pairs: int
-    """Active tokens looked at, over all latents."""
+    """Active tokens sampled, over all latents."""
     max_work: float
     most: int | None
-    """Active tokens looked at of each feature at most; None is all."""
+    """Maximum number of active tokens sampled per feature; None is all."""
     seed: int
     n: Int[np.ndarray, " latent"]
     sampled: Int[np.ndarray, " latent"]
@@ -86,7 +86,7 @@ class DirectEffects:
         return [f"effects: {self.n_pairs:,} active tokens ({which}) of {int((self.n > 0).sum()):,} features"]
 
     def table(self) -> pa.Table:
-        """One row a latent, null where there is no number."""
+        """Return one row per latent, null where undefined."""
         columns: dict[str, pa.Array] = {"latent": pa.array(range(len(self.n)), pa.int32())}
         for name in DEFINITIONS:
             own = self.values.get(name)
@@ -97,7 +97,7 @@ class DirectEffects:
         return pa.table(columns)
 
     def provenance(self) -> dict:
-        """What is written beside the columns."""
+        """Return the provenance stored with the columns."""
         settings = {"max_work": self.max_work, "most": self.most, "seed": self.seed, "n_null": N_NULL}
         limits = {"minimum_tokens": MINIMUM, "minimum_documents": MINIMUM_UNITS, "n_samples": N_SAMPLES}
         return {"settings": settings | limits, "definitions": DEFINITIONS, "n": self.n_pairs}
@@ -111,16 +111,16 @@ def direct_effects(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> DirectEffects:
-    """The exact direct-path loss effect of every live feature over the index.
+    """Compute the exact direct-path loss effect of every live feature over the index.
 
-    Memory: 9 bytes a token of the index; some 60 for each pair, of which there are at most `max_work / d_vocab`; the
-    numbers that `direct_path` holds; and 4 bytes for each document and resample.
+    Memory: 9 bytes per token of the index; some 60 per pair, of which there are at most `max_work / d_vocab`; the
+    numbers in `direct_path`; and 4 bytes per document and resample.
 
     Args:
         live: the index with its model and SAE.
-        max_tokens: active tokens looked at of each feature, at most.
-        max_work: pairs times vocabulary, at most: with a large vocabulary, fewer tokens of each feature are looked at.
-        seed: of the random samples.
+        max_tokens: maximum number of active tokens sampled per feature.
+        max_work: maximum of pairs times vocabulary: with a large vocabulary, fewer tokens per feature are sampled.
+        seed: seed of the samples.
         on_progress: called as pairs are done.
 
     Raises:
@@ -161,7 +161,7 @@ def direct_effects(
 
 
 def write_effects(live: LiveIndex, effects: DirectEffects) -> None:
-    """Add them to the index, as the columns `effects`.
+    """Add the effects to the index, as the columns `effects`.
 
     Raises:
         OutputError: they cannot be written.
@@ -170,11 +170,11 @@ def write_effects(live: LiveIndex, effects: DirectEffects) -> None:
 
 
 def _most(n_active: Int[np.ndarray, " latent"], max_tokens: int, budget: float) -> int | None:
-    """The largest number of tokens of each latent that keeps them all together in the budget; None if none is cut."""
+    """Return the per-latent limit that keeps all tokens within the budget; None if none is cut."""
     densest = int(n_active.max(initial=0))
     if densest <= max_tokens and n_active.sum() <= budget:
         return None
-    low, high = 1, min(max_tokens, densest)  # one token of each is always looked at
+    low, high = 1, min(max_tokens, densest)  # at least one token of each
     while low < high:
         middle = (low + high + 1) // 2
         fits = np.minimum(n_active, middle).sum() <= budget
@@ -191,7 +191,7 @@ def _changes(
     seed: int,
     report: Progress,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Loss change of each pair, and of each null, latent by latent; computed in the order of the text."""
+    """Return the loss change of each pair, and of each null, latent by latent; computed in the order of the text."""
     counts, n_latents = [len(active.position) for active in found], live.index.n_latents
     position = np.concatenate([*(active.position for active in found), *nulls])
     direction = np.repeat(np.arange(2 * n_latents, dtype=np.int32), [*counts, *map(len, nulls)])
@@ -212,7 +212,7 @@ def _changes(
 
 
 def _parts(position: Int[np.ndarray, " pair"]) -> Iterator[tuple[int, int]]:
-    """Where to cut pairs sorted by position so that each piece has a bounded number of positions."""
+    """Return cuts of pairs sorted by position so that each piece has a bounded number of positions."""
     first = np.flatnonzero(np.diff(position, prepend=-1))  # of each position
     cuts = [*first[::_PART_POSITIONS].tolist(), len(position)]
     yield from pairwise(cuts)
@@ -231,7 +231,7 @@ def _of_part(
 
 
 def _residual(live: LiveIndex, text: Text, position: np.ndarray) -> torch.Tensor:
-    """Final residual streams at some positions, which rise: one run over each of their blocks."""
+    """Return the final residual streams at some ascending positions: one run over each of their blocks."""
     model, size = live.model, live.index.block_size
     site = Site("resid_post", model.spec.n_layers - 1)
     blocks = np.unique(position // size)
@@ -246,7 +246,7 @@ def _residual(live: LiveIndex, text: Text, position: np.ndarray) -> torch.Tensor
 
 
 def _directions(live: LiveIndex, used: Int[np.ndarray, " direction"], seed: int) -> torch.Tensor:
-    """What latents write to the residual stream; from n_latents on, random ones of the same norms."""
+    """Return what latents write to the residual stream; from n_latents on, random directions of the same norms."""
     sae, output = live.sae, live.model.W_O(live.sae.site.layer)
     latent = torch.from_numpy(used % sae.d_sae).to(output.device)
     written = sae.W_dec[latent] @ output
@@ -266,7 +266,7 @@ class _Summary:
     draws: Float[np.ndarray, "sample document"]
 
     def of(self, position: np.ndarray, change: np.ndarray, top: int) -> dict[str, float]:
-        """Of one latent, per token looked at; NaN where there is no number."""
+        """Summarise one latent, per sampled token; NaN where undefined."""
         change = change.astype(np.float64)
         on_top = self.text.next_token(position) == top
         increase = change.clip(min=0)

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EffectsOptions:
-    """How many active tokens are looked at."""
+    """Sample sizes."""
 
     max_tokens: Count = 2_000
-    """Of each feature, at most."""
+    """Maximum number of active tokens sampled per feature."""
     max_work: Above0 = 1e11
-    """Active tokens of all features times vocabulary, at most; with a large vocabulary fewer are looked at."""
+    """Maximum of active tokens of all features times vocabulary; with a large vocabulary fewer tokens are sampled."""
 
 
 def _run(subject: "Subject", options: EffectsOptions) -> "DirectEffects":

@@ -1,8 +1,8 @@
-"""What ablating features would do to the loss by its gradient, and how well that agrees with what it does.
+"""First-order (gradient) estimate of the effect of ablating features on the loss, and its agreement with exact effects.
 
 Before the last layer an exact ablation is a run for each token and feature. To first order one backward pass over a
-block gives them all: `-f u_j . d(sum of losses) / d(attn_out)` at the token, `u_j = W_dec[j] @ W_O`. It takes norms,
-patterns and activation functions to be straight lines, so it comes with its correlation to exact ablations.
+block gives them all: `-f u_j . d(sum of losses) / d(attn_out)` at the token, `u_j = W_dec[j] @ W_O`. It linearises
+norms, patterns and activation functions, so it is reported with its correlation to exact ablations.
 """
 
 from collections.abc import Sequence
@@ -34,35 +34,35 @@ class FirstOrder:
 
     @property
     def n(self) -> int:
-        """Pairs of a token and a feature."""
+        """Number of pairs of a token and a feature."""
         return len(self.position)
 
     @property
     def pearson(self) -> float | None:
-        """Correlation of estimate and exact effect; None for fewer than 30 pairs, or where one does not vary."""
+        """Correlation of estimate and exact effect; None for fewer than 30 pairs, or where one is constant."""
         if self.n < MINIMUM or not self.estimate.std() or not self.exact.std():
             return None
         return float(np.corrcoef(self.estimate, self.exact)[0, 1])
 
     @property
     def slope(self) -> float | None:
-        """Of the exact effect by the estimate, least squares through 0: below 1, the gradient promises too much."""
+        """Slope of the exact effect on the estimate, least squares through 0: below 1, the gradient overestimates."""
         square = float(self.estimate @ self.estimate)
         return float(self.estimate @ self.exact) / square if self.n >= MINIMUM and square else None
 
 
 def first_order(live: LiveIndex, latents: Sequence[int], *, max_tokens: int = 50, seed: int = 0) -> FirstOrder:
-    """Both effects of some features, at some of their active tokens.
+    """Compute both effects of some features, at some of their active tokens.
 
     Args:
         live: the index with its model and SAE.
-        latents: which features.
-        max_tokens: active tokens of each, drawn evenly.
-        seed: of the draws.
+        latents: the features.
+        max_tokens: active tokens per feature, sampled uniformly.
+        seed: seed of the samples.
 
     Raises:
         IndexFormatError: no such latent.
-        StudyError: no latents at all.
+        StudyError: no latents.
     """
     if not latents:
         raise StudyError("no features", expected="some", do="name latents of the SAE")

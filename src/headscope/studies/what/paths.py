@@ -1,4 +1,4 @@
-"""The paths by which something written to the residual stream reaches the logits, each with the others held.
+"""Paths from a write to the residual stream to the logits, each with the others held fixed.
 
 A feature of layer L writes w to the stream at `attn_out` of L. With every other component at its baseline value,
 
@@ -6,9 +6,9 @@ A feature of layer L writes w to the stream at `attn_out` of L. With every other
     mlp.m     resid_post + mlp_m(mlp_in_m + w) - mlp_out_m           m >= L; m > L where blocks are parallel
     attn.m    resid_post + attn_m(resid_pre_m + w) - attn_out_m      m > L
 
-are final residual streams, and what each loses is the effect of that path; attention-only models have no mlp.m. A path
-through two components is in `total` alone: the run in which everything after the write sees it. In the last layer there
-is none, so what the paths write adds up exactly; their losses need not, after the final norm and the softmax.
+are final residual streams, and the loss change of each is the effect of that path; attention-only models have no mlp.m.
+A path through two components is in `total` only: the run in which everything after the write sees it. In the last layer
+there is none, so the outputs of the paths add up exactly; their losses need not, after the final norm and the softmax.
 """
 
 from collections.abc import Mapping
@@ -26,14 +26,14 @@ _ROWS = 4096  # rows of an MLP computed at a time
 
 
 def path_names(spec: ModelSpec, layer: int) -> tuple[str, ...]:
-    """`total`, `direct`, and the components that read what attention of a layer writes, in the order of the model."""
+    """Return `total`, `direct`, and the components that read a layer's attention output, in model order."""
     kinds = ("attn",) if spec.attention_only else ("attn", "mlp")
     own = () if spec.parallel or spec.attention_only else (f"mlp.{layer}",)
     return ("total", "direct", *own, *(f"{kind}.{m}" for m in range(layer + 1, spec.n_layers) for kind in kinds))
 
 
 def path_definition(path: str) -> str:
-    """What a path is, in one line."""
+    """Return the definition of a path, in one line."""
     if path == "total":
         return "the loss when everything after the ablation sees it, less that of the baseline"
     if path == "direct":
@@ -46,7 +46,7 @@ def path_definition(path: str) -> str:
 
 
 class BaselineRun:
-    """A batch of blocks as they are in the baseline run, and what writes to their streams do to the losses."""
+    """The baseline run of a batch of blocks, and the loss changes by writes to their streams."""
 
     def __init__(
         self,
@@ -60,11 +60,11 @@ class BaselineRun:
         """Run the model once.
 
         Args:
-            model: of which the paths are.
-            layer: whose attention writes.
+            model: the model of the paths.
+            layer: layer of the writing attention.
             tokens: the blocks.
-            edits: what makes the baseline; none is the unchanged model.
-            frozen: hold what the norms divide by.
+            edits: edits of the baseline; none for the unedited model.
+            frozen: freeze the norm scales.
         """
         self.model, self.layer, self.tokens, self.edits, self.frozen = model, layer, tokens, edits, frozen
         self._last = model.spec.n_layers - 1
@@ -80,15 +80,15 @@ class BaselineRun:
             self._found = model.read(tokens, sites)
 
     def losses(self, block: Int[Tensor, " row"], query: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-        """Of the baseline, at some tokens."""
+        """Return the baseline losses at some tokens."""
         return self._final(block, query, 0.0)
 
     def changes(
         self, block: Int[Tensor, " row"], query: Int[Tensor, " row"], write: Float[Tensor, "row d_model"]
     ) -> dict[str, Float[Tensor, " row"]]:
-        """What a write at one token changes of the loss there, by path: in the last layer, where no attention follows.
+        """Return the loss change by a write at the same token, by path: in the last layer, where no attention follows.
 
-        Each row stands for a run of its own, and costs the MLP and the unembedding of one token.
+        Each row is equivalent to a separate run, and costs the MLP and the unembedding of one token.
         """
         clean = self.losses(block, query)
         added = {"direct": write}
@@ -100,7 +100,7 @@ class BaselineRun:
     def block_changes(
         self, block: Int[Tensor, " row"], write: Float[Tensor, "row position d_model"]
     ) -> dict[str, Float[Tensor, "row predicting"]]:
-        """What writes all over blocks change of the loss at each token, by path, in any layer: edited runs."""
+        """Return the loss change at each token by writes all over blocks, by path, in any layer: edited runs."""
         tokens, size = self.tokens[block], self.tokens.shape[1]
         each = block[:, None].expand(-1, size - 1).reshape(-1)
         query = torch.arange(size - 1, device=block.device).repeat(len(block))
@@ -127,13 +127,13 @@ class BaselineRun:
         return self._found[Site(kind, layer)][block, query]
 
     def _final(self, block: Tensor, query: Tensor, added: Tensor | float) -> Tensor:
-        """Losses with something added to the final residual stream."""
+        """Return the losses with a vector added to the final residual stream."""
         residual = self._at("resid_post", self._last, block, query) + added
         scale = self._at("ln_final_scale", self._last, block, query) if self.frozen else None
         return self.model.final_losses(residual, self.tokens[block, query + 1], scale)
 
     def _through_mlp(self, layer: int, block: Tensor, query: Tensor, write: Tensor) -> Tensor:
-        """What an MLP puts out otherwise when it reads a write."""
+        """Return the change of an MLP's output when it reads a write."""
         parts = []
         for rows in torch.arange(len(block), device=block.device).split(_ROWS):
             b, q = block[rows], query[rows]
@@ -143,7 +143,7 @@ class BaselineRun:
         return torch.cat(parts) if parts else write
 
     def _through_attention(self, layer: int, tokens: Tensor, block: Tensor, write: Tensor) -> Tensor:
-        """What attention puts out otherwise when it reads a write, at all tokens."""
+        """Return the change of attention's output when it reads a write, at all tokens."""
         site = Site("attn_out", layer)
         edits: dict[Site, Edit] = {Site("resid_pre", layer): add(write)}
         with ExitStack() as stack:
@@ -152,7 +152,7 @@ class BaselineRun:
             return self.model.read(tokens, [site])[site] - self._found[site][block]
 
     def _rerun(self, tokens: Tensor, block: Tensor, write: Tensor) -> Tensor:
-        """Losses of the run in which everything after the write sees it."""
+        """Return the losses of the run in which everything after the write sees it."""
         edits: dict[Site, Edit] = {Site("attn_out", self.layer): add(write)}
         later = range(self.layer, self.model.spec.n_layers)
         held = self._held(block, ["ln1_scale", "ln2_scale", "ln_final_scale"], later)
@@ -160,6 +160,6 @@ class BaselineRun:
             return self.model.losses(tokens)
 
     def _held(self, block: Tensor, kinds: list[AnyKind], layers: "range | list[int]") -> dict[Site, Edit]:
-        """Edits that hold the scales which were read, if norms are frozen."""
+        """Return edits that freeze the recorded norm scales, if norms are frozen."""
         sites = [Site(kind, m) for kind in kinds for m in layers]
         return {s: replace(self._found[s][block]) for s in sites if s in self._found} if self.frozen else {}

@@ -1,1 +1,1 @@
-"""When a feature fires: against a proxy, where it misses one, and what the model predicts there."""
+"""When a feature fires: comparison with a proxy, its false negatives, and the model's predictions there."""

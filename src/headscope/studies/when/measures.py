@@ -1,8 +1,8 @@
-"""The headline numbers of a feature against a proxy, each with its interval, its null and its definition. No torch.
+"""Headline measures of a feature against a proxy, each with interval, null and definition. No torch.
 
-Counts have Wilson intervals, and beside them those by resampling documents, since tokens of a document are not
-independent. The null of each number is its mean and range when the proxy is moved by random whole numbers of blocks:
-what it would be for a proxy that is as frequent, and as clustered, but has nothing to do with the feature.
+Counts have Wilson intervals, and also those by resampling documents, since tokens of a document are not independent.
+The null of each measure is its mean and range when the proxy is rotated by random whole numbers of blocks: its value
+for a proxy that is as frequent, and as clustered, but unrelated to the feature.
 """
 
 from collections.abc import Callable
@@ -33,58 +33,58 @@ Statistic = Callable[[PairSums], Float[np.ndarray, " unit"]]
 
 @dataclass(frozen=True)
 class Measures:
-    """The numbers of one study."""
+    """Measures of one study."""
 
     split: Split
     draws: Float[np.ndarray, "sample unit"]
-    """Of `stats.unit_draws`, over the units of the split."""
+    """From `stats.unit_draws`, over the units of the split."""
     rotated: Rotations
     tau: float
 
     def precision(self) -> Measure:
-        """Of the active tokens."""
+        """Precision of the active tokens."""
         sums = self.split.sums
         definition = "P(proxy | f > 0): the share of the active tokens on which the proxy is true"
         measure = _ratio_of_counts(definition, sums["both"], sums["active"], self.draws, "active tokens")
         return _with_null(measure, self.rotated.sums.precision())
 
     def recall(self) -> Measure:
-        """Of the whole proxy."""
+        """Recall of the whole proxy."""
         return _with_null(self.recall_of(self.split.mask), self.rotated.sums.recall())
 
     def recall_of(self, part: Bool[np.ndarray, " token"]) -> Measure:
-        """Of a part of the proxy."""
+        """Measure the recall of a part of the proxy."""
         true = self.split.count_by_unit(np.flatnonzero(part))
         both = self.split.count_by_unit(self.split.position[part[self.split.position]])
         return _ratio_of_counts(RECALL, both, true, self.draws, "tokens where the proxy is true")
 
     def mass_share(self) -> Measure:
-        """Of the summed activation."""
+        """Share of the summed activation where the proxy is true."""
         measure = Measure("sum of f where the proxy is true / sum of f", self.split.n_active)
         few = _too_few((self.split.n_active, "active tokens"))
         return self._resampled(measure, few, PairSums.mass_share, self.split.sums, self.rotated.sums)
 
     def pearson(self) -> Measure:
-        """Over all text tokens, as the post."""
+        """Correlation over all text tokens, as in the post."""
         measure = Measure(
             "Pearson correlation of f, zeros included, and the proxy over all text tokens", self.split.text.n
         )
         return self._resampled(measure, self._few, PairSums.pearson, self.split.sums, self.rotated.sums)
 
     def phi(self) -> Measure:
-        """Over all text tokens."""
+        """Phi coefficient over all text tokens."""
         measure = Measure("Pearson correlation of [f > 0] and the proxy over all text tokens", self.split.text.n)
         return self._resampled(measure, self._few, PairSums.phi, self.split.sums, self.rotated.sums)
 
     def pearson_above(self) -> Measure:
-        """Over the tokens with f > tau."""
+        """Correlation over the tokens with f > tau."""
         n, what = self.split.n_above(self.tau), f"tokens with f > {self.tau:g}"
         measure = Measure(f"Pearson correlation of f and the proxy over the {what}", n)
         sums = self.split.sums_above(self.tau)
         return self._resampled(measure, _too_few((n, what)), PairSums.pearson, sums, self.rotated.above)
 
     def auc(self) -> Measure:
-        """Of the ROC curve over all text tokens."""
+        """Area under the ROC curve over all text tokens."""
         definition = "P(f at a token with the proxy true > f at one with it false) + P(equal) / 2"
         measure = Measure(definition, self.split.text.n)
         if self._few:
@@ -105,7 +105,7 @@ class Measures:
 
     @property
     def _few(self) -> str | None:
-        """What there is too little of to compare tokens with the proxy and without."""
+        """Reason why there is too little to compare tokens with and without the proxy."""
         n_true = self.split.n_true
         return _too_few(
             (self.split.n_active, "active tokens"),
@@ -145,7 +145,7 @@ class Measures:
         classes = ((split.own, silent_true), (~split.own, silent - silent_true))
         for placement, (of, n_silent) in zip(by_group, classes, strict=True):
             active = np.bincount(split.unit[of], placement[group[of]], minlength=len(silent))
-            sums.append(active + n_silent * placement[-1])  # silent tokens are the last group, where there are any
+            sums.append(active + n_silent * placement[-1])  # inactive tokens are the last group, if there are any
         return sums[0], sums[1]
 
 
@@ -171,7 +171,7 @@ def _too_few(*counts: tuple[int, str]) -> str | None:
 
 
 def _with_null(measure: Measure, values: Float[np.ndarray, " rotation"]) -> Measure:
-    """Mean and range of the same number for rotated proxies; none where there is no number, or no rotation."""
+    """Add mean and range of the same measure for rotated proxies; none without a value or rotation."""
     values = values[np.isfinite(values)]
     if measure.value is None or not len(values):
         return measure

@@ -1,7 +1,7 @@
-"""What the model predicts where a feature misses its proxy, against where it fires.
+"""The model's predictions at a feature's false negatives, compared with its true positives.
 
 The post (Kissane et al., 2024) judged by eye that "board" should not be predicted at the false negatives of its
-induction feature; here the model is asked. It is run over the blocks that are needed and no others.
+induction feature; here the model's predictions are measured. It runs on the necessary blocks only.
 """
 
 from collections.abc import Sequence
@@ -36,12 +36,12 @@ def predictions(
     Args:
         index: open.
         model: the one it was built with.
-        latent: which feature.
+        latent: the feature.
         proxy: its text, or a mask.
-        tokens: X, by text or id; the feature's top logit token when not given.
-        n_examples: tokens of each kind to look at; they are drawn at random where there are more.
-        batch_size: blocks that the model reads at a time.
-        seed: of the draw.
+        tokens: X, by text or id; default: the feature's top logit token.
+        n_examples: maximum number of tokens per kind, sampled at random.
+        batch_size: blocks per run of the model.
+        seed: seed of the sample.
 
     Raises:
         IndexFormatError: another model, or no such latent.
@@ -85,7 +85,7 @@ def next_token_probability(
     *,
     batch_size: int = 8,
 ) -> Float[np.ndarray, " position"]:
-    """The model's probability, at some positions of an index's corpus, that the next token is one of `tokens`.
+    """Return the model's probability that the next token is one of `tokens`, at some positions of an index's corpus.
 
     Raises:
         IndexFormatError: a position outside the corpus.

@@ -1,7 +1,7 @@
-"""What a specificity study says, as records: plain values and numpy arrays, no torch.
+"""Records of a specificity study: plain values and numpy arrays, no torch.
 
-A *mask* is a proxy evaluated: of each corpus position whether it is true. Positions are
-`block * block_size + position in the block`. Whatever cannot be computed is None with its reason, never NaN.
+A *mask* is an evaluated proxy: whether it is true at each corpus position. Positions are
+`block * block_size + position in the block`. Undefined values are None with their reason, never NaN.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Counts:
     """Text tokens by whether the feature is active and whether the proxy is true."""
 
     n_tokens: int
-    """Text tokens of the corpus: special ones are left out everywhere."""
+    """Text tokens of the corpus: special tokens are always excluded."""
     n_documents: int
-    """With at least one text token."""
+    """Documents with at least one text token."""
     n_active: int
     n_proxy: int
     n_both: int
@@ -57,18 +57,18 @@ class Histogram:
     """Summed activation of these tokens."""
     false_mass: Float[np.ndarray, " bin"]
     n: int
-    """Active tokens."""
+    """Number of active tokens."""
     definition: str = "active tokens (f > 0) by activation, split by whether the proxy is true"
 
 
 @dataclass(frozen=True)
 class ExpectedValue:
-    """Bin centre times count over N: what each range of activations adds to a mean.
+    """Bin centre times count over N: contribution of each range of activations to a mean.
 
     With normalisation `joint`, N is all text tokens for both classes, and the stacked bars sum to the mean activation
     (to the width of a bin). With `class`, the post's code, N is the number of active tokens in the class itself: the
-    bars of each class sum to its own mean over active tokens, so that a rare class looks large and stacking them means
-    nothing.
+    bars of each class sum to its own mean over active tokens, so that a rare class looks large and stacking is
+    meaningless.
     """
 
     normalisation: str
@@ -76,61 +76,61 @@ class ExpectedValue:
     true: Float[np.ndarray, " bin"]
     false: Float[np.ndarray, " bin"]
     n_true: int
-    """What the bars of each class were divided by."""
+    """Divisor of the bars of each class."""
     n_false: int
     definition: str
 
 
 @dataclass(frozen=True)
 class PrecisionByThreshold:
-    """P(proxy | f > t) with Wilson 95 % intervals; thresholds that no token exceeds are left out."""
+    """P(proxy | f > t) with Wilson 95 % intervals; thresholds that no token exceeds are omitted."""
 
     threshold: Float[np.ndarray, " point"]
     n: Int[np.ndarray, " point"]
     """Tokens with f > t."""
     n_both: Int[np.ndarray, " point"]
-    """Of these, with the proxy true."""
+    """Tokens of these with the proxy true."""
     value: Float[np.ndarray, " point"]
     low: Float[np.ndarray, " point"]
     high: Float[np.ndarray, " point"]
     base_rate: float
-    """P(proxy) over all tokens: what a feature firing at random would have."""
+    """P(proxy) over all tokens: the precision of a feature that fires at random."""
     definition: str = "share of the tokens with f > t on which the proxy is true; Wilson 95 % interval"
 
 
 @dataclass(frozen=True)
 class TopPrecision:
-    """Precision among the most active tokens; ties with the k-th are all counted, so n may exceed k."""
+    """Precision among the most active tokens; ties with the k-th are all included, so n may exceed k."""
 
     k: int
     n: int
     n_both: int
     precision: Estimate
-    """Wilson."""
+    """Precision, Wilson."""
 
 
 @dataclass(frozen=True)
 class FalsePositiveRange:
-    """Active tokens in one range of activations, `low <= f < high` (the last range has its upper end too)."""
+    """Active tokens in one range of activations, `low <= f < high` (the last range includes its upper end)."""
 
     low: float
     high: float
     n: int
     n_false: int
-    """Of these, with the proxy false."""
+    """Tokens of these with the proxy false."""
     share: Estimate | None
     """n_false / n, Wilson; None for an empty range."""
     position: Int[np.ndarray, " example"]
-    """Some of the false positives, drawn at random, strongest first."""
+    """Sampled false positives, strongest first."""
     activation: Float[np.ndarray, " example"]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """PR and ROC curve in one: predict the proxy wherever f >= t, t falling from the maximum to 0.
+    """Precision-recall and ROC curve in one: predict the proxy wherever f >= t, t falling from the maximum to 0.
 
-    The last point has t = 0: every token, active or not, is predicted. Tokens of equal activation, the zeros among
-    them, enter together. Points are thinned; areas are of all of them.
+    The last point has t = 0: every token, active or not, is predicted. Tokens of equal activation, including zeros,
+    enter together. Points are thinned; areas use all of them.
     """
 
     threshold: Float[np.ndarray, " point"]
@@ -157,15 +157,15 @@ class SubtypeRecall:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Where the proxy is true: does the feature fire?"""
+    """Recall of the proxy: does the feature fire where it is true?"""
 
     recall: Measure
     subtypes: tuple[SubtypeRecall, ...]
     """As given, and last `none of these` where the subtypes do not cover the proxy."""
     false_negatives: Int[np.ndarray, " n"]
-    """Positions of all of them: proxy true, f = 0; ascending."""
+    """Positions of all false negatives: proxy true, f = 0; ascending."""
     sample: Int[np.ndarray, " example"]
-    """Some of them in random order, for judging one by one: any first part of it is a random sample."""
+    """Some of them in random order, for manual judgement: any first part is a random sample."""
 
 
 @dataclass(frozen=True)
@@ -180,9 +180,9 @@ class Specificity:
     corpus: str
     counts: Counts
     notes: tuple[str, ...]
-    """What is empty and so cannot be asked: a feature that is never active, a proxy that is never or always true."""
+    """Reasons for undefined measures: a feature that is never active, a proxy that is never or always true."""
     maximum: float
-    """Of the activation; 0 for a dead feature."""
+    """Largest activation; 0 for a dead feature."""
     histogram: Histogram
     precision: Measure
     """P(proxy | f > 0)."""
@@ -199,14 +199,14 @@ class Specificity:
     average_precision: Measure
     """Area under the PR curve, as steps."""
     pearson: Measure
-    """Of the activation, zeros included, with the proxy, over all text tokens."""
+    """Correlation of the activation, zeros included, with the proxy, over all text tokens."""
     phi: Measure
-    """Of being active with the proxy, over all text tokens."""
+    """Correlation of being active with the proxy, over all text tokens."""
     pearson_above: Measure
-    """Of the activation with the proxy, over the tokens with f > tau alone."""
+    """Correlation of the activation with the proxy, over the tokens with f > tau only."""
     tau: float
     n_rotations: int
-    """Of the null: the proxy moved by so many random whole numbers of blocks."""
+    """Rotations for the null: the proxy shifted by random whole numbers of blocks."""
 
 
 @dataclass(frozen=True)
@@ -215,11 +215,11 @@ class PredictionGroup:
 
     name: str
     n: int
-    """Of this kind in the corpus."""
+    """Tokens of this kind in the corpus."""
     position: Int[np.ndarray, " token"]
-    """Those that were looked at, ascending."""
+    """Sampled positions, ascending."""
     probability: Float[np.ndarray, " token"]
-    """p(X) there: the model's, that the next token is one of X."""
+    """p(X) there: the model's probability that the next token is one of X."""
     mean: Measure
 
 

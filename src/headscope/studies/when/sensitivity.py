@@ -1,4 +1,4 @@
-"""Does a feature fire wherever its proxy is true? Recall, its parts, and what it misses. No torch."""
+"""Sensitivity of a feature to its proxy: recall, its parts, and false negatives. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ from headscope.studies.when.records import Sensitivity, SubtypeRecall
 REST = "none of these"
 
 Verdict = Literal["miss", "proxy wrong", "unclear"]
-"""Of a false negative: the feature should have fired; the proxy is true where it should not be; one cannot say."""
+"""Verdict on a false negative: the feature should have fired; the proxy is true where it should not be; unclear."""
 
 
 def sensitivity(
     measures: Measures, subtypes: Mapping[str, Bool[np.ndarray, " token"]], *, n_examples: int, seed: int
 ) -> Sensitivity:
-    """Recall over the whole proxy and by subtype, and the false negatives.
+    """Compute recall over the whole proxy and by subtype, and the false negatives.
 
     Args:
-        measures: of the feature and its proxy.
+        measures: measures of the feature and its proxy.
         subtypes: masks; they may overlap, and only their part within the proxy counts.
-        n_examples: false negatives to draw for judging.
-        seed: of that draw.
+        n_examples: number of false negatives sampled for judgement.
+        seed: seed of that sample.
 
     Raises:
         StudyError: a subtype that is called `none of these`.
@@ -59,17 +59,17 @@ def _subtype(measures: Measures, name: str, mask: Bool[np.ndarray, " token"]) ->
 # ------------------------------------------------------------------------------------------------------------ verdicts
 @dataclass(frozen=True)
 class Adjudication:
-    """What judging a sample of the false negatives says of all of them."""
+    """Estimates for all false negatives from a judged sample."""
 
     n_judged: int
     n_unclear: int
     n_false_negatives: int
-    """All of them, judged or not."""
+    """Number of all of them, judged or not."""
     misses: Estimate | None
     """Share of real misses among the judged ones that are clear; Wilson. None when there are none."""
     recall: Estimate | None
-    """TP / (TP + misses * FN): recall if the judged ones are a random part of the false negatives; the interval is that
-    of `misses` alone. None without clear verdicts, or when the feature is never active where the proxy is true."""
+    """TP / (TP + misses * FN): recall if the judged ones are a random sample of the false negatives; the interval is
+    that of `misses` alone. None without clear verdicts, or when the feature is never active where the proxy is true."""
     definition: str = "recall with the false negatives that are the proxy's fault taken away"
 
 
@@ -78,10 +78,11 @@ def adjudicate(found: Sensitivity, verdicts: Mapping[int, Verdict]) -> Adjudicat
 
     Args:
         found: the study.
-        verdicts: by position. For the correction to hold they are a random part: the first ones of `found.sample`.
+        verdicts: by position. For the correction to hold they must be a random sample: the first ones of
+            `found.sample`.
 
     Raises:
-        StudyError: a position that is no false negative of the study, or an unknown verdict.
+        StudyError: a position that is not a false negative of the study, or an unknown verdict.
     """
     known = set(found.false_negatives.tolist())
     for position, verdict in verdicts.items():
@@ -97,6 +98,6 @@ def adjudicate(found: Sensitivity, verdicts: Mapping[int, Verdict]) -> Adjudicat
     n_missed, n_both = len(found.false_negatives), found.recall.n - len(found.false_negatives)
     corrected = None
     if misses and n_both:
-        shares = (misses.value, misses.high, misses.low)  # the more are real, the lower is recall
+        shares = (misses.value, misses.high, misses.low)  # the more are real, the lower the recall
         corrected = Estimate(*(n_both / (n_both + share * n_missed) for share in shares))
     return Adjudication(len(given), given.count("unclear"), n_missed, misses, corrected)

@@ -1,4 +1,4 @@
-"""When does a feature fire? One feature against one proxy, over all text tokens of an index; no model, no torch.
+"""Specificity: one feature against one proxy, over all text tokens of an index; no model, no torch.
 
 The post (Kissane et al., 2024), sections "Specificity" and "Sensitivity". Formulas are in docs/maths.md.
 """
@@ -35,29 +35,29 @@ N_THRESHOLDS = 50
 
 @dataclass(frozen=True)
 class SpecificityPlan:
-    """How finely a study looks."""
+    """Resolution and sample sizes of a study."""
 
     n_bins: int = 100
     thresholds: tuple[float, ...] | None = None
-    """Of P(proxy | f > t); None: 50 equal steps from 0 to the maximum."""
+    """Thresholds of P(proxy | f > t); None: 50 equal steps from 0 to the maximum."""
     top: tuple[int, ...] = (10, 100, 1_000, 10_000)
-    """Precision among so many of the most active tokens."""
+    """Sizes of the sets of most active tokens for precision."""
     n_ranges: int = 10
-    """Ranges of activations in which false positives are looked at."""
+    """Number of ranges of activations for false positives."""
     n_examples: int = 20
-    """False positives of each range."""
+    """Number of false positives sampled per range."""
     n_false_negatives: int = 50
-    """Drawn for judging."""
+    """Number of false negatives sampled for judgement."""
     tau: float = 0.0
-    """The correlation among active tokens is over those with f > tau."""
+    """Threshold of the correlation among active tokens: over those with f > tau."""
     n_samples: int = 1000
     """Resamples of the documents."""
     n_rotations: int = 20
-    """Of the proxy, for the null."""
+    """Rotations of the proxy, for the null."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse sizes too small and thresholds that are not rising from 0 or above."""
+        """Reject sizes too small and thresholds that are not ascending from 0 or above."""
         least = dict.fromkeys(("n_bins", "n_ranges", "n_samples"), 1)
         least |= dict.fromkeys(("n_examples", "n_false_negatives", "n_rotations"), 0)
         sizes = [(name, getattr(self, name), low) for name, low in least.items()] + [("top", k, 1) for k in self.top]
@@ -82,19 +82,19 @@ def specificity(
     subtypes: Mapping[str, Proxy | str | Mask] | None = None,
     plan: SpecificityPlan | None = None,
 ) -> Specificity:
-    """One feature against one proxy.
+    """Compare one feature with one proxy.
 
     Args:
         index: open.
-        latent: which feature; a dead one gives a record that says so.
+        latent: the feature; a dead one gives a record with notes.
         proxy: its text, which is parsed, or a mask.
-        subtypes: parts of the proxy by name, for which recall is told apart; what they leave is `none of these`.
-        plan: how finely to look; the defaults when not given.
+        subtypes: parts of the proxy by name, with separate recall; the remainder is `none of these`.
+        plan: resolution and sample sizes.
 
     Raises:
         IndexFormatError: no such latent.
         ProxyError: a proxy that cannot be parsed or evaluated.
-        StudyError: a mask that is not one bool a position.
+        StudyError: a mask that is not one bool per position.
     """
     plan = plan or SpecificityPlan()
     proxy = parse(proxy) if isinstance(proxy, str) else proxy
@@ -106,7 +106,7 @@ def specificity(
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is studied, by name."""
+    """Names of the index, feature and proxy under study."""
 
     latent: int
     proxy: str
@@ -171,10 +171,10 @@ def _histogram(split: Split, n_bins: int) -> Histogram:
 def expected_value(
     histogram: Histogram, n_tokens: int, normalisation: Literal["joint", "class"] = "joint"
 ) -> ExpectedValue:
-    """Bin centre times count over N, for both classes.
+    """Compute bin centre times count over N, for both classes.
 
     Args:
-        histogram: of a study.
+        histogram: histogram of a study.
         n_tokens: text tokens, zeros included (`Counts.n_tokens`).
         normalisation: `joint`, one N for both classes; `class`, the post's code, which divides each by its own size.
     """
@@ -214,11 +214,11 @@ def _top(split: Split, k: int) -> TopPrecision:
 
 
 def _ranges(split: Split, plan: SpecificityPlan) -> Iterator[FalsePositiveRange]:
-    """Of equal width; false positives of each are drawn without replacement."""
+    """Make ranges of equal width; false positives of each are sampled without replacement."""
     rng = np.random.default_rng(plan.seed)
     edges = np.linspace(0, _maximum(split), plan.n_ranges + 1)
     at_least = np.searchsorted(-split.activation, -edges, side="right")  # tokens with f >= edge
-    at_least[-1] = 0  # the last range has its upper end too
+    at_least[-1] = 0  # the last range includes its upper end
     for low, high, first, last in zip(edges, edges[1:], at_least[1:], at_least, strict=False):
         false = first + np.flatnonzero(~split.own[first:last])
         chosen = np.sort(rng.choice(false, min(plan.n_examples, len(false)), replace=False))
@@ -237,7 +237,7 @@ def _curve(split: Split) -> Curve:
     ranking = split.ranking
     n_groups, n_true, n_tokens = len(ranking.n), int(ranking.true[-1]), int(ranking.n[-1])
     evenly = np.linspace(0, n_groups - 1, CURVE_POINTS)
-    closer = np.geomspace(1, n_groups, CURVE_POINTS) - 1  # the first groups, where precision moves most
+    closer = np.geomspace(1, n_groups, CURVE_POINTS) - 1  # the first groups, where precision varies most
     kept = np.unique(np.concatenate([evenly, closer, [max(0, n_groups - 2)]]).round().astype(np.int64))
     n, true = ranking.n[kept], ranking.true[kept]
     return Curve(

@@ -25,7 +25,7 @@ def _run(subject: "Subject", latent: int, options: OfProxy) -> "Specificity":
 
 
 def subtypes(proxy: "Proxy") -> "dict[str, Proxy]":
-    """The parts of a proxy with a recall of their own: strict induction, the sides of an `|`, each token."""
+    """Return the parts of a proxy with separate recall: strict induction, the operands of `|`, each token."""
     from headscope.proxies import Or, induction_of
     from headscope.proxies.families import AfterAny, Induction, NextTokenIn, TokenIn, WithinAfter
 
@@ -82,7 +82,7 @@ def _range(found: Any, places: Any) -> "Json":
 
 
 def _python(subject: "Subject", latent: int, options: OfProxy, _found: "Specificity") -> dict[str, str]:
-    """The calls behind each tab."""
+    """Return the Python calls for each tab."""
     from headscope.proxies import parse
 
     proxy = parse(options.proxy)

@@ -1,6 +1,6 @@
-"""The active tokens of a feature split by a proxy: what a specificity study counts. No torch.
+"""The active tokens of a feature split by a proxy, for specificity studies. No torch.
 
-Documents are the units of resampling. Where there are more than `MAX_UNITS`, neighbours are put together.
+Documents are the units of resampling. Beyond `MAX_UNITS`, neighbouring ones are merged.
 """
 
 from dataclasses import dataclass
@@ -22,21 +22,21 @@ Mask = Bool[np.ndarray, " token"]
 
 @dataclass(frozen=True)
 class TextTokens:
-    """Which positions of a corpus are text, and of which document."""
+    """The text positions of a corpus, and their documents."""
 
     is_text: Bool[np.ndarray, " token"]
-    """As `Corpus.is_text` has it."""
+    """As `Corpus.is_text`."""
     unit: Int[np.ndarray, " token"]
-    """The document of each position, or the group of neighbouring documents; counted from 0, without gaps."""
+    """The document of each position, or the group of neighbouring documents; from 0, without gaps."""
     counts: Int[np.ndarray, " unit"]
     """Text tokens of each unit; none is empty."""
     n_documents: int
-    """With at least one text token."""
+    """Documents with at least one text token."""
     block_size: int
 
     @classmethod
     def of(cls, index: FeatureIndex) -> "TextTokens":
-        """Read them: 5 bytes a position are held as long as the index is open."""
+        """Read them; 5 bytes per position stay in memory as long as the index is open."""
         if index not in _held:
             _held[index] = cls._read(index)
         return _held[index]
@@ -51,7 +51,7 @@ class TextTokens:
     def from_arrays(
         cls, is_text: Bool[np.ndarray, " token"], document: Int[np.ndarray, " token"], block_size: int
     ) -> "TextTokens":
-        """From the document number of each position, text or not."""
+        """Build from the document number of each position, text or not."""
         with_text = np.bincount(document[is_text], minlength=int(document.max()) + 1) > 0
         n_documents = int(with_text.sum())
         rank = np.maximum(np.cumsum(with_text) - 1, 0)
@@ -60,7 +60,7 @@ class TextTokens:
 
     @property
     def n(self) -> int:
-        """Text tokens."""
+        """Number of text tokens."""
         return int(self.counts.sum())
 
     @cached_property
@@ -73,11 +73,11 @@ _held: "WeakKeyDictionary[FeatureIndex, TextTokens]" = WeakKeyDictionary()
 
 
 def read_mask(proxy: Proxy | str | Mask, index: FeatureIndex, text: TextTokens, what: str) -> Mask:
-    """A mask of text tokens: a proxy is evaluated, a mask is held against the corpus, and special tokens are left out.
+    """Return a mask of text tokens: evaluates a proxy, or validates a mask; special tokens are false.
 
     Raises:
         ProxyError: a proxy that cannot be parsed or evaluated.
-        StudyError: a mask that is not one bool a position; `what` is its name.
+        StudyError: a mask that is not one bool per position; `what` is its name.
     """
     mask = evaluate(proxy, index) if isinstance(proxy, Proxy | str) else proxy
     size = len(text.is_text)
@@ -98,16 +98,16 @@ class Split:
     """False at special tokens."""
     position: Int[np.ndarray, " active"]
     activation: Float[np.ndarray, " active"]
-    """float64, falling."""
+    """float64, descending."""
 
     @classmethod
     def read(cls, index: FeatureIndex, latent: int, proxy: Proxy | str | Mask) -> tuple["Split", str]:
-        """Of a feature of an index; and the proxy's name, `a mask` for a mask.
+        """Read a feature of an index, with the proxy's name, `a mask` for a mask.
 
         Raises:
             IndexFormatError: no such latent, or activations that are damaged.
             ProxyError: a proxy that cannot be parsed or evaluated.
-            StudyError: a mask that is not one bool a position.
+            StudyError: a mask that is not one bool per position.
         """
         proxy = parse(proxy) if isinstance(proxy, str) else proxy
         text, active = TextTokens.of(index), index.activations(latent)
@@ -124,7 +124,7 @@ class Split:
         position: Int[np.ndarray, " active"],
         activation: Float[np.ndarray, " active"],
     ) -> "Split":
-        """Put the active tokens in order; those of equal activation by position.
+        """Sort the active tokens; those of equal activation by position.
 
         Raises:
             IndexFormatError: activations that are not finite and above 0, or not at distinct text tokens.
@@ -141,12 +141,12 @@ class Split:
 
     @property
     def n_active(self) -> int:
-        """Active tokens."""
+        """Number of active tokens."""
         return len(self.position)
 
     @cached_property
     def n_true(self) -> int:
-        """Tokens where the mask is true."""
+        """Number of tokens where the mask is true."""
         return int(np.count_nonzero(self.mask))
 
     @cached_property
@@ -156,25 +156,25 @@ class Split:
 
     @cached_property
     def n_own(self) -> Int[np.ndarray, " count"]:
-        """Of the strongest k active tokens, how many the mask is true at; k from 0 to all."""
+        """Number of the strongest k active tokens where the mask is true; k from 0 to all."""
         return np.append(0, np.cumsum(self.own))
 
     @cached_property
     def unit(self) -> Int[np.ndarray, " active"]:
-        """Of the active tokens."""
+        """Unit of the active tokens."""
         return self.text.unit[self.position]
 
     @cached_property
     def true_by_unit(self) -> Int[np.ndarray, " unit"]:
-        """Tokens of each unit where the mask is true."""
+        """Number of tokens of each unit where the mask is true."""
         return self.count_by_unit(np.flatnonzero(self.mask))
 
     def count_by_unit(self, position: Int[np.ndarray, " token"]) -> Int[np.ndarray, " unit"]:
-        """How many of some positions lie in each unit."""
+        """Count the given positions in each unit."""
         return np.bincount(self.text.unit[position], minlength=len(self.text.counts))
 
     def n_above(self, threshold: float) -> int:
-        """Tokens with f > threshold; they are the first ones."""
+        """Return the number of tokens with f > threshold; they are the first ones."""
         return int(np.searchsorted(-self.activation, -threshold, side="left"))
 
     @cached_property
@@ -184,7 +184,7 @@ class Split:
 
     @cached_property
     def sums(self) -> PairSums:
-        """By unit, over all text tokens."""
+        """Sums by unit, over all text tokens."""
         active = np.bincount(self.unit, minlength=len(self.text.counts))
         both = np.bincount(self.unit[self.own], minlength=len(self.text.counts))
         return PairSums.of(
@@ -197,14 +197,14 @@ class Split:
         )
 
     def sums_above(self, threshold: float) -> PairSums:
-        """By unit, over the tokens with f > threshold alone."""
+        """Return sums by unit, over the tokens with f > threshold only."""
         k = self.n_above(threshold)
         f, none = self.activation[:k], np.zeros_like(self.text.counts)
         return PairSums.of(self.unit[:k], f, self.own[:k], none, none, shift=_centre(f, k))
 
     @cached_property
     def ranking(self) -> Ranking:
-        """Of all text tokens."""
+        """Ranking of all text tokens."""
         return self._ranked(self.own, self.n_true)
 
     def _ranked(self, own: Bool[np.ndarray, " active"], n_true: int) -> Ranking:
@@ -212,7 +212,7 @@ class Split:
         return Ranking.of(self.activation, own, self.text.n - self.n_active, silent_true)
 
     def rotations(self, n: int, seed: int, tau: float) -> "Rotations":
-        """The same feature against the mask moved by random whole numbers of blocks: n of them, or all there are."""
+        """Return the feature against the mask rotated by random whole numbers of blocks: n times, or in all ways."""
         size, block = len(self.mask), self.text.block_size
         n_others = size // block - 1
         rng = np.random.default_rng(seed)
@@ -239,7 +239,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Rotations:
-    """A feature against masks that have nothing to do with it: one unit a rotation."""
+    """A feature against rotated, unrelated masks: one unit per rotation."""
 
     sums: PairSums
     above: PairSums
@@ -248,7 +248,7 @@ class Rotations:
 
 
 def _centre(f: Float[np.ndarray, " active"], n: int) -> float:
-    """The mean of f and n - len(f) zeros; to the bit that of a constant, which must not vary by rounding."""
+    """Return the mean of f and n - len(f) zeros; exact for a constant, which must not vary by rounding."""
     if len(f) and len(f) == n and f[0] == f[-1]:
         return float(f[0])
     return float(f.sum() / max(n, 1))
@@ -257,7 +257,7 @@ def _centre(f: Float[np.ndarray, " active"], n: int) -> float:
 def _moved(
     total: PairSums, f: Float[np.ndarray, " active"], own: Bool[np.ndarray, " active"], n_true: int, shift: float
 ) -> Float[np.ndarray, " sum"]:
-    """Sums with another mask: only those with the mask in them change."""
+    """Return the sums with another mask: only those that depend on the mask change."""
     both = int(np.count_nonzero(own))
     new = {
         "true": n_true,
