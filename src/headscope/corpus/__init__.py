@@ -1,9 +1,9 @@
-"""Text or token ids of any kind to token blocks; every token knows its document and its offset in it.
+"""Convert text or token ids to token blocks; every token has its document and its offset in it.
 
 `python` (the default), text, JSONL, Parquet and `.npy` files, saved datasets and datasets on the hub are lists of
-documents (`sources`, `text`, `rows`). They are tokenised once (`load`, `cache`) and laid out in blocks of equal length
-(`blocks`). Documents are held out by a SHA-256, of their name or, where documents are rows, of what they hold, so that
-a document is on the same side of the split on every machine.
+documents (`sources`, `text`, `rows`). They are tokenised once (`load`, `cache`) and packed into blocks of equal length
+(`blocks`). Documents are held out by a SHA-256, of their name or, for rows, of their content, so that a document is on
+the same side of the split on every machine.
 """
 
 from headscope.corpus.blocks import BLOCK_BOS, NOT_TEXT, PADDING, Corpus

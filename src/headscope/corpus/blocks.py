@@ -1,11 +1,11 @@
-"""Tokenised documents to blocks of equal length, and where each token came from.
+"""Pack tokenised documents into blocks of equal length, with the origin of each token.
 
 `packed`: the documents, a BOS before each, are one stream; it is cut, and each piece gets a BOS of its own:
 
     block 0: BOS BOS d0 d0 d0 ... | block 1: BOS d0 d0 BOS d1 ... | ...
 
-The tail that does not fill a block is left out. `rows`: each document begins a block and goes on in as many as it
-takes, and the last one is filled up with BOS tokens that are no text and stand behind all of it.
+The tail that does not fill a block is dropped. `rows`: each document starts a block and continues in as many as it
+needs, and the last one is padded at the end with BOS tokens that are not text.
 """
 
 import hashlib
@@ -23,26 +23,26 @@ from headscope.corpus.reading import BosAt, Packing, Split
 from headscope.errors import CorpusError, OutputError
 
 BLOCK_BOS = -1
-"""Offset of the BOS that a block begins with, where no document does."""
+"""Offset of the BOS at the start of a block, where no document starts."""
 PADDING = -2
-"""Offset of padding, such as what fills up the last block of a document: no statistic counts it."""
+"""Offset of padding, such as at the end of a document's last block: excluded from all statistics."""
 NOT_TEXT = -3
-"""Offset of what the model reads but is not text, whatever its id: a separator."""
+"""Offset of tokens that the model reads but that are not text, whatever their id: a separator."""
 
 _GROUP = 64  # documents: with a limit of tokens, whole groups are named in a corpus
-_IN_MEMORY = 1 << 30  # bytes of blocks; larger corpora are mapped from a file
-_CHUNK = 1 << 20  # positions laid out at a time
+_IN_MEMORY = 1 << 30  # bytes of blocks; larger corpora are memory-mapped
+_CHUNK = 1 << 20  # positions packed at a time
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token blocks and where each token came from; the arrays of a large corpus are mapped from a file."""
+    """Token blocks with the origin of each token; the arrays of a large corpus are memory-mapped."""
 
     name: str
-    """What was read: `python`, a path, or the name of a dataset."""
+    """Name of the source: `python`, a path, or the name of a dataset."""
     split: Split
     blocks: Int[np.ndarray, "block position"]
-    """Token ids; column 0 is the BOS unless it was asked for elsewhere."""
+    """Token ids; column 0 is the BOS unless `bos_at` puts it elsewhere."""
     documents: tuple[str, ...]
     """Names of the documents, in stream order."""
     document: Int[np.ndarray, "block position"]
@@ -54,39 +54,39 @@ class Corpus:
     special: frozenset[int] = frozenset()
     """Ids that are never text, besides the BOS."""
     reading: Mapping[str, Any] = field(default_factory=dict)
-    """The choices it was read with."""
+    """The reading options."""
 
     @property
     def n_tokens(self) -> int:
-        """All positions, BOS included."""
+        """All positions, including BOS."""
         return self.blocks.size
 
     def is_text(self, blocks: Int[np.ndarray, " n"] | slice = slice(None)) -> Bool[np.ndarray, "n position"]:
-        """Which positions of some blocks are text: what statistics are over, and where a proxy can be true.
+        """Mark the text positions of some blocks: those of all statistics, and where a proxy can be true.
 
         This is the one definition of a text token. A position is text if it belongs to the text of a document (its
-        offset is 1 or more, so it is neither a BOS that was put there, nor padding, nor a separator) and its id is not
-        that of a special token, wherever that stands.
+        offset is 1 or more, so it is neither an inserted BOS, nor padding, nor a separator) and its id is not that of a
+        special token, at any offset.
         """
         return (self.offset[blocks] > 0) & ~np.isin(self.blocks[blocks], sorted(self.special | {self.bos}))
 
     @property
     def n_text_tokens(self) -> int:
-        """Positions that are text."""
+        """Number of positions that are text."""
         return sum(int(self.is_text(rows).sum()) for rows in _runs(self.blocks))
 
     @property
     def n_padding(self) -> int:
-        """Positions that are padding."""
+        """Number of positions that are padding."""
         return sum(int((self.offset[rows] == PADDING).sum()) for rows in _runs(self.offset))
 
     @property
     def block_size(self) -> int:
-        """Positions in a block, BOS included."""
+        """Positions per block, including BOS."""
         return self.blocks.shape[1]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the tokens and of the documents they are from, as `sha256:<hex>`."""
+        """SHA-256 of the tokens and their documents, as `sha256:<hex>`."""
         digest = hashlib.sha256(f"{self.blocks.shape} {self.bos}".encode())
         for values in (self.blocks, self.document, self.offset):
             for rows in _runs(values):
@@ -95,7 +95,7 @@ class Corpus:
         return f"sha256:{digest.hexdigest()}"
 
     def provenance(self) -> dict[str, Any]:
-        """What an artefact says of the text it was made from."""
+        """Provenance of the text for artefacts."""
         return {
             "name": self.name,
             "split": self.split,
@@ -107,38 +107,38 @@ class Corpus:
 
 
 def _runs(values: np.ndarray) -> Iterator[slice]:
-    """The rows of a matrix, some at a time."""
+    """Yield the rows of a matrix, some at a time."""
     step = max(1, _CHUNK // values.shape[1])
     return (slice(start, start + step) for start in range(0, len(values), step))
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Tokenised documents, one after another, as they are: nothing is put between them."""
+    """Tokenised documents, concatenated without anything in between."""
 
     tokens: Int[np.ndarray, " token"]
     lengths: Int[np.ndarray, " document"]
     names: tuple[str, ...]
     rows: bool
-    """Whether each is a row of a token file, which stands for itself."""
+    """Whether each is a row of a token file, to be kept separate."""
     n_marked: int = 0
-    """How many texts hold a `▁` that the tokenizer reads as a space."""
+    """Number of texts with a `▁` that the tokenizer treats as a space."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How blocks are made of documents."""
+    """Layout of documents in blocks."""
 
     block_size: int
     bos: int
     packing: Packing
     bos_at: BosAt
     separator: int | None
-    """Token id of what is put after each document."""
+    """Token id appended to each document."""
 
     @property
     def block_bos(self) -> int:
-        """1 where every block has a column for a BOS of its own."""
+        """1 where every block has a column for its own BOS."""
         return int(self.bos_at in ("both", "block"))
 
     @property
@@ -149,19 +149,19 @@ class Layout:
 
     @property
     def body(self) -> int:
-        """Positions of a block that documents fill."""
+        """Positions of a block available to documents."""
         return self.block_size - self.block_bos
 
 
 class _Spans(NamedTuple):
-    """Where the documents lie in the stream of tokens, and where they go to."""
+    """Positions of documents in the token stream and in the blocks."""
 
     start: Int[np.ndarray, " document"]
-    """Of its text in the tokens."""
+    """Start of its text in the tokens."""
     length: Int[np.ndarray, " document"]
-    """Of its text."""
+    """Length of its text."""
     span: Int[np.ndarray, " document"]
-    """Positions that it takes, BOS and separator included."""
+    """Positions that it takes, including BOS and separator."""
     first: Int[np.ndarray, " document"]
     """`packed`: position in the stream; `rows`: its first block."""
     n_blocks: int
@@ -178,21 +178,21 @@ def pack(
     special: frozenset[int] = frozenset(),
     reading: Mapping[str, Any] | None = None,
 ) -> Corpus:
-    """Lay documents out in blocks.
+    """Pack documents into blocks.
 
     Args:
-        name: of the corpus.
-        split: the side of the split that the documents are of.
+        name: name of the corpus.
+        split: the side of the split of the documents.
         stream: the documents.
-        layout: what goes where.
-        max_tokens: positions at most (rounded down to whole blocks).
-        scratch: folder for the blocks of a corpus that is too large for memory; they vanish with the corpus.
-        special: token ids that are no text.
-        reading: the choices it was read with.
+        layout: the layout.
+        max_tokens: maximum number of positions (rounded down to whole blocks).
+        scratch: folder for the blocks of a corpus too large for memory; they are deleted with the corpus.
+        special: token ids that are not text.
+        reading: the reading options.
 
     Raises:
         CorpusError: less text than one block.
-        OutputError: no room for the blocks.
+        OutputError: no space for the blocks.
     """
     spans = _spans(stream, layout)
     n_documents = len(stream.names)
@@ -224,7 +224,7 @@ def pack(
 
 
 def _groups(span: Int[np.ndarray, " document"], enough: int) -> int:
-    """Documents in the first whole groups that have enough positions."""
+    """Return the documents in the first whole groups that have enough positions."""
     n = int(np.searchsorted(np.cumsum(span), enough)) + 1
     return min(len(span), -(-n // _GROUP) * _GROUP)
 
@@ -233,7 +233,7 @@ def _spans(stream: Stream, layout: Layout) -> _Spans:
     length = stream.lengths.astype(np.int64)
     start = np.cumsum(length) - length
     if layout.document_bos or (layout.packing == "rows" and layout.block_bos):
-        own = np.zeros(len(length), bool)  # a BOS that a document brings is not doubled
+        own = np.zeros(len(length), bool)  # a document's own BOS is not doubled
         own[length > 0] = stream.tokens[start[length > 0]] == layout.bos
         start, length = start + own, length - own
     span = length + layout.document_bos + (layout.separator is not None)
@@ -246,7 +246,7 @@ def _spans(stream: Stream, layout: Layout) -> _Spans:
 def _lay_out(
     stream: Stream, layout: Layout, spans: _Spans, rows: Int[np.ndarray, " row"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, documents and offsets [row, position] of some blocks."""
+    """Return tokens, documents and offsets [row, position] of some blocks."""
     column = np.arange(layout.body)
     if layout.packing == "packed":
         place = rows[:, None] * layout.body + column
@@ -271,12 +271,12 @@ def _lay_out(
 
 
 def _after(first: np.ndarray, rest: np.ndarray) -> np.ndarray:
-    """[row, position] with a column before it."""
+    """Prepend a column to [row, position]."""
     return np.concatenate([first[:, None], rest], axis=1)
 
 
 def _allocate(shape: tuple[int, ...], scratch: Path) -> np.ndarray:
-    """int32 in memory, or in a file without a name where that would be too much."""
+    """Allocate int32 in memory, or in an unnamed file where that would be too much."""
     n_bytes = 4 * int(np.prod(shape))
     if n_bytes <= _IN_MEMORY:
         return np.empty(shape, np.int32)
@@ -294,6 +294,6 @@ def _allocate(shape: tuple[int, ...], scratch: Path) -> np.ndarray:
 
 
 def _reserve(file: int, n_bytes: int) -> None:
-    """Fail now rather than in the middle of writing, where the system can say so."""
+    """Reserve disk space, so that a full disk fails now rather than in the middle of writing."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, n_bytes)

@@ -1,7 +1,7 @@
-"""Tokenised documents on disk, so that a text is tokenised once: whole or absent, and checked when they are read.
+"""Cache of tokenised documents on disk: whole or absent, and validated when read.
 
-`<HEADSCOPE_CACHE>/corpora/<key>/` holds `tokens.i32`, `lengths.i64`, `names.txt` and `manifest.json`. The key is a
-hash of the state of the source, of the tokenizer and of the choices that decide which documents there are.
+`<HEADSCOPE_CACHE>/corpora/<key>/` holds `tokens.i32`, `lengths.i64`, `names.txt` and `manifest.json`. The key is a hash
+of the state of the source, of the tokenizer and of the options that select documents.
 """
 
 import atexit
@@ -25,14 +25,14 @@ from headscope.corpus.blocks import Stream
 from headscope.errors import OutputError
 
 VARIABLE = "HEADSCOPE_CACHE"
-"""The environment variable that names the folder of what may be deleted at any time."""
+"""Environment variable with the folder of the cache, which may be deleted at any time."""
 
 _VERSION = 6
 _FILES = ("tokens.i32", "lengths.i64", "names.txt")
 
 
 def cache_folder() -> Path:
-    """Where tokenised corpora are kept; a temporary folder, with a warning, where there is no place that lasts.
+    """Return the folder of tokenised corpora; a temporary one, with a warning, without a permanent place.
 
     Raises:
         OutputError: there is not even a temporary folder.
@@ -71,7 +71,7 @@ def _temporary(why: str) -> Path:
 
 
 class Writer:
-    """Documents as they are tokenised, written to a folder."""
+    """Writes tokenised documents to a folder as they come."""
 
     def __init__(self, folder: Path) -> None:
         """Open the files."""
@@ -87,7 +87,7 @@ class Writer:
         self.n_documents += 1
 
     def close(self) -> None:
-        """Write what is held."""
+        """Write the buffer."""
         for file in (self._tokens, self._lengths, self._names):
             file.close()
 
@@ -95,15 +95,15 @@ class Writer:
 def cached(
     identity: dict[str, Any], n_tokens: int | None, write: Callable[[Writer], tuple[bool, bool]]
 ) -> tuple[Stream, Path]:
-    """Tokenised documents from the cache, or written to it; processes that want the same wait for one another.
+    """Return tokenised documents from the cache, or write them to it; equal requests wait for one another.
 
     Args:
-        identity: JSON that tells a corpus from all others.
-        n_tokens: tokens that are enough, of a corpus that need not be read to its end; None is all.
-        write: writes the documents until they are enough; returns (whether that was all, whether they are rows).
+        identity: JSON that identifies a corpus.
+        n_tokens: sufficient number of tokens, for a corpus that need not be read to its end; None is all.
+        write: writes documents up to that number; returns (whether that was all, whether they are rows).
 
     Returns:
-        The documents, mapped from the disk, and the folder for other large files.
+        The documents, memory-mapped, and the folder for other large files.
 
     Raises:
         OutputError: the disk is full.
@@ -141,7 +141,7 @@ def _write(folder: Path, identity: dict[str, Any], write: Callable[[Writer], tup
 
 
 def _sound(folder: Path) -> dict[str, Any] | None:
-    """The manifest of what is there; None if nothing is, or, with a warning, if it is damaged."""
+    """Read the manifest of an entry; None if there is none, or, with a warning, if it is damaged."""
     if not folder.exists():
         return None
     try:

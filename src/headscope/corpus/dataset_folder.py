@@ -1,8 +1,8 @@
-"""A copy of a dataset repository: the files of one split of one configuration, as `datasets` chooses them.
+"""Local copy of a dataset repository: the files of one split of one configuration, as `datasets` chooses them.
 
-A folder is taken for one if its `README.md` begins with the YAML header of a dataset card, or if it holds files of rows
-that are named by split (`data/train-00000-of-00001.parquet`, `train.jsonl`, `test/`). Card, licence and the like are no
-documents then.
+A folder is treated as one if its `README.md` starts with the YAML header of a dataset card, or if it has files of rows
+that are named by split (`data/train-00000-of-00001.parquet`, `train.jsonl`, `test/`). Card, licence and the like are
+not documents then.
 """
 
 import re
@@ -26,9 +26,9 @@ _FORMATS = {
     ".arrow": "arrow",
     ".txt": "text",
 }
-"""By ending, as `datasets` has them."""
+"""Formats by suffix, as in `datasets`."""
 _OWN = {".parquet", ".jsonl", ".ndjson"}
-"""Endings of rows that are read here."""
+"""Suffixes of row files that are read here."""
 _NO_DATA = {
     "README.md",
     "config.json",
@@ -49,20 +49,20 @@ _IN_FOLDERS = ("**/{0}/**", "**/{0}{1}*/**", "**/*{1}{0}/**", "**/*{1}{0}{1}*/**
 _IN_NAMES = ("**/{0}{1}*", "**/*{1}{0}{1}*")
 _SHARD = re.compile(r"data/([^/]*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 _ABOUT_CONFIG = {"config_name", "data_files", "data_dir", "default", "version", "description", "features"}
-"""What a configuration says that does not change how its files are read."""
+"""Configuration fields that do not affect how its files are read."""
 
 
 def dataset_rows(folder: Path, files: Mapping[str, Path], reading: Reading) -> dict[str, Path] | None:
-    """Choose the files of a split; None if a folder is no copy of a dataset repository.
+    """Select the files of a split; None if a folder is not a copy of a dataset repository.
 
     Args:
         folder: the folder.
-        files: all files below it, by name.
+        files: all files in it, by name.
         reading: the configuration and the split.
 
     Raises:
         CorpusError: no such configuration or split, a card that cannot be read, rows that only `datasets` can read, or
-            files of which it is not clear whether they belong to a split.
+            files that cannot be assigned to a split.
     """
     card = _card(folder)
     data = [name for name in files if Path(name).name not in _NO_DATA and "/__" not in f"/{name}"]
@@ -105,11 +105,11 @@ def _needs_library(folder: Path, why: str, split: str) -> CorpusError:
 
 
 def _card(folder: Path) -> dict[str, Any] | None:
-    """The header of the dataset's card; None if there is none."""
+    """Read the header of the dataset's card; None if there is none."""
     path = folder / "README.md"
     try:
         text = path.read_text("utf-8-sig") if path.is_file() else ""
-    except (OSError, UnicodeDecodeError):  # a README of a folder of text, which says so where it is read
+    except (OSError, UnicodeDecodeError):  # a README of a text folder, which is reported where it is read
         return None
     header = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
     if header is None:
@@ -126,7 +126,7 @@ def _card(folder: Path) -> dict[str, Any] | None:
 
 
 def _config(folder: Path, card: Mapping[str, Any], wanted: str | None) -> dict[str, Any]:
-    """The configuration that was asked for, or the only or default one."""
+    """Return the requested configuration, or the only or default one."""
     said = card.get("configs") or []
     if not isinstance(said, list) or not all(isinstance(c, dict) and "config_name" in c for c in said):
         raise CorpusError(
@@ -151,7 +151,7 @@ def _config(folder: Path, card: Mapping[str, Any], wanted: str | None) -> dict[s
 
 
 def _said(folder: Path, said: Any, names: Iterable[str]) -> dict[str, list[str]]:
-    """The files of each split, as a configuration names them."""
+    """Return the files of each split according to a configuration."""
     entries = said if isinstance(said, list) else [said]
     if not any(isinstance(entry, dict) for entry in entries):
         entries = [{"split": "train", "path": entries}]
@@ -179,7 +179,7 @@ def _said(folder: Path, said: Any, names: Iterable[str]) -> dict[str, list[str]]
 
 
 def _by_name(names: Iterable[str]) -> dict[str, list[str]] | None:
-    """The files of each split by what they are called; None if no name says it."""
+    """Return the files of each split by their names; None if no name has one."""
     shards: dict[str, list[str]] = {}
     for name in sorted(names):
         if shard := _SHARD.fullmatch(name):
@@ -197,7 +197,7 @@ def _by_name(names: Iterable[str]) -> dict[str, list[str]] | None:
 
 
 def _check_whole(folder: Path, data: Iterable[str], splits: Mapping[str, list[str]]) -> None:
-    """Without a card, refuse what belongs to no split: it may be meant as text."""
+    """Reject, without a card, files that belong to no split: they may be meant as text."""
     of_splits = {name for found in splits.values() for name in found}
     others = [name for name in data if name not in of_splits and not _ABOUT.fullmatch(name)]
     if others:
@@ -209,13 +209,13 @@ def _check_whole(folder: Path, data: Iterable[str], splits: Mapping[str, list[st
 
 
 def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    """Names that match one of the patterns: by pattern, then in order."""
+    """Return names that match one of the patterns: by pattern, then in order."""
     found = [name for pattern in patterns for name in sorted(names) if _regex(pattern).fullmatch(name)]
     return list(dict.fromkeys(found))
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    """Compile a pattern of files, in which `*` matches anything but `/` and `**` any number of folders."""
+    """Compile a file pattern, in which `*` matches anything but `/` and `**` any number of folders."""
     *folders, last = pattern.split("/")
     parts = ["(?:[^/]+/)*" if part == "**" else f"{_part(part)}/" for part in folders]
     return re.compile("".join(parts) + ("(?:[^/]+/)*[^/]+" if last == "**" else _part(last)))
@@ -232,5 +232,5 @@ def _ends(name: str) -> str:
 
 
 def _format(name: str) -> str | None:
-    """By any of its endings: `a.jsonl.gz` is of JSON."""
+    """Return the format by any of its suffixes: `a.jsonl.gz` is JSON."""
     return next((_FORMATS[s] for s in map(str.lower, Path(name).suffixes) if s in _FORMATS), None)

@@ -1,6 +1,6 @@
-"""Which files a folder or a pattern names: links are followed, and what cannot be read is an error that names it.
+"""Find the files of a folder or a glob: links are followed, and unreadable ones are errors that name them.
 
-A file or folder whose name begins with a dot is left out unless the pattern says so, as in a shell.
+Hidden files and folders are skipped unless the pattern has the dot, as in a shell.
 """
 
 import os
@@ -16,15 +16,15 @@ from headscope.errors import CorpusError
 
 
 def text_name(path: str) -> str:
-    """A path as the name of a document: composed (NFC), with escapes for bytes that are not UTF-8.
+    """Convert a path to the name of a document: composed (NFC), with escapes for bytes that are not UTF-8.
 
-    Two systems may write one name with composed and with decomposed characters; the split must not depend on that.
+    Systems differ in composed and decomposed characters; the split must not depend on that.
     """
     return unicodedata.normalize("NFC", readable(path))
 
 
 def readable(path: str) -> str:
-    r"""A path with escapes for bytes that are not UTF-8, as `caf\xe9.txt`."""
+    r"""Format a path with escapes for bytes that are not UTF-8, as `caf\xe9.txt`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -32,7 +32,7 @@ def is_folder(path: Path) -> bool:
     """Whether there is a folder.
 
     Raises:
-        CorpusError: what leads to it cannot be read.
+        CorpusError: its parent cannot be read.
     """
     try:
         return path.is_dir()
@@ -41,18 +41,18 @@ def is_folder(path: Path) -> bool:
 
 
 def files_below(folder: Path, pattern: str) -> dict[str, Path]:
-    """The files below a folder that match a pattern, by name, in the order of their names.
+    """Return the files below a folder that match a pattern, sorted by name.
 
     Args:
-        folder: links in it are followed. What is reached in two ways is one file, under the name without a link.
+        folder: links in it are followed. A file reached in two ways counts once, by the name without a link.
         pattern: parts between slashes, each as in a shell; `**` is any number of folders.
 
     Raises:
-        CorpusError: a folder cannot be listed, a link leads nowhere, something that matches is neither file nor folder,
-            or two files have the same name.
+        CorpusError: a folder cannot be listed, a link is broken, a match is neither file nor folder, or two files have
+            the same name.
     """
     parts = Path(pattern).parts
-    found: dict[str, tuple[str, Path]] = {}  # by the place without links: name, path
+    found: dict[str, tuple[str, Path]] = {}  # by resolved path: name, path
     waiting, behind_links = deque([(folder, (*parts, "*") if parts[-1] == "**" else parts)]), deque()
     seen: set[tuple[str, ...]] = set()
     while waiting or behind_links:
@@ -88,7 +88,7 @@ def _by_name(found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 
 
 def _entries(folder: Path, pattern: str) -> list[os.DirEntry[str]]:
-    """What in a folder matches a part of a pattern, in order."""
+    """Return the entries of a folder that match a part of a pattern, in order."""
     matches = re.compile(translate("*" if pattern == "**" else pattern)).match
     try:
         with os.scandir(folder) as entries:
@@ -99,10 +99,10 @@ def _entries(folder: Path, pattern: str) -> list[os.DirEntry[str]]:
 
 
 def _kind(entry: os.DirEntry[str], *, wanted: bool) -> str:
-    """`file`, `folder` or neither, which is an error where it is wanted."""
+    """Return `file`, `folder` or neither, which is an error where it is needed."""
     try:
         mode = entry.stat().st_mode
-    except OSError as error:  # a link to nothing, or to itself
+    except OSError as error:  # a broken or circular link
         if wanted:
             raise _cannot_read(Path(entry.path), error) from error
         return "nothing"

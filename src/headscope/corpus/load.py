@@ -1,4 +1,4 @@
-"""Read, tokenise and lay out a corpus."""
+"""Read, tokenise and pack a corpus."""
 
 import hashlib
 import time
@@ -21,11 +21,11 @@ from headscope.errors import CorpusError
 from headscope.limits import BlockSize, Tokens, check
 from headscope.tokens import MARK, encode, own_tokenizer, reads_as_space, special_ids
 
-_GROUP = 64  # documents given to the tokenizer at a time, which has a thread a core and hears no Ctrl-C
-_PATIENCE = 1.0  # seconds without a word of progress
+_GROUP = 64  # documents tokenised at a time, with a thread per core and without handling Ctrl-C
+_PATIENCE = 1.0  # seconds before progress is reported
 
 OnTokens = Callable[[int, int | None], None]
-"""Called with the tokens made and, where it is known, about how many there will be."""
+"""Progress callback: called with the tokens so far and, where known, the approximate total."""
 
 
 def load_corpus(
@@ -39,22 +39,22 @@ def load_corpus(
     reading: Reading | None = None,
     on_tokens: OnTokens | None = None,
 ) -> Corpus:
-    """Read, tokenise and lay out a corpus; a text that was tokenised before is taken from the cache.
+    """Read, tokenise and pack a corpus; text that was tokenised before comes from the cache.
 
     Args:
         source: `python` (the standard library of the running interpreter); a file, a folder or a pattern of files:
             UTF-8 text, `.jsonl`, `.parquet`, `.npy`; a folder that `datasets` saved, or a copy of a dataset's
             repository; or a dataset on the hub.
-        tokenizer: used as `own_tokenizer` has it: every text whole, and `<|bos|>` in a document is seven characters.
+        tokenizer: used as by `own_tokenizer`: every text whole, and `<|bos|>` in a document is seven characters.
         bos: token id of the BOS.
         split: documents to take: those for training, those held out, or all.
         block_size: positions in a block, BOS included.
-        max_tokens: stop after this many positions (rounded down to whole blocks).
-        reading: what else may be chosen.
-        on_tokens: called while text is tokenised, once that takes longer than a second.
+        max_tokens: maximum number of positions (rounded down to whole blocks).
+        reading: other reading options.
+        on_tokens: called while tokenising, after the first second.
 
     Raises:
-        CorpusError: the source does not exist, is not what its name says, is empty, or is shorter than one block.
+        CorpusError: the source does not exist, has a wrong format, is empty, or is shorter than one block.
         OutputError: the cache or the blocks of a large corpus do not fit the disk.
     """
     check("block_size", block_size, BlockSize, CorpusError)
@@ -88,10 +88,10 @@ def load_corpus(
 
 
 def read_documents(source: str, reading: Reading | None = None) -> Iterator[Document | TokenDocument]:
-    """Yield the documents that a name stands for, in order.
+    """Yield the documents of a source, in order.
 
     Raises:
-        CorpusError: the source does not exist or is not what its name says.
+        CorpusError: the source does not exist or has a wrong format.
     """
     return find_source(source, reading or Reading(), bos=0).documents()
 
@@ -116,7 +116,7 @@ def _tokenised(
     enough: int | None,
     on_tokens: OnTokens | None,
 ) -> tuple[Stream, Path]:
-    """The documents of one side of the split as token ids, all or as many as are enough, and a folder for more."""
+    """Return token ids of documents on one side of the split, all or sufficiently many, and a folder for more."""
     source = find_source(name, reading, bos)
     state = source.state()
     chosen = reading.as_dict()
@@ -152,7 +152,7 @@ def _write(
     enough: int | None,
     on_tokens: OnTokens | None,
 ) -> tuple[bool, bool]:
-    """Tokenise until there is enough; (whether that is all, whether the documents are rows of token files)."""
+    """Tokenise until there is enough; return (whether that is all, whether the documents are rows of token files)."""
     documents = _in_split(source.documents(), split)
     if reading.shuffle:
         documents = _shuffled(documents, reading.shuffle, reading.shuffle_seed)
@@ -187,7 +187,7 @@ def _write(
 
 
 def _check_marked(documents: list[Document | TokenDocument], special: frozenset[int]) -> None:
-    """Raise CorpusError where a row marks a token as special that is text by the tokenizer."""
+    """Raise CorpusError where a row marks a token as special that is text for the tokenizer."""
     for document in documents:
         marked = document.marked - special if isinstance(document, TokenDocument) else None
         if marked:
@@ -215,7 +215,7 @@ def _in_split(documents: Iterable[Document | TokenDocument], split: Split) -> It
 def _shuffled(
     documents: Iterable[Document | TokenDocument], size: int, seed: int
 ) -> Iterator[Document | TokenDocument]:
-    """Draw from a buffer of so many documents, which is filled up again from the source."""
+    """Shuffle with a buffer of `size` documents, refilled from the source."""
     rng = np.random.default_rng(seed)
     buffer: list[Document | TokenDocument] = []
     for document in documents:

@@ -1,7 +1,7 @@
-"""What stands beside the token ids of a row: masks and positions, as tokenizers and collators of `transformers` write.
+"""Masks and positions that accompany the token ids of a row, as written by tokenizers and collators of `transformers`.
 
-Padding is taken out where a row is read, so that no model and no statistic ever sees it. What is left gives the same
-activations as the padded row under its mask: padding is attended to by nobody, and positions are counted without it.
+Padding is removed where a row is read, so that no model and no statistic ever sees it. The rest gives the same
+activations as the padded row under its mask: padding is not attended to, and positions are counted without it.
 """
 
 import re
@@ -22,24 +22,24 @@ _SAYS_MORE = re.compile(
     r"|^(is|non|not|un)?_?pad(s|ding|ded)?(_?(len(gth)?s?|tokens?|positions?))?$",
     re.IGNORECASE,
 )
-"""Names of columns that say which tokens see one another; of those, `companions` are read and no others."""
+"""Names of columns that say which tokens see one another; only those in `companions` are read."""
 _SAYS_MORE_IN_LISTS = re.compile(
     r"(^|_)(cu_?|max_?)?seq(uence)?_?(lens?|len(gth)?s?|ids?|idx|starts?|ends?|boundaries)(_|$)|(^|_)segment"
     r"|(^|_)doc(ument)?s?_?(ids?|idx|lens?|len(gth)?s?|starts?|ends?|boundaries)(_|$)"
     r"|^((inputs?|tokens?)_?)?pos(ition)?s?(_?ids?)?$",
     re.IGNORECASE,
 )
-"""Likewise, where they hold a list in each row: `doc_id` may also be the name of a document."""
+"""Likewise, for columns with a list in each row: `doc_id` may also be the name of a document."""
 LAYOUT = frozenset({_MASK, _POSITIONS})
-"""Which of `companions` say what is padding, or where sequences begin."""
+"""Those of `companions` that indicate padding, or where sequences start."""
 _NO_LABEL = -100
-"""The label that the losses of torch leave out."""
+"""The label that torch's losses ignore."""
 _LENGTH = re.compile(
     r"((inputs?|ids|tokens?|seq(uence)?|real|true|actual|valid|unpadded|original)_?)?len(gth)?s?"
     r"|(n|nb|num|number_?of)_?tokens|tokens?_?count",
     re.IGNORECASE,
 )
-"""Names of columns that say how many tokens a row has, without padding."""
+"""Names of columns with the number of tokens of a row, without padding."""
 _OTHER_ARRAYS = re.compile(
     r"mask|label|position_?id|token_?type|segment|(^|_)(len(gth)?s?|loss(es)?)(_|$)", re.IGNORECASE
 )
@@ -47,7 +47,7 @@ _OTHER_ARRAYS = re.compile(
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens that attend to one another and to nothing else, without padding; their positions count from 0."""
+    """Tokens that attend only to one another, without padding; their positions count from 0."""
 
     ids: Int[np.ndarray, " token"]
     marked: frozenset[int] = frozenset()
@@ -55,9 +55,9 @@ class Piece:
 
 
 def companions(field: str, names: Sequence[str]) -> dict[str, str]:
-    """The columns that belong to one of token ids, by what they hold: to `x_input_ids`, `x_attention_mask`.
+    """Return the columns that accompany one of token ids, by content: for `x_input_ids`, `x_attention_mask`.
 
-    Columns that say how many tokens there are stand under their own names.
+    Columns with numbers of tokens are returned under their own names.
     """
     found = {kind: name for kind, name in _named(field).items() if name in names}
     return found | {name: name for name in names if name != field and _LENGTH.fullmatch(name)}
@@ -69,14 +69,14 @@ def _named(field: str) -> dict[str, str]:
 
 
 def check_unread(field: str, lists: Mapping[str, bool], where: str) -> None:
-    """Refuse a column beside token ids that says what is padding, or where sequences end, and that is not read.
+    """Reject an unsupported column of padding or sequence boundaries.
 
-    Columns of other token ids, and what belongs to these, may be there.
+    Columns of other token ids, and their companions, are allowed.
 
     Args:
         field: the column of token ids.
-        lists: the name of each column, and whether it holds a list in each row.
-        where: they are, for messages.
+        lists: the name of each column, and whether it has a list in each row.
+        where: their location, for messages.
 
     Raises:
         CorpusError: there is one.
@@ -96,7 +96,7 @@ def check_unread(field: str, lists: Mapping[str, bool], where: str) -> None:
 
 
 def check_holds_ids(name: str, where: str) -> None:
-    """Refuse a file of numbers that by its name holds no token ids but what stands beside them.
+    """Reject a file of numbers whose name indicates masks or positions instead of token ids.
 
     Raises:
         CorpusError: it does.
@@ -111,15 +111,15 @@ def check_holds_ids(name: str, where: str) -> None:
 
 
 def pieces(ids: Int[np.ndarray, " token"], beside: Mapping[str, Any], where: str) -> list[Piece]:
-    """The pieces of a row: one, or one for each sequence that is packed into it.
+    """Split a row into pieces: one, or one for each sequence that is packed into it.
 
     Args:
-        ids: of the row.
-        beside: what `companions` names, by what it holds.
+        ids: token ids of the row.
+        beside: the companions, by content.
         where: the row, for messages.
 
     Raises:
-        CorpusError: masks or positions that do not fit the ids, or of which a run without padding is not the equal.
+        CorpusError: masks or positions that do not fit the ids, or that a run without padding cannot reproduce.
     """
     own = {kind: value for kind, value in beside.items() if kind in (_MASK, _SPECIAL, _POSITIONS)}
     columns = {kind: _column(value, len(ids), kind, where) for kind, value in own.items()}
@@ -138,7 +138,7 @@ def pieces(ids: Int[np.ndarray, " token"], beside: Mapping[str, Any], where: str
 
 
 def _check_whole(ids: Int[np.ndarray, " token"], beside: Mapping[str, Any], where: str) -> None:
-    """Refuse a row without a mask that is padded, by its labels or by the length that it says."""
+    """Reject a row that is padded according to its labels or length, but has no mask."""
     for name, n in beside.items():
         if _LENGTH.fullmatch(name) and isinstance(n, int | float) and 0 <= n < len(ids):
             raise _unmasked(f"{where} has {len(ids)} token ids and says {name} = {n:g}")
@@ -189,7 +189,7 @@ def _binary(values: np.ndarray, kind: str, where: str) -> Bool[np.ndarray, " tok
 
 
 def _kept(mask: np.ndarray | None, n: int, where: str) -> slice:
-    """The tokens that are not padding, which must lie together."""
+    """Return the tokens that are not padding, which must be contiguous."""
     if mask is None:
         return slice(0, n)
     if n and mask.dtype.kind == "f" and not mask.any():
@@ -212,7 +212,7 @@ def _kept(mask: np.ndarray | None, n: int, where: str) -> slice:
 
 
 def _starts(positions: np.ndarray | None, kept: slice, where: str, *, packed: bool) -> list[int]:
-    """Where sequences begin in a row: where positions begin anew, if nothing but these tells them apart."""
+    """Return the starts of sequences in a row: where positions restart, if nothing else separates them."""
     if kept.start == kept.stop:
         return []
     if positions is None:

@@ -1,7 +1,7 @@
-"""Documents of JSONL, Parquet and Arrow files, `.npy` files of token ids, and datasets on the hub: a row each.
+"""Documents from JSONL, Parquet and Arrow files, `.npy` files of token ids, and datasets on the hub: one per row.
 
-A row holds text or token ids. Its side of the split is decided by what it holds, so that a document that is there
-twice is on one side. Nothing here unpickles anything.
+A row holds text or token ids. Its side of the split depends on its content, so that duplicates are on one side. Nothing
+is unpickled.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FIELDS = ("text", "input_ids", "tokens")
-"""Looked for in this order where no field is named."""
+"""Default fields, in order of precedence."""
 
 _BATCH = 1024  # rows read at a time
 _LARGEST = 2**31 - 1
@@ -34,24 +34,24 @@ _LARGEST = 2**31 - 1
 
 @dataclass(frozen=True, eq=False)
 class TokenDocument:
-    """Token ids with a name, and the key that decides their side of the split."""
+    """Token ids with a name, and the key that determines their side of the split."""
 
     name: str
     ids: Int[np.ndarray, " token"]
     key: str
     is_row: bool = True
-    """Whether it is a row that stands for itself, not a piece of a stream."""
+    """Whether it is a separate row, not a piece of a stream."""
     marked: frozenset[int] = frozenset()
     """Ids that the row marks as special (`special_tokens_mask`)."""
     beside: frozenset[str] = frozenset()
-    """What says which of its tokens see one another, as `padding.companions` names it."""
+    """Companions that say which of its tokens see one another, as in `padding.companions`."""
 
 
 def jsonl_documents(path: Path, name: str, reading: Reading) -> Iterator[Document | TokenDocument]:
-    """One document a line of JSON objects.
+    """Yield one document per line of JSON objects.
 
     Raises:
-        CorpusError: a line is no JSON object, or lacks the field.
+        CorpusError: a line is not a JSON object, or lacks the field.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -78,10 +78,10 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
 
 
 def chosen_field(names: Sequence[str], field: str | None, where: str) -> str:
-    """The field to read: the one named, or the first of `FIELDS` that is there.
+    """Return the field to read: the given one, or the first of `FIELDS` that exists.
 
     Raises:
-        CorpusError: it is not there.
+        CorpusError: there is none.
     """
     found = next((f for f in ([field] if field else FIELDS) if f in names), None)
     if found is None:
@@ -102,15 +102,15 @@ def _of_row(row: dict[str, Any], field: str | None, where: str, name: str) -> It
 
 
 def row_documents(value: Any, name: str, beside: Mapping[str, Any] | None = None) -> Iterator[Document | TokenDocument]:
-    """The documents of a row: text, which is cut if it is very long, or token ids without padding; none if it is empty.
+    """Yield the documents of a row: text, split if very long, or token ids without padding; none if it is empty.
 
     Args:
         value: text, or token ids.
-        name: of the row.
-        beside: masks and positions of token ids, as `padding.companions` names them.
+        name: name of the row.
+        beside: masks and positions of token ids, as in `padding.companions`.
 
     Raises:
-        CorpusError: it is neither, or what stands beside it is not understood.
+        CorpusError: it is neither, or has unsupported companions.
     """
     if value is None:
         return
@@ -146,10 +146,10 @@ def _encoded(text: str, name: str) -> bytes:
 
 
 def checked_ids(values: np.ndarray, where: str) -> Int[np.ndarray, " token"]:
-    """A row of token ids in int32.
+    """Convert a row of token ids to int32.
 
     Raises:
-        CorpusError: not whole numbers from 0 on.
+        CorpusError: not non-negative integers.
     """
     if values.size and (values.ndim != 1 or values.dtype.kind not in "iu"):
         raise CorpusError(
@@ -167,10 +167,10 @@ def checked_ids(values: np.ndarray, where: str) -> Int[np.ndarray, " token"]:
 
 
 def npy_documents(path: Path, name: str, bos: int) -> Iterator[TokenDocument]:
-    """Token ids of a `.npy` file: [row, position], or one stream, which is cut before each BOS and nowhere else.
+    """Yield token ids of a `.npy` file: [row, position], or one stream, which is split only before each BOS.
 
     Raises:
-        CorpusError: it is no array of whole numbers in one or two dimensions, or holds Python objects.
+        CorpusError: it is not an array of integers in one or two dimensions, or holds Python objects.
     """
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -202,7 +202,7 @@ def _token_documents(values: np.ndarray, name: str, *, is_row: bool) -> Iterator
 
 
 def parquet_documents(path: Path, name: str, reading: Reading) -> Iterator[Document | TokenDocument]:
-    """One document a row of a Parquet file.
+    """Yield one document per row of a Parquet file.
 
     Raises:
         CorpusError: it is damaged, or lacks the field.
@@ -218,7 +218,7 @@ def parquet_documents(path: Path, name: str, reading: Reading) -> Iterator[Docum
 
 
 def arrow_documents(paths: Iterable[Path], name: str, reading: Reading) -> Iterator[Document | TokenDocument]:
-    """One document a row of the Arrow files of a dataset that was saved to a folder.
+    """Yield one document per row of the Arrow files of a saved dataset.
 
     Raises:
         CorpusError: one is damaged, or lacks the field.
@@ -235,7 +235,7 @@ def arrow_documents(paths: Iterable[Path], name: str, reading: Reading) -> Itera
 
 
 def saved_dataset(folder: Path, split: str) -> list[Path] | None:
-    """The Arrow files of a dataset that `save_to_disk` of `datasets` wrote, in order; None if the folder is none.
+    """Return the Arrow files of a dataset saved by `save_to_disk` of `datasets`, in order; None for other folders.
 
     Raises:
         CorpusError: a file is missing, or there is no such split.
@@ -264,7 +264,7 @@ def saved_dataset(folder: Path, split: str) -> list[Path] | None:
 def _batch_documents(
     batches: "Iterable[pa.RecordBatch]", name: str, field: str, schema: "pa.Schema", first: int = 0
 ) -> Iterator[Document | TokenDocument]:
-    """Rows of batches of a table with these columns, numbered from `first` on."""
+    """Yield rows of batches of a table with these columns, numbered from `first` on."""
     import pyarrow as pa
 
     beside = companions(field, schema.names)
@@ -287,7 +287,7 @@ def _batch_documents(
 
 
 def _is_list(kind: "pa.DataType") -> bool:
-    """Whether values are lists whose items lie one after the other."""
+    """Whether values are lists with contiguous items."""
     import pyarrow as pa
 
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -308,7 +308,7 @@ def _arrow_errors(path: Path) -> Iterator[None]:
 
 
 def hub_documents(name: str, reading: Reading) -> Iterator[Document | TokenDocument]:
-    """One document a row of a dataset on the hub, streamed; no code of the dataset's is run.
+    """Yield one document per row of a dataset on the hub, streamed; none of the dataset's code is run.
 
     Raises:
         CorpusError: `datasets` is not installed, there is no network, no such dataset, configuration, split or field,
@@ -331,7 +331,7 @@ def hub_documents(name: str, reading: Reading) -> Iterator[Document | TokenDocum
             yield from _of_row(dict(row), reading.field, f"{name}, row {i}", f"{name}:{i}")
     except CorpusError:
         raise
-    except Exception as error:  # of a dozen classes of three libraries, by what is wrong with the name or the network
+    except Exception as error:  # a dozen classes of three libraries, for a wrong name or the network
         raise _hub_error(taken, name, error) from error
 
 

@@ -1,4 +1,4 @@
-"""What `--corpus` names: where its documents are, and what tells one state of them from another."""
+"""Resolve `--corpus`: the location of its documents, and their state."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -37,31 +37,31 @@ _NO_TEXT = {
     ".arrow": "pass the folder that save_to_disk wrote, or write it as Parquet",
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"), _PACKED),
 }
-"""By ending: what to do with files that are no text, though some could be read as if they were."""
+"""By suffix: advice on files that are not text, though some could be read as text."""
 _OF_FILES = {*_NO_TEXT, ".txt", ".text", ".md", ".rst", ".tex", ".py", ".html", ".jsonl", ".ndjson", ".parquet", ".npy"}
-"""Endings by which a name is that of a file, not of a dataset on the hub."""
+"""Suffixes that mark a name as a file, not a dataset on the hub."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents, and the state they are in."""
+    """Documents with their state."""
 
     documents: Callable[[], Iterator[Document | TokenDocument]]
     state: Callable[[], list[Any]]
-    """JSON that is another one when the documents may be: names, sizes and times of files, or a name on the hub."""
+    """JSON that changes when the documents may have: names, sizes and times of files, or a name on the hub."""
 
 
 def find_source(name: str, reading: Reading, bos: int) -> Source:
-    """Say what a name stands for.
+    """Resolve a name.
 
     Args:
         name: `python`; a file, a folder or a pattern of files: text, `.jsonl`, `.parquet`, `.npy`; a folder that
             `save_to_disk` of `datasets` wrote, or a copy of a dataset repository; or a dataset on the hub.
-        reading: the field, the configuration and what else is to be known of it.
-        bos: where a stream of token ids is cut.
+        reading: the field, the configuration and other reading options.
+        bos: token at which a stream of token ids is split.
 
     Raises:
-        CorpusError: there is no such thing, or files among it that are no text.
+        CorpusError: it does not exist, or includes files that are not text.
     """
     name = check("corpus", name, Name, CorpusError)
     if name == "python":
@@ -88,7 +88,7 @@ def find_source(name: str, reading: Reading, bos: int) -> Source:
 
 
 def _check_endings(files: dict[str, Path], path: Path) -> None:
-    """Refuse files that would be read as text and are none, by name."""
+    """Reject files that would be read as text and are not, by name."""
     for file in files.values():
         ending = file.suffix.lower()
         if ending in _NO_TEXT:
@@ -103,7 +103,7 @@ def _check_endings(files: dict[str, Path], path: Path) -> None:
 
 
 def _files(name: str) -> dict[str, Path] | None:
-    """Files by the name that decides their side of the split; None if the path is nothing."""
+    """Return files by the name that determines their side of the split; None if the path does not exist."""
     path = Path(name)
     if is_folder(path):
         return files_below(path, "**/*")
@@ -132,7 +132,7 @@ def _documents(files: dict[str, Path], reading: Reading, bos: int) -> Iterator[D
 
 
 def _state(files: dict[str, Path]) -> list[Any]:
-    """What changes when a file does: its name and path, size and times."""
+    """Return what changes with a file: its name and path, size and times."""
     found = []
     for name, path in files.items():
         stat = path.stat()

@@ -1,4 +1,4 @@
-"""Documents of the bundled corpus `python` and of text files, a section at a time."""
+"""Documents of the bundled corpus `python` and of text files, one section at a time."""
 
 import codecs
 import mmap
@@ -18,15 +18,15 @@ _NOT_PYTHON_PROSE = frozenset(
     {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "ensurepip", "pydoc_data"}
     | {"_vendor", "site-packages", "dist-packages", "__pycache__"}
 )
-_SECTION = 65_536  # characters; longer files are cut at line ends, so that one large file can be split too
+_SECTION = 65_536  # characters; longer files are split at line ends, so that one large file can be divided too
 LONGEST_LINE = 1 << 26
-"""Characters in a line at most: a document is cut nowhere else."""
-_LOOKED_AT = 8192  # bytes in which a binary file shows itself
+"""Maximum number of characters in a line: a document is split only at line ends."""
+_LOOKED_AT = 8192  # bytes in which a binary file is detected
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text with the name that decides its side of the split, unless it has a key that does."""
+    """One text with the name that determines its side of the split, unless it has a key for that."""
 
     name: str
     text: str
@@ -34,7 +34,7 @@ class Document:
 
 
 def file_documents(path: Path, name: str, line: str = "<|doc|>") -> Iterator[Document]:
-    """The documents of a text file, parted by a line; long ones are cut at line ends. A section is held at a time.
+    """Yield the documents of a text file, separated by a line; long ones are split at line ends, one section at a time.
 
     Raises:
         CorpusError: it cannot be read, is binary, is not UTF-8, or has a line of more than 64 million characters.
@@ -46,7 +46,7 @@ def file_documents(path: Path, name: str, line: str = "<|doc|>") -> Iterator[Doc
 
 
 def cut_documents(pieces: Iterator[str], name: str, key: str | None = None) -> Iterator[Document]:
-    """Name the sections of one document; one of several is told by its number, and blank ones are left out."""
+    """Name the sections of one document; several are numbered, and blank ones are skipped."""
     first, second = next(pieces, ""), next(pieces, None)
     if second is None:
         named = [(name, first)]
@@ -58,7 +58,7 @@ def cut_documents(pieces: Iterator[str], name: str, key: str | None = None) -> I
 
 
 def sections(text: str) -> Iterator[str]:
-    """Cut a long text at line ends; a text of ordinary length stays whole."""
+    """Split a long text at line ends; a text of ordinary length stays whole."""
     start = 0
     while start < len(text):
         end = text.find("\n", start + _SECTION) if len(text) > _SECTION else -1
@@ -68,10 +68,10 @@ def sections(text: str) -> Iterator[str]:
 
 
 def _pieces(path: Path, line: str) -> Iterator[tuple[int, str]]:
-    """(number of a document, a section of it).
+    """Yield (document number, section).
 
-    A line that parts documents is no text, nor is the line end before it. With no line since the one before it, or
-    since the beginning, it parts nothing, so it counts for no number.
+    A separator line is not text, nor is the line end before it. Without a line since the previous one, or since the
+    start, it separates nothing, so it does not increase the number.
     """
     i, held, size, begun = 0, [], 0, False
     for current, following in pairwise(chain(_read_lines(path), [""])):
@@ -88,7 +88,7 @@ def _pieces(path: Path, line: str) -> Iterator[tuple[int, str]]:
 
 
 def _parts(current: str, line: str) -> bool:
-    """Whether what was read is the line that parts documents, which may be the last one, without a line end."""
+    """Whether the current text is the separator line, which may be the last one, without a line end."""
     return _without_end(current) == line
 
 
@@ -97,7 +97,7 @@ def _without_end(line: str) -> str:
 
 
 def _is_parted(path: Path, line: str) -> bool:
-    """Whether a file has such a line after another line."""
+    """Whether a file has a separator after another line."""
     return _has(path, line.encode()) and any(
         _parts(b, line) and not _parts(a, line) for a, b in pairwise(_read_lines(path))
     )
@@ -105,7 +105,7 @@ def _is_parted(path: Path, line: str) -> bool:
 
 def _read_lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:  # line ends stay as they are
+        with path.open(encoding="utf-8-sig", newline="\n") as file:  # line ends are preserved
             while line := file.readline(LONGEST_LINE):
                 if len(line) == LONGEST_LINE:
                     raise CorpusError(
@@ -125,7 +125,7 @@ def _read_lines(path: Path) -> Iterator[str]:
 
 
 def _bad_byte(path: Path) -> int:
-    """Where in a file the first byte is that is not UTF-8."""
+    """Return the position of the first byte in a file that is not UTF-8."""
     decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -167,9 +167,9 @@ def _unreadable(path: Path, error: OSError) -> CorpusError:
 
 
 def python_files() -> Iterator[tuple[str, Path]]:
-    """(dotted name, file) of each module of the standard library of the running interpreter.
+    """Return (dotted name, file) of each module of the running interpreter's standard library.
 
-    Left out: tests, idlelib, lib2to3, encodings, vendored copies, and generated data.
+    Excluded: tests, idlelib, lib2to3, encodings, vendored copies, and generated data.
     """
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
@@ -180,7 +180,7 @@ def python_files() -> Iterator[tuple[str, Path]]:
 
 
 def python_documents() -> Iterator[Document]:
-    """The standard library of the running interpreter, one document a module, named by its dotted name."""
+    """Yield the running interpreter's standard library, one document per module, named by its dotted name."""
     for dotted, path in python_files():
         text = "".join(_read_lines(path))
         if text.strip():

@@ -1,1 +1,1 @@
-"""Language models behind one small interface: read activations, edit a run, and know the weights."""
+"""Language models behind one small interface: read activations, edit a run, and access the weights."""

@@ -1,9 +1,9 @@
-"""Whether a model computes what is read off its weights.
+"""Check that a model computes what its weights imply.
 
-Studies read W_O, W_U and the norms as weights, take the residual stream to be the sum of what is added to it, and
-attention to be causal. A module that is wrapped (an adapter that is not merged, a quantised layer), a hook or a changed
-`forward` can compute something else and still have a `weight`. So a model is run once, on a few tokens, when it is
-loaded, and each step is held against the weights; attention step by step, and W_V, when they are first read.
+Studies use W_O, W_U and the norms as weights, and assume that the residual stream is the sum of its additions and that
+attention is causal. A wrapped module (an unmerged adapter, a quantised layer), a hook or a changed `forward` can
+compute something else and still have a `weight`. So a model is run once, on a few tokens, when it is loaded, and each
+step is compared with the weights; attention step by step, and W_V, on first use.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,30 +23,30 @@ if TYPE_CHECKING:
     from headscope.models.hf import Model
     from headscope.models.running import Running
 
-_LENGTH, _SHARED = 32, 16  # tokens of each of two rows, and how many of them are the same in both
+_LENGTH, _SHARED = 32, 16  # tokens in each of two rows, and the number that they share
 _STREAM: tuple[AnyKind, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}  # RMSNorms of transformers compute in float32 at most
 _OURS = ("torch.nn.modules.", "transformers.", "headscope.")
-_SPREAD = 8.0  # roundings of one component: they differ more than those of all together
-_SUMMED = 20.0  # roundings of what is computed in other steps, each of them rounded
-_PARAMETRISED = "parametrizations"  # of torch: `weight` is made of these whenever it is read
+_SPREAD = 8.0  # rounding errors of one component: they vary more than those of all together
+_SUMMED = 20.0  # rounding errors of what is computed in other steps, each of them rounded
+_PARAMETRISED = "parametrizations"  # of torch: `weight` is computed from these on access
 _NAMED = 3  # of what is unusual about a model
 _UNREADABLE = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 class _Step(NamedTuple):
-    """One step of a run, as it was computed and as it is read."""
+    """One step of a run, as computed and as implied by the weights."""
 
     what: str
     module: nn.Module
     got: Tensor
     read: Callable[[], Tensor]
     loose: float = 0.25
-    """The tolerance, in roundings: products and sums are recomputed as `transformers` does, mostly bit for bit."""
+    """Tolerance, in rounding errors: products and sums are recomputed as `transformers` does, mostly bit for bit."""
 
 
 class _Call(NamedTuple):
-    """What a module was given and what it put out."""
+    """Input and output of a module."""
 
     x: Tensor
     out: Tensor
@@ -54,11 +54,11 @@ class _Call(NamedTuple):
 
 @torch.no_grad()
 def check_agreement(model: "Model") -> None:
-    """Run a model on a few tokens and hold what its modules compute against their weights.
+    """Run a model on a few tokens and compare its modules with their weights.
 
     Raises:
-        ModelError: a module computes something else than its weights say, something else than its parts is added to
-            the residual stream, or attention sees later tokens. It names what was found there.
+        ModelError: a module deviates from its weights, the residual stream from the sum of its parts, or attention sees
+            later tokens. It names the unusual part.
     """
     try:
         for step in _steps(model, _tokens(model)):
@@ -71,7 +71,7 @@ def check_agreement(model: "Model") -> None:
 
 @torch.no_grad()
 def check_attention(model: "Running", layer: int) -> None:
-    """Hold z, and z as it is computed step by step, against `pattern @ value` on a few tokens.
+    """Compare z, and z computed step by step, with `pattern @ value` on a few tokens.
 
     Raises:
         ModelError: the layer mixes values in another way.
@@ -89,10 +89,10 @@ def check_attention(model: "Running", layer: int) -> None:
 
 @torch.no_grad()
 def check_values(model: "Model", layer: int, weights: Float[Tensor, "d_model z"]) -> None:
-    """Hold the values of a layer against its W_V, for a few inputs.
+    """Compare the values of a layer with its W_V, for a few inputs.
 
     Raises:
-        ModelError: they are not linear in what the norm before attention puts out.
+        ModelError: they are not linear in the output of the norm before attention.
     """
     norm = model._blocks[layer].attention_norm
     generator = torch.Generator().manual_seed(0)
@@ -106,17 +106,17 @@ def check_values(model: "Model", layer: int, weights: Float[Tensor, "d_model z"]
 def check_step(
     model: "Running", what: str, module: nn.Module, got: Tensor, read: Callable[[], Tensor], *, loose: float = 1.0
 ) -> None:
-    """Raise ModelError where a step of a run is not what is read of it, but for rounding.
+    """Raise ModelError where a step of a run deviates from its recomputation by more than rounding.
 
     Numbers that overflow in half precision are not compared.
 
     Args:
-        model: of which a module is.
-        what: was computed.
-        module: that computed it.
-        got: what it computed.
-        read: gives what is read instead.
-        loose: how much more than the rounding of one product is allowed.
+        model: the model of the module.
+        what: name of the quantity.
+        module: the module that computed it.
+        got: the computed value.
+        read: recomputes it.
+        loose: tolerance relative to the rounding of one product.
     """
     try:
         expected = read()
@@ -136,9 +136,10 @@ def check_step(
 def _check_components(
     model: "Running", what: str, module: nn.Module, got: Tensor, expected: Tensor, tolerance: float
 ) -> None:
-    """Raise ModelError where one component of all vectors is off: a few large ones hide the others in a norm of all.
+    """Raise ModelError where one component of all vectors deviates: a few large ones hide the others in a norm of all.
 
-    A component is allowed the rounding of its own size, of the usual one, and of a ten thousandth of the largest.
+    The tolerance of a component is the rounding of its own size, of the typical one, and of a ten thousandth of the
+    largest.
     """
     miss, size = (got - expected).norm(dim=0), torch.maximum(got.norm(dim=0), expected.norm(dim=0))
     excess = miss - tolerance * (size + size.median() + 1e-4 * size.max())
@@ -149,12 +150,12 @@ def _check_components(
 
 
 def not_plain(name: str, what: str, module: nn.Module) -> ModelError:
-    """The error for a module that computes something else than its weights say.
+    """Make the error for a module that deviates from its weights.
 
     Args:
-        name: of the model.
-        what: is wrong.
-        module: where; what it holds that `transformers` does not put there is named.
+        name: name of the model.
+        what: the problem.
+        module: the module; the error names its parts that are not from `transformers`.
     """
     found = list(_found(module))
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
@@ -167,7 +168,7 @@ def not_plain(name: str, what: str, module: nn.Module) -> ModelError:
 
 
 def _found(module: nn.Module) -> Iterator[str]:
-    """What is unusual about a module and those in it."""
+    """Describe what is unusual about a module and its submodules."""
     for path, part in module.named_modules():
         own, at = type(part), f" at {path}" if path else ""
         if not f"{own.__module__}.".startswith(_OURS):
@@ -179,7 +180,7 @@ def _found(module: nn.Module) -> Iterator[str]:
 
 
 def _read_off(model: "Model") -> Iterator[tuple[str, nn.Module]]:
-    """The modules whose weights are read."""
+    """Yield the modules whose weights are used."""
     for layer, part in enumerate(model._blocks):
         yield f"the output projection of layer {layer}", part.output_projection
         norms = part.attention_norm, part.attention_post_norm, part.mlp_norm, part.mlp_post_norm
@@ -189,7 +190,7 @@ def _read_off(model: "Model") -> Iterator[tuple[str, nn.Module]]:
 
 
 def _check_no_others(name: str, what: str, module: nn.Module) -> None:
-    """Refuse weights besides those that are read, though they add nothing yet: an adapter that begins at 0."""
+    """Reject weights besides those that are used, even without effect yet: an adapter that starts at 0."""
     read = [getattr(module, key, None) for key in ("weight", "bias")]
     others = [
         key
@@ -201,7 +202,7 @@ def _check_no_others(name: str, what: str, module: nn.Module) -> None:
 
 
 def _tokens(model: "Running") -> Int[Tensor, "2 position"]:
-    """Two rows that begin alike."""
+    """Return two rows with a common prefix."""
     length = min(_LENGTH, model.spec.context)
     rows = torch.arange(1, 2 * length + 1, device=model.device).view(2, length) * 7919 % model.spec.d_vocab
     rows[1, : min(_SHARED, length - 1)] = rows[0, : min(_SHARED, length - 1)]
@@ -209,7 +210,7 @@ def _tokens(model: "Running") -> Int[Tensor, "2 position"]:
 
 
 def _steps(model: "Model", tokens: Tensor) -> Iterator[_Step]:
-    """All that a run of the model computes and that is read off weights somewhere."""
+    """Yield all steps of a run that are recomputed from weights somewhere."""
     calls, stream, last, logits = _run(model, tokens)
     for layer, part in enumerate(model._blocks):
         of = f"of layer {layer}"
@@ -243,7 +244,7 @@ def _steps(model: "Model", tokens: Tensor) -> Iterator[_Step]:
 
 
 def _run(model: "Model", tokens: Tensor) -> tuple[dict[nn.Module, _Call], dict[Site, Tensor], Tensor, Tensor]:
-    """What modules are given and put out, the residual stream, the last hidden state and the logits."""
+    """Run the model; return inputs and outputs of modules, residual stream, last hidden state and logits."""
     calls: dict[nn.Module, _Call] = {}
     stream: dict[Site, Tensor] = {}
     last: list[Tensor] = []
@@ -276,7 +277,7 @@ def _of_norm(what: str, norm: Norm, call: _Call, given: Tensor | None) -> Iterat
 
 
 def _prefixes(z: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-    """The part of z where both rows are alike: of the one, and of the other."""
+    """Return the part of z where both rows agree: of the first, and of the second."""
     n = min(_SHARED, z.shape[1] - 1)
     return z[0, :n], _as_is(z[1, :n])
 
@@ -286,5 +287,5 @@ def _as_is(value: Tensor) -> Callable[[], Tensor]:
 
 
 def _sum(*parts: Tensor) -> Callable[[], Tensor]:
-    """In the order in which `transformers` adds, so that rounding is the same."""
+    """Sum in the order of `transformers`, so that rounding is the same."""
     return partial(sum, parts[1:], start=parts[0])

@@ -1,10 +1,10 @@
-"""TransformerLens' short names of models, which files of SAEs use, and the repositories on the hub that they mean."""
+"""TransformerLens' short names of models, which SAE files use, and the hub repositories they refer to."""
 
 import re
 
 _PYTHIA_SIZES = {"19m": "70m", "125m": "160m", "350m": "410m", "800m": "1b", "1.3b": "1.4b", "2.7b": "2.8b"}
 _PYTHIA_SIZES |= {"6.7b": "6.9b", "13b": "12b"}
-"""Pythia's sizes as they were first called, and as they are called now."""
+"""Pythia's original size names, and the current ones."""
 
 _SAME: dict[str, str] = {
     "01-ai": "Yi-6B Yi-6B-Chat Yi-34B Yi-34B-Chat",
@@ -22,7 +22,7 @@ _SAME: dict[str, str] = {
         expanse-gpt2-small-x777 arwen-gpt2-medium-x21 beren-gpt2-medium-x49 celebrimbor-gpt2-medium-x81
         durin-gpt2-medium-x343 eowyn-gpt2-medium-x777""",
 }
-"""By organisation: repositories whose short name is their own, in lower case."""
+"""By organisation: repositories whose short name is their own in lower case."""
 
 _OTHERS: dict[str, str] = {
     "gpt2": "gpt2-small",
@@ -59,7 +59,7 @@ _ALIASES |= {alias: repository for repository, aliases in _OTHERS.items() for al
 
 
 def repository_of(name: str) -> str:
-    """The name that the hub has for a model; a name that is no alias is returned as it is."""
+    """Return the hub name of a model; a name that is not an alias is returned unchanged."""
     short = name.removeprefix("EleutherAI/").lower()
     if short in _ALIASES:
         return _ALIASES[short]

@@ -1,7 +1,7 @@
 """Attention of a `transformers` model, step by step for the layers where a step is read or edited, SDPA for all others.
 
 `transformers` lets a model's attention function be exchanged by name. The one registered here calls SDPA, with SDPA's
-masks, unless its layer is watched or caps its scores; so the layers that are not keep their path, bit for bit.
+masks, unless its layer is watched or caps its scores; so all other layers are unaffected, bit for bit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +22,10 @@ from headscope.site import AnyKind
 IMPLEMENTATION = "headscope"
 
 ATTENTION_KINDS: tuple[AnyKind, ...] = ("q", "k", "v", "scores", "pattern")
-"""What is inside the attention function, where no module's hook can reach it."""
+"""Steps inside the attention function, out of reach of module hooks."""
 
 Steps = Mapping[AnyKind, Callable[[Tensor], Tensor]]
-"""For each of these kinds in use, a function that is given the value of that step and returns the one to go on with."""
+"""For each of these kinds in use, a function of the value of that step that returns its replacement."""
 
 _watched: dict[nn.Module, Steps] = {}  # by attention module
 
@@ -36,7 +36,7 @@ class Attention:
 
     pattern: Float[Tensor, "batch head query source"]
     value: Float[Tensor, "batch source head d_head"]
-    """b_V included; shared value heads are repeated for each of their query heads."""
+    """Includes b_V; shared value heads are repeated for each of their query heads."""
     z: Float[Tensor, "batch query z"]
     """Heads concatenated head-major: the input of the output projection."""
 
@@ -44,16 +44,16 @@ class Attention:
 def repeat_heads(
     value: Float[Tensor, "batch source kv_head d_head"], n_heads: int
 ) -> Float[Tensor, "batch source head d_head"]:
-    """Keys or values for each query head: shared ones are repeated for the query heads that share them, in order."""
+    """Expand keys or values to query heads: shared ones are repeated for the query heads that share them, in order."""
     groups = n_heads // value.shape[2]
     return value if groups == 1 else value.repeat_interleave(groups, dim=2)
 
 
 @contextmanager
 def watching(model: PreTrainedModel, steps: Mapping[nn.Module, Steps]) -> Iterator[None]:
-    """Within the block, the attention modules named hand their steps to these functions.
+    """Within the block, the named attention modules pass their steps to these functions.
 
-    Blocks nest: for a module named again the inner functions stand in for the outer ones.
+    Blocks nest: for a module named again the inner functions replace the outer ones.
     """
     if not steps:
         yield
@@ -65,7 +65,7 @@ def watching(model: PreTrainedModel, steps: Mapping[nn.Module, Steps]) -> Iterat
     try:
         yield
     finally:
-        for module in steps:  # those of models that other threads run stay
+        for module in steps:  # those of models run by other threads stay
             del _watched[module]
         _watched.update(outer)
         model.set_attn_implementation(implementation)  # pyright: ignore[reportArgumentType] - a loaded model has one
@@ -83,7 +83,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """`transformers`' attention function, on `[batch, head, position, d_head]`; no mask means a causal one.
 
-    A query that sees nothing, as of padding, has a pattern of zeros, as in SDPA.
+    A query that sees nothing, such as padding, has a pattern of zeros, as in SDPA.
     """
     steps = _watched.get(module, {})
     query = _by_position(steps, "q", query)
@@ -120,7 +120,7 @@ def _step(steps: Steps, kind: AnyKind, value: Tensor) -> Tensor:
 
 
 def _by_position(steps: Steps, kind: AnyKind, value: Tensor) -> Tensor:
-    """The same for a value `[batch, head, position, d_head]`, handed over as `[batch, position, head, d_head]`."""
+    """Apply the same to a value `[batch, head, position, d_head]`, passed as `[batch, position, head, d_head]`."""
     return steps[kind](value.transpose(1, 2)).transpose(1, 2) if kind in steps else value
 
 

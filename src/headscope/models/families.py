@@ -1,6 +1,6 @@
-"""Where the parts of an attention layer lie in each `transformers` model family: one row a family.
+"""Locations of the parts of an attention layer in each `transformers` model family: one row per family.
 
-docs/models.md says what to check before a row is added, and shows the table as it is.
+docs/models.md lists the checks before a row is added, and shows the current table.
 """
 
 import operator
@@ -17,7 +17,7 @@ class NoMLP(nn.Module):
     """The MLP of an attention-only model: adds nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zeros."""
+        """Return zeros."""
         return torch.zeros_like(x)
 
 
@@ -38,12 +38,12 @@ class Block:
 
     @property
     def attention_out(self) -> nn.Module:
-        """Its output is what attention adds to the residual stream."""
+        """The module whose output attention adds to the residual stream."""
         return self.output_projection if self.attention_post_norm is None else self.attention_post_norm.module
 
     @property
     def mlp_out(self) -> nn.Module:
-        """Its output is what the MLP adds to the residual stream."""
+        """The module whose output the MLP adds to the residual stream."""
         return self.mlp if self.mlp_post_norm is None else self.mlp_post_norm.module
 
 
@@ -52,7 +52,7 @@ class Family:
     """Dotted paths of the parts; those below `blocks` are relative to one block."""
 
     models: str
-    """Those people know it by."""
+    """Common names of the models."""
     blocks: str
     attention_norm: str
     attention: str
@@ -62,25 +62,25 @@ class Family:
     mlp: str
     final_norm: str
     attention_post_norm: str | None = None
-    """A norm between the output projection and the residual stream: what attention adds is not linear in z."""
+    """A norm between the output projection and the residual stream: attention's output is then not linear in z."""
     mlp_post_norm: str | None = None
     transposed: bool = False
-    """GPT-2's Conv1D keeps weights as [in, out]; torch's Linear as [out, in]."""
+    """Whether weights are stored as [in, out] (GPT-2's Conv1D), not [out, in] (torch's Linear)."""
     qk_norm: bool = False
-    """Queries and keys are normed: scores are not bilinear in what the attention norm puts out."""
+    """Whether queries and keys are normalised: scores are then not bilinear in the attention norm's output."""
     scores_capped: bool = False
-    """Its config's `attn_logit_softcapping` holds."""
+    """Whether its config's `attn_logit_softcapping` applies."""
     logits_capped: bool = False
-    """Its config's `final_logit_softcapping` holds."""
+    """Whether its config's `final_logit_softcapping` applies."""
     may_be_parallel: bool = False
-    """Its config's `use_parallel_residual` holds."""
+    """Whether its config's `use_parallel_residual` applies."""
     gain_from_one: bool = False
-    """The weights of its norms are what their gains exceed 1 by."""
+    """Whether the weights of its norms are the gains minus 1."""
     not_mixed: str | None = None
-    """Why z is not `pattern @ v` with v linear in the normed stream; then there is no DFA by source."""
+    """Reason why z is not `pattern @ v` with v linear in the normed stream; then there is no DFA by source."""
 
     def parts(self, block: nn.Module) -> Block:
-        """Find the parts of a block."""
+        """Locate the parts of a block."""
 
         def part(path: str) -> nn.Module:
             return operator.attrgetter(path)(block)
@@ -170,7 +170,7 @@ FAMILIES: dict[str, Family] = {
         not_mixed="its values are made of a compressed stream with a norm of its own (MLA)",
     ),
 }
-"""By the `model_type` of a model's config.json."""
+"""Families by the `model_type` of a model's config.json."""
 
 
 def family_of(model_type: str) -> Family:

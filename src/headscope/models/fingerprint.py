@@ -1,8 +1,8 @@
-"""Which model it is: a hash of all that decides what it computes, the same under every version of `transformers`.
+"""Identity of a model: a hash of all that determines its function, the same under every version of `transformers`.
 
-Weights are hashed by the part that they play (`block.3.self_attn.v_proj.weight`, `unembedding.weight`), settings by
-their meaning (`settings.py`). What a version of `transformers` calls a module, what a configuration says of generation
-or training, and the parts of a model that text never reaches play no role.
+Weights are hashed by role (`block.3.self_attn.v_proj.weight`, `unembedding.weight`), settings by their meaning
+(`settings.py`). Module names of a version of `transformers`, settings of generation or training, and parts of a model
+that text never reaches are ignored.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ from headscope.models.spec import ModelSpec
 
 _NOT_HASHED_EARLIER = {"architectures", "dtype", "name_or_path", "torch_dtype", "transformers_version", "use_cache"}
 _RENAMED = {"lm_head.weight": "embed_out.weight", "embed_out.weight": "lm_head.weight"}
-"""The unembedding of GPT-NeoX, in versions of `transformers` on either side of 5.14."""
+"""The unembedding of GPT-NeoX, in versions of `transformers` before and from 5.14."""
 
 
 def fingerprint(
     module: PreTrainedModel, family: Family, spec: ModelSpec, bos: int, dtype: torch.dtype | None = None
 ) -> str:
-    """`sha256:<hex>` of a model's settings, BOS and weights; with a dtype, of its weights as rounded to it."""
+    """Return `sha256:<hex>` of a model's settings, BOS and weights; with a dtype, of its weights rounded to it."""
     digest = hashlib.sha256(_json([computed(module.config, spec), bos]))
     hashed: dict[tuple[Any, ...], str] = {}  # tied weights are read once
     for role, tensor in sorted(_by_role(module, family)):
@@ -40,9 +40,9 @@ def fingerprint(
 
 @torch.no_grad()
 def checksum(*tensors: Tensor) -> tuple[int, ...]:
-    """Numbers that change with the values of tensors, in a hundredth of the time of a hash; not across processes.
+    """Checksum tensors in a hundredth of the time of a hash; only comparable within a process.
 
-    Versions of tensors are no substitute: `tensor.data` and fused optimisers change values and not versions.
+    Tensor versions are no substitute: `tensor.data` and fused optimisers change values and not versions.
     """
     return tuple(int(_sum_of_bits(tensor)) for tensor in tensors if tensor.numel())
 
@@ -51,14 +51,14 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
     rows = (tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(-1, 1)).contiguous()
     if rows.shape[1] * rows.itemsize % 8:
         rows = rows.double()
-    sums = rows.view(torch.int64).sum(1)  # of whole numbers, so the same in any order
+    sums = rows.view(torch.int64).sum(1)  # of integers, so the same in any order
     return (sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()
 
 
 def earlier_fingerprints(module: PreTrainedModel, bos: int, dtype: torch.dtype | None = None) -> Iterator[str]:
-    """Hashes that artefacts of earlier versions have of the same model: names and the whole configuration were in them.
+    """Return hashes of the same model by earlier versions, which included names and the whole configuration.
 
-    Of what versions of `transformers` spell differently, each spelling is tried.
+    Each spelling used by a version of `transformers` is included.
     """
     own = {k: v for k, v in module.config.to_dict().items() if k not in _NOT_HASHED_EARLIER and k[0] != "_"}
     configs, renames = [own], [{}]
@@ -78,7 +78,7 @@ def earlier_fingerprints(module: PreTrainedModel, bos: int, dtype: torch.dtype |
 
 
 def _by_role(module: PreTrainedModel, family: Family) -> Iterator[tuple[str, Tensor]]:
-    """Weights and persistent buffers that text reaches, by the part that they play."""
+    """Return the weights and persistent buffers that text reaches, by role."""
     body = family.blocks.rpartition(".")[0]
     roles = {family.blocks: "block", family.final_norm: "final_norm", body: "body"}
     ends = {module.get_input_embeddings(): "embedding", module.get_output_embeddings(): "unembedding"}
@@ -91,7 +91,7 @@ def _by_role(module: PreTrainedModel, family: Family) -> Iterator[tuple[str, Ten
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A weight in another precision; buffers stay in theirs, as where a model is loaded."""
+    """Round a weight to another precision; buffers keep theirs, as when a model is loaded."""
     return tensor.to(dtype) if dtype is not None and isinstance(tensor, nn.Parameter) else tensor
 
 

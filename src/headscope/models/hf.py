@@ -1,4 +1,4 @@
-"""A `transformers` causal language model: what it computes (`running.py`), and what its weights say."""
+"""A `transformers` causal language model: its forward pass (`running.py`) and its weights."""
 
 import copy
 from collections.abc import Callable, Hashable
@@ -30,28 +30,28 @@ class Model(Running):
     _directions: tuple[Hashable, Tensor] | None = None  # logit directions, and the state of the weights they are of
 
     def replica(self) -> "Model":
-        """A model that shares the weights of this one and nothing else: for another thread to run at the same time."""
+        """Return a model that shares only the weights of this one, to run in another thread."""
         shared = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}
         return Model(copy.deepcopy(self.module, shared), self.tokenizer, self.bos, self.spec.name)
 
     def fingerprint(self) -> str:
-        """`sha256:<hex>` of all that decides what the model computes: its settings, BOS and weights."""
+        """`sha256:<hex>` of all that determines the model's function: its settings, BOS and weights."""
         return fingerprint(self.module, self.family, self.spec, self.bos)
 
     def matches(self, known: str, dtype: str | None = None) -> bool:
-        """Whether a fingerprint that an artefact keeps is of this model.
+        """Whether a fingerprint stored in an artefact is of this model.
 
         Args:
-            known: as `fingerprint` has it, or as earlier versions of headscope had it.
-            dtype: the precision that the artefact's model was in, e.g. `bfloat16`; this model's own when not given.
-                Weights are rounded to a lower precision to be compared; in a higher one they cannot be.
+            known: a `fingerprint`, also of earlier versions of headscope.
+            dtype: the precision of the artefact's model, e.g. `bfloat16`; default: this model's own. Weights are
+                rounded to a lower precision for comparison; a higher one cannot be compared.
         """
         own = self.module.dtype
         stated = _DTYPES.get(dtype or "", own)
         if torch.promote_types(stated, own) != own:
             return False
         question = known, stated, checksum(*self.module.state_dict(keep_vars=True).values())
-        if question not in self._matched:  # reading all weights takes seconds a gigabyte
+        if question not in self._matched:  # reading all weights takes seconds per gigabyte
             rounded = None if stated == own else stated
             current = fingerprint(self.module, self.family, self.spec, self.bos, rounded)
             self._matched[question] = known == current or known in earlier_fingerprints(self.module, self.bos, rounded)
@@ -59,7 +59,7 @@ class Model(Running):
 
     @cached_property
     def _matched(self) -> dict[tuple, bool]:
-        """What `matches` has answered, by its question and the state of the weights."""
+        """Cached results of `matches`, by arguments and state of the weights."""
         return {}
 
     # ------------------------------------------------------------------------------------------------------- weights
@@ -81,7 +81,7 @@ class Model(Running):
 
     @property
     def no_direct_path(self) -> str | None:
-        """Why what a direction of z adds to the logits directly is no linear function of it; None where it is one."""
+        """Reason why the direct effect of a direction of z on the logits is not linear; None where it is."""
         if self.spec.post_norm:
             return "a norm after the output projection divides by the size of all that attention adds"
         if self.spec.logits_cap is not None:
@@ -89,10 +89,10 @@ class Model(Running):
         return None
 
     def check_direct_path(self) -> None:
-        """Refuse what needs the direct path from z to the logits, before any work.
+        """Raise an error, before any work, unless the model has a linear direct path from z to the logits.
 
         Raises:
-            ModelError: the model has none that is linear in z.
+            ModelError: it has none.
         """
         if self.no_direct_path is not None:
             raise ModelError(
@@ -102,10 +102,10 @@ class Model(Running):
             )
 
     def output_directions(self, layer: int) -> Float[Tensor, "z d_model"]:
-        """What a direction of z adds to the residual stream, when the norm after the output projection has scale 1.
+        """Return what each direction of z adds to the residual stream, at scale 1 of a norm after W_O.
 
-        W_O where there is no such norm. Else `W_O * gain` of it; its scale, which differs by token, is left out, as
-        `logit_directions` leaves out the final norm's. So ratios of one token's parts are exact, their sizes not.
+        W_O where there is no such norm. Otherwise `W_O * gain`; its token-dependent scale is omitted, like that of the
+        final norm in `logit_directions`. So ratios of one token's parts are exact, but their sizes are not.
         """
         self.check_layer(layer)
         norm, weight = self._blocks[layer].attention_post_norm, self._output_weight(layer)
@@ -117,11 +117,11 @@ class Model(Running):
 
     @property
     def logit_directions(self) -> Float[Tensor, "d_model d_vocab"]:
-        """What a residual direction adds to the logits when the final norm's scale is 1: `centre(u) * gain @ W_U`.
+        """Return effects of residual directions on logits at scale 1 of the final norm: `centre(u) * gain @ W_U`.
 
-        The final norm's gain and (for LayerNorm) centring are folded in, its scale is left out, and the result is
-        centred over the vocabulary, to which softmax is blind. So TransformerLens' processed `W_U`. Of a model that
-        caps its logits, these are those before the cap. Kept until the weights change.
+        The final norm's gain and (for LayerNorm) centring are folded in, its scale is omitted, and the result is
+        centred over the vocabulary, which does not change the softmax. Equals TransformerLens' processed `W_U`. For a
+        model that caps its logits, the effect is before the cap. Cached until the weights change.
         """
         norm = self._final_norm
         read = (t for t in (self._unembedding.weight, getattr(norm.module, "weight", None)) if t is not None)
@@ -138,7 +138,7 @@ class Model(Running):
 
     @property
     def logit_bias(self) -> Float[Tensor, " d_vocab"]:
-        """The part of the logits that no residual stream makes: the final norm's bias through W_U, and b_U."""
+        """Return the logits' part independent of the residual stream: the final norm's bias through W_U, and b_U."""
         bias = torch.zeros(self.spec.d_vocab, dtype=self.module.dtype, device=self.device)
         norm_bias = self._final_norm.bias
         if norm_bias is not None:
@@ -146,16 +146,16 @@ class Model(Running):
         return bias if self._unembedding.bias is None else bias + self._unembedding.bias
 
     def b_O(self, layer: int) -> Float[Tensor, " d_model"]:  # noqa: N802 - the field's name
-        """Bias of the output projection of a layer; zero for models without one."""
+        """Return the bias of the output projection of a layer; zero for models without one."""
         self.check_layer(layer)
         bias = getattr(self._blocks[layer].output_projection, "bias", None)
         return torch.zeros(self.spec.d_model, dtype=self.module.dtype, device=self.device) if bias is None else bias
 
     def value_offset(self, layer: int) -> Float[Tensor, " z"]:
-        """The constant part of z: `c = b_V + b_ln1 @ W_V`, one block a head; zero for models without these biases.
+        """Return the constant part of z: `c = b_V + b_ln1 @ W_V`, one block per head; zero without these biases.
 
-        Attention weights sum to 1, so c is part of every z. TransformerLens' processed z is `z - c`. It is read off
-        the model itself: the value vector when the norm before attention puts out its own bias. Edits play no part.
+        Attention weights sum to 1, so c is part of every z. TransformerLens' processed z is `z - c`. It is computed by
+        the model itself: the value vector for the bias of the norm before attention as input. Edits are ignored.
 
         Raises:
             ModelError: a layer that does not exist.
@@ -165,10 +165,10 @@ class Model(Running):
         return self._value_of(layer, torch.zeros(self.spec.d_model) if bias is None else bias)
 
     def W_V(self, layer: int) -> Float[Tensor, "head d_model d_head"]:  # noqa: N802 - the field's name
-        """Value weights of each query head, the gain of the norm before attention folded in.
+        """Return the value weights of each query head, with the gain of the norm before attention folded in.
 
-        `value = centre(resid_pre) / ln1_scale @ W_V + c`, c as `value_offset` has it; RMSNorm does not centre. Query
-        heads that share a value head have the same weights. Read off the model itself; edits play no part.
+        `value = centre(resid_pre) / ln1_scale @ W_V + c`, c as in `value_offset`; RMSNorm does not centre. Query
+        heads that share a value head have the same weights. Computed by the model itself; edits are ignored.
 
         Raises:
             ModelError: a layer that does not exist, or a family whose z is not pattern @ v.
@@ -183,10 +183,10 @@ class Model(Running):
         return values.view(width, self.spec.n_heads, self.spec.d_head).transpose(0, 1)
 
     def centred(self, layer: int, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """What the norm before a layer's attention divides: x less its mean for LayerNorm, x itself for RMSNorm.
+        """Return the numerator of the norm before attention: x minus its mean for LayerNorm, x itself for RMSNorm.
 
-        In float32 at least. It is a symmetric projection, so it also carries a direction that is read behind the norm
-        back to before it.
+        In float32 at least. It is a symmetric projection, so it also maps a direction read after the norm to one before
+        it.
         """
         self.check_layer(layer)
         return self._blocks[layer].attention_norm.numerator(x)
@@ -199,21 +199,21 @@ class Model(Running):
         parts: Float[Tensor, "part position d_model"],
         scale: Float[Tensor, "position 1"],
     ) -> tuple[Float[Tensor, "rows position head d_head"], Float[Tensor, "rows position head d_head"]]:
-        """What the queries and keys of a layer owe to parts of `resid_pre`, what the norm divides by held.
+        """Return contributions of parts of `resid_pre` to a layer's queries and keys, at a fixed norm scale.
 
-        Each part goes through the model's own projections and rotation, without their biases; the last row is what
-        biases make (the norm's and the projection's, rotated). Queries and keys that are linear in what the norm puts
-        out are the sums over rows. Shared keys are repeated for each of their query heads. Edits play no part.
+        Each part goes through the model's own projections and rotation, without their biases; the last row is from the
+        biases (the norm's and the projection's, rotated). The sums over rows are the queries and keys. Shared keys are
+        repeated for each of their query heads. Edits are ignored.
 
         Args:
-            tokens: a sequence, for its positions alone.
-            layer: whose queries and keys.
-            parts: of its input.
+            tokens: a sequence, for its positions only.
+            layer: layer of the queries and keys.
+            parts: parts of its input.
             scale: `ln1_scale` of the layer.
 
         Raises:
-            ModelError: a layer that does not exist, tokens that the model cannot read, queries and keys that are
-                normed, or scores that are capped.
+            ModelError: a layer that does not exist, tokens that the model cannot read, normalised queries and keys, or
+                capped scores.
         """
         self.check_layer(layer)
         self.check_tokens(tokens[None])
@@ -257,7 +257,7 @@ class Model(Running):
 
     @torch.no_grad()
     def _value_of(self, layer: int, normed: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch z"]:
-        """The values that a layer makes of what the norm before it puts out: z where a token sees only itself."""
+        """Return the values of a layer for an output of the norm before it: z where a token sees only itself."""
         rows = normed.view(-1, self.spec.d_model).to(self.device, self.module.dtype)
         norm = self._blocks[layer].attention_norm.module
         handle = norm.register_forward_hook(lambda _module, _args, _output: rows[:, None])
@@ -299,7 +299,7 @@ class Model(Running):
             for start in range(0, len(tokens), _TOKEN_ROWS):
                 alone = tokens[start : start + _TOKEN_ROWS, None].to(self.device)
                 middle = torch.full_like(alone, self.spec.context // 2)
-                z = self._read(alone, [site], position_ids=middle)[site]  # z is v where s = q alone
+                z = self._read(alone, [site], position_ids=middle)[site]  # z is v where s = q only
                 values[start : start + len(alone)] = z.view(-1, *shape[1:])
                 if on_tokens is not None:
                     on_tokens(start + len(alone), len(tokens))

@@ -1,8 +1,8 @@
 """Functions at the sites of a running model.
 
-One table holds the functions of every site; torch's hooks only look it up. So what is at a site runs in one order,
-whoever put it there and when: the outer block's functions before the inner block's, and of two sites in one module the
-one that is computed first.
+One table holds the functions of every site; torch's hooks only look it up. So functions run in a fixed order, however
+they were added: the outer block's before the inner block's, and of two sites in one module the one that is computed
+first.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from headscope.models.norms import Norm
 from headscope.site import AnyKind, Site
 
 Function = Callable[[Tensor], Tensor | None]
-"""Is given the value at a site; what it returns, unless None, replaces the value."""
+"""Takes the value at a site; its result, unless None, replaces the value."""
 
 _Point = Literal["block in", "norm 1", "z", "attention", "norm 2 in", "norm 2", "mlp", "block out", "final norm"]
 
@@ -37,14 +37,14 @@ _POINTS: dict[AnyKind, tuple[_Point, ...]] = {
     "resid_post": ("block out",),
     "ln_final_scale": ("final norm",),
 }
-"""The ends of modules that must be hooked for a kind; the kinds inside the attention function need none."""
+"""The module inputs and outputs to hook for a kind; kinds inside the attention function need none."""
 
 
 class Hooks:
-    """The sites of one model, and the functions that are at them now."""
+    """The hooked sites of one model, with their current functions."""
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[Block], final_norm: Norm) -> None:
-        """Put no function anywhere yet."""
+        """Start without functions."""
         self._model, self._blocks, self._final_norm = model, blocks, final_norm
         self._functions: dict[Site, tuple[Function, ...]] = {}
         self._hooked: set[tuple[_Point, int]] = set()
@@ -52,9 +52,9 @@ class Hooks:
 
     @contextmanager
     def at(self, functions: Mapping[Site, Function]) -> Iterator[None]:
-        """Within the block, each run calls these functions, after those of the blocks around it.
+        """Within the block, each run calls these functions, after those of enclosing blocks.
 
-        Nothing is left behind afterwards, also when the block raised.
+        All hooks are removed afterwards, also when the block raised.
         """
         outer, hooked, after = self._functions, self._hooked, self._after_edited_mid
         points: set[tuple[_Point, int]] = {(p, site.layer) for site in functions for p in _POINTS.get(site.kind, ())}
@@ -82,7 +82,7 @@ class Hooks:
         self._functions, self._hooked, self._after_edited_mid = functions, hooked, after
 
     def _steps(self, functions: Mapping[Site, Function]) -> dict[nn.Module, Steps]:
-        """What attention modules are to call, for the layers where these functions are."""
+        """Return the functions for attention modules, for the layers of these functions."""
         layers = {site.layer for site in functions if site.kind in ATTENTION_KINDS}
         return {
             self._blocks[layer].attention: {
@@ -94,7 +94,7 @@ class Hooks:
         }
 
     def _run(self, site: Site, value: Tensor) -> Tensor:
-        """The value to go on with at a site: itself, unless a function puts another in its place."""
+        """Return the value at a site, or its replacement."""
         for function in self._functions.get(site, ()):
             edited = function(value)
             if edited is not None:
@@ -152,7 +152,7 @@ class Hooks:
         return norm.module.register_forward_hook(hook)
 
     def _into_mlp(self, layer: int) -> Callable[..., tuple]:
-        """resid_mid and mlp_in: one tensor of the model, which is also what the MLP's output is added to."""
+        """Handle resid_mid and mlp_in: one tensor of the model, to which the MLP's output is also added."""
         mid_site, in_site = Site("resid_mid", layer), Site("mlp_in", layer)
 
         def hook(_module: nn.Module, args: tuple) -> tuple:
@@ -185,10 +185,10 @@ class Hooks:
 
 
 def check_like(edited: Tensor, value: Tensor, site: Site) -> None:
-    """Refuse what an edit returned unless it is of the shape and type of the value it was given.
+    """Reject the result of an edit unless its shape and type match its input.
 
     Raises:
-        ModelError: it is not.
+        ModelError: they do not.
     """
     if edited.shape != value.shape or edited.dtype != value.dtype:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Load a model: by name, from a folder or a file, or from an object that a user has loaded already."""
+"""Load a model: by name, from a folder or a file, or from an object in memory."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ from headscope.names import absolute, bundled_model, exists, lasting_model, loca
 
 _ADAPTER = re.compile(r"\b(lora_|base_layer|modules_to_save|original_module)")
 _EQUAL = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
-"""Implementations of attention in `transformers`, for any of which headscope's own stands in."""
+"""Implementations of attention in `transformers` that headscope's own can replace."""
 _MERGE = "merge the adapter first (PEFT: model.merge_and_unload()) and pass the result"
 
 
@@ -39,23 +39,23 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> Model:
-    """Load a causal language model with its tokenizer, or take one that is loaded.
+    """Load a causal language model with its tokenizer, or wrap a loaded one.
 
     Args:
         model: `tiny` (bundled), the path of a Hugging Face folder, a folder or weights file that TransformerLens saved,
-            `gelu-2l` or another of `tl_checkpoint.HUB`, or a name on the hub, also as TransformerLens has it (the last
-            two need the network). Or an object: a `PreTrainedModel` of transformers, whose weights are shared and which
-            is left as it is; or a HookedTransformer or TransformerBridge of TransformerLens.
-        tokenizer: a fast tokenizer of transformers, for a `PreTrainedModel`, which has none; otherwise the model's own
-            is taken. Blocks of text start with its BOS, or with its EOS where it has none. It is left as it is: a copy
-            is used, without its truncation, padding and post-processor.
-        device: where to put the weights, such as `cuda:1`; the processor, or where an object's are.
-        dtype: of the weights and of what the model computes with them, such as `bfloat16` (losses, scales of norms and
-            all statistics are of float32 at least); float32, or an object's.
+            `gelu-2l` or another of `tl_checkpoint.HUB`, or a name on the hub, also TransformerLens' alias of it (the
+                last two need the network). Or an object: a `PreTrainedModel` of transformers, whose weights are shared
+                and which is not modified; or a HookedTransformer or TransformerBridge of TransformerLens.
+        tokenizer: a fast tokenizer of transformers, for a `PreTrainedModel`, which has none; default: the model's own.
+            Blocks of text start with its BOS, or with its EOS where it has none. It is not modified: a copy is used,
+            without its truncation, padding and post-processor.
+        device: device of the weights, such as `cuda:1`; default: the CPU, or an object's own.
+        dtype: dtype of the weights and of the computation, such as `bfloat16` (losses, norm scales and all statistics
+            are at least float32); default: float32, or an object's own.
 
     Raises:
         ModelError: the model is missing, truncated, of an unknown family, has weights that are not finite, or has no
-            tokenizer that fits; or there is no such device or precision.
+            matching tokenizer; or there is no such device or dtype.
     """
     device = None if device is None else device_of(device)
     dtype = None if dtype is None else dtype_of(dtype)
@@ -77,7 +77,7 @@ def load_model(
 
 
 def _placed(module: PreTrainedModel, device: torch.device | str | None, dtype: torch.dtype | None) -> PreTrainedModel:
-    """On its device, in its precision; buffers such as rotary frequencies are never rounded, as in transformers."""
+    """Move to a device and dtype; buffers such as rotary frequencies are never rounded, as in transformers."""
     rounds = dtype in (torch.bfloat16, torch.float16)
     buffers = {name: b for name, b in module.named_buffers() if rounds and b.is_floating_point()}
     placed: Any = nn.Module.to(module, device=device, dtype=dtype)
@@ -92,7 +92,7 @@ def _embedding(module: PreTrainedModel) -> Tensor:
 
 
 def _loaded(model: nn.Module) -> tuple[PreTrainedModel, Any, str]:
-    """A model that shares the weights of a user's object and nothing else; its tokenizer, if it has one; its name."""
+    """Return a model that shares only the weights of a user's object; its tokenizer, if it has one; its name."""
     if isinstance(model, PreTrainedModel):
         _check_attention(model)
         shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
@@ -109,7 +109,7 @@ def _loaded(model: nn.Module) -> tuple[PreTrainedModel, Any, str]:
 
 
 def _check_attention(model: PreTrainedModel) -> None:
-    """Raise ModelError where attention is computed by a function of the user's, which SDPA would replace."""
+    """Raise ModelError where attention is computed by a custom function, which SDPA would replace."""
     own = getattr(model.config.get_text_config(), "_attn_implementation", None)
     if own not in (None, IMPLEMENTATION, *_EQUAL):
         raise ModelError(
@@ -120,7 +120,7 @@ def _check_attention(model: PreTrainedModel) -> None:
 
 
 def _load(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
-    """What `transformers` itself reads: a folder, or a name on the hub."""
+    """Load what `transformers` itself supports: a folder, or a name on the hub."""
     folder = _folder(name)
     source = str(folder or name)
     local = {"local_files_only": True} if folder else {}
@@ -139,7 +139,7 @@ def _load(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
         tokenizer = AutoTokenizer.from_pretrained(source, **local)
     except ModelError:
         raise
-    except Exception as error:  # of several libraries, by what is damaged, missing or out of reach
+    except Exception as error:  # raised by several libraries, for what is damaged, missing or unreachable
         raise _unreadable(name, _refusal_of(folder) or error, is_folder=folder is not None) from error
     if adapted := [key for key in map(str, info["unexpected_keys"]) if _ADAPTER.search(key)]:
         raise ModelError(
@@ -153,7 +153,7 @@ def _load(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
             expected="the weights that config.json describes",
             do="fetch or save the model again",
         )
-    if info["unexpected_keys"]:  # transformers has left out those that it knows to be of no use
+    if info["unexpected_keys"]:  # transformers has left out those known to be unused
         raise ModelError(
             f"the weights of {name!r} hold {sorted(map(str, info['unexpected_keys']))[:3]}, of which config.json says "
             "nothing",
@@ -164,7 +164,7 @@ def _load(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
 
 
 def _check_no_adapter(name: str, source: str) -> None:
-    """Raise ModelError where an adapter lies beside the weights, or instead of them."""
+    """Raise ModelError where an adapter is among the weights, or instead of them."""
     if find_adapter_config_file(source) is not None:
         raise ModelError(
             f"the model {name!r} with an adapter, adapter_config.json",
@@ -174,7 +174,7 @@ def _check_no_adapter(name: str, source: str) -> None:
 
 
 def _refusal_of(folder: Path | None) -> OSError | None:
-    """What keeps files of a folder from being read; safetensors says of these that they do not exist."""
+    """Return why files of a folder are unreadable; safetensors reports these as missing."""
     for path in sorted(folder.iterdir()) if folder is not None else ():
         if path.is_file():
             try:
@@ -185,7 +185,7 @@ def _refusal_of(folder: Path | None) -> OSError | None:
 
 
 def _unreadable(name: str, error: Exception, *, is_folder: bool) -> ModelError:
-    """What is wrong with a model that `transformers` does not load."""
+    """Make the error for a model that `transformers` does not load."""
     if isinstance(error, pickle.UnpicklingError):
         return ModelError(
             f"the weights of {name!r} are a pickle with more in it than tensors, or damaged; nothing was executed",
@@ -222,7 +222,7 @@ def _quantised(name: str) -> ModelError:
 
 
 def _check_weights(module: nn.Module, name: str) -> None:
-    """Raise ModelError where weights are quantised, not there, or not finite."""
+    """Raise ModelError where weights are quantised, missing, or not finite."""
     for key, tensor in module.state_dict().items():
         if tensor.is_meta:
             raise ModelError(
@@ -241,7 +241,7 @@ def _check_weights(module: nn.Module, name: str) -> None:
 
 
 def _lasting_name(name: str) -> str:
-    """A name by which the same model is loaded from any working directory.
+    """Return a name that loads the same model from any working directory.
 
     Raises:
         ModelError: the name is a path, and nothing is there.
@@ -257,10 +257,10 @@ def _lasting_name(name: str) -> str:
 
 
 def _folder(name: str) -> Path | None:
-    """The folder that a lasting name stands for, or None for a name on the hub.
+    """Return the folder of a lasting name, or None for a name on the hub.
 
     Raises:
-        ModelError: the name is a file, or holds weights of another program's format.
+        ModelError: it is a file, or has weights in another program's format.
     """
     folder = bundled_model(name) or Path(name)
     if _is_gguf(folder):

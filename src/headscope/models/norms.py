@@ -1,4 +1,4 @@
-"""The norms of a model: what they divide, by what, and what they multiply and add."""
+"""Norms of a model: numerator, scale, gain and bias."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -14,31 +14,31 @@ class Norm:
 
     module: nn.Module
     gain_from_one: bool = False
-    """Its weight is what the gain exceeds 1 by, as in Gemma."""
+    """Whether its weight is the gain minus 1, as in Gemma."""
 
     @property
     def centres(self) -> bool:
-        """Whether the mean is taken off first: a LayerNorm does, an RMSNorm does not."""
+        """Whether the mean is subtracted first: LayerNorm does, RMSNorm does not."""
         return isinstance(self.module, nn.LayerNorm)
 
     @property
     def gain(self) -> Float[Tensor, " d_model"] | None:
-        """What the quotient is multiplied by; None for a norm without weights."""
+        """Multiplies the quotient; None for a norm without weights."""
         weight = cast(Tensor | None, getattr(self.module, "weight", None))
         return weight + 1 if self.gain_from_one and weight is not None else weight
 
     @property
     def bias(self) -> Float[Tensor, " d_model"] | None:
-        """What is added in the end; None where nothing is."""
+        """Added at the end; None where there is none."""
         return cast(Tensor | None, getattr(self.module, "bias", None))
 
     def numerator(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """What is divided by the scale, in float32 at least: x, less its mean for LayerNorm."""
+        """Return the numerator, in float32 at least: x, minus its mean for LayerNorm."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return x - x.mean(-1, keepdim=True) if self.centres else x
 
     def scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
-        """What is divided by, in float32 at least, as norms compute it.
+        """Return the divisor, in float32 at least, as norms compute it.
 
         `sqrt(mean((x - mean(x))^2) + eps)` for LayerNorm, `sqrt(mean(x^2) + eps)` for RMSNorm.
         """
@@ -47,7 +47,7 @@ class Norm:
         return (self.numerator(x).square().mean(-1, keepdim=True) + eps).sqrt()
 
     def formula(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """What the norm makes of x by its weights, in float32 at least."""
+        """Compute the norm of x from its weights, in float32 at least."""
         normed = self.numerator(x) / self.scale(x)
         weight = cast(Tensor | None, getattr(self.module, "weight", None))
         if weight is not None:
@@ -57,13 +57,13 @@ class Norm:
     def apply(
         self, x: Float[Tensor, "*batch d_model"], scale: Float[Tensor, "*batch 1"] | None = None
     ) -> Float[Tensor, "*batch d_model"]:
-        """What the norm makes of x; with another scale than its own, if one is given."""
+        """Apply the norm to x; with another scale than its own, if one is given."""
         output: Tensor = self.module(x)
         return output if scale is None else self.rescaled(output, self.scale(x) / scale)
 
     def rescaled(
         self, output: Float[Tensor, "*batch d_model"], factor: Float[Tensor, "*batch 1"]
     ) -> Float[Tensor, "*batch d_model"]:
-        """The output of the norm, its part without the bias multiplied."""
+        """Return the norm's output with its part without the bias multiplied."""
         bias = 0 if self.bias is None else self.bias
         return ((output - bias) * factor + bias).to(output.dtype)

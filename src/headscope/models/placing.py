@@ -1,4 +1,4 @@
-"""Where and in which precision tensors are kept: names of devices and of dtypes, as those of torch."""
+"""Devices and dtypes by name or torch object."""
 
 import torch
 
@@ -7,11 +7,11 @@ from headscope.errors import ModelError
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
-"""Precisions that a model can compute in, by name."""
+"""Dtypes that a model can compute in, by name."""
 
 
 def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
-    """Return a precision by its name, `bfloat16` or `torch.bfloat16`, or as it is.
+    """Return a dtype by its name, `bfloat16` or `torch.bfloat16`, or unchanged.
 
     Raises:
         ModelError: it is none of `DTYPES`.
@@ -23,7 +23,7 @@ def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def device_of(device: str | torch.device) -> torch.device:
-    """Return a device that can compute here, by its name or as it is.
+    """Return a device that can compute here, by its name or unchanged.
 
     Raises:
         ModelError: there is no such device, or it holds no numbers (`meta`).

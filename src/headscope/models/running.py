@@ -1,8 +1,8 @@
-"""Run a `transformers` causal language model: read what it computes at any site, edit it, and take its losses.
+"""Run a `transformers` causal language model: read and edit activations at any site, and compute losses.
 
-The fast path is SDPA and hooks: z is the *input* of the output projection. Only a layer whose queries, keys, values,
-scores or pattern are read or edited has its attention function exchanged (`attention.py`), and every layer of a model
-that caps its scores, which SDPA cannot.
+The fast path is SDPA and hooks: z is the *input* of the output projection. The attention function is replaced
+(`attention.py`) only in layers whose queries, keys, values, scores or pattern are read or edited, and in every layer of
+a model that caps its scores, which SDPA cannot.
 """
 
 import operator
@@ -27,22 +27,22 @@ from headscope.models.spec import Edit, ModelSpec, Restart, SiteEdit
 from headscope.models.tokens import TokenCheck
 from headscope.site import Kind, Site, no_layer
 
-_LOSS_ROWS = 512  # [rows, d_vocab] logits at a time: they stay in the cache and are never held for a whole batch
+_LOSS_ROWS = 512  # [rows, d_vocab] logits at a time: they stay in the cache and are never stored for a whole batch
 
 
 class Stop(Exception):  # noqa: N818 - control flow, not an error
-    """Raised by the hook of the deepest site asked for: nothing after it is computed."""
+    """Raised by the hook of the deepest requested site: nothing after it is computed."""
 
 
 class Running:
-    """What a loaded model computes; `headscope.models.hf.Model` adds what its weights say."""
+    """The forward pass of a loaded model; `headscope.models.hf.Model` adds its weights."""
 
     def __init__(self, module: PreTrainedModel, tokenizer: Tokenizer, bos: int, name: str) -> None:
-        """Take a loaded model; use `headscope.load_model` to load one.
+        """Wrap a loaded model; use `headscope.load_model` to load one.
 
         Raises:
-            ModelError: the family is not known, a setting of it is not read here, or there is no unembedding or output
-                projection with weights.
+            ModelError: the family is unknown, a setting is unsupported, or there is no unembedding or output projection
+                with weights.
         """
         self.family = family_of(module.config.model_type)
         check_settings(module.config, name)
@@ -68,13 +68,13 @@ class Running:
         embedding: nn.Module = module.get_input_embeddings()
         n_ids = min(self.spec.d_vocab, len(embedding.weight))  # pyright: ignore[reportArgumentType]
         self.check_tokens = TokenCheck(name, self.spec.context, n_ids)
-        """Refuse tokens that the model cannot read; called before each run."""
-        self._mixed: set[int] = set()  # layers whose attention was held against what is read of it
-        self._checking = False  # a run that does so is none of the user's
+        """Rejects tokens that the model cannot read; called before each run."""
+        self._mixed: set[int] = set()  # layers whose attention was checked against the weights
+        self._checking = False  # a run that does so is not the user's
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.module.device
 
     # ------------------------------------------------------------------------------------------------------- reading
@@ -104,7 +104,7 @@ class Running:
     def check_mixed(self) -> None:
         """Raise ModelError where z is not `pattern @ v` with v linear in the normed stream: there is no DFA by source.
 
-        z, and SAEs of it, can be read there all the same.
+        z can still be read there, also by SAEs.
         """
         if self.family.not_mixed:
             raise ModelError(
@@ -114,10 +114,10 @@ class Running:
             )
 
     def width(self, site: Site) -> int:
-        """Components of the vectors at a site of SAEs.
+        """Return the width of the vectors at an SAE site.
 
         Raises:
-            ModelError: a site where no SAE can sit.
+            ModelError: an unsupported site for SAEs.
         """
         if site.kind not in get_args(Kind):
             raise ModelError(
@@ -134,20 +134,20 @@ class Running:
         attended: Bool[Tensor, "batch position"] | None = None,
         restart: Restart | None = None,
     ) -> dict[Site, Float[Tensor, "..."]]:
-        """Activations at some sites, shaped as `Site` says; the run stops after the deepest one.
+        """Return activations at some sites, shaped as in `Site`; the run stops after the deepest one.
 
-        Within `edit` blocks a site that is edited is read as edited.
+        Within `edit` blocks an edited site is read after the edit.
 
         Args:
             tokens: `[batch, position]`.
             sites: any, in any order.
             attended: False where a token is padding, on either side: no query sees it, and positions are counted
-                without it. What is read there means nothing.
-            restart: a run on the same tokens, from whose layer on it is made again; `attended` is what it was there.
+                without it. Activations there are meaningless.
+            restart: a run on the same tokens, repeated from its layer on, with its `attended`.
 
         Raises:
-            ModelError: a site that the model does not have, one before the layer of `restart`, or tokens that are none
-                of the vocabulary, more than the context has, or not there.
+            ModelError: a site that the model does not have, one before the layer of `restart`, or tokens outside the
+                vocabulary, beyond the context, or missing.
         """
         self.check_tokens(tokens, attended)
         return self._read(tokens, sites, restart, **_padding(attended))
@@ -159,7 +159,7 @@ class Running:
         *,
         attended: Bool[Tensor, "batch position"] | None = None,
     ) -> Attention:
-        """Pattern, value and z of one layer, computed explicitly; the run stops at z.
+        """Return pattern, value and z of one layer, computed explicitly; the run stops at z.
 
         Raises:
             ModelError: a layer that does not exist, or a family where z is not pattern @ value.
@@ -174,7 +174,7 @@ class Running:
         *,
         attended: Bool[Tensor, "batch position"] | None = None,
     ) -> dict[int, Attention]:
-        """Pattern, value and z of several layers in one run, which stops at the last of them.
+        """Return pattern, value and z of several layers in one run, which stops at the last of them.
 
         Raises:
             ModelError: a layer that does not exist, or a family where z is not pattern @ value.
@@ -225,7 +225,7 @@ class Running:
         return found
 
     def _check_attention(self, layers: set[int]) -> None:
-        """Once a layer: z is `pattern @ value`, and computed step by step it is what the model computes."""
+        """Check once per layer that z is `pattern @ value`, and that the stepwise computation agrees with the model."""
         missing = set() if self.family.not_mixed else layers - self._mixed
         if not missing:
             return
@@ -244,12 +244,12 @@ class Running:
     # ------------------------------------------------------------------------------------------------------- running
     @contextmanager
     def edit(self, edits: Mapping[Site, Edit | SiteEdit]) -> Iterator[None]:
-        """Within the block, each run replaces the value at a site by the function of it; what follows is changed too.
+        """Within the block, each run replaces the value at a site by the function of it, which affects later values.
 
-        Blocks nest: at one site the outer block's edit comes first, the inner one is given its result. Of edits at
-        different sites the one that is computed first comes first (`AnyKind` is in that order). A scale is edited by
-        dividing the norm's output by the one and multiplying it by the other. Scores are edited with the mask in
-        them: where an edit writes over minus infinity, a query sees its future.
+        Blocks nest: at one site the outer block's edit comes first, the inner one is given its result. Edits at
+        different sites apply in the order of computation (the order of `AnyKind`). Editing a scale rescales the norm's
+        output by the ratio of old and new. Scores are edited after masking: where an edit overwrites minus infinity, a
+        query sees its future.
 
         The model is bit-identical afterwards, also when the block raised.
 
@@ -266,7 +266,7 @@ class Running:
     def logits(
         self, tokens: Int[Tensor, "batch position"], *, attended: Bool[Tensor, "batch position"] | None = None
     ) -> Float[Tensor, "batch position d_vocab"]:
-        """Next-token logits; `attended` as in `read`.
+        """Return next-token logits; `attended` as in `read`.
 
         Raises:
             ModelError: tokens that the model cannot read, as in `read`.
@@ -278,9 +278,9 @@ class Running:
     def losses(
         self, tokens: Int[Tensor, "batch position"], restart: Restart | None = None
     ) -> Float[Tensor, "batch predicting"]:
-        """Cross-entropy in nats of predicting token t+1 at t, for all positions but the last.
+        """Return the cross-entropy in nats of predicting token t+1 at t, for all positions but the last.
 
-        With `restart`, from a run on the same tokens, only its layer and later ones are computed again.
+        With `restart`, from a run on the same tokens, only its layer and later ones are recomputed.
 
         Raises:
             ModelError: tokens that the model cannot read, as in `read`; losses that are not finite.
@@ -301,7 +301,7 @@ class Running:
         return losses
 
     def check_finite(self, what: str, values: Tensor) -> None:
-        """Raise ModelError where numbers that the model computed are NaN or infinite: it has overflowed."""
+        """Raise ModelError where computed numbers are NaN or infinite: the model has overflowed."""
         if not values.isfinite().all():
             raise ModelError(
                 f"NaN or infinity in {what} of {self.spec.name}, which computes in {_name(self.module.dtype)}",
@@ -314,9 +314,9 @@ class Running:
         return logits if cap is None else cap * (logits / cap).tanh()
 
     def loss_gradient(self, tokens: Int[Tensor, "batch position"], site: Site) -> Float[Tensor, "batch position d"]:
-        """Gradient of the summed losses of a batch by the value at a site of the residual stream, or by z.
+        """Return the gradient of a batch's summed losses with respect to a site of the residual stream, or z.
 
-        At [b, q] it is of the losses at q and all later positions of row b, which are all that the value can reach.
+        At [b, q] it covers the losses at q and all later positions of row b, which are all that the value can affect.
 
         Raises:
             ModelError: a site that the model does not have, or tokens that it cannot read, as in `read`.
@@ -337,12 +337,12 @@ class Running:
     def mlp(
         self, layer: int, x: Float[Tensor, "row d_model"], scale: Float[Tensor, "row 1"] | None = None
     ) -> Float[Tensor, "row d_model"]:
-        """What a layer's MLP, with the norms before and after it, adds for given inputs; edits play no part.
+        """Return the output of a layer's MLP, with the norms before and after it, for given inputs; edits are ignored.
 
         Args:
-            layer: whose MLP.
-            x: what the norm reads: `mlp_in`.
-            scale: what the norm divides by, instead of what it would.
+            layer: layer of the MLP.
+            x: the norm's input: `mlp_in`.
+            scale: replaces the norm's scale.
 
         Raises:
             ModelError: a layer that does not exist, or a model without MLPs.
@@ -360,12 +360,12 @@ class Running:
         targets: Int[Tensor, " row"],
         scale: Float[Tensor, "row 1"] | None = None,
     ) -> Float[Tensor, " row"]:
-        """Cross-entropy of predicting some tokens from the final residual stream, `resid_post` of the last layer.
+        """Return the cross-entropy of some next tokens from the final residual stream, `resid_post` of the last layer.
 
         Args:
-            residual: before the final norm.
-            targets: the token that follows each.
-            scale: what the final norm divides by, instead of what it would; edits play no part.
+            residual: residual stream before the final norm.
+            targets: the next token of each.
+            scale: replaces the final norm's scale; edits are ignored.
         """
         with self._hooks.suspended():
             return self._losses_of(self._final_norm.apply(residual, scale), targets)
@@ -373,9 +373,9 @@ class Running:
     def final_parts(
         self, residual: Float[Tensor, "row d_model"]
     ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row 1"]]:
-        """(c, sigma): what the final norm divides, and by what.
+        """Return (c, sigma): numerator and scale of the final norm.
 
-        `logits = c / sigma @ logit_directions + logit_bias`, but for a constant in each row.
+        `logits = c / sigma @ logit_directions + logit_bias`, up to a constant in each row.
 
         Raises:
             ModelError: logits that are capped.
@@ -390,10 +390,9 @@ class Running:
 
     @contextmanager
     def restartable(self, layer: int) -> Iterator[Restart]:
-        """The one run made within the block can be continued from a layer on afterwards.
+        """Within the block, record one run so that it can be continued from a layer on afterwards.
 
-        What was edited before the layer stays edited; at the layer and after it, the edits that hold when it is
-        continued are made.
+        Edits before the layer are retained; at the layer and after it, the edits active on continuation apply.
 
         Raises:
             ModelError: a layer that does not exist.
@@ -415,19 +414,19 @@ class Running:
                 handle.remove()
 
     def _continue(self, restart: Restart) -> Tensor:
-        """As `_body`, from the input of a block on."""
+        """Run `_body` from the input of a block on."""
         hidden = restart.calls[0][0][0]
         for part, (args, kwargs) in zip(self._blocks[restart.layer :], restart.calls, strict=True):
             hidden = part.block(hidden, *args[1:], **kwargs)
         return self._final_norm.module(hidden)
 
     def _body(self, tokens: Tensor, **inputs: Tensor) -> Tensor:
-        """Everything but the unembedding: the normed final residual stream."""
+        """Run everything but the unembedding: returns the normed final residual stream."""
         return self.module.base_model(input_ids=tokens, use_cache=False, **inputs).last_hidden_state
 
 
 def _padding(attended: Bool[Tensor, "batch position"] | None) -> dict[str, Tensor]:
-    """What `transformers` is told of padding: positions are counted from the first token that is not."""
+    """Return the padding arguments for `transformers`: positions are counted from the first non-padding token."""
     if attended is None or bool(attended.all()):
         return {}
     return {"attention_mask": attended, "position_ids": (attended.cumsum(1) - 1).clamp_min(0)}
@@ -438,5 +437,5 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _precise(values: Tensor) -> Tensor:
-    """In float32 at least."""
+    """Convert to float32 at least."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

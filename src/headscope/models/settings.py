@@ -1,7 +1,7 @@
-"""What the keys of a configuration of `transformers` mean: what decides the function that a model computes.
+"""Meaning of the keys of a `transformers` configuration: which settings determine a model's function.
 
-Every key that a supported family declares is judged here, once. Names and defaults of keys differ between versions of
-`transformers`, so artefacts identify a model by what `computed` returns, never by the configuration as it is spelled.
+Every key declared by a supported family is classified here. Names and defaults of keys differ between versions of
+`transformers`, so artefacts identify a model by the result of `computed`, never by the raw configuration.
 """
 
 from functools import cache
@@ -27,7 +27,7 @@ _COMPUTED: dict[str, tuple[str, ...]] = {
     "rotated_width": ("qk_rope_head_dim",),
     "rotated_in_pairs": ("rope_interleave",),
 }
-"""What is computed, by a name of our own, and the keys that say it."""
+"""Settings that determine the function, by our names, with their keys."""
 
 _SAID_OTHERWISE = (
     "_sliding_window_pattern attention_bias attn_logit_softcapping final_logit_softcapping first_k_dense_replace "
@@ -37,7 +37,7 @@ _SAID_OTHERWISE = (
     "num_hidden_layers num_key_value_heads num_shared_experts q_lora_rank qk_head_dim qk_nope_head_dim "
     "rope_parameters sliding_window tie_word_embeddings use_parallel_residual use_sliding_window v_head_dim vocab_size"
 )
-"""Keys whose meaning the shapes of the weights, `ModelSpec`, or windows and rotation below have."""
+"""Keys whose meaning is covered by the weights' shapes, `ModelSpec`, or windows and rotation below."""
 
 _NOT_COMPUTED = (
     "attention_dropout attn_pdrop bos_token_id classifier_dropout embd_pdrop eos_token_id hidden_dropout "
@@ -52,20 +52,20 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "use_bidirectional_attention": (False, "attention that sees later tokens"),
     "add_cross_attention": (False, "attention to another model's states"),
 }
-"""Keys of which one value can be read, that value, and what any other means."""
+"""Keys with a single supported value: that value, and the meaning of others."""
 
-_BY_LENGTH = ("dynamic", "longrope")  # rotations that depend on the longest sequence a model was made for
+_BY_LENGTH = ("dynamic", "longrope")  # rotations that depend on the maximum sequence length of a model
 
 
 def check_settings(config: PreTrainedConfig, name: str) -> None:
-    """Refuse a configuration that makes a model of a supported family compute something that is not read here.
+    """Reject a configuration that makes a model of a supported family compute something unsupported.
 
     Args:
-        config: of the whole model.
-        name: of the model, for the message.
+        config: configuration of the whole model.
+        name: name of the model, for the message.
 
     Raises:
-        ModelError: a setting that changes what attention sees, or one that is unknown here and not at its default.
+        ModelError: a setting that changes what attention sees, or an unknown one that is not at its default.
     """
     text = config.get_text_config()
     for key, (fine, what) in _REFUSED.items():
@@ -94,16 +94,16 @@ def check_settings(config: PreTrainedConfig, name: str) -> None:
 
 
 def unjudged(config: PreTrainedConfig) -> list[str]:
-    """Keys that the class of a configuration declares and that nothing here is said of."""
+    """Return the keys declared by a configuration's class that are not classified here."""
     judged = {*_SAID_OTHERWISE.split(), *_NOT_COMPUTED.split(), *_REFUSED}
     judged |= {key for keys in _COMPUTED.values() for key in keys}
     return sorted(_defaults(type(config)).keys() - _defaults(PreTrainedConfig).keys() - judged)
 
 
 def computed(config: PreTrainedConfig, spec: ModelSpec) -> dict[str, Any]:
-    """What of a configuration decides the function, in names and spellings that no version of `transformers` changes.
+    """Return the settings that determine the function, in names independent of the version of `transformers`.
 
-    What the weights say by their shapes is left out; numbers are floats, whether they were written as such or not.
+    What follows from the weights' shapes is omitted; numbers are floats, even if they were written as integers.
     """
     text: Any = config.get_text_config()
     declared = _defaults(type(text))
@@ -121,14 +121,14 @@ def computed(config: PreTrainedConfig, spec: ModelSpec) -> dict[str, Any]:
 
 
 def _windows(config: Any, n_layers: int) -> list[int | None] | None:
-    """How many tokens each layer sees; None where all see everything."""
+    """Return the attention window of each layer; None where all are unlimited."""
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * n_layers
     windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
     return windows if any(windows) else None
 
 
 def _rotation(rope: dict[str, Any] | None, context: int) -> dict[str, Any] | None:
-    """How queries and keys are rotated: one set of parameters, or one for each type of layer."""
+    """Return the parameters of the rotary embedding: one set, or one for each type of layer."""
     if rope is None:
         return None
     by_layer = {kind: _rotation(own, context) for kind, own in rope.items() if isinstance(own, dict)}
@@ -136,7 +136,7 @@ def _rotation(rope: dict[str, Any] | None, context: int) -> dict[str, Any] | Non
         return by_layer
     said = {"type" if key == "rope_type" else key: value for key, value in rope.items() if value is not None}
     if said.get("partial_rotary_factor") == 1:
-        del said["partial_rotary_factor"]  # all of it, as where nothing is said
+        del said["partial_rotary_factor"]  # the full width, which is the default
     return said | ({"context": context} if said.get("type") in _BY_LENGTH else {})
 
 

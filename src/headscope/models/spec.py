@@ -1,4 +1,4 @@
-"""What is said of a model: its sizes, how its blocks are built, and what an edit of it is."""
+"""Specification of a model: sizes and block structure; and the type of an edit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from headscope.models.families import Block, Family, NoMLP
 from headscope.site import KINDS, AnyKind, Site
 
 Edit = Callable[[Tensor], Tensor]
-"""Is given the value at a site, shaped as `Site` says, and returns what is to stand in its place, shaped alike."""
+"""Takes the value at a site, shaped as in `Site`, and returns its replacement, of the same shape."""
 
 _WITH_MLP: tuple[AnyKind, ...] = ("resid_mid", "mlp_in", "ln2_scale", "mlp_out")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes of a model, and what its blocks do that not all do."""
+    """Sizes of a model, and optional features of its blocks."""
 
     name: str
     family: str
@@ -29,29 +29,29 @@ class ModelSpec:
     d_model: int
     d_vocab: int
     context: int
-    """Longest sequence the model was made for, in tokens."""
+    """Maximum sequence length, in tokens."""
     parallel: bool
-    """Attention and MLP both read `resid_pre`; there is no `resid_mid`."""
+    """Whether attention and MLP both read `resid_pre`; there is no `resid_mid` then."""
     post_norm: bool = False
-    """A norm stands between the output projection and the residual stream: `attn_out` is not linear in z."""
+    """Whether a norm follows the output projection: `attn_out` is then not linear in z."""
     qk_norm: bool = False
-    """Queries and keys are normed: scores are not bilinear in what the attention norm puts out."""
+    """Whether queries and keys are normalised: scores are then not bilinear in the attention norm's output."""
     scores_cap: float | None = None
     """Scores are `cap * tanh(scores / cap)`."""
     logits_cap: float | None = None
     """Logits are `cap * tanh(logits / cap)`."""
     attention_only: bool = False
-    """There are no MLPs: a layer ends with what attention adds."""
+    """Whether there are no MLPs: a layer ends with attention."""
 
     @property
     def kinds(self) -> tuple[AnyKind, ...]:
-        """The sites of a layer; `ln_final_scale` is one of the last layer alone."""
+        """The sites of a layer; `ln_final_scale` is one of the last layer only."""
         lacks = _WITH_MLP if self.attention_only else ("resid_mid",) if self.parallel else ()
         return tuple(kind for kind in KINDS if kind not in lacks)
 
     @classmethod
     def of(cls, module: PreTrainedModel, name: str, family: Family, block: Block) -> "ModelSpec":
-        """Of a loaded model, one of whose blocks is given."""
+        """Read the specification of a loaded model from the model and one of its blocks."""
         config: Any = module.config.get_text_config()
         heads: int = config.num_attention_heads
         weight: Tensor = block.output_projection.weight  # pyright: ignore[reportAssignmentType]
@@ -77,7 +77,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Restart:
-    """A run that can be continued from a layer on, again and again: what each block from there was called with."""
+    """A run that can be continued from a layer on, repeatedly: the inputs of each block from there."""
 
     layer: int
     calls: list[tuple[tuple, dict[str, Any]]]
@@ -85,8 +85,8 @@ class Restart:
 
 @runtime_checkable
 class SiteEdit(Protocol):
-    """An edit that must know where it is to be made; `Model.edit` asks it for the edit of its site."""
+    """An edit that depends on its site; `Model.edit` calls `bind` with the site."""
 
     def bind(self, site: Site, spec: ModelSpec) -> Edit:
-        """The edit for this site of a model of these sizes."""
+        """Return the edit for this site of a model of these sizes."""
         ...

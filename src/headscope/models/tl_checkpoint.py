@@ -1,13 +1,13 @@
-"""Models saved as TransformerLens saves them: gelu-1l to gelu-4l, solu-*, attn-only-* and others like them.
+"""Models saved in TransformerLens' format: gelu-1l to gelu-4l, solu-*, attn-only-* and similar ones.
 
 A checkpoint is a weights file (`.pth`, `.pt` or `.safetensors`) that holds a HookedTransformer's state dict, with
-`tl_config.json` or `config.json` in TransformerLens' names beside it. It becomes a `transformers` GPT-2 that computes
-the same function: learned absolute positions, pre-norm blocks, causal attention scaled by 1/sqrt(d_head).
+`tl_config.json` or `config.json` in TransformerLens' names in the same folder. It becomes a `transformers` GPT-2 that
+computes the same function: learned absolute positions, pre-norm blocks, causal attention scaled by 1/sqrt(d_head).
 
-Read: LayerNorm with its weights (`LN`) or with them folded into the next layer's (`LNPre`), so also what was saved
+Supported: LayerNorm with its weights (`LN`) or with them folded into the next layer's (`LNPre`), so also models saved
 after TransformerLens' processing; the activations of `ACTIVATIONS`; attention-only models; a bias of the unembedding.
-What else changes the function is refused by name, see `_READ`. Pickles are opened with `weights_only=True`: no code
-runs.
+Other settings that change the function are rejected by name, see `_READ`. Pickles are opened with `weights_only=True`:
+no code runs.
 """
 
 import math
@@ -37,7 +37,7 @@ HUB: dict[str, str] = {
     **{f"attn-only-{n}l": f"NeelNanda/Attn_Only_{n}L512W_C4_Code" for n in (1, 2, 3, 4)},
     **{f"solu-{n}l": f"NeelNanda/SoLU_{n}L{max(512, 128 * n)}W_C4_Code" for n in (1, 2, 3, 4, 6, 8, 10, 12)},
 }
-"""The published models: TransformerLens' names, and where they are on the hub."""
+"""The published models by TransformerLens' names, and their location on the hub."""
 
 _FINAL = "model_final.pth"  # the weights of a published model
 _CONFIGS = ("tl_config.json", "config.json")
@@ -65,7 +65,7 @@ _SAME_IN_BLOCK = {
     "mlp.W_out": "mlp.c_proj.weight",
     "mlp.b_out": "mlp.c_proj.bias",
 }
-"""What TransformerLens and GPT-2 lay out alike; W_Q, W_K, W_V, W_O and W_U they do not."""
+"""Weights with the same layout in TransformerLens and GPT-2; W_Q, W_K, W_V, W_O and W_U differ."""
 
 _NO = (False, None)
 _READ: dict[str, tuple[Any, ...]] = {
@@ -96,12 +96,12 @@ _READ: dict[str, tuple[Any, ...]] = {
     "neuron_temp": (1,),
     "architecture": ("neel", None),
 }
-"""The fields of a configuration that change the function, and their values that can be read."""
+"""The configuration fields that change the function, with their supported values."""
 
 
 @dataclass(frozen=True)
 class _Config:
-    """What of a configuration decides the function."""
+    """The fields of a configuration that determine the function."""
 
     n_layers: int
     d_model: int
@@ -113,7 +113,7 @@ class _Config:
     act_fn: str
     attn_only: bool
     folded: bool
-    """The configuration says that LayerNorm's weights are folded into others (`LNPre`)."""
+    """Whether LayerNorm's weights are folded into others (`LNPre`)."""
     eps: float
     tokenizer_name: str | None
 
@@ -125,21 +125,21 @@ class SoLU(nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Of activations `[..., d_mlp]`."""
+        """Apply to activations `[..., d_mlp]`."""
         return super().forward(input * input.softmax(-1))
 
 
 # -------------------------------------------------------------------------------------------------------------- finding
 def find_checkpoint(name: str) -> tuple[Path, Path] | None:
-    """The weights and the configuration of a checkpoint: a file, a folder, or a published model by name.
+    """Locate weights and configuration of a checkpoint: a file, a folder, or a published model by name.
 
     A published model is named as in `HUB`, or by its repository; it is downloaded, or read from the hub's cache.
 
     Returns:
-        None when the name stands for no TransformerLens checkpoint.
+        None when the name is not a TransformerLens checkpoint.
 
     Raises:
-        ModelError: a file without a configuration, a folder without one weights file, or the hub is out of reach.
+        ModelError: a file without a configuration, a folder without one weights file, or the hub is unreachable.
     """
     path = Path(name)
     if path.suffix in _SUFFIXES and path.is_file():
@@ -158,7 +158,7 @@ def find_checkpoint(name: str) -> tuple[Path, Path] | None:
 
 
 def _is_ours(config: Path) -> bool:
-    """Whether a configuration is in TransformerLens' names, not in those of `transformers`."""
+    """Whether a configuration uses TransformerLens' names, not those of `transformers`."""
     if config.name == "tl_config.json":
         return True
     try:
@@ -194,10 +194,10 @@ def _download(repository: str) -> tuple[Path, Path]:
 
 # -------------------------------------------------------------------------------------------------------------- reading
 def load_checkpoint(weights: Path, config_file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model and its tokenizer: that of the folder's `tokenizer.json`, else the configuration's, from the hub.
+    """Load the model and its tokenizer: from the folder's `tokenizer.json`, else the configuration's, from the hub.
 
     Raises:
-        ModelError: files that are damaged, disagree with each other, or are of a model that is not read here.
+        ModelError: files that are damaged, inconsistent, or of an unsupported model.
     """
     raw, state = _read_json(config_file), _read_weights(weights)
     config = _config(raw, str(config_file))
@@ -206,13 +206,13 @@ def load_checkpoint(weights: Path, config_file: Path, dtype: torch.dtype) -> tup
 
 
 def build(raw: Mapping[str, Any], state: Mapping[str, Tensor], source: str, dtype: torch.dtype) -> GPT2LMHeadModel:
-    """A model of weights in TransformerLens' layout that are in memory.
+    """Build a model from weights in TransformerLens' layout in memory.
 
     Args:
         raw: their configuration, in TransformerLens' names.
         state: the state dict of a HookedTransformer.
-        source: where the two are from, for messages.
-        dtype: of the model.
+        source: origin of the two, for messages.
+        dtype: dtype of the model.
 
     Raises:
         ModelError: as `load_checkpoint`.
@@ -270,7 +270,7 @@ def _config(raw: Any, source: str) -> _Config:
 
 
 def _check_config(raw: Mapping[str, Any], sizes: Mapping[str, Any], act_fn: Any, eps: Any, source: str) -> None:
-    """Raise ModelError at the first field that is not of a model read here."""
+    """Raise ModelError at the first unsupported field."""
 
     def require(fits: bool, name: str, value: Any, expected: str) -> None:
         if not fits:
@@ -289,7 +289,7 @@ def _check_config(raw: Mapping[str, Any], sizes: Mapping[str, Any], act_fn: Any,
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file, without the buffers that carry no weights."""
+    """Read the tensors of a weights file, without buffers that are not weights."""
     try:
         if file.suffix == ".safetensors":
             state = load_file(file)
@@ -316,7 +316,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _shapes(config: _Config, *, folded: bool) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor in TransformerLens' layout."""
+    """Return name and shape of each tensor in TransformerLens' layout."""
     h, d, e, m, v = config.n_heads, config.d_model, config.d_head, config.d_mlp, config.d_vocab
     shapes: dict[str, tuple[int, ...]] = {"embed.W_E": (v, d), "pos_embed.W_pos": (config.n_ctx, d)}
     shapes |= {"unembed.W_U": (d, v), "unembed.b_U": (v,)}
@@ -338,14 +338,15 @@ def _shapes(config: _Config, *, folded: bool) -> dict[str, tuple[int, ...]]:
 
 
 def _kind(name: str) -> str:
-    """A tensor's name without its layer."""
+    """Return a tensor's name without its layer."""
     return re.sub(r"^blocks\.\d+\.", "blocks.", name)
 
 
 def _check_weights(state: Mapping[str, Tensor], config: _Config, source: str, most_bytes: int | None) -> None:
     """Raise ModelError where the tensors are not those of the configuration.
 
-    A bias that no layer has is zero: the published models have no b_U. One that only some layers have is missing.
+    A bias that no layer has is zero: the published models have no b_U. One that only some layers have counts as
+    missing.
     """
 
     def refuse(what: str, names: list[str]) -> None:
@@ -365,7 +366,7 @@ def _check_weights(state: Mapping[str, Tensor], config: _Config, source: str, mo
     needed = [n for n in shapes if n.rpartition(".")[2][0] != "b" or _kind(n) in kinds]
     refuse("lack", [name for name in needed if name not in state])
     refuse("have in another shape", [f"{n} {tuple(t.shape)}" for n, t in state.items() if t.shape != shapes[n]])
-    size = most_bytes or math.inf  # of a tensor that repeats its numbers, a file does not hold as many as it has
+    size = most_bytes or math.inf  # a tensor with repeated strides needs less space in a file
     dense = {n: t.layout == torch.strided and not t.is_meta and t.is_floating_point() for n, t in state.items()}
     refuse("are not plain numbers:", [n for n, t in state.items() if not dense[n] or t.nbytes > size])
     refuse("are not finite in", [n for n, t in state.items() if not t.isfinite().all()])
@@ -373,7 +374,7 @@ def _check_weights(state: Mapping[str, Tensor], config: _Config, source: str, mo
 
 # ----------------------------------------------------------------------------------------------------------- converting
 def _empty_model(config: _Config) -> GPT2LMHeadModel:
-    """A GPT-2 without weights."""
+    """Make a GPT-2 without weights."""
     sizes = GPT2Config(
         vocab_size=config.d_vocab,
         n_positions=config.n_ctx,
@@ -401,7 +402,7 @@ def _empty_model(config: _Config) -> GPT2LMHeadModel:
 
 
 def _completed(state: Mapping[str, Tensor], config: _Config) -> dict[str, Tensor]:
-    """All tensors of the model: of a norm that is folded, gain 1 and bias 0; of biases that are not there, zeros."""
+    """Complete the tensors of the model: gain 1 and bias 0 for a folded norm; zeros for absent biases."""
     dtype = state["embed.W_E"].dtype
     return {
         name: state[name] if name in state else torch.full(shape, float(name.endswith(".w")), dtype=dtype)
@@ -410,7 +411,7 @@ def _completed(state: Mapping[str, Tensor], config: _Config) -> dict[str, Tensor
 
 
 def _converted(state: Mapping[str, Tensor], config: _Config) -> dict[str, Tensor]:
-    """The same weights in GPT-2's names and layout."""
+    """Convert the weights to GPT-2's names and layout."""
     result = {ours: state[theirs] for theirs, ours in _SAME.items()}
     result["lm_head.weight"] = state["unembed.W_U"].T.contiguous()
     for layer in range(config.n_layers):
@@ -426,7 +427,7 @@ def _converted(state: Mapping[str, Tensor], config: _Config) -> dict[str, Tensor
 
 
 def _tokenizer(folder: Path, config: _Config) -> Any:
-    """The tokenizer as its tokenizer.json has it; a class of `transformers` would split numbers in its own way."""
+    """Load the tokenizer from its tokenizer.json; a class of `transformers` would split numbers differently."""
     local = (folder / "tokenizer.json").is_file() or not config.tokenizer_name
     source = str(folder if local else config.tokenizer_name)
     try:

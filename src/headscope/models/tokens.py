@@ -1,4 +1,4 @@
-"""What token ids must be for a model to read them."""
+"""Validation of token ids for a model."""
 
 import weakref
 
@@ -9,27 +9,27 @@ from headscope.errors import ModelError
 
 
 class TokenCheck:
-    """Refuses tokens that a model cannot read, or would read as something that it was not made for.
+    """Rejects tokens that a model cannot read, or not as intended.
 
-    Past its context a model with rotary positions computes all the same, and on an accelerator an id outside the
-    vocabulary ends the process; so this is asked before each run. It waits for the accelerator once for the same
+    Beyond its context a model with rotary positions still computes, and on an accelerator an id outside the vocabulary
+    kills the process; so this is checked before each run. It synchronises with the accelerator once for the same
     tokens, however often they are run.
     """
 
     def __init__(self, name: str, context: int, n_ids: int) -> None:
-        """Of a model of this name, with a context of so many tokens and a vocabulary of so many ids."""
+        """Make a check for a model of this name, context length and vocabulary size."""
         self._name, self._context, self._n_ids = name, context, n_ids
-        self._seen: tuple[weakref.ref[Tensor], int] | None = None  # the tokens seen last, and their version
+        self._seen: tuple[weakref.ref[Tensor], int] | None = None  # the last tokens, and their version
 
     def __call__(self, tokens: Tensor, attended: Tensor | None = None) -> None:
-        """Look at the tokens of one run.
+        """Check the tokens of one run.
 
         Args:
             tokens: must be ids `[batch, position]`.
             attended: must be False at padding, which does not count for the context.
 
         Raises:
-            ModelError: they are not, there are none, a sequence is longer than the context, or an id is none of the
+            ModelError: they are not, there are none, a sequence is longer than the context, or an id is outside the
                 vocabulary.
         """
         self._check_shape(tokens, attended)
@@ -71,7 +71,7 @@ class TokenCheck:
             )
 
     def _check_ids(self, tokens: Tensor) -> None:
-        counts = not tokens.is_inference()  # its changes in place
+        counts = not tokens.is_inference()  # its in-place changes
         if counts and self._seen is not None and self._seen[0]() is tokens and self._seen[1] == tokens._version:
             return
         low, high = torch.stack(tokens.aminmax()).tolist()

@@ -1,9 +1,9 @@
-"""Models that a user has loaded with TransformerLens: a HookedTransformer, or a TransformerBridge.
+"""Models loaded with TransformerLens: a HookedTransformer, or a TransformerBridge.
 
-The library is not imported here: the two are known by what they have. A HookedTransformer's weights are read as those
-of a checkpoint are (`tl_checkpoint.py`), so what it computes is what TransformerLens' processing made of them: z may be
-without its constant part (docs/maths.md). A Bridge is built around a model of `transformers`, whose weights are shared.
-What is made of either is tested against it on a few tokens, and refused where it computes something else.
+The library is not imported here: the two are recognised by their attributes. A HookedTransformer's weights are read
+like those of a checkpoint (`tl_checkpoint.py`), after TransformerLens' processing: z may lack its constant part
+(docs/maths.md). A Bridge wraps a model of `transformers`, whose weights are shared. The result is compared with the
+original on a few tokens, and rejected if it deviates.
 """
 
 import copy
@@ -17,7 +17,7 @@ from headscope.errors import ModelError
 from headscope.models.families import family_of
 from headscope.models.tl_checkpoint import build
 
-_BRIDGED = "._original_component"  # what a Bridge puts into the names of the weights it stands around
+_BRIDGED = "._original_component"  # inserted by a Bridge into the names of wrapped weights
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
@@ -33,13 +33,13 @@ def is_bridge(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def unwrap(model: Any) -> tuple[PreTrainedModel, Any, str]:
-    """A model of `transformers` that computes what theirs does, its tokenizer and its name.
+    """Return an equivalent model of `transformers`, its tokenizer and its name.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
 
     Raises:
-        ModelError: it computes something that cannot be read here.
+        ModelError: it computes something unsupported.
     """
     name = str(getattr(model.cfg, "model_name", None) or "TransformerLens model")
     module = _of_bridge(model, name) if is_bridge(model) else _of_hooked(model, name)

@@ -1,4 +1,4 @@
-"""What must hold between a tokenizer and a model, and which token starts a text."""
+"""Compatibility of a tokenizer with a model, and the token that starts a text."""
 
 import copy
 import warnings
@@ -9,19 +9,19 @@ from tokenizers import Tokenizer
 from headscope.errors import ModelError
 from headscope.tokens import SAMPLES, Spelling, encode, marked
 
-_UNUSED = 0.1  # of a model's vocabulary: rows that pad it to a round number
+_UNUSED = 0.1  # share of a model's vocabulary: rows that pad it to a round number
 
 
 def check_vocabulary(tokenizer: Any, d_vocab: int, source: str) -> None:
-    """Refuse a tokenizer that is not the model's, as far as their sizes tell.
+    """Reject a tokenizer that is not the model's, as far as their sizes show.
 
-    Tokens that were added to a tokenizer later may lie outside a model's vocabulary; a corpus with one is refused when
+    Tokens that were added to a tokenizer later may lie outside a model's vocabulary; a corpus with one is rejected when
     it is read.
 
     Args:
         tokenizer: a fast tokenizer of `transformers`.
-        d_vocab: tokens that the model knows.
-        source: where the tokenizer is from, for the message.
+        d_vocab: size of the model's vocabulary.
+        source: origin of the tokenizer, for the message.
 
     Raises:
         ModelError: it has a token that the model lacks, or leaves more than a tenth of the model's tokens unused.
@@ -46,10 +46,10 @@ def check_vocabulary(tokenizer: Any, d_vocab: int, source: str) -> None:
 
 
 def checked_tokenizer(tokenizer: Any, source: str) -> Tokenizer:
-    """The tokenizer that headscope uses: a copy of a fast tokenizer of `transformers`, with settings of its own.
+    """Return headscope's tokenizer: a copy of a fast tokenizer of `transformers`, with normalised settings.
 
     Tokens that were made special on the object alone (`tokenizer.eos_token = ...`) are special in the copy.
-    Warns where its tokens do not spell a text as it is.
+    Warns where its tokens do not reproduce a text exactly.
 
     Raises:
         ModelError: it cannot be copied, or its tokens do not spell the text.
@@ -69,11 +69,11 @@ def checked_tokenizer(tokenizer: Any, source: str) -> Tokenizer:
 
 
 def _check_class(tokenizer: Any, own: Tokenizer, source: str) -> None:
-    """Raise ModelError where a class of the user's makes other tokens of a text than the tokenizer that it holds."""
+    """Raise ModelError where a custom class tokenises differently from the tokenizer that it wraps."""
     cls = type(tokenizer)
     if cls.__module__.partition(".")[0] == "transformers":
         return
-    called = copy.deepcopy(tokenizer)  # a call may set it to pad and to truncate
+    called = copy.deepcopy(tokenizer)  # a call may set padding and truncation
     called.split_special_tokens, called.model_max_length = True, int(1e30)
     for text, ids in zip(SAMPLES, encode(own, list(SAMPLES)), strict=True):
         got = called(text, add_special_tokens=False)["input_ids"]
@@ -87,7 +87,7 @@ def _check_class(tokenizer: Any, own: Tokenizer, source: str) -> None:
 
 
 def first_token(tokenizer: Any, source: str) -> int:
-    """The token that starts each block of text: the tokenizer's BOS, or its EOS where it has none (as Qwen's).
+    """Return the token that starts each block of text: the tokenizer's BOS, or its EOS without one (as Qwen's).
 
     Raises:
         ModelError: it has neither, or is not a fast tokenizer.
@@ -100,7 +100,7 @@ def first_token(tokenizer: Any, source: str) -> int:
 
 
 def no_tokenizer(source: str) -> ModelError:
-    """The error for a model whose tokenizer cannot be used."""
+    """Make the error for a model whose tokenizer cannot be used."""
     return ModelError(
         f"the tokenizer of {source!r}",
         expected="a fast tokenizer (tokenizer.json) with a BOS or EOS token",

@@ -1,4 +1,4 @@
-"""Tokenizers as headscope uses them: with settings of its own, and with the bytes that each token stands for."""
+"""Tokenizers with normalised settings, and the bytes of each token."""
 
 from headscope.tokens.encoding import encode, marked, own_tokenizer, reads_as_space, special_ids, unknown_id
 from headscope.tokens.spelling import MARK, SAMPLES, Spelling

@@ -1,4 +1,4 @@
-"""Text to token ids by a tokenizer's vocabulary and rules, whatever else it was set to do."""
+"""Tokenisation by a tokenizer's vocabulary and rules only, regardless of its other settings."""
 
 import json
 from collections.abc import Iterable
@@ -9,12 +9,12 @@ from headscope.errors import ModelError
 
 
 def own_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that tokenises every text whole, the same each time, with no token that is not of the text.
+    """Return a copy that tokenises every text whole, deterministically, without adding tokens.
 
     Truncation, padding and dropout are turned off and the post-processor is removed, whether they were saved in
-    `tokenizer.json` or set on the object. The spelling of a special token in a text is text. What belongs to the
-    vocabulary stays: normaliser, pre-tokenizer (with its `add_prefix_space`), added tokens. A tokenizer that has these
-    settings already is returned itself; no tokenizer is changed.
+    `tokenizer.json` or set on the object. The spelling of a special token in a text is text. Everything that belongs to
+    the vocabulary is kept: normaliser, pre-tokenizer (with its `add_prefix_space`), added tokens. A tokenizer that
+    already has these settings is returned itself; no tokenizer is modified.
 
     Raises:
         ModelError: it has parts written in Python, which cannot be copied, or its copy gives tokens other ids.
@@ -56,18 +56,18 @@ def _is_set(tokenizer: Tokenizer) -> bool:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, as `own_tokenizer` has them: without any special token."""
+    """Return the token ids of each text, as by `own_tokenizer`: without special tokens."""
     return [e.ids for e in own_tokenizer(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def reads_as_space(tokenizer: Tokenizer, character: str) -> bool:
-    """Whether a tokenizer makes the same tokens of a character and of a space, as SentencePiece's of `▁`."""
+    """Whether a tokenizer treats a character as a space, as SentencePiece does `▁`."""
     of_character, of_space = encode(tokenizer, [f"a{character}b", "a b"])
     return of_character == of_space
 
 
 def marked(tokenizer: Tokenizer, ids: Iterable[int | None]) -> Tokenizer:
-    """The tokenizer itself, or a copy in which more tokens are special; ids without a token are left out.
+    """Return the tokenizer, or a copy with additional special tokens; ids without a token are ignored.
 
     Raises:
         ModelError: as `own_tokenizer`.
@@ -87,14 +87,14 @@ def marked(tokenizer: Tokenizer, ids: Iterable[int | None]) -> Tokenizer:
 
 
 def special_ids(tokenizer: Tokenizer, bos: int) -> frozenset[int]:
-    """Ids that are never text: the BOS, tokens marked as special, and the one for text that cannot be spelled."""
+    """Return the ids that are never text: the BOS, special tokens, and the one for text that cannot be spelled."""
     marked = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
     unknown = unknown_id(tokenizer)
     return frozenset(marked | {bos} | ({unknown} if unknown is not None else set()))
 
 
 def unknown_id(tokenizer: Tokenizer) -> int | None:
-    """The token that a tokenizer puts for text it cannot spell; None if it has none."""
+    """Return the token that a tokenizer uses for text it cannot spell; None if it has none."""
     if isinstance(tokenizer.model, models.Unigram):
         return json.loads(tokenizer.model.__getstate__())["unk_id"]
     token = tokenizer.model.unk_token

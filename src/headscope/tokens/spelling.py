@@ -1,13 +1,12 @@
-"""The bytes that each token stands for: those of the tokens of a text, joined, are the text.
+"""The bytes of each token, such that a text is the concatenation of its tokens' bytes.
 
 Tokenizers write tokens in different ways: GPT-2's use a letter for each byte, SentencePiece's use `▁` for a space and
-`<0x0A>` for a byte, WordPiece's mark with `##` where a word continues. The tokenizer's decoder knows which, so the
-bytes of a token are what the decoder makes of it between two others. A decoder returns text, so bytes that are only a
-part of a character are looked up instead.
+`<0x0A>` for a byte, WordPiece's mark with `##` where a word continues. The tokenizer's decoder handles this, so the
+bytes of a token are its decoding between two others. A decoder returns text, so bytes that are only a part of a
+character are looked up instead.
 
 The result is verified, on sample texts and on every token that was added to the vocabulary: joined bytes must be the
-text, or, where the tokenizer does not keep all of it (it lowers case, drops spaces), what the tokenizer itself decodes
-its tokens to.
+text, or, where the tokenizer is lossy (it lower-cases, drops spaces), what the tokenizer itself decodes its tokens to.
 """
 
 import json
@@ -53,13 +52,13 @@ SAMPLES = (
     "a\u00adb",
     "a\ufeffb",
 )
-"""Texts that tokenizers are tried on."""
+"""Texts that tokenizers are tested on."""
 MARK = "\u2581"
-"""What SentencePiece writes for a space."""
+"""SentencePiece's character for a space."""
 _CHARACTERS = [*range(0xC0), *range(0xC0, 0x800, 64), 0x800, *range(0x1000, 0x10000, 0x1000)]
 _CHARACTERS += [0x10000, 0x40000, 0x80000, 0xC0000, 0x100000]  # between them, each byte that UTF-8 has
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_SAMPLED, _TOGETHER = 128, 4  # tokens of the vocabulary that are tried, and in one text
+_SAMPLED, _TOGETHER = 128, 4  # tokens of the vocabulary that are tested, and in one text
 _ANCHOR = "a"
 _ADDED = "\ue000\ue001\ue000"  # of private use, so in no vocabulary
 _EDGES = ((b"", b""), (b" ", b""), (b"", b" "), (b" ", b" "))
@@ -70,21 +69,21 @@ class Spelling:
     """The bytes of each token of a tokenizer."""
 
     tokenizer: Tokenizer
-    """As `own_tokenizer` returns it."""
+    """The tokenizer, as returned by `own_tokenizer`."""
     reading: "_Reading"
     prefix: bytes
-    """What the tokenizer puts before a text, a space or nothing: the first token of a text begins with it."""
+    """Prefix that the tokenizer puts before a text, a space or nothing: the first token of a text starts with it."""
     suffix: bytes
-    """What it puts after a text, likewise."""
+    """Suffix that it puts after a text, likewise."""
     loses: str | None
-    """A text that its tokens do not spell as it is; None if they spell all of the texts tried."""
+    """A text that its tokens do not reproduce exactly; None if they reproduce all tested texts."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Spelling":
-        """Find out how a tokenizer spells its tokens.
+        """Determine how a tokenizer spells its tokens.
 
         Raises:
-            ModelError: the bytes of its tokens would join neither to the text nor to what it decodes them to.
+            ModelError: the joined bytes of its tokens are neither the text nor its decoding.
         """
         own = own_tokenizer(tokenizer)
         trial = _Trial(own)
@@ -104,7 +103,7 @@ class Spelling:
 
     @cached_property
     def repeats(self) -> bool:
-        """Whether the tokenizer puts the prefix after each added token as well, not only before a text."""
+        """Whether the tokenizer also puts the prefix after each added token, not only before a text."""
         if not self.prefix:
             return False
         own = Tokenizer.from_str(self.tokenizer.to_str())
@@ -114,23 +113,23 @@ class Spelling:
         return self.joined(after).startswith(self.prefix)
 
     def join(self, ids: Sequence[int]) -> bytes:
-        """The text of a whole document: its tokens' bytes, without what the tokenizer puts around a text.
+        """Return the text of a whole document: its tokens' bytes, without the tokenizer's prefix and suffix.
 
-        A tokenizer that puts a space only before texts without one makes the same tokens of both; of a text that began
-        with a space, that space is then missing here.
+        A tokenizer that prepends a space only to texts without one gives the same tokens for both; for a text that
+        started with a space, that space is then missing here.
         """
         return self.joined(ids).removeprefix(self.prefix).removesuffix(self.suffix)
 
     def joined(self, ids: Sequence[int]) -> bytes:
-        """The tokens' bytes, special tokens by what the decoder makes of them."""
+        """Return the tokens' bytes, with special tokens as decoded."""
         return b"".join(map(self._raw, ids))
 
     def table(self, special: Collection[int], n: int) -> list[bytes]:
-        """The bytes of the tokens 0 to n - 1: special tokens have their name, ids that are not assigned nothing."""
+        """Return the bytes of tokens 0 to n - 1: special tokens have their name, unassigned ids nothing."""
         return [self._name(i).encode() if i in special else self._raw(i) for i in range(n)]
 
     def byte_tokens(self, n: int) -> list[int]:
-        """Those of the tokens 0 to n - 1 that stand for one byte of what no other token spells (`<0x0A>`)."""
+        """Return those of tokens 0 to n - 1 that are single bytes which no other token spells (`<0x0A>`)."""
         return [i for i in range(n) if self.reading.falls_back and _BYTE.fullmatch(self._name(i))]
 
     def _name(self, token: int) -> str:
@@ -138,7 +137,7 @@ class Spelling:
 
     @cached_property
     def _added(self) -> dict[int, bytes]:
-        """What tokens stand for that the model itself never makes: they are found in the text, or what it becomes."""
+        """Return the bytes of tokens matched outside the model: in the text, or in its normalised form."""
         normalizer, found = self.tokenizer.normalizer, {}
         undo = _of_decoder(next(_implied(_parts(normalizer)), decoders.Fuse()))
         for i, token in self.tokenizer.get_added_tokens_decoder().items():
@@ -158,10 +157,10 @@ class Spelling:
 
 # ------------------------------------------------------------------------------------------------------------- readings
 class _Reading:
-    """One way to read what tokens are called."""
+    """One interpretation of token names."""
 
     def __init__(self, decode: Callable[[list[str]], str], parts: Sequence[str]) -> None:
-        """By a decoder, which consists of parts of these types."""
+        """Interpret by a decoder, which consists of parts of these types."""
         self._decode = decode
         self._alphabet = _byte_alphabet() if "ByteLevel" in parts else {}
         self.falls_back = "ByteFallback" in parts
@@ -169,7 +168,7 @@ class _Reading:
         self._tail = len(decode([_ANCHOR, _ANCHOR])) - self._head
 
     def bytes_of(self, name: str) -> bytes:
-        """The bytes of a token inside a text."""
+        """Return the bytes of a token inside a text."""
         if self._alphabet and all(c in self._alphabet for c in name):
             return bytes(self._alphabet[c] for c in name)
         if self.falls_back and (byte := _BYTE.fullmatch(name)):
@@ -177,7 +176,7 @@ class _Reading:
         return self._inside(name).encode()
 
     def between(self, text: bytes) -> bytes:
-        """The bytes of a token that stands for exactly this text, with the space that is put between tokens."""
+        """Return the bytes of a token for exactly this text, with the space that separates tokens."""
         before, _, after = self._inside(_ANCHOR).partition(_ANCHOR)
         return before.encode() + text + after.encode()
 
@@ -187,7 +186,7 @@ class _Reading:
 
 
 def _readings(tokenizer: Tokenizer) -> Iterator[_Reading]:
-    """The ways a tokenizer's tokens may have to be read: by its decoder, or as its other parts imply."""
+    """Return candidate interpretations of a tokenizer's tokens: by its decoder, or as its other parts imply."""
     if tokenizer.decoder is not None:
         yield _of_decoder(tokenizer.decoder)
     implied = list(_implied(chain(_parts(tokenizer.pre_tokenizer), _parts(tokenizer.normalizer))))
@@ -199,7 +198,7 @@ def _readings(tokenizer: Tokenizer) -> Iterator[_Reading]:
     yield from map(_of_decoder, implied)
     yield _of_decoder(decoders.Fuse())
     if tokenizer.decoder is None and not implied:
-        yield _Reading(" ".join, [])  # as the library decodes then
+        yield _Reading(" ".join, [])  # the library's behaviour then
 
 
 def _of_decoder(decoder: Any) -> _Reading:
@@ -207,7 +206,7 @@ def _of_decoder(decoder: Any) -> _Reading:
 
 
 def _implied(parts: Iterable[dict[str, Any]]) -> Iterator[Any]:
-    """Decoders that undo what these parts of a tokenizer do: it may have been saved without one."""
+    """Return decoders that invert these parts of a tokenizer, which may have been saved without a decoder."""
     for part in parts:
         match part:
             case {"type": "ByteLevel"}:
@@ -222,7 +221,7 @@ def _implied(parts: Iterable[dict[str, Any]]) -> Iterator[Any]:
 
 
 def _parts(component: Any) -> Iterator[dict[str, Any]]:
-    """The settings of a part of a tokenizer, one by one where it is a sequence."""
+    """Yield the settings of a part of a tokenizer, one by one for a sequence."""
     if component is None:
         return
     waiting = [json.loads(component.__getstate__())]
@@ -236,7 +235,7 @@ def _parts(component: Any) -> Iterator[dict[str, Any]]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's letter for each byte, inverted (Radford et al. 2019, `bytes_to_unicode`)."""
+    """Invert GPT-2's byte alphabet (Radford et al. 2019, `bytes_to_unicode`)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -244,7 +243,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 # ---------------------------------------------------------------------------------------------------------------- trial
 class _Trial:
-    """Texts, their tokens and what the tokenizer decodes these to: what a spelling is held against."""
+    """Test texts with their tokens and decodings, to validate a spelling."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
@@ -256,7 +255,7 @@ class _Trial:
         self._cases = [*_known(tokenizer, around), *general]
 
     def kept(self, spelling: Spelling) -> list[bool] | None:
-        """Whether each text is kept whole; None if the bytes of one are neither the text nor its decoding."""
+        """Return whether each text is reproduced exactly; None if the bytes of one are neither it nor its decoding."""
         kept = []
         for text, ids, decoded in self._cases:
             is_whole = _spells(spelling, ids, text)
@@ -266,11 +265,11 @@ class _Trial:
         return kept
 
     def lost(self, kept: list[bool]) -> str | None:
-        """The first text that is not kept whole."""
+        """Return the first text that is not reproduced exactly."""
         return next((case[0] for case, is_whole in zip(self._cases, kept, strict=True) if not is_whole), None)
 
     def failure(self, spelling: Spelling) -> ModelError:
-        """What is wrong, by the first text that comes back as something else."""
+        """Describe the problem with the first text that is neither reproduced nor its decoding."""
         text, ids, decoded = next(
             (text, ids, decoded)
             for text, ids, decoded in self._cases
@@ -286,16 +285,16 @@ class _Trial:
 
 
 def _known(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[str, list[int], str]]:
-    """The texts that a tokenizer can spell, each with its ids and their decoding."""
+    """Return the texts that a tokenizer can spell, each with its ids and their decoding."""
     unknown, ids = unknown_id(tokenizer), encode(tokenizer, list(texts))
     decoded = tokenizer.decode_batch(ids, skip_special_tokens=False)
     return [case for case in zip(texts, ids, decoded, strict=True) if unknown not in case[1]]
 
 
 def _replaced(tokenizer: Tokenizer) -> Iterator[str]:
-    """Texts with what parts of a tokenizer look for, to replace it or to cut there, and with what they put for a space.
+    """Return texts with patterns that parts of a tokenizer replace or split at, and with their space characters.
 
-    SentencePiece's `▁` is left out, since a text hardly ever has it: it is counted where a corpus is read.
+    SentencePiece's `▁` is omitted, since it is rare in text: it is counted where a corpus is read.
     """
     for part in chain(_parts(tokenizer.normalizer), _parts(tokenizer.pre_tokenizer)):
         match part:
@@ -310,7 +309,7 @@ def _replaced(tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _own_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts of some tokens from all over a vocabulary that may not know those of `SAMPLES`."""
+    """Return texts of tokens from across a vocabulary that may lack those of `SAMPLES`."""
     size = tokenizer.get_vocab_size(with_added_tokens=False)
     ids = range(0, size, max(1, size // _SAMPLED))
     groups = [list(ids[i : i + _TOGETHER]) for i in range(0, len(ids), _TOGETHER)]
@@ -320,6 +319,6 @@ def _own_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def _spells(spelling: Spelling, ids: Sequence[int], text: str) -> bool:
-    """Whether the bytes of some tokens are a text, with or without what the tokenizer puts around it."""
+    """Whether the bytes of some tokens are a text, with or without the tokenizer's prefix and suffix."""
     joined, before, after = spelling.joined(ids), {b"", spelling.prefix}, {b"", spelling.suffix}
     return any(joined == lead + text.encode() + trail for lead in before for trail in after)
