@@ -70,7 +70,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from where it lives."""
+    """Import a public name from its module."""
     if name == "jobs":
         return import_module("headscope.jobs")
     if name not in _HOME:

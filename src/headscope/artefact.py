@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, hashes, and folders claimed for one run."""
+"""Files that are whole or absent: atomic writes, hashes, and folders claimed for one run."""
 
 import hashlib
 import json
@@ -16,20 +16,20 @@ from headscope.scratch import clean, move_into_place, scratch_file, scratch_fold
 
 @runtime_checkable
 class Fingerprinted(Protocol):
-    """What tells whether it is the model of an artefact: `headscope.models.hf.Model`."""
+    """Interface for matching a model to an artefact: `headscope.models.hf.Model`."""
 
     def fingerprint(self) -> str:
-        """The hash that new artefacts keep."""
+        """Return the hash stored in new artefacts."""
         ...
 
     def matches(self, known: str) -> bool:
-        """Whether a hash that an artefact keeps is its own."""
+        """Whether a hash stored in an artefact is its own."""
         ...
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a binary file that becomes `path` when the block ends well, and vanishes when it does not.
+    """Yield a binary file that becomes `path` when the block succeeds, and is removed when it fails.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
@@ -53,13 +53,13 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def new_folder(path: Path, *, overwrite: bool = False, owned: bool = False) -> Iterator[Path]:
-    """Yield an empty scratch folder that becomes `path` when the block ends well.
+    """Yield an empty scratch folder that becomes `path` when the block succeeds.
 
-    An existing run at `path` stays as it was until that moment, and stays for good if the block raises. Whatever is
-    at a path that is `owned`, as in a cache, may be replaced.
+    An existing run at `path` is unchanged until then, and kept if the block raises. Anything at an `owned` path, as in
+    a cache, may be replaced.
 
     Raises:
-        OutputError: `path` already holds something and `overwrite` is false, or it cannot be written.
+        OutputError: `path` exists and `overwrite` is false, or it cannot be written.
     """
     path = Path(path)
     if not owned:
@@ -73,14 +73,14 @@ def new_folder(path: Path, *, overwrite: bool = False, owned: bool = False) -> I
 
 
 def check_run_folder(path: Path, *, overwrite: bool, inputs: Iterable[str | Path]) -> None:
-    """As `check_output`, for a run that reads files: none of them may be given up.
+    """Check an output like `check_output`, for a run that reads files: none of them may be overwritten.
 
     Raises:
-        OutputError: as `check_output`; or `path` is, or holds, one of the `inputs`.
+        OutputError: as `check_output`; or `path` is, or contains, one of the `inputs`.
     """
     path = Path(path)
     for given in map(local, inputs):
-        # where it is, and where it leads
+        # its own path, and the resolved one
         if any(p.is_relative_to(path.resolve()) for p in (given.resolve(), given.parent.resolve() / given.name)):
             raise OutputError(
                 f"{path} holds what is to be read", expected="a folder of its own", do="choose another folder"
@@ -89,11 +89,11 @@ def check_run_folder(path: Path, *, overwrite: bool, inputs: Iterable[str | Path
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """Make sure, before any work, that `path` can be written when it is done.
+    """Check, before any work, that `path` can be written at the end.
 
     Raises:
-        OutputError: `path` already holds something, and `overwrite` is false or headscope did not write all of it; or
-            it is the current folder or a mount point, or cannot be written.
+        OutputError: `path` exists, and `overwrite` is false or headscope did not write all of it; or it is the current
+            folder or a mount point, or cannot be written.
     """
     path = _written_out(path)
     whole = path.resolve()
@@ -127,10 +127,10 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
 
 def check_holds_only(path: Path, names: Collection[str]) -> None:
-    """Make sure that a folder for several runs holds nothing of a user's: files of these names, SAEs, indexes, pages.
+    """Check that a folder for several runs holds no user data: only files of these names, SAEs, indexes, pages.
 
     Raises:
-        OutputError: it holds something else; nothing is written there then.
+        OutputError: it holds something else; nothing is written there.
     """
     children = sorted(path.iterdir()) if path.is_dir() else []
     for child in children:
@@ -143,7 +143,7 @@ def check_holds_only(path: Path, names: Collection[str]) -> None:
 
 
 PAGE_MARK = '<meta name="generator" content="headscope">'
-"""In the head of every page that is written, so that it may be replaced."""
+"""Marker in the head of every written page, which allows replacing it."""
 _PAGE_MARKS = (
     PAGE_MARK.encode(),
     b'<script type="application/octet-stream" id="data-core">',
@@ -154,7 +154,7 @@ _EXPORT = {"index.html", "core.json.gz", "packs", "pages"}
 
 
 def _foreign(path: Path) -> str | None:
-    """What there is of a path that headscope did not write: itself, or the name of a file in it; None if nothing is."""
+    """Return what headscope did not write at a path: itself, or the name of a file in it; None if nothing."""
     try:
         if path.is_file():
             return None if any(mark in path.read_bytes() for mark in _PAGE_MARKS) else "it"
@@ -165,12 +165,12 @@ def _foreign(path: Path) -> str | None:
         if not ours or not others:
             return None if ours else "it"
         return others[0]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # it cannot be read, or is not as we write it
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # it is unreadable, or not in our format
         return "it"
 
 
 def _written(folder: Path) -> set[str]:
-    """Names in a folder that headscope writes there; none where it is no folder of ours."""
+    """Return the names in a folder that headscope writes there; none for other folders."""
     if (folder / "core.json.gz").is_file():
         return _EXPORT
     if (folder / "cfg.json").is_file():
@@ -179,7 +179,7 @@ def _written(folder: Path) -> set[str]:
     if not (folder / "manifest.json").is_file():
         return set()
     manifest = read_json(folder / "manifest.json")
-    if "indexes" in manifest:  # of several SAEs, a folder each
+    if "indexes" in manifest:  # for several SAEs, one folder each
         foreign = [name for name in manifest["indexes"] if _foreign(folder / Path(name).name)]
         return {"manifest.json", *manifest["indexes"]}.difference(foreign)
     files = {Path(name).parts[0] for name in manifest["files"]} if "format_version" in manifest else set()
@@ -187,12 +187,12 @@ def _written(folder: Path) -> set[str]:
 
 
 def _is_scratch(path: Path) -> bool:
-    """Whether it is a file that an interrupted write, or a file manager, left."""
+    """Whether it is a file left by an interrupted write or by a file manager."""
     return path.name.startswith(".") and not path.is_dir()
 
 
 def _written_out(path: str | Path) -> Path:
-    """A path to write to, which must not begin with `~`: the command line has made it the home folder, Python has not.
+    """Check that a path to write to does not start with `~`, which the command line expands and Python does not.
 
     Raises:
         OutputError: it does.
@@ -207,7 +207,7 @@ def _written_out(path: str | Path) -> Path:
 
 
 def cannot_write(path: Path, error: OSError) -> OutputError:
-    """The error for a file or folder that the disk, or its permissions, refused."""
+    """Make the error for a file or folder rejected by the disk or its permissions."""
     return OutputError(
         f"cannot write {path}: {error.strerror or error}",
         expected="a folder that can be written, on a disk with room",
@@ -219,10 +219,10 @@ Stamp = tuple[tuple[str, int, int, int], ...]
 
 
 def stamp_of(path: Path) -> Stamp:
-    """Return what changes when a file, or any file of a folder, is written, replaced or removed: cheap to ask for.
+    """Return a cheap value that changes when a file, or any file of a folder, is written, replaced or removed.
 
-    Name, time, size and number of each file; nothing of what does not exist. Scratch files, whose names begin with a
-    dot, do not count.
+    Name, time, size and inode of each file; empty for a missing path. Scratch files, whose names start with a dot, do
+    not count.
     """
     path = Path(path)
     try:
@@ -248,7 +248,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no JSON, or nested deeper than any file of ours.
+        ValueError: it is not JSON, or nested deeper than any file of ours.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))

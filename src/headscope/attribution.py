@@ -1,11 +1,11 @@
-"""Direct feature attribution (DFA): which heads and source tokens make a feature's pre-activation, exactly.
+"""Direct feature attribution (DFA): an exact split of a feature's pre-activation by heads and source tokens.
 
 The pre-activation is linear in z, and z is linear in the values with the pattern held fixed, so
 
     pre_j[q] = sum_h sum_s C[h, s] + bias_j,    C[h, s] = pattern[h, q, s] (v[s, h] - c_h) . W_enc[h, :, j]
 
-with `bias_j = b_enc_j - b_dec . W_enc_j + c . W_enc_j`. The constant c of z (`Model.value_offset`) is taken out of the
-values, since how it splits over sources says nothing of the text; it joins the bias, and the sum still closes.
+with `bias_j = b_enc_j - b_dec . W_enc_j + c . W_enc_j`. The constant c of z (`Model.value_offset`) is subtracted from
+the values, since its split over sources is independent of the text; it is added to the bias, so the sum stays exact.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,22 +19,22 @@ from torch import Tensor
 from headscope.models.hf import Attention, Model
 from headscope.sae.model import SAE
 
-_CACHED_ROWS = 8  # of vocabulary size, which stay in the cache while powers of them are taken
+_CACHED_ROWS = 8  # of vocabulary size, which stay in the cache while their powers are computed
 
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """An SAE's encoder cut into heads, with the constant part of z moved to the bias."""
+    """An SAE's encoder split by head, with the constant part of z moved to the bias."""
 
     encoder: Float[Tensor, "head d_sae d_head"]
     bias: Float[Tensor, " d_sae"]
-    """The part of the pre-activation that no head makes."""
+    """Part of the pre-activation independent of the heads."""
     offset: Float[Tensor, "head d_head"]
     """c, the constant part of z."""
 
     @classmethod
     def of(cls, sae: SAE, model: Model) -> "HeadWeights":
-        """For a z SAE of this model."""
+        """Compute the weights for a z SAE of this model."""
         offset = model.value_offset(sae.site.layer).to(sae.W_enc)
         encoder = sae.head_blocks(model.spec.n_heads).encoder.contiguous()
         return cls(encoder, sae.bias + offset @ sae.W_enc, offset.view(model.spec.n_heads, model.spec.d_head))
@@ -42,7 +42,7 @@ class HeadWeights:
 
 @dataclass(frozen=True)
 class DFA:
-    """What makes the pre-activation of one feature at one token, active there or not: `by_source` + `bias` = `pre`."""
+    """Attribution of one feature at one token, active there or not: `by_source` + `bias` = `pre`."""
 
     latent: int
     query: int
@@ -53,7 +53,7 @@ class DFA:
     pre: float
     bias: float
     residual: float
-    """What rounding leaves of `pre` less its parts."""
+    """Rounding error: `pre` minus its parts."""
     by_source: Float[np.ndarray, "head source"]
     """C[h, s]."""
     pattern: Float[np.ndarray, "head source"]
@@ -78,15 +78,15 @@ def dfa_at(
     query: int,
     latents: Sequence[int],
 ) -> tuple[DFA, ...]:
-    """DFA by head and source of some features at one token of a sequence.
+    """Compute DFA by head and source of some features at one token of a sequence.
 
     Args:
-        weights: of the SAE and its model.
+        weights: weights of the SAE and its model.
         sae: the z SAE.
-        attention: of the SAE's layer, on the sequence as the only row of a batch.
+        attention: attention of the SAE's layer, on the sequence as the only row of a batch.
         tokens: the sequence.
         query: the token's position.
-        latents: which features.
+        latents: the features.
     """
     upto = query + 1
     chosen = torch.as_tensor(latents, dtype=torch.int64, device=tokens.device)
@@ -116,7 +116,7 @@ def dfa_at(
 def dfa_by_head(
     weights: HeadWeights, z: Float[Tensor, "pair d_in"], latent: Int[Tensor, " pair"]
 ) -> Float[Tensor, "pair head"]:
-    """Contribution of each head to the pre-activation: `C[h] = (z_h - c_h) . W_enc[h, :, j]`; sum + bias = pre."""
+    """Compute each head's share of the pre-activation: `C[h] = (z_h - c_h) . W_enc[h, :, j]`; sum + bias = pre."""
     heads = z.view(len(z), *weights.offset.shape) - weights.offset
     return (heads * weights.encoder.index_select(1, latent).transpose(0, 1)).sum(-1)
 
@@ -127,10 +127,10 @@ def dfa_of_sequence(
     pattern: Float[Tensor, "head pair source"],
     latent: Int[Tensor, " pair"],
 ) -> Float[Tensor, "head pair source"]:
-    """Contribution of each head from each source of one sequence to each (position, latent).
+    """Compute each head's contribution from each source of one sequence to each (position, latent).
 
     `pattern` is the attention from the pairs' positions. The values are contracted with the encoder first: z is never
-    built by source. To leave out the sources after the last query, which contribute 0, pass slices of both.
+    materialised by source. To omit the sources after the last query, which contribute 0, pass slices of both.
     """
     directions = weights.encoder.index_select(1, latent)  # [head, pair, d_head]
     dfa = directions @ (value - weights.offset).permute(1, 2, 0)
@@ -144,9 +144,9 @@ def dfa_by_source(
     query: Int[Tensor, " pair"],
     latent: Int[Tensor, " pair"],
 ) -> Float[Tensor, "pair head source"]:
-    """Contribution of each head from each source to each (sequence, position, latent).
+    """Compute each head's contribution from each source to each (sequence, position, latent).
 
-    `row` must be sorted, so that the pairs of a sequence lie together.
+    `row` must be sorted, so that the pairs of a sequence are contiguous.
     """
     counts = torch.bincount(row, minlength=len(attention.pattern)).tolist()
     parts = [
@@ -161,9 +161,9 @@ def dfa_by_source(
 def source_table(
     weights: HeadWeights, values: Float[Tensor, "vocab d_head"], head: int, latent: Int[Tensor, " pair"]
 ) -> Float[Tensor, "pair vocab"]:
-    """The static table of what each token would contribute through a head if it alone were attended to, with weight 1.
+    """Compute the static table: each token's contribution through a head that attends only to it, with weight 1.
 
-    `S[j, t] = (v_t[h] - c_h) . W_enc[h, :, j]` with v_t the value of token t read alone (`Model.token_values`, of this
+    `S[j, t] = (v_t[h] - c_h) . W_enc[h, :, j]` with v_t the value of token t alone (`Model.token_values`, of this
     head): no text is needed. For an induction feature the largest entry is the token it predicts.
     """
     return weights.encoder[head, latent] @ (values - weights.offset[head]).T
@@ -171,28 +171,28 @@ def source_table(
 
 # -------------------------------------------------------------------------------------------------------------- shares
 def encoder_share(weights: HeadWeights) -> Float[Tensor, "d_sae head"]:
-    """`||W_enc[h, :, j]|| / sum over heads`; it depends on the basis of z (see `decoder_share`)."""
+    """Compute `||W_enc[h, :, j]|| / sum over heads`; depends on the basis of z (see `decoder_share`)."""
     return _share(weights.encoder.norm(dim=-1).T)
 
 
 def encoder_share_through_value(weights: HeadWeights, model: Model, layer: int) -> Float[Tensor, "d_sae head"]:
-    """`||W_V[h] W_enc[h, :, j]|| / sum over heads`: what it reads of the residual stream, free of z's basis."""
+    """Compute `||W_V[h] W_enc[h, :, j]|| / sum over heads`, in the residual stream: independent of the basis of z."""
     value = model.W_V(layer)  # [head, d_model, d_head]
     return _share(_norm_through(weights.encoder, value.transpose(1, 2)))
 
 
 def decoder_share(sae: SAE, n_heads: int) -> Float[Tensor, "d_sae head"]:
-    """`||W_dec[j, h, :]|| / sum over heads`: the post's attribution of a feature to heads.
+    """Compute `||W_dec[j, h, :]|| / sum over heads`: the post's attribution of a feature to heads.
 
-    It depends on the basis of z: rescaling a head's W_V against its W_O changes it and not the model.
+    It depends on the basis of z: rescaling a head's W_V against its W_O changes it but not the model.
     """
     return _share(sae.head_blocks(n_heads).decoder.norm(dim=-1).T)
 
 
 def decoder_share_through_output(sae: SAE, model: Model) -> Float[Tensor, "d_sae head"]:
-    """`||W_dec[j, h, :] @ W_O[h]|| / sum over heads`: the same in the residual stream, free of the basis of z.
+    """Compute `||W_dec[j, h, :] @ W_O[h]|| / sum over heads`: in the residual stream, independent of the basis of z.
 
-    W_O has the gain of a norm after it folded in, whose scale cancels (`Model.output_directions`).
+    W_O includes the gain of a norm after it, whose scale cancels (`Model.output_directions`).
     """
     n_heads = model.spec.n_heads
     output = model.output_directions(sae.site.layer).reshape(n_heads, -1, model.spec.d_model)
@@ -202,7 +202,7 @@ def decoder_share_through_output(sae: SAE, model: Model) -> Float[Tensor, "d_sae
 def _norm_through(
     vectors: Float[Tensor, "head d_sae d_head"], maps: Float[Tensor, "head d_head d_model"]
 ) -> Float[Tensor, "d_sae head"]:
-    """Norms of `vectors @ maps`, by the maps' Gram matrices: the products, d_model wide, are never held."""
+    """Compute norms of `vectors @ maps`, by the maps' Gram matrices, without the d_model-wide products."""
     gram = maps.double() @ maps.double().transpose(1, 2)
     squares = ((vectors.double() @ gram) * vectors.double()).sum(-1)
     return squares.clamp_min(0).sqrt().T.to(vectors.dtype)
@@ -214,7 +214,7 @@ def _share(norms: Float[Tensor, "d_sae head"]) -> Float[Tensor, "d_sae head"]:
 
 @dataclass(frozen=True)
 class LogitEffects:
-    """Direct logit effect of each latent at activation 1: the ends and moments of `W_dec W_O W_U`."""
+    """Direct logit effect of each latent at activation 1: extremes and moments of `W_dec W_O W_U`."""
 
     top_tokens: Int[Tensor, "d_sae k"]
     top_values: Float[Tensor, "d_sae k"]
@@ -224,23 +224,23 @@ class LogitEffects:
     std: Float[Tensor, " d_sae"]
     skew: Float[Tensor, " d_sae"]
     kurtosis: Float[Tensor, " d_sae"]
-    """Of a normal distribution: 3."""
+    """3 for a normal distribution."""
 
 
 def direct_logit_effects(
     sae: SAE, model: Model, k: int = 20, rows: int = 128, on_latents: Callable[[int, int], None] | None = None
 ) -> LogitEffects:
-    """The tokens each latent raises and lowers most by the direct path, `W_dec @ W_O @ W_U`.
+    """Find the tokens each latent raises and lowers most by the direct path, `W_dec @ W_O @ W_U`.
 
-    The final norm's gain and centring are folded into W_U, its scale is left out (`Model.logit_directions`), and so is
-    that of a norm after W_O, where there is one (`Model.output_directions`).
+    The final norm's gain and centring are folded into W_U, its scale is omitted (`Model.logit_directions`), and so is
+    that of a norm after W_O, if there is one (`Model.output_directions`).
 
     Args:
-        sae: whose latents.
-        model: whose W_O and W_U.
-        k: tokens kept at either end.
-        rows: latents at a time.
-        on_latents: called with the latents done, and all of them.
+        sae: the SAE.
+        model: the model of W_O and W_U.
+        k: number of tokens at either end.
+        rows: latents per chunk.
+        on_latents: called with the latents done and the total.
     """
     written = sae.W_dec @ model.output_directions(sae.site.layer)  # [d_sae, d_model]
     directions = model.logit_directions
@@ -257,7 +257,7 @@ def direct_logit_effects(
 
 
 def _moments(values: Float[Tensor, "row n"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, standard deviation, skew and kurtosis of each row."""
+    """Return mean, standard deviation, skew and kurtosis of each row."""
     mean = values.mean(1)
     centred = values - mean[:, None]
     squares = centred.square()

@@ -13,11 +13,11 @@ from headscope.models.hf import Model
 from headscope.site import Site
 
 BATCH_TOKENS = 8192
-"""Tokens in one run of the model."""
+"""Tokens per run of the model."""
 
 
 def check_corpus(model: Model, corpus: Corpus) -> None:
-    """Refuse a corpus that the model cannot read.
+    """Reject a corpus that the model cannot read.
 
     Raises:
         CorpusError: blocks longer than the model's context, or token ids outside its vocabulary.
@@ -33,7 +33,7 @@ def check_corpus(model: Model, corpus: Corpus) -> None:
 
 
 def is_text(corpus: Corpus, numbers: Int[np.ndarray, " n"], device: torch.device) -> Bool[Tensor, "n position"]:
-    """`Corpus.is_text` of some blocks, on a device."""
+    """Return `Corpus.is_text` of some blocks, on a device."""
     return torch.from_numpy(corpus.is_text(numbers)).to(device)
 
 

@@ -1,4 +1,4 @@
-"""The command line: parses it and runs one of the `commands`."""
+"""Command line: parse the arguments and run one of the `commands`."""
 
 import inspect
 import io
@@ -39,7 +39,7 @@ _STUDIES = ("proxies", "effects", "families", "heads")
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run one command.
 
-    Errors of the user's input end with status 2; Ctrl-C, SIGTERM and a hang-up with `INTERRUPTED`.
+    Invalid input exits with status 2; Ctrl-C, SIGTERM and SIGHUP with `INTERRUPTED`.
     """
     keep_freed_memory()
     _print_in_any_encoding()
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     except HeadscopeError as error:
         sys.stderr.write(f"headscope: {error}\n")
         sys.exit(2)
-    except BrokenPipeError:  # what it is piped to, such as `head`, has read enough
+    except BrokenPipeError:  # the reader of the pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(INTERRUPTED)
     except KeyboardInterrupt:
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parsed(arguments: list[str]) -> Any:
-    """The command that the arguments name, with its options."""
+    """Parse the arguments into a command with its options."""
     with preset_of(arguments):
         if {"-h", "--help"} & set(arguments[1:]):
             _print_short_help(arguments[0])
@@ -95,7 +95,7 @@ def _print_short_help(name: str) -> None:
 
 
 def _check_not_empty(arguments: list[str]) -> None:
-    """Refuse an empty argument, which as a path would be the current folder: most often a variable that is not set."""
+    """Reject an empty argument, which as a path would be the current folder: most often an unset variable."""
     for before, argument in pairwise(["headscope", *arguments]):
         if not argument or re.fullmatch(r"--[\w-]+=", argument):
             raise OptionError(
@@ -106,7 +106,7 @@ def _check_not_empty(arguments: list[str]) -> None:
 
 
 def _check_command(arguments: list[str]) -> None:
-    """Refuse a command that there is not, and name the one that was meant."""
+    """Reject an unknown command, and suggest the closest one."""
     known = [command.__name__.lower() for command in get_args(Command)]
     if not arguments or arguments[0].startswith("-") or arguments[0] in known:
         return
@@ -119,7 +119,7 @@ def _check_command(arguments: list[str]) -> None:
 
 
 def _numbers() -> tyro.constructors.ConstructorRegistry:
-    """Read numbers, and leave what is none as it is: the check of the command's fields refuses it by its name."""
+    """Parse numbers, and leave invalid ones unchanged: the check of the command's fields reports them by name."""
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
@@ -148,17 +148,17 @@ def _numbers() -> tyro.constructors.ConstructorRegistry:
 
 
 def _print_in_any_encoding() -> None:
-    """Show `?` for what a terminal or log that is not UTF-8 cannot show, rather than fail once the work is done."""
+    """Print `?` for characters that a non-UTF-8 terminal or log cannot encode, rather than fail at the end."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Make SIGTERM and a hang-up end the block as Ctrl-C does, so that it cleans up after itself.
+    """Make SIGTERM and SIGHUP end the block as Ctrl-C does, so that it cleans up after itself.
 
     Raises:
-        KeyboardInterrupt: one of them came; also where a library (DuckDB) answers it with an error of its own.
+        KeyboardInterrupt: on one of them; also where a library (DuckDB) reports it as its own error.
     """
     asked = False
 

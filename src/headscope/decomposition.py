@@ -1,10 +1,10 @@
-"""What the residual stream before a layer is made of: each part exactly, so that their sum is the stream.
+"""Exact decomposition of the residual stream before a layer into parts that sum to it.
 
     resid_pre_L = embedding [+ position] + sum over l < L of (sum_h (z_h - c_h) W_O[h]  +  bias_l  +  mlp_out_l)
 
-with `bias_l = b_O + c W_O`: the constant c of z (`Model.value_offset`) says nothing of the text and is no head's.
-Models that rotate queries and keys have no position in the stream. An SAE of a site takes the place of what it reads,
-as its features, its `b_dec` and its error.
+with `bias_l = b_O + c W_O`: the constant c of z (`Model.value_offset`) is independent of the text and belongs to no
+head. Models with rotary embeddings have no position in the stream. An SAE replaces its site by its features, its
+`b_dec` and its error.
 """
 
 from collections.abc import Sequence
@@ -33,13 +33,13 @@ class Part:
     """One part of the residual stream."""
 
     kind: PartKind
-    """`features` are all of an SAE's together but for those that are told apart; `constant` is no part of the stream:
-    what the biases of those that read it make."""
+    """`features` are all of an SAE's together except for those listed separately; `constant` is not a part of the
+    stream: it comes from the biases of the components that read it."""
     layer: int | None = None
     """None for embedding and position."""
     head: int | None = None
     site: AnyKind | None = None
-    """Of the SAE, for a feature, its error and its b_dec."""
+    """Site of the SAE, for a feature, its error and its b_dec."""
     latent: int | None = None
 
     @property
@@ -60,18 +60,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Written:
-    """What an SAE makes of its site, as it is written to the residual stream."""
+    """Parts of an SAE's site, as written to the residual stream."""
 
     site: Site
     f: Float[Tensor, "batch position d_sae"]
     directions: Float[Tensor, "d_sae d_model"]
-    """What each latent writes at activation 1."""
+    """Output of each latent at activation 1."""
     constant: Float[Tensor, " d_model"]
-    """`b_dec`, the constant part of z taken out."""
+    """`b_dec` without the constant part of z."""
     error: Float[Tensor, "batch position d_model"]
 
     def vector(self, kind: PartKind, latent: int | None = None) -> Float[Tensor, "batch position d_model"]:
-        """One of its parts at each token."""
+        """Return one of its parts at each token."""
         match kind:
             case "b_dec":
                 return self.constant.expand_as(self.error)
@@ -83,7 +83,7 @@ class Written:
                 return self.f @ self.directions
 
     def largest(self, most: int) -> list[tuple[Part, Float[Tensor, "position d_model"]]]:
-        """The features of the first row that write the longest vectors anywhere, and all others as one part."""
+        """Return the features of the first row that write the longest vectors anywhere, and all others as one part."""
         f, layer = self.f[0], self.site.layer
         kind: AnyKind = self.site.kind
         sizes = f.amax(0) * self.directions.norm(dim=1)
@@ -97,21 +97,21 @@ class Written:
         return [*named, (Part("features", layer, site=kind), others @ self.directions)]
 
     def active(self, row: int) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Float[Tensor, " pair"]]:
-        """(position, latent, activation) of all that is active in a row."""
+        """Return (position, latent, activation) of all active latents in a row."""
         position, latent = self.f[row].nonzero(as_tuple=True)
         return position, latent, self.f[row, position, latent]
 
 
 class Upstream:
-    """How the residual stream before a layer of a model is taken apart: the weights of it, and by which SAEs."""
+    """Weights for the decomposition of the residual stream before a layer, with the SAEs used."""
 
     def __init__(self, model: Model, layer: int, saes: Sequence[SAE] = ()) -> None:
         """Read the weights.
 
         Args:
-            model: whose stream.
-            layer: before which it is taken apart.
-            saes: of z, attn_out or mlp_out of earlier layers, at most one of each layer's attention and of its MLP.
+            model: the model.
+            layer: the layer before which to decompose.
+            saes: SAEs of z, attn_out or mlp_out of earlier layers, at most one per layer's attention and MLP.
 
         Raises:
             ModelError: no such layer, or a model without the site of an SAE.
@@ -136,7 +136,7 @@ class Upstream:
         """Run the model once, up to z of the layer; within an `edit` block, the edited one.
 
         Raises:
-            HeadscopeError: no tokens, or more than the model was made for.
+            HeadscopeError: no tokens, or more than the context.
             ModelError: the stream is not the sum of its parts, as in a run edited in between.
         """
         return Stream(self, tokens)
@@ -144,7 +144,7 @@ class Upstream:
     def read_by(
         self, layer: int, head: int, of_z: Float[Tensor, "*direction d_head"]
     ) -> Float[Tensor, "*direction d_model"]:
-        """Directions of a layer's input that a head's values carry to directions of its z, but for the norm's scale.
+        """Return the input directions that a head's values map to directions of its z, up to the norm's scale.
 
         `(v_s - c) . w = x_s . read / scale_s`, with `read = centre(W_V w)`.
         """
@@ -152,10 +152,10 @@ class Upstream:
 
 
 class Stream:
-    """A batch of token sequences, the parts of the residual stream before a layer, and the attention that reads it."""
+    """A batch of token sequences: the parts of the residual stream before a layer, and the attention that reads it."""
 
     def __init__(self, upstream: Upstream, tokens: Int[Tensor, "batch position"]) -> None:
-        """Run the model; `Upstream.run` says what can go wrong."""
+        """Run the model; for errors see `Upstream.run`."""
         model, layer = upstream.model, upstream.layer
         _check_tokens(model, tokens)
         self.upstream, self.tokens = upstream, tokens.to(model.device)
@@ -182,7 +182,7 @@ class Stream:
         self.written = {sae.site: self._read_by_sae(sae) for sae in upstream.saes}
 
     def parts(self, before: int | None = None) -> tuple[Part, ...]:
-        """Parts of `resid_pre` of a layer up to this one, single features apart."""
+        """Return the parts of `resid_pre` of layers up to this one, without single features."""
         found = [Part("embedding")] + ([Part("position")] if self._position is not None else [])
         for l in range(self.upstream.layer if before is None else before):
             gone = {kind for site in self.written if site.layer == l for kind in _SPLIT[site.kind]}
@@ -194,7 +194,7 @@ class Stream:
         return tuple(found)
 
     def vector(self, part: Part) -> Float[Tensor, "batch position d_model"]:
-        """What a part is at each token."""
+        """Return the vector of a part at each token."""
         match part:
             case Part("embedding"):
                 return self._embedding
@@ -215,11 +215,11 @@ class Stream:
     def along(
         self, directions: Float[Tensor, "direction d_model"], before: int | None = None
     ) -> Float[Tensor, "part batch position direction"]:
-        """How much of each of `parts` lies along some directions: the dot products."""
+        """Return the dot products of each of `parts` with some directions."""
         found = []
         for part in self.parts(before):
             match part:
-                case Part("head", int(l), int(head)):  # through z: a head's output is never made for all directions
+                case Part("head", int(l), int(head)):  # through z: a head's output is never computed for all directions
                     found.append(self.z(l)[:, :, head] @ (self.upstream.output[l][head] @ directions.T))
                 case Part("bias" | "b_dec"):
                     one = self.vector(part)[:1, :1] @ directions.T
@@ -230,17 +230,17 @@ class Stream:
 
     # ------------------------------------------------------------------------------------------------------- attention
     def z(self, layer: int) -> Float[Tensor, "batch position head d_head"]:
-        """What heads put out, z, without its constant part."""
+        """Return z without its constant part."""
         offset = self.upstream.offset[layer]
         return self.attention[layer].z.unflatten(-1, offset.shape) - offset
 
     def value(self, layer: int) -> Float[Tensor, "batch source head d_head"]:
-        """Values of a layer without their constant part."""
+        """Return the values of a layer without their constant part."""
         return self.attention[layer].value - self.upstream.offset[layer]
 
     # ----------------------------------------------------------------------------------------------------------- steps
     def _read_by_sae(self, sae: SAE) -> Written:
-        """What an SAE makes of its site, carried to the residual stream."""
+        """Return the parts of an SAE's site, mapped to the residual stream."""
         l, upstream = sae.site.layer, self.upstream
         z, output = self.attention[l].z, upstream.model.W_O(l)
         if sae.site.kind == "z":
@@ -292,7 +292,7 @@ def _check_tokens(model: Model, tokens: Tensor) -> None:
 
 
 def check_saes(model: Model, layer: int, saes: Sequence[SAE]) -> None:
-    """Raise SAEError unless each SAE takes the place of a component of its own before the layer."""
+    """Raise SAEError unless each SAE replaces a distinct component before the layer."""
     taken: set[tuple[int, PartKind]] = set()
     for sae in saes:
         model.check_site(sae.site)

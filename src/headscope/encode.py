@@ -1,4 +1,4 @@
-"""Records as JSON: dataclasses, arrays and numbers, rounded in bulk, since a card holds thousands of them."""
+"""Encode records as JSON: dataclasses, arrays and numbers, rounded in bulk, since a card holds thousands of them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,14 @@ import numpy as np
 
 Json = dict[str, Any]
 DIGITS = 7
-"""Significant digits of a number of a record: those that float32 has."""
+"""Significant digits of numbers in a record: those of float32."""
 
 _EXACT = 22  # powers of ten up to this one are exact in float64
-_FEW = 24  # numbers that are rounded sooner one by one
+_FEW = 24  # counts of numbers that are faster to round individually
 
 
 def significant(values: Sequence[Any] | np.ndarray, digits: int = 4) -> list[Any]:
-    """Round numbers of any shape to some significant digits, as nested lists; what is not finite becomes None."""
+    """Round numbers of any shape to some significant digits, as nested lists; non-finite ones become None."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim == 1 and len(array) <= _FEW:
         return [short(value, digits) if math.isfinite(value) else None for value in array.tolist()]
@@ -39,7 +39,7 @@ def short(value: float | None, digits: int = 4) -> float | None:
 
 
 def encode(value: Any, digits: int = DIGITS) -> Any:
-    """A record as what JSON can hold: its fields by name, arrays as lists, floats rounded, NaN and infinity as None.
+    """Encode a record for JSON: fields by name, arrays as lists, floats rounded, NaN and infinity as None.
 
     Args:
         value: a dataclass, a mapping, a sequence, an array, or a plain value; nested in any way.

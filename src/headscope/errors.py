@@ -1,21 +1,21 @@
-"""What can go wrong for a user, one class a cause.
+"""Errors caused by a user's input, one class per cause.
 
 HeadscopeError
  ├── ModelError       a model that is missing, truncated, of another family, or lacks what was asked of it
  ├── SAEError         an SAE folder that is missing, truncated, or does not fit the model
  ├── CorpusError      text that is missing, empty, too short, or not UTF-8
- ├── OptionError      a number, a name or a device with which nothing can be done
+ ├── OptionError      an invalid number, name or device
  ├── OutputError      a folder that already holds a run, cannot be written, or a disk that is full
- ├── TrainingError    training that cannot go on (not finite, no data)
+ ├── TrainingError    training that cannot continue (not finite, no data)
  ├── IndexFormatError an index that is incomplete, damaged, or of another version
- ├── LabelError       a label, a sample of features or a labels.jsonl that is not as it must be
- ├── StudyError       a study asked for with options or data that do not fit
+ ├── LabelError       an invalid label, sample of features or labels.jsonl
+ ├── StudyError       a study with invalid options or data
  ├── ProxyError       a proxy that cannot be read, names no token, or cannot be evaluated
  ├── FigureError      a figure whose library is not installed
- ├── ServerError      a port that cannot be had
- └── ExportError      a page that cannot be written as asked
+ ├── ServerError      a port that is not available
+ └── ExportError      a page that cannot be written as requested
 
-Every message says what was got, what was expected, and what to do.
+Every message states what was got, what was expected, and what to do.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any
 
 INTERRUPTED = 130
-"""Status of a command that was ended from outside, by Ctrl-C or SIGTERM, also where it saved what it had."""
+"""Exit status of a command that was ended by Ctrl-C or SIGTERM, even if it saved its results."""
 
 
 class HeadscopeError(Exception):
@@ -35,7 +35,7 @@ class HeadscopeError(Exception):
         self.got, self.expected, self.do = got, expected, do
 
     def __reduce__(self) -> tuple[Callable[..., "HeadscopeError"], tuple]:
-        """So that one raised in another process arrives as itself."""
+        """Support pickling, for errors raised in another process."""
         return partial(type(self), expected=self.expected, do=self.do), (self.got,)
 
 
@@ -52,18 +52,18 @@ class CorpusError(HeadscopeError):
 
 
 class OptionError(HeadscopeError):
-    """A number, a name or a device with which nothing can be done."""
+    """An invalid number, name or device."""
 
 
 class OutputError(HeadscopeError):
     """A folder that already holds a run or cannot be written, or a disk that is full."""
 
     found: Any = None
-    """What was computed, where that is all that is missing: it can still be shown."""
+    """What was computed, if only the output failed: it can still be shown."""
 
 
 class TrainingError(HeadscopeError):
-    """Training that cannot go on."""
+    """Training that cannot continue."""
 
 
 class IndexFormatError(HeadscopeError):
@@ -71,11 +71,11 @@ class IndexFormatError(HeadscopeError):
 
 
 class LabelError(HeadscopeError):
-    """A label, a sample of features or a labels.jsonl that is not as it must be."""
+    """An invalid label, sample of features or labels.jsonl."""
 
 
 class StudyError(HeadscopeError):
-    """A study asked for with options or data that do not fit."""
+    """A study with invalid options or data."""
 
 
 class ProxyError(HeadscopeError):
@@ -87,8 +87,8 @@ class FigureError(HeadscopeError):
 
 
 class ServerError(HeadscopeError):
-    """A port that cannot be had."""
+    """A port that is not available."""
 
 
 class ExportError(HeadscopeError):
-    """A page that cannot be written as asked."""
+    """A page that cannot be written as requested."""

@@ -1,7 +1,7 @@
-"""Results as Plotly figures, for notebooks and papers: nothing is computed, shown or saved here.
+"""Plotly figures of results, for notebooks and papers; they only draw.
 
-Plotly is an extra: `pip install 'headscope[plots]'`. Colours are those of Okabe & Ito (2008), which the colour-blind
-tell apart: orange where the proxy is true, blue where it is false.
+Plotly is an extra: `pip install 'headscope[plots]'`. Colours are those of Okabe & Ito (2008), distinguishable with any
+colour vision: orange where the proxy is true, blue where it is false.
 """
 
 import html
@@ -33,11 +33,11 @@ NAMES = {TRUE: "proxy true", FALSE: "proxy false"}
 
 
 def specificity(study: Specificity, *, log: bool = False) -> "go.Figure":
-    """Active tokens by activation, stacked by whether the proxy is true: the post's "Specificity" plot.
+    """Plot active tokens by activation, stacked by whether the proxy is true: the post's "Specificity" plot.
 
     Args:
-        study: of a feature and a proxy.
-        log: counts on a logarithmic axis; the classes then stand before each other instead of stacked.
+        study: study of a feature and a proxy.
+        log: use a logarithmic axis for counts; the classes then overlap instead of being stacked.
 
     Raises:
         FigureError: plotly is not installed.
@@ -52,10 +52,10 @@ def specificity(study: Specificity, *, log: bool = False) -> "go.Figure":
 
 
 def expected_value(study: Specificity, values: ExpectedValue) -> "go.Figure":
-    """Bin centre times count over N by whether the proxy is true; stacked only where N is the same for both.
+    """Plot bin centre times count over N by whether the proxy is true; stacked only where N is the same for both.
 
     Args:
-        study: of a feature and a proxy.
+        study: study of a feature and a proxy.
         values: `studies.when.specificity.expected_value` of its histogram.
 
     Raises:
@@ -68,7 +68,7 @@ def expected_value(study: Specificity, values: ExpectedValue) -> "go.Figure":
 
 
 def precision_by_threshold(study: Specificity) -> "go.Figure":
-    """P(proxy | f > t) with its Wilson band, and P(proxy) as a dashed line.
+    """Plot P(proxy | f > t) with its Wilson band, and P(proxy) as a dashed line.
 
     Raises:
         FigureError: plotly is not installed.
@@ -92,7 +92,7 @@ def precision_by_threshold(study: Specificity) -> "go.Figure":
 
 
 def precision_recall(study: Specificity) -> "go.Figure":
-    """The PR curve, and the precision of a feature that fires at random.
+    """Plot the precision-recall curve, and the precision of a feature that fires at random.
 
     Raises:
         FigureError: plotly is not installed.
@@ -108,7 +108,7 @@ def precision_recall(study: Specificity) -> "go.Figure":
 
 
 def roc(study: Specificity) -> "go.Figure":
-    """The ROC curve, and the diagonal of a feature that fires at random.
+    """Plot the ROC curve, and the diagonal of a feature that fires at random.
 
     Raises:
         FigureError: plotly is not installed.
@@ -124,7 +124,7 @@ def roc(study: Specificity) -> "go.Figure":
 
 
 def recall_by_subtype(study: Specificity) -> "go.Figure":
-    """Recall of each part of the proxy as bars with their intervals, those with too few tokens left out.
+    """Plot the recall of each part of the proxy as bars with intervals, without those with too few tokens.
 
     Raises:
         FigureError: plotly is not installed.
@@ -148,7 +148,7 @@ def recall_by_subtype(study: Specificity) -> "go.Figure":
 
 
 def next_token_probabilities(found: Predictions) -> "go.Figure":
-    """The model's p(X) at false negatives, true positives and elsewhere, as shares of each kind in 20 equal bins.
+    """Plot the model's p(X) at false negatives, true positives and elsewhere, as shares per kind in 20 equal bins.
 
     Raises:
         FigureError: plotly is not installed.
@@ -168,11 +168,11 @@ def next_token_probabilities(found: Predictions) -> "go.Figure":
 
 
 def loss_changes(found: Downstream, *, bins: int = 100) -> "go.Figure":
-    """Tokens by what ablating the feature does to their loss, one outline for each path.
+    """Plot the distribution of loss changes when the feature is ablated, one outline per path.
 
     Args:
         found: `studies.what.ablation.downstream` of a feature.
-        bins: of equal width, over the changes of all paths.
+        bins: number of bins of equal width, over the changes of all paths.
 
     Raises:
         FigureError: plotly is not installed.
@@ -188,11 +188,11 @@ def loss_changes(found: Downstream, *, bins: int = 100) -> "go.Figure":
 
 
 def logit_effect(found: LogitEffect, names: Mapping[int, str]) -> "go.Figure":
-    """The tokens that a feature raises and lowers most by the direct path, as bars.
+    """Plot the tokens that a feature raises and lowers most by the direct path, as bars.
 
     Args:
         found: `studies.what.downstream.logit_effect` of a feature.
-        names: what to call each of its tokens.
+        names: labels of its tokens.
 
     Raises:
         FigureError: plotly is not installed.
@@ -202,7 +202,7 @@ def logit_effect(found: LogitEffect, names: Mapping[int, str]) -> "go.Figure":
     for pairs, colour, name in ((found.top, TRUE, "raised most"), (found.bottom[::-1], FALSE, "lowered most")):
         figure.add_bar(
             x=[value for _, value in pairs],
-            y=[f"{_plain(names[token])} (#{token})" for token, _ in pairs],  # two tokens may be called the same
+            y=[f"{_plain(names[token])} (#{token})" for token, _ in pairs],  # two tokens may have the same label
             orientation="h",
             marker={"color": colour},
             name=name,
@@ -211,7 +211,7 @@ def logit_effect(found: LogitEffect, names: Mapping[int, str]) -> "go.Figure":
 
 
 def training_curves(runs: Sequence[Run]) -> "go.Figure":
-    """What trainings measured on their batches, against activations: error, L0, explained variance, dead latents.
+    """Plot metrics of training runs by activations: error, L0, explained variance, dead latents.
 
     Raises:
         FigureError: plotly is not installed.
@@ -240,7 +240,7 @@ def training_curves(runs: Sequence[Run]) -> "go.Figure":
 
 
 def pareto(found: Pareto) -> "go.Figure":
-    """What the SAEs of a sweep reach, against their L0 on a logarithmic axis, one line a variant.
+    """Plot the quality of the SAEs of a sweep by L0 on a logarithmic axis, one line per variant.
 
     Raises:
         FigureError: plotly is not installed.
@@ -272,7 +272,7 @@ def pareto(found: Pareto) -> "go.Figure":
 
 # --------------------------------------------------------------------------------------------------------------- parts
 def _panels(title: str, x: str, names: list[str]) -> "go.Figure":
-    """Four panels with a common x."""
+    """Make four panels with a common x."""
     figure = _figure(title, x, "")
     from plotly.subplots import make_subplots
 
@@ -282,7 +282,7 @@ def _panels(title: str, x: str, names: list[str]) -> "go.Figure":
 
 
 def _lines() -> Iterator[dict[str, str]]:
-    """Lines that are told apart without colour too, once colours repeat."""
+    """Yield line styles that are distinguishable without colour, once colours repeat."""
     return ({"color": colour, "dash": dash} for dash in cycle(("solid", "dash", "dot")) for colour in _PATHS)
 
 
@@ -299,13 +299,13 @@ def _figure(title: str, x: str, y: str) -> "go.Figure":
 
 
 def _of(title: str, study: Specificity, definition: str) -> str:
-    """A title with, smaller, the proxy, the corpus and the definition; and what is empty."""
+    """Make a title with, in smaller type, the proxy, the corpus and the definition; and notes on missing data."""
     said = [f"{study.proxy}; {study.counts.n_tokens:,} tokens of {study.corpus}", definition, *study.notes]
     return title + "".join(f"<br><sup>{_plain(line)}</sup>" for line in said if line)
 
 
 def _plain(text: str) -> str:
-    """Text that Plotly, which reads some HTML, shows as it is."""
+    """Escape text for Plotly, which interprets some HTML."""
     return html.escape(text, quote=False)
 
 
@@ -339,5 +339,5 @@ def _add_curve(figure: "go.Figure", curve: Curve, x: Values, y: Values) -> None:
 
 
 def _add_level(figure: "go.Figure", level: float, text: str) -> None:
-    """A dashed line at a height: what a feature that fires at random would have."""
+    """Add a dashed line at the level of a feature that fires at random."""
     figure.add_hline(y=level, line={"color": OTHER, "dash": "dash"}, annotation={"text": text, "showarrow": False})

@@ -1,4 +1,4 @@
-"""What is wrong when something cannot be fetched from the Hugging Face hub, and what a user can do about it."""
+"""Diagnose failed downloads from the Hugging Face hub, with advice for the user."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -6,15 +6,15 @@ from typing import Literal
 Trouble = Literal["gated", "missing", "unreachable"]
 
 _CARRIERS = ("aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3")
-"""Packages that carry requests; which of them raises is up to the version of `huggingface_hub`."""
+"""HTTP packages; which of them raises depends on the version of `huggingface_hub`."""
 
 
 def trouble(error: BaseException) -> Trouble | None:
-    """What is wrong, by an error and its causes; None for anything that is not of the hub.
+    """Classify an error by itself and its causes; None if it is not of the hub.
 
-    `missing` may be a private repository: the hub tells nobody of it without a login.
+    `missing` may be a private repository, which the hub hides without a login.
     """
-    from huggingface_hub import errors  # which loads an HTTP client, and every command line reads this file
+    from huggingface_hub import errors  # which loads an HTTP client, while every command line imports this file
 
     missing = (
         errors.EntryNotFoundError,
@@ -37,13 +37,13 @@ def trouble(error: BaseException) -> Trouble | None:
 
 
 def advice(error: BaseException, name: str, *, otherwise: str, dataset: bool = False) -> str:
-    """What a user can do about an error.
+    """Return advice for an error.
 
     Args:
-        error: what was raised.
-        name: of the repository.
-        otherwise: what to say of an error that is not of the hub.
-        dataset: it is one of a dataset.
+        error: the exception.
+        name: name of the repository.
+        otherwise: advice for an error that is not of the hub.
+        dataset: whether it is of a dataset.
     """
     match trouble(error):
         case "gated":

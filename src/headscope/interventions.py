@@ -1,10 +1,10 @@
-"""Functions for `Model.edit`: what to put in the place of an activation, and where.
+"""Functions for `Model.edit`: replacements of activations, and where they apply.
 
     with model.edit({Site("z", 1): at(constant(mean), heads=[3], positions=[-1])}):
         losses = model.losses(tokens)
 
-An edit is a function of the whole value at a site; `at` keeps its result where asked and the value elsewhere. All of
-them work on a whole batch at once.
+An edit is a function of the whole value at a site; `at` restricts it to some places. All of them work on a whole batch
+at once.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,40 +24,40 @@ FeatureEdit = Callable[[Float[Tensor, "batch position d_sae"]], Float[Tensor, "b
 """A function of feature activations."""
 
 Choice = int | Sequence[int] | Int[Tensor, " batch"] | Bool[Tensor, "batch _"]
-"""Which of n positions or heads: some (an int, or several in a sequence), the same in every row; one for each row (a
-tensor of ints); or any for each row (a mask). Negative numbers count from the end."""
+"""Selection of n positions or heads: some (an int, or several in a sequence), the same in every row; one per row (a
+tensor of ints); or any per row (a mask). Negative numbers count from the end."""
 
 
 # ------------------------------------------------------------------------------------------------------------- values
 def constant(vector: Float[Tensor, " d"]) -> Edit:
-    """The same vector everywhere: zero, a mean, the constant part of z."""
+    """Set the same vector everywhere: zero, a mean, the constant part of z."""
     return lambda value: vector.to(value).expand_as(value)
 
 
 def replace(values: Float[Tensor, "..."]) -> Edit:
-    """These values, shaped as the site's: those of another run, say.
+    """Set these values, shaped as the site's: for example those of another run.
 
     Raises:
-        ModelError: in a run, they are shaped otherwise.
+        ModelError: in a run, they have another shape.
     """
     return lambda _value: values
 
 
 def add(values: Float[Tensor, "..."]) -> Edit:
-    """The value plus a vector, or plus values of any shape that extends to the site's."""
+    """Add a vector, or values of any shape that broadcasts to the site's."""
     return lambda value: value + values.to(value)
 
 
 def reconstruction(sae: SAE, change: FeatureEdit | None = None, *, with_error: bool = False) -> Edit:
-    """The SAE in the place of what it reads: its reconstruction, with or without the error it makes.
+    """Replace the SAE's input by its reconstruction, with or without the error.
 
     Args:
-        sae: of the site that is edited.
-        change: what to make of the feature activations f before they are decoded, e.g. `pin(j)`.
-        with_error: keep `x - x_hat`, so that only the change is felt: `x + (change(f) - f) @ W_dec`; exactly x without
-            a change. Otherwise the error is dropped: `change(f) @ W_dec + b_dec`.
+        sae: an SAE of the edited site.
+        change: function of the feature activations f before decoding, e.g. `pin(j)`.
+        with_error: keep `x - x_hat`, so that only the change has an effect: `x + (change(f) - f) @ W_dec`; exactly x
+            without a change. Otherwise the error is dropped: `change(f) @ W_dec + b_dec`.
 
-    The SAE computes in its own precision, float32 beside a model in half precision, say.
+    The SAE computes in its own precision, for example float32 with a model in half precision.
 
     Raises:
         SAEError: it reads activations of processed weights.
@@ -75,12 +75,12 @@ def reconstruction(sae: SAE, change: FeatureEdit | None = None, *, with_error: b
 
 
 def pin(latents: Choice, activation: float | Float[Tensor, "batch *position"] = 0.0) -> FeatureEdit:
-    """Hold some features at an activation; at 0, the default, they are ablated.
+    """Fix some features at an activation; at 0, the default, they are ablated.
 
     With the error kept, ablating one is `x - f_j W_dec[j]`.
 
     Args:
-        latents: which features: of every row, or one for each row.
+        latents: the features: for every row, or one for each row.
         activation: one number, one for each row, or one for each position of each row.
     """
 
@@ -99,20 +99,20 @@ def at(
     positions: Choice | None = None,
     heads: Choice | None = None,
 ) -> SiteEdit:
-    """An edit kept to some rows of the batch, some positions and some heads; what is None is not restricted.
+    """Restrict an edit to some rows of the batch, some positions and some heads; None is no restriction.
 
     For scores and pattern a position is a query; for k and v it is a source, and a head is a head of theirs (`kv_head`
     of `Site`). For z a head is its block of components.
 
     Args:
-        edit: any edit, also one that is kept to some places already.
+        edit: any edit, including a restricted one.
         rows: row numbers, or a mask.
         positions: the same in every row, one for each row (`Int[Tensor, "batch"]`), or a mask `[batch, position]`.
         heads: likewise.
 
     Raises:
         ModelError: on entering `Model.edit`: heads at a site that has none.
-        HeadscopeError: in a run: a row, position or head that there is not, or a tensor that does not fit the batch.
+        HeadscopeError: in a run: no such row, position or head, or a tensor that does not fit the batch.
     """
     return _At(edit, rows, positions, heads)
 
@@ -125,7 +125,7 @@ class _At:
     heads: Choice | None
 
     def bind(self, site: Site, spec: ModelSpec) -> Edit:
-        """The edit for one site."""
+        """Return the edit for one site."""
         edit = self.edit.bind(site, spec) if isinstance(self.edit, SiteEdit) else self.edit
         head_axis, position_axis = _axes(site)
         if self.heads is not None and head_axis is None:
@@ -152,7 +152,7 @@ class _At:
 
 
 def _axes(site: Site) -> tuple[int | None, int]:
-    """The axes of heads and positions; z with its heads apart."""
+    """Return the axes of heads and positions; z with its heads separated."""
     match site.kind:
         case "scores" | "pattern":
             return 1, 2
@@ -163,7 +163,7 @@ def _axes(site: Site) -> tuple[int | None, int]:
 
 
 def _placed(mask: Tensor, ndim: int, axis: int | None = None) -> Tensor:
-    """A mask `[batch]` or, with an axis, `[batch or 1, n]`, laid along the axes of a value."""
+    """Reshape a mask `[batch]` or, with an axis, `[batch or 1, n]`, to broadcast along the axes of a value."""
     shape = [1] * ndim
     shape[0] = mask.shape[0]
     if axis is not None:
@@ -180,7 +180,7 @@ def _rows(rows: int | Sequence[int] | Tensor, value: Tensor) -> Bool[Tensor, " b
 
 
 def _chosen(choice: Choice, batch: int, n: int, name: str, device: torch.device) -> Bool[Tensor, "rows n"]:
-    """A mask of what is chosen of n, with one row for each of the batch, or one for all.
+    """Return a mask of the chosen ones of n, with one row per batch row, or one for all.
 
     Raises:
         HeadscopeError: a number that is not below n, or a tensor that does not fit the batch.

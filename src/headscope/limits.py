@@ -1,7 +1,7 @@
-"""Bounds of numbers and names: declared once, in an annotation, and checked wherever a value with it is given.
+"""Bounds of numbers and names: declared once, in an annotation, and checked wherever such a value is passed.
 
-An option is annotated `Count`, `Seed`, `Name` and so on: in a dataclass that calls `check_fields(self)` when it is
-made, or in a function under `@checked`.
+An option is annotated `Count`, `Seed`, `Name` and so on: in a dataclass that calls `check_fields(self)` on creation, or
+in a function under `@checked`.
 """
 
 import inspect
@@ -20,11 +20,11 @@ from headscope.errors import HeadscopeError, OptionError
 from headscope.names import at_home
 
 LARGEST = 2**31 - 1
-"""Of a count or of the number of a latent: files hold them in 32 bits."""
+"""Maximum of a count or of a latent's number: files store them in 32 bits."""
 _LARGEST_SEED = 2**63 - 1
 _LARGEST_READ = 10**13
 _NAME_BYTES, _PATH_BYTES = 255, 4095
-_BESIDE = 24  # bytes by which the names of temporary files beside an output are longer than its own
+_BESIDE = 24  # bytes by which names of temporary files exceed that of an output
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,17 +32,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Number:
-    """Finite numbers from `low` to `high`: whole ones where the annotation is of an `int`."""
+    """Finite numbers from `low` to `high`; integers where the annotation is of an `int`."""
 
     low: int | float
     high: int | float = math.inf
     excluded: tuple[int | float, ...] = ()
-    """Ends that do not belong to it."""
+    """Ends that are excluded."""
     because: str = ""
-    """Why there is such a bound."""
+    """Reason for the bound."""
 
     def expected(self, value: Any, kind: Any) -> str | None:
-        """What is expected instead of a value; None if it is within the bounds."""
+        """Return what is expected instead of a value; None if it is within the bounds."""
         if self._holds(value, Integral if kind is int else Real):
             return None
         number = "a whole number" if kind is int else "a finite number"
@@ -60,16 +60,16 @@ class Number:
 
 @dataclass(frozen=True)
 class Spelling:
-    """Names of files, folders and things on the hub: not empty, and of a length that file systems take.
+    """Names of files, folders and hub repositories: not empty, and of a length that file systems support.
 
-    `~` is the home folder, as in a shell, which leaves it in `--out=~/x`.
+    `~` is the home folder, as in a shell, which does not expand it in `--out=~/x`.
     """
 
     output: bool = False
-    """It names something to be written, beside which temporary files have longer names."""
+    """Whether it names an output, next to which temporary files have longer names."""
 
     def expected(self, value: Any, _kind: Any) -> str | None:
-        """What is expected instead of a value; None if it can be a name."""
+        """Return what is expected instead of a value; None if it is a valid name."""
         text = str(value)
         if not text.strip():
             return "a name, not an empty one"
@@ -91,13 +91,13 @@ class Spelling:
 
 @dataclass(frozen=True)
 class Text:
-    """Text of at most `most` characters, and not blank unless it may be."""
+    """Text of at most `most` characters, not blank unless `blank`."""
 
     most: int
     blank: bool = False
 
     def expected(self, value: Any, _kind: Any) -> str | None:
-        """What is expected instead of a value; None if it may be the text."""
+        """Return what is expected instead of a value; None if it is valid."""
         if not isinstance(value, str) or len(value) > self.most:
             return f"text of at most {self.most:,} characters"
         return None if self.blank or value.strip() else "text that is not blank"
@@ -105,10 +105,10 @@ class Text:
 
 @dataclass(frozen=True)
 class DeviceName:
-    """Names of devices that compute."""
+    """Names of devices that can compute."""
 
     def expected(self, value: Any, _kind: Any) -> str | None:
-        """What is expected instead of a value; None if it may be a device's name."""
+        """Return what is expected instead of a value; None if it is a valid device name."""
         named = re.fullmatch(r"([a-z]{2,20})(:\d{1,3})?", str(value))
         return None if named and named[1] != "meta" else "cpu, cuda, or cuda:1 and so on for one of several GPUs"
 
@@ -140,7 +140,7 @@ def check_fields(record: Any, error: type[HeadscopeError] = OptionError) -> None
     """Check the fields of a dataclass by their annotations; the fields become what `check` returns.
 
     Raises:
-        HeadscopeError: of the type `error`, about the first value that is out of bounds.
+        HeadscopeError: of the type `error`, for the first value that is out of bounds.
     """
     for field in fields(record):
         value = getattr(record, field.name)
@@ -150,10 +150,10 @@ def check_fields(record: Any, error: type[HeadscopeError] = OptionError) -> None
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """Check the arguments of each call of a function by their annotations, before it begins.
+    """Check the arguments of each call of a function by their annotations, before the call.
 
     Raises:
-        OptionError: from each call, about the first value that is out of bounds.
+        OptionError: from each call, for the first value that is out of bounds.
     """
     signature = inspect.signature(function)
 

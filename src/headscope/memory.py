@@ -1,4 +1,4 @@
-"""Memory of the machine: how much is free, and how the process holds what it has freed."""
+"""Memory of the machine: free memory, and how the process retains freed memory."""
 
 import ctypes
 import os
@@ -8,20 +8,20 @@ from pathlib import Path
 
 SETTINGS = (
     ("MALLOC_TRIM_THRESHOLD_", -1, 256 * 2**20),
-    ("MALLOC_MMAP_THRESHOLD_", -3, 32 * 2**20),  # the most that glibc takes
+    ("MALLOC_MMAP_THRESHOLD_", -3, 32 * 2**20),  # the maximum of glibc
 )
-"""Name from outside, number for mallopt, bytes."""
+"""Environment variable, number for mallopt, bytes."""
 
 
 _MEMINFO = Path("/proc/meminfo")
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Where Linux says what a container may hold, in versions 2 and 1 of its control groups."""
+"""Files with a container's memory limit on Linux, in versions 2 and 1 of control groups."""
 
 
 def available_memory() -> int | None:
-    """Bytes that could still be allocated, swap included; None where the system does not say.
+    """Return the bytes that could still be allocated, swap included; None where unknown.
 
-    On Linux no more than the container's limit. On other systems with `sysconf` all memory, whether free or not.
+    On Linux at most the container's limit. On other systems with `sysconf` all memory, whether free or not.
     """
     with suppress(OSError, ValueError, KeyError):
         rows = (line.split() for line in _MEMINFO.read_text().splitlines())
@@ -35,18 +35,18 @@ def available_memory() -> int | None:
 def _limits() -> list[int]:
     found = [2**63]  # no limit
     for path in _LIMITS:
-        with suppress(OSError, ValueError):  # not there, or the word `max`
+        with suppress(OSError, ValueError):  # missing, or the word `max`
             found.append(int(path.read_text()))
     return found
 
 
 def keep_freed_memory() -> None:
-    """Keep up to 256 MB that are free (a heap of glibc's) for what is asked for next, in parts of up to 32 MB.
+    """Retain up to 256 MB of freed memory (of a glibc heap) for later allocations, in chunks of up to 32 MB.
 
-    Else tensors of some megabytes may go back to the system each time, depending on where in the heap they are, and the
-    pages that come anew take up to a tenth of a training step. A setting of the whole process, for programs to make and
-    not for libraries. It does nothing where the C library is not glibc, and leaves alone what the environment sets by
-    MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ (https://man7.org/linux/man-pages/man3/mallopt.3.html).
+    Otherwise tensors of some megabytes may be returned to the system each time, depending on their place in the heap,
+    and new page faults take up to a tenth of a training step. A setting of the whole process, for programs and not for
+    libraries. It does nothing where the C library is not glibc, and does not override MALLOC_TRIM_THRESHOLD_ and
+    MALLOC_MMAP_THRESHOLD_ (https://man7.org/linux/man-pages/man3/mallopt.3.html).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:

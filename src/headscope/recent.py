@@ -1,4 +1,4 @@
-"""The last few values of a function that is slow to compute, by key."""
+"""Small LRU cache for slow functions."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -9,15 +9,15 @@ V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """At most `most` values; the one not asked for longest is dropped first. Not for several threads at once."""
+    """LRU cache of at most `most` values. Not thread-safe."""
 
     def __init__(self, most: int) -> None:
-        """Keep at most `most` values."""
+        """Make an empty cache of at most `most` values."""
         self.most = most
         self._values: OrderedDict[K, V] = OrderedDict()
 
     def get(self, key: K, make: Callable[[], V]) -> V:
-        """The value of a key; `make` computes it unless it is kept."""
+        """Return the cached value of a key, or compute it with `make`."""
         if key not in self._values:
             self._values[key] = make()
         self._values.move_to_end(key)

@@ -1,8 +1,8 @@
-"""Scratch files and folders, and locks: what a process holds while it writes, and what a killed one left behind.
+"""Scratch files and folders with locks, and cleaning up after killed processes.
 
-A scratch lies beside what it becomes, as `.NAME.<8 hex digits>.headscope-scratch`, and its process holds a lock
-(`flock`) on it until it is in place. The kernel releases the lock of a process that dies, however it dies, so a scratch
-that can be locked belongs to nobody: the next process that writes to the folder removes it.
+A scratch is next to its final path, as `.NAME.<8 hex digits>.headscope-scratch`, and its process holds a lock (`flock`)
+on it until it is moved into place. The kernel releases the lock when a process dies in any way, so a scratch that can
+be locked is abandoned: the next process that writes to the folder removes it.
 """
 
 import fcntl
@@ -18,13 +18,13 @@ from typing import IO
 from headscope.errors import OutputError
 
 _NAME = re.compile(r"\..*\.[0-9a-f]{8}\.headscope-(scratch|displaced)", re.DOTALL)
-_SHOWN = 32  # characters of the name that a scratch is of: names of any length leave room for the rest
+_SHOWN = 32  # characters of the final name used for a scratch: names of any length leave room for the rest
 _cleaned: set[Path] = set()
 
 
 @contextmanager
 def scratch_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """Yield the path of a new file beside `path`, and the file, open for writing; removed at the end if still there."""
+    """Yield the path of a new file next to `path`, and the open file; removed at the end if still there."""
     scratch, handle = _new(path)
     with os.fdopen(handle, "wb") as file:
         try:
@@ -35,16 +35,16 @@ def scratch_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`; removed at the end if still there."""
+    """Yield a new folder next to `path`; removed at the end if still there."""
     with _folder(path, "scratch") as scratch:
         yield scratch
 
 
 def move_into_place(scratch: Path, path: Path) -> None:
-    """Put the folder `scratch` where `path` is; an old folder there is removed only once the new one stands.
+    """Move the folder `scratch` to `path`; an old folder there is removed only once the new one is in place.
 
     Raises:
-        OSError: it cannot be moved; both are as they were.
+        OSError: it cannot be moved; both are unchanged.
     """
     if not path.exists():
         scratch.replace(path)
@@ -60,9 +60,9 @@ def move_into_place(scratch: Path, path: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove the scratches of dead processes from a folder; only the first call of a process for a folder looks.
+    """Remove the scratches of dead processes from a folder; only on a process's first call for it.
 
-    What was displaced by a folder that never came to stand is put back.
+    An old folder whose replacement was never completed is restored.
     """
     folder = folder.resolve()
     if folder in _cleaned or not folder.is_dir():
@@ -79,13 +79,13 @@ def clean(folder: Path) -> None:
 
 @contextmanager
 def held(lock: Path, refusal: OutputError) -> Iterator[None]:
-    """Hold a lock file, made where there is none, so that one process at a time does what it stands for.
+    """Hold a lock file, created if missing, so that one process at a time does the work.
 
-    The file is removed at the end, and its folder too if nothing else came to be there.
+    The file is removed at the end, and its folder too if empty.
 
     Raises:
         OutputError: the `refusal`, where another process holds it.
-        OSError: the file cannot be made.
+        OSError: the file cannot be created.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     handle = _hold(lock, os.O_RDWR | os.O_CREAT)
@@ -101,7 +101,7 @@ def held(lock: Path, refusal: OutputError) -> Iterator[None]:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether a process holds a lock file: one that was killed does not."""
+    """Whether a process holds a lock file; a killed one does not."""
     try:
         handle = _hold(lock, os.O_RDWR)
     except FileNotFoundError:
@@ -122,12 +122,12 @@ def _folder(path: Path, kind: str) -> Iterator[Path]:
 
 
 def _new(path: Path, kind: str = "scratch", *, folder: bool = False) -> tuple[Path, int]:
-    """Make a scratch, with the permissions that the umask leaves, and lock it."""
+    """Create a scratch, with permissions by the umask, and lock it."""
     clean(path.parent)
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name[:_SHOWN]}.{secrets.token_hex(4)}.headscope-{kind}")
-        with suppress(FileExistsError, FileNotFoundError):  # of that name; or another process took it for litter
+        with suppress(FileExistsError, FileNotFoundError):  # name taken; or another process considered it abandoned
             if folder:
                 scratch.mkdir()
             handle = _hold(scratch, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -136,9 +136,9 @@ def _new(path: Path, kind: str = "scratch", *, folder: bool = False) -> tuple[Pa
 
 
 def _hold(path: Path, flags: int) -> int | None:
-    """Open and lock what stands at a path; None where another process holds it, or is just removing it.
+    """Open and lock a path; None where another process holds it, or is just removing it.
 
-    A disk that knows no locks refuses nobody.
+    A file system without locks never refuses.
     """
     handle = os.open(path, flags, 0o666)
     try:
@@ -154,10 +154,10 @@ def _hold(path: Path, flags: int) -> int | None:
 
 
 def _discard(scratch: Path, *, displaced: bool) -> None:
-    """Remove a scratch that nobody holds.
+    """Remove a scratch that is not locked.
 
     Raises:
-        OSError: somebody holds it, or the disk knows no locks.
+        OSError: it is locked, or the file system has no locks.
     """
     is_folder = scratch.is_dir()
     handle = os.open(scratch, os.O_RDONLY if is_folder else os.O_RDWR)

@@ -1,4 +1,4 @@
-"""Where in a model an activation is read or edited, or an SAE sits."""
+"""Sites of a model: where an activation is read or edited, or an SAE is trained."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from headscope.errors import HeadscopeError, ModelError, SAEError
 
 Kind = Literal["z", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post"]
-"""Where an SAE can sit."""
+"""Sites of SAEs."""
 
 AnyKind = Literal[
     "resid_pre",
@@ -25,7 +25,7 @@ AnyKind = Literal[
     "resid_post",
     "ln_final_scale",
 ]
-"""All that can be read and edited, in the order in which a layer computes it."""
+"""All sites that can be read and edited, in the order in which a layer computes them."""
 
 KINDS: tuple[AnyKind, ...] = get_args(AnyKind)
 
@@ -54,53 +54,52 @@ class Site:
 
     The residual stream and what is added to it, `[batch, position, d_model]`:
 
-    * `resid_pre`, `resid_mid`, `resid_post`: it before the layer, between attention and MLP (parallel blocks have no
-      such place), and after the layer;
+    * `resid_pre`, `resid_mid`, `resid_post`: the stream before the layer, between attention and MLP (not in parallel
+      blocks), and after the layer;
     * `attn_out`, `mlp_out`: what the two sublayers add to it;
-    * `mlp_in`: it as the norm before the MLP is given it. An edit changes what the MLP reads and not the stream.
+    * `mlp_in`: the stream as input of the norm before the MLP. An edit changes what the MLP reads and not the stream.
 
     Attention; `kv_head` counts shared keys and values once, and `head` is a query head:
 
-    * `q` `[batch, query, head, d_head]`, `k` `[batch, source, kv_head, d_head]`: as they meet each other, so rotated by
-      position in models that rotate them;
-    * `v` `[batch, source, kv_head, d_head]`: b_V included;
-    * `scores` `[batch, head, query, source]`: what softmax is applied to, `q . k` scaled, minus infinity where masked;
+    * `q` `[batch, query, head, d_head]`, `k` `[batch, source, kv_head, d_head]`: as multiplied with each other, so
+      after rotary embedding in models that have it;
+    * `v` `[batch, source, kv_head, d_head]`: includes b_V;
+    * `scores` `[batch, head, query, source]`: input of the softmax, `q . k` scaled, minus infinity where masked;
     * `pattern` `[batch, head, query, source]`: softmax of scores;
     * `z` `[batch, query, head*d_head]`: `pattern @ v`, the per-head output before W_O, heads concatenated head-major;
-      raw, so b_V is part of it.
+      unprocessed, so b_V is part of it.
 
-    What a norm divides by, `[batch, position, 1]`, in float32 at least: `sqrt(mean((x - mean(x))^2) + eps)` for
+    Divisors of norms, `[batch, position, 1]`, in float32 at least: `sqrt(mean((x - mean(x))^2) + eps)` for
     LayerNorm, `sqrt(mean(x^2) + eps)` for RMSNorm:
 
     * `ln1_scale` before attention, `ln2_scale` before the MLP, `ln_final_scale` before the unembedding (a site of the
-      last layer alone).
+      last layer only).
     """
 
     kind: AnyKind
     layer: int
 
     def __post_init__(self) -> None:
-        """Refuse a kind that no model here can read."""
+        """Reject an unknown kind."""
         if self.kind not in KINDS:
             raise HeadscopeError(f"site {self.kind!r}", expected=f"one of {', '.join(KINDS)}", do="name another site")
 
     @property
     def hook_name(self) -> str:
-        """The name TransformerLens gives this activation, e.g. `blocks.1.attn.hook_z`.
+        """TransformerLens' name of this activation, e.g. `blocks.1.attn.hook_z`.
 
-        For a model without rotary positions it calls q and k `hook_q` and `hook_k`; with them, those are the
-        unrotated ones.
+        In a model without rotary positions q and k are `hook_q` and `hook_k`; with them, those are the unrotated ones.
         """
         return _HOOK_NAMES[self.kind].format(layer=self.layer)
 
     @property
     def depth(self) -> tuple[int, int]:
-        """Orders sites as a model computes them."""
+        """Sort key of sites in the order of computation."""
         return self.layer, KINDS.index(self.kind)
 
     @classmethod
     def from_hook_name(cls, name: str) -> "Site":
-        """Parse the TransformerLens name of a place of SAEs, e.g. `blocks.1.attn.hook_z` -> `Site("z", 1)`.
+        """Parse the TransformerLens name of an SAE site, e.g. `blocks.1.attn.hook_z` -> `Site("z", 1)`.
 
         Raises:
             HeadscopeError: it is none.
@@ -119,7 +118,7 @@ class Site:
 
 
 def check_z(hook_name: str) -> None:
-    """Refuse an SAE that reads another site than z.
+    """Reject an SAE that reads another site than z.
 
     Raises:
         SAEError: it does.
@@ -133,7 +132,7 @@ def check_z(hook_name: str) -> None:
 
 
 def no_layer(model: str, layer: int, n_layers: int) -> ModelError:
-    """The error for a layer that a model does not have."""
+    """Make the error for a layer that a model does not have."""
     return ModelError(
         f"layer {layer} of {model}",
         expected=f"0 to {n_layers - 1}: the model has {n_layers} layers",

@@ -1,4 +1,4 @@
-"""Estimates with intervals, and the sums they are made of; numpy only."""
+"""Estimates with intervals, and the sums they are computed from; numpy only."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Real, Shaped
 
 MINIMUM = 30
-"""Ratios and correlations of fewer tokens than this are not given."""
+"""Minimum number of tokens for ratios and correlations."""
 MINIMUM_UNITS = 10
-"""Intervals by resampling fewer documents than this are not given."""
+"""Minimum number of documents for intervals by resampling."""
 N_SAMPLES = 1000
-"""Resamples of documents, where nothing else is asked for."""
+"""Default number of resamples of documents."""
 _Z = 1.959963984540054
-_UNDEFINED = 0.05  # resamples in which a number does not exist: with more of them there is no interval
+_UNDEFINED = 0.05  # share of resamples in which a number may be undefined: beyond it there is no interval
 
 
 @dataclass(frozen=True)
@@ -33,26 +33,26 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number with its interval, its n, its null and its definition, or the reason why there is none."""
+    """A number with its interval, n, null and definition, or the reason why there is none."""
 
     definition: str
     n: int
-    """What it is a number of: the denominator of a ratio, the tokens of a correlation."""
+    """Sample size: the denominator of a ratio, the tokens of a correlation."""
     value: float | None = None
     low: float | None = None
-    """95 %; None where no interval can be had."""
+    """95 %; None where undefined."""
     high: float | None = None
     interval: str | None = None
-    """How `low` and `high` were made."""
+    """Method of `low` and `high`."""
     by_document: tuple[float, float] | None = None
     """For a ratio of counts, the interval by resampling documents: tokens of one are not independent."""
     null: Estimate | None = None
-    """The same number where there is nothing to find: mean and range."""
+    """The same number under the null: mean and range."""
     missing: str | None = None
-    """Why there is no value, or no interval."""
+    """Reason why there is no value, or no interval."""
 
     def __str__(self) -> str:
-        """`0.912 [0.908, 0.916], n 312, null 0.01 [0, 0.02]`, or why there is no number."""
+        """Format `0.912 [0.908, 0.916], n 312, null 0.01 [0, 0.02]`, or the reason why there is no number."""
         null = "" if self.null is None else f", null {self.null}"
         if self.value is None:
             return f"no number ({self.missing}){null}"
@@ -61,7 +61,7 @@ class Measure:
 
 
 def estimate_of(measure: Measure) -> Estimate | None:
-    """A measure as the null of another: its value with its interval, the value alone where that is all; or None."""
+    """Convert a measure to the null of another: its value with its interval, or the value only; or None."""
     if measure.value is None:
         return None
     low, high = (measure.value if end is None else end for end in (measure.low, measure.high))
@@ -70,9 +70,9 @@ def estimate_of(measure: Measure) -> Estimate | None:
 
 # -------------------------------------------------------------------------------------------------------------- wilson
 def wilson(successes: int | float, n: int | float) -> Estimate:
-    """A proportion with its Wilson 95 % interval (Wilson 1927); n = 0 gives the whole range.
+    """Estimate a proportion with its Wilson 95 % interval (Wilson 1927); n = 0 gives the whole range.
 
-    n need not be whole: of weighted observations it is their effective number.
+    n need not be an integer: for weighted observations it is the effective sample size.
     """
     if n == 0:
         return Estimate(float("nan"), 0.0, 1.0)
@@ -83,14 +83,14 @@ def wilson(successes: int | float, n: int | float) -> Estimate:
 def wilson_bounds(
     successes: Real[np.ndarray, " point"], n: Real[np.ndarray, " point"]
 ) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"]]:
-    """Lower and upper ends of Wilson 95 % intervals; no n may be 0.
+    """Return lower and upper ends of Wilson 95 % intervals; n must not be 0.
 
     `(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)`.
     """
     p = successes / n
     centre = (p + _Z * _Z / (2 * n)) / (1 + _Z * _Z / n)
     half = _Z / (1 + _Z * _Z / n) * np.sqrt(p * (1 - p) / n + _Z * _Z / (4 * n * n))
-    # in exact arithmetic the interval holds p; at 0 and 1 its end is p, and rounding must not move it
+    # in exact arithmetic the interval contains p; at 0 and 1 its end is p, and rounding must not move it
     return np.clip(centre - half, 0, p), np.clip(centre + half, p, 1)
 
 
@@ -102,7 +102,7 @@ def bootstrap_ratio(
     n_samples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """sum(numerator) / sum(denominator) with a 95 % percentile interval, resampling whole blocks."""
+    """Estimate sum(numerator) / sum(denominator) with a 95 % percentile interval, resampling whole blocks."""
     draws = unit_draws(len(numerator), n_samples=n_samples, seed=seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = (draws @ numerator) / (draws @ denominator)
@@ -111,9 +111,9 @@ def bootstrap_ratio(
     return Estimate(value, float(low), float(high))
 
 
-@lru_cache(maxsize=2)  # a study asks for the same ones for each of its numbers
+@lru_cache(maxsize=2)  # a study requests the same ones for each of its numbers
 def unit_draws(n_units: int, *, n_samples: int, seed: int) -> Float[np.ndarray, "sample unit"]:
-    """How often each unit is drawn in resamples of n_units with replacement: rows sum to n_units; read only."""
+    """Return how often each unit is drawn in resamples of n_units with replacement: rows sum to n_units; read-only."""
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=n_samples).astype(np.float64)
     draws.setflags(write=False)
@@ -125,16 +125,16 @@ def resampled(
     sums: Float[np.ndarray, "unit sum"],
     draws: Float[np.ndarray, "sample unit"],
 ) -> tuple[float, float] | None:
-    """The 95 % percentile interval of a function of sums over units, such as documents, when units are resampled.
+    """Return the 95 % percentile interval of a function of sums over units, such as documents, by resampling units.
 
     Args:
-        statistic: of the sums of each sample; NaN where it does not exist.
-        sums: of each unit.
-        draws: as of `unit_draws`.
+        statistic: function of the sums of each sample; NaN where undefined.
+        sums: sums of each unit.
+        draws: from `unit_draws`.
 
     Returns:
-        None with fewer than `MINIMUM_UNITS` units, when the statistic does not exist in one of 20 samples, or when it
-        is the same in all of them: resampling then says nothing of what was not seen.
+        None with fewer than `MINIMUM_UNITS` units, when the statistic is undefined in one of 20 samples, or when it is
+            the same in all of them: resampling is then uninformative.
     """
     if len(sums) < MINIMUM_UNITS:
         return None
@@ -147,7 +147,7 @@ def resampled(
 
 
 def quotient(sums: Float[np.ndarray, "sample 2"]) -> Float[np.ndarray, " sample"]:
-    """The first sum over the second, for `resampled`; not finite where the second is 0."""
+    """Divide the first sum by the second, for `resampled`; not finite where the second is 0."""
     return _ratio(sums[:, 0], sums[:, 1])
 
 
@@ -159,10 +159,10 @@ def ratio(
     definition: str,
     null: Estimate | None = None,
 ) -> Measure:
-    """sum(numerator) / sum(denominator) with its interval by document.
+    """Measure sum(numerator) / sum(denominator) with its interval by document.
 
-    There is none, and the record says why, with fewer than 30 tokens, or where the denominator is 0; and no interval
-    with fewer than 10 documents, or documents all alike.
+    Without a value, with the reason, for fewer than 30 tokens, or where the denominator is 0; without an interval for
+    fewer than 10 documents, or if all documents are equal.
     """
     n, total = len(document), float(denominator.sum())
     if n < MINIMUM or total == 0:
@@ -188,7 +188,7 @@ def ratio(
 def mean_interval(
     values: Float[np.ndarray, " unit"], *, n_samples: int = 1000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """The 95 % percentile interval of a mean, units resampled; None as of `resampled`."""
+    """Return the 95 % percentile interval of a mean by resampling units; None as in `resampled`."""
     draws = unit_draws(len(values), n_samples=n_samples, seed=seed)
     return resampled(lambda sums: sums[:, 0] / len(values), values[:, None], draws)
 
@@ -196,7 +196,7 @@ def mean_interval(
 def jensen_shannon(
     p: Float[np.ndarray, "*axes item"], q: Float[np.ndarray, "*axes item"]
 ) -> Float[np.ndarray, "*axes"]:
-    """The Jensen-Shannon divergence of distributions in bits: 0 where they are alike, 1 where they share no item.
+    """Compute the Jensen-Shannon divergence of distributions in bits: 0 if equal, 1 if disjoint.
 
     `(KL(p, m) + KL(q, m)) / 2`, m = (p + q) / 2 (Lin 1991). NaN where p or q is.
     """
@@ -215,15 +215,15 @@ PAIR_SUMS = ("n", "true", "active", "both", "mass", "mass_true", "centred", "cen
 
 @dataclass(frozen=True)
 class PairSums:
-    """Sums over tokens of an activation f >= 0 and a mask y, from which their ratios and correlations follow.
+    """Sums over tokens of an activation f >= 0 and a mask y, for ratios and correlations.
 
-    Sums of parts add up to those of the whole, however it is cut; so each row of `values` can be a document. Ratios and
-    correlations are NaN where they do not exist.
+    Sums are additive over parts; so each row of `values` can be a document. Ratios and correlations are NaN where
+    undefined.
     """
 
     values: Float[np.ndarray, "unit sum"]
     """`PAIR_SUMS`: n, sum y, sum [f > 0], sum [f > 0] y, sum f, sum f y, sum g, sum g y, sum g^2; g = f - shift, with
-    the same shift everywhere, near the mean of f, so that nothing cancels."""
+    the same shift everywhere, near the mean of f, to avoid cancellation."""
 
     @classmethod
     def of(
@@ -236,14 +236,14 @@ class PairSums:
         *,
         shift: float,
     ) -> "PairSums":
-        """Sums by unit.
+        """Compute sums by unit.
 
         Args:
-            unit: of each active token.
+            unit: unit of each active token.
             f: its activation.
             y: whether the mask is true there.
             silent: tokens of each unit with f = 0.
-            silent_true: of these, how many the mask is true at.
+            silent_true: number of these where the mask is true.
             shift: see `values`.
         """
         of_true, g = unit[y], f.astype(np.float64) - shift
@@ -267,11 +267,11 @@ class PairSums:
         return cls(np.stack([sums[name].astype(np.float64) for name in PAIR_SUMS], axis=-1))
 
     def total(self) -> "PairSums":
-        """Of all units, as one."""
+        """Sum over all units."""
         return PairSums(self.values.sum(0, keepdims=True))
 
     def __getitem__(self, name: str) -> Float[np.ndarray, " unit"]:
-        """One of `PAIR_SUMS`."""
+        """Return one of `PAIR_SUMS`."""
         return self.values[..., PAIR_SUMS.index(name)]
 
     def precision(self) -> Float[np.ndarray, " unit"]:
@@ -312,9 +312,9 @@ def _correlation(covariance: np.ndarray, *variances: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------- ranking
 @dataclass(frozen=True)
 class Ranking:
-    """Tokens put in order by activation, those of equal activation as one group: what PR and ROC curves are made of.
+    """Tokens ranked by activation, with ties as one group, for precision-recall and ROC curves.
 
-    Groups are in falling order; the last may hold the tokens with f = 0.
+    Groups are in descending order; the last may hold the tokens with f = 0.
     """
 
     threshold: Float[np.ndarray, " group"]
@@ -322,19 +322,19 @@ class Ranking:
     n: Int[np.ndarray, " group"]
     """Tokens of this group and all above."""
     true: Int[np.ndarray, " group"]
-    """Of these, with the mask true."""
+    """Number of these with the mask true."""
 
     @classmethod
     def of(
         cls, f: Float[np.ndarray, " active"], y: Bool[np.ndarray, " active"], n_silent: int, n_silent_true: int
     ) -> "Ranking":
-        """Rank active tokens, and the silent ones as one last group.
+        """Rank active tokens, and the inactive ones as one last group.
 
         Args:
-            f: activations, above 0 and in falling order.
+            f: activations, above 0 and descending.
             y: whether the mask is true at each.
             n_silent: tokens with f = 0.
-            n_silent_true: of these, with the mask true.
+            n_silent_true: number of these with the mask true.
         """
         last = np.flatnonzero(np.append(f[1:] != f[:-1], True)) if len(f) else np.zeros(0, dtype=np.int64)
         true = np.cumsum(y)[last]
@@ -354,7 +354,7 @@ class Ranking:
         NaN when the mask is never or always true.
         """
         true, false = self.true, self.n - self.true
-        area = (np.diff(false, prepend=0) * (true + np.append(0, true[:-1]))).sum()  # twice, in whole numbers
+        area = (np.diff(false, prepend=0) * (true + np.append(0, true[:-1]))).sum()  # twice, in integers
         pairs = int(true[-1]) * int(false[-1])
         return int(area) / (2 * pairs) if pairs else nan
 
@@ -364,7 +364,7 @@ class Ranking:
         return float(area) / int(self.true[-1]) if self.true[-1] else nan
 
     def placements(self) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, " group"]]:
-        """Of a true token of each group, the share of false tokens below it; of a false one, that of true ones above.
+        """Share of false tokens below a true token of each group; for a false one, of true tokens above it.
 
         Equal tokens count a half. The mean of either over its tokens is the AUC.
         """
@@ -382,13 +382,13 @@ def clustered_auc(
     n_true: Int[np.ndarray, " unit"],
     n_false: Int[np.ndarray, " unit"],
 ) -> tuple[float, float] | None:
-    """The 95 % interval of an AUC over tokens that come in units, such as documents.
+    """Return the 95 % interval of an AUC over tokens clustered in units, such as documents.
 
     Obuchowski (1997), Biometrics 53:567, "Nonparametric analysis of clustered ROC curve data": the variance of the
     sums of placements over units, and a normal interval, cut to [0, 1].
 
     Args:
-        auc: of all tokens.
+        auc: AUC over all tokens.
         true_placements: sum over the true tokens of a unit (`Ranking.placements`).
         false_placements: the same over its false tokens.
         n_true: true tokens of the unit.
