@@ -308,6 +308,19 @@ def test_values_that_are_not_linear_are_refused(random_model):
         own.W_V(1)
 
 
+def test_values_that_differ_where_a_token_is_alone_are_refused(random_model):
+    """As of a hook that steers while a model generates, a token at a time."""
+
+    def steered(module: nn.Module) -> None:
+        projection = module.model.layers[1].self_attn.v_proj
+        projection.register_forward_hook(lambda _m, _a, out: out + 1 if out.shape[1] == 1 else None)
+
+    own = changed(random_model("llama"), steered)
+    own.W_V(0)
+    with pytest.raises(ModelError, match=r"values of layer 1 in a sequence misses .*a hook at v_proj"):
+        own.W_V(1)
+
+
 def test_numbers_that_overflow_in_half_precision_are_not_held_against_a_model(random_model):
     model = random_model("llama", dtype=torch.float16)
 

@@ -144,6 +144,17 @@ def test_the_published_models_own_files_are_read(save: Callable[..., Path]) -> N
     )
 
 
+def test_a_model_of_weights_in_memory_shares_none_of_them() -> None:
+    """Those that are laid out anew cannot be shared: a change of the others alone would make a third model."""
+    config = configuration()
+    state = {name: weight.float() for name, weight in random_state(config).items()}
+    module = tl_checkpoint.build(config, state, "x", torch.float32)
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    for weight in state.values():
+        weight.add_(1)
+    assert all(torch.equal(weight, before[name]) for name, weight in module.state_dict().items())
+
+
 def test_an_attention_only_models_width_of_the_mlp_does_not_matter(save: Callable[..., Path]) -> None:
     config = configuration("attn_only")
     state = random_state(config)

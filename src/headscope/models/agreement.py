@@ -30,7 +30,7 @@ _OURS = ("torch.nn.modules.", "transformers.", "headscope.")
 _SPREAD = 8.0  # rounding errors of one component: they vary more than those of all together
 _SUMMED = 20.0  # rounding errors of what is computed in other steps, each of them rounded
 _PARAMETRISED = "parametrizations"  # of torch: `weight` is computed from these on access
-_NAMED = 3  # unusual parts of a model
+_NAMED = 3  # of what is unusual about a model
 _UNREADABLE = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -89,18 +89,25 @@ def check_attention(model: "Running", layer: int) -> None:
 
 @torch.no_grad()
 def check_values(model: "Model", layer: int, weights: Float[Tensor, "d_model z"]) -> None:
-    """Compare the values of a layer with its W_V, for a few inputs.
+    """Compare the values of a layer with its W_V, for a few inputs, and with those in a run on a few tokens.
 
     Raises:
-        ModelError: they are not linear in the output of the norm before attention.
+        ModelError: they are not linear in the output of the norm before attention, or differ between a single token,
+            which W_V is read from, and a sequence.
     """
-    norm = model._blocks[layer].attention_norm
+    norm, attention = model._blocks[layer].attention_norm, model._blocks[layer].attention
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, model.spec.d_model, generator=generator).to(model.device, model.module.dtype)
     got = model._value_of(layer, norm.formula(x))
     normed = (norm.numerator(x) / norm.scale(x)).to(weights.dtype)
     read = _as_is(normed @ weights + model.value_offset(layer))
-    check_step(model, f"values of layer {layer}", model._blocks[layer].attention, got, read, loose=_SUMMED)
+    check_step(model, f"values of layer {layer}", attention, got, read, loose=_SUMMED)
+    stream_at, value_at = Site("resid_pre", layer), Site("v", layer)
+    with model._hooks.suspended():
+        found = model.read(_tokens(model), [stream_at, value_at])
+    value = found[value_at].repeat_interleave(model.spec.n_heads // found[value_at].shape[2], dim=2).flatten(2)
+    alone = model._value_of(layer, norm.apply(found[stream_at]))
+    check_step(model, f"values of layer {layer} in a sequence", attention, value, _as_is(alone), loose=_SUMMED)
 
 
 def check_step(

@@ -217,7 +217,8 @@ def build(raw: Mapping[str, Any], state: Mapping[str, Tensor], source: str, dtyp
     Raises:
         ModelError: as `load_checkpoint`.
     """
-    weights = {name: t.detach() for name, t in state.items() if not _BUFFERS.fullmatch(name)}
+    # All are copied: some are laid out anew, and a later change must not reach only the others.
+    weights = {name: t.detach().clone() for name, t in state.items() if not _BUFFERS.fullmatch(name)}
     return _built(_config(raw, source), weights, source, dtype)
 
 
