@@ -1,6 +1,7 @@
 """Padded and packed rows of token ids give what plain `transformers` gives under their masks."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,68 @@ def test_arrays_of_what_stands_beside_token_ids_are_not_read_as_such(tokenizer: 
             load_corpus(str(tmp_path), tokenizer, bos=0, split="all", block_size=BLOCK)
         (tmp_path / f"{name}.npy").unlink()
     load_corpus(str(tmp_path), tokenizer, bos=0, split="all", block_size=BLOCK)
+
+
+def test_arrays_that_are_masks_by_what_they_hold_or_columns_by_their_names(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "input_ids.npy", np.array([[0, 40, 41, 9, 9]] * 3))
+    for name, values, message in [
+        ("attention", [[1, 1, 1, 0, 0]] * 3, "attention.npy holds 0 and 1 alone, as a mask does"),
+        ("valid", [1, 1, 1, 0, 0], "valid.npy holds 0 and 1 alone"),
+        ("positions", [[0, 1, 2, 3, 4]] * 3, "positions.npy holds no token ids by its name"),
+        ("doc_ids", [[3, 3, 3, 4, 4]] * 3, "doc_ids.npy holds no token ids by its name"),
+        ("cu_seqlens", [0, 5, 10], "cu_seqlens.npy holds no token ids by its name"),
+    ]:
+        np.save(tmp_path / f"{name}.npy", np.array(values))
+        with pytest.raises(CorpusError, match=message):
+            load_corpus(str(tmp_path), tokenizer, bos=0, split="all", block_size=BLOCK)
+        (tmp_path / f"{name}.npy").unlink()
+
+
+def test_the_mask_that_is_named_as_the_ids_are_is_not_passed_over(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = {"prompt_ids": [[9, 9, 0, 40]], "prompt_mask": [[0, 0, 1, 1]], "completion_ids": [[40, 41]]}
+    with pytest.raises(CorpusError, match="prompt_mask beside the token ids in prompt_ids, which is not read"):
+        read(tmp_path, rows, tokenizer, reading=Reading(field="prompt_ids"))
+    assert read(tmp_path, rows, tokenizer, reading=Reading(field="completion_ids")).n_text_tokens == 2
+
+
+def test_token_ids_that_are_written_as_text_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for field, written in (("input_ids", "[0, 40, 41]"), ("input_ids", "0 40 41"), ("tokens", "[ 0 40\n 41]")):
+        for read_from in ("jsonl", "parquet"):
+            path = tmp_path / f"rows.{read_from}"
+            if read_from == "jsonl":
+                path.write_text(json.dumps({field: written}))
+            else:
+                pq.write_table(pa.table({field: [written]}), path)
+            with pytest.raises(CorpusError, match=r"(?s)token ids stored as text.*json\.loads"):
+                load_corpus(str(path), tokenizer, bos=0, split="all", block_size=BLOCK)
+    assert read(tmp_path, {"tokens": ["12 foxes and the dogs"]}, tokenizer).n_text_tokens > 0
+    assert read(tmp_path, {"text": ["[0, 40, 41] and 9 more"]}, tokenizer).n_text_tokens > 0
+
+
+def test_token_ids_that_the_tokenizer_lacks_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    largest = max(tokenizer.get_vocab().values())
+    assert read(tmp_path, {"input_ids": [[0, 40, largest]]}, tokenizer).n_text_tokens == 2
+    with pytest.raises(CorpusError, match=rf"has the token id {largest + 1}\s.*at most {largest}, the last id"):
+        read(tmp_path, {"input_ids": [[0, 40, largest + 1]]}, tokenizer)
+
+
+def test_rows_that_look_padded_and_have_no_mask_are_told_each_time(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = [[0, *range(40, 45 + i)] for i in range(4)]
+    for pad, side, told in ((70, "right", 4), (70, "left", 4), (0, "left", 4), (0, "right", 0)):
+        for i, columns in enumerate((["input_ids"], ["input_ids", "attention_mask"])):
+            rows = padded(side, pad, texts)
+            path = tmp_path / f"{pad}{side}{i}.parquet"
+            pq.write_table(pa.table({name: rows[name] for name in columns}), path)
+            for _ in range(2):  # read, and from the cache
+                with warnings.catch_warnings(record=True) as found:
+                    warnings.simplefilter("always")
+                    load_corpus(str(path), tokenizer, bos=0, split="all", block_size=BLOCK)
+                said = [str(warning.message) for warning in found]
+                assert len(said) == (told > 0 and i == 0), (pad, side, said)
+                assert not said or "4 of 4 documents in" in said[0]
+    read(tmp_path, {"input_ids": [*texts * 3, [0, 40, 7, 7, 7], [0, 41, 7, 7, 7]]}, tokenizer)  # as text may end
 
 
 def test_a_row_that_marks_text_as_special_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:

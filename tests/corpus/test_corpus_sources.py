@@ -484,6 +484,17 @@ def test_text_and_ids_do_not_mix(tmp_path, tokenizer):
         read(tmp_path, tokenizer)
 
 
+def test_a_saved_dataset_of_which_rows_are_selected_is_refused(tmp_path, tokenizer):
+    folder = save_dataset(tmp_path / "saved", pa.table({"input_ids": [[0, 40, 41]] * 4}))
+    state = json.loads((folder / "state.json").read_text())
+    for indices in (None, []):
+        (folder / "state.json").write_text(json.dumps(state | {"_indices_data_files": indices}))
+        assert load_corpus(str(folder), tokenizer, bos=0, split="all", block_size=4).n_text_tokens == 8
+    (folder / "state.json").write_text(json.dumps(state | {"_indices_data_files": [{"filename": "indices.arrow"}]}))
+    with pytest.raises(CorpusError, match=r"(?s)a selection of its rows.*flatten_indices"):
+        load_corpus(str(folder), tokenizer, bos=0, split="all", block_size=4)
+
+
 def test_splits_and_files_of_a_saved_dataset_are_checked(tmp_path, tokenizer):
     table = pa.table({"text": TEXTS})
     save_dataset(tmp_path / "d" / "train", table)

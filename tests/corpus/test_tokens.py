@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from headscope import load_corpus, load_model
@@ -148,6 +148,49 @@ def test_documents_with_a_mark_that_reads_as_a_space_are_counted_each_time(tmp_p
             said = [str(warning.message) for warning in found]
             assert len(said) == counted, name
             assert not counted or "2 of 3 documents in" in said[0], name
+
+
+def told(source: Path, made: Tokenizer, bos: int = 1) -> list[str]:
+    """What is said of a corpus when it is read."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        load_corpus(str(source), made, bos=bos, split="all", block_size=4)
+    return [str(warning.message) for warning in found]
+
+
+def test_documents_that_the_tokenizer_changes_are_counted_whatever_no_sample_shows(tmp_path):
+    texts = ["see https://a.org/x?y=1 now", "the fox\n\n\n\nand the dog", "the fox and the dog", " so...... what"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    removed = pre_tokenizers.Split(Regex(r"https?://\S+"), "removed")  # pyright: ignore
+    dropping = byte_level()
+    dropping.pre_tokenizer = pre_tokenizers.Sequence([removed, dropping.pre_tokenizer])
+    for made in (
+        byte_level(normalizer=normalizers.Replace(Regex(r"https?://\S+"), "<url>")),
+        byte_level(normalizer=normalizers.Replace(Regex(r"\n{3,}"), "\n\n")),
+        byte_level(normalizer=normalizers.Replace(Regex(r"\.{4,}"), "...")),
+        dropping,
+    ):
+        assert Spelling.of(made).loses is None
+        for _ in range(2):  # read, and from the cache
+            [said] = told(tmp_path / "rows.jsonl", made)
+            assert "1 of 4 documents in" in said
+            assert "replaces or drops a part of their text" in said
+    for name in ("byte level", "byte level, prefix", "gemma", "llama", "metaspace", "unigram, bytes"):
+        assert told(tmp_path / "rows.jsonl", kind(name)) == [], name
+
+
+def test_documents_of_which_the_tokenizer_makes_special_tokens_are_counted(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "the fox! and"}\n{"text": "the fox and the dog"}\n' * 2)
+    made = byte_level()
+    marks = marked(made, [made.token_to_id("!")])  # as pad_token = "!"
+    for own, bos in ((marks, 1), (made, made.token_to_id("!"))):
+        [said] = told(tmp_path / "rows.jsonl", own, bos)
+        assert "2 of 4 documents in" in said
+        assert "as special tokens or as its unknown token" in said
+    assert told(tmp_path / "rows.jsonl", made) == []
+    (tmp_path / "rows.jsonl").write_text('{"text": "the \u672a fox and the dog"}\n{"text": "the fox and the dog"}\n')
+    [said] = told(tmp_path / "rows.jsonl", kind("unigram"))
+    assert "1 of 2 documents in" in said
 
 
 def test_another_mark_of_a_space_is_told():

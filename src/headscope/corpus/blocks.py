@@ -1,6 +1,6 @@
 """Pack tokenised documents into blocks of equal length, with the origin of each token.
 
-`packed`: the documents, each with a BOS, are concatenated and cut, and each piece gets its own BOS:
+`packed`: the documents, a BOS before each, are one stream; it is cut, and each piece gets a BOS of its own:
 
     block 0: BOS BOS d0 d0 d0 ... | block 1: BOS d0 d0 BOS d1 ... | ...
 
@@ -121,8 +121,8 @@ class Stream:
     names: tuple[str, ...]
     rows: bool
     """Whether each is a row of a token file, to be kept separate."""
-    n_marked: int = 0
-    """Number of texts with a `▁` that the tokenizer treats as a space."""
+    told: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of documents to warn of, as `told.Told` has them."""
 
 
 @dataclass(frozen=True)

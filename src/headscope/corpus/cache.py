@@ -27,7 +27,7 @@ from headscope.errors import OutputError
 VARIABLE = "HEADSCOPE_CACHE"
 """Environment variable with the folder of the cache, which may be deleted at any time."""
 
-_VERSION = 6
+_VERSION = 7
 _FILES = ("tokens.i32", "lengths.i64", "names.txt")
 
 
@@ -76,7 +76,9 @@ class Writer:
     def __init__(self, folder: Path) -> None:
         """Open the files."""
         self._tokens, self._lengths, self._names = ((folder / name).open("wb") for name in _FILES)
-        self.n_tokens = self.n_documents = self.n_marked = 0
+        self.n_tokens = self.n_documents = 0
+        self.told: dict[str, int] = {}
+        """As `told.Told` counts."""
 
     def add(self, name: str, ids: np.ndarray) -> None:
         """Write one document."""
@@ -133,7 +135,7 @@ def _write(folder: Path, identity: dict[str, Any], write: Callable[[Writer], tup
         "rows": rows,
         "n_tokens": writer.n_tokens,
         "n_documents": writer.n_documents,
-        "n_marked": writer.n_marked,
+        "told": writer.told,
         "files": {name: file_hash(folder / name) for name in _FILES},
         "identity": identity,
     }
@@ -163,7 +165,7 @@ def _open(folder: Path, manifest: dict[str, Any]) -> Stream:
         lengths=np.fromfile(folder / "lengths.i64", "<i8"),
         names=tuple(names.split("\0")) if manifest["n_documents"] else (),
         rows=manifest["rows"],
-        n_marked=manifest["n_marked"],
+        told=manifest["told"],
     )
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -17,9 +16,10 @@ from headscope.corpus.reading import Reading, Split, check_one_block, is_held_ou
 from headscope.corpus.rows import TokenDocument
 from headscope.corpus.sources import Source, find_source
 from headscope.corpus.text import Document
+from headscope.corpus.told import Told, warn_of
 from headscope.errors import CorpusError
 from headscope.limits import BlockSize, Tokens, check
-from headscope.tokens import MARK, encode, own_tokenizer, reads_as_space, special_ids
+from headscope.tokens import encode, own_tokenizer, special_ids
 
 _GROUP = 64  # documents tokenised at a time, with a thread per core and without handling Ctrl-C
 _PATIENCE = 1.0  # seconds before progress is reported
@@ -69,12 +69,7 @@ def load_corpus(
             expected="text with at least one document on this side of the split",
             do=f"add text, separate documents with a line {reading.document_line}, or use --split all",
         )
-    if stream.n_marked:
-        warnings.warn(
-            f"{stream.n_marked} of {len(stream.names)} documents in {source!r} hold {MARK!r}, which this tokenizer "
-            "reads as a space: what is shown and searched has a space there",
-            stacklevel=2,
-        )
+    warn_of(stream.told, len(stream.names), source)
     layout = Layout(
         block_size=block_size,
         bos=bos,
@@ -159,9 +154,11 @@ def _write(
     kinds: set[type] = set()
     beside: set[frozenset[str]] = set()
     rows, started = False, time.monotonic()
-    special, reads_mark = special_ids(tokenizer, bos), reads_as_space(tokenizer, MARK)
+    special, told = special_ids(tokenizer, bos), Told(tokenizer, bos)
+    largest = max(tokenizer.get_vocab().values(), default=-1)
     for group in _groups(documents, _GROUP):
         _check_marked(group, special)
+        _check_known(group, largest)
         kinds |= {type(document) for document in group}
         if len(kinds) > 1:
             raise CorpusError(
@@ -178,7 +175,8 @@ def _write(
         for document, ids in zip(group, _ids(tokenizer, group), strict=True):
             rows = rows or (isinstance(document, TokenDocument) and document.is_row)
             writer.add(document.name, ids)
-            writer.n_marked += reads_mark and isinstance(document, Document) and MARK in document.text
+            told.add(document, ids)
+        writer.told = told.counts()
         if on_tokens is not None and time.monotonic() - started > _PATIENCE:
             on_tokens(writer.n_tokens, enough)
         if enough is not None and writer.n_tokens >= enough:
@@ -195,6 +193,17 @@ def _check_marked(documents: list[Document | TokenDocument], special: frozenset[
                 f"{document.name} marks the token ids {sorted(marked)[:5]} in its special_tokens_mask",
                 expected="tokens that the model's tokenizer has as special, which all statistics leave out",
                 do="add them to the tokenizer as special tokens, or leave the column out",
+            )
+
+
+def _check_known(documents: list[Document | TokenDocument], largest: int) -> None:
+    """Raise CorpusError if a row has a token id outside the tokenizer's vocabulary."""
+    for document in documents:
+        if isinstance(document, TokenDocument) and len(document.ids) and int(document.ids.max()) > largest:
+            raise CorpusError(
+                f"{document.name} has the token id {int(document.ids.max()):,}",
+                expected=f"at most {largest:,}, the last id of the model's tokenizer",
+                do="tokenise the text with that tokenizer, or load the model with a tokenizer that has this token",
             )
 
 

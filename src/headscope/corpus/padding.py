@@ -22,7 +22,7 @@ _SAYS_MORE = re.compile(
     r"|^(is|non|not|un)?_?pad(s|ding|ded)?(_?(len(gth)?s?|tokens?|positions?))?$",
     re.IGNORECASE,
 )
-"""Names of columns that define which tokens see one another; only those in `companions` are read."""
+"""Names of columns that say which tokens see one another; only those in `companions` are read."""
 _SAYS_MORE_IN_LISTS = re.compile(
     r"(^|_)(cu_?|max_?)?seq(uence)?_?(lens?|len(gth)?s?|ids?|idx|starts?|ends?|boundaries)(_|$)|(^|_)segment"
     r"|(^|_)doc(ument)?s?_?(ids?|idx|lens?|len(gth)?s?|starts?|ends?|boundaries)(_|$)"
@@ -40,6 +40,7 @@ _LENGTH = re.compile(
     re.IGNORECASE,
 )
 """Names of columns with the number of tokens of a row, without padding."""
+_LOOKED_AT = 1024  # rows, or numbers of a stream
 _OTHER_ARRAYS = re.compile(
     r"mask|label|position_?id|token_?type|segment|(^|_)(len(gth)?s?|loss(es)?)(_|$)", re.IGNORECASE
 )
@@ -83,11 +84,12 @@ def check_unread(field: str, lists: Mapping[str, bool], where: str) -> None:
     """
     others = [name for name in lists if _IDS in name or name == "tokens"]
     known = {name for ids in (field, *others) for name in _named(ids).values()}
+    own_mask = re.sub(r"_ids$", "_mask", field)
     for name, is_list in lists.items():
         says_more = _SAYS_MORE.search(name) or (
             is_list and (_SAYS_MORE_IN_LISTS.search(name) or _LENGTH.fullmatch(name))
         )
-        if says_more and name not in (field, *known):
+        if (says_more or name == own_mask) and name not in (field, *known):
             raise CorpusError(
                 f"{where} has {name} beside the token ids in {field}, which is not read",
                 expected=f"masks and positions called {', '.join([*_named(field).values()][:3])}",
@@ -95,15 +97,16 @@ def check_unread(field: str, lists: Mapping[str, bool], where: str) -> None:
             )
 
 
-def check_holds_ids(name: str, where: str) -> None:
-    """Reject a file of numbers whose name indicates masks or positions instead of token ids.
+def check_holds_ids(name: str, values: np.ndarray, where: str) -> None:
+    """Reject an array that holds masks or positions instead of token ids, by its name or by holding only 0 and 1.
 
     Raises:
         CorpusError: it does.
     """
-    if _OTHER_ARRAYS.search(name):
+    is_named = any(kind.search(name) for kind in (_OTHER_ARRAYS, _SAYS_MORE, _SAYS_MORE_IN_LISTS))
+    if is_named or (values.size > 1 and np.isin(values[:_LOOKED_AT], (0, 1)).all()):
         raise CorpusError(
-            f"{where} holds no token ids by its name",
+            f"{where} holds {'no token ids by its name' if is_named else '0 and 1 alone, as a mask does'}",
             expected="files of token ids without padding; masks and labels beside these are not read",
             do="name the files of token ids alone (--corpus FOLDER/input_ids.npy), or write Parquet files with a "
             f"column {_IDS} and a column {_MASK}",

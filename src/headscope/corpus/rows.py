@@ -6,6 +6,7 @@ is unpickled.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from headscope.artefact import read_json
-from headscope.corpus.padding import LAYOUT, check_unread, companions, pieces
+from headscope.corpus.padding import LAYOUT, check_holds_ids, check_unread, companions, pieces
 from headscope.corpus.reading import Reading
 from headscope.corpus.text import Document, cut_documents, sections
 from headscope.errors import CorpusError
@@ -30,6 +31,8 @@ FIELDS = ("text", "input_ids", "tokens")
 
 _BATCH = 1024  # rows read at a time
 _LARGEST = 2**31 - 1
+_OF_IDS = re.compile(r"ids$|^tokens$")  # names of columns of token ids
+_WRITTEN = re.compile(r"\s*[\[(]?\s*\d+[\s,]+\d")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +47,7 @@ class TokenDocument:
     marked: frozenset[int] = frozenset()
     """Ids that the row marks as special (`special_tokens_mask`)."""
     beside: frozenset[str] = frozenset()
-    """Companions that define which of its tokens see one another, as in `padding.companions`."""
+    """Companions that say which of its tokens see one another, as in `padding.companions`."""
 
 
 def jsonl_documents(path: Path, name: str, reading: Reading) -> Iterator[Document | TokenDocument]:
@@ -97,8 +100,19 @@ def _of_row(row: dict[str, Any], field: str | None, where: str, name: str) -> It
     chosen = chosen_field(list(row), field, where)
     if isinstance(row[chosen], list):
         check_unread(chosen, {name: isinstance(value, list) for name, value in row.items()}, where)
+    _check_not_written(chosen, row[chosen], where)
     beside = {kind: row[column] for kind, column in companions(chosen, list(row)).items()}
     yield from row_documents(row[chosen], name, beside)
+
+
+def _check_not_written(field: str, value: Any, where: str) -> None:
+    """Raise CorpusError if token ids are stored as text, as in a table converted from CSV."""
+    if isinstance(value, str) and _OF_IDS.search(field) and _WRITTEN.match(value):
+        raise CorpusError(
+            f"{where} has token ids stored as text in {field}: {value[:30]!r}",
+            expected="lists of whole numbers",
+            do=f"parse them (table['{field}'].map(json.loads)), and write the table as Parquet or JSONL",
+        )
 
 
 def row_documents(value: Any, name: str, beside: Mapping[str, Any] | None = None) -> Iterator[Document | TokenDocument]:
@@ -184,6 +198,7 @@ def npy_documents(path: Path, name: str, bos: int) -> Iterator[TokenDocument]:
             expected="token ids [row, position] or [position]",
             do="save an array of integers",
         )
+    check_holds_ids(path.stem, values, str(path))
     if values.ndim == 2:
         for i, row in enumerate(values):
             yield from _token_documents(row, f"{name}:{i}", is_row=True)
@@ -238,7 +253,7 @@ def saved_dataset(folder: Path, split: str) -> list[Path] | None:
     """Return the Arrow files of a dataset saved by `save_to_disk` of `datasets`, in order; None for other folders.
 
     Raises:
-        CorpusError: a file is missing, or there is no such split.
+        CorpusError: a file is missing, there is no such split, or not all rows of the files are of the dataset.
     """
     try:
         if (folder / "dataset_dict.json").is_file():
@@ -250,11 +265,18 @@ def saved_dataset(folder: Path, split: str) -> list[Path] | None:
             folder = folder / split
         if not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
             return None
-        files = [folder / Path(f["filename"]).name for f in read_json(folder / "state.json")["_data_files"]]
+        state = read_json(folder / "state.json")
+        files = [folder / Path(f["filename"]).name for f in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorpusError(
             f"{folder} is a damaged dataset: {error!r}", expected="what save_to_disk wrote", do="save it again"
         ) from error
+    if state.get("_indices_data_files"):  # of version 1 of the library
+        raise CorpusError(
+            f"{folder} holds a dataset with a selection of its rows stored separately",
+            expected="the rows of a dataset alone",
+            do="load it with `datasets`, call flatten_indices(), and save it again",
+        )
     for file in files:
         if not file.is_file():
             raise CorpusError(f"{file} is missing", expected="all files of the dataset", do="save it again")
@@ -282,6 +304,7 @@ def _batch_documents(
                 ids = value.values.to_numpy(zero_copy_only=False)
                 yield from row_documents(ids, f"{name}:{first + i}", own)
             else:
+                _check_not_written(field, value.as_py(), f"{name}:{first + i}")
                 yield from row_documents(value.as_py(), f"{name}:{first + i}", own)
         first += len(column)
 

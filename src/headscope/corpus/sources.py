@@ -10,7 +10,6 @@ from typing import Any
 
 from headscope.corpus.dataset_folder import dataset_rows
 from headscope.corpus.files import files_below, is_folder, text_name
-from headscope.corpus.padding import check_holds_ids
 from headscope.corpus.reading import Reading
 from headscope.corpus.rows import (
     TokenDocument,
@@ -125,7 +124,6 @@ def _documents(files: dict[str, Path], reading: Reading, bos: int) -> Iterator[D
             case ".parquet":
                 yield from parquet_documents(path, name, reading)
             case ".npy":
-                check_holds_ids(path.stem, str(path))
                 yield from npy_documents(path, name, bos)
             case _:
                 yield from file_documents(path, name, reading.document_line)

@@ -29,7 +29,7 @@ def register(study: Study) -> None:
     """Add a study.
 
     Raises:
-        StudyError: the name is taken.
+        StudyError: another one has its name.
     """
     if study.name in STUDIES:
         raise StudyError(f"two studies called {study.name!r}", expected="a name of its own", do="rename one")

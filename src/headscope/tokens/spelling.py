@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain
 from typing import Any
 
@@ -122,7 +122,12 @@ class Spelling:
 
     def joined(self, ids: Sequence[int]) -> bytes:
         """Return the tokens' bytes, with special tokens as decoded."""
-        return b"".join(map(self._raw, ids))
+        return b"".join(map(self._raw_once, ids))
+
+    def keeps(self, ids: Sequence[int], text: str) -> bool:
+        """Whether the tokens of a text spell it; a leading space may be the one that the tokenizer adds."""
+        joined, content = self.joined(ids), text.encode()
+        return self.join(ids) == content or joined.removesuffix(self.suffix) == content
 
     def table(self, special: Collection[int], n: int) -> list[bytes]:
         """Return the bytes of tokens 0 to n - 1: special tokens have their name, unassigned ids nothing."""
@@ -147,6 +152,10 @@ class Spelling:
                     text = undo.bytes_of(normalizer.normalize_str(token.content))
                 found[i] = self.reading.between(text)
         return found
+
+    @cached_property
+    def _raw_once(self) -> Callable[[int], bytes]:
+        return cache(self._raw)
 
     def _raw(self, token: int) -> bytes:
         name, added = self._name(token), self._added.get(token)
