@@ -248,7 +248,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not JSON, or nested deeper than any file of ours.
+        ValueError: it is not JSON, or nested deeper than headscope's files.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Errors caused by a user's input, one class per cause.
 
 HeadscopeError
- ├── ModelError       a model that is missing, truncated, of another family, or lacks what was asked of it
+ ├── ModelError       a model that is missing, truncated, of another family, or lacks a requested part
  ├── SAEError         an SAE folder that is missing, truncated, or does not fit the model
  ├── CorpusError      text that is missing, empty, too short, or not UTF-8
  ├── OptionError      an invalid number, name or device
@@ -40,7 +40,7 @@ class HeadscopeError(Exception):
 
 
 class ModelError(HeadscopeError):
-    """A model that is missing, truncated, of another family, or lacks what was asked of it."""
+    """A model that is missing, truncated, of another family, or lacks a requested part."""
 
 
 class SAEError(HeadscopeError):

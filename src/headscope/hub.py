@@ -10,7 +10,7 @@ _CARRIERS = ("aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "requests", 
 
 
 def trouble(error: BaseException) -> Trouble | None:
-    """Classify an error by itself and its causes; None if it is not of the hub.
+    """Classify an error by its type and causes; None if it is not of the hub.
 
     `missing` may be a private repository, which the hub hides without a login.
     """

@@ -52,7 +52,7 @@ _HOOK_NAMES: dict[AnyKind, str] = {
 class Site:
     """An activation of one layer.
 
-    The residual stream and what is added to it, `[batch, position, d_model]`:
+    The residual stream and its additions, `[batch, position, d_model]`:
 
     * `resid_pre`, `resid_mid`, `resid_post`: the stream before the layer, between attention and MLP (not in parallel
       blocks), and after the layer;
@@ -102,7 +102,7 @@ class Site:
         """Parse the TransformerLens name of an SAE site, e.g. `blocks.1.attn.hook_z` -> `Site("z", 1)`.
 
         Raises:
-            HeadscopeError: it is none.
+            HeadscopeError: it is not one.
         """
         parts = name.split(".")
         if len(parts) >= 3 and parts[0] == "blocks" and parts[1].isdigit():

@@ -83,7 +83,7 @@ class Display:
         `clock` returns seconds.
         """
         self._clock = clock
-        self._console = Console(file=sys.stdout, highlight=False, quiet=quiet)  # of a named file rich asks the encoding
+        self._console = Console(file=sys.stdout, highlight=False, quiet=quiet)  # rich takes a given file's encoding
         errors = Console(file=sys.stderr, highlight=False, quiet=quiet)
         self._progress = _Bars(
             console=errors,
@@ -129,7 +129,7 @@ class Display:
         now, every = self._clock(), _LINE_EVERY if self._progress.disable else _BAR_EVERY
         stage, last = self._stages.get(name), 0 < total <= done
         ended = stage is not None and last and stage.done >= total
-        if ended and name == self._latest:  # said already
+        if ended and name == self._latest:  # already reported
             return
         if stage is None or done < stage.done or ended:  # it starts, perhaps for a second time
             stage = self._stages[name] = _Stage(now, done, done)

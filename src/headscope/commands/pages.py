@@ -44,7 +44,7 @@ class Serve(MayRunModel):
 
 
 def _say_stage(stage: str, done: int, _total: int) -> None:
-    """Say that a model is loaded; a bar would stay on the terminal for as long as the page is served."""
+    """Print that a model is being loaded; a bar would stay on the terminal for as long as the page is served."""
     if done == 0 and stage.startswith("load "):
         sys.stderr.write(f"{stage} ...\n")
 

@@ -73,7 +73,7 @@ class Info:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Convert an SAE of any format to a SAELens folder that reads the model's own activations, and all metadata."""
+    """Convert an SAE of any format to a SAELens folder with all metadata that reads the model's own activations."""
 
     sae: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
     """A path, or a name on the hub."""

@@ -1,4 +1,4 @@
-"""The short help of commands with many options: `--help` lists the main ones, `--help-all` all of them."""
+"""Short help of commands with many options: `--help` lists the main ones, `--help-all` all of them."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
@@ -27,7 +27,7 @@ class ShortHelp:
 
 
 def shortened(command: type) -> ShortHelp:
-    """Hide the options of a command that `MAIN` does not list; defaults stay those of the command."""
+    """Hide the options of a command that are not in `MAIN`; defaults are unchanged."""
     own, n_hidden = [], 0
     for part in fields(command):
         parts: tuple[Any, ...] = get_args(part.type) if get_origin(part.type) is Annotated else (None,)
@@ -41,7 +41,7 @@ def shortened(command: type) -> ShortHelp:
 
 
 def _hiding(record: type) -> Any:
-    """A record of which only the main options are listed."""
+    """A record with only its main options listed."""
     hidden = [part for part in fields(record) if part.name not in MAIN[record]]
     own = [(part.name, Annotated[part.type, tyro.conf.Suppress], _default(part)) for part in hidden]
     return make_dataclass(record.__name__, own, bases=(record,), frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def _default(part: Field[Any]) -> Any:
 
 
 def _as(record: Any, part: Field[Any]) -> Any:
-    """The default value of a field as an instance of another class with the same fields."""
+    """Return the default value of a field as an instance of another class with the same fields."""
     factory: Any = part.default_factory
     default = factory()
     return record(**{own.name: getattr(default, own.name) for own in fields(default)})

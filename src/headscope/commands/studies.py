@@ -19,8 +19,8 @@ from headscope.studies.study import Study as AnyStudy
 
 _INDEX = Annotated[Input, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX", help="An index folder.")]
 _LATENT = Annotated[Latent, tyro.conf.Positional, tyro.conf.arg(metavar="LATENT", help="The feature.")]
-_JSON = Annotated[bool, tyro.conf.arg(help="Print all that the page is told, as JSON.")]
-_SAES = Annotated[tuple[Name, ...], tyro.conf.arg(help="SAEs of earlier components of the model, as `tiny-mlp0`.")]
+_JSON = Annotated[bool, tyro.conf.arg(help="Print the page's data as JSON.")]
+_SAES = Annotated[tuple[Name, ...], tyro.conf.arg(help="SAEs of earlier components of the model, such as `tiny-mlp0`.")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Pack tokenised documents into blocks of equal length, with the origin of each token.
 
-`packed`: the documents, a BOS before each, are one stream; it is cut, and each piece gets a BOS of its own:
+`packed`: the documents, each with a BOS, are concatenated and cut, and each piece gets its own BOS:
 
     block 0: BOS BOS d0 d0 d0 ... | block 1: BOS d0 d0 BOS d1 ... | ...
 

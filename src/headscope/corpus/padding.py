@@ -22,7 +22,7 @@ _SAYS_MORE = re.compile(
     r"|^(is|non|not|un)?_?pad(s|ding|ded)?(_?(len(gth)?s?|tokens?|positions?))?$",
     re.IGNORECASE,
 )
-"""Names of columns that say which tokens see one another; only those in `companions` are read."""
+"""Names of columns that define which tokens see one another; only those in `companions` are read."""
 _SAYS_MORE_IN_LISTS = re.compile(
     r"(^|_)(cu_?|max_?)?seq(uence)?_?(lens?|len(gth)?s?|ids?|idx|starts?|ends?|boundaries)(_|$)|(^|_)segment"
     r"|(^|_)doc(ument)?s?_?(ids?|idx|lens?|len(gth)?s?|starts?|ends?|boundaries)(_|$)"

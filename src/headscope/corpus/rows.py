@@ -47,7 +47,7 @@ class TokenDocument:
     marked: frozenset[int] = frozenset()
     """Ids that the row marks as special (`special_tokens_mask`)."""
     beside: frozenset[str] = frozenset()
-    """Companions that say which of its tokens see one another, as in `padding.companions`."""
+    """Companions that define which of its tokens see one another, as in `padding.companions`."""
 
 
 def jsonl_documents(path: Path, name: str, reading: Reading) -> Iterator[Document | TokenDocument]:

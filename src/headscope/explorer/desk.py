@@ -28,7 +28,7 @@ class _Job:
     def __init__(self, work: Callable[[], Packed]) -> None:
         self.work = work
         self.askers: list[Request] = []
-        self.begun = asyncio.Event()  # or given up
+        self.begun = asyncio.Event()  # or cancelled
         self.task: asyncio.Task[Packed]
 
     async def is_wanted(self) -> bool:

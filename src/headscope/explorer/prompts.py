@@ -1,6 +1,6 @@
 """The routes of the prompt explorer: active features of a prompt, their attribution, and the effects of ablations.
 
-Each takes a JSON object by POST, with the page's token, and is computed at a desk of its own; responses are cached. A
+Each takes a JSON object by POST, with the page's token, and is computed at a separate desk; responses are cached. A
 prompt is `{"text": "..."}` or `{"ids": [...]}`; the BOS is prepended here, as in an index.
 """
 

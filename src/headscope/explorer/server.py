@@ -76,7 +76,7 @@ DEFINITIONS = {
     "density histogram": "Live features by the logarithm of their density.",
     "top head histogram": "Live features by their top head's share of squared DFA, beside the null.",
 }
-"""Terms used by the page alone; those of the index are defined in its manifest, and take precedence."""
+"""Terms used only by the page; those of the index are defined in its manifest, and take precedence."""
 
 
 @runtime_checkable
@@ -151,7 +151,7 @@ class _Guard:
 
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
-                took = f"total;dur={(time.perf_counter() - start) * 1e3:.3f}"  # browsers show it beside the request
+                took = f"total;dur={(time.perf_counter() - start) * 1e3:.3f}"  # browsers show it with the request
                 message["headers"] = [*message["headers"], *_SAFETY.items(), (b"server-timing", took.encode())]
             await send(message)
 

@@ -215,7 +215,7 @@ class HeadTables:
         """Return the scores of all heads of all layers, by layer and head.
 
         Raises:
-            IndexFormatError: as of `provenance`.
+            IndexFormatError: as in `provenance`.
         """
         table, said = self._read("scores")
         return tuple(
@@ -227,7 +227,7 @@ class HeadTables:
         """Return the scores of one head.
 
         Raises:
-            IndexFormatError: no such head, or as of `provenance`.
+            IndexFormatError: no such head, or as in `provenance`.
         """
         for found in self.scores:
             if (found.layer, found.head) == (layer, head):
@@ -238,7 +238,7 @@ class HeadTables:
         """Return the catalogue of the heads of the SAE's layer, by one weighting of features.
 
         Raises:
-            IndexFormatError: weights that were not catalogued, or as of `provenance`.
+            IndexFormatError: weights that were not catalogued, or as in `provenance`.
         """
         table, said = self._read("catalogue")
         ways = sorted(set(table["weights"].to_pylist()))
@@ -258,7 +258,7 @@ class HeadTables:
         """Return the catalogue entry of one head of the SAE's layer.
 
         Raises:
-            IndexFormatError: no such head, or as of `cards`.
+            IndexFormatError: no such head, or as in `cards`.
         """
         for card in self.cards(weights):
             if card.head == head:
@@ -269,7 +269,7 @@ class HeadTables:
         """Return what remains of a feature under each head's ablation, one record per kind; none for a dead one.
 
         Raises:
-            IndexFormatError: as of `provenance`.
+            IndexFormatError: as in `provenance`.
         """
         table = self._read("ablation")[0]
         return tuple(
@@ -283,7 +283,7 @@ class HeadTables:
         """Return features x heads of one kind of ablation: `retained` or `off`; NaN where undefined.
 
         Raises:
-            IndexFormatError: no such kind or column, or as of `provenance`.
+            IndexFormatError: no such kind or column, or as in `provenance`.
         """
         table = self._read("ablation")[0]
         kinds = sorted(set(table["kind"].to_pylist()))
@@ -304,7 +304,7 @@ class HeadTables:
         """Return how many features of each family are silenced by ablating a head; of all heads when None.
 
         Raises:
-            IndexFormatError: as of `provenance`.
+            IndexFormatError: as in `provenance`.
         """
         table, said = self._read("turned_off")
         own = table if head is None else _where(table, "head", head)
@@ -320,7 +320,7 @@ class HeadTables:
         """Return the features that fire when a head of the SAE's layer is ablated.
 
         Raises:
-            IndexFormatError: no such head, or as of `provenance`.
+            IndexFormatError: no such head, or as in `provenance`.
         """
         table = self._read("ablated")[0]
         for row in _rows(_where(table, "head", head)):
@@ -332,7 +332,7 @@ class HeadTables:
         """Return the measures of the whole dictionary by name: of `induction`, or of `superposition`.
 
         Raises:
-            IndexFormatError: a study without any, or as of `provenance`.
+            IndexFormatError: a study without any, or as in `provenance`.
         """
         path = f"measures_{study}"
         if path not in ("measures_induction", "measures_superposition"):
@@ -343,7 +343,7 @@ class HeadTables:
         """Compare the post's rule, by the decoder share of a head, with the composite test: one record per head.
 
         Raises:
-            IndexFormatError: as of `provenance`.
+            IndexFormatError: as in `provenance`.
         """
         table, said = self._read("rules")
         words = said["definitions"]
@@ -360,7 +360,7 @@ class HeadTables:
         """Return largest shares and participation, of features and of their nulls.
 
         Raises:
-            IndexFormatError: as of `provenance`.
+            IndexFormatError: as in `provenance`.
         """
         table = self._read("concentration")[0]
         return tuple(
@@ -372,7 +372,7 @@ class HeadTables:
         """Return a summary as text.
 
         Raises:
-            IndexFormatError: as of `provenance`.
+            IndexFormatError: as in `provenance`.
         """
         found = []
         for score in self.scores:

@@ -1,4 +1,4 @@
-"""Threads that process parts in parallel, each with a model of its own that shares the weights."""
+"""Threads that process parts in parallel, each with its own model, which shares the weights."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -19,7 +19,7 @@ class _StoppedError(Exception):
 
 
 class Readers:
-    """As many threads as torch may use; on a GPU one, the caller's."""
+    """A pool with torch's number of threads; on a GPU one, the caller's."""
 
     def __init__(self, model: Model) -> None:
         """Copy the model, except for its weights, for all threads but the first."""

@@ -44,7 +44,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read manifest.json.
 
     Raises:
-        IndexFormatError: there is none, the build was interrupted, there are several, or another version wrote it.
+        IndexFormatError: there is none, the build is unfinished, there are several indexes, or it is of another
+            version.
     """
     partial = Path(f"{folder.resolve()}.partial")
     if not (folder / "manifest.json").is_file() and partial.is_dir():
@@ -100,7 +101,7 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """Locate the tables' files: those named in the manifest, in the folder itself, of the stated size.
 
     Raises:
-        ValueError: they are not there.
+        ValueError: a file is missing, unlisted or of another size.
     """
     files = manifest["files"]
     wrong = [f"{name}.parquet is not in the manifest" for name in TABLES if f"{name}.parquet" not in files]

@@ -480,7 +480,7 @@ class FeatureIndex:
     def each_blocks(self) -> Iterator[dict[str, np.ndarray]]:
         """Yield the corpus, some blocks at a time: `token`, `document`, `is_text`, `starts`, each [block, position].
 
-        `starts` marks the start of a text that was tokenised by itself. 17M tokens stay in memory, 10 bytes each.
+        `starts` marks the start of a separately tokenised text. 17M tokens stay in memory, 10 bytes each.
         """
         return self._tokens.each()
 

@@ -1,7 +1,7 @@
 """One sweep over all activations, latent by latent: distributions, and the selection of examples. Numpy only.
 
-Latents are taken in ranges that fit in memory. A latent that alone does not fit is read in slices: counts cover all of
-its rows, while quantiles and examples come from an even sample of them, drawn by a hash of position.
+Latents are taken in ranges that fit in memory. A latent that does not fit by itself is read in slices: counts cover all
+of its rows, while quantiles and examples come from an even sample of them, drawn by a hash of position.
 """
 
 from collections.abc import Callable, Iterator

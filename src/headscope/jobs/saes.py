@@ -139,7 +139,7 @@ def convert(  # noqa: PLR0913 - one argument an option of the command
         trained_on: the model's name, for files that omit it or use another program's name.
         overwrite: replace the contents of `out`.
         force: with a model, accept an SAE whose files name other weights, and record it as trained on these.
-        on_progress: called as it is loaded.
+        on_progress: called during loading.
 
     Raises:
         HeadscopeError: any of its kinds.

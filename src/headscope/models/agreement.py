@@ -30,7 +30,7 @@ _OURS = ("torch.nn.modules.", "transformers.", "headscope.")
 _SPREAD = 8.0  # rounding errors of one component: they vary more than those of all together
 _SUMMED = 20.0  # rounding errors of what is computed in other steps, each of them rounded
 _PARAMETRISED = "parametrizations"  # of torch: `weight` is computed from these on access
-_NAMED = 3  # of what is unusual about a model
+_NAMED = 3  # unusual parts of a model
 _UNREADABLE = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 

@@ -275,16 +275,16 @@ class Model(Running):
         tokens: Int[Tensor, " token"] | None = None,
         on_tokens: Callable[[int, int], None] | None = None,
     ) -> Float[Tensor, "token head d_head"]:
-        """The value vector that each token alone makes, for each query head: what a static copying table needs.
+        """Return the value vector of each token alone, for each query head, as required by a static copying table.
 
-        Each token is a sequence of its own, run through the layers before this one at a position in the middle of
-        the context (a learned embedding of position 0 is another thing), so its attention is all to itself. b_V
-        included. Edits play no part.
+        Each token is a separate sequence, run through the layers before this one at a position in the middle of the
+        context (a learned embedding of position 0 is atypical), so it attends only to itself. Includes b_V. Edits are
+        ignored.
 
         Args:
-            layer: whose values.
-            tokens: which tokens; the whole vocabulary if None.
-            on_tokens: called with the tokens read, and all of them: of a large vocabulary they take minutes.
+            layer: layer of the values.
+            tokens: the tokens; default: the whole vocabulary.
+            on_tokens: called with the tokens done and the total; a large vocabulary takes minutes.
 
         Raises:
             ModelError: a layer that does not exist, a family whose z is not pattern @ v, or ids outside the vocabulary.

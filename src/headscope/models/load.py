@@ -124,7 +124,7 @@ def _load(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
     folder = _folder(name)
     source = str(folder or name)
     local = {"local_files_only": True} if folder else {}
-    local |= {"trust_remote_code": False}  # else transformers asks on the terminal whether to run a folder's code
+    local |= {"trust_remote_code": False}  # otherwise transformers prompts whether to run a folder's code
     try:
         _check_no_adapter(name, source)
         config = AutoConfig.from_pretrained(source, **local)
@@ -244,7 +244,7 @@ def _lasting_name(name: str) -> str:
     """Return a name that loads the same model from any working directory.
 
     Raises:
-        ModelError: the name is a path, and nothing is there.
+        ModelError: the name is a path that does not exist.
     """
     lasting = lasting_model(name)
     if Path(lasting).is_absolute() and not exists(Path(lasting)):

@@ -14,7 +14,7 @@ def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
     """Return a dtype by its name, `bfloat16` or `torch.bfloat16`, or unchanged.
 
     Raises:
-        ModelError: it is none of `DTYPES`.
+        ModelError: it is not one of `DTYPES`.
     """
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:

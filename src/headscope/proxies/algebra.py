@@ -207,7 +207,7 @@ def where(function: Callable[[Blocks], np.ndarray], name: str) -> Where:
     """Make a proxy from any function: `Blocks` to a bool array `[block, position]`.
 
     Blocks come in batches of whole blocks, so the function must not look across them. Two such proxies are equal when
-    both function and name are; the name alone is what is stored.
+    both function and name are; only the name is stored.
     """
     return Where(function, name)
 

@@ -43,7 +43,7 @@ def best_set(
 
     Without a limit the best set consists of the keys of largest mean f, down to some mean (Fisher 1958; Breiman et al.
     1984, theorem 4.5): it is found by sorting. A larger set is cut, for several means m, to the keys with the largest
-    `sum f - m n`, and the best of these by the same sorting is taken; this may miss the best by a little.
+    `sum f - m n`, and the best of these is selected by the same sorting, which may be slightly suboptimal.
 
     Args:
         key: of each active token, from 0.

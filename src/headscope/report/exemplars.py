@@ -39,7 +39,7 @@ class _Candidate:
 def choose(index: FeatureIndex, settings: Settings, on_progress: Progress | None = None) -> tuple[Exemplar, ...]:
     """Choose the exemplars of an index: for each kind the feature whose best proxy correlates most with it.
 
-    The proxy is chosen on one half of the documents and scored on the other (`proxies.search`). A feature stands for a
+    The proxy is chosen on one half of the documents and scored on the other (`proxies.search`). A feature represents a
     family when its best proxy is of that family, correlates with it at 0.3 or more, and with the lower end of its
     interval above all rotations. Features that the search classified into the family take precedence over those with
     too few documents to be sure.

@@ -134,7 +134,7 @@ def _candidates(live: LiveIndex, seed: int, exemplar: Exemplar, text: Text) -> I
 def _cut(
     exemplar: Exemplar, row: np.ndarray, is_text: np.ndarray, query: int, bos: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Return the prompt, the replaced positions, and its sources; None where nothing is to be replaced."""
+    """Return the prompt, the replaced positions, and its sources; None where there is nothing to replace."""
     special = np.flatnonzero(~is_text[:query])
     first = max(query - _LONGEST + 2, int(special[-1]) + 1 if len(special) else 0)  # of the same document
     before = np.arange(first, query)

@@ -19,7 +19,7 @@ KINDS: tuple[Kind, ...] = ("induction", "local context", "high-level context")
 class Claim:
     """One number of the post (Kissane et al., 2024), or a related one, and ours.
 
-    Rows of several SAEs stand side by side when `id`, `claim` and `kind` are equal: a feature's number belongs to
+    Rows of several SAEs are shown side by side when `id`, `claim` and `kind` are equal: a feature's number belongs to
     `feature`, not to the wording of the claim.
     """
 
@@ -37,7 +37,7 @@ class Claim:
     interval: tuple[int | float, int | float] | None = None
     """95 % interval."""
     null: int | float | str | None = None
-    """The same number under the null, or what stands for it."""
+    """The same number under the null, or a substitute for it."""
     differs: str = ""
     """Differences from the post: model, corpus, rule."""
     unit: Unit = ""

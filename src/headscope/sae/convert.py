@@ -1,7 +1,7 @@
 """Fit an SAE to a model: check compatibility, and convert an SAE of processed weights to the model's own activations.
 
-TransformerLens folds constants and means out of a model's weights by default. With them folded, z is `z - c` with
-`c = b_V + b_ln1 @ W_V` (`Model.value_offset`), and what LayerNorm models write to the residual stream is less its mean.
+TransformerLens folds constants and means out of a model's weights by default. With them folded, z is `z - c` with `c =
+b_V + b_ln1 @ W_V` (`Model.value_offset`), and what LayerNorm models write to the residual stream has its mean removed.
 An SAE trained on these computes the same on the model's own activations after
 
     z             b_dec += c;   where b_dec is not applied to the input, b_enc -= c @ W_enc

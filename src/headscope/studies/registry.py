@@ -29,7 +29,7 @@ def register(study: Study) -> None:
     """Add a study.
 
     Raises:
-        StudyError: another one has its name.
+        StudyError: the name is taken.
     """
     if study.name in STUDIES:
         raise StudyError(f"two studies called {study.name!r}", expected="a name of its own", do="rename one")

@@ -1,6 +1,6 @@
 """Survey of features: the share of alive and of interpretable ones in a sample, and annotator agreement.
 
-The post (Kissane et al., 2024) looked at the first 50 features: 76 % alive, 82 % of those interpretable. Here a sample
+The post (Kissane et al., 2024) inspected the first 50 features: 76 % alive, 82 % of those interpretable. Here a sample
 is reproducible on any machine, and every share has its interval. No torch.
 """
 

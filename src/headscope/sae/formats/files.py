@@ -195,7 +195,7 @@ def site_of(hook_name: str, files: Files) -> Site:
     """Return the site that a file names.
 
     Raises:
-        SAEError: it is no supported site.
+        SAEError: the site is unsupported.
     """
     try:
         return Site.from_hook_name(hook_name)

@@ -94,7 +94,7 @@ def fetch(entry: Entry) -> Path:
     """Download an SAE's files, or find them in the cache; returns the local folder or `.pt` file.
 
     Raises:
-        SAEError: no network, no such repository or files, or one that asks for a login.
+        SAEError: no network, no such repository or files, or one that requires a login.
     """
     try:
         if entry.path.endswith(".pt"):

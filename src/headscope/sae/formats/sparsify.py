@@ -48,7 +48,7 @@ def read(files: Files, stated: Stated) -> SAE:
     """Read a folder; the model's name is in `config.json` of the folder above, if anywhere.
 
     Raises:
-        SAEError: a transcoder, an activation other than topk, or a module whose output is no supported site.
+        SAEError: a transcoder, an activation other than topk, or a module whose output is not a supported site.
         UNREADABLE: damaged files.
     """
     config = files.settings()
@@ -105,7 +105,7 @@ def _site(files: Files) -> Site | None:
     """Return the site by the name of the folder, a module whose output was read.
 
     Raises:
-        SAEError: a module whose output is no supported site.
+        SAEError: a module whose output is not a supported site.
     """
     placed = _HOOKPOINT.fullmatch(files.weights.parent.name)
     if placed is None:

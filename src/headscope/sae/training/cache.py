@@ -85,7 +85,7 @@ class ActivationCache:
         """Store the rows of a group.
 
         Raises:
-            OutputError: the disk is full; there is no file then.
+            OutputError: the disk is full; no file is left.
         """
         rows = rows.cpu().contiguous()
         said = {"key": self._key, "group": str(group), "sha256": _checksum(rows)}

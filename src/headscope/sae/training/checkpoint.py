@@ -55,7 +55,7 @@ class Checkpoints:
         """Start a run here, or check that the existing one is the same.
 
         Raises:
-            TrainingError: what is here is of another recipe.
+            TrainingError: the existing run has another recipe.
             OutputError: the folder cannot be written.
         """
         file = self.folder / RUN

@@ -1,6 +1,6 @@
 """Find candidate active (input, latent) pairs by an int8 matrix product.
 
-Processors multiply int8 several times as fast as float32. Each vector is divided by a scale of its own and rounded, `x
+Processors multiply int8 several times as fast as float32. Each vector is divided by its own scale and rounded, `x
 / s = x^ + error` with components from -127 to 127, and the product of the integers, which is exact, is raised by a
 bound on the rounding error. With `lost = |x / s - x^|` and `size = |x^| + lost`, of input and latent,
 
@@ -33,7 +33,7 @@ _WIDEST = 2**13  # components for which 32 latents fit a thread's stack there
 _PART = 64  # minimum number of inputs processed together
 _GROUP = 8  # latents in a group at first
 _SPREAD = 8  # times k: groups among which the k-th largest is looked for
-_MARGIN = 1.2  # times what was added to a product, that is taken off it where one below it is wanted
+_MARGIN = 1.2  # multiple of what was added to a product that is subtracted for a value below it
 _MOST = 127  # of a byte
 _SHARE = 126  # digit of a share of 1, which rounding must not lift above what a byte holds
 _ACCUMULATION = 2.0**-22  # error of a float32 sum, a term and unit of the product of norms; four times the bound

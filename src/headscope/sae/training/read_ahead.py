@@ -47,7 +47,7 @@ class ReadAhead(Generic[T]):
         self._room = threading.Semaphore(_DEPTH)
         stopped = threading.Event()
         work = (items, self._ready, self._room, stopped, torch.get_num_threads())
-        # A daemon: otherwise the process would wait for it before `finalize` could tell it to stop.
+        # A daemon: otherwise the process would wait for it before `finalize` could stop it.
         thread = threading.Thread(target=_work, args=work, name="headscope-read-ahead", daemon=True)
         self.close = weakref.finalize(self, _end, thread, self._room, stopped)
         """End the thread."""

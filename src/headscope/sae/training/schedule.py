@@ -35,8 +35,8 @@ def first_coefficient(config: TrainConfig) -> float:
 def likely_coefficient(config: TrainConfig, threshold: float) -> float:
     """Estimate the coefficient that makes latents fire above a threshold; steering starts from it.
 
-    With an orthogonal dictionary a penalty of `lambda f` keeps silent what is below `lambda / 2`, and one of `lambda`
-    for each active latent what is below `sqrt(lambda)`.
+    With an orthogonal dictionary a penalty of `lambda f` silences activations below `lambda / 2`, and one of `lambda`
+    per active latent those below `sqrt(lambda)`.
     """
     return 0.1 * threshold**2 if config.variant == "jumprelu" else 1.5 * threshold
 
@@ -53,7 +53,7 @@ def l0_at(config: TrainConfig, step: int) -> float:
 
     Jumprelu and gated start dense, and the number falls, each step by the same factor, to the target: a latent whose
     threshold or gate is closed learns nothing, and one that starts open can learn its feature before it must close.
-    The penalty of relu would have to rise so far meanwhile that it ends with a worse dictionary.
+    The penalty of relu would have to rise so far in the process that the final dictionary is worse.
     """
     if config.variant not in ("jumprelu", "gated"):
         return config.target_l0

@@ -27,7 +27,7 @@ from headscope.sae.training.cache import ActivationCache
 from headscope.site import Site
 
 _LEAST_GROUPS = 64  # groups of a small corpus: enough to shuffle, and to divide among ranks
-_GROUPS, _ORDER = 1, 2  # tell these uses of a seed from others
+_GROUPS, _ORDER = 1, 2  # distinguish these uses of a seed from others
 _VERSION = 1  # version of the cache content: raised when the same identity would give other rows
 
 
@@ -75,7 +75,7 @@ class Source:
         return np.random.default_rng(_GROUPS).permutation(len(self.corpus.blocks))
 
     def identity(self) -> dict[str, object]:
-        """What determines the rows of every group, for a cache."""
+        """The determinants of every group's rows, for a cache."""
         return {
             "version": _VERSION,
             "model": self.model.fingerprint(),

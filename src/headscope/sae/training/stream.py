@@ -101,7 +101,7 @@ class ActivationStream:
             CorpusError: the model cannot read the corpus.
             ModelError: the site is unsupported for SAEs.
             OutputError: the cache cannot be written, or does not fit the disk.
-            TrainingError: the corpus holds fewer activations than two batches, or too few blocks for so many ranks;
+            TrainingError: the corpus holds fewer activations than two batches, or too few blocks for the ranks;
                 or a batch cannot be divided among them.
         """
         self._source = open_source(model, corpus, site, exclude_bos=config.exclude_bos, cache=config.cache)

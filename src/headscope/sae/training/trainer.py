@@ -203,8 +203,8 @@ class Trainer:
     def _fit_first_size(self, x: Float[Tensor, "batch d_in"]) -> None:
         """Set thresholds to give about the target L0, and scale the encoder for the best reconstruction.
 
-        Latents that start on inputs overlap, and together give a multiple of what each would alone. For x_hat without
-        b_dec, the factor is `sum x . x_hat / sum ||x_hat||^2`.
+        Latents initialised on inputs overlap, and their sum is a multiple of the separate contributions. For x_hat
+        without b_dec, the factor is `sum x . x_hat / sum ||x_hat||^2`.
         """
         p, config, level = self.p, self.config, 0.0
         if config.variant in ("relu", "gated", "jumprelu"):

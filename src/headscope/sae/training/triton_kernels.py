@@ -26,7 +26,7 @@ Without a GPU everything runs in Triton's interpreter, with `TRITON_INTERPRET=1`
 
 # pyright: reportMissingImports=false
 # ruff: noqa: PLR0913
-# (triton exists for Linux alone; a kernel has an argument for each pointer and size)
+# (triton exists for Linux only; a kernel has an argument for each pointer and size)
 
 from collections.abc import Callable
 from typing import Any, no_type_check

@@ -1,9 +1,9 @@
 """Test which heads have a role, against the same architecture with shuffled weights.
 
-Heads of a random model do not attend uniformly either, so "more than uniform" is no test. The null is the model itself
-with the entries of each weight shuffled, many times: for independently drawn weights the model is exchangeable with its
-shuffles, and the rank of a head's score among theirs is an exact p-value for any architecture (a permutation test;
-Fisher 1935).
+Heads of a random model do not attend uniformly either, so "more than uniform" is not a test. The null is the model
+itself with the entries of each weight shuffled, many times: for independently drawn weights the model is exchangeable
+with its shuffles, and the rank of a head's score among theirs is an exact p-value for any architecture (a permutation
+test; Fisher 1935).
 """
 
 import copy

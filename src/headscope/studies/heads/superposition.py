@@ -149,7 +149,7 @@ class JointAblation:
     """Activation lost with one of them ablated, summed over them."""
     correlation: Float[np.ndarray, " n"]
     """Mean Pearson correlation of C_h and C_h' over the active tokens, over pairs of these heads; NaN where constant.
-    Tokens are chosen by the sum, which alone makes parts of it go against each other: see the null."""
+    Tokens are selected by the sum, which by itself makes its parts anticorrelated: see the null."""
 
     @property
     def super_additivity(self) -> Float[np.ndarray, " n"]:

@@ -210,7 +210,7 @@ def swap_earlier(
         tokens: the prompt.
         replacement: takes the place of each earlier A.
         query: position of the last A.
-        only: replace the earlier A at this position alone.
+        only: replace only the earlier A at this position.
 
     Raises:
         HeadscopeError: the token at the query does not occur earlier, or not at `only`, or it is the replacement.

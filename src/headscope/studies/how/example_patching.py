@@ -113,7 +113,7 @@ def example_pair(subject: Subject, latent: int, at: int, how: str) -> PromptPair
 
 
 def _clean(subject: Subject, metric: FeatureMetric, at: int, *, needs_copy: bool) -> Int[Tensor, " position"]:
-    """Return the block up to a token, or less of it if the feature remains about as active there."""
+    """Return the block up to a token, shortened if the feature remains about as active there."""
     block, query = prompt_at(subject.index, at)
     tokens = torch.tensor(block, device=subject.live.model.device)
     on = metric.read(tokens, query).activation

@@ -167,7 +167,7 @@ class BigramFinder:
         self._precedes = text.counted.reshape(-1)  # text before text: the A's there are
         self._order = np.argsort(self.tokens, kind="stable").astype(np.int64)
         self._starts = np.searchsorted(self.tokens[self._order], np.arange(int(self.tokens.max()) + 2))
-        self._keys = self.tokens[self._order].astype(np.int64) * len(self.tokens) + self._order  # rising
+        self._keys = self.tokens[self._order].astype(np.int64) * len(self.tokens) + self._order  # ascending
 
     def at(self, token: int) -> Int[np.ndarray, " n"]:
         """Return all positions of a token."""
@@ -385,7 +385,7 @@ def compare_rule(
     """Compute ROC curve, AUC (0.5 by chance), and precision and recall at the rule's own threshold.
 
     The null of precision is the base rate of the verdict; that of recall the share of all features that are chosen.
-    Features are the units of the interval of the AUC (DeLong, as the case of `clustered_auc` with one member a unit).
+    Features are the units of the interval of the AUC (DeLong, as the case of `clustered_auc` with one member per unit).
 
     Raises:
         StudyError: arrays of different sizes, or NaN scores.

@@ -303,7 +303,7 @@ class InductionFeatures:
 
     @property
     def tests(self) -> dict[str, Bool[np.ndarray, " latent"]]:
-        """Which features pass each test."""
+        """Masks of the features that pass each test."""
         asked = self.criteria
         with np.errstate(invalid="ignore"):
             found = {
@@ -317,7 +317,7 @@ class InductionFeatures:
 
     @property
     def verdict(self) -> Bool[np.ndarray, " latent"]:
-        """Which features pass all tests."""
+        """Mask of the features that pass all tests."""
         return np.logical_and.reduce(list(self.tests.values()))
 
     @property

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from headscope.studies.support.places import Places
     from headscope.studies.what.downstream import Downstream, PathEffect
 
-_MOST = 500  # tokens at which a feature is ablated, each in a block of its own that the model must process
+_MOST = 500  # tokens at which a feature is ablated, each in a separate block that the model must process
 _BINS = 60  # of loss changes
 
 
