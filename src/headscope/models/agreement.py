@@ -224,7 +224,8 @@ def _steps(model: "Model", tokens: Tensor) -> Iterator[_Step]:
         projected, before = calls[part.output_projection], stream[Site("resid_pre", layer)]
         weights = partial(nn.functional.linear, projected.x, model._output_weight(layer).T, model.b_O(layer))
         yield _Step(f"z @ W_O + b_O {of}", part.output_projection, projected.out, weights)
-        yield _Step(f"z {of}, before tokens that it must not see,", part.attention, *_prefixes(projected.x))
+        prefixes = _prefixes(projected.x)  # threads may sum the two rows in different orders
+        yield _Step(f"z {of}, before tokens that it must not see,", part.attention, *prefixes, loose=_SUMMED)
         for which, norm, given in (
             ("before attention", part.attention_norm, before),
             ("after attention", part.attention_post_norm, projected.out),
