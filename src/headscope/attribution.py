@@ -106,11 +106,16 @@ def dfa_at(
             pre=pre[i].item(),
             bias=bias[i].item(),
             residual=residual[i].item(),
-            by_source=by_source[:, i].cpu().numpy(),
-            pattern=attended.cpu().numpy(),
+            by_source=_numpy(by_source[:, i]),
+            pattern=_numpy(attended),
         )
         for i in range(len(chosen))
     )
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    """Values as numpy has them: it knows no bfloat16."""
+    return (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy()
 
 
 def dfa_by_head(

@@ -53,9 +53,11 @@ def encode(value: Any, digits: int = DIGITS) -> Any:
             return value
         case float() | np.floating():
             return short(float(value), digits) if math.isfinite(value) else None
-        case np.ndarray():
-            return significant(value, digits) if value.dtype.kind == "f" else value.tolist()
-        case np.generic():
+        case np.ndarray() if value.dtype.kind == "f":
+            return significant(value, digits)
+        case np.ndarray() if value.dtype.kind in "biuU":
+            return value.tolist()
+        case np.integer() | np.bool_() | np.str_():
             return value.item()
         case Mapping():
             return {str(name): encode(of, digits) for name, of in value.items()}

@@ -71,6 +71,8 @@ def test_what_there_is_not_is_refused(live: LiveIndex, random_sae) -> None:
         (lambda: dfa(live.model, live.sae, TEXT, live.sae.d_sae), StudyError, "latent"),
         (lambda: dfa(live.model, live.sae, TEXT, -1), StudyError, "latent -1"),
         (lambda: dfa(live.model, live.sae, TEXT, 0, position=99), StudyError, "position 99"),
+        (lambda: dfa(live.model, live.sae, TEXT, True), StudyError, "latent True"),
+        (lambda: dfa(live.model, live.sae, TEXT, 0, position=2.0), StudyError, "position 2.0"),
         (lambda: dfa(live.model, live.sae, "", 0), CorpusError, "an empty prompt"),
         (lambda: dfa(live.model, random_sae(live.model, 8, site=Site("mlp_out", 0)), TEXT, 0), SAEError, "one of z"),
         (lambda: dfa("./no-such-model", live.sae, TEXT, 0), ModelError, "no-such-model"),
@@ -78,3 +80,18 @@ def test_what_there_is_not_is_refused(live: LiveIndex, random_sae) -> None:
     for call, error, said in ask:
         with pytest.raises(error, match=said):
             call()
+
+
+def test_ids_without_a_bos_may_be_largest_at_their_first_token(live: LiveIndex) -> None:
+    tokens = [token for token in live.index.tokens_of(0).tolist() if token != live.model.bos]
+    for latent in range(8):
+        every = [dfa(live.model, live.sae, tokens, latent, position=p).pre for p in range(len(tokens))]
+        assert dfa(live.model, live.sae, tokens, latent).query == int(np.argmax(every))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_too(random_model, random_sae, dtype: torch.dtype) -> None:
+    model = random_model("llama", dtype=dtype)
+    found = dfa(model, random_sae(model, 20), TEXT, 3, position=5)
+    assert found.by_source.dtype == (np.float32 if dtype == torch.bfloat16 else np.float16)
+    assert found.by_source.sum() + found.bias == pytest.approx(found.pre, abs=0.1)

@@ -1,8 +1,11 @@
 """A study is one value: what is registered is found by the page, the command line, `study all` and the report."""
 
 import json
+import os
 import re
-from dataclasses import dataclass, field
+import subprocess
+import sys
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from headscope.explorer.studies import packed
 from headscope.index.columns import add_columns, studies
 from headscope.index.head_records import HeadTables
 from headscope.index.live import LiveIndex
-from headscope.limits import Count
+from headscope.limits import Count, Share
 from headscope.proxies.search_table import Summary
 from headscope.report.records import QUICK, Exemplar
 from headscope.report.registry import sections
@@ -32,7 +35,7 @@ from headscope.report.subject import Subject as ReportSubject
 from headscope.stats import Measure
 from headscope.studies.induction.store import InductionFamily
 from headscope.studies.registry import STUDIES, dictionary_studies, feature_studies, register
-from headscope.studies.study import DictionaryStudy, FeatureStudy, NoOptions, Tab
+from headscope.studies.study import DictionaryStudy, FeatureStudy, NoOptions, Tab, parse_options
 from headscope.studies.subject import Subject
 from headscope.studies.what.effects import DirectEffects
 
@@ -236,3 +239,82 @@ def test_the_study_of_the_document_works_as_it_says(
 def test_the_files_that_the_document_names_exist(path: str) -> None:
     rooms = [ROOT, SOURCE, SOURCE / "index", SOURCE / "explorer", SOURCE / "explorer" / "static"]
     assert any((room / path).is_file() for room in rooms), path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Odd:
+    share: Share = 0.5
+    flag: bool = False
+    maybe: Count | None = None
+    names: tuple[str, ...] = ()
+    more: tuple[Count, ...] = field(default_factory=tuple)
+
+
+def odd(name: str, record: Any, **more: Any) -> FeatureStudy:
+    return FeatureStudy(name=name, group="what", question="?", run=lambda *_: record, options=Odd, **more)
+
+
+def test_options_of_every_type_are_read_from_an_address() -> None:
+    given = {"share": ["0.3"], "flag": ["true"], "maybe": ["4"], "names": ["a,b,a"], "more": ["1,2"]}
+    assert parse_options(odd("x", 1), given) == Odd(share=0.3, flag=True, maybe=4, names=("a", "b"), more=(1, 2))
+    assert parse_options(odd("x", 1), {}) == Odd()
+    for name, said in (("share", "a number"), ("flag", "true or false"), ("maybe", "a whole number")):
+        with pytest.raises(StudyError, match=said):
+            parse_options(odd("x", 1), {name: ["no"]})
+
+
+@pytest.mark.parametrize(
+    "record",
+    [None, 3, (1, 2), {1, 2}, {"of": {1}}, {"of": np.array([1j])}, {"of": np.array([object()])}, {"corpus": "mine"}],
+    ids=range(8),
+)
+def test_a_record_that_a_page_cannot_have_is_refused_by_the_name_of_its_study(live: LiveIndex, record: Any) -> None:
+    with pytest.raises(StudyError, match="strange found"):
+        odd("strange", record).answer(Subject(live.index), COMMON)
+
+
+def test_an_option_with_a_name_of_the_command_is_refused(toys: None) -> None:
+    options = make_dataclass("Options", [("model", str, "x")], frozen=True, kw_only=True)
+    with pytest.raises(StudyError, match="an option called 'model' of taken"):
+        register(FeatureStudy(name="taken", group="what", question="?", run=run_toy, options=options))
+
+
+def test_one_study_that_fails_loses_no_other(live: LiveIndex, toys: None) -> None:
+    def fails(*_: Any) -> None:
+        raise StudyError("nothing to see", expected="something", do="look elsewhere")
+
+    register(FeatureStudy(name="fails", group="what", question="why?", run=fails, in_report=True))
+    held = packed(Subject(live.index), COMMON)["studies"]
+    assert held["fails {}"] == {"missing": "nothing to see; expected: something"}
+    assert held["toy {}"]["latent"] == COMMON
+    section = next(section for section in sections() if section.name == "fails")
+    exemplars = tuple(Exemplar("induction", latent, "token_in([#5])", 0.5, 5, (), "-") for latent in (COMMON, DEAD))
+    claims = section.run(ReportSubject("random", live, exemplars, QUICK))
+    assert [(claim.feature, claim.missing) for claim in claims] == [
+        (latent, "nothing to see; expected: something") for latent in (COMMON, DEAD)
+    ]
+
+
+def test_text_shows_what_is_missing_and_numbers_of_numpy(live: LiveIndex, toys: None, capsys) -> None:
+    register(odd("numbers", {"none": None, "single": np.float32(0.5), "whole": np.int64(3)}))
+    shown = printed(capsys, "numbers", live.index.folder, COMMON)
+    assert {"none: none", "single: 0.5", "whole: 3"} <= set(shown.splitlines())
+
+
+def test_a_package_whose_study_cannot_be_loaded_is_left_out_by_name(tmp_path: Path) -> None:
+    package = tmp_path / "broken-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[headscope.studies]\nbroken = no_such_module:STUDY\n")
+    code = "from headscope.studies.registry import STUDIES; print(len(STUDIES))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert int(done.stdout) == len(STUDIES)
+    assert "the study no_such_module:STUDY is left out: ModuleNotFoundError" in done.stderr
+
+
+def test_a_study_that_the_page_does_not_have_is_named(live: LiveIndex) -> None:
+    client = TestClient(make_app(IndexCards(live.index), subject=Subject(live.index)), base_url=BASE)
+    answer = client.get("/api/study/nope/1")
+    assert answer.status_code == 404
+    assert "no study 'nope'" in answer.json()["error"]

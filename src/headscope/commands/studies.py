@@ -78,7 +78,7 @@ class OneStudy(OfIndex):
                 found = study.answer(subject, given.latent, given.options)
             else:
                 found = study.record(subject, given.latent, given.options)
-        if isinstance(found, dict):
+        if isinstance(study, FeatureStudy) and given.json:
             display.say(json.dumps(found, allow_nan=False))
             return
         for line in _lines(found):
@@ -132,10 +132,12 @@ def _lines(record: Any) -> list[str]:
 
 def _numbers(name: str, value: Any) -> list[str]:
     """Yield measures and plain values of a record, one line each; arrays are left out."""
+    import numpy as np
+
     from headscope.stats import Measure
 
-    if isinstance(value, Measure | bool | int | float | str):
-        return [f"{name}: {value}"]
+    if value is None or isinstance(value, Measure | bool | int | float | str | np.generic):
+        return [f"{name or 'found'}: {'none' if value is None else value}"]
     if is_dataclass(value) and not isinstance(value, type):
         inside = [(field.name, getattr(value, field.name)) for field in fields(value)]
     elif isinstance(value, dict):

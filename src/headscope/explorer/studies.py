@@ -6,7 +6,7 @@ Every study of the registry has a URL; the routes refer to none by name.
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from headscope.encode import Json
-from headscope.errors import HeadscopeError, IndexFormatError, ModelError
+from headscope.errors import HeadscopeError, IndexFormatError
 from headscope.explorer.answers import failure, number_of
 from headscope.explorer.desk import Desk
 from headscope.explorer.start import start_json
@@ -32,6 +32,7 @@ def studies_json() -> list[Json]:
             "group": study.group,
             "question": study.question,
             "needs_model": study.needs_model,
+            "options": [field.name for field in fields(study.options)],
             "tabs": [asdict(tab) for tab in study.tabs],
         }
         for study in _on_page()
@@ -53,7 +54,12 @@ class StudyRoutes:
     def routes(self) -> list[Route]:
         """Return the routes for the application."""
         asked = [Route(f"/api/study/{study.name}/{{number}}", self._of(study)) for study in _on_page()]
-        return [Route("/api/start/{number}", self.start), *asked]
+        return [Route("/api/start/{number}", self.start), *asked, Route("/api/study/{name}/{number}", self.unknown)]
+
+    async def unknown(self, request: Request) -> Response:
+        """Answer for a study that the page does not have."""
+        known = ", ".join(study.name for study in _on_page())
+        return failure(404, f"no study {request.path_params['name'][:80]!r}: expected one of {known}")
 
     async def start(self, request: Request) -> Response:
         """Return the initial data of the tabs."""
@@ -144,5 +150,5 @@ def _given(study: FeatureStudy, subject: Subject, latent: int, options: dict[str
     """Return the result of a study; where the model lacks what it needs, `missing` with the reason."""
     try:
         return study.answer(subject, latent, parse_options(study, {name: [text] for name, text in options.items()}))
-    except ModelError as error:
+    except HeadscopeError as error:
         return {"missing": f"{error.got}; expected: {error.expected}"}

@@ -120,10 +120,10 @@ def study_all(
     """
     from headscope.index.columns import studies
 
-    opened = subject(index, model=model, sae=sae, device=device, on_progress=on_progress)
+    opened = subject(index, on_progress=on_progress)
     missing = [own for own in dictionary_studies() if again or own.columns not in studies(Path(opened.index.folder))]
-    if any(own.needs_model for own in missing) and not opened.has_model:
-        opened = subject(index, with_model=True, device=device, on_progress=on_progress)
+    if any(own.needs_model for own in missing):
+        opened = subject(index, with_model=True, model=model, sae=sae, device=device, on_progress=on_progress)
     return {own.name: own.record(opened) for own in missing}
 
 

@@ -1,10 +1,10 @@
 """Report rows for a study of the registry: one for each measure of its record, for every exemplar."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from headscope.errors import StudyError
+from headscope.errors import HeadscopeError, StudyError
 from headscope.report.records import Claim, Exemplar, Section
 from headscope.report.subject import Subject
 from headscope.stats import Measure
@@ -17,9 +17,19 @@ def section_of(study: FeatureStudy) -> Section:
 
     def run(subject: Subject) -> tuple[Claim, ...]:
         studied = Studied(subject.index, subject.live)
-        return tuple(claim for exemplar in subject.some_exemplars() for claim in _claims(study, studied, exemplar))
+        return tuple(claim for exemplar in subject.some_exemplars() for claim in _rows(study, studied, exemplar))
 
     return Section(study.name, (study.name,), study.question, run)
+
+
+def _rows(study: FeatureStudy, studied: Studied, exemplar: Exemplar) -> list[Claim]:
+    """The rows of one exemplar, or one that says why there are none."""
+    try:
+        return list(_claims(study, studied, exemplar))
+    except HeadscopeError as error:
+        why = f"{error.got}; expected: {error.expected}"
+        row = Claim(study.name, study.question, "not measured", missing=why)
+        return [replace(row, feature=exemplar.latent, kind=exemplar.kind)]
 
 
 def _claims(study: FeatureStudy, studied: Studied, exemplar: Exemplar) -> Iterator[Claim]:

@@ -4,6 +4,8 @@
 my_study = "my_package.my_study:STUDY"
 """
 
+import warnings
+from dataclasses import fields
 from importlib.metadata import entry_points
 
 from headscope.errors import StudyError
@@ -21,6 +23,7 @@ from headscope.studies.when.predictions_study import PREDICTIONS
 from headscope.studies.when.proxies_study import BEST_PROXIES, PROXIES
 from headscope.studies.when.specificity_study import SPECIFICITY
 
+_TAKEN = {"index", "latent", "options", "model", "sae", "device", "json", "upstream_sae", "name", "on_progress", "help"}
 STUDIES: dict[str, Study] = {}
 """Studies by name, in the order of the page and of `headscope study all`."""
 
@@ -33,6 +36,11 @@ def register(study: Study) -> None:
     """
     if study.name in STUDIES:
         raise StudyError(f"two studies called {study.name!r}", expected="a name of its own", do="rename one")
+    taken = sorted({field.name for field in fields(study.options)} & _TAKEN)
+    if taken:
+        raise StudyError(
+            f"an option called {taken[0]!r} of {study.name}", expected="none of the command's own", do="rename it"
+        )
     STUDIES[study.name] = study
 
 
@@ -53,4 +61,7 @@ for _study in (
 ):
     register(_study)
 for _point in entry_points(group="headscope.studies"):
-    register(_point.load())
+    try:
+        register(_point.load())
+    except Exception as error:  # of a package that is not ours: it must not take headscope along
+        warnings.warn(f"the study {_point.value} is left out: {type(error).__name__}: {error}", stacklevel=1)

@@ -6,7 +6,8 @@ file imports its computation inside `run`, so that a page without a model, and `
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from headscope.errors import StudyError
 from headscope.limits import check_fields
@@ -82,16 +83,30 @@ class FeatureStudy:
         """Return the page's data: the record, its feature and corpus, and the Python that reproduces it.
 
         Raises:
-            HeadscopeError: as in `record`.
+            HeadscopeError: as in `record`; a StudyError for a record that JSON cannot hold.
         """
         from headscope.encode import encode
 
         options = self.options() if options is None else options
         found = self.record(subject, latent, options)
-        shown = encode(found) if self.show is None else self.show(subject, latent, options, found)
+        try:
+            shown = encode(found) if self.show is None else self.show(subject, latent, options, found)
+        except TypeError as error:
+            raise self._unfit(str(error)) from error
+        if not isinstance(shown, dict):
+            raise self._unfit(f"a {type(found).__name__}")
+        if {"corpus", "python"} & set(shown) or shown.get("latent", latent) != latent:
+            raise self._unfit("a record with a field called latent, corpus or python, which the page has for its own")
         corpus = subject.index.manifest["corpus"]
         shown |= {"latent": latent, "corpus": f"{corpus['name']}, {corpus['split']}"}
         return shown if self.python is None else shown | {"python": self.python(subject, latent, options, found)}
+
+    def _unfit(self, got: str) -> StudyError:
+        return StudyError(
+            f"{self.name} found {got}",
+            expected="a dataclass of numbers, text, arrays, tuples and mappings of these",
+            do="change the study's record, or give the study a `show`",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +158,7 @@ def parse_options(study: FeatureStudy, given: Mapping[str, Sequence[str]]) -> An
             f"parameter {unknown[0][:80]!r}", expected=", ".join(known) or "none", do="leave it out of the address"
         )
     values = {name: _parsed(name, texts, known[name].type) for name, texts in given.items()}
-    required = [name for name, field in known.items() if field.default is MISSING]
+    required = [name for name, of in known.items() if of.default is MISSING and of.default_factory is MISSING]
     for name in required:
         if name not in values:
             raise StudyError(f"no {name}", expected=f"one {name}", do=f"add it to the address: ?{name}=...")
@@ -151,21 +166,42 @@ def parse_options(study: FeatureStudy, given: Mapping[str, Sequence[str]]) -> An
 
 
 def _parsed(name: str, texts: Sequence[str], annotation: Any) -> Any:
-    """Parse one parameter: a whole number, whole numbers separated by commas, or text.
+    """Parse one parameter by its annotation; several values are separated by commas, each counted once.
 
     Raises:
-        StudyError: it is repeated, or not a number where one is expected.
+        StudyError: it is repeated, or not of the annotated type.
     """
     if len(texts) != 1:
         raise StudyError(f"{len(texts)} values of {name}", expected="one", do="give one")
-    [text] = texts
-    bare = next((part for part in get_args(annotation) if isinstance(part, type)), annotation)
-    if get_origin(bare) is tuple or get_origin(annotation) is tuple:
-        return tuple(dict.fromkeys(_whole(name, part) for part in text.split(","))) if text else ()
-    return _whole(name, text) if bare is int else text
+    kind = _plain(annotation)
+    if get_origin(kind) is tuple:
+        of = _plain(get_args(kind)[0])
+        return tuple(dict.fromkeys(_value(name, part, of) for part in texts[0].split(","))) if texts[0] else ()
+    return _value(name, texts[0], kind)
 
 
-def _whole(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 15):
+def _plain(annotation: Any) -> Any:
+    """The type that an annotation is about, without bounds and without None."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return next(_plain(part) for part in get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def _value(name: str, text: str, kind: Any) -> Any:
+    """Parse a whole number, a number, a truth value or text.
+
+    Raises:
+        StudyError: it is none.
+    """
+    if kind is int and not (text.isascii() and text.isdigit() and len(text) < 15):
         raise StudyError(f"{name} {text[:80]!r}", expected="a whole number", do=f"write it so: ?{name}=12")
-    return int(text)
+    if kind is bool and text not in ("true", "false"):
+        raise StudyError(f"{name} {text[:80]!r}", expected="true or false", do=f"write it so: ?{name}=true")
+    if kind is bool:
+        return text == "true"
+    try:
+        return kind(text) if kind in (int, float) else text
+    except ValueError as error:
+        raise StudyError(f"{name} {text[:80]!r}", expected="a number", do=f"write it so: ?{name}=0.5") from error

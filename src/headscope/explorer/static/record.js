@@ -13,8 +13,8 @@ function parts(name, value, measures, values) {
 }
 
 /** Ask a study about the feature of a card, with the proxy of the view where there is one. @param {{name: string, question: string}} study */
-export async function drawRecord({ name, question }, { data, feature }, { p }) {
-  const found = await data.study(name, feature.latent, p ? { proxy: p } : {}).catch((error) => error);
+export async function drawRecord({ name, question, options }, { data, feature }, { p }) {
+  const found = await data.study(name, feature.latent, p && options.includes("proxy") ? { proxy: p } : {}).catch((error) => error);
   if (found instanceof Error) return [empty(found.message, " ", found.do ?? "")];
   const [measures, values] = [[], []];
   for (const [key, value] of Object.entries(found)) if (!OF_PAGE.has(key)) parts(key.replaceAll("_", " "), value, measures, values);

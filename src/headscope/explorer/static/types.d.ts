@@ -14,7 +14,7 @@ export interface About {
   nulls: { kind: string; top_head_share: number[]; range: [number, number, number] }[];
   definitions: Record<string, string>;
   /** The studies of one feature, in order, and the tabs that show each; none without an index behind the page. */
-  studies: { name: string; group: string; question: string; needs_model: boolean; tabs: { name: string; label: string }[] }[];
+  studies: { name: string; group: string; question: string; needs_model: boolean; options: string[]; tabs: { name: string; label: string }[] }[];
   /** Whether a model answers prompts. */
   prompts: boolean;
   /** Whether there are pages of families and heads. */

@@ -90,7 +90,7 @@ def patch_example_features(subject: Subject, latent: int, at: int, how: str, sae
         raise StudyError(
             f"an SAE {sae!r}",
             expected=f"one of {', '.join(subject.saes)}" if subject.saes else "one given with --upstream-sae",
-            do="start the server with: headscope serve --upstream-sae SAE",
+            do="name it with --upstream-sae, of `headscope serve` or `headscope study`",
         )
     return patch_features(example_pair(subject, latent, at, how), subject.saes[sae])
 

@@ -47,12 +47,15 @@ def dfa(
         attention = model.attention(tokens[None], sae.site.layer)
         _check("latent", latent, sae.d_sae)
         if position is None:
-            position = int(sae.pre_activations(attention.z[0])[1:, latent].argmax()) + 1 if len(tokens) > 1 else 0
+            first = int(len(tokens) > 1 and tokens[0] == model.bos)
+            position = first + int(sae.pre_activations(attention.z[0])[first:, latent].argmax())
         _check("position", position, len(tokens))
         [found] = dfa_at(HeadWeights.of(sae, model), sae, attention, tokens, position, [latent])
     return found
 
 
 def _check(what: str, number: int, n: int) -> None:
+    if type(number) is not int:
+        raise StudyError(f"{what} {number!r}", expected="a whole number", do=f"pass the {what} as an int")
     if not 0 <= number < n:
         raise StudyError(f"{what} {number}", expected=f"0 to {n - 1}", do=f"name another {what}")

@@ -39,6 +39,12 @@ def prompt_at(index: "FeatureIndex", at: int) -> tuple[tuple[int, ...], int]:
     """
     check_token(index, at)
     block, query = divmod(at, index.block_size)
+    if query == 0:
+        raise StudyError(
+            f"position {at}, the first of its block",
+            expected="a token with others before it",
+            do="choose another token",
+        )
     return tuple(index.tokens_of(block)[: query + 1].tolist()), query
 
 
