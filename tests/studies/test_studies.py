@@ -311,10 +311,3 @@ def test_a_package_whose_study_cannot_be_loaded_is_left_out_by_name(tmp_path: Pa
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert int(done.stdout) == len(STUDIES)
     assert "the study no_such_module:STUDY is left out: ModuleNotFoundError" in done.stderr
-
-
-def test_a_study_that_the_page_does_not_have_is_named(live: LiveIndex) -> None:
-    client = TestClient(make_app(IndexCards(live.index), subject=Subject(live.index)), base_url=BASE)
-    answer = client.get("/api/study/nope/1")
-    assert answer.status_code == 404
-    assert "no study 'nope'" in answer.json()["error"]
