@@ -378,6 +378,7 @@ def test_a_command_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None
     fails(capsys, "no command 'zzz'.*headscope --help", "zzz")
 
 
+@pytest.mark.usefixtures("no_type_checks")
 def test_studies_are_commands_of_their_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     listed = help_of(capsys, "study")
     for study in STUDIES.values():
@@ -680,6 +681,7 @@ def test_a_missing_index(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize(
     ("match", "arguments"),
     [

@@ -115,6 +115,7 @@ def test_every_number_of_every_job_has_bounds_and_is_checked(no_type_checks: Non
     assert found > 8
 
 
+@pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
 def test_every_number_of_every_study_has_bounds_and_is_checked(study: Any) -> None:
     """Options are checked before the model is asked for, so that a subject without any will do."""

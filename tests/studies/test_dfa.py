@@ -66,6 +66,7 @@ def test_names_are_enough() -> None:
     assert found.activation > 0
 
 
+@pytest.mark.usefixtures("no_type_checks")
 def test_what_there_is_not_is_refused(live: LiveIndex, random_sae) -> None:
     ask = [
         (lambda: dfa(live.model, live.sae, TEXT, live.sae.d_sae), StudyError, "latent"),
