@@ -95,7 +95,7 @@ def test_an_undeclared_import_is_found(tmp_path: Path) -> None:
 
 
 def test_every_module_stands_in_a_layer() -> None:
-    """Of the import map: `headscope` itself and its packages aside, which their modules stand for."""
+    """Every module file is in the import map; packages are there by their modules."""
     [layers] = [c["layers"] for c in PROJECT_FILE["tool"]["importlinter"]["contracts"] if c["type"] == "layers"]
     named = {name for layer in layers for name in layer.split(" | ")}
     root = ROOT / "src" / "headscope"

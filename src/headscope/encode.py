@@ -1,7 +1,7 @@
 """Encode records as JSON: dataclasses, arrays and numbers, rounded in bulk, since a card holds thousands of them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -66,3 +66,25 @@ def encode(value: Any, digits: int = DIGITS) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: encode(getattr(value, field.name), digits) for field in fields(value)}
     raise TypeError(f"a {type(value).__name__} has no form in JSON")
+
+
+def leaves(value: Any, whole: type, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield every value inside a record with the names that lead to it.
+
+    Args:
+        value: a dataclass, a mapping or a sequence, nested in any way; anything else is a leaf itself.
+        whole: dataclass that is a leaf too.
+        names: names that lead to `value`; places in a sequence count from 0, as heads do.
+    """
+    inside: Iterable[tuple[str, Any]]
+    if is_dataclass(value) and not isinstance(value, (type, whole)):
+        inside = ((field.name, getattr(value, field.name)) for field in fields(value))
+    elif isinstance(value, Mapping):
+        inside = ((str(key), of) for key, of in value.items())
+    elif isinstance(value, tuple | list):
+        inside = ((str(i), of) for i, of in enumerate(value))
+    else:
+        yield names, value
+        return
+    for name, of in inside:
+        yield from leaves(of, whole, (*names, name))

@@ -1,7 +1,7 @@
 """`headscope study`: a command for every study of the registry, and one that runs all studies of a dictionary."""
 
 import json
-from dataclasses import dataclass, fields, is_dataclass, make_dataclass
+from dataclasses import dataclass, make_dataclass
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -124,26 +124,17 @@ class Study:
 
 
 def _lines(record: Any) -> list[str]:
-    """Return the lines to print for a record: its own summary, or every measure and number that it holds."""
+    """Return the lines to print for a record: its own summary, or its measures and plain values, no arrays."""
     if hasattr(record, "lines"):
         return record.lines()
-    return _numbers("", record)
-
-
-def _numbers(name: str, value: Any) -> list[str]:
-    """Yield measures and plain values of a record, one line each; arrays are left out."""
     import numpy as np
 
+    from headscope.encode import leaves
     from headscope.stats import Measure
 
-    if value is None or isinstance(value, Measure | bool | int | float | str | np.generic):
-        return [f"{name or 'found'}: {'none' if value is None else value}"]
-    if is_dataclass(value) and not isinstance(value, type):
-        inside = [(field.name, getattr(value, field.name)) for field in fields(value)]
-    elif isinstance(value, dict):
-        inside = list(value.items())
-    elif isinstance(value, tuple | list):
-        inside = [(str(i), of) for i, of in enumerate(value)]
-    else:
-        return []
-    return [line for key, of in inside for line in _numbers(f"{name}.{key}" if name else str(key), of)]
+    plain = (type(None), Measure, bool, int, float, str, np.generic)
+    return [
+        f"{'.'.join(names) or 'found'}: {'none' if leaf is None else leaf}"
+        for names, leaf in leaves(record, Measure)
+        if isinstance(leaf, plain)
+    ]

@@ -1,9 +1,9 @@
 """Report rows for a study of the registry: one for each measure of its record, for every exemplar."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import fields
 
+from headscope.encode import leaves
 from headscope.errors import HeadscopeError, StudyError
 from headscope.report.records import Claim, Exemplar, Section
 from headscope.report.subject import Subject
@@ -28,14 +28,16 @@ def _rows(study: FeatureStudy, studied: Studied, exemplar: Exemplar) -> list[Cla
         return list(_claims(study, studied, exemplar))
     except HeadscopeError as error:
         why = f"{error.got}; expected: {error.expected}"
-        row = Claim(study.name, study.question, "not measured", missing=why)
-        return [replace(row, feature=exemplar.latent, kind=exemplar.kind)]
+        row = Claim(
+            study.name, study.question, "not measured", missing=why, feature=exemplar.latent, kind=exemplar.kind
+        )
+        return [row]
 
 
 def _claims(study: FeatureStudy, studied: Studied, exemplar: Exemplar) -> Iterator[Claim]:
     given = {"proxy": [exemplar.proxy]} if "proxy" in {field.name for field in fields(study.options)} else {}
     record = study.record(studied, exemplar.latent, parse_options(study, given))
-    found = dict(_measures("", record))
+    found = {" ".join(names): leaf for names, leaf in leaves(record, Measure) if isinstance(leaf, Measure)}
     if not found:
         raise StudyError(
             f"a record of {study.name} without a measure", expected="at least one", do="set in_report to False"
@@ -44,18 +46,3 @@ def _claims(study: FeatureStudy, studied: Studied, exemplar: Exemplar) -> Iterat
         words = f"{study.question}: {name.replace('_', ' ')}"
         claim = Claim(study.name, words, "", missing="", feature=exemplar.latent, kind=exemplar.kind)
         yield claim.with_measure(measure)
-
-
-def _measures(name: str, value: Any) -> Iterator[tuple[str, Measure]]:
-    """Yield every measure of a record, named by the path of fields that leads to it."""
-    inside: list[tuple[str, Any]] = []
-    if isinstance(value, Measure):
-        yield name, value
-    elif is_dataclass(value) and not isinstance(value, type):
-        inside = [(field.name, getattr(value, field.name)) for field in fields(value)]
-    elif isinstance(value, Mapping):
-        inside = [(str(key), of) for key, of in value.items()]
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        inside = [(str(i + 1), of) for i, of in enumerate(value)]
-    for key, of in inside:
-        yield from _measures(f"{name} {key}".strip(), of)

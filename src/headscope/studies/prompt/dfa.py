@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 
 from headscope.attribution import DFA, HeadWeights, dfa_at
-from headscope.errors import StudyError
 from headscope.models.hf import Model
 from headscope.models.load import load_model
 from headscope.sae.convert import fitted
@@ -13,6 +12,7 @@ from headscope.sae.formats import load_sae
 from headscope.sae.model import SAE
 from headscope.studies.how.circuit import check_z
 from headscope.studies.how.corruptions import prompt
+from headscope.studies.prompt.prompts import check_number
 
 
 def dfa(
@@ -45,17 +45,10 @@ def dfa(
     tokens = prompt(model, text)
     with torch.no_grad():
         attention = model.attention(tokens[None], sae.site.layer)
-        _check("latent", latent, sae.d_sae)
+        check_number("latent", latent, sae.d_sae)
         if position is None:
             first = int(len(tokens) > 1 and tokens[0] == model.bos)
             position = first + int(sae.pre_activations(attention.z[0])[first:, latent].argmax())
-        _check("position", position, len(tokens))
+        check_number("position", position, len(tokens))
         [found] = dfa_at(HeadWeights.of(sae, model), sae, attention, tokens, position, [latent])
     return found
-
-
-def _check(what: str, number: int, n: int) -> None:
-    if type(number) is not int:
-        raise StudyError(f"{what} {number!r}", expected="a whole number", do=f"pass the {what} as an int")
-    if not 0 <= number < n:
-        raise StudyError(f"{what} {number}", expected=f"0 to {n - 1}", do=f"name another {what}")

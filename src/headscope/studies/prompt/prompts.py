@@ -11,6 +11,7 @@ with z after the ablation of heads. The model is run twice, with and without the
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -141,12 +142,12 @@ class Prompts:
         with torch.no_grad():
             read = self._read(tokens)
             n = len(read.tokens)
-            _check("position", query, n)
+            check_number("position", query, n)
             active = read.f[query].nonzero()[:, 0]
             latents = active[read.f[query, active].argsort(descending=True, stable=True)][:MOST_LISTED]
             if target is None:
                 target = self._target(read.tokens, query)
-            _check("token", target, self.model.spec.d_vocab)
+            check_number("token", target, self.model.spec.d_vocab)
             dfa = self._dfa(read, query, latents)
             by_source = dfa.sum(0)  # [feature, source]
             source = by_source.abs().argmax(1)
@@ -172,7 +173,7 @@ class Prompts:
         with torch.no_grad():
             known = prompt(self.model, tokens)
             n = len(known)
-            _check("position", query, n)
+            check_number("position", query, n)
             chosen = self._checked(ablations, n)
             seen = [a for a in chosen if a.position is None or a.position <= query]
             clean = self._logits(known[: query + 1])
@@ -206,8 +207,8 @@ class Prompts:
         """
         with torch.no_grad():
             read = self._read(tokens)
-            _check("position", query, len(read.tokens))
-            _check("feature", latent, self.sae.d_sae)
+            check_number("position", query, len(read.tokens))
+            check_number("feature", latent, self.sae.d_sae)
             [found] = dfa_at(self._weights, self.sae, read.attention, read.tokens, query, [latent])
             return found
 
@@ -217,7 +218,7 @@ class Prompts:
         Raises:
             StudyError: no such layer, or no text in these blocks.
         """
-        _check("layer", layer, self.model.spec.n_layers)
+        check_number("layer", layer, self.model.spec.n_layers)
         return self._mean(layer)
 
     # ----------------------------------------------------------------------------------------------------------- steps
@@ -263,12 +264,12 @@ class Prompts:
         for ablation in ablations:
             match ablation:
                 case FeatureAblation(latent):
-                    _check("feature", latent, self.sae.d_sae)
+                    check_number("feature", latent, self.sae.d_sae)
                 case HeadAblation(layer, head):
-                    _check("layer", layer, self.model.spec.n_layers)
-                    _check("head", head, self.model.spec.n_heads)
+                    check_number("layer", layer, self.model.spec.n_layers)
+                    check_number("head", head, self.model.spec.n_heads)
             if ablation.position is not None:
-                _check("position", ablation.position, n)
+                check_number("position", ablation.position, n)
         return list(ablations)
 
     @contextmanager
@@ -322,7 +323,10 @@ class Prompts:
         return {site.layer: (total / n).to(self.sae.W_enc) for site, total in totals.items()}, n
 
 
-def _check(what: str, number: int, n: int) -> None:
+def check_number(what: str, number: int, n: int) -> None:
+    """Raise StudyError unless a number is a whole one from 0 to n - 1."""
+    if not isinstance(number, Integral) or isinstance(number, bool):
+        raise StudyError(f"{what} {number!r}", expected="a whole number", do=f"pass the {what} as an int")
     if not 0 <= number < n:
         raise StudyError(f"{what} {number}", expected=f"0 to {n - 1}", do=f"name another {what}")
 
